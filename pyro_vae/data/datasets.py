@@ -1,0 +1,193 @@
+"""Datasets by name, by folder or by file, with the protocol that belongs to their numbers.
+
+    digits           1,797 images of 8x8 that come with scikit-learn; dynamic binarization
+    mnist            60,000 + 10,000 images of 28x28; dynamic binarization
+    fashion-mnist    the same, of clothes; dynamic binarization
+    frey             1,965 frames of 28x20 of one face; dequantized
+    celeba           202,599 faces, cropped to 148 and scaled to 64; dequantized
+    linear-gaussian  24,000 vectors of 20, drawn from a model with exact answers
+    a folder         of PNG, JPEG, ... images, of any depth; dequantized
+    a file           .npy or .npz; see `arrays`
+
+A name goes before a folder of the same name: write "./digits" for the folder. Data that
+are binary already are read as such ("threshold"); float data are handed on as they are.
+"""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .arrays import as_pixels, read_array
+from .binarization import BINARIZATIONS, Binarization
+from .framing import Framing
+from .mnist import read_mnist_like
+from .photographs import read_celeba, read_folder
+from .sources import SPLITS, Source, divide
+from .splits import Dataset, Split
+from .testbeds import LinearGaussian
+
+__all__ = ["DATASETS", "default_data_dir", "load"]
+
+DATASETS = ("digits", "mnist", "fashion-mnist", "frey", "celeba", "linear-gaussian")
+
+
+def load(
+    name: str | Path,
+    data_dir: str | Path | None = None,
+    *,
+    binarization: Binarization | None = None,
+    dequantize: bool | None = None,
+    image_size: int | None = None,
+    crop: int | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    download: bool = True,
+) -> Dataset:
+    """Load a dataset into memory.
+
+    Args:
+        name: One of `DATASETS`, or the path of a folder of images, or of a .npy or .npz file.
+        data_dir: Where the files of a named dataset lie, or are downloaded to;
+            $PYRO_VAE_DATA or ~/.cache/pyro_vae if omitted. Not used for paths.
+        binarization: "dynamic", "static", "threshold" or "none"; the dataset's own if omitted.
+        dequantize: Whether levels get uniform noise; the dataset's own if omitted.
+            True by itself means binarization "none".
+        image_size: Scale the shorter side to this and crop the longer one.
+        crop: Cut out a centred square of this side first.
+        channels: 1 to make images grey, 3 to make them colour.
+        limit: Keep at most this many data of each split, the first ones.
+        seed: Of the static binarization, of the split of folders and files, and of the
+            weights and draws of "linear-gaussian". The other splits are fixed.
+        download: Whether the network may be tried when files are missing.
+    Returns:
+        Train, validation and test splits with their protocol.
+    Example:
+        >>> digits = load("digits")
+        >>> len(digits.train), len(digits.validation), len(digits.test), digits.x_shape
+        (1257, 180, 360, (1, 8, 8))
+        >>> digits.train[:128].unique()
+        tensor([0., 1.])
+    """
+    if binarization is not None and binarization not in BINARIZATIONS:
+        raise ValueError(f"got binarization {binarization!r}, wanted one of {', '.join(BINARIZATIONS)}."
+                         + _did_you_mean(str(binarization), BINARIZATIONS))
+    if limit is not None and limit < 1:
+        raise ValueError(f"got limit={limit}, wanted a number of data >= 1, or None for all.")
+    framing = Framing(crop, image_size, channels)
+    folder = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    source, framing = _read(name, folder, framing, limit, seed, download)
+    if binarization is None:
+        binarization = "none" if dequantize else source.binarization
+    if dequantize is None:
+        dequantize = source.dequantize and binarization == "none"
+    splits = {}
+    for part in SPLITS:
+        pixels = source.pixels[part][:limit]
+        labels = None if source.labels is None else source.labels[part][:limit]
+        splits[part] = Split(pixels, labels, name=part, binarization=binarization, dequantize=dequantize, seed=seed)
+    protocol = {
+        "dataset": str(name), "sizes": {part: len(splits[part]) for part in SPLITS}, "split": source.split,
+        "limit": limit, "binarization": binarization, "dequantize": dequantize, "x_shape": list(splits["train"].x_shape),
+        "image_size": framing.image_size, "crop": framing.crop, "channels": framing.channels,
+        "seed": seed, "source": source.origin, **source.notes,
+    }
+    return Dataset(str(name), splits["train"], splits["validation"], splits["test"], protocol,
+                   label_names=source.label_names, testbed=source.testbed)
+
+
+def default_data_dir() -> Path:
+    """$PYRO_VAE_DATA, or ~/.cache/pyro_vae."""
+    return Path(os.environ.get("PYRO_VAE_DATA") or Path("~", ".cache", "pyro_vae")).expanduser()
+
+
+def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, seed: int,
+          download: bool) -> tuple[Source, Framing]:
+    """The source with its frames applied, and the framing that was applied."""
+    if name == "celeba":
+        framing = Framing(framing.crop or 148, framing.image_size or 64, framing.channels)
+        return read_celeba(folder, framing, limit), framing
+    readers: dict[str, Callable[[], Source]] = {
+        "digits": _digits,
+        "mnist": lambda: read_mnist_like("mnist", folder, download),
+        "fashion-mnist": lambda: read_mnist_like("fashion-mnist", folder, download),
+        "frey": lambda: _frey(folder),
+        "linear-gaussian": lambda: _linear_gaussian(seed),
+    }
+    if isinstance(name, str) and name in readers:
+        source = readers[name]()
+    else:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return read_folder(path, framing, limit, seed), framing
+        if not path.is_file():
+            raise ValueError(f"got dataset {str(name)!r}, wanted one of {', '.join(DATASETS)}, or the path of a folder "
+                             "of images or of a .npy or .npz file that exists." + _did_you_mean(str(name), DATASETS))
+        if path.suffix not in (".npy", ".npz"):
+            raise ValueError(f"got the file {path}, wanted a .npy or .npz file or a folder of images. "
+                             "Save arrays with numpy.save; for images name their folder.")
+        source = read_array(path, seed)
+    if not framing.is_identity:
+        # The limit goes first, so that nothing is scaled in vain.
+        framed = {part: framing(data[:limit], name=str(name)) for part, data in source.pixels.items()}
+        source = Source(**{**vars(source), "pixels": framed})
+    return source, framing
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # The levels are 0..16; 255 / 16 of them, rounded, keeps both ends exact.
+    levels = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    parts = divide(len(levels), (1257, 180, 360), seed=0, labels=labels)
+    return Source(
+        pixels={name: levels[rows] for name, rows in parts.items()},
+        labels={name: labels[rows] for name, rows in parts.items()},
+        label_names=tuple("0123456789"), origin="scikit-learn load_digits", binarization="dynamic",
+        split="pyro_vae digits split: 1257/180/360, stratified by label, the same for every seed",
+    )
+
+
+def _frey(folder: Path) -> Source:
+    path = next((place / "frey_faces.npz" for place in (folder, folder / "frey")
+                 if (place / "frey_faces.npz").is_file()), None)
+    if path is None:
+        raise ValueError(f"no frey_faces.npz in {folder} or {folder / 'frey'}, wanted it with the key images: "
+                         "uint8 (1965, 28, 20). Put it there or pass data_dir=.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images = arrays["images"]
+    except Exception as error:
+        raise ValueError(f"{path} could not be read ({error}), wanted a .npz file with the key images. "
+                         "Fetch it again.") from error
+    if images.shape != (1965, 28, 20) or images.dtype != np.uint8:
+        raise ValueError(f"{path} holds images of shape {images.shape} and dtype {images.dtype}, wanted uint8 "
+                         "(1965, 28, 20). Load other arrays by their path.")
+    pixels = as_pixels(images, str(path))
+    parts = divide(len(pixels), (1565, 200, 200), seed=0)
+    return Source(
+        pixels={name: pixels[rows] for name, rows in parts.items()}, origin=str(path), dequantize=True,
+        split="pyro_vae frey split: 1565/200/200 frames at random, the same for every seed",
+    )
+
+
+def _linear_gaussian(seed: int) -> Source:
+    testbed = LinearGaussian.random(x_dim=20, latent_dim=4, scale=0.5, seed=seed)
+    sizes = (20_000, 2_000, 2_000)
+    _, x = testbed.sample(sum(sizes), torch.Generator().manual_seed(seed + 1))
+    return Source(
+        pixels=dict(zip(SPLITS, x.split(sizes), strict=True)), testbed=testbed,
+        origin=f"drawn from {testbed!r}", split="independent draws, 20000/2000/2000",
+    )
+
+
+def _did_you_mean(got: str, known: tuple[Any, ...]) -> str:
+    close = difflib.get_close_matches(got.lower().replace("_", "-"), known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,142 @@
+"""MNIST and Fashion-MNIST: four IDX files, looked for wherever they usually lie.
+
+Both datasets give their files the same names, so a folder of one is easily read as the
+other; the first test labels tell them apart.
+"""
+
+import contextlib
+import io
+import os
+import socket
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from .idx import read_idx
+from .sources import Source
+
+__all__ = ["FILES", "read_mnist_like"]
+
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+DEBIAN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+LABEL_NAMES = {
+    "mnist": tuple("0123456789"),
+    "fashion-mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+                      "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+}
+FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], "fashion-mnist": [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]}
+
+
+def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: int | None = None) -> Source:
+    """MNIST or Fashion-MNIST: the last training images validate, the official test set tests.
+
+    Looked for in data_dir (the four files themselves, or torchvision's `MNIST/raw`), then,
+    for Fashion-MNIST, where Debian's package puts it, then on the network.
+
+    Args:
+        name: "mnist" or "fashion-mnist".
+        data_dir: Folder to look in, and to download to.
+        download: Whether the network may be tried.
+        held_out: Number of training images that validate; a sixtieth (1,000 of 60,000) if omitted.
+    Returns:
+        The raw images (N, 1, 28, 28), their labels, and where they came from.
+    """
+    folder = _find(name, data_dir)
+    if folder is None and download:
+        reason = _download(name, data_dir)
+        folder = _find(name, data_dir)
+    else:
+        reason = "downloading was not allowed"
+    if folder is None:
+        raise ValueError(_missing(name, data_dir, reason))
+    found = _files_in(folder)
+    assert found is not None
+    train, train_labels = _read_pair(found[0], found[1])
+    test, test_labels = _read_pair(found[2], found[3])
+    if test.shape[1:] != train.shape[1:]:
+        raise ValueError(f"{found[2]} holds images of {tuple(test.shape[1:])}, wanted {tuple(train.shape[1:])} "
+                         "as in the training images. The files are of different datasets.")
+    for other, first in FIRST_TEST_LABELS.items():
+        if other != name and test_labels[: len(first)].tolist() == first:
+            raise ValueError(f"{folder} holds {other}, wanted {name}: their files bear the same names. "
+                             f"Pass data_dir=, a folder with the files of {name}.")
+    last = max(1, len(train) // 60) if held_out is None else held_out
+    if len(train) <= last:
+        raise ValueError(f"{found[0]} holds {len(train)} images, wanted more than the {last} set aside for validation.")
+    return Source(
+        pixels={"train": train[:-last], "validation": train[-last:], "test": test},
+        labels={"train": train_labels[:-last], "validation": train_labels[-last:], "test": test_labels},
+        label_names=LABEL_NAMES[name], origin=str(folder), binarization="dynamic",
+        split=f"train: the first {len(train) - last} training images; validation: the last {last} of them; "
+              f"test: the official {len(test)} test images",
+    )
+
+
+def _read_pair(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
+    images, labels = read_idx(images_path, axes=3), read_idx(labels_path, axes=1)
+    if len(images) != len(labels):
+        raise ValueError(f"{images_path.name} holds {len(images)} images, {labels_path.name} {len(labels)} labels; "
+                         f"wanted as many of each. The files in {images_path.parent} do not belong together.")
+    if labels.max() > 9:
+        raise ValueError(f"{labels_path} holds label {int(labels.max())}, wanted 0..9. It is not of this dataset.")
+    return images.unsqueeze(1), labels.long()
+
+
+def _files_in(folder: Path) -> list[Path] | None:
+    found = []
+    for name in FILES:
+        spellings = (name, name.replace("-idx", ".idx"))
+        paths = [folder / (spelling + suffix) for spelling in spellings for suffix in ("", ".gz")]
+        existing = [path for path in paths if path.is_file()]
+        if not existing:
+            return None
+        found.append(existing[0])
+    return found
+
+
+def _find(name: str, data_dir: Path) -> Path | None:
+    raw = Path(TORCHVISION[name], "raw")
+    # Files lying in data_dir itself bear no dataset's name: MNIST's and Fashion-MNIST's are called alike.
+    folders = [data_dir / raw, data_dir / name, data_dir]
+    if name in DEBIAN:
+        folders.append(DEBIAN[name])
+    return next((folder for folder in folders if _files_in(folder)), None)
+
+
+def _download(name: str, data_dir: Path) -> str:
+    """Fetch through torchvision; why it failed, in words, or an empty string."""
+    import torchvision
+
+    patience = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(10.0)
+        with _quiet():
+            getattr(torchvision.datasets, TORCHVISION[name])(str(data_dir), download=True)
+    except (OSError, RuntimeError) as error:
+        return f"downloading failed ({textwrap.shorten(str(error), 200, placeholder=' ...')})"
+    finally:
+        socket.setdefaulttimeout(patience)
+    return ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _missing(name: str, data_dir: Path, reason: str) -> str:
+    also = f" or {DEBIAN[name]} (Debian package dataset-fashion-mnist)" if name in DEBIAN else ""
+    here = [file for file in FILES if _spelled_in(data_dir, file)]
+    partly = f" Only {', '.join(here)} lie there now." if here else ""
+    return (f"no {name} in {data_dir}{also}, and {reason}. Put these four files, gzipped (.gz) or not, "
+            f"into {os.path.join(data_dir, name)}: {', '.join(FILES)}; "
+            f"or pass data_dir=, a folder that has them.{partly}")
+
+
+def _spelled_in(folder: Path, file: str) -> bool:
+    return any((folder / (stem + suffix)).is_file()
+               for stem in (file, file.replace("-idx", ".idx")) for suffix in ("", ".gz"))
