@@ -1,0 +1,92 @@
+"""Batches of whatever people hold their data in, on the right device, in a seeded order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch inside, and leave its random state outside as it was; None does nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class Batches:
+    """Minibatches, each a tuple of the programs' positional arguments.
+
+    Args:
+        data: A tensor (N, ...), a tuple of them, anything with ``len`` that an index
+            tensor turns into a batch, or an iterable of batches.
+        batch_size: B.
+        device: Where the batches go.
+        shuffle: A fresh order in every pass.
+    Raises:
+        ValueError: No data, tensors of different length, or nothing that can be batched.
+    Example:
+        >>> [len(x) for (x,) in Batches(torch.arange(5.0), 2, shuffle=False)]
+        [2, 2, 1]
+    """
+
+    def __init__(
+        self, data: Any, batch_size: int, device: torch.device | str | None = None, shuffle: bool = True
+    ) -> None:
+        self.device = device
+        self.shuffle = shuffle
+        self.batch_size = batch_size
+        self.columns: tuple[Any, ...] | None = None
+        self.loader: Iterable[Any] | None = None
+        if isinstance(data, tuple):
+            self.columns = data
+        elif isinstance(data, torch.utils.data.DataLoader) or not hasattr(data, "__getitem__"):
+            if not isinstance(data, Iterable) or isinstance(data, Iterator):
+                raise ValueError(
+                    f"got data of type {type(data).__name__}, wanted a tensor, a tuple of tensors, a dataset indexed "
+                    "by tensors, or an iterable of batches that can be run through again (not a generator)."
+                )
+            self.loader = data
+        else:
+            self.columns = (data,)
+        lengths = [len(column) for column in self.columns or ()]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"the data have different lengths, {lengths}; wanted one row each per datum.")
+        if lengths and lengths[0] == 0:
+            raise ValueError("the data are empty; wanted at least one datum.")
+        self.num_data = lengths[0] if lengths else None
+
+    def __len__(self) -> int:
+        if self.num_data is not None:
+            return -(-self.num_data // self.batch_size)
+        return len(self.loader) if hasattr(self.loader, "__len__") else sum(1 for _ in self)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        if self.columns is None:
+            assert self.loader is not None
+            for batch in self.loader:
+                yield self._placed(tuple(batch) if isinstance(batch, list | tuple) else (batch,))
+            return
+        assert self.num_data is not None
+        order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
+        for index in order.split(self.batch_size):
+            yield self._placed(tuple(column[index] for column in self.columns))
+
+    def first(self) -> tuple[Any, ...]:
+        """One batch, without touching the random state; [] data raise."""
+        with torch.random.fork_rng():
+            for batch in self:
+                return batch
+        raise ValueError("the data are empty; wanted at least one batch.")
+
+    def _placed(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.device is None:
+            return batch
+        return tuple(x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)

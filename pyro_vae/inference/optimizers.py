@@ -1,0 +1,114 @@
+"""One optimiser step for all parameters, behind Pyro's optimiser interface.
+
+``pyro.optim.PyroOptim`` keeps one torch optimiser per tensor, so that no fused kernel
+can run and clipping is per tensor. `Fused` keeps one for all, and ``pyro.infer.SVI``
+drives it just the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+Schedule: TypeAlias = Callable[[float], float]
+
+
+def constant(fraction: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def cosine(fraction: float) -> float:
+    """From 1 to 0 along half a cosine. Loshchilov and Hutter 2017, arXiv:1608.03983."""
+    return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
+
+
+def one_cycle(fraction: float, warm: float = 0.1) -> float:
+    """Linearly up to 1 in the first tenth, then to 0 along half a cosine.
+
+    Reference: Smith and Topin, Super-Convergence, 2018. arXiv:1708.07120
+    """
+    return (fraction + 1e-3) / (warm + 1e-3) if fraction < warm else cosine((fraction - warm) / (1 - warm))
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "one-cycle": one_cycle}
+
+
+class Fused(PyroOptim):
+    """One torch optimiser for all parameters, with a schedule and global clipping.
+
+    Args:
+        constructor: A torch optimiser class.
+        options: Its keyword arguments; ``fused=True`` is added where it is supported.
+        clip_norm: Upper limit of the joint gradient norm of all parameters.
+    Raises:
+        ValueError: A learning rate or clip_norm that is not positive.
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
+        >>> weight.grad = torch.tensor([4.0])
+        >>> Fused(torch.optim.SGD, {"lr": 1.0}, clip_norm=1.0)([weight])
+        >>> weight.data
+        tensor([2.0000])
+    """
+
+    def __init__(
+        self,
+        constructor: type[torch.optim.Optimizer] = torch.optim.Adam,
+        options: dict[str, Any] | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        options = {"lr": 1e-3} | (options or {})
+        if not options["lr"] > 0:
+            raise ValueError(f"the learning rate must be positive, got {options['lr']}.")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive or None, got {clip_norm}.")
+        super().__init__(constructor, options)
+        self.clip_norm = clip_norm
+        self.learning_rate: float = options["lr"]
+        self._known: set[Tensor] = set()
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Step all parameters that have a gradient; new ones join the optimiser."""
+        params = [p for p in params if p.grad is not None]
+        new = [p for p in params if p not in self._known]
+        if new:
+            self._known.update(new)
+            self._add(new)
+        if self._optimizer is None:
+            return
+        if self.clip_norm is not None:
+            self._clip(params)
+        self._optimizer.step()
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Scale the initial learning rate by a factor."""
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.learning_rate * factor
+
+    def get_state(self) -> dict[str, Any]:
+        """State of the torch optimiser."""
+        return {} if self._optimizer is None else self._optimizer.state_dict()
+
+    def _add(self, new: list[Tensor]) -> None:
+        if self._optimizer is not None:
+            self._optimizer.add_param_group({"params": new})
+            return
+        options = dict(self.pt_optim_args)
+        floating = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in new)
+        if floating and "fused" in self.pt_optim_constructor.__init__.__code__.co_varnames:
+            options.setdefault("fused", True)
+        self._optimizer = self.pt_optim_constructor(new, **options)
+
+    def _clip(self, params: list[Tensor]) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(grads))
+        # SVI hands over a set: sorted, the sum does not depend on its order.
+        total = torch.linalg.vector_norm(norms.sort().values)
+        torch._foreach_mul_(grads, (self.clip_norm / (total + 1e-6)).clamp(max=1.0))

@@ -1,0 +1,316 @@
+"""Fit any model/guide pair by stochastic variational inference."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.bounds import Bound, elbo
+from pyro_vae.inference.objectives import Objective, mean_bound
+from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
+from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.traces import Program, is_point_guide, sites
+
+
+@dataclass
+class History:
+    """What a fit did, one record per epoch.
+
+    Attributes:
+        records: Per epoch: ``epoch``, ``loss`` (what was minimised, nats per datum),
+            ``bound`` (the untempered bound on the training batches where it is known),
+            ``validation`` (where validation data were given), ``learning_rate``,
+            ``beta``, ``seconds`` since the start, ``images_per_second``.
+        best_epoch: The epoch whose weights were kept.
+        stopped_early: Patience ran out.
+        interrupted: Ctrl-C ended the fit; the weights are those of that moment.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int | None = None
+    stopped_early: bool = False
+    interrupted: bool = False
+
+    def __getitem__(self, column: str) -> list[Any]:
+        """One column over the epochs, such as history["loss"]."""
+        return [record.get(column) for record in self.records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    loss: Any = None,
+    epochs: int = 20,
+    batch_size: int = 128,
+    optimizer: PyroOptim | type[torch.optim.Optimizer] | None = None,
+    learning_rate: float = 1e-3,
+    schedule: str | Schedule = "constant",
+    clip_norm: float | None = None,
+    kl_warmup: int = 0,
+    validation: Any = None,
+    validation_bound: Bound | None = None,
+    patience: int | None = None,
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+    matmul_precision: str | None = None,
+    progress: bool | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> History:
+    """Fit a Pyro model/guide pair by ``pyro.infer.SVI``.
+
+    Minimises the loss over minibatches with one fused optimiser step for all
+    parameters. Works on any pair whose arguments are the batch: functions or modules,
+    whatever their attributes are called (see `pyro_vae.parameters`).
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x).
+        data: A tensor (N, ...); a tuple of them (the programs' positional arguments);
+            anything with ``len`` that an index tensor turns into a batch, such as a
+            `Split`; or an iterable of batches, such as a ``DataLoader``.
+        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given.
+        epochs: Passes through the data.
+        batch_size: B; an iterable of batches has its own.
+        optimizer: A torch optimiser class (Adam when not given), or a ``PyroOptim``,
+            which then owns learning rate, schedule and clipping.
+        learning_rate: Peak learning rate.
+        schedule: "constant", "cosine", "one-cycle", or a function of the fraction of
+            steps done that multiplies the learning rate.
+        clip_norm: Upper limit of the joint gradient norm.
+        kl_warmup: Epochs over which the weight of log q - log p(z) rises linearly to 1.
+        validation: Data of the same kind, scored after every epoch at fixed noise.
+        validation_bound: The bound to score them by (the `elbo`; `reconstruction` for
+            a point guide).
+        patience: Stop after this many epochs without a better validation bound, and
+            go back to the best weights.
+        device: Move modules and batches there; where the modules are when not given.
+        seed: Seed torch for the fit and restore its random state afterwards.
+        matmul_precision: For ``torch.set_float32_matmul_precision`` during the fit.
+        progress: Show a bar; None shows it on a terminal only.
+        callback: Called with each epoch's record.
+    Returns:
+        The history. The pair is trained in place and left in evaluation mode.
+    Raises:
+        ValueError: A bad option; empty data; a point guide under a bound; parameters
+            that Pyro cannot tell apart; nothing to train; a loss that is not finite.
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.zeros(()))
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(loc, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal((x + pyro.param("loc", torch.zeros(()))) / 2, 0.5**0.5))
+        >>> _ = fit(model, guide, torch.full((64,), 3.0), epochs=150, learning_rate=0.1, seed=0)
+        >>> abs(pyro.param("loc").item() - 3.0) < 0.1
+        True
+    """
+    loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
+    _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
+    modules = [p for p in (model, guide) if isinstance(p, nn.Module)]
+    for module in modules if device is not None else []:
+        module.to(device)
+    place = device if device is not None else device_of(model, guide)
+    batches = Batches(data, batch_size, place)
+    if not isinstance(optimizer, PyroOptim):
+        optimizer = Fused(optimizer or torch.optim.Adam, {"lr": learning_rate}, clip_norm)
+    rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    history, best = History(), _Best(modules)
+    with own_parameters(model, guide), seeded(seed), _matmul_precision(matmul_precision):
+        point = _check_pair(model, guide, batches.first(), loss)
+        validation_bound = validation_bound or (loss.bound if point else elbo)
+        stepper = _Stepper(model, guide, loss, optimizer, rate, epochs * len(batches), kl_warmup * len(batches))
+        started = time.perf_counter()
+        with tqdm(total=stepper.total, disable=None if progress is None else not progress, unit="batch") as bar:
+            try:
+                for epoch in range(1, epochs + 1):
+                    for module in modules:
+                        module.train()
+                    record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(batches, bar)
+                    if validation is not None:
+                        for module in modules:
+                            module.eval()
+                        record["validation"] = mean_bound(model, guide, validation, validation_bound, device=place)
+                    record["seconds"] = time.perf_counter() - started
+                    history.records.append(record)
+                    shown = {key: f"{record[key]:.2f}" for key in ("loss", "bound", "validation") if key in record}
+                    bar.set_postfix(epoch=epoch, **shown, images_per_s=f"{record['images_per_second']:,.0f}")
+                    if callback is not None:
+                        callback(record)
+                    # While the objective is tempered, a validation bound says nothing about the end.
+                    if patience is not None and stepper.beta() == 1:
+                        best.offer(record["validation"], epoch)
+                        if epoch - best.epoch >= patience:
+                            history.stopped_early = True
+                            break
+            except KeyboardInterrupt:
+                history.interrupted = True
+        if patience is not None and best.epoch and not history.interrupted:
+            best.restore()
+    for module in modules:
+        module.eval()
+    history.best_epoch = best.epoch or len(history)
+    return history
+
+
+class _Tempered(Messenger):
+    """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change."""
+
+    def __init__(self, weight: Callable[[], float]) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight()
+
+
+class _Stepper:
+    """The inner loop: SVI steps with the schedules of learning rate and beta."""
+
+    def __init__(
+        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, total: int, warmup: int
+    ) -> None:
+        self.loss, self.optimizer, self.rate, self.total, self.warmup = loss, optimizer, rate, total, warmup
+        self.steps = 0
+        if warmup and not isinstance(loss, Objective):
+            model, guide = _Tempered(self.beta)(model), _Tempered(self.beta)(guide)
+        self.svi = SVI(model, guide, optimizer, loss)
+
+    def beta(self) -> float:
+        return min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0
+
+    def epoch(self, batches: Batches, bar: tqdm) -> dict[str, Any]:
+        """One pass; its averages."""
+        started, summed, bound, count = time.perf_counter(), 0.0, torch.zeros(()), 0
+        tempered = self.beta() < 1
+        for batch in batches:
+            value = self._step(batch)
+            size = len(batch[0])
+            summed, count = summed + value, count + size
+            if isinstance(self.loss, Objective):
+                assert self.loss.last_bound is not None
+                bound = bound + self.loss.last_bound.cpu()
+            bar.update(1)
+            if self.steps % 20 == 0:
+                bar.set_postfix(loss=f"{value / size:.2f}", refresh=False)
+        record: dict[str, Any] = {"loss": summed / count}
+        if isinstance(self.loss, Objective):
+            record["bound"] = float(bound) / count
+        elif not tempered:
+            record["bound"] = -summed / count
+        if isinstance(self.optimizer, Fused):
+            record["learning_rate"] = self.optimizer.learning_rate * self.rate(self.steps / self.total)
+        seconds = time.perf_counter() - started
+        return record | {"beta": self.beta(), "images_per_second": count / seconds}
+
+    def _step(self, batch: tuple[Any, ...]) -> float:
+        if isinstance(self.optimizer, Fused):
+            self.optimizer.set_learning_rate(self.rate(self.steps / self.total))
+        if isinstance(self.loss, Objective) and self.warmup:
+            self.loss.beta = self.beta()
+        # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
+        with pyro.validation_enabled(self.steps == 0):
+            result = self.svi.step(*batch)
+        value = float(sum(result) if isinstance(result, tuple | list) else result)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss became {value} at step {self.steps}. Lower learning_rate, set clip_norm (100 is a mild "
+                "value), or look for a scale that collapses to zero."
+            )
+        self.steps += 1
+        return value
+
+
+class _Best:
+    """The best tensors so far: those of the modules and those of the param store."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.epoch = 0
+        self.value = -math.inf
+        self.copies: list[tuple[Tensor, Tensor]] = []
+
+    def offer(self, value: float, epoch: int) -> None:
+        if value > self.value or not self.epoch:
+            self.value, self.epoch = value, epoch
+            tensors = [t for m in self.modules for t in m.state_dict(keep_vars=True).values()]
+            tensors += [t for _, t in pyro.get_param_store().named_parameters()]
+            self.copies = [(t, t.detach().clone()) for t in tensors]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for tensor, copied in self.copies:
+                tensor.copy_(copied)
+
+
+@contextlib.contextmanager
+def _matmul_precision(name: str | None) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if name is not None:
+        torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _check_options(
+    loss: Any, epochs: int, batch_size: int, kl_warmup: int, patience: int | None, validation: Any, schedule: Any
+) -> None:
+    for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value}.")
+    if kl_warmup < 0 or kl_warmup >= epochs > 0 and kl_warmup:
+        raise ValueError(f"kl_warmup must lie in 0 .. epochs - 1 = {epochs - 1}, got {kl_warmup}.")
+    if isinstance(schedule, str) and schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}, wanted one of {', '.join(SCHEDULES)} or a function.")
+    if patience is not None and (patience < 1 or validation is None):
+        raise ValueError(f"patience (got {patience}) needs validation data, and must be a positive integer.")
+    if not hasattr(loss, "loss_and_grads"):
+        raise ValueError(f"got loss {loss!r}, wanted a Pyro ELBO such as Trace_ELBO(), or Objective(iwae, num_samples=50).")
+    temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+    if kl_warmup and not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
+        raise ValueError(f"kl_warmup tempers an ELBO, got {loss!r}. Leave kl_warmup at 0.")
+
+
+def _check_pair(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> bool:
+    """Refuse what would train in silence to a meaningless number; whether the guide is a point."""
+    point = is_point_guide(guide, *batch)
+    if point and not isinstance(loss, Objective):
+        raise ValueError(
+            f"the guide has a point site (Delta) without a density, so it has no ELBO, and {type(loss).__name__} does "
+            "not apply. Use loss=Objective(reconstruction), or Objective(map_estimate) for maximum a posteriori."
+        )
+    for name, site in sites(model, *batch).items():
+        base = getattr(site["fn"], "base_dist", site["fn"])
+        grey = isinstance(base, torch.distributions.Bernoulli) and bool(((site["value"] % 1) != 0).any())
+        if site["is_observed"] and grey:
+            warnings.warn(
+                f"site {name!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli "
+                "density: the ELBO is not comparable with any published one. Binarise the data.",
+                stacklevel=3,
+            )
+    return point

@@ -1,0 +1,1 @@
+"""Parts: networks, priors, likelihoods and posteriors, each returning a distribution."""

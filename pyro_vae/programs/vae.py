@@ -1,0 +1,253 @@
+"""A `Model` and a `Guide` held together, with what people expect of a VAE.
+
+Nothing in the package needs this class: it is a convenience over the two programs,
+and it can rebuild itself from a file without running code from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from pyro_vae.parts import posteriors
+from pyro_vae.parts.likelihoods import Bernoulli, Normal
+from pyro_vae.parts.networks import MLP, ConvDecoder, ConvEncoder
+from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.model import Model
+
+_METADATA = "pyro_vae.architecture"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a standard VAE is built of; plain data, saved beside the weights.
+
+    Attributes:
+        x_shape: Shape of one datum, such as (1, 28, 28).
+        latent_dim: D.
+        network: "mlp", "conv", or "linear" (no hidden layer).
+        hidden: Widths of the hidden layers of an mlp, from the data to the latent; the
+            decoder has them in reverse. For "conv" the channels.
+        activation: Name of the activation.
+        posterior: "diagonal", or "point" for a plain autoencoder.
+        likelihood: "bernoulli" or "normal".
+        scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
+    """
+
+    x_shape: tuple[int, ...]
+    latent_dim: int = 50
+    network: str = "mlp"
+    hidden: tuple[int, ...] = (400, 400)
+    activation: str = "silu"
+    posterior: str = "diagonal"
+    likelihood: str = "bernoulli"
+    scale: float | str = "learned"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x_shape", tuple(self.x_shape))
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if self.latent_dim < 1:
+            raise ValueError(f"latent_dim must be a positive integer, got {self.latent_dim}.")
+        for name, got, wanted in (
+            ("network", self.network, ("mlp", "conv", "linear")),
+            ("posterior", self.posterior, ("diagonal", "point")),
+            ("likelihood", self.likelihood, ("bernoulli", "normal")),
+        ):
+            if got not in wanted:
+                raise ValueError(f"unknown {name} {got!r}, wanted one of {', '.join(wanted)}.")
+        if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
+            raise ValueError(f"hidden must be one or more positive widths, got {self.hidden}.")
+
+    def encoder(self) -> nn.Module:
+        """Data to features."""
+        if self.network == "conv":
+            return ConvEncoder(self.x_shape, self.hidden, activation=self.activation)
+        return MLP(self.x_shape, self.hidden if self.network == "mlp" else (), None, self.activation)
+
+    def decoder(self) -> nn.Module:
+        """Latents to the parameters of the likelihood."""
+        copies = 2 if self.likelihood == "normal" and self.scale == "network" else 1
+        out_shape = (copies * self.x_shape[0], *self.x_shape[1:])
+        hidden = self.hidden[::-1] if self.network != "linear" else ()
+        if self.network == "conv":
+            return ConvDecoder(self.latent_dim, out_shape, hidden, activation=self.activation)
+        return MLP(self.latent_dim, hidden, out_shape, self.activation)
+
+    def model(self) -> Model:
+        """p(z) p(x | z) with new weights."""
+        if self.likelihood == "normal":
+            return Model(StandardNormal(self.latent_dim), Normal(self.decoder(), self.scale, self.x_shape))
+        return Model(StandardNormal(self.latent_dim), Bernoulli(self.decoder()))
+
+    def guide(self) -> Guide:
+        """q(z | x) with new weights."""
+        family = posteriors.Point if self.posterior == "point" else posteriors.DiagonalNormal
+        return Guide(family(self.encoder(), self.latent_dim))
+
+
+class VAE(nn.Module):
+    """A model p(z) p(x | z) and a guide q(z | x), with what people expect of the pair.
+
+    ``vae.model`` and ``vae.guide`` are ordinary Pyro programs: everything that takes a
+    pair takes them.
+
+    Args:
+        model: The generative model.
+        guide: The amortised posterior.
+        architecture: How the two were built, if by `VAE.build`; saved with the weights.
+    Example:
+        >>> vae = VAE.build((1, 8, 8), latent_dim=2, hidden=(32,))
+        >>> vae.sample(3).shape, vae.encode(torch.zeros(5, 1, 8, 8)).mean.shape
+        (torch.Size([3, 1, 8, 8]), torch.Size([5, 2]))
+    """
+
+    def __init__(self, model: Model, guide: Guide, architecture: Architecture | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.guide = guide
+        self.architecture = architecture
+
+    @classmethod
+    def build(cls, x_shape: Sequence[int], **options: Any) -> VAE:
+        """A standard VAE with new weights.
+
+        Args:
+            x_shape: Shape of one datum.
+            options: The other fields of `Architecture`.
+        Raises:
+            ValueError: An unknown option, or a value that it cannot have.
+        """
+        known = [field.name for field in fields(Architecture)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r}, wanted some of {', '.join(known[1:])}.")
+        architecture = Architecture(tuple(x_shape), **options)
+        return cls(architecture.model(), architecture.guide(), architecture)
+
+    def encode(self, x: Tensor) -> TorchDistribution:
+        """q(z | x): a distribution over the latent for each datum.
+
+        Args:
+            x: Data, (B, *x_shape).
+        Returns:
+            A distribution with batch_shape (B,).
+        """
+        return self.guide.posterior(x)
+
+    def decode(self, z: Tensor) -> TorchDistribution:
+        """p(x | z): a distribution over data for each latent.
+
+        Args:
+            z: Latents, (..., D).
+        Returns:
+            A distribution with batch_shape (...).
+        """
+        return self.model.likelihood(z)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x' | z] at z = E_q[z | x], (B, *x_shape)."""
+        return self.decode(posteriors.mean(self.encode(x))).mean
+
+    @torch.no_grad()
+    def sample(self, size: int = 1, *, pixels: str = "mean") -> Tensor:
+        """New data: z ~ p(z), then x from p(x | z).
+
+        Args:
+            size: How many.
+            pixels: "mean" for E[x | z], the picture people show; "draw" for a sample
+                of p(x), which is what the model claims.
+        Returns:
+            (size, *x_shape).
+        Raises:
+            ValueError: Another value of pixels.
+        """
+        if pixels not in ("mean", "draw"):
+            raise ValueError(f'got pixels={pixels!r}, wanted "mean" or "draw".')
+        given_z = self.decode(self.model.prior().expand([size]).sample())
+        return given_z.mean if pixels == "mean" else given_z.sample()
+
+    @torch.no_grad()
+    def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
+        """E[x | z] along straight lines between the posterior means of two batches.
+
+        Args:
+            start: Data, (B, *x_shape).
+            end: Data, (B, *x_shape).
+            steps: Points on each line, both ends included.
+        Returns:
+            (B, steps, *x_shape).
+        Raises:
+            ValueError: Fewer than two steps, or batches of different shape.
+        """
+        if steps < 2 or start.shape != end.shape:
+            raise ValueError(
+                f"got {steps} steps between data of shapes {tuple(start.shape)} and {tuple(end.shape)}, wanted at "
+                "least 2 steps and equal shapes."
+            )
+        a, b = (posteriors.mean(self.encode(x)).unsqueeze(1) for x in (start, end))
+        weight = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device).unsqueeze(-1)
+        return self.decode(a + (b - a) * weight).mean
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights (and architecture, where known) to a safetensors file, atomically."""
+        path = Path(path)
+        metadata = {_METADATA: json.dumps(asdict(self.architecture))} if self.architecture else {}
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            save_model(self, str(partial), metadata=metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VAE:
+        """Rebuild a VAE that `save` wrote. Reads tensors and JSON, never code.
+
+        Raises:
+            ValueError: No such file, not a safetensors file, or weights without an
+                architecture (those of your own parts: build the VAE, then `load_weights`).
+        """
+        text = _metadata(path).get(_METADATA)
+        if text is None:
+            raise ValueError(
+                f"{path} holds weights without an architecture. Build the VAE from your own parts, then call "
+                "vae.load_weights(path)."
+            )
+        options = json.loads(text)
+        vae = cls.build(options.pop("x_shape"), **options)
+        vae.load_weights(path)
+        return vae.eval()
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """Read weights into this VAE.
+
+        Raises:
+            ValueError: No such file, a corrupt one, or tensors that do not fit.
+        """
+        _metadata(path)
+        try:
+            load_model(self, str(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"the weights in {path} do not fit this VAE: {str(error).splitlines()[0]}") from error
+
+
+def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError as error:
+        raise ValueError(f"no such file: {path}.") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error

@@ -1,0 +1,339 @@
+"""Log densities read from Pyro programs: the ground on which everything else stands.
+
+A variational autoencoder is a pair of Pyro programs. The *model* writes p(x, z), the
+*guide* writes q(z | x). All that bounds, estimates and diagnostics need to know of
+them is one table: for K samples z_k ~ q(z | x) and B data,
+
+    log p(x, z_k)   and   log q(z_k | x)        each (K, B), in nats.
+
+This module is the only one that runs the programs and reads their traces. It finds
+the data plate (the one plate that all sites share), sums out inner plates, applies
+masks, and never drops a scale silently: a constant scale common to all sites, as
+subsampling gives, is handed on beside the table; any other is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.parameters import own_parameters
+from pyro_vae.sites import (
+    PARTICLES,
+    Frame,
+    common_scale,
+    data_frame,
+    depth,
+    is_point,
+    kind,
+    plates,
+    sample_sites,
+    site_log_prob,
+    site_value,
+)
+
+Program: TypeAlias = Callable[..., Any]
+
+
+class Particles(NamedTuple):
+    """K samples of the latents for each of B data, as log densities in nats.
+
+    Attributes:
+        log_likelihood: log p(x | z_k), (K, B), summed over observed sites.
+        log_prior: log p(z_k) per latent site, (K, B) each.
+        log_q: log q(z_k | x) per latent site, (K, B) each; none for point sites.
+        latents: The samples, (K, *plates, *event) each: (K, B, D) in a plain VAE.
+        scale: A constant scale common to all sites (N / B under subsampling). It
+            multiplies a bound per datum, outside any logsumexp.
+        points: Guide sites that are points (``Delta``) and carry no density.
+        fixed: Guide sites whose sampler is not reparameterised.
+    """
+
+    log_likelihood: Tensor
+    log_prior: dict[str, Tensor]
+    log_q: dict[str, Tensor]
+    latents: dict[str, Tensor]
+    scale: float = 1.0
+    points: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z_k), (K, B)."""
+        return functools.reduce(torch.add, self.log_prior.values(), self.log_likelihood)
+
+    @property
+    def log_weight(self) -> Tensor:
+        """log w_k = log p(x, z_k) - log q(z_k | x), (K, B).
+
+        Raises:
+            ValueError: The guide has a point site, so there is no q(z | x).
+        """
+        if self.points:
+            raise ValueError(
+                f"guide site {self.points[0]!r} is a point (Delta) without a density: it has no ELBO, no "
+                "importance weights and no log p(x) estimate. Train it with Objective(reconstruction), "
+                "or give the site a distribution such as Guide(DiagonalNormal(...))."
+            )
+        return functools.reduce(torch.sub, self.log_q.values(), self.log_joint)
+
+
+class Simulation(NamedTuple):
+    """A draw from a model: its latent and its observed sites, by name."""
+
+    latents: dict[str, Tensor]
+    observations: dict[str, Tensor]
+
+
+def particles(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_samples: int = 1,
+    vectorize: bool | None = None,
+    max_plate_nesting: int | None = None,
+    **kwargs: Any,
+) -> Particles:
+    """Draw z_1, ..., z_K ~ q(z | x) and score them under model and guide.
+
+    All K are drawn in one pass under a particle plate where the pair broadcasts over
+    leading dimensions, one by one where it does not (a warning says so once).
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x).
+        args: What both take, usually the batch.
+        num_samples: K.
+        vectorize: True or False to insist; None to try.
+        max_plate_nesting: Depth of the pair's plates; None runs the pair once to see
+            (without touching the random state).
+        kwargs: Keyword arguments that both take.
+    Returns:
+        The table of log densities, each (K, B).
+    Raises:
+        ValueError: No plate is shared by all sites; a latent lies outside it; model
+            and guide disagree on the latents; a batch dimension belongs to no plate;
+            the sites carry different scales.
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> weights = particles(model, guide, torch.zeros(2), num_samples=3).log_weight
+        >>> torch.allclose(weights, dist.Normal(0.0, 2**0.5).log_prob(torch.zeros(3, 2)))
+        True
+    """
+    with own_parameters(model, guide):
+        return draw(model, guide, args, kwargs, num_samples, vectorize, max_plate_nesting)
+
+
+def draw(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int = 1,
+    vectorize: bool | None = None,
+    max_plate_nesting: int | None = None,
+) -> Particles:
+    """As `particles`, leaving parameters to the surrounding handlers (for Pyro's ELBOs)."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
+    if num_samples == 1:
+        return _one_pass(model, guide, args, kwargs, 1, 0)
+    if vectorize is not False:
+        if max_plate_nesting is None:
+            max_plate_nesting = plate_nesting(model, guide, *args, **kwargs)
+        try:
+            return _one_pass(model, guide, args, kwargs, num_samples, max_plate_nesting)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            if vectorize:
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    singles = [_one_pass(model, guide, args, kwargs, 1, 0) for _ in range(num_samples)]
+    if vectorize is None:
+        warnings.warn(
+            f"drawing {num_samples} samples one by one, since the pair does not broadcast over a leading "
+            f"dimension ({reason}). Write networks and programs for (..., D) instead of (B, D), "
+            "or pass vectorize=False to silence this.",
+            stacklevel=3,
+        )
+    return _stack(singles)
+
+
+def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """log p(x, z_k) of given latents.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        latents: Values per latent site, (K, *plates, *event), as `Particles.latents`.
+        args: What the model takes.
+        kwargs: Keyword arguments that the model takes.
+    Returns:
+        Log densities in nats, (K, B).
+    Raises:
+        ValueError: A latent site has no value.
+    """
+    with own_parameters(model):
+        trace, frame = _replayed(model, latents, args, kwargs)
+        return sum((site_log_prob(site, frame) for site in sample_sites(trace)), torch.zeros(()))
+
+
+def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """log q(z_k | x) of given latents, also of samples that the guide did not draw.
+
+    Args:
+        guide: A Pyro program for q(z | x).
+        latents: Values per latent site, (K, *plates, *event), as `Particles.latents`.
+        args: What the guide takes.
+        kwargs: Keyword arguments that the guide takes.
+    Returns:
+        Log densities in nats, (K, B).
+    Raises:
+        ValueError: A latent has no value, the guide has a point site, or its
+            distribution cannot score a sample that it did not draw.
+    """
+    with own_parameters(guide):
+        trace, frame = _replayed(guide, latents, args, kwargs)
+        total = torch.zeros(())
+        for site in sample_sites(trace):
+            if is_point(site["fn"]):
+                raise ValueError(f"guide site {site['name']!r} is a point (Delta) without a density.")
+            try:
+                total = total + site_log_prob(site, frame)
+            except (KeyError, NotImplementedError) as error:
+                raise ValueError(
+                    f"guide site {site['name']!r} ({kind(site['fn'])}) cannot score a sample that it did not "
+                    "draw: its transform has no inverse. Use particles(), which scores as it draws."
+                ) from error
+        return total
+
+
+def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
+    """Draw latents and data from a model, whatever it was observing.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        args: What the model takes (a batch serves for its shape only).
+        kwargs: Keyword arguments, such as size=100 for `Model`.
+    Returns:
+        The latent and the observed sites.
+    """
+    with own_parameters(model), torch.no_grad():
+        observed = poutine.trace(model).get_trace(*args, **kwargs)
+        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+    # Run as a prior, a model that takes no data says which site is the data by its name.
+    data = [s["name"] for s in sample_sites(observed) if s["is_observed"]] or [sample_sites(observed)[-1]["name"]]
+    values = {site["name"]: site["value"] for site in sample_sites(trace)}
+    return Simulation(
+        {name: value for name, value in values.items() if name not in data},
+        {name: value for name, value in values.items() if name in data},
+    )
+
+
+def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
+    """How many batch dimensions the pair's plates occupy, without touching the random state."""
+    with torch.random.fork_rng(), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    return max(depth(guide_trace), depth(model_trace))
+
+
+def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The sample sites of a program by name, as Pyro's trace holds them, from one run."""
+    with own_parameters(program), torch.random.fork_rng(), torch.no_grad():
+        return {site["name"]: site for site in sample_sites(poutine.trace(program).get_trace(*args, **kwargs))}
+
+
+def is_point_guide(guide: Program, *args: Any, **kwargs: Any) -> bool:
+    """Whether a guide has a point site (``Delta``) without a density."""
+    return any(is_point(site["fn"]) for site in sites(guide, *args, **kwargs).values())
+
+
+def _one_pass(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int, nesting: int
+) -> Particles:
+    if num_samples > 1:
+        plate = functools.partial(pyro.plate, PARTICLES, num_samples, dim=-1 - nesting)
+        guide, model = plate()(guide), plate()(model)
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    latent = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
+    drawn = {s["name"]: s for s in sample_sites(guide_trace)}
+    missing = [name for name in latent if name not in drawn]
+    if missing:
+        raise ValueError(
+            f"latent site {missing[0]!r} of the model has no counterpart in the guide, which has {list(drawn)}."
+        )
+    unmatched = [site for name, site in drawn.items() if name not in latent and not site["is_observed"]]
+    extra = [site["name"] for site in unmatched if not site["infer"].get("is_auxiliary")]
+    if extra:
+        raise ValueError(
+            f"guide site {extra[0]!r} has no counterpart among the model's latent sites, {list(latent)}. "
+            'Rename it, or mark it infer={"is_auxiliary": True}.'
+        )
+    frame = data_frame([guide_trace, model_trace], num_samples, nesting)
+    points = tuple(name for name, site in drawn.items() if is_point(site["fn"]))
+    observed = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["is_observed"]]
+    zero = torch.zeros((num_samples, frame.data_size))
+    return Particles(
+        log_likelihood=functools.reduce(torch.add, observed) if observed else zero,
+        log_prior={name: site_log_prob(site, frame) for name, site in latent.items()},
+        log_q={name: site_log_prob(site, frame) for name, site in drawn.items() if name not in points},
+        latents={name: site_value(site, frame) for name, site in drawn.items()},
+        scale=common_scale([guide_trace, model_trace]),
+        points=points,
+        fixed=tuple(name for name, site in drawn.items() if not getattr(site["fn"], "has_rsample", False)),
+    )
+
+
+def _stack(singles: list[Particles]) -> Particles:
+    def joined(field: str) -> dict[str, Tensor]:
+        return {name: torch.cat([getattr(p, field)[name] for p in singles]) for name in getattr(singles[0], field)}
+
+    return singles[0]._replace(
+        log_likelihood=torch.cat([p.log_likelihood for p in singles]),
+        log_prior=joined("log_prior"),
+        log_q=joined("log_q"),
+        latents=joined("latents"),
+    )
+
+
+def _replayed(
+    program: Program, latents: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Trace, Frame]:
+    """Run a program at given latents, under a particle plate where there is more than one sample."""
+    with torch.random.fork_rng(), torch.no_grad():
+        plain = poutine.trace(program).get_trace(*args, **kwargs)
+    nesting, wanted = depth(plain), [s for s in sample_sites(plain) if not s["is_observed"]]
+    missing = [s["name"] for s in wanted if s["name"] not in latents]
+    if missing:
+        raise ValueError(f"no value for latent site {missing[0]!r}; got values for {list(latents)}.")
+    num_samples = len(latents[wanted[0]["name"]]) if wanted else 1
+    given = Trace()
+    for site in wanted:
+        value = latents[site["name"]]
+        deepest = max((-dim for dim in plates(site)), default=0)
+        filler = (1,) * (nesting - deepest) if num_samples > 1 else ()
+        head = (num_samples,) if num_samples > 1 else ()
+        given.add_node(
+            site["name"], name=site["name"], type="sample", is_observed=False, infer={},
+            value=value.reshape(head + filler + tuple(value.shape[1:])),
+        )  # fmt: skip
+    plate = pyro.plate(PARTICLES, num_samples, dim=-1 - nesting) if num_samples > 1 else contextlib.nullcontext()
+    with plate:
+        trace = poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
+    return trace, data_frame([trace], num_samples, nesting)
