@@ -1,0 +1,48 @@
+"""Fit, swap and judge variational autoencoders written as Pyro programs.
+
+    model, guide    plain Pyro programs for p(z) p(x | z) and q(z | x)
+    fit             optimises any such pair by stochastic variational inference
+    log_likelihood  says how good the result is, with errors
+
+All quantities are in nats; bounds and estimates go up, losses go down.
+"""
+
+from pyro_vae.data.datasets import load
+from pyro_vae.inference.bounds import elbo, iwae, map_estimate, reconstruction
+from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.training import History, fit
+from pyro_vae.judging.anomalies import anomaly_scores
+from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.latents import active_units
+from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.model import Model
+from pyro_vae.programs.vae import VAE
+from pyro_vae.programs.zoo import autoencoder
+from pyro_vae.traces import Particles, log_joint, log_q, particles, simulate
+from pyro_vae.version import __version__
+
+__all__ = [
+    "VAE",
+    "Estimate",
+    "Guide",
+    "History",
+    "Model",
+    "Objective",
+    "Particles",
+    "__version__",
+    "active_units",
+    "anomaly_scores",
+    "autoencoder",
+    "elbo",
+    "elbo_terms",
+    "fit",
+    "iwae",
+    "load",
+    "log_joint",
+    "log_likelihood",
+    "log_q",
+    "map_estimate",
+    "particles",
+    "reconstruction",
+    "simulate",
+]

@@ -290,7 +290,9 @@ def _check_options(
     if patience is not None and (patience < 1 or validation is None):
         raise ValueError(f"patience (got {patience}) needs validation data, and must be a positive integer.")
     if not hasattr(loss, "loss_and_grads"):
-        raise ValueError(f"got loss {loss!r}, wanted a Pyro ELBO such as Trace_ELBO(), or Objective(iwae, num_samples=50).")
+        raise ValueError(
+            f"got loss {loss!r}, wanted a Pyro ELBO such as Trace_ELBO(), or Objective(iwae, num_samples=50)."
+        )
     temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
     if kl_warmup and not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
         raise ValueError(f"kl_warmup tempers an ELBO, got {loss!r}. Leave kl_warmup at 0.")
