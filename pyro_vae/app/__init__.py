@@ -1,0 +1,1 @@
+"""The outside world: the command, run folders, pictures and reports."""

@@ -1,0 +1,279 @@
+"""The command `pyro-vae`.
+
+Nothing heavy is imported before a command runs, so that ``--help`` is quick. Every
+error that the user can mend is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER
+from pyro_vae.app.groups import GroupedCommand, GroupedOption
+from pyro_vae.version import __version__
+
+PROGRAM = "pyro-vae"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; those of the process if omitted.
+    Returns:
+        The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+    """
+    try:
+        with _warnings_as_lines():
+            code = commands.main(args=None if argv is None else list(argv), prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo(f"{PROGRAM}: interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (| head): nothing is left to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except click.ClickException as error:
+        return _failed(_message(error))
+    except (ValueError, OSError, MemoryError) as error:
+        if os.environ.get("PYRO_VAE_DEBUG") == "1":
+            raise
+        return _failed(str(error) or type(error).__name__)
+
+
+def _failed(message: str) -> int:
+    click.echo(f"{PROGRAM}: error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _message(error: click.ClickException) -> str:
+    text = error.format_message()
+    text = text[:1].lower() + text[1:]
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        text = f"{text.rstrip('.?') + ('?' if text.endswith('?') else '.')} Try '{context.command_path} --help'."
+    return text
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning):
+            click.echo(f"{PROGRAM}: warning: {' '.join(str(message).split())}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+@click.group(
+    epilog="Start with 'pyro-vae fit': the digits, in under a minute. PYRO_VAE_DEBUG=1 shows tracebacks.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
+def commands() -> None:
+    """Fit, look at and judge variational autoencoders written as Pyro programs."""
+
+
+def _epilog() -> str:
+    rows = [f"{'data':16} {'network':19} {'D':>3} {'likelihood':10} {'epochs':>6} {'batch':>5} {'rate':>6}"]
+    for row in [*DATASETS.values(), OTHER]:
+        network = " ".join([row.network, ",".join(map(str, row.hidden))]).strip()
+        rows.append(
+            f"{row.data[:16]:16} {network:19} {row.latent_dim:3} {row.likelihood or 'by data':10} {row.epochs:6} "
+            f"{row.batch_size:5} {row.learning_rate:6g}"
+        )
+    return "\b\nDefaults by dataset:\n" + "\n".join("  " + row for row in rows)
+
+
+def _choice(name: str) -> str:
+    return "[" + "|".join(CHOICES[name]) + "]"
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _option(group: str, name: str, metavar: str, text: str, kind: Any = str, **more: Any) -> Decorator:
+    return click.option(name, cls=GroupedOption, group=group, metavar=metavar, help=text, type=kind, **more)
+
+
+def _options(*decorators: Decorator) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+_FIT = _options(
+    _option("Data", "--data", "NAME|PATH", f"{', '.join(DATASETS)}, a folder of images, or a .npy or .npz file. "
+            "[default: digits]"),
+    _option("Data", "--data-dir", "DIR", "Where the files of a named dataset lie. [default: $PYRO_VAE_DATA or "
+            "~/.cache/pyro_vae]"),
+    _option("Data", "--binarization", _choice("binarization"), "How grey levels become zeros and ones: drawn afresh each "
+            "time, once, cut at one half, or not at all. [default: by dataset]"),
+    click.option("--dequantize/--no-dequantize", cls=GroupedOption, group="Data", default=None,
+                 help="Spread 8-bit levels by uniform noise, for a normal likelihood. [default: by dataset]"),
+    _option("Data", "--image-size", "N", "Scale images to N x N.", int),
+    _option("Data", "--crop", "N", "Cut out the centred N x N square first.", int),
+    _option("Data", "--channels", "[1|3]", "Make images grey or colour.", int),
+    _option("Data", "--limit", "N", "Train on the first N images only.", int),
+    _option("Model", "--network", _choice("network"), "Fully connected, convolutional, or no hidden layer."),
+    _option("Model", "--hidden", "N,N,...", "Widths (mlp) or channels (conv) from the data to the latent."),
+    _option("Model", "--activation", _choice("activation"), "[default: silu]"),
+    _option("Model", "--latent-dim", "D", "Number of latent dimensions.", int),
+    _option("Model", "--posterior", _choice("posterior"), "diagonal: N(mu(x), diag sigma(x)^2); point: a plain "
+            "autoencoder, which has no ELBO and no log p(x). [default: diagonal]"),
+    _option("Model", "--likelihood", _choice("likelihood"), "For binary or for continuous pixels."),
+    _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, one for "
+            "each pixel, or a function of z. [default: learned]"),
+    _option("Training", "--bound", _choice("bound"), "What is maximised. [default: elbo]"),
+    _option("Training", "--num-samples", "K", "Samples in the bound. [default: 1; with iwae 50]", int),
+    _option("Training", "--epochs", "N", "Passes through the data.", int),
+    _option("Training", "--batch-size", "B", "Images in a step.", int),
+    _option("Training", "--learning-rate", "RATE", "Peak learning rate of Adam.", float),
+    _option("Training", "--schedule", _choice("schedule"), "Of the learning rate. [default: one-cycle]"),
+    _option("Training", "--clip-norm", "X", "Upper limit of the gradient norm; 0 for none.", float),
+    _option("Training", "--kl-warmup", "N", "Epochs over which the weight of the KL rises to 1. [default: 0]", int),
+    _option("Training", "--patience", "N", "Stop after N epochs without a better validation bound, and keep the best "
+            "weights; 0 for never. [default: 0]", int),
+    _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),
+    _option("Training", "--device", "NAME", "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one. [default: auto]"),
+    _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs. "
+            "[default: highest]"),
+    _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image for log p(x). [default: 5000]", int),
+    _option("Evaluation", "--evaluation-images", "N", "Evaluate on the first N test images. [default: all]", int),
+    _option("Run", "--out", "RUN", "Run folder to make. [default: runs/<data>-<n>]"),
+    _option("Run", "--config", "FILE", "Read options from YAML or JSON, such as a run's config.json; the command line "
+            "wins.", click.Path(path_type=Path)),
+    click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),
+)  # fmt: skip
+
+
+@commands.command(cls=GroupedCommand, epilog=_epilog())
+@_FIT
+def fit(config: Path | None, **given: Any) -> int:
+    """Fit a VAE to images, judge it on test data, and write a run folder.
+
+    The folder holds config.json, summary.json, metrics.jsonl, weights.safetensors and
+    figures. It appears when all is written; Ctrl-C keeps what was trained so far.
+
+    \b
+    Examples:
+      pyro-vae fit
+      pyro-vae fit --data mnist --data-dir ~/mnist --out runs/mnist
+      pyro-vae fit --data photos/ --image-size 32 --latent-dim 64
+      pyro-vae fit --config runs/mnist/config.json --seed 1
+    """
+    from pyro_vae.app.configuration import convert, read_config
+    from pyro_vae.app.defaults import option, resolve
+    from pyro_vae.app.runs import free_path, refuse_existing
+
+    told = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
+    values = (read_config(config) if config is not None else {}) | told
+    out, quiet = values.pop("out", None), values.pop("quiet", False)
+    options = resolve(values)
+    path = Path(out).expanduser() if out is not None else free_path(options.data)
+    refuse_existing(path)
+
+    from pyro_vae.app.fitting import fit_run
+    from pyro_vae.app.report import show
+
+    summary = fit_run(options, path, progress=False if quiet else None, say=_say(quiet))
+    if not quiet:
+        show(summary, path)
+    if summary["interrupted"]:
+        click.echo(f"{PROGRAM}: interrupted: what was trained so far is in {path}", err=True)
+        return 130
+    return 0
+
+
+_run = click.argument("run", type=click.Path(path_type=Path))
+_data_dir = click.option("--data-dir", metavar="DIR", help="Where the data lie now. [default: where they were]")
+_device = click.option("--device", metavar="NAME", default="auto", help="[default: auto]")
+_seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[default: the run's own]")
+
+
+@commands.command()
+@_run
+@click.option("--evaluation-samples", "-K", metavar="K", type=click.IntRange(2), help="[default: the run's own]")
+@click.option("--evaluation-images", metavar="N", type=click.IntRange(2), help="[default: the run's own]")
+@_seed
+@_data_dir
+@_device
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Write the JSON to a file too.")
+def evaluate(**options: Any) -> None:
+    """Judge a run again: other samples, images or seed. The run folder stays as it is."""
+    from pyro_vae.app.commands import evaluate_run
+
+    evaluate_run(**options)
+
+
+@commands.command()
+@_run
+@click.option("-n", "--number", metavar="N", type=click.IntRange(1, 10_000), default=64, help="[default: 64]")
+@click.option("--pixels", type=click.Choice(["mean", "draw"]), default="mean", help="E[x | z], or a draw from p(x | z). "
+              "[default: mean]")  # fmt: skip
+@click.option("--out", metavar="FILE|DIR", type=click.Path(path_type=Path), help="A .png of all, a .npy array, or a folder "
+              "for one PNG each. [default: RUN/figures/samples-<n>-seed<seed>.png]")  # fmt: skip
+@_seed
+def sample(**options: Any) -> None:
+    """Draw new data from a run's model."""
+    from pyro_vae.app.commands import sample_run
+
+    sample_run(**options)
+
+
+@commands.command()
+@_run
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="[default: reconstructions.png]")
+@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), default=1000, help="Importance samples per image. "
+              "[default: 1000]")  # fmt: skip
+@_seed
+def reconstruct(**options: Any) -> None:
+    """Reconstruct image files, scaled and coloured as the run's data, and score them."""
+    from pyro_vae.app.commands import reconstruct_images
+
+    reconstruct_images(**options)
+
+
+@commands.command()
+@_run
+@click.option("--score", type=click.Choice(["log-likelihood", "reconstruction"]), help="[default: log-likelihood; "
+              "reconstruction for an autoencoder]")  # fmt: skip
+@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples per image. [default: 100]")
+@click.option("--top", metavar="N", type=click.IntRange(1, 1000), default=16, help="How many to show. [default: 16]")
+@click.option("--outliers", metavar="NAME|PATH", help="Data that should score higher; gives the ROC-AUC.")
+@click.option("--outliers-dir", metavar="DIR", help="Where the files of a named outlier set lie.")
+@click.option("--fit-outliers", is_flag=True, help="Crop and scale outlier images to the run's shape.")
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Write all scores as CSV.")
+@click.option("--picture", metavar="FILE", type=click.Path(path_type=Path), help="[default: RUN/figures/anomalies.png]")
+@_data_dir
+@_seed
+@_device
+def anomalies(**options: Any) -> None:
+    """Rank a run's test data from strange to ordinary, by log p(x) or by reconstruction error."""
+    from pyro_vae.app.commands import rank_anomalies
+
+    rank_anomalies(**options)
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda _: None) if quiet else lambda text: click.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

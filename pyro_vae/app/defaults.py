@@ -1,0 +1,233 @@
+"""What `pyro-vae fit` can be told, and what it does for each dataset when it is not told.
+
+`FitOptions` is the complete configuration of a run; `resolve` makes one from what the
+user gave and the table of the dataset. This module imports nothing heavy, so that
+``pyro-vae fit --help`` can show the table at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": ("constant", "cosine", "one-cycle"),
+    "network": ("mlp", "conv", "linear"),
+    "activation": ("silu", "relu", "gelu", "elu", "tanh", "softplus"),
+    "posterior": ("diagonal", "point"),
+    "likelihood": ("bernoulli", "normal"),
+    "bound": ("elbo", "iwae"),
+    "binarization": ("dynamic", "static", "threshold", "none"),
+    "matmul_precision": ("highest", "high", "medium"),
+}
+SCALES = ("learned", "per-pixel", "network")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The configuration of a run: plain data, one field for each option of the command.
+
+    A field that is None after `resolve` is really none (no clipping, no limit, the
+    whole test set); `likelihood`, `binarization` and the framing of data given by a
+    path are settled when the data have been read.
+
+    Attributes:
+        data: Name of a dataset, or a path.
+        data_dir: Where the files of a named dataset lie.
+        binarization: How grey levels become data; the dataset's own if None.
+        dequantize: Whether grey levels get uniform noise; the dataset's own if None.
+        image_size: Side of the square that images are scaled to.
+        crop: Side of the centred square cut out first.
+        channels: 1 for grey, 3 for colour.
+        limit: Train on the first so many data only.
+        network: "mlp", "conv" or "linear".
+        hidden: Widths (mlp) or channels (conv), from the data to the latent.
+        activation: Name of the activation.
+        latent_dim: D.
+        posterior: "diagonal", or "point" for a plain autoencoder.
+        likelihood: "bernoulli" or "normal"; by the data if None.
+        scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
+        bound: "elbo" or "iwae".
+        num_samples: K of the training bound.
+        epochs: Passes through the data.
+        batch_size: B.
+        learning_rate: Peak learning rate.
+        schedule: "constant", "cosine" or "one-cycle".
+        clip_norm: Upper limit of the joint gradient norm.
+        kl_warmup: Epochs over which the weight of the KL rises to 1.
+        patience: Epochs without a better validation bound after which to stop.
+        seed: Of weights, batches, noise and evaluation.
+        device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes the first GPU, if any.
+        matmul_precision: For ``torch.set_float32_matmul_precision`` while training.
+        evaluation_samples: K of the importance-sampling estimate of log p(x).
+        evaluation_images: Evaluate on the first so many test data only.
+    """
+
+    data: str = "digits"
+    data_dir: str | None = None
+    binarization: str | None = None
+    dequantize: bool | None = None
+    image_size: int | None = None
+    crop: int | None = None
+    channels: int | None = None
+    limit: int | None = None
+    network: str = "mlp"
+    hidden: tuple[int, ...] = (400, 400)
+    activation: str = "silu"
+    latent_dim: int = 32
+    posterior: str = "diagonal"
+    likelihood: str | None = None
+    scale: float | str = "learned"
+    bound: str = "elbo"
+    num_samples: int = 1
+    epochs: int = 100
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    schedule: str = "one-cycle"
+    clip_norm: float | None = None
+    kl_warmup: int = 0
+    patience: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    matmul_precision: str = "highest"
+    evaluation_samples: int = 5000
+    evaluation_images: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(
+                    f"got {option(name)} {value!r}, wanted one of {', '.join(choices)}." + did_you_mean(value, choices)
+                )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not (value >= least and math.isfinite(value)):
+                raise ValueError(f"got {option(name)} {value}, wanted a number >= {least}.")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"got {option('learning_rate')} {self.learning_rate}, wanted a number > 0.")
+        if self.seed >= 2**63:
+            raise ValueError(f"got --seed {self.seed}, wanted a number below 2^63.")
+        if isinstance(self.scale, str) and self.scale not in SCALES or not isinstance(self.scale, str) and not (
+            self.scale > 0 and math.isfinite(self.scale)
+        ):  # fmt: skip
+            raise ValueError(f"got --scale {self.scale}, wanted a number > 0 or one of {', '.join(SCALES)}.")
+        if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
+            raise ValueError(f"got --hidden {','.join(map(str, self.hidden))!r}, wanted positive widths such as 400,400.")
+        if self.posterior == "point" and (self.bound != "elbo" or self.num_samples > 1):
+            raise ValueError(
+                f"got --posterior point with --bound {self.bound} of {self.num_samples} samples: a plain autoencoder has "
+                "no bound, and a point is one sample. Leave --bound and --num-samples out."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, to be written and given back by ``--config``."""
+        return asdict(self) | {"hidden": list(self.hidden)}
+
+
+_LEAST = {
+    "image_size": 1, "crop": 1, "channels": 1, "limit": 1, "latent_dim": 1, "num_samples": 1, "epochs": 1,
+    "batch_size": 1, "clip_norm": 0, "kl_warmup": 0, "patience": 1, "seed": 0, "evaluation_samples": 2,
+    "evaluation_images": 2,
+}  # fmt: skip
+
+HIDDEN: dict[str, tuple[int, ...]] = {"mlp": (400, 400), "conv": (32, 64, 128), "linear": ()}
+
+DATASETS: dict[str, FitOptions] = {
+    "digits": FitOptions(
+        "digits", hidden=(256, 128), latent_dim=10, epochs=300, batch_size=64, learning_rate=2e-3, likelihood="bernoulli"
+    ),
+    "mnist": FitOptions(
+        "mnist", latent_dim=50, epochs=300, batch_size=256, learning_rate=2e-3, likelihood="bernoulli"
+    ),
+    "fashion-mnist": FitOptions(
+        "fashion-mnist", latent_dim=50, epochs=300, batch_size=256, learning_rate=2e-3, likelihood="bernoulli"
+    ),
+    "frey": FitOptions(
+        "frey", hidden=(400, 200), latent_dim=20, epochs=300, batch_size=64, likelihood="normal", clip_norm=1e4
+    ),
+    "celeba": FitOptions(
+        "celeba", network="conv", hidden=(32, 64, 128, 256), latent_dim=128, epochs=30, batch_size=128,
+        likelihood="normal", clip_norm=1e5,
+    ),
+    "linear-gaussian": FitOptions(
+        "linear-gaussian", network="linear", hidden=(), latent_dim=4, epochs=60, batch_size=100, learning_rate=5e-3,
+        likelihood="normal",
+    ),
+}  # fmt: skip
+OTHER = FitOptions("a folder or a file", clip_norm=1e5)
+
+
+def resolve(given: Mapping[str, Any]) -> FitOptions:
+    """The configuration that follows from what the user gave.
+
+    Args:
+        given: Values by field name; what is missing comes from the dataset's row.
+    Returns:
+        A configuration that `resolve` maps to itself.
+    Raises:
+        ValueError: An unknown option, or a value that it cannot have.
+    Example:
+        >>> resolve({"data": "mnist"}).latent_dim, resolve({"network": "conv"}).hidden
+        (50, (32, 64, 128))
+    """
+    known = [field.name for field in fields(FitOptions)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"got the option {name!r}, wanted one of {', '.join(known)}." + did_you_mean(name, known))
+    data = str(given.get("data", "digits"))
+    row = DATASETS.get(data, OTHER)
+    values = vars(row) | {"data": data} | dict(given)
+    if "network" in given and "hidden" not in given and given["network"] != row.network:
+        values["hidden"] = HIDDEN.get(given["network"], ())
+    if values["network"] == "linear":
+        values["hidden"] = ()
+    if values["bound"] == "iwae" and "num_samples" not in given:
+        values["num_samples"] = 50
+    for name in ("clip_norm", "patience"):
+        values[name] = values[name] or None  # 0 turns it off
+    if data not in DATASETS and Path(data).expanduser().exists():
+        values["data"] = str(Path(data).expanduser().absolute())
+    if values["data_dir"] is not None:
+        values["data_dir"] = str(Path(values["data_dir"]).expanduser().absolute())
+    values |= _binarization(data, given, values["likelihood"])
+    return FitOptions(**values)
+
+
+def _binarization(data: str, given: Mapping[str, Any], likelihood: str | None) -> dict[str, Any]:
+    """The data that a likelihood is a likelihood of: binary for a Bernoulli, continuous for a normal."""
+    wanted, dequantize = given.get("binarization"), given.get("dequantize")
+    if likelihood == "normal" and wanted in ("dynamic", "static", "threshold"):
+        raise ValueError(
+            f"got --likelihood normal with --binarization {wanted}: a density of zeros and ones has no upper limit. "
+            "Use --likelihood bernoulli, or --binarization none."
+        )
+    if wanted is not None or dequantize is not None:
+        return {}
+    if likelihood == "normal" and data in ("digits", "mnist", "fashion-mnist"):
+        return {"binarization": "none", "dequantize": True}
+    if likelihood == "bernoulli" and data in ("frey", "celeba"):
+        return {"binarization": "dynamic"}
+    return {}
+
+
+def option(name: str) -> str:
+    """A field as the user types it.
+
+    Example:
+        >>> option("batch_size")
+        '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def did_you_mean(got: object, known: Sequence[str]) -> str:
+    """A hint at the nearest known word, or nothing."""
+    close = difflib.get_close_matches(str(got).lower().replace("-", "_"), [k.replace("-", "_") for k in known], n=1)
+    names = {k.replace("-", "_"): k for k in known}
+    return f" Did you mean {names[close[0]]!r}?" if close else ""

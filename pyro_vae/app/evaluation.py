@@ -1,0 +1,156 @@
+"""The numbers of a fitted pair on test data, as one flat mapping with its protocol."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any
+
+import pyro
+import torch
+
+from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
+from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.bounds import reconstruction
+from pyro_vae.inference.objectives import mean_bound
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.latents import active_units
+from pyro_vae.parts.likelihoods import Normal
+from pyro_vae.programs.vae import VAE
+from pyro_vae.version import __version__
+
+ELBO_SAMPLES = 100
+
+
+def test_data(dataset: Dataset, seed: int, images: int | None = None) -> Split:
+    """The test split with its noise drawn for good, or its first images."""
+    split = dataset.test.frozen(seed)
+    return split if images is None else split.subset(slice(0, images))
+
+
+def evaluate(
+    vae: VAE, dataset: Dataset, *, num_samples: int, images: int | None = None, seed: int = 0, progress: bool | None = None
+) -> dict[str, Any]:
+    """Judge a fitted pair on test data.
+
+    Args:
+        vae: The pair.
+        dataset: Where its test data come from.
+        num_samples: K of the importance-sampling estimate of log p(x).
+        images: Only the first so many test data.
+        seed: Of the test data's noise and of the samples.
+        progress: Show bars; None shows them on a terminal only.
+    Returns:
+        In nats per datum: ``test_elbo`` = ``test_reconstruction`` - ``test_kl``,
+        ``test_log_likelihood`` with its errors, and more (see the README). A plain
+        autoencoder has only the reconstruction.
+    """
+    started = time.perf_counter()
+    test = test_data(dataset, seed, images)
+    options: dict[str, Any] = {"seed": seed, "progress": progress}
+    numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": _latent_dim(vae)}
+    if is_autoencoder(vae):
+        numbers["test_reconstruction"] = mean_bound(vae.model, vae.guide, test, reconstruction, seed=seed)
+    else:
+        terms = elbo_terms(vae.model, vae.guide, test, num_samples=ELBO_SAMPLES, **options)
+        estimate = log_likelihood(vae.model, vae.guide, test, num_samples=num_samples, **options)
+        numbers |= {
+            "test_elbo": terms.value,
+            "test_elbo_stderr": terms.mc_stderr,
+            "test_elbo_data_stderr": terms.data_stderr,
+            "test_reconstruction": terms.reconstruction,
+            "test_kl": terms.kl,
+            "test_log_likelihood": estimate.value,
+            "test_log_likelihood_stderr": estimate.mc_stderr,
+            "test_log_likelihood_data_stderr": estimate.data_stderr,
+            "test_log_likelihood_bias": estimate.bias,
+            "test_khat_ok": estimate.khat_ok,
+            "test_ess_median": estimate.ess.median().item(),
+        }
+        if test.dequantize:
+            dims = test[:1].numel()
+            numbers["test_bits_per_dimension"] = bits_per_dimension(estimate.value, dims)
+            numbers["bits_per_dimension_by"] = (
+                f"-log p(x) / (D ln 2) + log2(256), D = {dims}: the density of x = (v + u) / 256, u ~ U(0, 1), changed "
+                "to bins v of width one; an upper limit on the bits of the 8-bit levels"
+            )
+        numbers |= _closed_forms(vae, dataset, test, terms.value)
+    with seeded(seed):
+        numbers["active_units"] = active_units(vae.guide, test).count
+    numbers["evaluation_seconds"] = time.perf_counter() - started
+    return numbers
+
+
+def protocol(
+    vae: VAE, dataset: Dataset, *, num_samples: int, images: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """What must be said with every number of `evaluate`."""
+    test = dataset.test
+    drawn = test.binarization == "dynamic" or test.dequantize
+    noise = "dequantization noise" if test.dequantize else "dynamic binarization"
+    said = dict(dataset.protocol) | {
+        "sizes": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
+        "test_images": min(len(test), images or len(test)),
+        "test_draw": f"one draw of the {noise}, seed {seed}" if drawn else "the data are fixed",
+        "evaluation_seed": seed,
+        "selection": "nothing selected on the test set",
+        "device": str(next(vae.parameters()).device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    if not is_autoencoder(vae):
+        said |= {"log_likelihood_samples": num_samples, "elbo_samples": ELBO_SAMPLES}
+    return said
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {
+        "pyro_vae": __version__,
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def is_autoencoder(vae: VAE) -> bool:
+    """Whether the guide is a point, so that there is no density over z."""
+    return vae.architecture is not None and vae.architecture.posterior == "point"
+
+
+def fitted_testbed(vae: VAE) -> LinearGaussian | None:
+    """The closed form of a fitted linear-Gaussian model; None where it is not one."""
+    likelihood, built = vae.model.likelihood, vae.architecture
+    if built is None or built.network != "linear" or not isinstance(likelihood, Normal):
+        return None
+    if likelihood.scale == "learned":
+        scale = likelihood.minimum_scale + likelihood.log_scale.exp().item()
+    elif isinstance(likelihood.scale, int | float):
+        scale = float(likelihood.scale)
+    else:
+        return None
+    layer = next(module for module in likelihood.decoder.modules() if isinstance(module, torch.nn.Linear))
+    return LinearGaussian(layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu(), scale)
+
+
+def _closed_forms(vae: VAE, dataset: Dataset, test: Split, elbo: float) -> dict[str, Any]:
+    fitted = fitted_testbed(vae)
+    if fitted is None:
+        return {}
+    x = test[:].flatten(1).double().cpu()
+    evidence = fitted.log_evidence(x).mean().item()
+    numbers = {"fitted_log_evidence": evidence, "fitted_log_evidence_minus_elbo": evidence - elbo}
+    if dataset.testbed is not None:
+        true = dataset.testbed.to(dtype=torch.float64)
+        excess = true.log_evidence(x) - fitted.log_evidence(x)
+        numbers |= {
+            "true_log_evidence": true.log_evidence(x).mean().item(),
+            "true_minus_fitted_log_evidence": excess.mean().item(),
+            "true_minus_fitted_stderr": excess.std().item() / len(excess) ** 0.5,
+            "true_minus_fitted_expected": true.expected_excess(len(dataset.train)),
+        }
+    return numbers
+
+
+def _latent_dim(vae: VAE) -> int:
+    return vae.architecture.latent_dim if vae.architecture else vae.model.prior().event_shape.numel()

@@ -1,0 +1,201 @@
+"""From a configuration to a run folder: load, build, fit, judge, draw, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import Trace_ELBO
+
+from pyro_vae.app import evaluation, pictures
+from pyro_vae.app.defaults import HIDDEN, FitOptions
+from pyro_vae.app.runs import CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, append_json, new_run, write_json
+from pyro_vae.data import DATASETS, Dataset, Split, load
+from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.bounds import elbo, iwae, reconstruction
+from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.training import History, fit
+from pyro_vae.parts.likelihoods import Normal
+from pyro_vae.parts.networks import set_output_mean
+from pyro_vae.programs.vae import VAE
+
+VALIDATION_IMAGES = 2000
+
+
+def fit_run(
+    options: FitOptions, path: Path, *, progress: bool | None = None, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Do one run and write its folder.
+
+    Args:
+        options: The configuration, from `resolve`.
+        path: The run folder to make.
+        progress: Show bars; None shows them on a terminal only.
+        say: Takes a line about what is going on.
+    Returns:
+        The summary. With ``interrupted`` true where Ctrl-C ended the training: the
+        weights are then those of that moment, and nothing was evaluated.
+    Raises:
+        ValueError: A bad option, unreadable data, an existing or unwritable folder.
+    """
+    with new_run(path) as folder:
+        options, dataset = read(options)
+        say(f"{dataset.name}: {len(dataset.train):,} to train, {len(dataset.test):,} to test, of {dataset.x_shape}")
+        vae = build(options, dataset)
+        write_json(folder / CONFIG, options.to_json())
+        started = time.perf_counter()
+        history = _fit(vae, dataset, options, folder, progress)
+        seconds = time.perf_counter() - started
+        vae.save(folder / WEIGHTS)
+        summary = training_numbers(vae, history, seconds, options)
+        scored: dict[str, Any] = {}
+        if not history.interrupted:
+            try:
+                say("evaluating on the test data")
+                scored = _scored(vae, dataset, options, progress)
+                pictures.draw(vae, dataset, history.records, scored, options, folder / FIGURES)
+            except KeyboardInterrupt:
+                history.interrupted, scored = True, {}
+        summary = {"interrupted": history.interrupted} | scored | summary
+        summary["protocol"] = evaluation.protocol(
+            vae, dataset, num_samples=options.evaluation_samples, images=options.evaluation_images, seed=options.seed
+        )
+        write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
+    """The data of a configuration, and the configuration with what only the data can settle.
+
+    Raises:
+        ValueError: Unknown or unreadable data, or none that fit the likelihood.
+    """
+    limits = (options.limit, options.evaluation_images)
+    most = None if None in limits else max(n for n in limits if n is not None)
+    framing = {name: getattr(options, name) for name in ("image_size", "crop", "channels")}
+    binarization, dequantize = options.binarization, options.dequantize
+    if binarization is None and dequantize is None and options.data not in DATASETS:
+        binarization = {"bernoulli": "dynamic", "normal": "none"}.get(options.likelihood or "")
+    dataset = load(
+        options.data, options.data_dir, binarization=binarization, dequantize=dequantize, limit=most,  # type: ignore[arg-type]
+        seed=options.seed, **framing,
+    )  # fmt: skip
+    if options.limit is not None:
+        train = dataset.train.subset(slice(0, options.limit))
+        dataset = dataclasses.replace(dataset, train=train, protocol=dataset.protocol | {"limit": options.limit})
+    options = dataclasses.replace(
+        options, binarization=dataset.train.binarization, dequantize=dataset.train.dequantize,
+        likelihood=options.likelihood or ("normal" if dataset.train.binarization == "none" else "bernoulli"),
+    )  # fmt: skip
+    if options.likelihood == "normal" and options.binarization != "none":
+        raise ValueError(
+            f"got --likelihood normal for binary data ({options.binarization} binarization): a density of zeros and "
+            "ones has no upper limit. Use --likelihood bernoulli, or --binarization none."
+        )
+    if options.network == "conv" and len(dataset.x_shape) != 3:
+        raise ValueError(f"got --network conv for data of shape {dataset.x_shape}, wanted images. Use --network mlp.")
+    return options, dataset
+
+
+def build(options: FitOptions, dataset: Dataset) -> VAE:
+    """The pair of a configuration with new weights, started at the mean or spread of the data."""
+    device = the_device(options.device)
+    with seeded(options.seed):
+        vae = VAE.build(
+            dataset.x_shape, latent_dim=options.latent_dim, network=options.network,
+            hidden=options.hidden or HIDDEN["mlp"], activation=options.activation, posterior=options.posterior,
+            likelihood=options.likelihood, scale=options.scale,
+        )  # fmt: skip
+    likelihood = vae.model.likelihood
+    if isinstance(likelihood, Normal):
+        if hasattr(likelihood, "log_scale"):
+            spread = dataset.train[torch.arange(min(1000, len(dataset.train)))].std().clamp(min=0.01).item()
+            torch.nn.init.constant_(likelihood.log_scale, torch.tensor(spread).log().item())
+    else:
+        set_output_mean(likelihood.decoder, dataset.train.mean(), floor=1e-3)
+    return vae.to(device)
+
+
+def the_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, if any.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"got --device {name}, wanted one that works here ({reason}). Use --device cpu.") from error
+    return device
+
+
+def training_numbers(vae: VAE, history: History, seconds: float, options: FitOptions) -> dict[str, Any]:
+    """What is worth knowing of a fit."""
+    rates = history["images_per_second"]
+    return {
+        "train_seconds": seconds,
+        "images_per_second": statistics.median(rates) if rates else None,
+        "epochs": len(history),
+        "best_epoch": history.best_epoch,
+        "stopped_early": history.stopped_early,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "seed": options.seed,
+        "objective": "reconstruction" if options.posterior == "point" else options.bound,
+        "objective_samples": options.num_samples,
+    }
+
+
+def the_loss(options: FitOptions) -> Any:
+    """The loss of a configuration: Pyro's own ELBO unless another bound was asked for."""
+    if options.posterior == "point":
+        return Objective(reconstruction)
+    if options.bound == "iwae":
+        return Objective(iwae, num_samples=options.num_samples)
+    return Trace_ELBO() if options.num_samples == 1 else Objective(elbo, num_samples=options.num_samples)
+
+
+def _fit(vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, progress: bool | None) -> History:
+    (folder / METRICS).touch()
+    return fit(
+        vae.model,
+        vae.guide,
+        dataset.train,
+        loss=the_loss(options),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        schedule=options.schedule,
+        clip_norm=options.clip_norm,
+        kl_warmup=options.kl_warmup,
+        validation=validation_data(dataset, options.seed),
+        patience=options.patience,
+        seed=options.seed,
+        matmul_precision=options.matmul_precision,
+        progress=progress,
+        callback=lambda record: append_json(folder / METRICS, record),
+    )
+
+
+def validation_data(dataset: Dataset, seed: int) -> Split:
+    """The validation images that each epoch is scored on, their noise drawn for good."""
+    return dataset.validation.subset(slice(0, VALIDATION_IMAGES)).frozen(seed)
+
+
+def _scored(vae: VAE, dataset: Dataset, options: FitOptions, progress: bool | None) -> dict[str, Any]:
+    return evaluation.evaluate(
+        vae,
+        dataset,
+        num_samples=options.evaluation_samples,
+        images=options.evaluation_images,
+        seed=options.seed,
+        progress=progress,
+    )

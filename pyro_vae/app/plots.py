@@ -1,0 +1,259 @@
+"""Pictures of a fitted pair: tensors in, matplotlib figures out, nothing global touched.
+
+Images are (N, C, H, W) in [0, 1], grey or RGB; vectors, (N, D), are shown as the rows
+of a heat map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
+_INCHES = 7.0
+_MAX_LABELS = 20
+
+
+def training_curve(
+    records: Sequence[Mapping[str, Any]], finals: Mapping[str, float] | None = None, name: str = "ELBO"
+) -> Figure:
+    """The bound by epoch, scaled so that the part after the steep start can be read.
+
+    Args:
+        records: One per epoch, as in `History.records`.
+        finals: Numbers to compare with, by name, as dotted lines.
+        name: What the bound is called.
+    """
+    figure, axes = _figure(_INCHES, 3.8)
+    epochs = [record["epoch"] for record in records]
+    shown: list[float] = []
+    for key, label, colour in (("bound", "training", BLUE), ("validation", "validation", ORANGE)):
+        values = [record.get(key) for record in records]
+        points = [(e, v) for e, v in zip(epochs, values, strict=True) if v is not None and np.isfinite(v)]
+        if points:
+            marker = "o" if len(points) < 8 else None
+            axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, marker=marker, ms=4, label=label)
+            shown += [v for e, v in points if e > 0.1 * epochs[-1]] or [v for _, v in points]
+    for i, (label, value) in enumerate((finals or {}).items()):
+        axes.axhline(value, color=GREY, lw=1, ls=(":", "--")[i % 2], label=f"{label}: {value:.2f}")
+        shown.append(value)
+    low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
+    pad = 0.06 * (high - low) or 1.0
+    axes.set_ylim(low - pad, high + pad)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"{name} (nats per datum)")
+    axes.set_title("Training curve", loc="left")
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def reconstructions(x: Tensor, reconstructed: Tensor, title: str = "Originals and reconstructions") -> Figure:
+    """Originals above their reconstructions.
+
+    Args:
+        x: Data, (N, *x_shape).
+        reconstructed: E[x | z], of the same shape.
+        title: Above the picture.
+    """
+    if _is_vector(x):
+        return _heatmaps({"original": x, "reconstruction": reconstructed, "difference": x - reconstructed}, title)
+    columns = min(len(x), 10)
+    rows, labels = [], []
+    for start in range(0, len(x), columns):
+        rows += [x[start : start + columns], reconstructed[start : start + columns]]
+        labels += ["original", "reconstructed"]
+    return _mosaic(rows, title, labels, gap_after=2)
+
+
+def samples(x: Tensor, title: str = "Samples from the prior") -> Figure:
+    """A square of samples.
+
+    Args:
+        x: Samples, (N, *x_shape).
+        title: Above the picture.
+    """
+    if _is_vector(x):
+        return _heatmaps({"": x}, title)
+    columns = int(np.ceil(len(x) ** 0.5))
+    return _mosaic(list(x.split(columns)), title)
+
+
+def interpolations(x: Tensor, title: str = "Interpolations between test data") -> Figure:
+    """Straight lines in latent space, one a row.
+
+    Args:
+        x: E[x | z] along each line, (N, steps, *x_shape).
+        title: Above the picture.
+    """
+    if x.dim() == 3:
+        return _heatmaps({f"pair {i + 1}": line for i, line in enumerate(x[:4])}, title)
+    return _mosaic(list(x), title)
+
+
+def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
+    """Data with a caption under each.
+
+    Args:
+        x: Data, (N, *x_shape).
+        captions: One per datum.
+        title: Above the picture.
+    """
+    if _is_vector(x):
+        return _heatmaps({"": x}, title, captions)
+    columns = min(len(x), 8)
+    lines = -(-len(x) // columns)
+    height, width = x.shape[-2:]
+    cell = _INCHES / columns
+    figure = _canvas(_INCHES if columns == 8 else max(3.5, cell / 2 * columns), 0)
+    cell = figure.get_figwidth() / columns
+    figure.set_figheight(lines * (cell * height / width + 0.28) + 0.4)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for i, axes in enumerate(grid.flat):
+        axes.set_axis_off()
+        if i < len(x):
+            _show(axes, _pixels(x[i]))
+            axes.set_title(captions[i], fontsize=7, pad=2, y=-0.02, va="top")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    return figure
+
+
+def latent_space(z: Tensor, labels: Tensor | None = None, names: Sequence[str] | None = None) -> Figure:
+    """Posterior means coloured by label: both latents, or the first two principal components.
+
+    Args:
+        z: Posterior means, (N, D).
+        labels: One integer per datum, (N,), or None.
+        names: Name of each label.
+    """
+    figure, axes = _figure(6.2 if labels is not None else 5.4, 5.2)
+    points, (horizontal, vertical) = plane(z)
+    style: dict[str, Any] = {"s": 9 if len(points) > 1000 else 16, "linewidths": 0, "alpha": 0.75}
+    found = labels.unique().tolist() if labels is not None else []
+    if labels is not None and len(found) <= _MAX_LABELS:
+        colours = colormaps["tab10" if len(found) <= 10 else "tab20"]
+        for i, label in enumerate(found):
+            chosen = points[(labels == label).numpy()]
+            name = names[label] if names and label < len(names) else str(label)
+            axes.scatter(chosen[:, 0], chosen[:, 1], color=colours(i), label=name, **style)
+        legend = axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.6, title="label")
+        for handle in legend.legend_handles:
+            if handle is not None:
+                handle.set_alpha(1)
+    else:
+        axes.scatter(points[:, 0], points[:, 1], color=BLUE, **style)
+    axes.set_xlabel(horizontal)
+    axes.set_ylabel(vertical)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_title("Latent space: posterior means of test data", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2, lw=0.6)
+    return figure
+
+
+def plane(z: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
+    """Two coordinates per latent, (N, 2), and what they are.
+
+    Example:
+        >>> plane(torch.zeros(3, 2))[1]
+        ('z1', 'z2')
+    """
+    z = z.detach().flatten(1).double().cpu()
+    if z.shape[1] == 1:
+        return torch.cat([z, torch.zeros_like(z)], 1).numpy(), ("z1", "")
+    if z.shape[1] == 2:
+        return z.numpy(), ("z1", "z2")
+    centred = z - z.mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    share = 100 * s.square() / s.square().sum().clamp(min=1e-12)
+    names = tuple(f"principal component {i + 1} of {z.shape[1]} latents ({share[i]:.0f} %)" for i in range(2))
+    return (u[:, :2] * s[:2]).numpy(), (names[0], names[1])
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
+    from pyro_vae.app.runs import written
+
+    written(path, lambda partial: figure.savefig(partial, dpi=150, format="png", metadata={"Software": "pyro_vae"}))
+
+
+def _canvas(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = _canvas(width, height)
+    return figure, figure.subplots()
+
+
+def _is_vector(x: Tensor) -> bool:
+    return x.dim() == 2
+
+
+def _pixels(x: Tensor) -> np.ndarray:
+    """One image, (C, H, W), as (H, W) or (H, W, 3) in [0, 1]."""
+    image = x.detach().float().cpu().clamp(0, 1).numpy()
+    return image[0] if image.shape[0] != 3 else image.transpose(1, 2, 0)
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_after: int = 0) -> Figure:
+    """Rows of images as one picture, with thin white lines between them."""
+    columns = max(len(row) for row in rows)
+    _, height, width = rows[0].shape[1:]
+    # Enlarged by whole pixels, so that the lines are thin and the pixels stay square.
+    zoom = max(1, round(56 / max(height, width)))
+    line = max(2, round(zoom * max(height, width) / 28))
+    high, wide = height * zoom + line, width * zoom + line
+    breaks = [3 * line * (r // gap_after) if gap_after else 0 for r in range(len(rows))]
+    canvas = np.ones((len(rows) * high + breaks[-1] - line, columns * wide - line, 3), dtype=np.float32)
+    for r, row in enumerate(rows):
+        for c, x in enumerate(row):
+            image = _pixels(x)
+            image = np.stack([image] * 3, -1) if image.ndim == 2 else image
+            top, left = r * high + breaks[r], c * wide
+            canvas[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
+    inches = min(_INCHES, max(3.2, 0.75 * columns))
+    figure, axes = _figure(inches, inches * canvas.shape[0] / canvas.shape[1] + 0.4)
+    axes.imshow(canvas, interpolation="antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([r * high + breaks[r] + high / 2 for r in range(len(labels))], labels, fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure
+
+
+def _heatmaps(panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = ()) -> Figure:
+    """Vectors as rows of heat maps that share one colour scale."""
+    arrays = {name: x.detach().float().cpu().numpy() for name, x in panels.items()}
+    limit = max(float(np.abs(a).max()) for a in arrays.values()) or 1.0
+    figure = _canvas(_INCHES if len(panels) > 1 else 5.0, 4.2)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for i, (axes, (name, a)) in enumerate(zip(grid, arrays.items(), strict=True)):
+        shown = axes.imshow(a, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("dimension")
+        if not i:
+            axes.set_ylabel("row")
+            if captions:
+                axes.set_yticks(range(len(captions)), captions, fontsize=7)
+    figure.colorbar(shown, ax=list(grid), shrink=0.8)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    return figure

@@ -1,0 +1,125 @@
+"""The printed summary of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """A summary as a table of two columns.
+
+    Args:
+        summary: What summary.json holds.
+    """
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in lines(summary):
+        table.add_row(name, Text(text))
+    return table
+
+
+def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The summary as (what, text) pairs."""
+    found: list[tuple[str, str]] = []
+    if summary.get("interrupted"):
+        found.append(("interrupted", "the weights are those of that moment; nothing was evaluated"))
+    if "test_elbo" in summary:
+        found += [
+            (
+                "test ELBO",
+                f"{_nats(summary, 'test_elbo')} nats = reconstruction {summary['test_reconstruction']:.2f} - "
+                f"KL {summary['test_kl']:.2f}",
+            ),
+            ("test log p(x)", _log_likelihood(summary)),
+        ]
+    elif "test_reconstruction" in summary:
+        found.append(
+            ("reconstruction", f"{summary['test_reconstruction']:.2f} nats = log p(x | z(x)); a point has no ELBO and no log p(x)")
+        )
+    if "test_bits_per_dimension" in summary:
+        found.append(("bits per dim.", f"{summary['test_bits_per_dimension']:.4f}, for 8-bit levels (dequantized)"))
+    if "fitted_log_evidence" in summary:
+        gap = summary["fitted_log_evidence_minus_elbo"]
+        found.append(("closed form", f"log p(x) {summary['fitted_log_evidence']:.4f} of the fitted model, {gap:.4f} above its ELBO"))
+    if "true_log_evidence" in summary:
+        found.append(
+            (
+                "true model",
+                f"log p(x) {summary['true_log_evidence']:.4f}; fitted is short by {summary['true_minus_fitted_log_evidence']:.4f}"
+                f" ± {summary['true_minus_fitted_stderr']:.4f}, expected {summary['true_minus_fitted_expected']:.4f}",
+            )
+        )
+    if "active_units" in summary:
+        found.append(("active units", f"{summary['active_units']} of {summary['latent_dim']}"))
+    if "protocol" in summary:
+        found.append(("protocol", protocol_line(summary["protocol"])))
+    if "train_seconds" in summary:
+        found.append(("time", _time(summary)))
+    return found
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """The protocol in a line."""
+    noise = "dequantized" if protocol.get("dequantize") else f"{protocol.get('binarization')} binarization"
+    parts = [f"{protocol.get('dataset')}", noise, f"{protocol.get('test_images', '?')} test data"]
+    if "log_likelihood_samples" in protocol:
+        parts.append(f"K = {protocol['log_likelihood_samples']}")
+    versions = protocol.get("versions", {})
+    parts += [f"seed {protocol.get('evaluation_seed')}", f"pyro_vae {versions.get('pyro_vae')}"]
+    return ", ".join(parts) + f"; {protocol.get('selection')}"
+
+
+def show(summary: Mapping[str, Any], run: Path | None = None, console: Console | None = None) -> None:
+    """Print a summary.
+
+    Args:
+        summary: What summary.json holds.
+        run: Where the run lies.
+        console: Where to print; the terminal if omitted.
+    """
+    console = console or Console(highlight=False, soft_wrap=False)
+    console.print(summary_table(summary))
+    if run is not None:
+        console.print(Text.assemble(("run            ", "bold"), str(run)), soft_wrap=True)
+
+
+def _log_likelihood(summary: Mapping[str, Any]) -> str:
+    text = (
+        f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; data ± "
+        f"{_number(summary['test_log_likelihood_data_stderr'])}) nats"
+    )
+    ok = summary.get("test_khat_ok")
+    if ok is None:
+        return text + ", k-hat unknown at so few samples"
+    text += f", k-hat ok for {100 * ok:.1f} %"
+    return text if ok >= 0.9 else text + " (unreliable: read it as a lower bound)"
+
+
+def _nats(summary: Mapping[str, Any], key: str) -> str:
+    return f"{summary[key]:.2f} ± {_number(summary[f'{key}_stderr'])}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.1g}"
+
+
+def _time(summary: Mapping[str, Any]) -> str:
+    text = f"{_seconds(summary['train_seconds'])} to train ({summary['epochs']} epochs"
+    if summary.get("images_per_second"):
+        text += f", {summary['images_per_second']:,.0f} images/s"
+    if "evaluation_seconds" in summary:
+        return f"{text}), {_seconds(summary['evaluation_seconds'])} to evaluate"
+    return text + ")"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value < 600 else f"{value / 60:.1f} min"
