@@ -31,6 +31,14 @@ def test_names_are_complete():
     assert DATASETS == ("digits", "mnist", "fashion-mnist", "frey", "celeba", "linear-gaussian")
 
 
+@pytest.mark.parametrize("options", [{}, {"image_size": 4}])
+def test_limit_keeps_the_first_of_each_split(options):
+    full, limited = load("digits", **options), load("digits", limit=200, **options)
+    assert [len(p) for p in (limited.train, limited.validation, limited.test)] == [200, 180, 200]
+    assert torch.equal(limited.train.pixels, full.train.pixels[:200])
+    assert torch.equal(limited.test.labels, full.test.labels[:200])
+
+
 def test_frey_split_and_errors(tmp_path):
     images = RANDOM.integers(0, 256, (1965, 28, 20), dtype=np.uint8)
     np.savez(tmp_path / "frey_faces.npz", images=images)

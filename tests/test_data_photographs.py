@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyro_vae.data import load
+from pyro_vae.data import load, photographs
 from pyro_vae.data.framing import Framing
 from pyro_vae.data.photographs import read_image
 
@@ -61,10 +61,13 @@ def test_train_and_test_folders_are_the_split(tmp_path, validation):
     assert np.array_equal(data.test.pixels.permute(0, 2, 3, 1).numpy(), np.stack(test))
 
 
-def test_limit_decodes_no_more_than_it_keeps(tmp_path):
+def test_limit_decodes_no_more_than_it_keeps(tmp_path, monkeypatch):
     write_images(tmp_path, 30)
     full = load(tmp_path)
+    decoded = set()
+    monkeypatch.setattr(photographs, "read_image", lambda path, framing: (decoded.add(path), read_image(path, framing))[1])
     limited = load(tmp_path, limit=2)
+    assert len(decoded) == 6
     assert [len(part) for part in (limited.train, limited.validation, limited.test)] == [2, 2, 2]
     assert torch.equal(limited.train.pixels, full.train.pixels[:2])
 
