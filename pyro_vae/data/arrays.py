@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sources import SPLITS, Source, divide, shuffled, tenths
+from pyro_vae.data.sources import SPLITS, Source, divide, shuffled, tenths
 
 __all__ = ["as_pixels", "read_array"]
 

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .arrays import as_pixels, read_array
-from .binarization import BINARIZATIONS, Binarization
-from .framing import Framing
-from .mnist import read_mnist_like
-from .photographs import read_celeba, read_folder
-from .sources import SPLITS, Source, divide
-from .splits import Dataset, Split
-from .testbeds import LinearGaussian
+from pyro_vae.data.arrays import as_pixels, read_array
+from pyro_vae.data.binarization import BINARIZATIONS, Binarization
+from pyro_vae.data.framing import Framing
+from pyro_vae.data.mnist import read_mnist_like
+from pyro_vae.data.photographs import read_celeba, read_folder
+from pyro_vae.data.sources import SPLITS, Source, divide
+from pyro_vae.data.splits import Dataset, Split
+from pyro_vae.data.testbeds import LinearGaussian
 
 __all__ = ["DATASETS", "default_data_dir", "load"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .idx import read_idx
-from .sources import Source
+from pyro_vae.data.idx import read_idx
+from pyro_vae.data.sources import Source
 
 __all__ = ["FILES", "read_mnist_like"]
 

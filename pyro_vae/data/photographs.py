@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .framing import Framing
-from .sources import SPLITS, Source, divide, shuffled, tenths
+from pyro_vae.data.framing import Framing
+from pyro_vae.data.sources import SPLITS, Source, divide, shuffled, tenths
 
 __all__ = ["read_celeba", "read_folder", "read_image", "read_images"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .binarization import Binarization
+from pyro_vae.data.binarization import Binarization
 
 __all__ = ["SPLITS", "Source", "divide", "shuffled", "tenths"]
 

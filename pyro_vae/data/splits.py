@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .binarization import BINARIZATIONS, Binarization, binarize, dequantize, threshold
+from pyro_vae.data.binarization import BINARIZATIONS, Binarization, binarize, dequantize, threshold
 
 __all__ = ["Dataset", "Index", "Split"]
 

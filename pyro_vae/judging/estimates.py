@@ -142,7 +142,7 @@ def log_likelihood(
     """
     parts = []
     for chunks in _particles(model, guide, data, num_samples, device, seed, progress, "log p(x)"):
-        parts.append(_summary(torch.cat([chunk.log_weight.detach() for chunk in chunks])))
+        parts.append(_summary(torch.cat([chunk.log_weight for chunk in chunks])))
     pointwise, variance, bias, ess, k = (torch.cat(column) for column in zip(*parts, strict=True))
     count = len(pointwise)
     return Estimate(
@@ -186,8 +186,8 @@ def elbo_terms(
     """
     parts = []
     for chunks in _particles(model, guide, data, num_samples, device, seed, progress, "ELBO"):
-        weight = torch.cat([chunk.log_weight.detach() for chunk in chunks]).double().cpu()
-        likelihood = torch.cat([chunk.log_likelihood.detach() for chunk in chunks]).double().cpu()
+        tables = [(chunk.log_weight, chunk.log_likelihood) for chunk in chunks]
+        weight, likelihood = (torch.cat(column).double().cpu() for column in zip(*tables, strict=True))
         variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
         parts.append((weight.mean(0), likelihood.mean(0), variance))
     pointwise, likelihood, variance = (torch.cat(column) for column in zip(*parts, strict=True))

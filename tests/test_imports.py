@@ -1,0 +1,58 @@
+"""The floors of the house: who may import whom."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "pyro_vae"
+GROUND = {"traces", "sites", "parameters", "version"}
+MAY_IMPORT = {
+    "traces": {"sites", "parameters"},
+    "sites": set(),
+    "parameters": set(),
+    "version": set(),
+    "parts": GROUND,
+    "data": GROUND,
+    "inference": GROUND,
+    "programs": GROUND | {"parts"},
+    "judging": GROUND | {"inference"},
+    "app": GROUND | {"parts", "programs", "data", "inference", "judging"},
+}
+ONLY_THESE_PROGRAMS_KNOW_PARTS = {"vae.py", "zoo.py"}
+
+
+def imported(path: Path) -> set[str]:
+    """The floors that a module imports, wherever in the file it does."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module or ""]
+            if node.module == "pyro_vae":
+                names = [f"pyro_vae.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("pyro_vae.")}
+    return found
+
+
+def test_every_module_stands_on_its_floor():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        if path == ROOT / "__init__.py":
+            continue
+        floor = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        upward = imported(path) - MAY_IMPORT[floor] - {floor}
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in upward]
+    assert wrong == []
+
+
+def test_only_the_conveniences_among_the_programs_know_the_parts():
+    knowing = {path.name for path in (ROOT / "programs").glob("*.py") if "parts" in imported(path)}
+    assert knowing <= ONLY_THESE_PROGRAMS_KNOW_PARTS
+
+
+def test_no_drawer_for_odds_and_ends():
+    names = {path.stem for path in ROOT.rglob("*.py")}
+    assert not names & {"utils", "util", "helpers", "base", "common", "misc"}
