@@ -44,7 +44,7 @@ def training_curve(
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, marker=marker, ms=4, label=label)
             shown += [v for e, v in points if e > 0.1 * epochs[-1]] or [v for _, v in points]
     for i, (label, value) in enumerate((finals or {}).items()):
-        axes.axhline(value, color=GREY, lw=1, ls=(":", "--")[i % 2], label=f"{label}: {value:.2f}")
+        axes.axhline(value, color=GREY, lw=1, ls=(":", "--")[i % 2], label=f"{label}: {value:.2f}".replace("-", "\N{MINUS SIGN}"))
         shown.append(value)
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
     pad = 0.06 * (high - low) or 1.0
@@ -185,7 +185,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     from pyro_vae.app.runs import written
 
-    written(path, lambda partial: figure.savefig(partial, dpi=150, format="png", metadata={"Software": "pyro_vae"}))
+    written(path, lambda partial: figure.savefig(partial, dpi=150, format="png", bbox_inches="tight", pad_inches=0.1))
 
 
 def _canvas(width: float, height: float) -> Figure:

@@ -1,0 +1,287 @@
+"""What the commands on a finished run do: evaluate, sample, reconstruct, rank anomalies."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from pyro_vae.app import evaluation, plots, report
+from pyro_vae.app.configuration import convert
+from pyro_vae.app.defaults import FitOptions, resolve
+from pyro_vae.app.fitting import read, the_device
+from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json, written
+from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
+from pyro_vae.data.framing import Framing
+from pyro_vae.data.photographs import read_image
+from pyro_vae.inference.batches import seeded
+from pyro_vae.judging.anomalies import anomaly_scores, roc_auc
+from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.programs.vae import VAE
+from pyro_vae.traces import particles
+
+
+def options_of(run: Run) -> FitOptions:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: config.json holds a value that it cannot have.
+    """
+    where = run.path / CONFIG
+    try:
+        return resolve({name: convert(name, value, name) for name, value in run.config.items()})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+
+
+def evaluate_run(
+    run: Path,
+    evaluation_samples: int | None = None,
+    evaluation_images: int | None = None,
+    seed: int | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    as_json: bool = False,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
+    loaded = Run.load(run)
+    options, vae = options_of(loaded), loaded.vae().to(the_device(device))
+    _, dataset = _data(options, vae, data_dir)
+    settings: dict[str, Any] = {
+        "num_samples": evaluation_samples or options.evaluation_samples,
+        "images": evaluation_images or options.evaluation_images,
+        "seed": options.seed if seed is None else seed,
+    }
+    numbers = evaluation.evaluate(vae, dataset, **settings, progress=False if as_json else None)
+    numbers["protocol"] = evaluation.protocol(vae, dataset, **settings)
+    if as_json:
+        click.echo(json.dumps(numbers | {"run": str(run)}, indent=2))
+    else:
+        report.show(numbers, run)
+    if out is not None:
+        write_json(out, numbers | {"run": str(run)})
+    return numbers
+
+
+def sample_run(
+    run: Path, number: int = 64, pixels: str = "mean", out: Path | None = None, seed: int | None = None
+) -> Path:
+    """`pyro-vae sample`: new data as a picture, an array or a folder of pictures; returns where."""
+    loaded = Run.load(run)
+    vae, seed = loaded.vae(), options_of(loaded).seed if seed is None else seed
+    with seeded(seed):
+        x = vae.sample(number, pixels=pixels)
+    path = out or run / FIGURES / f"samples-{number}-seed{seed}.png"
+    if path.suffix == ".npy":
+        import numpy as np
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:
+                np.save(file, x.numpy())
+
+        written(path, write)
+    elif path.suffix == ".png":
+        plots.save(plots.samples(x, f"{number} samples from the prior, seed {seed}"), path)
+    elif path.suffix:
+        raise ValueError(f"got --out {path}, wanted a .png, a .npy, or a folder.")
+    else:
+        _image_folder(x, path)
+    click.echo(path)
+    return path
+
+
+def reconstruct_images(
+    run: Path, images: tuple[Path, ...], out: Path | None = None, num_samples: int = 1000, seed: int | None = None
+) -> Path:
+    """`pyro-vae reconstruct`: image files beside their reconstructions, and their scores; returns the picture."""
+    loaded = Run.load(run)
+    options, vae = options_of(loaded), loaded.vae()
+    seed = options.seed if seed is None else seed
+    shape = _x_shape(vae)
+    if len(shape) != 3:
+        raise ValueError(f"{run} is of vectors of shape {shape}, wanted a run of images to reconstruct image files with.")
+    x = torch.cat([_as_data(path, shape, options, seed)[None] for path in images])
+    rows = [("image", *(("E_q log p(x|z)", "KL", "ELBO", "log p(x)") if not _point(vae) else ("log p(x|z)",)))]
+    with seeded(seed), torch.no_grad():
+        if _point(vae):
+            terms = [particles(vae.model, vae.guide, x).log_likelihood.mean(0)]
+        else:
+            drawn = particles(vae.model, vae.guide, x, num_samples=100)
+            likelihood, elbo = drawn.log_likelihood.mean(0), drawn.log_weight.mean(0)
+            estimate = log_likelihood(vae.model, vae.guide, x, num_samples=num_samples, seed=seed, progress=False)
+            terms = [likelihood, likelihood - elbo, elbo, estimate.pointwise]
+        picture = plots.reconstructions(x, vae.reconstruct(x))
+    rows += [(path.name, *(f"{float(term[i]):.2f}" for term in terms)) for i, path in enumerate(images)]
+    _print_table(rows)
+    path = out or Path("reconstructions.png")
+    plots.save(picture, path)
+    click.echo(path)
+    return path
+
+
+def rank_anomalies(
+    run: Path,
+    score: str | None = None,
+    num_samples: int = 100,
+    top: int = 16,
+    outliers: str | None = None,
+    outliers_dir: str | None = None,
+    fit_outliers: bool = False,
+    out: Path | None = None,
+    picture: Path | None = None,
+    data_dir: str | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """`pyro-vae anomalies`: test data from strange to ordinary; returns scores (and ROC-AUC)."""
+    loaded = Run.load(run)
+    options, vae = options_of(loaded), loaded.vae().to(the_device(device))
+    seed = options.seed if seed is None else seed
+    score = score or ("reconstruction" if _point(vae) else "log-likelihood")
+    if score == "log-likelihood" and _point(vae):
+        raise ValueError(
+            f"got --score log-likelihood for {run}, a plain autoencoder: a point has no density over z and no log p(x). "
+            "Use --score reconstruction."
+        )
+    settings: dict[str, Any] = {"score": score, "num_samples": 1 if _point(vae) else num_samples, "seed": seed}
+    options, dataset = _data(options, vae, data_dir)
+    test = evaluation.test_data(dataset, seed)
+    strange = None if outliers is None else _outliers(outliers, outliers_dir, fit_outliers, options, _x_shape(vae), seed)
+    scores = anomaly_scores(vae.model, vae.guide, test, **settings)
+    order = scores.argsort(descending=True, stable=True)
+    shown = order[:top]
+    unit = "-log p(x)" if score == "log-likelihood" else "-E_q log p(x|z)"
+    name = _label_names(dataset, test)
+    rows = [("rank", "test datum", *(("label",) if test.labels is not None else ()), f"{unit} (nats)")]
+    rows += [(str(r + 1), str(i), *name(i), f"{scores[i]:.2f}") for r, i in enumerate(shown.tolist())]
+    _print_table(rows)
+    click.echo(f"test data: mean {scores.mean():.2f}, median {scores.median():.2f}, of {len(scores)}")
+    result: dict[str, Any] = {"scores": scores, "order": order}
+    if strange is not None:
+        outside = anomaly_scores(vae.model, vae.guide, strange, **settings)
+        result |= {"outlier_scores": outside, "roc_auc": roc_auc(scores, outside)}
+        click.echo(f"{outliers}: mean {outside.mean():.2f}, median {outside.median():.2f}, of {len(outside)}")
+        click.echo(f"ROC-AUC {result['roc_auc']:.4f}: the chance that one of {outliers} scores above a test datum")
+    if out is not None:
+        _write_csv(out, test, scores, order, result.get("outlier_scores"))
+        click.echo(out)
+    path = picture or run / FIGURES / "anomalies.png"
+    captions = [" ".join([*name(i), f"{scores[i]:.1f}"]) for i in shown.tolist()]
+    plots.save(plots.gallery(test[shown], captions, f"Most anomalous test data, {unit} in nats"), path)
+    click.echo(path)
+    return result
+
+
+def _data(options: FitOptions, vae: VAE, data_dir: str | None) -> tuple[FitOptions, Dataset]:
+    if data_dir is not None:
+        options = resolve(vars(options) | {"data_dir": data_dir})
+    options, dataset = read(options)
+    if dataset.x_shape != _x_shape(vae):
+        raise ValueError(
+            f"{options.data} now has data of shape {dataset.x_shape}, but the run was fitted to {_x_shape(vae)}. "
+            "Give the data that it was fitted to."
+        )
+    return options, dataset
+
+
+def _outliers(
+    name: str, folder: str | None, frame: bool, options: FitOptions, shape: tuple[int, ...], seed: int
+) -> Split:
+    framing: dict[str, Any] = {}
+    if frame:
+        if len(shape) != 3 or shape[1] != shape[2]:
+            raise ValueError(f"got --fit-outliers for a run of shape {shape}, wanted one of square images. Leave it out.")
+        framing = {"image_size": shape[1], "channels": shape[0]}
+    continuous = options.binarization == "none"
+    found = load(
+        name, folder, binarization=options.binarization, dequantize=options.dequantize if continuous else None,
+        seed=options.seed, **framing,
+    )  # fmt: skip
+    if found.x_shape != shape:
+        remedy = " Pass --fit-outliers to crop and scale them." if len(shape) == 3 else ""
+        raise ValueError(f"got --outliers {name} of shape {found.x_shape}, wanted {shape} as in the run.{remedy}")
+    return found.test.frozen(seed)
+
+
+def _as_data(path: Path, shape: tuple[int, ...], options: FitOptions, seed: int) -> Tensor:
+    """An image file as one datum of a run, (C, H, W); what had to be changed is said."""
+    image = read_image(path)
+    fitted = Framing(channels=shape[0])(image[None], name=str(path))
+    size = (shape[1], shape[2])
+    done = [] if fitted.shape[1] == image.shape[0] else ["made grey" if shape[0] == 1 else "made colour"]
+    if tuple(fitted.shape[-2:]) != size:
+        ratio = max(size[0] / fitted.shape[-2], size[1] / fitted.shape[-1])
+        larger = [max(s, round(ratio * n)) for s, n in zip(size, fitted.shape[-2:], strict=True)]
+        fitted = torch.nn.functional.interpolate(fitted, size=larger, mode="bilinear", antialias=True)
+        top, left = (larger[0] - size[0]) // 2, (larger[1] - size[1]) // 2
+        fitted = fitted[..., top : top + size[0], left : left + size[1]]
+        done.append(f"scaled from {image.shape[1]}x{image.shape[2]} to {size[0]}x{size[1]} (height x width)")
+    generator = torch.Generator().manual_seed(seed)
+    if options.binarization in ("dynamic", "static"):
+        x = binarize(fitted, generator)
+        done.append("binarized by one draw")
+    elif options.binarization == "threshold":
+        x = threshold(fitted)
+        done.append("binarized at one half")
+    else:
+        x = dequantize(fitted, generator) if options.dequantize else fitted.float() / 255
+    if done:
+        click.echo(f"{path.name}: {', '.join(done)}", err=True)
+    return x[0]
+
+
+def _image_folder(x: Tensor, folder: Path) -> None:
+    from PIL import Image
+
+    if x.dim() != 4:
+        raise ValueError(f"got --out {folder} for data of shape {tuple(x.shape[1:])}, wanted a .npy for what is no image.")
+    width = len(str(len(x) - 1))
+    for i, datum in enumerate(x):
+        levels = (datum.clamp(0, 1) * 255).round().to(torch.uint8)
+        picture = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
+        written(folder / f"{i:0{width}}.png", lambda partial, picture=picture: picture.save(partial, format="png"))
+
+
+def _write_csv(path: Path, test: Split, scores: Tensor, order: Tensor, outside: Tensor | None) -> None:
+    labels = test.labels
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["set", "index", "label", "score"])
+            for i in order.tolist():
+                table.writerow(["test", i, "" if labels is None else int(labels[i]), f"{scores[i]:.6f}"])
+            for i, value in enumerate([] if outside is None else outside.tolist()):
+                table.writerow(["outliers", i, "", f"{value:.6f}"])
+
+    written(path, write)
+
+
+def _label_names(dataset: Dataset, test: Split) -> Any:
+    """A function from the row of a test datum to its label in words, or to nothing."""
+    labels, names = test.labels, dataset.label_names
+    if labels is None:
+        return lambda i: ()
+    return lambda i: (names[labels[i]] if names else str(int(labels[i])),)
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        click.echo("  ".join(cells))
+
+
+def _x_shape(vae: VAE) -> tuple[int, ...]:
+    assert vae.architecture is not None
+    return vae.architecture.x_shape
+
+
+def _point(vae: VAE) -> bool:
+    return evaluation.is_autoencoder(vae)
