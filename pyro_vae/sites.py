@@ -111,24 +111,23 @@ def site_log_prob(site: Any, frame: Frame) -> Tensor:
 
 def common_scale(traces: list[Trace]) -> float:
     """The one scale of all sites."""
-    found: dict[str, float] = {}
-    for trace in traces:
-        for site in sample_sites(trace):
-            scale = site["scale"]
-            if isinstance(scale, Tensor) and scale.numel() > 1:
-                raise ValueError(
-                    f"site {site['name']!r} carries a scale of shape {tuple(scale.shape)}; only one constant common "
-                    "to all sites (subsampling) has a meaning per datum. Weight the data outside the bound."
-                )
-            found[site["name"]] = float(scale)
-    values = list(found.values())
-    if any(value != values[0] for value in values):
-        odd = next(name for name in found if found[name] != max(set(values), key=values.count))
-        raise ValueError(
-            f"site {odd!r} carries the scale {found[odd]:g} and other sites another, so the result would not be a "
-            "bound. For a tempered ELBO use Objective(elbo, beta=...) instead of poutine.scale."
-        )
-    return values[0]
+    found: list[tuple[str, float]] = []
+    for site in sorted((s for t in traces for s in sample_sites(t)), key=lambda s: not s["is_observed"]):
+        scale = site["scale"]
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            raise ValueError(
+                f"site {site['name']!r} carries a scale of shape {tuple(scale.shape)}; only one constant common "
+                "to all sites (subsampling) has a meaning per datum. Weight the data outside the bound."
+            )
+        found.append((site["name"], float(scale)))
+    wanted = found[0][1]  # that of an observed site
+    for name, value in found:
+        if value != wanted:
+            raise ValueError(
+                f"site {name!r} carries the scale {value:g} and {found[0][0]!r} the scale {wanted:g}, so the result "
+                "would not be a bound. For a tempered ELBO use Objective(elbo, beta=...) instead of poutine.scale."
+            )
+    return wanted
 
 
 def site_value(site: Any, frame: Frame) -> Tensor:

@@ -1,0 +1,203 @@
+"""Estimates of log p(x): closed forms, errors that are errors, bounded memory."""
+
+import math
+import resource
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_vae.judging.anomalies import anomaly_scores, roc_auc
+from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.latents import active_units, posterior_means
+from pyro_vae.judging.psis import khat_limit, pareto_k
+from pyro_vae.judging.samples import energy_distance
+from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.zoo import autoencoder
+from tests.pairs import binary, linear_pair, small_pair
+
+assert resource  # not on Windows: the memory test needs it in its child
+
+
+def test_the_exact_posterior_gives_the_evidence_without_error():
+    pair, x = linear_pair()
+    estimate = log_likelihood(pair.model, pair.guide, x, num_samples=50)
+    assert (estimate.pointwise - pair.bed.log_evidence(x)).abs().max() < 1e-10
+    assert estimate.mc_stderr < 1e-6 and abs(estimate.bias) < 1e-10
+    assert torch.allclose(estimate.ess, torch.full_like(estimate.ess, 50.0))
+    assert (estimate.pareto_k == -math.inf).all() and estimate.khat_ok == 1
+
+
+def test_a_wider_guide_gives_it_within_its_standard_error():
+    pair, x = linear_pair(stretch=1.3)
+    estimate = log_likelihood(pair.model, pair.guide, x, num_samples=4000)
+    error = estimate.value - pair.bed.log_evidence(x).mean().item()
+    assert abs(error) < 4 * estimate.mc_stderr
+    assert 1e-4 < estimate.mc_stderr < 1e-2
+    assert (estimate.pareto_k < 0.5).all()
+    assert estimate.value == estimate.pointwise.mean().item()
+    assert estimate.data_stderr == pytest.approx(estimate.pointwise.std().item() / math.sqrt(30))
+
+
+def test_the_monte_carlo_error_is_the_spread_over_seeds():
+    pair, x = linear_pair(stretch=1.4)
+    runs = [log_likelihood(pair.model, pair.guide, x, num_samples=200, seed=s) for s in range(60)]
+    spread = np.std([r.value for r in runs], ddof=1)
+    claimed = np.mean([r.mc_stderr for r in runs])
+    assert abs(claimed / spread - 1) < 4 / math.sqrt(2 * 59)
+
+
+def test_the_jackknife_sees_the_bias():
+    pair, x = linear_pair(stretch=1.4)
+    evidence = pair.bed.log_evidence(x).mean().item()
+    runs = [log_likelihood(pair.model, pair.guide, x, num_samples=20, seed=s) for s in range(200)]
+    errors = np.array([r.value - evidence for r in runs])
+    biases = np.array([r.bias for r in runs])
+    bias, stderr = errors.mean(), errors.std(ddof=1) / math.sqrt(len(errors))
+    assert bias < -4 * stderr  # there is one
+    assert abs(biases.mean() - bias) < 4 * stderr
+    assert abs((errors - biases).mean()) < abs(bias) / 3
+
+
+def test_k_hat_knows_a_narrow_guide_and_is_per_datum():
+    narrow, x = linear_pair(stretch=0.45)
+    estimate = log_likelihood(narrow.model, narrow.guide, x, num_samples=2000)
+    assert estimate.pareto_k.median() > 0.7
+    assert "unreliable" in str(estimate)
+    weights = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alone = torch.cat([pareto_k(weights[:, i : i + 1]) for i in range(3)])
+    assert torch.equal(pareto_k(weights), alone)
+    heavy = -0.9 * torch.log(torch.rand(20000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    assert pareto_k(heavy).item() == pytest.approx(0.9, abs=0.1)  # Pareto weights with shape 0.9
+
+
+def test_k_hat_at_its_edges():
+    assert pareto_k(torch.zeros(10, 2)).isnan().all()
+    assert (pareto_k(torch.full((100, 2), -80.0)) == -math.inf).all()
+    assert khat_limit(5000) == 0.7
+    assert khat_limit(100) == pytest.approx(0.5)
+
+
+def test_the_printed_line_carries_both_errors():
+    pointwise = torch.tensor([-86.0, -87.0], dtype=torch.float64)
+    estimate = Estimate(-86.41, 0.0123, 0.24, -0.001, pointwise, pointwise, torch.tensor([0.1, 0.2]), 5000)
+    assert str(estimate) == "log p(x) = -86.41 ± 0.01 (Monte Carlo; data ± 0.24) nats, k̂ ok for 100.0 %"
+
+
+def test_elbo_terms_add_up_to_the_closed_form():
+    pair, x = linear_pair(exact=False)
+    terms = elbo_terms(pair.model, pair.guide, x, num_samples=2000)
+    expected = (pair.bed.log_evidence(x).mean() - pair.bed.mean_field_gap()).item()
+    assert abs(terms.value - expected) < 4 * terms.mc_stderr
+    assert terms.value == pytest.approx(terms.reconstruction - terms.kl, abs=1e-9)
+    q = pair.bed.best_mean_field(x).base_dist
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(q.mean, q.stddev), dist.Normal(0.0, 1.0))
+    assert terms.kl == pytest.approx(kl.sum(-1).mean().item(), abs=0.05)
+    assert "nats = reconstruction" in str(terms)
+
+
+def test_chunks_do_not_change_the_estimate(monkeypatch):
+    import pyro_vae.judging.estimates as module
+
+    pair, x = linear_pair(stretch=1.2)
+    whole = log_likelihood(pair.model, pair.guide, x, num_samples=3000)
+    monkeypatch.setattr(module, "_CHUNK", 2**19)
+    pieces = log_likelihood(pair.model, pair.guide, x, num_samples=3000)
+    assert abs(whole.value - pieces.value) < 4 * math.hypot(whole.mc_stderr, pieces.mc_stderr)
+    assert whole.value != pieces.value
+    again = log_likelihood(pair.model, pair.guide, x, num_samples=3000)
+    assert again.value == pieces.value
+
+
+def test_memory_is_bounded_whatever_k():
+    code = """
+        import resource, torch
+        import pyro_vae as pv
+        torch.manual_seed(0)
+        vae = pv.VAE.build((1, 28, 28), latent_dim=50, hidden=(64,))
+        x = (torch.rand(200, 1, 28, 28) < 0.2).float()
+        pv.log_likelihood(vae.model, vae.guide, x[:2], num_samples=2)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pv.log_likelihood(vae.model, vae.guide, x, num_samples=5000)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 1.0  # GiB
+
+
+def test_a_point_guide_has_no_estimate():
+    torch.manual_seed(0)
+    pair = autoencoder((1, 4, 4), latent_dim=2, hidden=(8,))
+    for estimate in (log_likelihood, elbo_terms):
+        with pytest.raises(ValueError, match=r"'z' is a point \(Delta\)"):
+            estimate(pair.model, pair.guide, binary())
+    with pytest.raises(ValueError, match="is a point"):
+        anomaly_scores(pair.model, pair.guide, binary())
+
+
+def test_several_sites_of_any_name():
+    def model(x):
+        with pyro.plate("batch", len(x)):
+            top = pyro.sample("top", dist.Normal(0.0, 1.0))
+            low = pyro.sample("low", dist.Normal(top, 1.0))
+            pyro.sample("seen", dist.Normal(low, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("batch", len(x)):
+            low = pyro.sample("low", dist.Normal(2 * x / 3, (2 / 3) ** 0.5))
+            pyro.sample("top", dist.Normal(low / 2, 0.5**0.5))
+
+    x = torch.tensor([0.0, 1.0])
+    estimate = log_likelihood(model, guide, x, num_samples=100)
+    expected = dist.Normal(0.0, 3**0.5).log_prob(x)
+    assert (estimate.pointwise - expected).abs().max() < 1e-5
+
+
+def test_anomaly_scores_are_minus_the_densities():
+    pair, x = linear_pair()
+    scores = anomaly_scores(pair.model, pair.guide, x, num_samples=10)
+    assert torch.allclose(scores, -pair.bed.log_evidence(x))
+    strange = anomaly_scores(pair.model, pair.guide, x + 5, num_samples=10)
+    assert roc_auc(scores, strange) > 0.95
+    with pytest.raises(ValueError, match="unknown score 'density'.*log-likelihood, reconstruction"):
+        anomaly_scores(pair.model, pair.guide, x, "density")
+    terms = elbo_terms(pair.model, pair.guide, x, num_samples=3000)
+    errors = anomaly_scores(pair.model, pair.guide, x, "reconstruction", num_samples=3000)
+    assert errors.mean().item() == pytest.approx(-terms.reconstruction, abs=0.05)
+
+
+def test_active_units_counts_the_moving_means():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = torch.stack([x, 0.2 * x, 0.05 * x, torch.zeros_like(x)], -1)
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    units = active_units(guide, x)
+    assert (units.count, units.latent_dim) == (2, 4)
+    assert torch.allclose(units.variance, x.var() * torch.tensor([1.0, 0.04, 0.0025, 0.0]), rtol=1e-4, atol=1e-7)
+    assert torch.equal(posterior_means(guide, x)[:, 0], x)
+    with pytest.raises(ValueError, match="no site 'w', wanted one of 'z'"):
+        active_units(guide, x, site="w")
+    model_guide = Guide(small_pair()[1].posterior)
+    assert posterior_means(model_guide, binary()).shape == (12, 3)
+
+
+def test_energy_distance_of_two_normals():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 1, generator=generator, dtype=torch.float64)
+    y = torch.randn(1500, 1, generator=generator, dtype=torch.float64)
+    shift = 1.0
+    # E|X - Y| of N(0, 2) and of its shift, in closed form.
+    folded = 2 / math.sqrt(math.pi)
+    moved = math.sqrt(2) * math.sqrt(2 / math.pi) * math.exp(-(shift**2) / 4) + shift * math.erf(shift / 2)
+    assert energy_distance(x, y).value == pytest.approx(0, abs=0.01)
+    assert energy_distance(x + shift, y).value == pytest.approx(2 * (moved - folded), abs=0.06)
+    assert abs(energy_distance(x, y).null) < 0.02
+    with pytest.raises(ValueError, match="of one shape"):
+        energy_distance(x, y.expand(-1, 2))
