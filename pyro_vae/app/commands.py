@@ -52,10 +52,11 @@ def evaluate_run(
     """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
     loaded = Run.load(run)
     options, vae = options_of(loaded), loaded.vae().to(the_device(device))
-    _, dataset = _data(options, vae, data_dir)
+    images = evaluation_images or options.evaluation_images
+    _, dataset = _data(options, vae, data_dir, images)
     settings: dict[str, Any] = {
         "num_samples": evaluation_samples or options.evaluation_samples,
-        "images": evaluation_images or options.evaluation_images,
+        "images": images,
         "seed": options.seed if seed is None else seed,
     }
     numbers = evaluation.evaluate(vae, dataset, **settings, progress=False if as_json else None)
@@ -150,7 +151,7 @@ def rank_anomalies(
             "Use --score reconstruction."
         )
     settings: dict[str, Any] = {"score": score, "num_samples": 1 if _point(vae) else num_samples, "seed": seed}
-    options, dataset = _data(options, vae, data_dir)
+    options, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed)
     strange = None if outliers is None else _outliers(outliers, outliers_dir, fit_outliers, options, _x_shape(vae), seed)
     scores = anomaly_scores(vae.model, vae.guide, test, **settings)
@@ -178,10 +179,9 @@ def rank_anomalies(
     return result
 
 
-def _data(options: FitOptions, vae: VAE, data_dir: str | None) -> tuple[FitOptions, Dataset]:
-    if data_dir is not None:
-        options = resolve(vars(options) | {"data_dir": data_dir})
-    options, dataset = read(options)
+def _data(options: FitOptions, vae: VAE, data_dir: str | None, images: int | None) -> tuple[FitOptions, Dataset]:
+    changed = {} if data_dir is None else {"data_dir": data_dir}
+    options, dataset = read(resolve(vars(options) | {"evaluation_images": images} | changed))
     if dataset.x_shape != _x_shape(vae):
         raise ValueError(
             f"{options.data} now has data of shape {dataset.x_shape}, but the run was fitted to {_x_shape(vae)}. "

@@ -113,7 +113,7 @@ def _truth(value: Any) -> bool:
 
 def _widths(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):
-        value = [part for part in value.replace("x", ",").split(",") if part.strip()]
+        value = [part for part in value.split(",") if part.strip()]
     return tuple(_integer(width) for width in (value if isinstance(value, list | tuple) else [value]))
 
 

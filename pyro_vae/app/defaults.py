@@ -160,7 +160,7 @@ DATASETS: dict[str, FitOptions] = {
         likelihood="normal",
     ),
 }  # fmt: skip
-OTHER = FitOptions("a folder or a file", clip_norm=1e5)
+OTHER = FitOptions("folders, files", clip_norm=1e5)
 
 
 def resolve(given: Mapping[str, Any]) -> FitOptions:

@@ -76,7 +76,9 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         ValueError: Unknown or unreadable data, or none that fit the likelihood.
     """
     limits = (options.limit, options.evaluation_images)
-    most = None if None in limits else max(n for n in limits if n is not None)
+    photographs = options.data == "celeba" or Path(options.data).is_dir() and options.data not in DATASETS
+    # Decoding takes minutes: no more than will be looked at. Other data are read whole.
+    most = max(n for n in limits if n is not None) if photographs and None not in limits else None
     framing = {name: getattr(options, name) for name in ("image_size", "crop", "channels")}
     binarization, dequantize = options.binarization, options.dequantize
     if binarization is None and dequantize is None and options.data not in DATASETS:

@@ -11,21 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
+def summary_table(summary: Mapping[str, Any], run: Path | None = None) -> Table:
     """A summary as a table of two columns.
 
     Args:
         summary: What summary.json holds.
+        run: Where the run lies.
     """
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in lines(summary):
+    for name, text in lines(summary, run):
         table.add_row(name, Text(text))
     return table
 
 
-def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str, str]]:
     """The summary as (what, text) pairs."""
     found: list[tuple[str, str]] = []
     if summary.get("interrupted"):
@@ -62,6 +63,8 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("protocol", protocol_line(summary["protocol"])))
     if "train_seconds" in summary:
         found.append(("time", _time(summary)))
+    if run is not None:
+        found.append(("run", str(run)))
     return found
 
 
@@ -84,10 +87,12 @@ def show(summary: Mapping[str, Any], run: Path | None = None, console: Console |
         run: Where the run lies.
         console: Where to print; the terminal if omitted.
     """
-    console = console or Console(highlight=False, soft_wrap=False)
-    console.print(summary_table(summary))
-    if run is not None:
-        console.print(Text.assemble(("run            ", "bold"), str(run)), soft_wrap=True)
+    console = console or Console(highlight=False)
+    if console.is_terminal:
+        console.print(summary_table(summary, run))
+        return
+    for name, text in lines(summary, run):  # whole lines, for logs and grep
+        console.print(f"{name:15}{text}", soft_wrap=True, markup=False)
 
 
 def _log_likelihood(summary: Mapping[str, Any]) -> str:

@@ -1,0 +1,239 @@
+"""The command from the outside: what it prints, what it leaves on disk, how it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyro_vae.app import fitting
+from pyro_vae.app.cli import main
+from pyro_vae.app.defaults import CHOICES, DATASETS, resolve
+from pyro_vae.data import BINARIZATIONS
+from pyro_vae.data import DATASETS as READABLE
+from pyro_vae.inference.optimizers import SCHEDULES
+from pyro_vae.parts.networks import ACTIVATIONS
+from pyro_vae.version import __version__
+
+TINY = ["--epochs", "1", "--limit", "100", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "20",
+        "--evaluation-images", "20"]  # fmt: skip
+
+
+def failed(argv, capsys):
+    """The one line of an error that the user can mend."""
+    code = main([str(part) for part in argv])
+    said = capsys.readouterr()
+    assert code == 2, said.err
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    line = said.err.strip().splitlines()[-1]
+    assert line.startswith("pyro-vae: error: ")
+    return line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_help_shows_groups_examples_and_defaults(capsys):
+    assert main(["fit", "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("Data:", "Model:", "Training:", "Evaluation:", "Run:", "Examples:", "Defaults by dataset", "5000]"):
+        assert word in text
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("fit", "evaluate", "sample", "reconstruct", "anomalies"):
+        assert command in text
+
+
+def test_every_command_has_help(capsys):
+    for command in ("evaluate", "sample", "reconstruct", "anomalies"):
+        assert main([command, "--help"]) == 0
+        assert "RUN" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyro-vae {__version__}\n"
+
+
+def test_choices_are_those_of_the_library():
+    assert set(DATASETS) == set(READABLE)
+    assert set(CHOICES["binarization"]) == set(BINARIZATIONS)
+    assert set(CHOICES["schedule"]) == set(SCHEDULES)
+    assert set(CHOICES["activation"]) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_resolved_configuration_resolves_to_itself(name):
+    options = resolve({"data": name})
+    assert resolve(vars(options)) == options
+    assert resolve(json.loads(json.dumps(options.to_json()))) == options
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--data", "mnits"], "Did you mean 'mnist'?"),
+        (["--epoch", "3"], "Try 'pyro-vae fit --help'"),
+        (["--epochs", "many"], "'many' is not a valid integer"),
+        (["--epochs", "0"], "--epochs 0, wanted a number >= 1"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0, wanted a number > 0"),
+        (["--learning-rate", "nan"], "--learning-rate nan"),
+        (["--network", "cnn"], "--network 'cnn', wanted one of mlp, conv, linear."),
+        (["--hidden", "400,x"], "--hidden = '400,x', wanted whole numbers such as 400,400"),
+        (["--hidden", "0"], "wanted positive widths"),
+        (["--scale", "-1"], "--scale -1.0, wanted a number > 0 or one of learned"),
+        (["--likelihood", "normal", "--binarization", "dynamic"], "a density of zeros and ones has no upper limit"),
+        (["--posterior", "point", "--bound", "iwae"], "a plain autoencoder has no bound"),
+        (["--posterior", "point", "--kl-warmup", "1", "--epochs", "3"], "kl_warmup tempers an ELBO"),
+        (["--kl-warmup", "5", "--epochs", "3"], "kl_warmup"),
+        (["--device", "cuda:99"], "Use --device cpu"),
+        (["--device", "gpu"], "Use --device cpu"),
+        (["--data", "linear-gaussian", "--network", "conv"], "wanted images. Use --network mlp"),
+        (["--data", "frey", "--data-dir", "nowhere"], "no frey_faces.npz in"),
+        (["--config", "nowhere.yaml"], "wanted a readable YAML or JSON file: No such file"),
+        (["extra"], "unexpected extra argument"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_leaves_nothing(argv, words, here, capsys):
+    assert words in failed(["fit", "--out", "some/run", *argv], capsys)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", "unknown key 'epoch'. Did you mean 'epochs'?"),
+        ("epochs: many", "epochs = 'many', wanted a whole number"),
+        ("epochs: 1.5", "epochs = 1.5, wanted a whole number"),
+        ("epochs: true", "epochs = True, wanted a whole number"),
+        ("learning-rate: [1]", "learning-rate = [1], wanted a number"),
+        ("dequantize: maybe", "wanted true or false"),
+        ("data: 3", "data = 3, wanted text"),
+        ("- epochs", "wanted options by name"),
+        ("epochs: [1", "not valid YAML"),
+        ("!!python/object/apply:os.system ['touch hacked']", "not valid YAML"),
+        ("hidden: [400, wide]", "wanted whole numbers"),
+    ],
+)
+def test_a_bad_config_is_one_line_and_leaves_nothing(text, words, here, capsys):
+    (here / "bad.yaml").write_text(text)
+    assert words in failed(["fit", "--config", "bad.yaml"], capsys)
+    assert [path.name for path in here.iterdir()] == ["bad.yaml"]
+
+
+def test_bad_json_names_the_line(here, capsys):
+    (here / "bad.json").write_text('{"epochs": 3,\n "seed" 1}')
+    assert "not valid JSON: Expecting ':' delimiter in line 2" in failed(["fit", "--config", "bad.json"], capsys)
+
+
+def test_the_command_line_wins_over_the_file(here, monkeypatch):
+    (here / "some.yaml").write_text("epochs: 7\nbatch-size: 32\nlearning_rate: 2e-3\nhidden: 40,20\nout: there\nquiet: true\n")
+    seen = {}
+
+    def record(options, path, **_):
+        seen.update(options=options, path=path)
+        return {"interrupted": False}
+
+    monkeypatch.setattr(fitting, "fit_run", record)
+    assert main(["fit", "--config", "some.yaml", "--epochs", "9"]) == 0
+    options = seen["options"]
+    assert (options.epochs, options.batch_size, options.learning_rate, options.hidden) == (9, 32, 2e-3, (40, 20))
+    assert seen["path"] == Path("there")
+
+
+def test_an_existing_folder_is_left_alone(here, capsys):
+    (here / "run").mkdir()
+    (here / "run" / "mine.txt").write_text("mine")
+    assert "--out run, which exists, wanted a new folder" in failed(["fit", "--out", "run"], capsys)
+    assert [path.name for path in here.rglob("*")] == ["run", "mine.txt"]
+
+
+def test_an_unwritable_place_fails_before_anything_is_read(here, capsys, monkeypatch):
+    monkeypatch.setattr(fitting, "load", lambda *_, **__: pytest.fail("data were read"))
+    (here / "file").write_text("")
+    assert "wanted a place to write to: not a directory" in failed(["fit", "--out", "file/run"], capsys)
+    assert [path.name for path in here.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("where", ["vae.save", "pictures.draw", "write_json"])
+def test_a_failure_on_the_way_leaves_nothing(where, here, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr({"vae.save": "pyro_vae.programs.vae.VAE.save", "pictures.draw": "pyro_vae.app.pictures.draw",
+                         "write_json": "pyro_vae.app.fitting.append_json"}[where], full)  # fmt: skip
+    assert "No space left on device" in failed(["fit", "--out", "a/b/run", *TINY], capsys)
+    assert list(here.iterdir()) == []
+
+
+def test_ctrl_c_while_reading_leaves_nothing(here, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "load", stopped)
+    assert main(["fit", "--out", "run"]) == 130
+    assert capsys.readouterr().err.strip() == "pyro-vae: interrupted"
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["training", "evaluating"])
+def test_ctrl_c_keeps_what_was_trained(when, here, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    if when == "training":
+        append = fitting.append_json
+
+        def after_two(path, record):
+            append(path, record)
+            if record["epoch"] == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(fitting, "append_json", after_two)
+    else:
+        monkeypatch.setattr(fitting, "_scored", stopped)
+    assert main(["fit", "--out", "run", *TINY, "--epochs", "5"]) == 130
+    summary = json.loads((here / "run" / "summary.json").read_text())
+    assert summary["interrupted"] is True
+    assert summary["epochs"] == (2 if when == "training" else 5)
+    assert "test_elbo" not in summary
+    assert [path.name for path in here.iterdir()] == ["run"]
+    assert "what was trained so far is in run" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert main(["evaluate", "run", "-K", "20"]) == 0
+    assert "test log p(x)" in capsys.readouterr().out
+
+
+def test_default_folders_are_numbered(here, capsys):
+    for _ in range(2):
+        assert main(["fit", *TINY, "--quiet"]) == 0
+    assert sorted(path.name for path in (here / "runs").iterdir()) == ["digits-1", "digits-2"]
+    said = capsys.readouterr()
+    assert said.out == said.err == ""
+
+
+def test_nothing_but_the_summary_where_there_is_no_terminal(tmp_path):
+    code = "import sys; from pyro_vae.app.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "fit", "--out", str(tmp_path / "run"), *TINY], capture_output=True, text=True, check=True
+    )
+    assert "\r" not in done.stdout + done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2
+    assert done.stdout.startswith("test ELBO")
+
+
+def test_random_state_and_settings_are_left_alone(here):
+    torch.manual_seed(3)
+    state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    assert main(["fit", "--out", "run", "--quiet", "--matmul-precision", "medium", *TINY]) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_float32_matmul_precision() == precision
