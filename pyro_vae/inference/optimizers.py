@@ -46,6 +46,8 @@ class Fused(PyroOptim):
         constructor: A torch optimiser class.
         options: Its keyword arguments; ``fused=True`` is added where it is supported.
         clip_norm: Upper limit of the joint gradient norm of all parameters.
+    Attributes:
+        parameters: The tensors that had a gradient so far.
     Raises:
         ValueError: A learning rate or clip_norm that is not positive.
     Example:
@@ -70,15 +72,16 @@ class Fused(PyroOptim):
         super().__init__(constructor, options)
         self.clip_norm = clip_norm
         self.learning_rate: float = options["lr"]
-        self._known: set[Tensor] = set()
+        self.parameters: set[Tensor] = set()
+        self._factor = 1.0
         self._optimizer: torch.optim.Optimizer | None = None
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Step all parameters that have a gradient; new ones join the optimiser."""
         params = [p for p in params if p.grad is not None]
-        new = [p for p in params if p not in self._known]
+        new = [p for p in params if p not in self.parameters]
         if new:
-            self._known.update(new)
+            self.parameters.update(new)
             self._add(new)
         if self._optimizer is None:
             return
@@ -87,10 +90,10 @@ class Fused(PyroOptim):
         self._optimizer.step()
 
     def set_learning_rate(self, factor: float) -> None:
-        """Scale the initial learning rate by a factor."""
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.learning_rate * factor
+        """Scale the initial learning rate by a factor, for parameters yet to join as well."""
+        self._factor = factor
+        for group in self._optimizer.param_groups if self._optimizer is not None else ():
+            group["lr"] = self.learning_rate * factor
 
     def get_state(self) -> dict[str, Any]:
         """State of the torch optimiser."""
@@ -99,12 +102,14 @@ class Fused(PyroOptim):
     def _add(self, new: list[Tensor]) -> None:
         if self._optimizer is not None:
             self._optimizer.add_param_group({"params": new})
-            return
-        options = dict(self.pt_optim_args)
-        floating = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in new)
-        if floating and "fused" in self.pt_optim_constructor.__init__.__code__.co_varnames:
-            options.setdefault("fused", True)
-        self._optimizer = self.pt_optim_constructor(new, **options)
+        else:
+            options = dict(self.pt_optim_args)
+            floating = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in new)
+            if floating and "fused" in self.pt_optim_constructor.__init__.__code__.co_varnames:
+                options.setdefault("fused", True)
+            self._optimizer = self.pt_optim_constructor(new, **options)
+        # The optimiser is made by the first step, which has a rate of its own already.
+        self.set_learning_rate(self._factor)
 
     def _clip(self, params: list[Tensor]) -> None:
         grads = [p.grad for p in params if p.grad is not None]

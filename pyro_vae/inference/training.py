@@ -35,7 +35,8 @@ class History:
         records: Per epoch: ``epoch``, ``loss`` (what was minimised, nats per datum),
             ``bound`` (the untempered bound on the training batches where it is known),
             ``validation`` (where validation data were given), ``learning_rate``,
-            ``beta``, ``seconds`` since the start, ``images_per_second``.
+            ``beta`` (these two of the epoch's last step), ``seconds`` since the start,
+            ``images_per_second``.
         best_epoch: The epoch whose weights were kept.
         stopped_early: Patience ran out.
         interrupted: Ctrl-C ended the fit; the weights are those of that moment.
@@ -97,7 +98,8 @@ def fit(
         schedule: "constant", "cosine", "one-cycle", or a function of the fraction of
             steps done that multiplies the learning rate.
         clip_norm: Upper limit of the joint gradient norm.
-        kl_warmup: Epochs over which the weight of log q - log p(z) rises linearly to 1.
+        kl_warmup: Epochs over which the weight of log q - log p(z) rises linearly to 1,
+            or to the beta of the `Objective`.
         validation: Data of the same kind, scored after every epoch at fixed noise.
         validation_bound: The bound to score them by (the `elbo`; `reconstruction` for
             a point guide).
@@ -129,7 +131,7 @@ def fit(
     """
     loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
     _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
-    modules = [p for p in (model, guide) if isinstance(p, nn.Module)]
+    modules = _owners(model, guide)
     for module in modules if device is not None else []:
         module.to(device)
     place = device if device is not None else device_of(model, guide)
@@ -159,20 +161,27 @@ def fit(
                     bar.set_postfix(epoch=epoch, **shown, images_per_s=f"{record['images_per_second']:,.0f}")
                     if callback is not None:
                         callback(record)
-                    # While the objective is tempered, a validation bound says nothing about the end.
-                    if patience is not None and stepper.beta() == 1:
-                        best.offer(record["validation"], epoch)
+                    # While the weight of the divergence rises, a validation bound says nothing about the end.
+                    if patience is not None and stepper.steps >= stepper.warmup:
+                        best.offer(record["validation"], epoch, stepper.parameters())
                         if epoch - best.epoch >= patience:
                             history.stopped_early = True
                             break
             except KeyboardInterrupt:
                 history.interrupted = True
-        if patience is not None and best.epoch and not history.interrupted:
+        history.best_epoch = len(history)
+        if best.epoch and not history.interrupted:
             best.restore()
+            history.best_epoch = best.epoch
     for module in modules:
         module.eval()
-    history.best_epoch = best.epoch or len(history)
     return history
+
+
+def _owners(*programs: Program) -> list[nn.Module]:
+    """The modules that the programs are, or are methods of."""
+    found = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
+    return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
 
 
 class _Tempered(Messenger):
@@ -195,18 +204,29 @@ class _Stepper:
     ) -> None:
         self.loss, self.optimizer, self.rate, self.total, self.warmup = loss, optimizer, rate, total, warmup
         self.steps = 0
+        self.final_beta = float(loss.beta) if isinstance(loss, Objective) else 1.0
         if warmup and not isinstance(loss, Objective):
             model, guide = _Tempered(self.beta)(model), _Tempered(self.beta)(guide)
         self.svi = SVI(model, guide, optimizer, loss)
 
     def beta(self) -> float:
-        return min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0
+        """The weight of log q - log p(z) in the step to come."""
+        return self.final_beta * (min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0)
+
+    def factor(self) -> float:
+        """What multiplies the learning rate in the step to come."""
+        return self.rate(self.steps / self.total)
+
+    def parameters(self) -> list[Tensor]:
+        """What was trained so far, whoever owns it."""
+        return list(self.optimizer.parameters if isinstance(self.optimizer, Fused) else self.optimizer.optim_objs)
 
     def epoch(self, batches: Batches, bar: tqdm) -> dict[str, Any]:
         """One pass; its averages."""
         started, summed, bound, count = time.perf_counter(), 0.0, torch.zeros(()), 0
         tempered = self.beta() < 1
         for batch in batches:
+            beta, factor = self.beta(), self.factor()
             value = self._step(batch)
             size = len(batch[0])
             summed, count = summed + value, count + size
@@ -222,13 +242,13 @@ class _Stepper:
         elif not tempered:
             record["bound"] = -summed / count
         if isinstance(self.optimizer, Fused):
-            record["learning_rate"] = self.optimizer.learning_rate * self.rate(self.steps / self.total)
+            record["learning_rate"] = self.optimizer.learning_rate * factor
         seconds = time.perf_counter() - started
-        return record | {"beta": self.beta(), "images_per_second": count / seconds}
+        return record | {"beta": beta, "images_per_second": count / seconds}
 
     def _step(self, batch: tuple[Any, ...]) -> float:
         if isinstance(self.optimizer, Fused):
-            self.optimizer.set_learning_rate(self.rate(self.steps / self.total))
+            self.optimizer.set_learning_rate(self.factor())
         if isinstance(self.loss, Objective) and self.warmup:
             self.loss.beta = self.beta()
         # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
@@ -240,12 +260,17 @@ class _Stepper:
                 f"the loss became {value} at step {self.steps}. Lower learning_rate, set clip_norm (100 is a mild "
                 "value), or look for a scale that collapses to zero."
             )
+        if self.steps == 0 and not self.parameters():
+            raise ValueError(
+                "no parameter of model or guide had a gradient, so there is nothing to train. Register networks with "
+                'pyro.module("decoder", net) inside the programs, or write the programs as PyroModules.'
+            )
         self.steps += 1
         return value
 
 
 class _Best:
-    """The best tensors so far: those of the modules and those of the param store."""
+    """The best tensors so far: the modules', the param store's, and all others that were trained."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
@@ -253,12 +278,14 @@ class _Best:
         self.value = -math.inf
         self.copies: list[tuple[Tensor, Tensor]] = []
 
-    def offer(self, value: float, epoch: int) -> None:
+    def offer(self, value: float, epoch: int, trained: Sequence[Tensor]) -> None:
+        value = -math.inf if math.isnan(value) else value
         if value > self.value or not self.epoch:
             self.value, self.epoch = value, epoch
             tensors = [t for m in self.modules for t in m.state_dict(keep_vars=True).values()]
             tensors += [t for _, t in pyro.get_param_store().named_parameters()]
-            self.copies = [(t, t.detach().clone()) for t in tensors]
+            tensors += trained  # of networks that plain functions register with pyro.module
+            self.copies = [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
 
     def restore(self) -> None:
         with torch.no_grad():
