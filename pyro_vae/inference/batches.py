@@ -47,7 +47,7 @@ class Batches:
         self.loader: Iterable[Any] | None = None
         if isinstance(data, tuple):
             self.columns = data
-        elif isinstance(data, torch.utils.data.DataLoader) or not hasattr(data, "__getitem__"):
+        elif isinstance(data, torch.utils.data.DataLoader | list) or not hasattr(data, "__getitem__"):
             if not isinstance(data, Iterable) or isinstance(data, Iterator):
                 raise ValueError(
                     f"got data of type {type(data).__name__}, wanted a tensor, a tuple of tensors, a dataset indexed "
@@ -59,14 +59,17 @@ class Batches:
         lengths = [len(column) for column in self.columns or ()]
         if len(set(lengths)) > 1:
             raise ValueError(f"the data have different lengths, {lengths}; wanted one row each per datum.")
-        if lengths and lengths[0] == 0:
+        if self.columns is not None and not any(lengths):
             raise ValueError("the data are empty; wanted at least one datum.")
         self.num_data = lengths[0] if lengths else None
 
     def __len__(self) -> int:
         if self.num_data is not None:
             return -(-self.num_data // self.batch_size)
-        return len(self.loader) if hasattr(self.loader, "__len__") else sum(1 for _ in self)  # type: ignore[arg-type]
+        try:
+            return len(self.loader)  # type: ignore[arg-type]
+        except TypeError:  # also a DataLoader, over a dataset of unknown length
+            return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self.columns is None:
