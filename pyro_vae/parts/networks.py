@@ -172,8 +172,8 @@ def set_output_mean(decoder: nn.Module, mean: Tensor, floor: float = 1e-3) -> No
     """Start a decoder of logits at the mean image, as Burda et al. (2016) do.
 
     The bias of the last layer becomes logit(mean), with the mean clipped to
-    [floor, 1 - floor]; a convolutional layer, whose bias is per channel, gets the
-    channel means.
+    [floor, 1 - floor]; a convolutional layer, whose bias is per channel, gets that of
+    the channel means.
 
     Args:
         decoder: A network whose last layer with a bias gives the logits.
@@ -187,12 +187,11 @@ def set_output_mean(decoder: nn.Module, mean: Tensor, floor: float = 1e-3) -> No
         raise ValueError("the decoder has no layer with a bias to start at the mean of the data.")
     bias = biased[-1].bias
     assert isinstance(bias, Tensor)
-    logits = torch.logit(mean.clamp(floor, 1 - floor))
-    target = logits.flatten() if bias.numel() == mean.numel() else logits.flatten(1).mean(-1)
-    if target.shape != bias.shape:
+    start = mean.flatten() if bias.numel() == mean.numel() or mean.dim() < 2 else mean.flatten(1).mean(-1)
+    if start.shape != bias.shape:
         raise ValueError(f"the decoder's last bias has {bias.numel()} entries, the mean has shape {tuple(mean.shape)}.")
     with torch.no_grad():
-        bias.copy_(target)
+        bias.copy_(torch.logit(start.clamp(floor, 1 - floor)))
 
 
 def _image(shape: Sequence[int]) -> tuple[int, int, int]:
