@@ -98,6 +98,11 @@ class Normal(nn.Module):
         output = self.decoder(z)
         event_dim = _event_dim(output, z)
         if self.scale == "network":
+            if output.shape[-event_dim] % 2:
+                raise ValueError(
+                    f"the decoder turned a latent into {tuple(output.shape[-event_dim:])}, wanted mu and log sigma "
+                    'along its first dimension: scale="network" needs twice the channels of a datum.'
+                )
             loc, log_scale = output.chunk(2, -event_dim)
             scale = self.minimum_scale + log_scale.exp()
         elif isinstance(self.scale, str):
