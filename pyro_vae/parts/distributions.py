@@ -9,29 +9,19 @@ from pyro.distributions import Bernoulli as PyroBernoulli
 from torch import Tensor
 
 
-def softplus_terms(logits: Tensor) -> Tensor:
-    """log(1 + exp(l)), elementwise, by operations that are vectorised on the CPU.
-
-    max(l, 0) + log(1 + exp(-|l|)). ``log1p`` would gain accuracy only where the sum
-    is dominated by max(l, 0), or below 1e-7 in absolute terms, and costs as much as
-    all of this; the gradient is formed by autograd through ``relu`` and ``abs``, so
-    use `bernoulli_log_prob` where it matters.
-
-    Example:
-        >>> softplus_terms(torch.tensor([0.0, 100.0]))
-        tensor([  0.6931, 100.0000])
-    """
-    return logits.clamp(min=0) + torch.log(1 + torch.exp(-logits.abs()))
-
-
 class _BernoulliLogProb(torch.autograd.Function):
-    """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's."""
+    """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's.
+
+    softplus(l) = max(l, 0) + log(1 + exp(-|l|)): ``log1p`` is not vectorised on the CPU,
+    and would only gain what lies below 1e-7. The maximum is taken off first, where it
+    cancels x l exactly at x = 1.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(logits: Tensor, x: Tensor) -> Tensor:
-        return x * logits - softplus_terms(logits)
+        return x * logits - logits.clamp(min=0) - torch.log(1 + torch.exp(-logits.abs()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
