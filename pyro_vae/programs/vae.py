@@ -216,8 +216,9 @@ class VAE(nn.Module):
         """Rebuild a VAE that `save` wrote. Reads tensors and JSON, never code.
 
         Raises:
-            ValueError: No such file, not a safetensors file, or weights without an
-                architecture (those of your own parts: build the VAE, then `load_weights`).
+            ValueError: No such file, not a safetensors file, weights without an
+                architecture (those of your own parts: build the VAE, then `load_weights`),
+                or with one that this version cannot read.
         """
         text = _metadata(path).get(_METADATA)
         if text is None:
@@ -225,8 +226,16 @@ class VAE(nn.Module):
                 f"{path} holds weights without an architecture. Build the VAE from your own parts, then call "
                 "vae.load_weights(path)."
             )
-        options = json.loads(text)
-        vae = cls.build(options.pop("x_shape"), **options)
+        try:
+            options = json.loads(text)
+            with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no random numbers
+                vae = cls.build(options.pop("x_shape"), **options)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} holds an architecture that cannot be read ({error!r}), wanted what vae.save writes, got: "
+                f"{text[:200]}"
+            ) from error
+        vae.to(_dtype(path))
         vae.load_weights(path)
         return vae.eval()
 
@@ -234,13 +243,17 @@ class VAE(nn.Module):
         """Read weights into this VAE.
 
         Raises:
-            ValueError: No such file, a corrupt one, or tensors that do not fit.
+            ValueError: No such file, a corrupt one, or tensors that do not fit; the
+                weights are then as they were.
         """
         _metadata(path)
+        before = {name: value.clone() for name, value in self.state_dict().items()}
         try:
             load_model(self, str(path))
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the weights in {path} do not fit this VAE: {str(error).splitlines()[0]}") from error
+            self.load_state_dict(before)
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise ValueError(f"the weights in {path} do not fit this VAE: {' '.join(lines[1:2] or lines)}") from error
 
 
 def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -251,3 +264,10 @@ def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"no such file: {path}.") from error
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def _dtype(path: str | os.PathLike[str]) -> torch.dtype:
+    """Of the first floating-point tensor in a file."""
+    with safe_open(str(path), framework="pt") as file:
+        found = (file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118 (a file is no dict)
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.get_default_dtype())
