@@ -1,8 +1,8 @@
 """NumPyro, as its VAE example trains: stax networks, SVI, a whole epoch inside one jitted loop.
 
 As there, a last partial batch is dropped, pixels are floats, and the binarisation lies
-inside the loop. Unlike there, Bernoulli takes logits, which XLA compiles to faster code, so
-the peer is not weaker than its example.
+inside the loop. Unlike there, Bernoulli takes logits (`logits=False` for the example's way), and
+weights start at stax's default scale: from the example's, 0.01, the first epochs lag by 40 nats.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,13 @@ from peers import HIDDEN, LATENT, LEARNING_RATE
 
 
 def _encoder() -> Any:
-    return stax.serial(
-        stax.Dense(HIDDEN, W_init=stax.randn()),
-        stax.Softplus,
-        stax.FanOut(2),
-        stax.parallel(
-            stax.Dense(LATENT, W_init=stax.randn()),
-            stax.serial(stax.Dense(LATENT, W_init=stax.randn()), stax.Exp),
-        ),
-    )
+    heads = stax.parallel(stax.Dense(LATENT), stax.serial(stax.Dense(LATENT), stax.Exp))
+    return stax.serial(stax.Dense(HIDDEN), stax.Softplus, stax.FanOut(2), heads)
 
 
 def _decoder(logits: bool) -> Any:
     last = [] if logits else [stax.Sigmoid]
-    return stax.serial(
-        stax.Dense(HIDDEN, W_init=stax.randn()), stax.Softplus, stax.Dense(784, W_init=stax.randn()), *last
-    )
+    return stax.serial(stax.Dense(HIDDEN), stax.Softplus, stax.Dense(784), *last)
 
 
 def build(
