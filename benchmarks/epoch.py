@@ -245,7 +245,7 @@ def main() -> None:
     results = [summarise(peer, baseline) for peer in peers]
     print_table(results)
     print(
-        f"ELBO: mean over the last training epoch, in nats, the {args.rounds + 1}th of each row; these should agree to\n"
+        f"ELBO: mean over training epoch {args.rounds + 1}, the last, in nats; the rows should agree to\n"
         "a few nats (the closed-form KL learns a little faster at first).\n"
         "x Pyro: median over rounds of the ratio to Pyro's idiom in the same round."
     )
