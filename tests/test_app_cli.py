@@ -134,7 +134,7 @@ def test_bad_json_names_the_line(here, capsys):
 
 
 def test_the_command_line_wins_over_the_file(here, monkeypatch):
-    (here / "some.yaml").write_text("epochs: 7\nbatch-size: 32\nlearning_rate: 2e-3\nhidden: 40,20\nout: there\nquiet: true\n")
+    (here / "some.yaml").write_text("epochs: 7\nbatch-size: 32\nlearning_rate: 2e-3\nhidden: 40,20\nout: there\n")
     seen = {}
 
     def record(options, path, **_):
@@ -142,6 +142,7 @@ def test_the_command_line_wins_over_the_file(here, monkeypatch):
         return {"interrupted": False}
 
     monkeypatch.setattr(fitting, "fit_run", record)
+    monkeypatch.setattr("pyro_vae.app.report.show", lambda *_: None)
     assert main(["fit", "--config", "some.yaml", "--epochs", "9"]) == 0
     options = seen["options"]
     assert (options.epochs, options.batch_size, options.learning_rate, options.hidden) == (9, 32, 2e-3, (40, 20))
@@ -222,9 +223,8 @@ def test_default_folders_are_numbered(here, capsys):
 
 def test_nothing_but_the_summary_where_there_is_no_terminal(tmp_path):
     code = "import sys; from pyro_vae.app.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "fit", "--out", str(tmp_path / "run"), *TINY], capture_output=True, text=True, check=True
-    )
+    argv = [sys.executable, "-c", code, "fit", "--out", str(tmp_path / "run"), *TINY]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert "\r" not in done.stdout + done.stderr
     assert "\x1b" not in done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 2

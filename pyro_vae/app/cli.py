@@ -72,7 +72,7 @@ def _warnings_as_lines() -> Iterator[None]:
             click.echo(f"{PROGRAM}: warning: {' '.join(str(message).split())}", err=True)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         yield
 
 
@@ -121,8 +121,8 @@ _FIT = _options(
             "[default: digits]"),
     _option("Data", "--data-dir", "DIR", "Where the files of a named dataset lie. [default: $PYRO_VAE_DATA or "
             "~/.cache/pyro_vae]"),
-    _option("Data", "--binarization", _choice("binarization"), "How grey levels become zeros and ones: drawn afresh each "
-            "time, once, cut at one half, or not at all. [default: by dataset]"),
+    _option("Data", "--binarization", _choice("binarization"), "How grey levels become zeros and ones: drawn afresh "
+            "each time, once, cut at one half, or not at all. [default: by dataset]"),
     click.option("--dequantize/--no-dequantize", cls=GroupedOption, group="Data", default=None,
                  help="Spread 8-bit levels by uniform noise, for a normal likelihood. [default: by dataset]"),
     _option("Data", "--image-size", "N", "Scale images to N x N.", int),
@@ -136,8 +136,8 @@ _FIT = _options(
     _option("Model", "--posterior", _choice("posterior"), "diagonal: N(mu(x), diag sigma(x)^2); point: a plain "
             "autoencoder, which has no ELBO and no log p(x). [default: diagonal]"),
     _option("Model", "--likelihood", _choice("likelihood"), "For binary or for continuous pixels."),
-    _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, one for "
-            "each pixel, or a function of z. [default: learned]"),
+    _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, "
+            "one for each pixel, or a function of z. [default: learned]"),
     _option("Training", "--bound", _choice("bound"), "What is maximised. [default: elbo]"),
     _option("Training", "--num-samples", "K", "Samples in the bound. [default: 1; with iwae 50]", int),
     _option("Training", "--epochs", "N", "Passes through the data.", int),
@@ -149,10 +149,10 @@ _FIT = _options(
     _option("Training", "--patience", "N", "Stop after N epochs without a better validation bound, and keep the best "
             "weights; 0 for never. [default: 0]", int),
     _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),
-    _option("Training", "--device", "NAME", "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one. [default: auto]"),
+    _option("Training", "--device", "NAME", "cpu, cuda, cuda:1, mps; auto takes a GPU, if any. [default: auto]"),
     _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs. "
             "[default: highest]"),
-    _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image for log p(x). [default: 5000]", int),
+    _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image. [default: 5000]", int),
     _option("Evaluation", "--evaluation-images", "N", "Evaluate on the first N test images. [default: all]", int),
     _option("Run", "--out", "RUN", "Run folder to make. [default: runs/<data>-<n>]"),
     _option("Run", "--config", "FILE", "Read options from YAML or JSON, such as a run's config.json; the command line "
@@ -224,10 +224,10 @@ def evaluate(**options: Any) -> None:
 @commands.command()
 @_run
 @click.option("-n", "--number", metavar="N", type=click.IntRange(1, 10_000), default=64, help="[default: 64]")
-@click.option("--pixels", type=click.Choice(["mean", "draw"]), default="mean", help="E[x | z], or a draw from p(x | z). "
+@click.option("--pixels", type=click.Choice(["mean", "draw"]), default="mean", help="E[x | z], or a draw of p(x | z). "
               "[default: mean]")  # fmt: skip
-@click.option("--out", metavar="FILE|DIR", type=click.Path(path_type=Path), help="A .png of all, a .npy array, or a folder "
-              "for one PNG each. [default: RUN/figures/samples-<n>-seed<seed>.png]")  # fmt: skip
+@click.option("--out", metavar="FILE|DIR", type=click.Path(path_type=Path), help="A .png of all, a .npy array, or a "
+              "folder for one PNG each. [default: RUN/figures/samples-<n>-seed<seed>.png]")  # fmt: skip
 @_seed
 def sample(**options: Any) -> None:
     """Draw new data from a run's model."""
@@ -240,8 +240,8 @@ def sample(**options: Any) -> None:
 @_run
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="[default: reconstructions.png]")
-@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), default=1000, help="Importance samples per image. "
-              "[default: 1000]")  # fmt: skip
+@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), default=1000, help="Importance samples per "
+              "image. [default: 1000]")  # fmt: skip
 @_seed
 def reconstruct(**options: Any) -> None:
     """Reconstruct image files, scaled and coloured as the run's data, and score them."""
@@ -254,7 +254,7 @@ def reconstruct(**options: Any) -> None:
 @_run
 @click.option("--score", type=click.Choice(["log-likelihood", "reconstruction"]), help="[default: log-likelihood; "
               "reconstruction for an autoencoder]")  # fmt: skip
-@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples per image. [default: 100]")
+@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples. [default: 100]")
 @click.option("--top", metavar="N", type=click.IntRange(1, 1000), default=16, help="How many to show. [default: 16]")
 @click.option("--outliers", metavar="NAME|PATH", help="Data that should score higher; gives the ROC-AUC.")
 @click.option("--outliers-dir", metavar="DIR", help="Where the files of a named outlier set lie.")

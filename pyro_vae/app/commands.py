@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def reconstruct_images(
     seed = options.seed if seed is None else seed
     shape = _x_shape(vae)
     if len(shape) != 3:
-        raise ValueError(f"{run} is of vectors of shape {shape}, wanted a run of images to reconstruct image files with.")
+        raise ValueError(f"{run} is of vectors of shape {shape}, wanted a run of images.")
     x = torch.cat([_as_data(path, shape, options, seed)[None] for path in images])
     rows = [("image", *(("E_q log p(x|z)", "KL", "ELBO", "log p(x)") if not _point(vae) else ("log p(x|z)",)))]
     with seeded(seed), torch.no_grad():
@@ -147,13 +148,15 @@ def rank_anomalies(
     score = score or ("reconstruction" if _point(vae) else "log-likelihood")
     if score == "log-likelihood" and _point(vae):
         raise ValueError(
-            f"got --score log-likelihood for {run}, a plain autoencoder: a point has no density over z and no log p(x). "
-            "Use --score reconstruction."
+            f"got --score log-likelihood for {run}, a plain autoencoder: a point has no density over z and no "
+            "log p(x). Use --score reconstruction."
         )
     settings: dict[str, Any] = {"score": score, "num_samples": 1 if _point(vae) else num_samples, "seed": seed}
     options, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed)
-    strange = None if outliers is None else _outliers(outliers, outliers_dir, fit_outliers, options, _x_shape(vae), seed)
+    strange = None
+    if outliers is not None:
+        strange = _outliers(outliers, outliers_dir, fit_outliers, options, _x_shape(vae), seed)
     scores = anomaly_scores(vae.model, vae.guide, test, **settings)
     order = scores.argsort(descending=True, stable=True)
     shown = order[:top]
@@ -196,12 +199,12 @@ def _outliers(
     framing: dict[str, Any] = {}
     if frame:
         if len(shape) != 3 or shape[1] != shape[2]:
-            raise ValueError(f"got --fit-outliers for a run of shape {shape}, wanted one of square images. Leave it out.")
+            raise ValueError(f"got --fit-outliers for a run of shape {shape}, wanted one of square images.")
         framing = {"image_size": shape[1], "channels": shape[0]}
     continuous = options.binarization == "none"
     found = load(
-        name, folder, binarization=options.binarization, dequantize=options.dequantize if continuous else None,
-        seed=options.seed, **framing,
+        name, folder, binarization=options.binarization,  # type: ignore[arg-type]
+        dequantize=options.dequantize if continuous else None, seed=options.seed, **framing,
     )  # fmt: skip
     if found.x_shape != shape:
         remedy = " Pass --fit-outliers to crop and scale them." if len(shape) == 3 else ""
@@ -240,12 +243,12 @@ def _image_folder(x: Tensor, folder: Path) -> None:
     from PIL import Image
 
     if x.dim() != 4:
-        raise ValueError(f"got --out {folder} for data of shape {tuple(x.shape[1:])}, wanted a .npy for what is no image.")
+        raise ValueError(f"got --out {folder} for data of shape {tuple(x.shape[1:])}, wanted a .npy for vectors.")
     width = len(str(len(x) - 1))
     for i, datum in enumerate(x):
         levels = (datum.clamp(0, 1) * 255).round().to(torch.uint8)
         picture = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
-        written(folder / f"{i:0{width}}.png", lambda partial, picture=picture: picture.save(partial, format="png"))
+        written(folder / f"{i:0{width}}.png", functools.partial(picture.save, format="png"))
 
 
 def _write_csv(path: Path, test: Split, scores: Tensor, order: Tensor, outside: Tensor | None) -> None:

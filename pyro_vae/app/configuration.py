@@ -84,7 +84,8 @@ def _parsed(path: Path, text: str) -> Any:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path} is not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}{line}.") from error
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise ValueError(f"{path} is not valid YAML: {problem}{line}.") from error
 
 
 def _integer(value: Any) -> int:

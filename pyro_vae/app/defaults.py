@@ -118,11 +118,12 @@ class FitOptions:
         ):  # fmt: skip
             raise ValueError(f"got --scale {self.scale}, wanted a number > 0 or one of {', '.join(SCALES)}.")
         if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
-            raise ValueError(f"got --hidden {','.join(map(str, self.hidden))!r}, wanted positive widths such as 400,400.")
+            widths = ",".join(map(str, self.hidden))
+            raise ValueError(f"got --hidden {widths!r}, wanted positive widths such as 400,400.")
         if self.posterior == "point" and (self.bound != "elbo" or self.num_samples > 1):
             raise ValueError(
-                f"got --posterior point with --bound {self.bound} of {self.num_samples} samples: a plain autoencoder has "
-                "no bound, and a point is one sample. Leave --bound and --num-samples out."
+                f"got --posterior point with --bound {self.bound} of {self.num_samples} samples: a plain autoencoder "
+                "has no bound, and a point is one sample. Leave --bound and --num-samples out."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -140,7 +141,8 @@ HIDDEN: dict[str, tuple[int, ...]] = {"mlp": (400, 400), "conv": (32, 64, 128), 
 
 DATASETS: dict[str, FitOptions] = {
     "digits": FitOptions(
-        "digits", hidden=(256, 128), latent_dim=10, epochs=300, batch_size=64, learning_rate=2e-3, likelihood="bernoulli"
+        "digits", hidden=(256, 128), latent_dim=10, epochs=300, batch_size=64, learning_rate=2e-3,
+        likelihood="bernoulli",
     ),
     "mnist": FitOptions(
         "mnist", latent_dim=50, epochs=300, batch_size=256, learning_rate=2e-3, likelihood="bernoulli"
@@ -156,7 +158,7 @@ DATASETS: dict[str, FitOptions] = {
         likelihood="normal", clip_norm=1e5,
     ),
     "linear-gaussian": FitOptions(
-        "linear-gaussian", network="linear", hidden=(), latent_dim=4, epochs=60, batch_size=100, learning_rate=5e-3,
+        "linear-gaussian", network="linear", hidden=(), latent_dim=4, epochs=60, batch_size=100, learning_rate=1e-2,
         likelihood="normal",
     ),
 }  # fmt: skip

@@ -29,7 +29,13 @@ def test_data(dataset: Dataset, seed: int, images: int | None = None) -> Split:
 
 
 def evaluate(
-    vae: VAE, dataset: Dataset, *, num_samples: int, images: int | None = None, seed: int = 0, progress: bool | None = None
+    vae: VAE,
+    dataset: Dataset,
+    *,
+    num_samples: int,
+    images: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Judge a fitted pair on test data.
 

@@ -13,14 +13,14 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_vae.app import evaluation, pictures
-from pyro_vae.app.defaults import HIDDEN, FitOptions
+from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.runs import CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, append_json, new_run, write_json
 from pyro_vae.data import DATASETS, Dataset, Split, load
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import elbo, iwae, reconstruction
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import History, fit
-from pyro_vae.parts.likelihoods import Normal
+from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
 from pyro_vae.programs.vae import VAE
 
@@ -110,7 +110,7 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
     with seeded(options.seed):
         vae = VAE.build(
             dataset.x_shape, latent_dim=options.latent_dim, network=options.network,
-            hidden=options.hidden or HIDDEN["mlp"], activation=options.activation, posterior=options.posterior,
+            hidden=options.hidden, activation=options.activation, posterior=options.posterior,
             likelihood=options.likelihood, scale=options.scale,
         )  # fmt: skip
     likelihood = vae.model.likelihood
@@ -118,7 +118,7 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
         if hasattr(likelihood, "log_scale"):
             spread = dataset.train[torch.arange(min(1000, len(dataset.train)))].std().clamp(min=0.01).item()
             torch.nn.init.constant_(likelihood.log_scale, torch.tensor(spread).log().item())
-    else:
+    elif isinstance(likelihood, Bernoulli):
         set_output_mean(likelihood.decoder, dataset.train.mean(), floor=1e-3)
     return vae.to(device)
 

@@ -51,7 +51,7 @@ def draw(
         x = test[torch.arange(min(20, len(test)))].to(device)
         plots.save(plots.reconstructions(x, vae.reconstruct(x)), folder / "reconstructions.png")
         drawn = vae.sample(64)
-        title = "Decoded from N(0, I): an autoencoder's latents need not lie there" if point else "Samples from the prior"
+        title = "Decoded from N(0, I), which this autoencoder knows nothing of" if point else "Samples from the prior"
         plots.save(plots.samples(drawn, title), folder / "samples.png")
         start, end = pairs(test[torch.arange(min(200, len(test)))], test.labels)
         lines = vae.interpolate(start.to(device), end.to(device), steps=10)

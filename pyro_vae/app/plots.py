@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
@@ -44,7 +45,8 @@ def training_curve(
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, marker=marker, ms=4, label=label)
             shown += [v for e, v in points if e > 0.1 * epochs[-1]] or [v for _, v in points]
     for i, (label, value) in enumerate((finals or {}).items()):
-        axes.axhline(value, color=GREY, lw=1, ls=(":", "--")[i % 2], label=f"{label}: {value:.2f}".replace("-", "\N{MINUS SIGN}"))
+        text = f"{label}: {value:.2f}".replace("-", "\N{MINUS SIGN}")
+        axes.axhline(value, color=GREY, lw=1, ls=(":", "--")[i % 2], label=text)
         shown.append(value)
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
     pad = 0.06 * (high - low) or 1.0
@@ -55,7 +57,7 @@ def training_curve(
     axes.grid(alpha=0.25, lw=0.6)
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -124,7 +126,7 @@ def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
         axes.set_axis_off()
         if i < len(x):
             _show(axes, _pixels(x[i]))
-            axes.set_title(captions[i], fontsize=7, pad=2, y=-0.02, va="top")
+            axes.text(0.5, -0.03, captions[i], fontsize=7, ha="center", va="top", transform=axes.transAxes)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure
 
@@ -147,7 +149,8 @@ def latent_space(z: Tensor, labels: Tensor | None = None, names: Sequence[str] |
             chosen = points[(labels == label).numpy()]
             name = names[label] if names and label < len(names) else str(label)
             axes.scatter(chosen[:, 0], chosen[:, 1], color=colours(i), label=name, **style)
-        legend = axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.6, title="label")
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        legend = axes.legend(frameon=False, markerscale=1.6, title="label", **beside)
         for handle in legend.legend_handles:
             if handle is not None:
                 handle.set_alpha(1)
@@ -250,6 +253,8 @@ def _heatmaps(panels: Mapping[str, Tensor], title: str, captions: Sequence[str] 
         shown = axes.imshow(a, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("dimension")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         if not i:
             axes.set_ylabel("row")
             if captions:

@@ -41,22 +41,20 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
             ("test log p(x)", _log_likelihood(summary)),
         ]
     elif "test_reconstruction" in summary:
-        found.append(
-            ("reconstruction", f"{summary['test_reconstruction']:.2f} nats = log p(x | z(x)); a point has no ELBO and no log p(x)")
-        )
+        text = f"{summary['test_reconstruction']:.2f} nats = log p(x | z(x)); a point has no ELBO and no log p(x)"
+        found.append(("reconstruction", text))
     if "test_bits_per_dimension" in summary:
         found.append(("bits per dim.", f"{summary['test_bits_per_dimension']:.4f}, for 8-bit levels (dequantized)"))
     if "fitted_log_evidence" in summary:
-        gap = summary["fitted_log_evidence_minus_elbo"]
-        found.append(("closed form", f"log p(x) {summary['fitted_log_evidence']:.4f} of the fitted model, {gap:.4f} above its ELBO"))
+        evidence, gap = summary["fitted_log_evidence"], summary["fitted_log_evidence_minus_elbo"]
+        found.append(("closed form", f"log p(x) {evidence:.4f} of the fitted model, {gap:.4f} above its ELBO"))
     if "true_log_evidence" in summary:
-        found.append(
-            (
-                "true model",
-                f"log p(x) {summary['true_log_evidence']:.4f}; fitted is short by {summary['true_minus_fitted_log_evidence']:.4f}"
-                f" ± {summary['true_minus_fitted_stderr']:.4f}, expected {summary['true_minus_fitted_expected']:.4f}",
-            )
+        short = summary["true_minus_fitted_log_evidence"]
+        text = (
+            f"log p(x) {summary['true_log_evidence']:.4f}; fitted is short by {short:.4f} ± "
+            f"{summary['true_minus_fitted_stderr']:.4f}, expected {summary['true_minus_fitted_expected']:.4f}"
         )
+        found.append(("true model", text))
     if "active_units" in summary:
         found.append(("active units", f"{summary['active_units']} of {summary['latent_dim']}"))
     if "protocol" in summary:

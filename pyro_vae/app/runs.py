@@ -184,7 +184,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}), wanted the file that 'pyro-vae fit' wrote.") from error
+        raise ValueError(f"{path} is not readable JSON ({error}), wanted what 'pyro-vae fit' wrote.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, wanted the object that 'pyro-vae fit' wrote.")
     return values
