@@ -233,7 +233,8 @@ def test_a_folder_of_colour_images(network, tmp_path, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8)).save(path)
     command("fit", "--data", tmp_path / "photos", "--image-size", 10, "--network", network, "--hidden", "8,8",
-            "--epochs", 1, "--latent-dim", 2, "--evaluation-samples", 10, "--quiet", "--out", tmp_path / "run")  # fmt: skip
+            "--epochs", 1, "--latent-dim", 2, "--evaluation-samples", 10, "--out", tmp_path / "run",
+            "--quiet")  # fmt: skip
     run = Run.load(tmp_path / "run")
     assert run.config["likelihood"] == "normal" and run.config["dequantize"] is True
     assert "8-bit levels" in run.summary["bits_per_dimension_by"]

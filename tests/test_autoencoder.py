@@ -41,8 +41,8 @@ def test_it_generates_worse(fitted):
     torch.manual_seed(0)
     ours = energy_distance(vae.sample(2000, pixels="draw"), x)
     theirs = energy_distance(ae.sample(2000, pixels="draw"), x)
-    assert ours.value < abs(ours.null)  # no further from the data than one half of them from the other
-    assert theirs.value > 4 * abs(theirs.null)
+    assert ours.value < 4 * ours.null  # hardly further from the data than one half of them from the other
+    assert theirs.value > 20 * theirs.null
 
 
 def test_both_score_anomalies(fitted):

@@ -88,6 +88,9 @@ class Fused(PyroOptim):
         if self.clip_norm is not None:
             self._clip(params)
         self._optimizer.step()
+        # SVI zeroes gradients with a fresh tensor for each; None spares that and an addition in backward.
+        for p in params:
+            p.grad = None
 
     def set_learning_rate(self, factor: float) -> None:
         """Scale the initial learning rate by a factor, for parameters yet to join as well."""

@@ -9,24 +9,31 @@ from torch import Tensor
 
 
 class Distance(NamedTuple):
-    """A distance between two sets, and what it is between two halves of the second."""
+    """A distance between two sets, and the spread of what halves of the second give.
+
+    Attributes:
+        value: The distance.
+        null: Root mean square of the distance between random halves of the data: a
+            value of this size is nothing.
+    """
 
     value: float
     null: float
 
 
-def energy_distance(samples: Tensor, data: Tensor) -> Distance:
+def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: int = 0) -> Distance:
     """Energy distance between two sets, in the units of the data.
 
         D^2 = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
 
     Zero only for equal distributions. The unbiased estimate of D^2 is returned, so it
-    can be slightly negative; ``null`` is the same between two halves of the data and
-    says how large a value is still nothing.
+    can be slightly negative; ``null`` says how large a value is still nothing.
 
     Args:
         samples: (N, *shape).
         data: (M, *shape).
+        halvings: Random halvings of the data for the null value.
+        seed: Seed of the halvings.
     Raises:
         ValueError: Fewer than two samples or four data, or different shapes.
     Example:
@@ -40,9 +47,11 @@ def energy_distance(samples: Tensor, data: Tensor) -> Distance:
         raise ValueError(
             f"got sets of shapes {tuple(samples.shape)} and {tuple(data.shape)}, wanted at least 2 and 4 of one shape."
         )
-    x, y = samples.flatten(1).double(), data.flatten(1).double()
-    even, odd = y[::2], y[1::2]
-    return Distance(_squared(x, y), _squared(even, odd))
+    x, y = (s.detach().cpu().flatten(1).double() for s in (samples, data))
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(y), generator=generator) for _ in range(halvings)]
+    nulls = torch.tensor([_squared(y[order[::2]], y[order[1::2]]) for order in orders])
+    return Distance(_squared(x, y), nulls.square().mean().sqrt().item())
 
 
 def _squared(x: Tensor, y: Tensor) -> float:

@@ -9,12 +9,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 Shape: TypeAlias = int | Sequence[int]
+
+class _SoftplusFunction(torch.autograd.Function):
+    """max(x, 0) + log(1 + exp(-|x|)): torch's softplus goes through ``log1p``, which it
+    does not vectorise on the CPU, for a gain below 1e-7."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=0) + torch.log(1 + torch.exp(-x.abs()))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * torch.sigmoid(x)
+
+
+class Softplus(nn.Module):
+    """log(1 + exp(x)), quicker on a CPU than ``torch.nn.Softplus``.
+
+    Example:
+        >>> Softplus()(torch.tensor([0.0, 100.0]))
+        tensor([  0.6931, 100.0000])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _SoftplusFunction.apply(x)
+
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -22,7 +49,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "elu": nn.ELU,
     "tanh": nn.Tanh,
-    "softplus": nn.Softplus,
+    "softplus": Softplus,
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)
 
