@@ -15,11 +15,13 @@ from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units
+from pyro_vae.judging.samples import energy_distance
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import VAE
 from pyro_vae.version import __version__
 
 ELBO_SAMPLES = 100
+SAMPLES = 1000
 
 
 def test_data(dataset: Dataset, seed: int, images: int | None = None) -> Split:
@@ -83,6 +85,9 @@ def evaluate(
         numbers |= _closed_forms(vae, dataset, test, terms.value)
     with seeded(seed):
         numbers["active_units"] = active_units(vae.guide, test).count
+        if len(test) >= 4:
+            distance = energy_distance(vae.sample(SAMPLES, pixels="draw"), test[:SAMPLES])
+            numbers |= {"sample_energy_distance": distance.value, "sample_energy_distance_null": distance.null}
     numbers["evaluation_seconds"] = time.perf_counter() - started
     return numbers
 

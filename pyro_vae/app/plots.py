@@ -61,26 +61,32 @@ def training_curve(
     return figure
 
 
-def reconstructions(x: Tensor, reconstructed: Tensor, title: str = "Originals and reconstructions") -> Figure:
+def reconstructions(
+    x: Tensor,
+    reconstructed: Tensor,
+    title: str = "Originals and reconstructions",
+    names: tuple[str, str] = ("original", "reconstructed"),
+) -> Figure:
     """Originals above their reconstructions.
 
     Args:
         x: Data, (N, *x_shape).
         reconstructed: E[x | z], of the same shape.
         title: Above the picture.
+        names: What the two are called.
     """
     if _is_vector(x):
-        return _heatmaps({"original": x, "reconstruction": reconstructed, "difference": x - reconstructed}, title)
+        return _heatmaps({names[0]: x, names[1]: reconstructed, "difference": x - reconstructed}, title)
     columns = min(len(x), 10)
     rows, labels = [], []
     for start in range(0, len(x), columns):
         rows += [x[start : start + columns], reconstructed[start : start + columns]]
-        labels += ["original", "reconstructed"]
+        labels += names
     return _mosaic(rows, title, labels, gap_after=2)
 
 
 def samples(x: Tensor, title: str = "Samples from the prior") -> Figure:
-    """A square of samples.
+    """Samples in a square, or in the nearest full rectangle.
 
     Args:
         x: Samples, (N, *x_shape).
@@ -88,7 +94,8 @@ def samples(x: Tensor, title: str = "Samples from the prior") -> Figure:
     """
     if _is_vector(x):
         return _heatmaps({"": x}, title)
-    columns = int(np.ceil(len(x) ** 0.5))
+    square = int(np.ceil(len(x) ** 0.5))
+    columns = next((c for c in range(square, 2 * square + 1) if len(x) % c == 0), square)
     return _mosaic(list(x.split(columns)), title)
 
 

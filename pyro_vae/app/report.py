@@ -57,6 +57,9 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
         found.append(("true model", text))
     if "active_units" in summary:
         found.append(("active units", f"{summary['active_units']} of {summary['latent_dim']}"))
+    if "sample_energy_distance" in summary:
+        distance, null = summary["sample_energy_distance"], summary["sample_energy_distance_null"]
+        found.append(("samples", f"energy distance {distance:.4f} to the test data (their own halves: {null:.4f})"))
     if "protocol" in summary:
         found.append(("protocol", protocol_line(summary["protocol"])))
     if "train_seconds" in summary:
