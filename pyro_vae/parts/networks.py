@@ -108,7 +108,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         leading = _leading(x, self.in_shape, "MLP")
-        return self.layers(x.reshape(*leading, -1)).reshape(*leading, *self.out_shape)
+        return self.layers(x.reshape(*leading, math.prod(self.in_shape))).reshape(*leading, *self.out_shape)
 
 
 class ConvEncoder(nn.Module):
