@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "programs": GROUND | {"parts"},
     "judging": GROUND | {"inference"},
     "app": GROUND | {"parts", "programs", "data", "inference", "judging"},
+    "__main__": {"app"},
 }
 ONLY_THESE_PROGRAMS_KNOW_PARTS = {"vae.py", "zoo.py"}
 
