@@ -51,6 +51,11 @@ def test_help_shows_groups_examples_and_defaults(capsys):
         assert command in text
 
 
+def test_no_command_shows_what_there_is(capsys):
+    assert main([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
 def test_every_command_has_help(capsys):
     for command in ("evaluate", "sample", "reconstruct", "anomalies"):
         assert main([command, "--help"]) == 0
@@ -98,6 +103,7 @@ def test_a_resolved_configuration_resolves_to_itself(name):
         (["--data", "linear-gaussian", "--network", "conv"], "wanted images. Use --network mlp"),
         (["--data", "frey", "--data-dir", "nowhere"], "no frey_faces.npz in"),
         (["--config", "nowhere.yaml"], "wanted a readable YAML or JSON file: No such file"),
+        (["--threads", "0"], "--threads 0, wanted a number >= 1"),
         (["extra"], "unexpected extra argument"),
     ],
 )

@@ -32,5 +32,5 @@ def test_it_runs(stored, tmp_path):
     at_mean = [float(part.split(" nats")[0]) for part in printed.split("guide's mean: ")[1:]]
     assert at_mean[1] > at_mean[0], "the autoencoder reconstructs better"
     distance = [float(part.split("\n")[0]) for part in printed.split("energy distance ")[1:]]
-    assert distance[1] > 2 * distance[0], "and generates worse"
+    assert distance[1] > distance[0] + 0.1, "and generates worse"
     assert list(tmp_path.iterdir()) == []

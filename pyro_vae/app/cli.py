@@ -7,6 +7,7 @@ error that the user can mend is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
     """
+    if argv is None:
+        # A cluster's time limit is a Ctrl-C: what was trained is kept, and nothing half-written.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _warnings_as_lines():
             code = commands.main(args=None if argv is None else list(argv), prog_name=PROGRAM, standalone_mode=False)
@@ -77,12 +81,16 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 @click.group(
+    invoke_without_command=True,
     epilog="Start with 'pyro-vae fit': the digits, in under a minute. PYRO_VAE_DEBUG=1 shows tracebacks.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
-def commands() -> None:
+@click.pass_context
+def commands(context: click.Context) -> None:
     """Fit, look at and judge variational autoencoders written as Pyro programs."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _epilog() -> str:
@@ -150,6 +158,8 @@ _FIT = _options(
             "weights; 0 for never. [default: 0]", int),
     _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),
     _option("Training", "--device", "NAME", "cpu, cuda, cuda:1, mps; auto takes a GPU, if any. [default: auto]"),
+    _option("Training", "--threads", "N", "CPU threads while training; small networks are faster on one. "
+            "[default: torch's; for digits and linear-gaussian 1]", int),
     _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs. "
             "[default: highest]"),
     _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image. [default: 5000]", int),

@@ -78,7 +78,8 @@ def reconstructions(
     if _is_vector(x):
         return _heatmaps({names[0]: x, names[1]: reconstructed, "difference": x - reconstructed}, title)
     columns = min(len(x), 10)
-    rows, labels = [], []
+    rows: list[Tensor] = []
+    labels: list[str] = []
     for start in range(0, len(x), columns):
         rows += [x[start : start + columns], reconstructed[start : start + columns]]
         labels += names
