@@ -35,7 +35,7 @@ def sample_sites(trace: Trace) -> list[Any]:
         for site in trace.nodes.values()
         if site["type"] == "sample"
         and type(site["fn"]).__name__ != "_Subsample"
-        and not site["infer"].get("_deterministic", False)
+        and not (site["infer"] or {}).get("_deterministic", False)
     ]
 
 

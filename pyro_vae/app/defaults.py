@@ -147,10 +147,12 @@ DATASETS: dict[str, FitOptions] = {
         likelihood="bernoulli", threads=1,
     ),
     "mnist": FitOptions(
-        "mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3, likelihood="bernoulli"
+        "mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3,
+        likelihood="bernoulli",
     ),
     "fashion-mnist": FitOptions(
-        "fashion-mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3, likelihood="bernoulli"
+        "fashion-mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3,
+        likelihood="bernoulli",
     ),
     "frey": FitOptions(
         "frey", hidden=(400, 200), latent_dim=20, epochs=300, batch_size=64, likelihood="normal", clip_norm=1e4

@@ -86,7 +86,9 @@ def _coloured(images: Tensor, channels: int, name: str) -> Tensor:
     if have == 1:
         return images.expand(-1, channels, -1, -1).contiguous()
     if have != 3:
-        raise ValueError(f"{name}: got images of {have} channels and channels={channels}, wanted 1 or 3 to convert from.")
+        raise ValueError(
+            f"{name}: got images of {have} channels and channels={channels}, wanted 1 or 3 to convert from."
+        )
     weights = torch.tensor(LUMA).view(3, 1, 1)
     grey = torch.cat([(part * weights).sum(1, keepdim=True) for part in images.split(4096)])
     return grey.round().to(torch.uint8) if images.dtype == torch.uint8 else grey.to(images.dtype)

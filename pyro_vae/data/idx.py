@@ -50,7 +50,9 @@ def read_idx(path: str | Path, axes: int) -> Tensor:
         raise ValueError(f"{path} is truncated: its header promises {'x'.join(map(str, shape))} = {size} bytes, "
                          f"got {len(raw) - start}. Fetch it again.")
     if len(raw) - start > size:
-        raise ValueError(f"{path} is too long: its header promises {size} bytes, got {len(raw) - start}. Fetch it again.")
+        raise ValueError(
+            f"{path} is too long: its header promises {size} bytes, got {len(raw) - start}. Fetch it again."
+        )
     if size == 0:
         raise ValueError(f"{path} is empty: its header says {'x'.join(map(str, shape))}, wanted at least one item.")
     return torch.from_numpy(np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape).copy())

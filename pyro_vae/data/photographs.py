@@ -25,7 +25,10 @@ PART_NAMES = {"train": "train", "training": "train", "val": "validation", "valid
               "validation": "validation", "test": "test", "testing": "test"}
 
 
-def read_image(path: str | Path, framing: Framing = Framing()) -> Tensor:
+AS_IT_IS = Framing()
+
+
+def read_image(path: str | Path, framing: Framing = AS_IT_IS) -> Tensor:
     """One image file as uint8 (C, H, W): one channel if the file is grey, else three.
 
     Turned as its EXIF tag says; transparency is dropped.
@@ -46,13 +49,15 @@ def read_image(path: str | Path, framing: Framing = Framing()) -> Tensor:
             array = np.array(upright.convert("L" if mode in GREY_MODES else "RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "the file")
-        raise ValueError(f"{path} could not be decoded ({reason}), wanted an image. Remove the file or save it again.") from error
+        raise ValueError(
+            f"{path} could not be decoded ({reason}), wanted an image. Remove the file or save it again."
+        ) from error
     pixels = torch.from_numpy(array)
     pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return framing(pixels.unsqueeze(0), name=str(path)).squeeze(0)
 
 
-def read_images(paths: Sequence[Path], framing: Framing = Framing()) -> Tensor:
+def read_images(paths: Sequence[Path], framing: Framing = AS_IT_IS) -> Tensor:
     """Image files of one size and colour as uint8 (N, C, H, W).
 
     Args:
@@ -176,4 +181,5 @@ def _unlike(first_path: Path, first: Tensor, path: Path, image: Tensor) -> str:
         return (f"images differ in colour: {first_path} is {kind[first.shape[0]]}, {path} is {kind[image.shape[0]]}; "
                 "wanted one kind. Pass channels=1 or channels=3.")
     return (f"images differ in size: {first_path} is {first.shape[1]}x{first.shape[2]}, {path} is "
-            f"{image.shape[1]}x{image.shape[2]} (height x width); wanted one size. Pass image_size=, e.g. image_size=64.")
+            f"{image.shape[1]}x{image.shape[2]} (height x width); wanted one size. "
+            "Pass image_size=, e.g. image_size=64.")

@@ -98,7 +98,7 @@ def tenths(count: int, what: str) -> tuple[int, int, int]:
         (800, 100, 100)
     """
     if count < 3:
-        raise ValueError(f"{what}: got {count} images or rows, wanted at least 3, one each to train, validate and test. "
-                         "Add data.")
+        raise ValueError(f"{what}: got {count} images or rows, wanted at least 3, one each to train, validate and "
+                         "test. Add data.")
     held_out = max(1, round(count / 10))
     return count - 2 * held_out, held_out, held_out

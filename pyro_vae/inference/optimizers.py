@@ -7,6 +7,7 @@ drives it just the same.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -70,6 +71,7 @@ class Fused(PyroOptim):
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or None, got {clip_norm}.")
         super().__init__(constructor, options)
+        self.constructor, self.options = constructor, options
         self.clip_norm = clip_norm
         self.learning_rate: float = options["lr"]
         self.parameters: set[Tensor] = set()
@@ -106,11 +108,11 @@ class Fused(PyroOptim):
         if self._optimizer is not None:
             self._optimizer.add_param_group({"params": new})
         else:
-            options = dict(self.pt_optim_args)
+            options = dict(self.options)
             floating = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in new)
-            if floating and "fused" in self.pt_optim_constructor.__init__.__code__.co_varnames:
+            if floating and "fused" in inspect.signature(self.constructor).parameters:
                 options.setdefault("fused", True)
-            self._optimizer = self.pt_optim_constructor(new, **options)
+            self._optimizer = self.constructor(new, **options)
         # The optimiser is made by the first step, which has a rate of its own already.
         self.set_learning_rate(self._factor)
 

@@ -183,7 +183,8 @@ class ConvDecoder(nn.Module):
         ]
         for i, (before, after) in enumerate(zip(channels, [*channels[1:], self.out_shape[0]], strict=True)):
             # Halving rounds up, so each doubling may have to give one row or column back.
-            extra = tuple(big - (2 * small - 1) for small, big in zip(sizes[i], sizes[i + 1], strict=True))
+            (height, width), (taller, wider) = sizes[i], sizes[i + 1]
+            extra = (taller - (2 * height - 1), wider - (2 * width - 1))
             layers += [
                 _activation(activation),
                 nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra),
