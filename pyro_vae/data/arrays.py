@@ -87,7 +87,8 @@ def read_array(path: Path, seed: int = 0) -> Source:
     x_key = _first_key(arrays, IMAGE_KEYS) or (next(iter(arrays)) if len(arrays) == 1 else None)
     if x_key is None:
         raise ValueError(f"{path} holds the arrays {', '.join(arrays) or 'none'}, wanted one named "
-                         f"{' or '.join(IMAGE_KEYS)} (with labels or y), or x_train and x_test. Rename them with numpy.savez.")
+                         f"{' or '.join(IMAGE_KEYS)} (with labels or y), or x_train and x_test. "
+                         "Rename them with numpy.savez.")
     pixels = as_pixels(arrays[x_key], _named(path, x_key))
     y_key = _first_key(arrays, LABEL_KEYS)
     labels = None if y_key is None else _as_labels(arrays[y_key], len(pixels), _named(path, y_key))

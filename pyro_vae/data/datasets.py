@@ -94,7 +94,8 @@ def load(
     protocol = {
         "dataset": str(name), "sizes": {part: len(splits[part]) for part in SPLITS}, "split": source.split,
         "limit": limit, "binarization": binarization, "dequantize": dequantize,
-        "x_shape": list(splits["train"].x_shape), "image_size": framing.image_size, "crop": framing.crop, "channels": framing.channels,
+        "x_shape": list(splits["train"].x_shape), "image_size": framing.image_size, "crop": framing.crop,
+        "channels": framing.channels,
         "seed": seed, "source": source.origin, **source.notes,
     }
     return Dataset(str(name), splits["train"], splits["validation"], splits["test"], protocol,

@@ -220,4 +220,5 @@ def _check(split: Split) -> None:
         low, high = pixels.min().item(), pixels.max().item()
         if low < 0 or high > 1:
             raise ValueError(f"{name}: got binarization={split.binarization!r} for float data in "
-                             f"[{low:.4g}, {high:.4g}], wanted [0, 1]. Divide by the largest value, or pass binarization='none'.")
+                             f"[{low:.4g}, {high:.4g}], wanted [0, 1]. "
+                             "Divide by the largest value, or pass binarization='none'.")
