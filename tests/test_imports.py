@@ -1,6 +1,8 @@
 """The floors of the house: who may import whom."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
@@ -57,3 +59,13 @@ def test_only_the_conveniences_among_the_programs_know_the_parts():
 def test_no_drawer_for_odds_and_ends():
     names = {path.stem for path in ROOT.rglob("*.py")}
     assert not names & {"utils", "util", "helpers", "base", "common", "misc"}
+
+
+def test_the_package_hands_on_what_it_lists_and_waits_for_torch_until_then():
+    import pyro_vae
+
+    assert all(getattr(pyro_vae, name) is not None for name in pyro_vae.__all__)
+    lazy = {name for names in pyro_vae._HOME.values() for name in names}
+    assert lazy | {"__version__"} == set(pyro_vae.__all__) and lazy <= set(dir(pyro_vae))
+    code = "import sys, pyro_vae, pyro_vae.app.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
