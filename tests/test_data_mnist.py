@@ -132,6 +132,19 @@ def test_a_failing_download_is_no_traceback(tmp_path, monkeypatch, capfd):
     assert time.monotonic() - began < 5 and capfd.readouterr().out == ""
 
 
+def test_a_failed_download_leaves_no_empty_folders(tmp_path, monkeypatch):
+    import torchvision
+
+    def broken(root, download):
+        Path(root, "MNIST", "raw").mkdir(parents=True)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", broken)
+    with pytest.raises(ValueError, match="no network"):
+        load("mnist", tmp_path / "some" / "where")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_download_is_used(tmp_path, monkeypatch):
     import torchvision
 

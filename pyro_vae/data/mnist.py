@@ -111,11 +111,16 @@ def _download(name: str, data_dir: Path) -> str:
     import torchvision
 
     patience = socket.getdefaulttimeout()
+    raw = data_dir / TORCHVISION[name] / "raw"
+    made = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
         socket.setdefaulttimeout(10.0)
         with _quiet():
             getattr(torchvision.datasets, TORCHVISION[name])(str(data_dir), download=True)
     except (OSError, RuntimeError) as error:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not there, or not empty: then it is not ours to remove
+                folder.rmdir()
         return f"downloading failed ({textwrap.shorten(str(error), 200, placeholder=' ...')})"
     finally:
         socket.setdefaulttimeout(patience)
