@@ -169,15 +169,30 @@ def test_an_unwritable_place_fails_before_anything_is_read(here, capsys, monkeyp
     assert [path.name for path in here.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("where", ["vae.save", "pictures.draw", "write_json"])
+@pytest.mark.parametrize("where", ["vae.save", "write_json"])
 def test_a_failure_on_the_way_leaves_nothing(where, here, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr({"vae.save": "pyro_vae.programs.vae.VAE.save", "pictures.draw": "pyro_vae.app.pictures.draw",
-                         "write_json": "pyro_vae.app.fitting.append_json"}[where], full)  # fmt: skip
+    place = {"vae.save": "pyro_vae.programs.vae.VAE.save", "write_json": "pyro_vae.app.fitting.append_json"}
+    monkeypatch.setattr(place[where], full)
     assert "No space left on device" in failed(["fit", "--out", "a/b/run", *TINY], capsys)
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["pictures.draw", "evaluation.evaluate"])
+def test_a_failure_after_the_training_keeps_what_was_trained(where, here, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"pyro_vae.app.{where}", full)
+    said = failed(["fit", "--out", "run", *TINY], capsys)
+    assert "lies in run, but judging it failed" in said and "No space left on device" in said
+    assert [path.name for path in here.iterdir()] == ["run"]
+    assert ("test_elbo" in json.loads((here / "run" / "summary.json").read_text())) == (where == "pictures.draw")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert main(["evaluate", "run", "-K", "20"]) == 0
 
 
 def test_ctrl_c_while_reading_leaves_nothing(here, capsys, monkeypatch):

@@ -3,7 +3,6 @@
 import gzip
 import json
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -126,10 +125,9 @@ def test_a_failing_download_is_no_traceback(tmp_path, monkeypatch, capfd):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
-    began = time.monotonic()
     with pytest.raises(ValueError, match=r"downloading failed \(Error downloading .*Put these four files"):
         load("mnist", tmp_path)
-    assert time.monotonic() - began < 5 and capfd.readouterr().out == ""
+    assert capfd.readouterr().out == ""
 
 
 def test_a_failed_download_leaves_no_empty_folders(tmp_path, monkeypatch):

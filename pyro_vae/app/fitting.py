@@ -42,8 +42,10 @@ def fit_run(
         The summary. With ``interrupted`` true where Ctrl-C ended the training: the
         weights are then those of that moment, and nothing was evaluated.
     Raises:
-        ValueError: A bad option, unreadable data, an existing or unwritable folder.
+        ValueError: A bad option, unreadable data, an existing or unwritable folder; or a
+            failure after the training, whose weights are then kept all the same.
     """
+    failure: Exception | None = None
     with new_run(path) as folder:
         options, dataset = read(options)
         say(f"{dataset.name}: {len(dataset.train):,} to train, {len(dataset.test):,} to test, of {dataset.x_shape}")
@@ -62,11 +64,18 @@ def fit_run(
                 pictures.draw(vae, dataset, history.records, scored, options, folder / FIGURES)
             except KeyboardInterrupt:
                 history.interrupted, scored = True, {}
+            except Exception as error:  # what was trained is worth more than what went wrong after it
+                failure = error
         summary = {"interrupted": history.interrupted} | scored | summary
         summary["protocol"] = evaluation.protocol(
             vae, dataset, num_samples=options.evaluation_samples, images=options.evaluation_images, seed=options.seed
         )
         write_json(folder / SUMMARY, summary)
+    if failure is not None:
+        raise ValueError(
+            f"the pair was fitted and lies in {path}, but judging it failed: {failure}. "
+            f"Try 'pyro-vae evaluate {path}'."
+        ) from failure
     return summary
 
 

@@ -270,7 +270,7 @@ class _Stepper:
 
 
 class _Best:
-    """The best tensors so far: the modules', the param store's, and all others that were trained."""
+    """The best tensors so far: the modules', with their buffers, and all others that were trained."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
@@ -283,8 +283,7 @@ class _Best:
         if value > self.value or not self.epoch:
             self.value, self.epoch = value, epoch
             tensors = [t for m in self.modules for t in m.state_dict(keep_vars=True).values()]
-            tensors += [t for _, t in pyro.get_param_store().named_parameters()]
-            tensors += trained  # of networks that plain functions register with pyro.module
+            tensors += trained  # those of plain functions: in the param store, or networks given to pyro.module
             self.copies = [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
 
     def restore(self) -> None:
