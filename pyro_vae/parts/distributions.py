@@ -20,7 +20,8 @@ class _BernoulliLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(logits, x)
-        return x * logits - logits.clamp(min=0) - torch.log(1 + torch.exp(-logits.abs()))
+        rest = logits.abs().neg_().exp_().add_(1).log_()  # in place: these passes are bound by memory
+        return (x * logits).sub_(logits.clamp(min=0)).sub_(rest)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -23,7 +23,7 @@ class _SoftplusFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x.clamp(min=0) + torch.log(1 + torch.exp(-x.abs()))
+        return x.abs().neg_().exp_().add_(1).log_().add_(x.clamp(min=0))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
