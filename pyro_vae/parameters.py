@@ -48,10 +48,11 @@ class _OwnParameters(Messenger):
 def _constrained_parameters(program: Any) -> dict[str, Tensor]:
     """Unconstrained tensors of a program's PyroParams, by the name Pyro gives them."""
     found: dict[str, Tensor] = {}
-    if isinstance(program, PyroModule):
-        for path, module in program.named_modules():
+    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+    if isinstance(owner, PyroModule):
+        for path, module in owner.named_modules():
             for attribute in getattr(module, "_pyro_params", {}):
-                root = program._pyro_name
+                root = owner._pyro_name
                 name = ".".join(part for part in (root, path, attribute) if part)
                 found[name] = getattr(module, attribute + "_unconstrained")
     return found

@@ -449,3 +449,9 @@ def test_posteriors_encode_each_datum_by_itself(family, encoder, dtype):
     one = posterior(x).rsample()
     torch.manual_seed(1)
     assert torch.equal(one, posterior(x).rsample())
+
+
+def test_a_scale_per_pixel_of_another_shape_is_named():
+    likelihood = Normal(MLP(2, [8], (3, 4, 4)), "per-pixel", (1, 4, 5))
+    with pytest.raises(ValueError, match=r"x_shape \(1, 4, 5\).*shape \(3, 4, 4\)"):
+        likelihood(torch.zeros(3, 2))

@@ -829,3 +829,11 @@ def test_the_callback_gets_each_record_of_the_history():
     history = fit(*small_pair(), binary(), epochs=3, validation=binary(), callback=records.append)
     assert records == history.records and len(history) == 3 and history["nothing"] == [None] * 3
     assert all(b > a for a, b in zip(history["seconds"][:-1], history["seconds"][1:], strict=True))
+
+
+def test_arrays_and_tensor_datasets_are_data():
+    import numpy as np
+
+    x = torch.arange(10.0)
+    for data in (x.numpy(), torch.utils.data.TensorDataset(x), (np.arange(10.0, dtype=np.float32),)):
+        assert torch.equal(torch.cat([b for (b,) in Batches(data, 4, shuffle=False)]), x)

@@ -404,3 +404,10 @@ def test_two_vaes_of_own_normal_parts_do_not_share_a_scale():
         torch.manual_seed(1)
         steps(vae, binary(20), count=4)
     assert same(one.state_dict(), other.state_dict()) and all(moved(make().state_dict(), other))
+
+
+def test_a_scale_that_does_not_exist_and_a_folder_that_does_not_are_named(tmp_path):
+    with pytest.raises(ValueError, match="got scale='foo', wanted a number"):
+        VAE.build((1, 4, 4), scale="foo")
+    with pytest.raises(ValueError, match="cannot write .*there is no folder"):
+        VAE.build((1, 4, 4), hidden=(8,)).save(tmp_path / "no" / "such" / "a.safetensors")

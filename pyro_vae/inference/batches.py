@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Batches:
     """Minibatches, each a tuple of the programs' positional arguments.
 
     Args:
-        data: A tensor (N, ...), a tuple of them, anything with ``len`` that an index
+        data: A tensor or array (N, ...), a tuple of them, a TensorDataset, anything with ``len`` that an index
             tensor turns into a batch, or an iterable of batches.
         batch_size: B.
         device: Where the batches go.
@@ -45,6 +46,8 @@ class Batches:
         self.batch_size = batch_size
         self.columns: tuple[Any, ...] | None = None
         self.loader: Iterable[Any] | None = None
+        if isinstance(data, torch.utils.data.TensorDataset):
+            data = data.tensors
         if isinstance(data, tuple):
             self.columns = data
         elif isinstance(data, torch.utils.data.DataLoader | list) or not hasattr(data, "__getitem__"):
@@ -56,6 +59,8 @@ class Batches:
             self.loader = data
         else:
             self.columns = (data,)
+        if self.columns is not None:
+            self.columns = tuple(torch.from_numpy(c) if isinstance(c, np.ndarray) else c for c in self.columns)
         lengths = [len(column) for column in self.columns or ()]
         if len(set(lengths)) > 1:
             raise ValueError(f"the data have different lengths, {lengths}; wanted one row each per datum.")

@@ -106,6 +106,12 @@ class Normal(nn.Module):
             loc, log_scale = output.chunk(2, -event_dim)
             scale = self.minimum_scale + log_scale.exp()
         elif isinstance(self.scale, str):
+            shape = self.log_scale.shape
+            if shape and shape != output.shape[-event_dim:]:
+                raise ValueError(
+                    f'scale="per-pixel" was built for x_shape {tuple(shape)}, but the decoder returned data of shape '
+                    f"{tuple(output.shape[-event_dim:])}. Give both the shape of one datum."
+                )
             loc, scale = output, (self.minimum_scale + self.log_scale.exp()).expand_as(output)
         else:
             loc, scale = output, output.new_full((), self.scale).expand_as(output)

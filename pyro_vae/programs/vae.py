@@ -66,6 +66,8 @@ class Architecture:
         ):
             if got not in wanted:
                 raise ValueError(f"unknown {name} {got!r}, wanted one of {', '.join(wanted)}.")
+        if isinstance(self.scale, str) and self.scale not in ("learned", "per-pixel", "network"):
+            raise ValueError(f'got scale={self.scale!r}, wanted a number, "learned", "per-pixel" or "network".')
         if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
             raise ValueError(f"hidden must be one or more positive widths, got {self.hidden}.")
 
@@ -201,8 +203,15 @@ class VAE(nn.Module):
         return self.decode(a + (b - a) * weight).mean
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights (and architecture, where known) to a safetensors file, atomically."""
+        """Write weights (and architecture, where known) to a safetensors file, atomically.
+
+        Raises:
+            ValueError: There is no such folder.
+            OSError: Nothing can be written there; an older file is then as it was.
+        """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise ValueError(f"cannot write {path}: there is no folder {path.parent}. Make it first.")
         metadata = {_METADATA: json.dumps(asdict(self.architecture))} if self.architecture else {}
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
