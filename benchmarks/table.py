@@ -32,7 +32,7 @@ def row(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
             f"{summary['epochs']}",
             f"{summary['train_seconds'] / 60:.1f}",
             f"{summary['test_elbo']:.2f} = {summary['test_reconstruction']:.2f} - {summary['test_kl']:.2f}",
-            f"**{value:.2f} ± {errors[0]:.2f}** (data ± {errors[1]:.2f})",
+            f"**{value:.2f} ± {errors[0]:.1g}** (data ± {errors[1]:.2f})",
             f"{summary['active_units']} of {summary['latent_dim']}",
             f"{summary['protocol']['log_likelihood_samples']:,} |",
         ]

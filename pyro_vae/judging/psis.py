@@ -55,4 +55,5 @@ def _psis(log_weight: np.ndarray) -> np.ndarray:
             import arviz
 
             return np.asarray(arviz.psislw(log_weight)[1])
-        return np.asarray(array_stats.psislw(log_weight, axis=-1)[1])
+        # Unlike ArviZ 0.x it takes log likelihoods, whose negatives are its log weights.
+        return np.asarray(array_stats.psislw(-log_weight, axis=-1)[1])
