@@ -157,7 +157,8 @@ def fit(
                         record["validation"] = mean_bound(model, guide, validation, validation_bound, device=place)
                     record["seconds"] = time.perf_counter() - started
                     history.records.append(record)
-                    shown = {key: f"{record[key]:.2f}" for key in ("loss", "bound", "validation") if key in record}
+                    columns = [key for key in ("loss", "bound", "validation") if key in record]
+                    shown: dict[str, Any] = {key: f"{record[key]:.2f}" for key in columns}
                     bar.set_postfix(epoch=epoch, **shown, images_per_s=f"{record['images_per_second']:,.0f}")
                     if callback is not None:
                         callback(record)
