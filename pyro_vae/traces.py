@@ -225,6 +225,9 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
 def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
     """Draw latents and data from a model, whatever it was observing.
 
+    The data are the sites that it observes with these arguments; where it observes
+    none, as `Model` with size=n, the last site.
+
     Args:
         model: A Pyro program for p(x, z).
         args: What the model takes (a batch serves for its shape only).

@@ -172,3 +172,8 @@ def test_bad_celeba(tmp_path, listing, message):
         (tmp_path / "list_eval_partition.txt").write_text(listing)
     with pytest.raises(ValueError, match=message):
         load("celeba", tmp_path)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.png does not exist, wanted an image file"):
+        photographs.read_image(tmp_path / "none.png")

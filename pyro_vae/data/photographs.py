@@ -47,6 +47,8 @@ def read_image(path: str | Path, framing: Framing = AS_IT_IS) -> Tensor:
                                  "Convert it, or save the images as a float .npy array in [0, 1].")
             upright = ImageOps.exif_transpose(image)
             array = np.array(upright.convert("L" if mode in GREY_MODES else "RGB"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist, wanted an image file. Check the path.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "the file")
         raise ValueError(
