@@ -48,7 +48,7 @@ def read_image(path: str | Path, framing: Framing = AS_IT_IS) -> Tensor:
             upright = ImageOps.exif_transpose(image)
             array = np.array(upright.convert("L" if mode in GREY_MODES else "RGB"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist, wanted an image file. Check the path.") from error
+        raise ValueError(f"{path} could not be decoded: there is no such file. Check the path.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "the file")
         raise ValueError(
