@@ -14,7 +14,7 @@ from pyro_vae.parts import posteriors
 from pyro_vae.parts.distributions import BernoulliLogits
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import ACTIVATIONS, MLP, ConvDecoder, ConvEncoder, set_output_mean
-from pyro_vae.parts.posteriors import DiagonalNormal, Point
+from pyro_vae.parts.posteriors import Delta, DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 
 SHAPES = [(1, 28, 28), (1, 28, 20), (1, 8, 8), (1, 7, 5), (3, 64, 64)]
@@ -171,7 +171,7 @@ def test_a_scale_that_can_move_starts_where_told_and_stays_above_its_minimum(sca
         (lambda: Normal(nn.Linear(2, 2), "wide"), "got scale='wide', wanted a number, \"learned\", \"per-pixel\" or"),
         (
             lambda: Normal(MLP(2, [], (3, 2, 2)), "network")(torch.zeros(5, 2)),
-            r'turned a latent into \(3, 2, 2\), wanted mu and log sigma.*scale="network" needs twice the channels',
+            r"turned a latent into \(3, 2, 2\), but Normal takes 2 parameters.*2 times the channels",
         ),
     ],
 )
@@ -359,7 +359,7 @@ def test_the_diagonal_posterior_is_location_and_log_scale_of_a_linear_head(leadi
 
 def test_the_point_posterior_is_the_linear_head_and_has_no_density():
     torch.manual_seed(0)
-    posterior, x = Point(MLP((1, 4, 4), [5], None), latent_dim=3), random(2, 6, 1, 4, 4)
+    posterior, x = Delta(MLP((1, 4, 4), [5], None), latent_dim=3), random(2, 6, 1, 4, 4)
     q = posterior(x)
     assert torch.equal(q.rsample(), posterior.head(posterior.encoder(x))) and torch.equal(q.mean, q.rsample())
     assert q.batch_shape == (2, 6) and q.event_shape == (3,) and torch.equal(q.log_prob(q.mean), torch.zeros(2, 6))
@@ -367,7 +367,7 @@ def test_the_point_posterior_is_the_linear_head_and_has_no_density():
     assert all(p.grad.abs().sum() > 0 for p in posterior.parameters())
 
 
-@pytest.mark.parametrize("family", [DiagonalNormal, Point])
+@pytest.mark.parametrize("family", [DiagonalNormal, Delta])
 def test_features_are_read_found_or_given(family):
     widths = 2 if family is DiagonalNormal else 1
     unknown = nn.Sequential(nn.Flatten(), nn.Identity())
@@ -436,7 +436,7 @@ def test_likelihoods_score_each_datum_by_itself(name, decoder, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("encoder", [lambda: MLP((2, 7, 5), [6], None), lambda: ConvEncoder((2, 7, 5), [3, 4], 6)])
-@pytest.mark.parametrize("family", [DiagonalNormal, Point])
+@pytest.mark.parametrize("family", [DiagonalNormal, Delta])
 def test_posteriors_encode_each_datum_by_itself(family, encoder, dtype):
     torch.manual_seed(0)
     posterior = family(encoder(), 3).to(dtype)

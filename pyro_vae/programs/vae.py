@@ -94,7 +94,7 @@ class Architecture:
 
     def guide(self) -> Guide:
         """q(z | x) with new weights."""
-        family = posteriors.Point if self.posterior == "point" else posteriors.DiagonalNormal
+        family = posteriors.Delta if self.posterior == "point" else posteriors.DiagonalNormal
         return Guide(family(self.encoder(), self.latent_dim))
 
 

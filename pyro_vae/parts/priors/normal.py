@@ -1,4 +1,4 @@
-"""Priors p(z): modules that return a distribution over one latent, batch_shape ()."""
+"""The prior that needs no learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distributions that Pyro lacks, or computes slowly."""
+"""A Bernoulli by its logits."""
 
 from __future__ import annotations
 

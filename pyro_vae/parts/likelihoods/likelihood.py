@@ -1,0 +1,52 @@
+"""What every likelihood with independent pixels has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+
+class Likelihood(nn.Module, ABC):
+    """p(x | z) = prod_i family(x_i; parameters_i(z)): a decoder, and a distribution of each pixel.
+
+    The decoder gives `parameters_per_pixel` times the channels (the first dimension of
+    a datum); `family` is handed that many tensors of the shape of the data.
+
+    Args:
+        decoder: z, (..., D), to parameters, (..., n * C, *rest) for data (C, *rest).
+    Attributes:
+        parameters_per_pixel: n.
+    Raises:
+        ValueError: The decoder drops the leading dimensions of z, or its channels are
+            no multiple of n.
+    """
+
+    parameters_per_pixel: int = 1
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, z: Tensor) -> TorchDistribution:
+        """p(x | z): latents (..., D) to a distribution of batch_shape (...), event_shape x_shape."""
+        output = self.decoder(z)
+        event_dim = output.dim() - (z.dim() - 1)
+        if event_dim < 1 or output.shape[: output.dim() - event_dim] != z.shape[:-1]:
+            raise ValueError(
+                f"the decoder turned latents of shape {tuple(z.shape)} into {tuple(output.shape)}, wanted "
+                f"{tuple(z.shape[:-1])} followed by the shape of a datum. Keep the leading dimensions: "
+                "reshape with (*z.shape[:-1], ...)."
+            )
+        n = self.parameters_per_pixel
+        if output.shape[-event_dim] % n:
+            raise ValueError(
+                f"the decoder turned a latent into {tuple(output.shape[-event_dim:])}, but {type(self).__name__} takes "
+                f"{n} parameters for each pixel. Build the decoder for {n} times the channels of a datum."
+            )
+        return self.family(*output.chunk(n, -event_dim)).to_event(event_dim)
+
+    @abstractmethod
+    def family(self, *parameters: Tensor) -> TorchDistribution:
+        """The distribution of each pixel, from n tensors of the shape of the data, (..., *x_shape)."""

@@ -1,0 +1,77 @@
+"""What every posterior that reads its parameters off an encoder has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+
+class Amortized(nn.Module, ABC):
+    """q(z | x) = family(h(x)): an encoder, a linear head, and a family of distributions.
+
+    A posterior of your own is a subclass with one method: say in ``__init__`` how many
+    numbers P one distribution takes, and in `family` what they mean.
+
+    Args:
+        encoder: x, (..., *x_shape), to features, (..., F).
+        latent_dim: D.
+        num_parameters: P.
+        features: F; read from ``encoder.out_features`` when not given.
+    Attributes:
+        rescoring: What it takes to score a sample that the distribution did not draw:
+            "one pass", "D passes", or "impossible".
+    Raises:
+        ValueError: The number of features is unknown, or a size is not positive.
+    Example:
+        >>> import pyro.distributions as dist
+        >>> class Laplace(Amortized):
+        ...     def __init__(self, encoder, latent_dim):
+        ...         super().__init__(encoder, latent_dim, 2 * latent_dim)
+        ...     def family(self, parameters):
+        ...         loc, log_scale = parameters.chunk(2, -1)
+        ...         return dist.Laplace(loc, log_scale.exp()).to_event(1)
+        >>> import torch
+        >>> Laplace(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).event_shape
+        torch.Size([2])
+    """
+
+    rescoring: ClassVar[str] = "one pass"
+
+    def __init__(self, encoder: nn.Module, latent_dim: int, num_parameters: int, features: int | None = None) -> None:
+        super().__init__()
+        if latent_dim < 1 or num_parameters < 1:
+            raise ValueError(
+                f"latent_dim and num_parameters must be positive integers, got {latent_dim} and {num_parameters}."
+            )
+        self.encoder = encoder
+        self.latent_dim = latent_dim
+        self.head = nn.Linear(_features(encoder, features), num_parameters)
+
+    def forward(self, x: Tensor) -> TorchDistribution:
+        """q(z | x): data (..., *x_shape) to a distribution of batch_shape (...), event_shape (D,)."""
+        return self.family(self.head(self.encoder(x)))
+
+    @abstractmethod
+    def family(self, parameters: Tensor) -> TorchDistribution:
+        """The distribution with these parameters.
+
+        Args:
+            parameters: Unconstrained, (..., P).
+        Returns:
+            batch_shape (...), event_shape (D,).
+        """
+
+
+def _features(encoder: nn.Module, features: int | None) -> int:
+    found = features if features is not None else getattr(encoder, "out_features", None)
+    if found is None and isinstance(encoder, nn.Sequential):
+        found = next((m.out_features for m in reversed(encoder) if hasattr(m, "out_features")), None)
+    if not isinstance(found, int):
+        raise ValueError(
+            f"{type(encoder).__name__} does not say how many features it returns. Give it an attribute "
+            "out_features, or pass features=... to the posterior."
+        )
+    return found
