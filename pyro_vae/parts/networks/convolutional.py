@@ -22,6 +22,7 @@ class ConvEncoder(nn.Module):
     Attributes:
         out_features: Number of outputs.
     Example:
+        >>> import torch
         >>> ConvEncoder((1, 28, 20), channels=[8, 16])(torch.zeros(4, 2, 1, 28, 20)).shape
         torch.Size([4, 2, 256])
     """
@@ -58,6 +59,7 @@ class ConvDecoder(nn.Module):
         features: Width of the layer between latents and the first feature map.
         activation: Name of the activation.
     Example:
+        >>> import torch
         >>> ConvDecoder(2, (3, 28, 20), channels=[16, 8])(torch.zeros(4, 2, 2)).shape
         torch.Size([4, 2, 3, 28, 20])
     """

@@ -23,6 +23,7 @@ class MLP(nn.Module):
     Attributes:
         out_features: Number of outputs.
     Example:
+        >>> import torch
         >>> MLP((1, 8, 8), [32], None)(torch.zeros(5, 3, 1, 8, 8)).shape
         torch.Size([5, 3, 32])
         >>> MLP(2, [32], (1, 8, 8))(torch.zeros(5, 3, 2)).shape
