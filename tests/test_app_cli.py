@@ -90,7 +90,7 @@ def test_a_resolved_configuration_resolves_to_itself(name):
         (["--epochs", "0"], "--epochs 0, wanted a number >= 1"),
         (["--learning-rate", "-1"], "--learning-rate -1.0, wanted a number > 0"),
         (["--learning-rate", "nan"], "--learning-rate nan"),
-        (["--network", "cnn"], "--network 'cnn', wanted one of mlp, conv, linear."),
+        (["--network", "cnn"], "--network 'cnn', wanted one of mlp, gated, conv, residual, linear."),
         (["--hidden", "400,x"], "--hidden = '400,x', wanted whole numbers such as 400,400"),
         (["--hidden", "0"], "wanted positive widths"),
         (["--scale", "-1"], "--scale -1.0, wanted a number > 0 or one of learned"),

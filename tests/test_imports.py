@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "app": GROUND | {"parts", "programs", "data", "inference", "judging"},
     "__main__": {"app"},
 }
-ONLY_THESE_PROGRAMS_KNOW_PARTS = {"vae.py", "zoo.py"}
+ONLY_THESE_PROGRAMS_KNOW_PARTS = {"architecture.py", "vae.py", "zoo.py"}
 
 
 def imported(path: Path) -> set[str]:

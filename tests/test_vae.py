@@ -21,9 +21,10 @@ from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import MLP, set_output_mean
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
-from pyro_vae.programs.vae import VAE, Architecture
+from pyro_vae.programs.vae import VAE
 from tests.pairs import binary
 
 
@@ -311,9 +312,9 @@ def test_draws_of_a_linear_vae_have_the_covariance_of_probabilistic_pca():
     "options, text",
     [
         ({"z_dim": 3}, "unknown option 'z_dim', wanted some of latent_dim, network, hidden, activation, posterior"),
-        ({"network": "resnet"}, "unknown network 'resnet', wanted one of mlp, conv, linear"),
-        ({"posterior": "flow"}, "unknown posterior 'flow', wanted one of diagonal, point"),
-        ({"likelihood": "poisson"}, "unknown likelihood 'poisson', wanted one of bernoulli, normal"),
+        ({"network": "resnet"}, "unknown network 'resnet', wanted one of mlp, gated, conv, residual, linear"),
+        ({"posterior": "flow"}, "unknown posterior 'flow', wanted one of diagonal, full.*or module:Class"),
+        ({"likelihood": "poison"}, "unknown likelihood 'poison', wanted one of bernoulli.*Did you mean 'poisson'"),
         ({"activation": "swish"}, "unknown activation 'swish', wanted one of silu"),
         ({"latent_dim": 0}, "latent_dim must be a positive integer, got 0"),
         ({"hidden": ()}, r"hidden must be one or more positive widths, got \(\)"),

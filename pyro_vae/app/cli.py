@@ -19,6 +19,7 @@ import click
 
 from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER
 from pyro_vae.app.groups import GroupedCommand, GroupedOption
+from pyro_vae.parts import names
 from pyro_vae.version import __version__
 
 PROGRAM = "pyro-vae"
@@ -104,6 +105,10 @@ def _epilog() -> str:
     return "\b\nDefaults by dataset:\n" + "\n".join("  " + row for row in rows)
 
 
+def _parts(kind: str) -> str:
+    return ", ".join(names.PARTS[kind])
+
+
 def _choice(name: str) -> str:
     return "[" + "|".join(CHOICES[name]) + "]"
 
@@ -137,17 +142,28 @@ _FIT = _options(
     _option("Data", "--crop", "N", "Cut out the centred N x N square first.", int),
     _option("Data", "--channels", "[1|3]", "Make images grey or colour.", int),
     _option("Data", "--limit", "N", "Train on the first N images only.", int),
-    _option("Model", "--network", _choice("network"), "Fully connected, convolutional, or no hidden layer."),
-    _option("Model", "--hidden", "N,N,...", "Widths (mlp) or channels (conv) from the data to the latent."),
+    _option("Model", "--network", _choice("network"), "Fully connected, plain or gated, convolutional, plain or "
+            "residual, or no hidden layer."),
+    _option("Model", "--hidden", "N,N,...", "Widths (mlp, gated) or channels (conv, residual) from the data to the "
+            "latent."),
     _option("Model", "--activation", _choice("activation"), "[default: silu]"),
     _option("Model", "--latent-dim", "D", "Number of latent dimensions.", int),
-    _option("Model", "--posterior", _choice("posterior"), "diagonal: N(mu(x), diag sigma(x)^2); point: a plain "
+    _option("Model", "--posterior", "NAME", f"q(z|x): {_parts('posterior')}, or module:Class. point is a plain "
             "autoencoder, which has no ELBO and no log p(x). [default: diagonal]"),
-    _option("Model", "--likelihood", _choice("likelihood"), "For binary or for continuous pixels."),
+    _option("Model", "--posterior-options", "A=1,B=2", "Its options, such as transforms=2,bins=8 of nsf."),
+    _option("Model", "--prior", "NAME", f"p(z): {_parts('prior')}, or module:Class. [default: normal; with "
+            "von-mises-fisher hyperspherical]"),
+    _option("Model", "--prior-options", "A=1,B=2", "Its options, such as num_components=500 of vamp."),
+    _option("Model", "--likelihood", "NAME", f"p(x|z): {_parts('likelihood')}, or module:Class. [default: by data]"),
+    _option("Model", "--likelihood-options", "A=1,B=2", "Its options, such as num_components=5 of logistic-mixture."),
     _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, "
             "one for each pixel, or a function of z. [default: learned]"),
     _option("Training", "--bound", _choice("bound"), "What is maximised. [default: elbo]"),
-    _option("Training", "--num-samples", "K", "Samples in the bound. [default: 1; with iwae 50]", int),
+    _option("Training", "--bound-options", "A=1,B=2", "Options of a bound, such as alpha=0.5 of renyi."),
+    _option("Training", "--num-samples", "K", "Samples in the bound. [default: 1 for the elbo, else 50]", int),
+    _option("Training", "--estimator", _choice("estimator"), "Of the bound's gradient. [default: reparameterized]"),
+    _option("Training", "--regularizers", "A=1,B=2", "Added to the training loss, by weight: mmd, total-correlation, "
+            "free-bits (in nats)."),
     _option("Training", "--epochs", "N", "Passes through the data.", int),
     _option("Training", "--batch-size", "B", "Images in a step.", int),
     _option("Training", "--learning-rate", "RATE", "Peak learning rate of Adam.", float),
@@ -212,11 +228,14 @@ def fit(config: Path | None, **given: Any) -> int:
 _run = click.argument("run", type=click.Path(path_type=Path))
 _data_dir = click.option("--data-dir", metavar="DIR", help="Where the data lie now. [default: where they were]")
 _device = click.option("--device", metavar="NAME", default="auto", help="[default: auto]")
+_trust = click.option("--trust", metavar="MODULE:CLASS", multiple=True, help="Import this part of a run, code of your "
+                      "own.")  # fmt: skip
 _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[default: the run's own]")
 
 
 @commands.command()
 @_run
+@_trust
 @click.option("--evaluation-samples", "-K", metavar="K", type=click.IntRange(2), help="[default: the run's own]")
 @click.option("--evaluation-images", metavar="N", type=click.IntRange(2), help="[default: the run's own]")
 @_seed
@@ -233,6 +252,7 @@ def evaluate(**options: Any) -> None:
 
 @commands.command()
 @_run
+@_trust
 @click.option("-n", "--number", metavar="N", type=click.IntRange(1, 10_000), default=64, help="[default: 64]")
 @click.option("--pixels", type=click.Choice(["mean", "draw"]), default="mean", help="E[x | z], or a draw of p(x | z). "
               "[default: mean]")  # fmt: skip
@@ -248,6 +268,7 @@ def sample(**options: Any) -> None:
 
 @commands.command()
 @_run
+@_trust
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="[default: reconstructions.png]")
 @click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), default=1000, help="Importance samples per "
@@ -262,6 +283,7 @@ def reconstruct(**options: Any) -> None:
 
 @commands.command()
 @_run
+@_trust
 @click.option("--score", type=click.Choice(["log-likelihood", "reconstruction"]), help="[default: log-likelihood; "
               "reconstruction for an autoencoder]")  # fmt: skip
 @click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples. [default: 100]")

@@ -49,10 +49,11 @@ def evaluate_run(
     device: str = "auto",
     as_json: bool = False,
     out: Path | None = None,
+    trust: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
     loaded = Run.load(run)
-    options, vae = options_of(loaded), loaded.vae().to(the_device(device))
+    options, vae = options_of(loaded), loaded.vae(trust).to(the_device(device))
     images = evaluation_images or options.evaluation_images
     _, dataset = _data(options, vae, data_dir, images)
     settings: dict[str, Any] = {
@@ -72,11 +73,16 @@ def evaluate_run(
 
 
 def sample_run(
-    run: Path, number: int = 64, pixels: str = "mean", out: Path | None = None, seed: int | None = None
+    run: Path,
+    number: int = 64,
+    pixels: str = "mean",
+    out: Path | None = None,
+    seed: int | None = None,
+    trust: tuple[str, ...] = (),
 ) -> Path:
     """`pyro-vae sample`: new data as a picture, an array or a folder of pictures; returns where."""
     loaded = Run.load(run)
-    vae, seed = loaded.vae(), options_of(loaded).seed if seed is None else seed
+    vae, seed = loaded.vae(trust), options_of(loaded).seed if seed is None else seed
     with seeded(seed):
         x = vae.sample(number, pixels=pixels)
     path = out or run / FIGURES / f"samples-{number}-seed{seed}.png"
@@ -99,11 +105,16 @@ def sample_run(
 
 
 def reconstruct_images(
-    run: Path, images: tuple[Path, ...], out: Path | None = None, num_samples: int = 1000, seed: int | None = None
+    run: Path,
+    images: tuple[Path, ...],
+    out: Path | None = None,
+    num_samples: int = 1000,
+    seed: int | None = None,
+    trust: tuple[str, ...] = (),
 ) -> Path:
     """`pyro-vae reconstruct`: image files beside their reconstructions, and their scores; returns the picture."""
     loaded = Run.load(run)
-    options, vae = options_of(loaded), loaded.vae()
+    options, vae = options_of(loaded), loaded.vae(trust)
     seed = options.seed if seed is None else seed
     shape = _x_shape(vae)
     if len(shape) != 3:
@@ -140,10 +151,11 @@ def rank_anomalies(
     data_dir: str | None = None,
     seed: int | None = None,
     device: str = "auto",
+    trust: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """`pyro-vae anomalies`: test data from strange to ordinary; returns scores (and ROC-AUC)."""
     loaded = Run.load(run)
-    options, vae = options_of(loaded), loaded.vae().to(the_device(device))
+    options, vae = options_of(loaded), loaded.vae(trust).to(the_device(device))
     seed = options.seed if seed is None else seed
     score = score or ("reconstruction" if _point(vae) else "log-likelihood")
     if score == "log-likelihood" and _point(vae):

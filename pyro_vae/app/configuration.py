@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ _TYPES = {field.name: str(field.type) for field in fields(FitOptions)} | COMMAND
 _WORDS = {
     "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
     "tuple[int, ...]": "whole numbers such as 400,400",
+    "dict[str, Any]": "options such as bins=8,transforms=2",
 }  # fmt: skip
 
 
@@ -61,6 +63,8 @@ def convert(name: str, value: Any, where: str) -> Any:
     Example:
         >>> convert("hidden", "400,200", "here"), convert("learning_rate", "2e-3", "here")
         ((400, 200), 0.002)
+        >>> convert("posterior_options", "transforms=2, hidden_features=[64, 64]", "here")
+        {'transforms': 2, 'hidden_features': [64, 64]}
     """
     kinds = [kind.strip() for kind in _TYPES[name].split("|")]
     if value is None and "None" in kinds:
@@ -118,8 +122,24 @@ def _widths(value: Any) -> tuple[int, ...]:
     return tuple(_integer(width) for width in (value if isinstance(value, list | tuple) else [value]))
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    import yaml
+
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load("{" + re.sub(r"\s*=\s*", ": ", value) + "}")
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError from error
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError
+    if None in value.values():
+        raise ValueError  # a name without "="
+    return dict(value)
+
+
 _READERS: dict[str, Any] = {
     "int": _integer, "float": _number, "str": _text, "bool": _truth, "tuple[int, ...]": _widths,
+    "dict[str, Any]": _mapping,
 }  # fmt: skip
 
 

@@ -10,20 +10,24 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pyro_vae.parts import names
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("constant", "cosine", "one-cycle"),
-    "network": ("mlp", "conv", "linear"),
+    "network": names.NETWORKS,
     "activation": ("silu", "relu", "gelu", "elu", "tanh", "softplus"),
-    "posterior": ("diagonal", "point"),
-    "likelihood": ("bernoulli", "normal"),
-    "bound": ("elbo", "iwae"),
+    "bound": ("elbo", "iwae", "renyi", "vr-max", "miwae", "ciwae", "piwae", "cubo", "wake-sleep"),
+    "estimator": ("reparameterized", "sticking-the-landing", "doubly-reparameterized", "score-function"),
     "binarization": ("dynamic", "static", "threshold", "none"),
     "matmul_precision": ("highest", "high", "medium"),
 }
+REGULARIZERS = ("mmd", "total-correlation", "free-bits")
+CONTINUOUS = ("normal", "continuous-bernoulli")
+LEVELS = ("discretized-logistic", "logistic-mixture", "categorical", "poisson", "negative-binomial")
 SCALES = ("learned", "per-pixel", "network")
 
 
@@ -44,15 +48,23 @@ class FitOptions:
         crop: Side of the centred square cut out first.
         channels: 1 for grey, 3 for colour.
         limit: Train on the first so many data only.
-        network: "mlp", "conv" or "linear".
-        hidden: Widths (mlp) or channels (conv), from the data to the latent.
+        network: "mlp", "gated", "conv", "residual" or "linear".
+        hidden: Widths (mlp, gated) or channels (conv, residual), from the data to the latent.
         activation: Name of the activation.
         latent_dim: D.
-        posterior: "diagonal", or "point" for a plain autoencoder.
-        likelihood: "bernoulli" or "normal"; by the data if None.
+        posterior: A name of `pyro_vae.parts.names` ("point" for a plain autoencoder), or
+            module:Class.
+        posterior_options: Keyword arguments of the posterior.
+        prior: A name, or module:Class.
+        prior_options: Keyword arguments of the prior.
+        likelihood: A name, or module:Class; by the data if None.
+        likelihood_options: Keyword arguments of the likelihood.
         scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
-        bound: "elbo" or "iwae".
+        bound: A name of `CHOICES`.
+        bound_options: Keyword arguments of a bound that has some, such as alpha.
         num_samples: K of the training bound.
+        estimator: Of the bound's gradient.
+        regularizers: Weights by name, of what is added to the training loss.
         epochs: Passes through the data.
         batch_size: B.
         learning_rate: Peak learning rate.
@@ -81,10 +93,17 @@ class FitOptions:
     activation: str = "silu"
     latent_dim: int = 32
     posterior: str = "diagonal"
+    posterior_options: dict[str, Any] = field(default_factory=dict)
+    prior: str = "normal"
+    prior_options: dict[str, Any] = field(default_factory=dict)
     likelihood: str | None = None
+    likelihood_options: dict[str, Any] = field(default_factory=dict)
     scale: float | str = "learned"
     bound: str = "elbo"
+    bound_options: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 1
+    estimator: str = "reparameterized"
+    regularizers: dict[str, Any] = field(default_factory=dict)
     epochs: int = 100
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -107,6 +126,16 @@ class FitOptions:
                 raise ValueError(
                     f"got {option(name)} {value!r}, wanted one of {', '.join(choices)}." + did_you_mean(value, choices)
                 )
+        for kind in names.PARTS:
+            if getattr(self, kind) is not None:
+                names.check(kind, getattr(self, kind))
+        names.check_supports(self.posterior, self.prior)
+        for name in self.regularizers:
+            if name not in REGULARIZERS:
+                raise ValueError(
+                    f"got --regularizers {name}, wanted some of {', '.join(REGULARIZERS)}, such as mmd=10."
+                    + did_you_mean(name, REGULARIZERS)
+                )
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not (value >= least and math.isfinite(value)):
@@ -127,6 +156,12 @@ class FitOptions:
                 f"got --posterior point with --bound {self.bound} of {self.num_samples} samples: a plain autoencoder "
                 "has no bound, and a point is one sample. Leave --bound and --num-samples out."
             )
+        for name, wanted in (("prior", "normal"), ("estimator", "reparameterized")):
+            if self.posterior == "point" and getattr(self, name) != wanted:
+                raise ValueError(
+                    f"got --posterior point with {option(name)} {getattr(self, name)}: a plain autoencoder has neither "
+                    f"a prior nor a bound. Leave {option(name)} out."
+                )
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, to be written and given back by ``--config``."""
@@ -139,7 +174,9 @@ _LEAST = {
     "evaluation_images": 2,
 }  # fmt: skip
 
-HIDDEN: dict[str, tuple[int, ...]] = {"mlp": (400, 400), "conv": (32, 64, 128), "linear": ()}
+HIDDEN: dict[str, tuple[int, ...]] = {
+    "mlp": (400, 400), "gated": (300, 300), "conv": (32, 64, 128), "residual": (32, 64, 128), "linear": (),
+}  # fmt: skip
 
 DATASETS: dict[str, FitOptions] = {
     "digits": FitOptions(
@@ -193,8 +230,10 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
         values["hidden"] = HIDDEN.get(given["network"], ())
     if values["network"] == "linear":
         values["hidden"] = ()
-    if values["bound"] == "iwae" and "num_samples" not in given:
+    if values["bound"] != "elbo" and "num_samples" not in given:
         values["num_samples"] = 50
+    if values["posterior"] in names.SPHERICAL["posterior"] and "prior" not in given:
+        values["prior"] = names.SPHERICAL["prior"][0]
     for name in ("clip_norm", "patience"):
         values[name] = values[name] or None  # 0 turns it off
     if data not in DATASETS and Path(data).expanduser().exists():
@@ -208,15 +247,17 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
 def _binarization(data: str, given: Mapping[str, Any], likelihood: str | None) -> dict[str, Any]:
     """The data that a likelihood is a likelihood of: binary for a Bernoulli, continuous for a normal."""
     wanted, dequantize = given.get("binarization"), given.get("dequantize")
-    if likelihood == "normal" and wanted in ("dynamic", "static", "threshold"):
+    if likelihood in (*CONTINUOUS, *LEVELS) and wanted in ("dynamic", "static", "threshold"):
         raise ValueError(
-            f"got --likelihood normal with --binarization {wanted}: a density of zeros and ones has no upper limit. "
-            "Use --likelihood bernoulli, or --binarization none."
+            f"got --likelihood {likelihood} with --binarization {wanted}: a density of zeros and ones has no upper "
+            "limit, and a distribution of levels needs levels. Use --likelihood bernoulli, or --binarization none."
         )
     if wanted is not None or dequantize is not None:
         return {}
-    if likelihood == "normal" and data in ("digits", "mnist", "fashion-mnist"):
+    if likelihood in CONTINUOUS and data in ("digits", "mnist", "fashion-mnist"):
         return {"binarization": "none", "dequantize": True}
+    if likelihood in LEVELS:
+        return {"binarization": "none", "dequantize": False}
     if likelihood == "bernoulli" and data in ("frey", "celeba"):
         return {"binarization": "dynamic"}
     return {}

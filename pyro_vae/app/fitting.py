@@ -14,13 +14,14 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_vae.app import evaluation, pictures
-from pyro_vae.app.defaults import FitOptions
-from pyro_vae.app.runs import CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, append_json, new_run, write_json
+from pyro_vae.app.defaults import CONTINUOUS, LEVELS, FitOptions
+from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, append_json, new_run, write_json
 from pyro_vae.data import DATASETS, Dataset, Split, load
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import elbo, iwae, reconstruction
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import History, fit
+from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
 from pyro_vae.programs.vae import VAE
@@ -92,7 +93,9 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     framing = {name: getattr(options, name) for name in ("image_size", "crop", "channels")}
     binarization, dequantize = options.binarization, options.dequantize
     if binarization is None and dequantize is None and options.data not in DATASETS:
-        binarization = {"bernoulli": "dynamic", "normal": "none"}.get(options.likelihood or "")
+        known = options.likelihood is None or names.is_foreign(options.likelihood)
+        binarization = None if known else "dynamic" if options.likelihood == "bernoulli" else "none"
+        dequantize = False if options.likelihood in LEVELS else None
     dataset = load(
         options.data, options.data_dir, binarization=binarization, dequantize=dequantize, limit=most,  # type: ignore[arg-type]
         seed=options.seed, **framing,
@@ -104,13 +107,16 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         options, binarization=dataset.train.binarization, dequantize=dataset.train.dequantize,
         likelihood=options.likelihood or ("normal" if dataset.train.binarization == "none" else "bernoulli"),
     )  # fmt: skip
-    if options.likelihood == "normal" and options.binarization != "none":
+    if options.likelihood in (*CONTINUOUS, *LEVELS) and options.binarization != "none":
         raise ValueError(
-            f"got --likelihood normal for binary data ({options.binarization} binarization): a density of zeros and "
-            "ones has no upper limit. Use --likelihood bernoulli, or --binarization none."
+            f"got --likelihood {options.likelihood} for binary data ({options.binarization} binarization): a density "
+            "of zeros and ones has no upper limit, and a distribution of levels needs levels. Use --likelihood "
+            "bernoulli, or --binarization none."
         )
-    if options.network == "conv" and len(dataset.x_shape) != 3:
-        raise ValueError(f"got --network conv for data of shape {dataset.x_shape}, wanted images. Use --network mlp.")
+    if options.network in ("conv", "residual") and len(dataset.x_shape) != 3:
+        raise ValueError(
+            f"got --network {options.network} for data of shape {dataset.x_shape}, wanted images. Use --network mlp."
+        )
     return options, dataset
 
 
@@ -118,11 +124,7 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
     """The pair of a configuration with new weights, started at the mean or spread of the data."""
     device = the_device(options.device)
     with seeded(options.seed):
-        vae = VAE.build(
-            dataset.x_shape, latent_dim=options.latent_dim, network=options.network,
-            hidden=options.hidden, activation=options.activation, posterior=options.posterior,
-            likelihood=options.likelihood, scale=options.scale,
-        )  # fmt: skip
+        vae = VAE.build(dataset.x_shape, **{name: getattr(options, name) for name in BUILT})
     likelihood = vae.model.likelihood
     if isinstance(likelihood, Normal):
         if hasattr(likelihood, "log_scale"):

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,21 +61,24 @@ class Run:
                 raise ValueError(f"{path} has no {name}, wanted a run folder, as 'pyro-vae fit' writes one.")
         return cls(path, _read_object(path / CONFIG), _read_object(path / SUMMARY))
 
-    def vae(self) -> VAE:
+    def vae(self, trust: Sequence[str] = ()) -> VAE:
         """The fitted pair.
 
+        Args:
+            trust: Parts of the user's own, ``module:Class``, that may be imported.
         Raises:
-            ValueError: The weights are corrupt, or not those of their architecture.
+            ValueError: The weights are corrupt, not those of their architecture, or of
+                parts that are not trusted.
         """
         from pyro_vae.programs.vae import VAE
 
         path = self.path / WEIGHTS
         try:
-            vae = VAE.load(path)
+            vae = VAE.load(path, trust=trust)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} has a damaged architecture entry ({error}). Fit again.") from error
         assert vae.architecture is not None
-        built = {key: getattr(vae.architecture, key) for key in _BUILT if key in self.config}
+        built = {key: getattr(vae.architecture, key) for key in BUILT if key in self.config}
         told = {key: tuple(v) if isinstance(v := self.config[key], list) else v for key in built}
         if built != told:
             key = next(key for key in built if built[key] != told[key])
@@ -98,7 +101,10 @@ class Run:
             raise ValueError(f"{path} could not be read: {error}.") from error
 
 
-_BUILT = ("latent_dim", "network", "hidden", "activation", "posterior", "likelihood", "scale")
+BUILT = (
+    "latent_dim", "network", "hidden", "activation", "posterior", "posterior_options", "prior", "prior_options",
+    "likelihood", "likelihood_options", "scale",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

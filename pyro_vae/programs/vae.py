@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,82 +20,11 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from pyro_vae.parts import posteriors
-from pyro_vae.parts.likelihoods import Bernoulli, Normal
-from pyro_vae.parts.networks import MLP, ConvDecoder, ConvEncoder
-from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
 
 _METADATA = "pyro_vae.architecture"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a standard VAE is built of; plain data, saved beside the weights.
-
-    Attributes:
-        x_shape: Shape of one datum, such as (1, 28, 28).
-        latent_dim: D.
-        network: "mlp", "conv", or "linear" (no hidden layer).
-        hidden: Widths of the hidden layers of an mlp, from the data to the latent; the
-            decoder has them in reverse. For "conv" the channels.
-        activation: Name of the activation.
-        posterior: "diagonal", or "point" for a plain autoencoder.
-        likelihood: "bernoulli" or "normal".
-        scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
-    """
-
-    x_shape: tuple[int, ...]
-    latent_dim: int = 50
-    network: str = "mlp"
-    hidden: tuple[int, ...] = (400, 400)
-    activation: str = "silu"
-    posterior: str = "diagonal"
-    likelihood: str = "bernoulli"
-    scale: float | str = "learned"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "x_shape", tuple(self.x_shape))
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        if self.latent_dim < 1:
-            raise ValueError(f"latent_dim must be a positive integer, got {self.latent_dim}.")
-        for name, got, wanted in (
-            ("network", self.network, ("mlp", "conv", "linear")),
-            ("posterior", self.posterior, ("diagonal", "point")),
-            ("likelihood", self.likelihood, ("bernoulli", "normal")),
-        ):
-            if got not in wanted:
-                raise ValueError(f"unknown {name} {got!r}, wanted one of {', '.join(wanted)}.")
-        if isinstance(self.scale, str) and self.scale not in ("learned", "per-pixel", "network"):
-            raise ValueError(f'got scale={self.scale!r}, wanted a number, "learned", "per-pixel" or "network".')
-        if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
-            raise ValueError(f"hidden must be one or more positive widths, got {self.hidden}.")
-
-    def encoder(self) -> nn.Module:
-        """Data to features."""
-        if self.network == "conv":
-            return ConvEncoder(self.x_shape, self.hidden, activation=self.activation)
-        return MLP(self.x_shape, self.hidden if self.network == "mlp" else (), None, self.activation)
-
-    def decoder(self) -> nn.Module:
-        """Latents to the parameters of the likelihood."""
-        copies = 2 if self.likelihood == "normal" and self.scale == "network" else 1
-        out_shape = (copies * self.x_shape[0], *self.x_shape[1:])
-        hidden = self.hidden[::-1] if self.network != "linear" else ()
-        if self.network == "conv":
-            return ConvDecoder(self.latent_dim, out_shape, hidden, activation=self.activation)
-        return MLP(self.latent_dim, hidden, out_shape, self.activation)
-
-    def model(self) -> Model:
-        """p(z) p(x | z) with new weights."""
-        if self.likelihood == "normal":
-            return Model(StandardNormal(self.latent_dim), Normal(self.decoder(), self.scale, self.x_shape))
-        return Model(StandardNormal(self.latent_dim), Bernoulli(self.decoder()))
-
-    def guide(self) -> Guide:
-        """q(z | x) with new weights."""
-        family = posteriors.Delta if self.posterior == "point" else posteriors.DiagonalNormal
-        return Guide(family(self.encoder(), self.latent_dim))
 
 
 class VAE(nn.Module):
@@ -130,12 +59,8 @@ class VAE(nn.Module):
         Raises:
             ValueError: An unknown option, or a value that it cannot have.
         """
-        known = [field.name for field in fields(Architecture)]
-        for name in options:
-            if name not in known:
-                raise ValueError(f"unknown option {name!r}, wanted some of {', '.join(known[1:])}.")
-        architecture = Architecture(tuple(x_shape), **options)
-        return cls(architecture.model(), architecture.guide(), architecture)
+        architecture = Architecture.of(x_shape, **options)
+        return cls(*architecture.pair(), architecture)
 
     def encode(self, x: Tensor) -> TorchDistribution:
         """q(z | x): a distribution over the latent for each datum.
@@ -221,13 +146,16 @@ class VAE(nn.Module):
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> VAE:
-        """Rebuild a VAE that `save` wrote. Reads tensors and JSON, never code.
+    def load(cls, path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> VAE:
+        """Rebuild a VAE that `save` wrote. Reads tensors and JSON, and runs no code but this package's.
 
+        Args:
+            path: The file.
+            trust: Parts of your own, ``module:Class``, that may be imported.
         Raises:
             ValueError: No such file, not a safetensors file, weights without an
-                architecture (those of your own parts: build the VAE, then `load_weights`),
-                or with one that this version cannot read.
+                architecture (those of your own pair: build the VAE, then `load_weights`),
+                with one that this version cannot read, or with a part that is not trusted.
         """
         text = _metadata(path).get(_METADATA)
         if text is None:
@@ -237,8 +165,15 @@ class VAE(nn.Module):
             )
         try:
             options = json.loads(text)
+            architecture = Architecture.of(options.pop("x_shape"), **options)
+            for name in architecture.foreign:
+                if name not in trust:
+                    raise ValueError(
+                        f"{path} was built with {name}, code outside pyro_vae that loading would run. If you trust it, "
+                        f"say so: VAE.load(path, trust=[{name!r}]), or --trust {name} on the command line."
+                    )
             with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no random numbers
-                vae = cls.build(options.pop("x_shape"), **options)
+                vae = cls(*architecture.pair(), architecture)
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} holds an architecture that cannot be read ({error!r}), wanted what vae.save writes, got: "

@@ -1,0 +1,147 @@
+"""Parts by name: what a command line, a configuration or a saved architecture calls them.
+
+A name of our own stands for a class of this package. Anything else has the form
+``module:Class`` and is imported, which runs that module's code: so a file never gets
+one imported unless its reader trusts it by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PARTS: dict[str, dict[str, str]] = {
+    "posterior": {
+        "diagonal": "posteriors.normal:DiagonalNormal",
+        "full": "posteriors.normal:FullNormal",
+        "low-rank": "posteriors.normal:LowRankNormal",
+        "mixture": "posteriors.mixture:NormalMixture",
+        "planar": "posteriors.planar:Planar",
+        "sylvester": "posteriors.sylvester:Sylvester",
+        "iaf": "posteriors.flow:IAF",
+        "maf": "posteriors.flow:MAF",
+        "nsf": "posteriors.flow:NSF",
+        "coupling": "posteriors.flow:Coupling",
+        "von-mises-fisher": "posteriors.spherical:VonMisesFisher",
+        "point": "posteriors.delta:Delta",
+    },
+    "prior": {
+        "normal": "priors.normal:StandardNormal",
+        "mixture": "priors.mixture:NormalMixture",
+        "vamp": "priors.vamp:VampPrior",
+        "flow": "priors.flow:Flow",
+        "hyperspherical": "priors.hyperspherical:HypersphericalUniform",
+    },
+    "likelihood": {
+        "bernoulli": "likelihoods.bernoulli:Bernoulli",
+        "continuous-bernoulli": "likelihoods.continuous_bernoulli:ContinuousBernoulli",
+        "normal": "likelihoods.normal:Normal",
+        "discretized-logistic": "likelihoods.discretized_logistic:DiscretizedLogistic",
+        "logistic-mixture": "likelihoods.discretized_logistic:MixtureOfDiscretizedLogistics",
+        "categorical": "likelihoods.categorical:Categorical",
+        "poisson": "likelihoods.counts:Poisson",
+        "negative-binomial": "likelihoods.counts:NegativeBinomial",
+    },
+}
+NETWORKS = ("mlp", "gated", "conv", "residual", "linear")
+SPHERICAL = {"posterior": ("von-mises-fisher",), "prior": ("hyperspherical",)}
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name stands for a class outside this package.
+
+    Example:
+        >>> is_foreign("nsf"), is_foreign("mymodule:Mine")
+        (False, True)
+    """
+    return ":" in name
+
+
+def check(kind: str, name: str) -> None:
+    """Refuse a name that no part of a kind has, without importing anything.
+
+    Args:
+        kind: "posterior", "prior" or "likelihood".
+        name: One of `PARTS`, or ``module:Class``.
+    Raises:
+        ValueError: Neither.
+    """
+    module, colon, attribute = name.partition(":")
+    if name in PARTS[kind] or colon and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
+        return
+    close = difflib.get_close_matches(name, PARTS[kind], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown {kind} {name!r}, wanted one of {', '.join(PARTS[kind])}, or module:Class.{hint}")
+
+
+def check_supports(posterior: str, prior: str) -> None:
+    """Refuse a posterior on the sphere under a prior that is not, and the reverse.
+
+    Raises:
+        ValueError: One of two named parts lies on the sphere and the other does not.
+    """
+    sphere = posterior in SPHERICAL["posterior"], prior in SPHERICAL["prior"]
+    if sphere[0] != sphere[1] and not (is_foreign(posterior) or is_foreign(prior)):
+        remedy = "prior 'hyperspherical'" if sphere[0] else "posterior 'von-mises-fisher'"
+        raise ValueError(
+            f"got posterior {posterior!r} with prior {prior!r}, wanted two on the same space: one of them lives on the "
+            f"unit sphere, and KL(q || p) is infinite. Use {remedy}."
+        )
+
+
+def find(kind: str, name: str) -> Any:
+    """The class that a name stands for.
+
+    Args:
+        kind: "posterior", "prior" or "likelihood".
+        name: One of `PARTS`, or ``module:Class``, which is imported.
+    Raises:
+        ValueError: An unknown name, or one that cannot be imported.
+    Example:
+        >>> find("posterior", "diagonal").__name__
+        'DiagonalNormal'
+    """
+    check(kind, name)
+    where = name if is_foreign(name) else f"pyro_vae.parts.{PARTS[kind][name]}"
+    module, _, attribute = where.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"got {kind} {name!r}, wanted a class that can be imported: {error}. Run where the module lies, or put its "
+            "folder on PYTHONPATH."
+        ) from error
+
+
+def build(kind: str, name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """A new part.
+
+    Args:
+        kind: "posterior", "prior" or "likelihood".
+        name: One of `PARTS`, or ``module:Class``.
+        arguments: What every part of its kind takes first.
+        options: Its own keyword arguments.
+    Raises:
+        ValueError: An unknown name, or an option that the class does not have.
+    Example:
+        >>> build("prior", "normal", [3], {}).latent_dim
+        3
+        >>> build("prior", "normal", [3], {"bins": 8})
+        Traceback (most recent call last):
+        ...
+        ValueError: prior 'normal' has no option 'bins'; it has none.
+    """
+    family = find(kind, name)
+    taken = list(inspect.signature(family).parameters.values())[len(arguments) :]
+    known = [p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "features"]
+    if not any(p.kind is p.VAR_KEYWORD for p in taken):
+        for option in options:
+            if option not in known:
+                raise ValueError(f"{kind} {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}.")
+    try:
+        return family(*arguments, **options)
+    except TypeError as error:
+        raise ValueError(f"{kind} {name!r} cannot be built with {dict(options)}: {error}.") from error

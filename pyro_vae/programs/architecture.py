@@ -1,0 +1,131 @@
+"""What a standard VAE is built of, as plain data that is saved beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyro_vae.parts import names, networks
+from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.model import Model
+
+PSEUDO_INPUTS = 500
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The parts of a standard VAE by name, and their options.
+
+    A name of the package, or ``module:Class`` for a class of your own: a posterior is
+    built by Class(encoder, latent_dim, **options), a prior by Class(latent_dim,
+    **options), a likelihood by Class(decoder, **options).
+
+    Attributes:
+        x_shape: Shape of one datum, such as (1, 28, 28).
+        latent_dim: D.
+        network: "mlp", "gated", "conv", "residual", or "linear" (no hidden layer).
+        hidden: Widths of the hidden layers, from the data to the latent; the decoder
+            has them in reverse. For "conv" and "residual" the channels.
+        activation: Name of the activation.
+        posterior: A name of `pyro_vae.parts.names`; "point" for a plain autoencoder.
+        posterior_options: Its keyword arguments.
+        prior: A name of `pyro_vae.parts.names`.
+        prior_options: Its keyword arguments; of "vamp" with num_components.
+        likelihood: A name of `pyro_vae.parts.names`.
+        likelihood_options: Its keyword arguments.
+        scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
+    Raises:
+        ValueError: An unknown name, or parts that do not fit together.
+    """
+
+    x_shape: tuple[int, ...]
+    latent_dim: int = 50
+    network: str = "mlp"
+    hidden: tuple[int, ...] = (400, 400)
+    activation: str = "silu"
+    posterior: str = "diagonal"
+    likelihood: str = "bernoulli"
+    scale: float | str = "learned"
+    prior: str = "normal"
+    posterior_options: dict[str, Any] = field(default_factory=dict)
+    prior_options: dict[str, Any] = field(default_factory=dict)
+    likelihood_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x_shape", tuple(self.x_shape))
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if self.latent_dim < 1:
+            raise ValueError(f"latent_dim must be a positive integer, got {self.latent_dim}.")
+        if self.network not in names.NETWORKS:
+            raise ValueError(f"unknown network {self.network!r}, wanted one of {', '.join(names.NETWORKS)}.")
+        for kind in names.PARTS:
+            names.check(kind, getattr(self, kind))
+        if isinstance(self.scale, str) and self.scale not in ("learned", "per-pixel", "network"):
+            raise ValueError(f'got scale={self.scale!r}, wanted a number, "learned", "per-pixel" or "network".')
+        if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
+            raise ValueError(f"hidden must be one or more positive widths, got {self.hidden}.")
+        names.check_supports(self.posterior, self.prior)
+
+    @classmethod
+    def of(cls, x_shape: Sequence[int], **options: Any) -> Architecture:
+        """An architecture from options whose names are checked.
+
+        Raises:
+            ValueError: An unknown option, or a value that it cannot have.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r}, wanted some of {', '.join(known[1:])}.")
+        return cls(tuple(x_shape), **options)
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The parts whose code lies outside this package."""
+        return tuple(name for kind in names.PARTS if names.is_foreign(name := getattr(self, kind)))
+
+    def encoder(self) -> nn.Module:
+        """Data to features."""
+        if self.network == "conv":
+            return networks.ConvEncoder(self.x_shape, self.hidden, activation=self.activation)
+        if self.network == "residual":
+            return networks.ResidualEncoder(self.x_shape, self.hidden, activation=self.activation)
+        if self.network == "gated":
+            return networks.GatedMLP(self.x_shape, self.hidden, None)
+        return networks.MLP(self.x_shape, self.hidden if self.network == "mlp" else (), None, self.activation)
+
+    def decoder(self, parameters_per_pixel: int = 1) -> nn.Module:
+        """Latents to the parameters of the likelihood."""
+        out_shape = (parameters_per_pixel * self.x_shape[0], *self.x_shape[1:])
+        hidden = self.hidden[::-1] if self.network != "linear" else ()
+        if self.network == "conv":
+            return networks.ConvDecoder(self.latent_dim, out_shape, hidden, activation=self.activation)
+        if self.network == "residual":
+            return networks.ResidualDecoder(self.latent_dim, out_shape, hidden, activation=self.activation)
+        if self.network == "gated":
+            return networks.GatedMLP(self.latent_dim, hidden, out_shape)
+        return networks.MLP(self.latent_dim, hidden, out_shape, self.activation)
+
+    def pair(self) -> tuple[Model, Guide]:
+        """p(z) p(x | z) and q(z | x) with new weights.
+
+        The two share the encoder where the prior is a mixture of posteriors ("vamp").
+        """
+        options = self.likelihood_options
+        if self.likelihood == "normal":
+            options = {"scale": self.scale, "x_shape": self.x_shape} | options
+        # How many channels the decoder has is the likelihood's to say.
+        likelihood = names.build("likelihood", self.likelihood, [nn.Identity()], options)
+        likelihood.decoder = self.decoder(getattr(likelihood, "parameters_per_pixel", 1))
+        posterior = names.build("posterior", self.posterior, [self.encoder(), self.latent_dim], self.posterior_options)
+        if self.prior == "vamp":
+            options = dict(self.prior_options)
+            pseudo_inputs = torch.rand(int(options.pop("num_components", PSEUDO_INPUTS)), *self.x_shape)
+            prior = names.build("prior", "vamp", [posterior, pseudo_inputs], options)
+        else:
+            prior = names.build("prior", self.prior, [self.latent_dim], self.prior_options)
+        return Model(prior, likelihood), Guide(posterior)
