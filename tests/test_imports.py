@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "programs": GROUND | {"parts"},
     "judging": GROUND | {"inference"},
     "app": GROUND | {"parts", "programs", "data", "inference", "judging"},
+    "testing": GROUND,
     "__main__": {"app"},
 }
 ONLY_THESE_PROGRAMS_KNOW_PARTS = {"architecture.py", "vae.py", "zoo.py"}

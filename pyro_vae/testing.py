@@ -1,0 +1,402 @@
+"""Laws that every part obeys, for this package's parts and for your own.
+
+A battery is a class; a part is put through it by a subclass that makes one, and pytest
+finds the rest. In your own test file:
+
+    class TestMine(PosteriorLaws):
+        def make(self):
+            return Mine(MLP((1, 4, 4), [8], None), latent_dim=2)
+
+Each law is one test: shapes over leading dimensions, a gradient on every parameter, a
+density that is one, draws that follow it, float64, saving and loading, determinism
+under a seed. Monte Carlo claims are held to standard errors computed on the spot.
+Nothing here needs pytest to be imported: `check` runs a battery without it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from pyro.infer import Trace_ELBO
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from pyro_vae.parameters import own_parameters
+from pyro_vae.sites import is_point
+from pyro_vae.traces import Program, draw, log_joint, log_q, particles, plate_nesting, simulate
+
+LEADING: tuple[tuple[int, ...], ...] = ((), (3,), (2, 3))
+_DRAWS = 20_000
+
+
+def check(battery: Any) -> list[str]:
+    """Run every law of a battery, without pytest.
+
+    Args:
+        battery: An instance of a subclass of one of the batteries.
+    Returns:
+        The names of the laws that hold.
+    Raises:
+        AssertionError: The first law that does not.
+    Example:
+        >>> from pyro_vae.parts.priors.normal import StandardNormal
+        >>> class TestNormal(PriorLaws):
+        ...     def make(self):
+        ...         return StandardNormal(2)
+        >>> len(check(TestNormal())) > 5
+        True
+    """
+    laws = [name for name in dir(battery) if name.startswith("test_")]
+    for name in laws:
+        getattr(battery, name)()
+    return laws
+
+
+class _Laws:
+    """What the batteries of single parts share: a part, an input, a distribution."""
+
+    def make(self) -> nn.Module:
+        """A new part with new weights. Small: two or three latents, a few pixels."""
+        raise NotImplementedError(f"{type(self).__name__} must say how to make its part: def make(self): return ...")
+
+    def given(self, part: nn.Module, leading: tuple[int, ...], dtype: torch.dtype = torch.float32) -> TorchDistribution:
+        """The distribution that a part returns for an input with these leading dimensions."""
+        raise NotImplementedError
+
+    def one(self, seed: int = 0) -> tuple[nn.Module, TorchDistribution]:
+        """A part in float64, moved away from where it starts, and its distribution for one input."""
+        torch.manual_seed(seed)
+        part = self.make().double()
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return part, self.given(part, (), torch.float64)
+
+    def test_float64_stays_float64(self) -> None:
+        with _seeded():
+            _, distribution = self.one()
+            value = distribution()
+            assert value.dtype == torch.float64 and distribution.log_prob(value).dtype == torch.float64
+
+    def test_same_seed_same_draw(self) -> None:
+        with _seeded():
+            part = self.make()
+        draws = []
+        for seed in (1, 1, 2):
+            with _seeded(seed), torch.no_grad():
+                draws.append(self.given(part, (3,))())
+        assert torch.equal(draws[0], draws[1])
+        if not is_point(self.given(part, (3,))):
+            assert not torch.equal(draws[0], draws[2])
+
+    def test_draws_lie_in_the_support(self) -> None:
+        with _seeded():
+            distribution = self.given(self.make(), (3,))
+            value = distribution.sample(torch.Size([50]))
+            assert torch.isfinite(value).all() and bool(distribution.support.check(value).all())
+
+    def test_every_parameter_has_a_gradient(self) -> None:
+        with _seeded():
+            part = self.make()
+            distribution = self.given(part, (7,))
+            value = distribution.rsample() if distribution.has_rsample else distribution.sample()
+            loss = distribution.log_prob(value).sum()
+            if distribution.has_rsample:
+                loss = loss + (value * torch.randn_like(value)).sum()
+            parameters = dict(part.named_parameters())
+            if not parameters:
+                return
+            loss.backward()
+            idle = [name for name, p in parameters.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+            assert idle == [], f"{', '.join(idle)} had no gradient: nothing depends on it"
+            assert all(bool(torch.isfinite(p.grad).all()) for p in parameters.values() if p.grad is not None)
+
+    def test_a_copy_has_weights_of_its_own(self) -> None:
+        with _seeded():
+            part = self.make()
+            with _seeded(1), torch.no_grad():
+                before = self.given(part, (3,))()
+            copied = copy.deepcopy(part)
+            with torch.no_grad():
+                for parameter in copied.parameters():
+                    parameter.add_(1.0)
+            with _seeded(1), torch.no_grad():
+                assert torch.equal(self.given(part, (3,))(), before)
+
+    def test_weights_can_be_saved_and_loaded(self) -> None:
+        with _seeded(), tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "part.safetensors")
+            first, second = self.make(), self.make()
+            if not first.state_dict():
+                return
+            save_model(first, path)
+            load_model(second, path)
+            draws = []
+            for part in (first, second):
+                with _seeded(1), torch.no_grad():
+                    draws.append(self.given(part, (3,))())
+            assert torch.equal(*draws)
+
+
+class _Densities(_Laws):
+    """Laws of parts that return a distribution of the latent."""
+
+    def test_shapes_follow_the_leading_dimensions(self) -> None:
+        with _seeded():
+            part = self.make()
+            for leading in LEADING:
+                distribution = self.given(part, leading)
+                event = tuple(distribution.event_shape)
+                assert tuple(distribution.batch_shape) == leading and len(event) == 1
+                value = distribution()
+                assert tuple(value.shape) == (*leading, *event)
+                assert tuple(distribution.log_prob(value).shape) == leading
+
+    def test_expands_as_a_particle_plate_does(self) -> None:
+        with _seeded():
+            for leading in LEADING:
+                distribution = self.given(self.make(), leading).expand(torch.Size([5, *leading]))
+                value = distribution()
+                assert value.shape[:1] == (5,) and distribution.log_prob(value).shape == distribution.batch_shape
+                if value.numel() and not is_point(distribution):
+                    assert not torch.equal(value[0], value[1]), "all particles are the same draw"
+
+    def test_the_density_integrates_to_one(self) -> None:
+        """E_q[r / q] = 1 for any density r that q covers; needs own draws only."""
+        with _seeded(), torch.no_grad():
+            _, distribution = self.one()
+            if is_point(distribution):
+                return
+            many = distribution.expand(torch.Size([_DRAWS]))
+            pilot = many()
+            value = many()
+            log_q = many.log_prob(value)
+            if distribution.support is constraints.sphere:
+                d = distribution.event_shape[0]
+                log_r = torch.full_like(log_q, math.lgamma(d / 2) - math.log(2) - d / 2 * math.log(math.pi))
+            else:
+                log_r = torch.distributions.Normal(pilot[0], 0.3 * pilot.std(0)).log_prob(value).sum(-1)
+            _is_one((log_r - log_q).exp())
+
+
+class PriorLaws(_Densities):
+    """A module that returns p(z), batch_shape ()."""
+
+    def given(self, part: nn.Module, leading: tuple[int, ...], dtype: torch.dtype = torch.float32) -> TorchDistribution:
+        prior = part()
+        return prior.expand(torch.Size(leading)) if leading else prior
+
+    def test_scores_any_point_over_leading_dimensions(self) -> None:
+        with _seeded(), torch.no_grad():
+            prior = self.one()[0]()
+            value = prior.sample(torch.Size([4, 3]))
+            each = torch.stack([torch.stack([prior.log_prob(v.clone()) for v in row]) for row in value])
+            assert torch.allclose(prior.log_prob(value), each, rtol=1e-9, atol=1e-9)
+
+
+class PosteriorLaws(_Densities):
+    """A module from data to q(z | x).
+
+    Attributes:
+        x_shape: Shape of one datum that the part takes.
+    """
+
+    x_shape: tuple[int, ...] = (1, 4, 4)
+
+    def given(self, part: nn.Module, leading: tuple[int, ...], dtype: torch.dtype = torch.float32) -> TorchDistribution:
+        return part(_data((*leading, *self.x_shape), dtype))
+
+    def test_rescoring_is_as_declared(self) -> None:
+        with _seeded(), torch.no_grad():
+            part, _ = self.one()
+            distribution = self.given(part, (3,), torch.float64)
+            value = distribution()
+            own = distribution.log_prob(value)
+            declared = getattr(part, "rescoring", "one pass")
+            assert declared in ("one pass", "D passes", "impossible"), f"rescoring = {declared!r}"
+            if is_point(distribution):
+                return
+            try:
+                again = self.given(part, (3,), torch.float64).log_prob(value.clone())
+            except (KeyError, NotImplementedError):
+                assert declared == "impossible", f"declared {declared!r}, but a foreign sample cannot be scored"
+                return
+            assert declared != "impossible", "declared impossible, but a foreign sample was scored"
+            assert torch.allclose(own, again, rtol=1e-5, atol=1e-5)
+
+    def test_data_do_not_mix(self) -> None:
+        """q(z | x) of one datum does not depend on the others in its batch."""
+        with _seeded(), torch.no_grad():
+            part, _ = self.one()
+            x = _data((4, *self.x_shape), torch.float64)
+            other = torch.cat([x[:1], 1 - x[1:]])
+            with _seeded(1):
+                first = part(x)()[0]
+            with _seeded(1):
+                assert torch.allclose(part(other)()[0], first, rtol=1e-9, atol=1e-12)
+
+
+class LikelihoodLaws(_Laws):
+    """A module from latents to p(x | z).
+
+    Attributes:
+        latent_dim: D that the part takes.
+    """
+
+    latent_dim: int = 2
+
+    def given(self, part: nn.Module, leading: tuple[int, ...], dtype: torch.dtype = torch.float32) -> TorchDistribution:
+        with _seeded(3):
+            return part(torch.randn(*leading, self.latent_dim, dtype=dtype))
+
+    def test_shapes_follow_the_leading_dimensions(self) -> None:
+        with _seeded():
+            part = self.make()
+            event = tuple(self.given(part, ()).event_shape)
+            for leading in LEADING:
+                distribution = self.given(part, leading)
+                assert tuple(distribution.batch_shape) == leading and tuple(distribution.event_shape) == event
+                value = distribution.sample()
+                assert tuple(value.shape) == (*leading, *event)
+                assert tuple(distribution.log_prob(value).shape) == leading
+
+    def test_particles_are_scored_one_by_one(self) -> None:
+        with _seeded(), torch.no_grad():
+            part, _ = self.one()
+            distribution = self.given(part, (5, 3), torch.float64)
+            x = distribution.sample()[0]
+            with _seeded(3):
+                z = torch.randn(5, 3, self.latent_dim, dtype=torch.float64)
+            each = torch.stack([torch.stack([part(z[k, b]).log_prob(x[b]) for b in range(3)]) for k in range(5)])
+            assert torch.allclose(distribution.log_prob(x), each, rtol=1e-9, atol=1e-9)
+
+    def test_the_mean_is_that_of_the_draws(self) -> None:
+        with _seeded(), torch.no_grad():
+            _, distribution = self.one()
+            try:
+                mean = distribution.mean
+            except NotImplementedError:
+                return
+            draws = distribution.sample(torch.Size([_DRAWS]))
+            stderr = draws.double().std(0) / _DRAWS**0.5
+            assert ((draws.double().mean(0) - mean).abs() <= 4.5 * stderr + 1e-9).all()
+
+    def test_draws_follow_the_density(self) -> None:
+        """Continuous: E_p[r / p] = 1. Discrete: the frequencies of one pixel's values are its probabilities."""
+        with _seeded(), torch.no_grad():
+            _, distribution = self.one()
+            many = distribution.expand(torch.Size([_DRAWS]))
+            draws = many.sample()
+            if not distribution.support.is_discrete:
+                pilot = many.sample()
+                width = 0.3 * pilot.std(0)
+                event = len(distribution.event_shape)
+                log_r = torch.distributions.Normal(pilot[0], width).log_prob(draws).flatten(-event).sum(-1)
+                _is_one((log_r - many.log_prob(draws)).exp())
+                return
+            pixel = draws.flatten(1)[:, 0]
+            values, counts = pixel.unique(return_counts=True)
+            images = draws[:1].expand(len(values), *draws.shape[1:]).clone()
+            images.view(len(values), -1)[:, 0] = values
+            share = torch.softmax(distribution.expand(torch.Size([len(values)])).log_prob(images), 0)
+            stderr = (share * (1 - share) / _DRAWS).sqrt()
+            common = counts >= 20
+            assert ((counts / _DRAWS - share).abs()[common] <= 4.5 * stderr[common] + 2e-3 * share[common]).all()
+
+
+class PairLaws:
+    """A model and a guide: any Pyro programs whose arguments are the batch.
+
+    Attributes:
+        rescores: Whether the guide scores samples that it did not draw.
+    """
+
+    rescores = True
+
+    def make(self) -> tuple[Program, Program, tuple[Any, ...]]:
+        """A new pair, and the arguments of both (a small batch)."""
+        raise NotImplementedError(f"{type(self).__name__} must say how to make its pair: def make(self): return ...")
+
+    def test_every_density_is_per_sample_and_datum(self) -> None:
+        with _seeded():
+            model, guide, args = self.make()
+            table = particles(model, guide, *args, num_samples=4)
+            shape = (4, len(args[0]))
+            assert table.log_likelihood.shape == shape and table.log_weight.shape == shape
+            assert torch.isfinite(table.log_weight).all() and set(table.log_prior) == set(table.log_q)
+
+    def test_samples_are_scored_again_alike(self) -> None:
+        with _seeded(), torch.no_grad():
+            model, guide, args = self.make()
+            table = particles(model, guide, *args, num_samples=3)
+            again = log_joint(model, table.latents, *args)
+            assert torch.allclose(again, table.log_joint, rtol=1e-4, atol=1e-3)
+            latents = {name: value.clone() for name, value in table.latents.items()}
+            if not self.rescores:
+                try:
+                    log_q(guide, latents, *args)
+                except ValueError:
+                    return
+                raise AssertionError("declared unable to score a foreign sample, but did")
+            again = log_q(guide, latents, *args)
+            assert torch.allclose(again, sum(table.log_q.values()), rtol=1e-4, atol=1e-3)
+
+    def test_the_elbo_is_pyros(self) -> None:
+        with _seeded():
+            model, guide, args = self.make()
+            with own_parameters(model, guide):
+                nesting = plate_nesting(model, guide, *args)
+                with _seeded(1), torch.no_grad():
+                    theirs = -Trace_ELBO(max_plate_nesting=nesting).loss(model, guide, *args)
+                with _seeded(1), torch.no_grad():
+                    table = draw(model, guide, args, {}, 1)
+            ours = table.scale * table.log_weight.sum()
+            assert math.isclose(float(ours), theirs, rel_tol=1e-5, abs_tol=1e-4)
+
+    def test_a_draw_from_the_model_has_the_shape_of_the_data(self) -> None:
+        with _seeded():
+            model, _, args = self.make()
+            drawn = simulate(model, *args).observations
+            assert any(value.shape == args[0].shape for value in drawn.values())
+
+    def test_two_copies_learn_apart(self) -> None:
+        with _seeded():
+            model, guide, args = self.make()
+            if not (isinstance(model, nn.Module) and isinstance(guide, nn.Module)):
+                return
+            model2, guide2 = copy.deepcopy((model, guide))
+            before = [p.detach().clone() for m in (model, guide) for p in m.parameters()]
+            with own_parameters(model2, guide2):
+                parameters = {id(p): p for m in (model2, guide2) for p in m.parameters() if p.requires_grad}
+                optimizer = torch.optim.SGD(list(parameters.values()), 0.1)
+                Trace_ELBO().loss_and_grads(model2, guide2, *args)
+                optimizer.step()
+            for programs, moves in (((model, guide), False), ((model2, guide2), True)):
+                after = [p for program in programs for p in program.parameters()]
+                assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) is moves
+
+
+@contextmanager
+def _seeded(seed: int = 0) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        yield
+
+
+def _data(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+
+
+def _is_one(ratios: Tensor) -> None:
+    mean, stderr = ratios.mean().item(), ratios.std().item() / len(ratios) ** 0.5
+    assert stderr < 0.1, f"the check is too noisy to say anything: {mean:.3f} +- {stderr:.3f}"
+    assert abs(mean - 1) <= 4.5 * stderr + 1e-6, f"the density integrates to {mean:.4f} +- {stderr:.4f}, wanted 1"
