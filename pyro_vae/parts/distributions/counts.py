@@ -1,0 +1,125 @@
+"""Counts by the logarithm of their mean.
+
+The logarithm, not the mean, is what a network gives and what the density needs: log p has the term x log m, which
+is lost where m underflows. Between the negative binomial and the Poisson that it becomes as its concentration
+grows, the usual difference log Gamma(r + x) - log Gamma(r) loses all its digits; Stirling's series takes over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions.util import broadcast_all
+from torch import Tensor
+
+# Where Stirling's series with five terms reaches 1e-18 and log Gamma itself is still small.
+_LARGE = 30.0
+_STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
+
+
+class PoissonLogRate(TorchDistribution):
+    """p(x) = m^x e^-m / x!,   m = exp(log_rate).
+
+    Args:
+        log_rate: log m, any shape.
+    Example:
+        >>> PoissonLogRate(torch.tensor(-200.0)).log_prob(torch.tensor(1.0))    # m itself underflows
+        tensor(-200.)
+    """
+
+    arg_constraints = {"log_rate": constraints.real}
+    support = constraints.nonnegative_integer
+    has_rsample = False
+
+    def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
+        self.log_rate = log_rate
+        super().__init__(log_rate.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PoissonLogRate:
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
+        return PoissonLogRate(self.log_rate.expand(batch_shape), validate_args=self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return value * self.log_rate - self.log_rate.exp() - torch.lgamma(value + 1)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        with torch.no_grad():
+            return torch.poisson(self.mean.expand(self._extended_shape(sample_shape)))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.log_rate.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        return self.mean
+
+
+class NegativeBinomialLogMean(TorchDistribution):
+    """Counts of mean m and variance m + m^2 / r: a Poisson whose rate is Gamma(r, r / m).
+
+        p(x) = Gamma(r + x) / (Gamma(r) x!)  (r / (r + m))^r  (m / (r + m))^x
+
+    Args:
+        log_mean: log m, any shape.
+        log_concentration: log r, of the same shape; the Poisson is r = infinity.
+    Example:
+        >>> NegativeBinomialLogMean(torch.zeros(()), torch.tensor(20.0)).log_prob(torch.tensor(0.0))
+        tensor(-1.)
+    """
+
+    arg_constraints = {"log_mean": constraints.real, "log_concentration": constraints.real}
+    support = constraints.nonnegative_integer
+    has_rsample = False
+
+    def __init__(self, log_mean: Tensor, log_concentration: Tensor, validate_args: bool | None = None) -> None:
+        self.log_mean, self.log_concentration = broadcast_all(log_mean, log_concentration)
+        super().__init__(self.log_mean.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> NegativeBinomialLogMean:
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
+        log_mean, log_r = self.log_mean.expand(batch_shape), self.log_concentration.expand(batch_shape)
+        return NegativeBinomialLogMean(log_mean, log_r, validate_args=self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        r, logits = self.log_concentration.exp(), self.log_mean - self.log_concentration
+        large = r > _LARGE
+        small_r, large_r = torch.where(large, 1.0, r), torch.where(large, r, _LARGE)
+        near = torch.lgamma(small_r + value) - torch.lgamma(small_r)
+        near = near + value * F.logsigmoid(logits) + small_r * F.logsigmoid(-logits)
+        # log Gamma(r + x) / Gamma(r) r^x, which tends to 0, and what is left of the powers, which tends to m^x e^-m.
+        ratio = (large_r + value - 0.5) * torch.log1p(value / large_r) - value
+        ratio = ratio + _stirling(large_r + value) - _stirling(large_r)
+        far = ratio + value * self.log_mean + (value + large_r) * F.logsigmoid(-logits)
+        return torch.where(large, far, near) - torch.lgamma(value + 1)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        with torch.no_grad():
+            r = self.log_concentration.exp().expand(self._extended_shape(sample_shape))
+            return torch.poisson(torch._standard_gamma(r) * (self.log_mean - self.log_concentration).exp())
+
+    @property
+    def mean(self) -> Tensor:
+        return self.log_mean.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        return self.mean + (2 * self.log_mean - self.log_concentration).exp()
+
+
+def _stirling(y: Tensor) -> Tensor:
+    """log Gamma(y) - ((y - 1/2) log y - y + log(2 pi) / 2)."""
+    square = 1 / (y * y)
+    total = torch.full_like(y, _STIRLING[-1])
+    for c in _STIRLING[-2::-1]:
+        total = total * square + c
+    return total / y

@@ -1,0 +1,117 @@
+"""Likelihoods of counts x in 0, 1, 2, ...: photons, words, transcripts.
+
+The mean is softplus(l) or exp(l) of the decoder's output l. Both go in as logarithms, log softplus(l) = l for
+l -> -infinity, so that a count where the decoder expected none has a finite log density and a gradient that does
+not vanish. The exponential is the canonical link, and overflows float32 at l = 88; softplus grows no faster than l.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_vae.parts.distributions.counts import NegativeBinomialLogMean, PoissonLogRate
+from pyro_vae.parts.likelihoods.likelihood import Likelihood
+
+_LINKS = ("softplus", "exp")
+
+
+def _check_link(link: str) -> str:
+    if link not in _LINKS:
+        raise ValueError(f"unknown link {link!r}, wanted one of {', '.join(_LINKS)}.")
+    return link
+
+
+def _log_mean(link: str, output: Tensor) -> Tensor:
+    if link == "exp":
+        return output
+    # softplus(l) = -logsigmoid(-l) underflows far out, where its logarithm is l to 1e-13.
+    return torch.where(output < -30, output, torch.log(-F.logsigmoid(-output.clamp(min=-30))))
+
+
+class Poisson(Likelihood):
+    """p(x | z) = prod_i Poisson(x_i; m_i(z)): counts whose variance is their mean.
+
+    Args:
+        decoder: z, (..., D), to l, (..., *x_shape).
+        link: "softplus" for m = log(1 + e^l), "exp" for m = e^l.
+    Raises:
+        ValueError: Another link.
+    Example:
+        >>> Poisson(nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
+        torch.Size([6])
+    """
+
+    def __init__(self, decoder: nn.Module, link: str = "softplus") -> None:
+        super().__init__(decoder)
+        self.link = _check_link(link)
+
+    def family(self, *parameters: Tensor) -> TorchDistribution:
+        (output,) = parameters
+        return PoissonLogRate(_log_mean(self.link, output))
+
+
+class NegativeBinomial(Likelihood):
+    """p(x | z) = prod_i NegativeBinomial(x_i; m_i(z), r_i): counts of mean m and variance m + m^2 / r.
+
+    Args:
+        decoder: z, (..., D), to l, (..., *x_shape); with concentration="network" to l and log r, twice as many
+            along the channel dimension (the first of x_shape).
+        concentration: r: a number (fixed), "learned" (one for all pixels), "per-pixel" (one for each, shared by
+            all data) or "network" (a function of z). The Poisson is r = infinity.
+        x_shape: Shape of one datum; needed for "per-pixel".
+        initial_concentration: Where a learned r starts.
+        link: "softplus" for m = log(1 + e^l), "exp" for m = e^l.
+    Raises:
+        ValueError: An unknown or non-positive concentration, "per-pixel" without x_shape, another link.
+    Example:
+        >>> NegativeBinomial(nn.Linear(2, 6), concentration=2.0)(torch.zeros(5, 2)).event_shape
+        torch.Size([6])
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        concentration: float | str = "learned",
+        x_shape: tuple[int, ...] | None = None,
+        initial_concentration: float = 1.0,
+        link: str = "softplus",
+    ) -> None:
+        super().__init__(decoder)
+        self.link = _check_link(link)
+        self.concentration = concentration
+        self.parameters_per_pixel = 2 if concentration == "network" else 1
+        if not initial_concentration > 0:
+            raise ValueError(f"initial_concentration must be positive, got {initial_concentration}.")
+        start = math.log(initial_concentration)
+        if isinstance(concentration, int | float):
+            if not concentration > 0:
+                raise ValueError(f"concentration must be positive, got {concentration}.")
+        elif concentration == "learned":
+            self.log_concentration = nn.Parameter(torch.tensor(start))
+        elif concentration == "per-pixel":
+            if x_shape is None:
+                raise ValueError('concentration="per-pixel" needs x_shape, the shape of one datum.')
+            self.log_concentration = nn.Parameter(torch.full(tuple(x_shape), start))
+        elif concentration != "network":
+            raise ValueError(
+                f'got concentration={concentration!r}, wanted a number, "learned", "per-pixel" or "network".'
+            )
+
+    def family(self, *parameters: Tensor) -> TorchDistribution:
+        log_mean = _log_mean(self.link, parameters[0])
+        if self.concentration == "network":
+            return NegativeBinomialLogMean(log_mean, parameters[1])
+        if isinstance(self.concentration, int | float):
+            return NegativeBinomialLogMean(log_mean, log_mean.new_full((), math.log(self.concentration)))
+        shape = self.log_concentration.shape
+        if shape and shape != log_mean.shape[log_mean.dim() - len(shape) :]:
+            raise ValueError(
+                f'concentration="per-pixel" was built for x_shape {tuple(shape)}, but the decoder returned data of '
+                f"shape {tuple(log_mean.shape[log_mean.dim() - len(shape) :])}. Give both the shape of one datum."
+            )
+        return NegativeBinomialLogMean(log_mean, self.log_concentration)
