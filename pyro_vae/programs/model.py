@@ -12,6 +12,8 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_vae.programs.missing import observed_part
+
 _count = itertools.count(1)
 _Self = TypeVar("_Self", bound=PyroModule)
 
@@ -53,7 +55,8 @@ def event_check(site: str, distribution: TorchDistribution, x: Tensor) -> None:
 class Model(PyroModule):
     """p(x, z) = p(z) p(x | z), over a plate "data" of sites "z" and "x".
 
-    A plain Pyro program: with data it observes them, without it draws.
+    A plain Pyro program: with data it observes them, without it draws. With a mask, too,
+    it observes only the pixels that are there: log p(x_obs | z), see `programs.missing`.
 
     Args:
         prior: A callable without arguments that returns p(z), batch_shape ().
@@ -77,11 +80,13 @@ class Model(PyroModule):
 
     __deepcopy__ = renamed_deepcopy
 
-    def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
+    def forward(self, x: Tensor | None = None, mask: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Run the program.
 
         Args:
             x: Data, (B, *x_shape), to observe; None draws them.
+            mask: True where a pixel is observed, broadcastable to x; None for all. What
+                stands at a missing pixel, NaN too, plays no part.
             size: B where x is None.
         Returns:
             x, observed or drawn.
@@ -92,6 +97,8 @@ class Model(PyroModule):
             given_z = likelihood(z)
             if x is not None:
                 event_check("x", given_z, x)
+                if mask is not None:
+                    given_z, x = observed_part(given_z, x, mask)
             return pyro.sample("x", given_z, obs=x)
 
 

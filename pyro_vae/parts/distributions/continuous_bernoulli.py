@@ -31,7 +31,7 @@ _SERIES = tuple(b / (2 * k * math.factorial(2 * k)) for k, b in enumerate(_BERNO
 _FIRST = tuple(2 * k * c for k, c in enumerate(_SERIES, 1))
 _SECOND = tuple((2 * k - 1) * c for k, c in enumerate(_FIRST, 1))
 # Gauss-Legendre on [0, 1]: 8 nodes integrate the smooth integrand of `icdf` to 1e-17.
-_NODES = tuple((0.5 + 0.5 * node, 0.5 * w) for node, w in zip(*map(np.ndarray.tolist, np.polynomial.legendre.leggauss(8)), strict=True))
+_NODES = tuple((0.5 + 0.5 * float(s), 0.5 * float(w)) for s, w in zip(*np.polynomial.legendre.leggauss(8), strict=True))
 
 
 def _polynomial(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
@@ -53,8 +53,9 @@ class ContinuousBernoulliLogits(TorchDistribution):
     Args:
         logits: l, any shape.
     Example:
-        >>> ContinuousBernoulliLogits(torch.zeros(2)).log_prob(torch.tensor([0.0, 0.7]))
-        tensor([0., 0.])
+        >>> ContinuousBernoulliLogits(torch.tensor([-1e3, 2.0])).log_prob(torch.tensor([0.0, 0.7]))
+        tensor([6.9078, 0.2386])
+
     Reference: Loaiza-Ganem and Cunningham, The continuous Bernoulli: fixing a pervasive error in variational
         autoencoders, 2019. arXiv:1907.06845
     """
@@ -121,8 +122,8 @@ class ContinuousBernoulliLogits(TorchDistribution):
             inner = inner + 0.5 * weight * (w + t) / (1 + w * t)
         return torch.where(far, torch.where(positive, 1 - y, y), inner).clamp(0, 1)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
         eps = torch.finfo(self.logits.dtype).eps  # at u = 0 and 1 the path has no derivative
         u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device).clamp(eps, 1 - eps)
         return self.icdf(u)

@@ -48,9 +48,9 @@ class PoissonLogRate(TorchDistribution):
             self._validate_sample(value)
         return value * self.log_rate - self.log_rate.exp() - torch.lgamma(value + 1)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
-            return torch.poisson(self.mean.expand(self._extended_shape(sample_shape)))
+            return torch.poisson(self.mean.expand(self._extended_shape(torch.Size(sample_shape))))
 
     @property
     def mean(self) -> Tensor:
@@ -102,9 +102,9 @@ class NegativeBinomialLogMean(TorchDistribution):
         far = ratio + value * self.log_mean + (value + large_r) * F.logsigmoid(-logits)
         return torch.where(large, far, near) - torch.lgamma(value + 1)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
-            r = self.log_concentration.exp().expand(self._extended_shape(sample_shape))
+            r = self.log_concentration.exp().expand(self._extended_shape(torch.Size(sample_shape)))
             return torch.poisson(torch._standard_gamma(r) * (self.log_mean - self.log_concentration).exp())
 
     @property

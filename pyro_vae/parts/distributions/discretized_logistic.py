@@ -30,9 +30,10 @@ class DiscretizedLogistic(TorchDistribution):
         scale: s > 0 in units of x, of the same shape.
         levels: L.
     Example:
-        >>> pixel = DiscretizedLogistic(torch.tensor(0.5), torch.tensor(0.1))
-        >>> pixel.log_prob(torch.arange(256) / 255).exp().sum()
-        tensor(1.0000)
+        >>> pixel = DiscretizedLogistic(torch.tensor(0.5), torch.tensor(0.1), levels=3)
+        >>> pixel.log_prob(torch.tensor([0.0, 0.5, 1.0])).exp()
+        tensor([0.0759, 0.8483, 0.0759])
+
     Reference: Salimans et al., PixelCNN++, 2017. arXiv:1701.05517; Kingma et al., Improved variational inference
         with inverse autoregressive flow, 2016. arXiv:1606.04934
     """
@@ -67,10 +68,10 @@ class DiscretizedLogistic(TorchDistribution):
         above = torch.where(lowest, 0.0, F.logsigmoid((loc - level + 0.5) / scale))
         return below + above + torch.where(lowest | highest, 0.0, torch.log(-torch.expm1(-1 / scale)))
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             top = self.levels - 1
-            shape = self._extended_shape(sample_shape)
+            shape = self._extended_shape(torch.Size(sample_shape))
             tiny = torch.finfo(self.loc.dtype).eps
             u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device).clamp(tiny, 1 - tiny)
             return ((self.loc + self.scale * torch.logit(u)) * top).round().clamp(0, top) / top

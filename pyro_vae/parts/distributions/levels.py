@@ -21,11 +21,11 @@ class GreyLevels(constraints.Constraint):
 
     Args:
         levels: L.
+    Raises:
+        ValueError: Fewer than two levels.
     Example:
         >>> GreyLevels(256).check(torch.tensor([0.0, 7 / 255, 7.5 / 255, 1.1]))
         tensor([ True,  True, False, False])
-    Raises:
-        ValueError: Fewer than two levels.
     """
 
     is_discrete = True
@@ -91,7 +91,7 @@ class CategoricalLevels(TorchDistribution):
         index, log_p = torch.broadcast_tensors(to_level(value, self.levels).long().unsqueeze(-1), log_p)
         return log_p.gather(-1, index[..., :1]).squeeze(-1)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             level = dist.Categorical(logits=self.logits, validate_args=False).sample(torch.Size(sample_shape))
             return level.to(self.logits.dtype) / (self.levels - 1)

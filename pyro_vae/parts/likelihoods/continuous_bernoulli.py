@@ -21,6 +21,7 @@ class ContinuousBernoulli(Likelihood):
         >>> import torch
         >>> ContinuousBernoulli(torch.nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
         torch.Size([6])
+
     Reference: Loaiza-Ganem and Cunningham, The continuous Bernoulli, 2019. arXiv:1907.06845
     """
 

@@ -41,6 +41,7 @@ class DiscretizedLogistic(Likelihood):
     Example:
         >>> DiscretizedLogistic(nn.Linear(2, 12))(torch.zeros(5, 2)).event_shape
         torch.Size([6])
+
     Reference: Kingma et al., Improved variational inference with inverse autoregressive flow, 2016. arXiv:1606.04934
     """
 
@@ -77,6 +78,7 @@ class MixtureOfDiscretizedLogistics(Likelihood):
     Example:
         >>> MixtureOfDiscretizedLogistics(nn.Linear(2, 6 * 6), num_components=2)(torch.zeros(5, 2)).event_shape
         torch.Size([6])
+
     Reference: Salimans et al., PixelCNN++, 2017. arXiv:1701.05517
     """
 

@@ -22,6 +22,7 @@ class GatedLinear(nn.Module):
     Example:
         >>> GatedLinear(3, 4)(torch.zeros(5, 2, 3)).shape
         torch.Size([5, 2, 4])
+
     Reference: Dauphin et al., Language modeling with gated convolutional networks, 2017. arXiv:1612.08083
     """
 
@@ -51,6 +52,7 @@ class GatedMLP(nn.Module):
         torch.Size([5, 3, 32])
         >>> GatedMLP(2, [32], (1, 8, 8))(torch.zeros(5, 3, 2)).shape
         torch.Size([5, 3, 1, 8, 8])
+
     Reference: Tomczak and Welling, VAE with a VampPrior, 2018. arXiv:1705.07120
     """
 

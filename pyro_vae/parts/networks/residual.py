@@ -79,6 +79,7 @@ class ResidualEncoder(nn.Module):
         >>> import torch
         >>> ResidualEncoder((1, 28, 20), channels=[8, 16])(torch.zeros(4, 2, 1, 28, 20)).shape
         torch.Size([4, 2, 256])
+
     Reference: He et al., Identity mappings in deep residual networks, 2016. arXiv:1603.05027; Wu and He, Group
         normalization, 2018. arXiv:1803.08494
     """
@@ -126,6 +127,7 @@ class ResidualDecoder(nn.Module):
         >>> import torch
         >>> ResidualDecoder(2, (3, 28, 20), channels=[16, 8])(torch.zeros(4, 2, 2)).shape
         torch.Size([4, 2, 3, 28, 20])
+
     Reference: He et al., Identity mappings in deep residual networks, 2016. arXiv:1603.05027
     """
 
