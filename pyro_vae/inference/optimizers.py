@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -103,6 +103,26 @@ class Fused(PyroOptim):
     def get_state(self) -> dict[str, Any]:
         """State of the torch optimiser."""
         return {} if self._optimizer is None else self._optimizer.state_dict()
+
+    def moments(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The optimiser's state of each of these tensors that has one, by name."""
+        state = {} if self._optimizer is None else self._optimizer.state
+        return {
+            name: {key: torch.as_tensor(value) for key, value in state[tensor].items() if value is not None}
+            for name, tensor in tensors.items()
+            if tensor in state
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take up `moments` again, in a new process too."""
+        joining = [tensors[name] for name in sorted(moments)]
+        if not joining:
+            return
+        self.parameters.update(joining)
+        self._add(joining)
+        assert self._optimizer is not None
+        for name in moments:
+            self._optimizer.state[tensors[name]] = dict(moments[name])
 
     def _add(self, new: list[Tensor]) -> None:
         if self._optimizer is not None:

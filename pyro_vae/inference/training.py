@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
+from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.parameters import device_of, own_parameters
@@ -76,6 +78,7 @@ def fit(
     matmul_precision: str | None = None,
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> History:
     """Fit a Pyro model/guide pair by ``pyro.infer.SVI``.
 
@@ -110,6 +113,8 @@ def fit(
         matmul_precision: For ``torch.set_float32_matmul_precision`` during the fit.
         progress: Show a bar; None shows it on a terminal only.
         callback: Called with each epoch's record.
+        checkpoint: A .safetensors file that gets the state of the fit after each epoch.
+            If it is there already, the fit goes on from it, to the bit.
     Returns:
         The history. The pair is trained in place and left in evaluation mode.
     Raises:
@@ -145,9 +150,17 @@ def fit(
         validation_bound = validation_bound or (loss.bound if point else elbo)
         stepper = _Stepper(model, guide, loss, optimizer, rate, epochs * len(batches), kl_warmup * len(batches))
         started = time.perf_counter()
-        with tqdm(total=stepper.total, disable=None if progress is None else not progress, unit="batch") as bar:
+        if checkpoint is not None:
+            # Pyro's losses have no repr of their own.
+            said = repr(loss) if isinstance(loss, Objective) else f"{type(loss).__name__}, {loss.num_particles}"
+            settings = {"epochs": epochs, "batch_size": batch_size, "loss": said, "kl_warmup": kl_warmup}
+            tensors = named_tensors(modules, model, guide, batches.first())
+            saved = Checkpoint(checkpoint, tensors, settings)
+            started -= _resumed(saved, history, best, stepper)
+        quiet = None if progress is None else not progress
+        with tqdm(total=stepper.total, initial=stepper.steps, disable=quiet, unit="batch") as bar:
             try:
-                for epoch in range(1, epochs + 1):
+                for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
                     for module in modules:
                         module.train()
                     record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(batches, bar)
@@ -165,9 +178,11 @@ def fit(
                     # While the weight of the divergence rises, a validation bound says nothing about the end.
                     if patience is not None and stepper.steps >= stepper.warmup:
                         best.offer(record["validation"], epoch, stepper.parameters())
-                        if epoch - best.epoch >= patience:
-                            history.stopped_early = True
-                            break
+                        history.stopped_early = epoch - best.epoch >= patience
+                    if checkpoint is not None:
+                        _saved(saved, history, best, stepper)
+                    if history.stopped_early:
+                        break
             except KeyboardInterrupt:
                 history.interrupted = True
         history.best_epoch = len(history)
@@ -177,6 +192,34 @@ def fit(
     for module in modules:
         module.eval()
     return history
+
+
+def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper) -> None:
+    names = {id(t): name for name, t in checkpoint.tensors.items()}
+    progress = {
+        "records": history.records, "steps": stepper.steps, "best_epoch": best.epoch, "stopped": history.stopped_early,
+        "best_value": best.value if best.epoch else None,
+    }  # fmt: skip
+    assert isinstance(stepper.optimizer, Fused)
+    moments = stepper.optimizer.moments(checkpoint.tensors)
+    checkpoint.write(progress, moments, {names[id(t)]: copied for t, copied in best.copies})
+
+
+def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper) -> float:
+    """Go on where a checkpoint ends; the seconds that went into it."""
+    if not isinstance(stepper.optimizer, Fused):
+        raise ValueError("checkpoint needs fit's own optimiser: pass a torch optimiser class, not a PyroOptim.")
+    found = checkpoint.read()
+    if found is None:
+        return 0.0
+    progress, moments, copies = found
+    history.records, history.stopped_early = progress["records"], progress["stopped"]
+    stepper.steps = progress["steps"]
+    stepper.optimizer.restore(checkpoint.tensors, moments)
+    best.epoch = progress["best_epoch"]
+    best.value = -math.inf if progress["best_value"] is None else progress["best_value"]
+    best.copies = [(checkpoint.tensors[name], copied) for name, copied in copies.items()]
+    return history.records[-1]["seconds"]
 
 
 def _owners(*programs: Program) -> list[nn.Module]:

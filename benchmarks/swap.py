@@ -1,0 +1,217 @@
+"""Change one argument, keep everything else: the README's table of swapped parts.
+
+    python benchmarks/swap.py --data-dir ../shared/data/mnist        # all rows, two to three hours on two cores
+    python benchmarks/swap.py --rows diagonal,iaf                    # some of them
+    python benchmarks/swap.py --print                                # the table of what is there
+
+Every row fits one pair to MNIST under one budget: the same networks (784-200-200-50 and
+back), dynamic binarisation, the same number of epochs, batch size, optimiser and
+learning-rate schedule; nothing is tuned for a row and nothing selected on the test set.
+A second table keeps the model of the row "diagonal" frozen and fits a new posterior to
+it, so that all guides approximate one and the same p(z | x) and log p(x) is the same
+number for all: what differs is the gap.
+
+Each row writes FOLDER/NAME.json when it is done, and FOLDER/NAME.safetensors after each
+epoch: run the command again and it goes on where it was broken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from pyro_vae import VAE, Objective, elbo, elbo_terms, fit, iwae, load, log_likelihood  # noqa: E402
+from pyro_vae.app.evaluation import versions  # noqa: E402
+from pyro_vae.inference.batches import seeded  # noqa: E402
+from pyro_vae.judging.latents import active_units  # noqa: E402
+from pyro_vae.parts.networks import set_output_mean  # noqa: E402
+from pyro_vae.programs.zoo import Hierarchical  # noqa: E402
+
+NETWORK = {"latent_dim": 50, "hidden": (200, 200), "activation": "tanh"}
+BUDGET = {"epochs": 30, "batch_size": 128, "learning_rate": 2e-3, "schedule": "one-cycle"}
+FROZEN = "frozen-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what is swapped against the row "diagonal"."""
+
+    name: str
+    parts: dict[str, Any] = field(default_factory=dict)
+    loss: Callable[[], Any] = lambda: Objective(elbo)
+    said: str = ""
+
+
+DREG = "doubly-reparameterized"
+ROWS = [
+    Row("diagonal", said="`DiagonalNormal`"),
+    Row("full", {"posterior": "full"}, said="`FullNormal`"),
+    Row("mixture", {"posterior": "mixture"}, said="`NormalMixture`"),
+    Row("planar", {"posterior": "planar"}, said="`Planar`"),
+    Row("sylvester", {"posterior": "sylvester"}, said="`Sylvester`"),
+    Row("iaf", {"posterior": "iaf"}, said="`IAF`"),
+    Row("nsf", {"posterior": "nsf"}, said="`NSF` (neural spline)"),
+    Row("vamp-prior", {"prior": "vamp"}, said="prior `VampPrior`"),
+    Row("flow-prior", {"prior": "flow"}, said="prior `Flow`"),
+    Row("iwae-50", loss=lambda: Objective(iwae, num_samples=50), said="`Objective(iwae, 50)`"),
+    Row("dreg-50", loss=lambda: Objective(iwae, num_samples=50, estimator=DREG), said=f'the same, `estimator="{DREG}"`'),
+    Row("two-layer", {"hierarchical": True}, said="`Hierarchical`, 100 and 50 latents"),
+]
+POSTERIORS = ("diagonal", "full", "low-rank", "mixture", "planar", "sylvester", "iaf", "nsf", "coupling")
+ROWS += [Row(FROZEN + name, {"posterior": name}, said=f"{name}") for name in POSTERIORS]
+
+
+def pair(row: Row, train: Any, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """A new pair, or a new guide for the frozen model."""
+    if row.parts.get("hierarchical"):
+        both = Hierarchical.build((1, 28, 28), latent_dims=(100, 50), hidden=((200, 200), (100, 100)))
+        set_output_mean(both.model.likelihood.decoder, train.mean())
+        return both.model, both.guide
+    vae = VAE.build((1, 28, 28), **NETWORK | row.parts)
+    if row.parts.get("prior") == "vamp":
+        vae.model.prior.start_at(train[torch.randperm(len(train))[: vae.model.prior.num_components]])
+    set_output_mean(vae.model.likelihood.decoder, train.mean())
+    if not row.name.startswith(FROZEN):
+        return vae.model, vae.guide
+    fitted = folder / "diagonal.vae.safetensors"
+    if not fitted.exists():
+        raise SystemExit(f"the row {row.name} needs the fitted model of the row diagonal: run that first.")
+    model = VAE.load(fitted).model
+    return model.requires_grad_(False), vae.guide
+
+
+def run(row: Row, arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
+    """Fit and judge one row."""
+    with seeded(arguments.seed):
+        model, guide = pair(row, data.train, arguments.folder)
+    history = fit(
+        model, guide, data.train, loss=row.loss(), **BUDGET | {"epochs": arguments.epochs}, seed=arguments.seed,
+        matmul_precision=arguments.matmul_precision, checkpoint=arguments.folder / f"{row.name}.safetensors",
+        compile=arguments.compile,
+    )  # fmt: skip
+    if history.interrupted:
+        raise SystemExit(f"{row.name} was interrupted: the same command goes on.")
+    if row.name == "diagonal":
+        partial = arguments.folder / f".diagonal-{os.getpid()}.safetensors"
+        vae = VAE.build((1, 28, 28), **NETWORK)
+        vae.model, vae.guide = model, guide
+        vae.save(partial)
+        os.replace(partial, arguments.folder / "diagonal.vae.safetensors")
+    started = time.perf_counter()
+    test = data.test.frozen(0).subset(slice(arguments.images))
+    terms = elbo_terms(model, guide, test, num_samples=100, seed=0)
+    estimate = log_likelihood(model, guide, test, num_samples=arguments.num_samples, seed=0)
+    try:
+        with seeded(0):
+            active = active_units(guide, test.subset(slice(2000))).count
+    except ValueError:
+        active = None
+    return {
+        "name": row.name, "said": row.said, "epochs": len(history), "train_seconds": history["seconds"][-1],
+        "train_bound": history["bound"][-1], "elbo": terms.value, "elbo_stderr": terms.mc_stderr,
+        "log_likelihood": estimate.value, "stderr": estimate.mc_stderr, "data_stderr": estimate.data_stderr,
+        "bias": estimate.bias, "khat_ok": estimate.khat_ok, "active": active, "num_samples": arguments.num_samples,
+        "images": len(test), "evaluation_seconds": time.perf_counter() - started, "seed": arguments.seed,
+        "threads": torch.get_num_threads(), "matmul_precision": arguments.matmul_precision, "versions": versions(),
+    }  # fmt: skip
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Both tables as Markdown."""
+    lines = []
+    whole = [r for name, r in results.items() if not name.startswith(FROZEN)]
+    if whole:
+        first = whole[0]
+        lines += [
+            f"{first['epochs']} epochs, {first['images']:,} test images, K = {first['num_samples']:,}, data s.e. about "
+            f"{first['data_stderr']:.2f} for each row and much less for differences:",
+            "",
+            "| changed | test ELBO | test log p(x) ± Monte Carlo | k̂ ok | active | training, minutes |",
+            "|---|---|---|---|---|---|",
+        ]
+    for r in whole:
+        active = "" if r["active"] is None else r["active"]
+        lines.append(
+            f"| {r['said']} | {r['elbo']:.2f} | **{r['log_likelihood']:.2f} ± {_one(r['stderr'])}** | "
+            f"{_share(r['khat_ok'])} | {active} | {r['train_seconds'] / 60:.1f} |"
+        )
+    frozen = [r for name, r in results.items() if name.startswith(FROZEN)]
+    if frozen:
+        best = max(frozen, key=lambda r: r["log_likelihood"])
+        lines += [
+            "",
+            f"One frozen model (that of the first row), new posteriors; the gap is to the highest mean log p(x), "
+            f"{best['log_likelihood']:.2f} ({best['said']}):",
+            "",
+            "| q(z given x) | test ELBO | log p(x) by its own weights | gap = KL(q to posterior) | training, minutes |",
+            "|---|---|---|---|---|",
+        ]
+        for r in frozen:
+            lines.append(
+                f"| {r['said']} | {r['elbo']:.2f} | {r['log_likelihood']:.2f} ± {_one(r['stderr'])} | "
+                f"**{best['log_likelihood'] - r['elbo']:.2f}** | {r['train_seconds'] / 60:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def _one(error: float) -> str:
+    return f"{error:.{max(0, 1 - math.floor(math.log10(error)) - 1) if error > 0 else 0}f}"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None or math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def main() -> None:
+    """Run what is missing, print all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="where MNIST lies")
+    parser.add_argument("--folder", type=Path, default=Path("runs/swap"), help="results [runs/swap]")
+    parser.add_argument("--rows", help="names, with commas [all]")
+    parser.add_argument("--epochs", type=int, default=BUDGET["epochs"])
+    parser.add_argument("--num-samples", type=int, default=1000, help="K of the evaluation [1000]")
+    parser.add_argument("--images", type=int, default=10_000, help="test images [10000]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--matmul-precision", default="highest")
+    parser.add_argument("--compile", default="auto")
+    parser.add_argument("--print", action="store_true", help="only print what is there")
+    arguments = parser.parse_args()
+    known = {row.name: row for row in ROWS}
+    wanted = arguments.rows.split(",") if arguments.rows else list(known)
+    for name in wanted:
+        if name not in known:
+            raise SystemExit(f"unknown row {name!r}, wanted some of {', '.join(known)}.")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    if not arguments.print:
+        data = load("mnist", arguments.data_dir)
+        for name in wanted:
+            path = arguments.folder / f"{name}.json"
+            if path.exists():
+                continue
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            result = run(known[name], arguments, data)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=2))
+            os.replace(partial, path)
+            print(f"{name}: {result['log_likelihood']:.2f}, {result['train_seconds']:.0f} s", file=sys.stderr, flush=True)
+    paths = {name: arguments.folder / f"{name}.json" for name in known}
+    print(table({name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""A fit that can be broken off and taken up again, to the bit.
+
+After each epoch the whole state of a fit goes to one safetensors file: the tensors of
+model and guide, the optimiser's moments for each of them, the random state, the best
+weights so far, and (as JSON in the header) the history. Tensors are stored by name,
+since the order in which Pyro hands parameters over differs between processes. The file
+is replaced atomically, and reading it runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro import poutine
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyro_vae.traces import Program
+
+_METADATA = "pyro_vae.fit"
+
+
+def named_tensors(modules: list[nn.Module], model: Program, guide: Program, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Everything that a fit changes, by a name that is the same in every process.
+
+    Args:
+        modules: The modules that own the programs.
+        model: A Pyro program.
+        guide: A Pyro program.
+        batch: Arguments of both, to find the parameters of plain functions.
+    Returns:
+        Parameters and buffers of the modules, then what plain functions declare.
+    """
+    found = {f"{i}.{key}": t for i, m in enumerate(modules) for key, t in m.state_dict(keep_vars=True).items()}
+    known = {id(t) for t in found.values()}
+    with torch.random.fork_rng(), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*batch)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    for trace in (guide_trace, model_trace):
+        for name, site in trace.nodes.items():
+            if site["type"] == "param":
+                tensor = site["value"].unconstrained()
+                if id(tensor) not in known:
+                    known.add(id(tensor))
+                    found[f"param.{name}"] = tensor
+    return found
+
+
+class Checkpoint:
+    """The state of a fit on disk.
+
+    Args:
+        path: A file ending in .safetensors.
+        tensors: What the fit changes, by name, from `named_tensors`.
+        settings: What must be the same when the fit goes on, as plain data.
+    Raises:
+        ValueError: Another ending, or no such folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".safetensors" or not self.path.parent.is_dir():
+            raise ValueError(f"got checkpoint={str(path)!r}, wanted NAME.safetensors in a folder that exists.")
+        self.tensors = dict(tensors)
+        self.settings = json.loads(json.dumps(dict(settings)))
+
+    def write(
+        self, progress: Mapping[str, Any], moments: Mapping[str, Mapping[str, Tensor]], best: Mapping[str, Tensor]
+    ) -> None:
+        """Replace the file.
+
+        Args:
+            progress: Plain data: epoch, history and the like.
+            moments: State of the optimiser per tensor name.
+            best: Best weights so far, by tensor name.
+        Raises:
+            OSError: Nothing can be written there; an older file is then as it was.
+        """
+        content = {f"tensor/{name}": t for name, t in self.tensors.items()}
+        content |= {f"moment/{key}/{name}": t for name, state in moments.items() for key, t in state.items()}
+        content |= {f"best/{name}": t for name, t in best.items()}
+        # One file holds each storage once, and safetensors refuses two names for one.
+        content = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in content.items()}
+        content["random"] = torch.get_rng_state()
+        for device in {t.device for t in self.tensors.values() if t.device.type == "cuda"}:
+            content[f"random/{device}"] = torch.cuda.get_rng_state(device)
+        header = {_METADATA: json.dumps({"settings": self.settings, "progress": dict(progress)})}
+        partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        try:
+            save_file(content, str(partial), metadata=header)
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
+        """Put tensors and random state back; what else was written, or None where there is no file.
+
+        Raises:
+            ValueError: A file that is damaged, or of another fit; nothing is then changed.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                header = json.loads((file.metadata() or {})[_METADATA])
+                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} is not a readable checkpoint ({error}). Remove it to start the fit afresh."
+            ) from error
+        for key, wanted in self.settings.items():
+            if header["settings"].get(key) != wanted:
+                raise ValueError(
+                    f"{self.path} is the checkpoint of another fit: its {key} is {header['settings'].get(key)}, this "
+                    f"one's {wanted}. Remove it to start afresh, or go on with the same options."
+                )
+        stored = {name.removeprefix("tensor/"): t for name, t in content.items() if name.startswith("tensor/")}
+        shapes = {name: t.shape for name, t in stored.items()}, {name: t.shape for name, t in self.tensors.items()}
+        if shapes[0] != shapes[1]:
+            differing = sorted({n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n)})
+            raise ValueError(
+                f"{self.path} is the checkpoint of another pair: {differing[0]!r} differs. Remove it to start afresh."
+            )
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(stored[name])
+        torch.set_rng_state(content["random"])
+        for name, state in content.items():
+            if name.startswith("random/"):
+                torch.cuda.set_rng_state(state, name.removeprefix("random/"))
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in content.items():
+            if name.startswith("moment/"):
+                key, _, owner = name.removeprefix("moment/").partition("/")
+                moments.setdefault(owner, {})[key] = tensor.to(self.tensors[owner].device) if tensor.dim() else tensor
+        best = {name.removeprefix("best/"): t for name, t in content.items() if name.startswith("best/")}
+        return header["progress"], moments, best
