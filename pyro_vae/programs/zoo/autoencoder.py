@@ -1,4 +1,4 @@
-"""Ready-made pairs beyond the plain VAE."""
+"""A plain autoencoder, as a pair whose guide is a point."""
 
 from __future__ import annotations
 

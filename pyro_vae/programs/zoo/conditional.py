@@ -1,0 +1,229 @@
+"""Data with known labels, or any other known covariate y.
+
+    model   p(z | y) p(x | z, y)        p(z | y) = p(z) where the prior does not look at y
+    guide   q(z | x, y)
+
+Everything is conditional on y: a bound is one on log p(x | y). Both programs take (x, y),
+and so does whatever takes the pair: fit(pair.model, pair.guide, (x, y)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.parts.likelihoods import Bernoulli
+from pyro_vae.parts.networks import MLP
+from pyro_vae.parts.posteriors import DiagonalNormal, mean
+from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.guide import batch_check, data_check
+from pyro_vae.programs.model import event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.zoo import assembly
+from pyro_vae.programs.zoo.assembly import pixel_likelihood, pixels_of
+
+
+class Joined(nn.Module):
+    """A conditional on two things, of a conditional on one vector: the two, joined.
+
+        Joined(part)(a, y) = part([a, y])
+
+    Leading dimensions broadcast, so that K samples of z, (K, B, D), go with one y for
+    each datum, (B, C), and B data with the C labels that an enumeration tries, (C, 1).
+
+    Args:
+        part: (..., F + C) to a distribution of batch_shape (...), F the size of one a.
+        event_dim: Dimensions of one a: 1 for a latent, 3 for an image.
+        num_classes: C where y holds class labels 0, ..., C - 1, (...), which become
+            one-hot; None where y is (..., C) itself.
+    Raises:
+        ValueError: a or y has fewer dimensions than that.
+    Example:
+        >>> part = Joined(DiagonalNormal(nn.Linear(2 + 3, 8), 4), num_classes=3)
+        >>> part(torch.zeros(7, 5, 2), torch.tensor([0, 1, 2, 0, 1])).batch_shape
+        torch.Size([7, 5])
+    """
+
+    def __init__(
+        self, part: Callable[[Tensor], TorchDistribution], event_dim: int = 1, num_classes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.part = part
+        self.event_dim = event_dim
+        self.num_classes = num_classes
+
+    def forward(self, a: Tensor, y: Tensor) -> TorchDistribution:
+        """The distribution given a, (..., *event), and y, (..., C), or class labels (...)."""
+        if self.num_classes is not None:
+            y = y.unsqueeze(-1) == torch.arange(self.num_classes, device=y.device)  # one_hot would look at the values
+        if a.dim() < self.event_dim or y.dim() < 1:
+            raise ValueError(
+                f"got tensors of shapes {tuple(a.shape)} and {tuple(y.shape)}, wanted {self.event_dim} dimensions or "
+                "more of the first, and y of shape (..., C). For class labels pass num_classes to Joined."
+            )
+        a = a.reshape(*a.shape[: a.dim() - self.event_dim], -1)
+        leading = torch.broadcast_shapes(a.shape[:-1], y.shape[:-1])
+        return self.part(torch.cat([a.expand(*leading, -1), y.to(a).expand(*leading, -1)], -1))
+
+
+class ConditionalModel(PyroModule):
+    """p(x, z | y), over a plate "data" of the sites "z" and "x".
+
+    Args:
+        prior: () to p(z), batch_shape (); or, with conditional_prior, y to p(z | y), batch_shape (B,).
+        likelihood: (z, y) to p(x | z, y).
+        conditional_prior: Whether the prior takes y.
+    """
+
+    def __init__(
+        self, prior: assembly.Conditional, likelihood: assembly.Conditional, conditional_prior: bool = False
+    ) -> None:
+        super().__init__(unique_name(type(self).__name__))
+        self.prior = prior
+        self.likelihood = likelihood
+        self.conditional_prior = conditional_prior
+
+    __deepcopy__ = renamed_deepcopy
+
+    def given_y(self, y: Tensor) -> TorchDistribution:
+        """p(z | y), batch_shape (B,)."""
+        return self.prior(y) if self.conditional_prior else self.prior().expand([len(y)])
+
+    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """Run the program.
+
+        Args:
+            x: Data, (B, *x_shape), to observe; None draws them.
+            y: What is known of each datum, (B, ...).
+        Returns:
+            x, observed or drawn.
+        """
+        _rows_check(x, y)
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", self.given_y(y))
+            given_z = self.likelihood(z, y)
+            if x is not None:
+                event_check("x", given_z, x)
+            return pyro.sample("x", given_z, obs=x)
+
+
+class ConditionalGuide(PyroModule):
+    """q(z | x, y), over a plate "data" of the site "z".
+
+    Args:
+        posterior: (x, y) to q(z | x, y), batch_shape (B,).
+    """
+
+    def __init__(self, posterior: assembly.Conditional) -> None:
+        super().__init__(unique_name(type(self).__name__))
+        self.posterior = posterior
+
+    __deepcopy__ = renamed_deepcopy
+
+    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """Draw z ~ q(z | x, y), (B, D)."""
+        x = data_check(x)
+        _rows_check(x, y)
+        with pyro.plate("data", len(x)):
+            posterior = self.posterior(x, y)
+            batch_check(posterior, len(x))
+            return pyro.sample("z", posterior)
+
+
+class Conditional(nn.Module):
+    """A conditional VAE, ``pair.model`` and ``pair.guide``, both programs of (x, y).
+
+    Args:
+        prior: () to p(z), batch_shape (); or, with conditional_prior, y to p(z | y), batch_shape (B,).
+        likelihood: (z, y) to p(x | z, y); `Joined` makes one of any likelihood.
+        posterior: (x, y) to q(z | x, y), batch_shape (B,); `Joined` makes one of any posterior.
+        conditional_prior: Whether the prior takes y.
+    Example:
+        >>> pair = Conditional.build((1, 8, 8), 10, latent_dim=2, hidden=(16,))
+        >>> pair.sample(torch.eye(10)).shape
+        torch.Size([10, 1, 8, 8])
+
+    Reference: Sohn et al., Learning Structured Output Representation using Deep
+        Conditional Generative Models, 2015.
+    """
+
+    def __init__(
+        self,
+        prior: assembly.Conditional,
+        likelihood: assembly.Conditional,
+        posterior: assembly.Conditional,
+        conditional_prior: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = ConditionalModel(prior, likelihood, conditional_prior)
+        self.guide = ConditionalGuide(posterior)
+
+    @classmethod
+    def build(
+        cls,
+        x_shape: Sequence[int],
+        y_dim: int,
+        latent_dim: int = 50,
+        hidden: Sequence[int] = (400, 400),
+        *,
+        activation: str = "silu",
+        likelihood: Callable[[nn.Module], Any] = Bernoulli,
+        posterior: Callable[[nn.Module, int], Any] = DiagonalNormal,
+        conditional_prior: bool = False,
+    ) -> Conditional:
+        """Dense networks with new weights.
+
+        Args:
+            x_shape: Shape of one datum.
+            y_dim: C; y is (B, C), one-hot for labels.
+            latent_dim: D.
+            hidden: Widths of the hidden layers, from the data to the latent.
+            activation: Name of the activation.
+            likelihood: A class of `pyro_vae.parts.likelihoods`, or a function of the decoder.
+            posterior: A class of `pyro_vae.parts.posteriors`.
+            conditional_prior: p(z | y), a diagonal Gaussian linear in y, instead of p(z).
+        """
+        features = MLP(x_shape, (), None).out_features
+        decoder = pixel_likelihood(likelihood, latent_dim + y_dim, hidden[::-1], x_shape, activation)
+        encoder = MLP(features + y_dim, hidden, None, activation)
+        prior = DiagonalNormal(MLP(y_dim, (), None), latent_dim) if conditional_prior else StandardNormal(latent_dim)
+        joined = Joined(posterior(encoder, latent_dim), event_dim=len(x_shape))
+        return cls(prior, Joined(decoder), joined, conditional_prior)
+
+    def encode(self, x: Tensor, y: Tensor) -> TorchDistribution:
+        """q(z | x, y), batch_shape (B,)."""
+        return self.guide.posterior(x, y)
+
+    def decode(self, z: Tensor, y: Tensor) -> TorchDistribution:
+        """p(x | z, y), batch_shape (...)."""
+        return self.model.likelihood(z, y)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """E[x' | z, y] at z = E_q[z | x, y], (B, *x_shape)."""
+        return self.decode(mean(self.encode(x, y)), y).mean
+
+    @torch.no_grad()
+    def sample(self, y: Tensor, *, pixels: str = "mean") -> Tensor:
+        """New data, one for each y: z ~ p(z | y), then x from p(x | z, y).
+
+        Args:
+            y: (B, C).
+            pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
+        Returns:
+            (B, *x_shape).
+        Raises:
+            ValueError: Another value of pixels.
+        """
+        return pixels_of(self.decode(self.model.given_y(y).sample(), y), pixels)
+
+
+def _rows_check(x: Tensor | None, y: Tensor | None) -> None:
+    if y is None or x is not None and len(x) != len(y):
+        sizes = f"{None if x is None else len(x)} data and {None if y is None else len(y)} labels"
+        raise ValueError(f"got {sizes}, wanted one y for each x. Pass both: model(x, y), and fit(..., (x, y)).")

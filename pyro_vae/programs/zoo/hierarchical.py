@@ -1,0 +1,224 @@
+"""Several stochastic layers.
+
+    model   p(z_L) p(z_{L-1} | z_L) ... p(z_1 | z_2) p(x | z_1)
+    guide   q(z_1 | x) q(z_2 | z_1) ... q(z_L | z_{L-1})
+
+The guide climbs, the model comes down. The weight of one sample of all layers is
+
+    log w = log p(x | z_1) + sum_l [log p(z_l | z_{l+1}) - log q(z_l | z_{l-1})],
+
+so every bound and every estimate holds unchanged. The exact posterior has the guide's
+form: z_2 and x are independent given z_1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.parts.likelihoods import Bernoulli
+from pyro_vae.parts.networks import MLP
+from pyro_vae.parts.posteriors import DiagonalNormal, mean
+from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.guide import batch_check, data_check
+from pyro_vae.programs.model import event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
+
+
+class HierarchicalModel(PyroModule):
+    """p(x, z_1, ..., z_L), over a plate "data" of the sites "z1", ..., "zL" and "x".
+
+    Args:
+        prior: () to p(z_L), batch_shape ().
+        conditionals: z_{l+1}, (..., D_{l+1}), to p(z_l | z_{l+1}), batch_shape (...), for l = 1, ..., L - 1.
+        likelihood: z_1, (..., D_1), to p(x | z_1), batch_shape (...).
+    """
+
+    def __init__(self, prior: Conditional, conditionals: Sequence[Conditional], likelihood: Conditional) -> None:
+        super().__init__(unique_name(type(self).__name__))
+        self.prior = prior
+        self.num_layers = 1 + len(conditionals)
+        for layer, conditional in enumerate(conditionals, start=1):  # attributes, since a function is no module
+            setattr(self, f"z{layer}_given_z{layer + 1}", conditional)
+        self.likelihood = likelihood
+
+    __deepcopy__ = renamed_deepcopy
+
+    def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
+        """Run the program.
+
+        Args:
+            x: Data, (B, *x_shape), to observe; None draws them.
+            size: B where x is None.
+        Returns:
+            x, observed or drawn.
+        """
+        with pyro.plate("data", size if x is None else len(x)):
+            z = pyro.sample(f"z{self.num_layers}", self.prior())
+            for layer in range(self.num_layers - 1, 0, -1):
+                z = pyro.sample(f"z{layer}", getattr(self, f"z{layer}_given_z{layer + 1}")(z))
+            given_z = self.likelihood(z)
+            if x is not None:
+                event_check("x", given_z, x)
+            return pyro.sample("x", given_z, obs=x)
+
+
+class HierarchicalGuide(PyroModule):
+    """q(z_1, ..., z_L | x), over a plate "data" of the sites "z1", ..., "zL".
+
+    Args:
+        posteriors: x, (B, *x_shape), to q(z_1 | x), batch_shape (B,); then z_l, (..., D_l), to
+            q(z_{l+1} | z_l), batch_shape (...).
+    """
+
+    def __init__(self, posteriors: Sequence[Conditional]) -> None:
+        super().__init__(unique_name(type(self).__name__))
+        self.num_layers = len(posteriors)
+        for layer, posterior in enumerate(posteriors, start=1):
+            setattr(self, f"z{layer}_given_{f'z{layer - 1}' if layer > 1 else 'x'}", posterior)
+
+    __deepcopy__ = renamed_deepcopy
+
+    def forward(self, x: Tensor | None = None, **_: Any) -> Tensor:
+        """Draw z_1 ~ q(z_1 | x), z_2 ~ q(z_2 | z_1), ...
+
+        Args:
+            x: Data, (B, *x_shape).
+        Returns:
+            z_L, (B, D_L).
+        """
+        below = data_check(x)
+        size, name = len(below), "x"
+        with pyro.plate("data", size):
+            for layer in range(1, self.num_layers + 1):
+                posterior = getattr(self, f"z{layer}_given_{name}")(below)
+                batch_check(posterior, size)
+                name = f"z{layer}"
+                below = pyro.sample(name, posterior)
+        return below
+
+
+class Hierarchical(nn.Module):
+    """A VAE of L >= 2 stochastic layers, ``pair.model`` and ``pair.guide``.
+
+    Any part of any layer is a callable that returns a distribution: a posterior of
+    `pyro_vae.parts.posteriors` serves for p(z_l | z_{l+1}) and q(z_{l+1} | z_l) as well,
+    since z is data to it.
+
+    Args:
+        prior: () to p(z_L), batch_shape ().
+        conditionals: The L - 1 conditionals p(z_l | z_{l+1}), the one next to the data first.
+        likelihood: z_1 to p(x | z_1).
+        posteriors: The L conditionals q(z_1 | x), q(z_2 | z_1), ..., the one next to the data first.
+    Raises:
+        ValueError: Fewer than two layers, or model and guide of different depth.
+    Example:
+        >>> pair = Hierarchical.build((1, 8, 8), latent_dims=(3, 2), hidden=((16,), (8,)))
+        >>> pair.sample(4).shape, [z.shape[-1] for z in pair.latents(torch.zeros(5, 1, 8, 8))]
+        (torch.Size([4, 1, 8, 8]), [3, 2])
+
+    Reference: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519
+    """
+
+    def __init__(
+        self,
+        prior: Conditional,
+        conditionals: Sequence[Conditional],
+        likelihood: Conditional,
+        posteriors: Sequence[Conditional],
+    ) -> None:
+        super().__init__()
+        if not conditionals or len(posteriors) != len(conditionals) + 1:
+            raise ValueError(
+                f"got {len(conditionals)} conditionals p(z_l | z_l+1) and {len(posteriors)} posteriors, wanted L - 1 and "
+                "L of them for L >= 2 layers. For one layer use Model(prior, likelihood) and Guide(posterior)."
+            )
+        self.model = HierarchicalModel(prior, conditionals, likelihood)
+        self.guide = HierarchicalGuide(posteriors)
+
+    @classmethod
+    def build(
+        cls,
+        x_shape: Sequence[int],
+        latent_dims: Sequence[int] = (100, 50),
+        hidden: Sequence[Sequence[int]] = ((200, 200), (100, 100)),
+        *,
+        activation: str = "tanh",
+        likelihood: Callable[[nn.Module], Any] = Bernoulli,
+        posterior: Callable[[nn.Module, int], Any] = DiagonalNormal,
+    ) -> Hierarchical:
+        """Dense networks with new weights; by default the two-layer model of the reference.
+
+        Args:
+            x_shape: Shape of one datum.
+            latent_dims: D_1, ..., D_L, the layer next to the data first.
+            hidden: Widths of the network between each layer and the one below (the data
+                for the first), in the guide; the model has them in reverse.
+            activation: Name of the activation.
+            likelihood: A class of `pyro_vae.parts.likelihoods`, or a function of the decoder.
+            posterior: A class of `pyro_vae.parts.posteriors`, for every q.
+        Raises:
+            ValueError: Not one network per layer, or fewer than two layers.
+        """
+        if len(latent_dims) != len(hidden) or len(latent_dims) < 2:
+            raise ValueError(
+                f"got {len(latent_dims)} latent_dims and {len(hidden)} lists of hidden widths, wanted one each for at "
+                "least two layers, as in latent_dims=(100, 50), hidden=((200, 200), (100, 100))."
+            )
+        shapes = [tuple(x_shape), *((d,) for d in latent_dims)]
+        up = [posterior(MLP(s, w, None, activation), d) for s, w, d in zip(shapes, hidden, latent_dims, strict=False)]
+        down = [
+            DiagonalNormal(MLP(above, widths[::-1], None, activation), below)
+            for below, above, widths in zip(latent_dims, latent_dims[1:], hidden[1:], strict=False)
+        ]
+        decoder = pixel_likelihood(likelihood, latent_dims[0], hidden[0][::-1], x_shape, activation)
+        return cls(StandardNormal(latent_dims[-1]), down, decoder, up)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.model.num_layers
+
+    def encode(self, x: Tensor) -> TorchDistribution:
+        """q(z_1 | x), batch_shape (B,); the layers above have no distribution given x in closed form."""
+        return self.guide.z1_given_x(x)
+
+    def decode(self, z1: Tensor) -> TorchDistribution:
+        """p(x | z_1), batch_shape (...) for (..., D_1)."""
+        return self.model.likelihood(z1)
+
+    @torch.no_grad()
+    def latents(self, x: Tensor) -> list[Tensor]:
+        """One draw of z_1, ..., z_L from the guide, (B, D_l) each."""
+        drawn = [self.encode(x).sample()]
+        for layer in range(2, self.num_layers + 1):
+            drawn.append(getattr(self.guide, f"z{layer}_given_z{layer - 1}")(drawn[-1]).sample())
+        return drawn
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x' | z_1] at z_1 = E_q[z_1 | x], (B, *x_shape)."""
+        return self.decode(mean(self.encode(x))).mean
+
+    @torch.no_grad()
+    def sample(self, size: int = 1, *, pixels: str = "mean") -> Tensor:
+        """New data: z_L ~ p(z_L), and down to p(x | z_1).
+
+        Args:
+            size: How many.
+            pixels: "mean" for E[x | z_1]; "draw" for a sample of p(x).
+        Returns:
+            (size, *x_shape).
+        Raises:
+            ValueError: Another value of pixels.
+        """
+        z = self.model.prior().expand([size]).sample()
+        for layer in range(self.num_layers - 1, 0, -1):
+            z = getattr(self.model, f"z{layer}_given_z{layer + 1}")(z).sample()
+        return pixels_of(self.decode(z), pixels)

@@ -1,0 +1,226 @@
+"""Clusters in the latent space.
+
+    model   p(c) p(z | c) p(x | z)
+    guide   q(z | x)
+
+The cluster c of a datum is never drawn: given z it is independent of x, so its exact
+posterior is p(c | z), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums it out,
+
+    p(x, z) = p(x | z) sum_c p(c) p(z | c).
+
+The same sum can be a prior p(z) like any other: ``pair.marginal`` is the plain `Model`
+with it, of the same modules. Both give the same ELBO at the same draws. The first
+keeps c as a site; the second is what `particles`, and every bound and estimate that
+stands on it, work with, since they draw each latent that a model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.parts.likelihoods import Bernoulli
+from pyro_vae.parts.networks import MLP
+from pyro_vae.parts.posteriors import DiagonalNormal, mean
+from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.model import Model, event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
+
+
+class Clusters(nn.Module):
+    """p(z | c) = N(z; mu_c, diag sigma_c^2), learned.
+
+    Args:
+        num_clusters: C.
+        latent_dim: D.
+        spread: Standard deviation of the means to start from; sigma starts at 1.
+    Example:
+        >>> Clusters(3, latent_dim=2)(torch.tensor([0, 2])).batch_shape
+        torch.Size([2])
+    """
+
+    def __init__(self, num_clusters: int, latent_dim: int, spread: float = 1.0) -> None:
+        super().__init__()
+        if num_clusters < 1 or latent_dim < 1:
+            raise ValueError(
+                f"num_clusters and latent_dim must be positive integers, got {num_clusters} and {latent_dim}."
+            )
+        self.loc = nn.Parameter(spread * torch.randn(num_clusters, latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(num_clusters, latent_dim))
+
+    def forward(self, c: Tensor) -> TorchDistribution:
+        """p(z | c), batch_shape that of c."""
+        return dist.Normal(self.loc[c], self.log_scale[c].exp(), validate_args=False).to_event(1)
+
+
+class ClusterPrior(nn.Module):
+    """p(z) = sum_c p(c) p(z | c): learned weights, and any family of components.
+
+    Args:
+        num_clusters: C.
+        components: c, integers (...), to p(z | c), batch_shape (...).
+    """
+
+    def __init__(self, num_clusters: int, components: Conditional) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(num_clusters))
+        self.components = components
+
+    def clusters(self) -> TorchDistribution:
+        """p(c), batch_shape ()."""
+        return dist.Categorical(logits=self.logits)
+
+    def forward(self) -> TorchDistribution:
+        """p(z), batch_shape ()."""
+        everyone = torch.arange(len(self.logits), device=self.logits.device)
+        return dist.MixtureSameFamily(self.clusters(), self.components(everyone), validate_args=False)
+
+    def responsibilities(self, z: Tensor) -> Tensor:
+        """p(c | z), (..., C) for (..., D)."""
+        everyone = torch.arange(len(self.logits), device=self.logits.device)
+        log_joint = self.clusters().logits + self.components(everyone).log_prob(z.unsqueeze(-2))
+        return log_joint.softmax(-1)
+
+
+class MixtureModel(PyroModule):
+    """p(x, z, c), over a plate "data" of the sites "c", "z" and "x"; "c" is to be enumerated.
+
+    Args:
+        prior: p(c) and p(z | c).
+        likelihood: z, (..., D), to p(x | z), batch_shape (...).
+    """
+
+    def __init__(self, prior: ClusterPrior, likelihood: Conditional) -> None:
+        super().__init__(unique_name(type(self).__name__))
+        self.prior = prior
+        self.likelihood = likelihood
+
+    __deepcopy__ = renamed_deepcopy
+
+    def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
+        """Run the program.
+
+        Args:
+            x: Data, (B, *x_shape), to observe; None draws them.
+            size: B where x is None.
+        Returns:
+            x, observed or drawn.
+        """
+        with pyro.plate("data", size if x is None else len(x)):
+            c = pyro.sample("c", self.prior.clusters(), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", self.prior.components(c))
+            given_z = self.likelihood(z)
+            if x is not None:
+                event_check("x", given_z, x)
+            return pyro.sample("x", given_z, obs=x)
+
+
+class Mixture(nn.Module):
+    """A VAE with C clusters in its latent space, ``pair.model`` and ``pair.guide``.
+
+    Train it with the cluster summed out by Pyro, or in the prior; the two are equal:
+
+        fit(pair.model, pair.guide, x, loss=TraceEnum_ELBO(max_plate_nesting=1))
+        fit(pair.marginal, pair.guide, x)
+
+    The second takes every bound and estimator, and is what to judge:
+    log_likelihood(pair.marginal, pair.guide, x).
+
+    Args:
+        num_clusters: C.
+        components: c, integers (...), to p(z | c), batch_shape (...): `Clusters`, or your own.
+        likelihood: z to p(x | z).
+        posterior: x to q(z | x), batch_shape (B,).
+    Example:
+        >>> pair = Mixture.build((1, 8, 8), 10, latent_dim=2, hidden=(16,))
+        >>> pair.responsibilities(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+
+    Reference: Jiang et al., Variational Deep Embedding, 2017. arXiv:1611.05148. Its
+        q(c | x) is a fixed function of samples of z; here c is summed out exactly.
+    """
+
+    def __init__(
+        self, num_clusters: int, components: Conditional, likelihood: Conditional, posterior: Conditional
+    ) -> None:
+        super().__init__()
+        self.model = MixtureModel(ClusterPrior(num_clusters, components), likelihood)
+        self.guide = Guide(posterior)
+
+    @classmethod
+    def build(
+        cls,
+        x_shape: Sequence[int],
+        num_clusters: int,
+        latent_dim: int = 10,
+        hidden: Sequence[int] = (400, 400),
+        *,
+        activation: str = "silu",
+        likelihood: Callable[[nn.Module], Any] = Bernoulli,
+        posterior: Callable[[nn.Module, int], Any] = DiagonalNormal,
+    ) -> Mixture:
+        """Dense networks and Gaussian clusters with new weights.
+
+        Args:
+            x_shape: Shape of one datum.
+            num_clusters: C.
+            latent_dim: D.
+            hidden: Widths of the hidden layers, from the data to the latent.
+            activation: Name of the activation.
+            likelihood: A class of `pyro_vae.parts.likelihoods`, or a function of the decoder.
+            posterior: A class of `pyro_vae.parts.posteriors`.
+        """
+        decoder = pixel_likelihood(likelihood, latent_dim, hidden[::-1], x_shape, activation)
+        encoder = MLP(x_shape, hidden, None, activation)
+        return cls(num_clusters, Clusters(num_clusters, latent_dim), decoder, posterior(encoder, latent_dim))
+
+    @property
+    def marginal(self) -> Model:
+        """p(z) p(x | z) with the cluster summed out: a plain program of the same modules."""
+        return Model(self.model.prior, self.model.likelihood)
+
+    def encode(self, x: Tensor) -> TorchDistribution:
+        """q(z | x), batch_shape (B,)."""
+        return self.guide.posterior(x)
+
+    def decode(self, z: Tensor) -> TorchDistribution:
+        """p(x | z), batch_shape (...)."""
+        return self.model.likelihood(z)
+
+    @torch.no_grad()
+    def responsibilities(self, x: Tensor, num_samples: int = 100) -> Tensor:
+        """p(c | x), (B, C), as the guide sees it: E_q(z|x) p(c | z), from samples."""
+        z = self.encode(x).sample(torch.Size([num_samples]))
+        return self.model.prior.responsibilities(z).mean(0)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x' | z] at z = E_q[z | x], (B, *x_shape)."""
+        return self.decode(mean(self.encode(x))).mean
+
+    @torch.no_grad()
+    def sample(self, size: int = 1, *, cluster: int | None = None, pixels: str = "mean") -> Tensor:
+        """New data: c ~ p(c), z ~ p(z | c), then x from p(x | z).
+
+        Args:
+            size: How many.
+            cluster: c, to draw from one cluster only.
+            pixels: "mean" for E[x | z]; "draw" for a sample of p(x).
+        Returns:
+            (size, *x_shape).
+        Raises:
+            ValueError: Another value of pixels, or no such cluster.
+        """
+        clusters = self.model.prior.clusters()
+        if cluster is not None and not 0 <= cluster < clusters.probs.shape[-1]:
+            raise ValueError(f"got cluster {cluster}, wanted one of 0 ... {clusters.probs.shape[-1] - 1}, or None.")
+        c = clusters.sample(torch.Size([size]))
+        z = self.model.prior.components(c if cluster is None else torch.full_like(c, cluster)).sample()
+        return pixels_of(self.decode(z), pixels)
