@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class Amortized(nn.Module, ABC):
         torch.Size([2])
     """
 
-    rescoring: ClassVar[str] = "one pass"
+    rescoring: str = "one pass"
 
     def __init__(self, encoder: nn.Module, latent_dim: int, num_parameters: int, features: int | None = None) -> None:
         super().__init__()
