@@ -1,0 +1,75 @@
+"""A prior that is learned as a normalizing flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro.distributions import TorchDistribution
+from torch import nn
+
+from pyro_vae.parts.distributions.flow import check_flow, pushforward, start_near_identity, zuko_flows
+
+
+class Flow(nn.Module):
+    """p(z) of a flow of zuko, in the direction that scores any z in one pass.
+
+        log p(z) = log N(f(z); 0, I) + log |det df/dz|
+
+    The prior of a variational autoencoder scores the guide's samples at every step and is
+    drawn from seldom, so the quick direction is scoring; an autoregressive flow then draws
+    in D passes. Built from a class it starts close to N(0, I); a ready flow is taken as
+    it is.
+
+    Args:
+        latent_dim: D, or a ready flow of zuko without context.
+        flow: A class of zuko, or any callable that takes ``features`` and returns a flow;
+            None for zuko.flows.MAF.
+        options: What the class takes, such as transforms=5, hidden_features=(64, 64).
+    Raises:
+        ValueError: Not a flow, one that does not live on R^D, or one with a context.
+    Example:
+        >>> import torch, zuko
+        >>> prior = Flow(2, zuko.flows.NSF, transforms=2, bins=4)
+        >>> prior().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+        >>> Flow(zuko.flows.MAF(features=3))().sample().shape
+        torch.Size([3])
+
+    Reference: Chen et al., Variational Lossy Autoencoder, 2017. arXiv:1611.02731
+    """
+
+    def __init__(
+        self, latent_dim: int | nn.Module, flow: Callable[..., nn.Module] | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        if isinstance(latent_dim, nn.Module):
+            if flow is not None or options:
+                raise ValueError(
+                    f"got a ready {type(latent_dim).__name__} and options to build one, wanted either: Flow(flow), or "
+                    "Flow(latent_dim, flow_class, **options)."
+                )
+            self.flow = latent_dim
+            self.latent_dim = check_flow(self.flow)
+            self._check_without_context()
+            return
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be a positive integer, got {latent_dim}.")
+        if flow is None:
+            flow, options = zuko_flows().MAF, {"activation": nn.SiLU, **options}
+        self.flow = flow(features=latent_dim, **options)
+        self.latent_dim = check_flow(self.flow, latent_dim)
+        start_near_identity(self.flow)
+
+    def _check_without_context(self) -> None:
+        try:
+            self().sample()
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"got a {type(self.flow).__name__} that cannot be drawn from without a context ({error}), wanted one "
+                f"for p(z) alone. Build it with context=0: {type(self.flow).__name__}(features={self.latent_dim})."
+            ) from error
+
+    def forward(self) -> TorchDistribution:
+        """p(z), batch_shape (), event_shape (D,)."""
+        return pushforward(self.flow)
