@@ -67,7 +67,7 @@ ROWS = [
     Row("vamp-prior", {"prior": "vamp"}, said="prior `VampPrior`"),
     Row("flow-prior", {"prior": "flow"}, said="prior `Flow`"),
     Row("iwae-50", loss=lambda: Objective(iwae, num_samples=50), said="`Objective(iwae, 50)`"),
-    Row("dreg-50", loss=lambda: Objective(iwae, num_samples=50, estimator=DREG), said=f'the same, `estimator="{DREG}"`'),
+    Row("dreg-50", loss=lambda: Objective(iwae, num_samples=50, estimator=DREG), said=f"the same, {DREG}"),
     Row("two-layer", {"hierarchical": True}, said="`Hierarchical`, 100 and 50 latents"),
 ]
 POSTERIORS = ("diagonal", "full", "low-rank", "mixture", "planar", "sylvester", "iaf", "nsf", "coupling")
@@ -208,7 +208,8 @@ def main() -> None:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(result, indent=2))
             os.replace(partial, path)
-            print(f"{name}: {result['log_likelihood']:.2f}, {result['train_seconds']:.0f} s", file=sys.stderr, flush=True)
+            seconds = result["train_seconds"], result["evaluation_seconds"]
+            print(f"{name}: {result['log_likelihood']:.2f}, {seconds[0]:.0f} + {seconds[1]:.0f} s", file=sys.stderr)
     paths = {name: arguments.folder / f"{name}.json" for name in known}
     print(table({name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}))
 

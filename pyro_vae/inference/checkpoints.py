@@ -26,7 +26,9 @@ from pyro_vae.traces import Program
 _METADATA = "pyro_vae.fit"
 
 
-def named_tensors(modules: list[nn.Module], model: Program, guide: Program, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+def named_tensors(
+    modules: list[nn.Module], model: Program, guide: Program, batch: tuple[Any, ...]
+) -> dict[str, Tensor]:
     """Everything that a fit changes, by a name that is the same in every process.
 
     Args:
@@ -44,8 +46,9 @@ def named_tensors(modules: list[nn.Module], model: Program, guide: Program, batc
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
     for trace in (guide_trace, model_trace):
         for name, site in trace.nodes.items():
-            if site["type"] == "param":
-                tensor = site["value"].unconstrained()
+            value = site["value"]
+            if site["type"] == "param" and value is not None:
+                tensor = value.unconstrained()
                 if id(tensor) not in known:
                     known.add(id(tensor))
                     found[f"param.{name}"] = tensor
@@ -63,7 +66,9 @@ class Checkpoint:
         ValueError: Another ending, or no such folder.
     """
 
-    def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> None:
         self.path = Path(path)
         if self.path.suffix != ".safetensors" or not self.path.parent.is_dir():
             raise ValueError(f"got checkpoint={str(path)!r}, wanted NAME.safetensors in a folder that exists.")
