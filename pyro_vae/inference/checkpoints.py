@@ -46,8 +46,8 @@ def named_tensors(
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
     for trace in (guide_trace, model_trace):
         for name, site in trace.nodes.items():
-            value = site["value"]
-            if site["type"] == "param" and value is not None:
+            if site["type"] == "param":
+                value: Any = site["value"]
                 tensor = value.unconstrained()
                 if id(tensor) not in known:
                     known.add(id(tensor))
