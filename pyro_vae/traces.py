@@ -122,7 +122,7 @@ def particles(
     Raises:
         ValueError: No plate is shared by all sites; a latent lies outside it; model
             and guide disagree on the latents; a batch dimension belongs to no plate;
-            the sites carry different scales.
+            the sites carry different scales; a latent is to be enumerated (summed out).
     Example:
         >>> import pyro.distributions as dist
         >>> def model(x):
@@ -278,6 +278,13 @@ def _one_pass(
     drawn = {s["name"]: s for s in sample_sites(guide_trace)}
     missing = [name for name in latent if name not in drawn]
     if missing:
+        if latent[missing[0]]["infer"].get("enumerate"):
+            raise ValueError(
+                f"latent site {missing[0]!r} of the model is marked to be enumerated and the guide, which has "
+                f"{list(drawn)}, does not draw it, but particles hold a value of every latent. Train the pair with Pyro's "
+                f"TraceEnum_ELBO, and give a model in which {missing[0]!r} is summed out (of the zoo's Mixture its "
+                "pair.marginal, with a mixture as prior), or a guide that draws it."
+            )
         raise ValueError(
             f"latent site {missing[0]!r} of the model has no counterpart in the guide, which has {list(drawn)}."
         )
@@ -296,7 +303,7 @@ def _one_pass(
         log_likelihood=functools.reduce(torch.add, observed) if observed else zero,
         log_prior={name: site_log_prob(site, frame) for name, site in latent.items()},
         log_q={name: site_log_prob(site, frame) for name, site in drawn.items() if name not in points},
-        latents={name: site_value(site, frame) for name, site in drawn.items()},
+        latents={name: site_value(site, frame) for name, site in drawn.items() if not site["is_observed"]},
         scale=common_scale([guide_trace, model_trace]),
         points=points,
         fixed=tuple(name for name, site in drawn.items() if not getattr(site["fn"], "has_rsample", False)),
