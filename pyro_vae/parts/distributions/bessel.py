@@ -93,7 +93,7 @@ def log_bessel_i(order: float, x: Tensor) -> Tensor:
         ValueError: The order is negative.
     Example:
         >>> log_bessel_i(0.5, torch.tensor(1.0))     # sqrt(2 / pi) sinh(1)
-        tensor(-0.0643)
+        tensor(-0.0644)
     """
     return log_mean_exp_cosine(order, x) + x + order * (x / 2).log() - math.lgamma(order + 1)
 

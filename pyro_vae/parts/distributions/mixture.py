@@ -116,11 +116,11 @@ class DiagonalNormalMixture(TorchDistribution):
             torch.broadcast_shapes(self.batch_shape, value.shape[:-1])
         )
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         z = self._draw(torch.Size(sample_shape)).detach()
         wanted = any(tensor.requires_grad for tensor in (self._loc, self._scale, self._logits))
         return self._attached(z) if wanted and torch.is_grad_enabled() else z

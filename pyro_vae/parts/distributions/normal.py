@@ -84,7 +84,7 @@ class CholeskyNormal(TorchDistribution):
         """log det L L', (...)."""
         return (2 * self._scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)).expand(self.batch_shape)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         noise = self._loc.new_empty(self._extended_shape(torch.Size(sample_shape))).normal_()
         return self._loc + _columnwise(torch.matmul, self._scale_tril, noise)
 
@@ -179,7 +179,7 @@ class LowRankNormal(TorchDistribution):
         small = 2 * self._capacitance_tril().diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return (2 * self._scale.log().sum(-1) + small).expand(self.batch_shape)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = self._loc.new_empty(shape).normal_()
         few = self._loc.new_empty(shape[:-1] + self._factor.shape[-1:]).normal_()

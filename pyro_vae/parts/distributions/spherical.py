@@ -87,7 +87,7 @@ class HypersphericalUniform(TorchDistribution):
     support = constraints.sphere
     has_rsample = True  # it has no parameters, so that its samples have all of their derivatives
 
-    def __init__(self, dim: int, batch_shape: Any = torch.Size(), like: Tensor | None = None) -> None:
+    def __init__(self, dim: int, batch_shape: Any = (), like: Tensor | None = None) -> None:
         self._log_surface = log_surface(dim)
         self._like = torch.zeros(()) if like is None else like.detach()
         super().__init__(torch.Size(batch_shape), torch.Size((dim,)), validate_args=False)
@@ -103,7 +103,7 @@ class HypersphericalUniform(TorchDistribution):
     def mean(self) -> Tensor:
         return self._like.new_zeros(self.batch_shape + self.event_shape)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         return _unit(self._like.new_empty(self._extended_shape(torch.Size(sample_shape))).normal_())
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class VonMisesFisher(TorchDistribution):
         drop = self._concentration * mean_cosine_complement(self._order, self._concentration)
         return (drop - self._log_peak()).expand(self.batch_shape)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
             angle = self._angle(shape[:-1])
