@@ -301,8 +301,11 @@ class LikelihoodLaws(_Laws):
                 pilot = many.sample()
                 width = 0.3 * pilot.std(0)
                 event = len(distribution.event_shape)
-                log_r = torch.distributions.Normal(pilot[0], width).log_prob(draws).flatten(-event).sum(-1)
-                _is_one((log_r - many.log_prob(draws)).exp())
+                r = torch.distributions.Normal(pilot[0], width)
+                log_r = r.log_prob(draws).flatten(-event).sum(-1)
+                # Of a bounded support, such as [0, 1], p covers only this share of r.
+                inside = distribution.support.check(r.sample(torch.Size([_DRAWS]))).double().mean()
+                _is_one((log_r - many.log_prob(draws)).exp() / inside)
                 return
             pixel = draws.flatten(1)[:, 0]
             values, counts = pixel.unique(return_counts=True)
