@@ -74,7 +74,7 @@ class DiscretizedLogistic(TorchDistribution):
             shape = self._extended_shape(torch.Size(sample_shape))
             tiny = torch.finfo(self.loc.dtype).eps
             u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device).clamp(tiny, 1 - tiny)
-            return ((self.loc + self.scale * torch.logit(u)) * top).round().clamp(0, top) / top
+            return ((self.loc + self.scale * torch.logit(u)) * top).round().clamp(0, top).abs() / top  # abs: no -0
 
     @property
     def mean(self) -> Tensor:
