@@ -303,6 +303,30 @@ def anomalies(**options: Any) -> None:
     rank_anomalies(**options)
 
 
+@commands.command()
+@click.option("--posterior", "posteriors", metavar="NAME", multiple=True, help="Only these. [default: all]")
+@click.option("--bound", "bounds", metavar="NAME", multiple=True, help="Only these. [default: all]")
+@click.option("--estimator", "estimators", metavar="NAME", multiple=True, help="Only these. [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def combinations(
+    posteriors: tuple[str, ...], bounds: tuple[str, ...], estimators: tuple[str, ...], as_json: bool
+) -> int:
+    """Try every posterior with every bound and gradient estimator: what trains, what is refused, and why."""
+    import json
+
+    from pyro_vae.app import studies
+
+    for kind, given in (("bound", bounds), ("estimator", estimators)):
+        for name in given:
+            if name not in CHOICES[kind]:
+                raise ValueError(f"got --{kind} {name!r}, wanted one of {', '.join(CHOICES[kind])}.")
+    for name in posteriors:
+        names.check("posterior", name)
+    outcomes = studies.combinations(posteriors or None, bounds or None, estimators or None)
+    click.echo(json.dumps(studies.as_records(outcomes), indent=2) if as_json else studies.table(outcomes))
+    return 1 if any(outcome.result == "fails" for outcome in outcomes) else 0
+
+
 def _say(quiet: bool) -> Callable[[str], None]:
     return (lambda _: None) if quiet else lambda text: click.echo(text, err=True)
 
