@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -56,6 +57,10 @@ class Particles(NamedTuple):
             multiplies a bound per datum, outside any logsumexp.
         points: Guide sites that are points (``Delta``) and carry no density.
         fixed: Guide sites whose sampler is not reparameterised.
+        posteriors: The distributions at the guide's sites, as the program gave them
+            (batch_shape with the K samples in front where K > 1); empty where the
+            samples were drawn one by one.
+        priors: Those at the model's latent sites.
     """
 
     log_likelihood: Tensor
@@ -65,6 +70,8 @@ class Particles(NamedTuple):
     scale: float = 1.0
     points: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    posteriors: Mapping[str, Any] = {}
+    priors: Mapping[str, Any] = {}
 
     @property
     def log_joint(self) -> Tensor:
@@ -92,6 +99,70 @@ class Simulation(NamedTuple):
 
     latents: dict[str, Tensor]
     observations: dict[str, Tensor]
+
+
+class Cut(Messenger):
+    """Cuts the graph at every latent that a guide draws, and keeps both of its ends.
+
+    The draw z, live in the guide's parameters, is kept aside; the rest of the guide and
+    the model see a detached copy of it that asks for a gradient. So log densities
+    become functions of (z, parameters) as two independent things, which is what an
+    estimator other than the total derivative needs, and in the one run of the guide
+    (a second run would draw another dropout mask).
+
+    Attributes:
+        passes: Per run of the guide, in the order of its sites, (live, copy) for each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: list[list[tuple[Tensor, Tensor]]] = []
+
+    def __enter__(self) -> Cut:
+        self.passes.append([])
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        drawn_already = msg["done"] or msg["is_observed"] or msg["value"] is not None
+        if drawn_already or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        live = msg["fn"](*msg["args"], **msg["kwargs"])
+        msg["value"] = live.detach()
+        if live.requires_grad:
+            msg["value"].requires_grad_()
+            self.passes[-1].append((live, msg["value"]))
+
+    def along(self, target: Tensor) -> Tensor:
+        """A scalar whose gradient is that of the target along the samples, and nowhere else.
+
+        With G the gradient of the target at the copies, sum <G, z> over the live z. A later
+        site of a layered guide was drawn given the copies of earlier ones, so what
+        reaches it is carried on to them, from the last site to the first.
+
+        Args:
+            target: A scalar, a function of the copies.
+        Returns:
+            The scalar; zero where no sample has a gradient.
+        """
+        copies = [copy for drawn in self.passes for _, copy in drawn]
+        total = target.new_zeros(())
+        if not copies or not target.requires_grad:
+            return total
+        found = iter(torch.autograd.grad(target, copies, retain_graph=True, allow_unused=True))
+        for drawn in self.passes:
+            gradients = [next(found) for _ in drawn]
+            for last in reversed(range(len(drawn))):
+                if gradients[last] is None:
+                    continue
+                term = (gradients[last] * drawn[last][0]).sum()
+                total = total + term
+                earlier = [copy for _, copy in drawn[:last]]
+                if earlier:
+                    carried = torch.autograd.grad(term, earlier, retain_graph=True, allow_unused=True)
+                    for i, extra in enumerate(carried):
+                        if extra is not None:
+                            gradients[i] = extra if gradients[i] is None else gradients[i] + extra
+        return total
 
 
 def particles(
@@ -148,22 +219,28 @@ def draw(
     num_samples: int = 1,
     vectorize: bool | None = None,
     max_plate_nesting: int | None = None,
+    cut: Cut | None = None,
 ) -> Particles:
-    """As `particles`, leaving parameters to the surrounding handlers (for Pyro's ELBOs)."""
+    """As `particles`, leaving parameters to the surrounding handlers (for Pyro's ELBOs).
+
+    With a `Cut`, the log densities are functions of detached samples.
+    """
     if num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
     if num_samples == 1:
-        return _one_pass(model, guide, args, kwargs, 1, 0)
+        return _one_pass(model, guide, args, kwargs, 1, 0, cut)
     if vectorize is not False:
         if max_plate_nesting is None:
             max_plate_nesting = plate_nesting(model, guide, *args, **kwargs)
         try:
-            return _one_pass(model, guide, args, kwargs, num_samples, max_plate_nesting)
+            return _one_pass(model, guide, args, kwargs, num_samples, max_plate_nesting, cut)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             if vectorize:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    singles = [_one_pass(model, guide, args, kwargs, 1, 0) for _ in range(num_samples)]
+        if cut is not None:
+            cut.passes.clear()
+    singles = [_one_pass(model, guide, args, kwargs, 1, 0, cut) for _ in range(num_samples)]
     if vectorize is None:
         warnings.warn(
             f"drawing {num_samples} samples one by one, since the pair does not broadcast over a leading "
@@ -267,11 +344,19 @@ def is_point_guide(guide: Program, *args: Any, **kwargs: Any) -> bool:
 
 
 def _one_pass(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int, nesting: int
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    nesting: int,
+    cut: Cut | None = None,
 ) -> Particles:
     if num_samples > 1:
         plate = functools.partial(pyro.plate, PARTICLES, num_samples, dim=-1 - nesting)
         guide, model = plate()(guide), plate()(model)
+    if cut is not None:
+        guide = cut(guide)  # outside the plate, so that it sees distributions already expanded
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     latent = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
@@ -302,12 +387,33 @@ def _one_pass(
     return Particles(
         log_likelihood=functools.reduce(torch.add, observed) if observed else zero,
         log_prior={name: site_log_prob(site, frame) for name, site in latent.items()},
-        log_q={name: site_log_prob(site, frame) for name, site in drawn.items() if name not in points},
+        log_q={name: _log_q_of(site, frame, cut) for name, site in drawn.items() if name not in points},
         latents={name: site_value(site, frame) for name, site in drawn.items() if not site["is_observed"]},
         scale=common_scale([guide_trace, model_trace]),
         points=points,
         fixed=tuple(name for name, site in drawn.items() if not getattr(site["fn"], "has_rsample", False)),
+        posteriors={name: site["fn"] for name, site in drawn.items()},
+        priors={name: site["fn"] for name, site in latent.items()},
     )
+
+
+def _log_q_of(site: Any, frame: Frame, cut: Cut | None) -> Tensor:
+    """log q of a guide's site; where the graph is cut, of a sample that its distribution does not know."""
+    if cut is None:
+        return site_log_prob(site, frame)
+    if kind(site["fn"]) == "Delta":
+        raise ValueError(
+            f"guide site {site['name']!r} is a Delta that carries the density of its own draw, so it cannot score a "
+            "sample. Use estimator='reparameterized', which scores as it draws."
+        )
+    try:
+        return site_log_prob(site, frame)
+    except (KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"guide site {site['name']!r} ({kind(site['fn'])}) cannot score a sample that it did not draw: its "
+            "transform has no inverse. Use estimator='reparameterized', which scores as it draws, or a posterior "
+            "with an inverse, such as a coupling flow."
+        ) from error
 
 
 def _stack(singles: list[Particles]) -> Particles:
@@ -315,6 +421,8 @@ def _stack(singles: list[Particles]) -> Particles:
         return {name: torch.cat([getattr(p, field)[name] for p in singles]) for name in getattr(singles[0], field)}
 
     return singles[0]._replace(
+        posteriors={},
+        priors={},
         log_likelihood=torch.cat([p.log_likelihood for p in singles]),
         log_prior=joined("log_prior"),
         log_q=joined("log_q"),

@@ -1,13 +1,15 @@
 """Objectives: a bound turned into a loss that ``pyro.infer.SVI`` minimises.
 
 An `Objective` is a ``pyro.infer.ELBO``. It draws the particles, applies the bound per
-datum, and sums. What it reports is always the bound; tempering changes only what is
-differentiated.
+datum, and sums. What it reports is always the bound; estimators, tempering and
+regularizers change only what is differentiated.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,36 +17,58 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.bounds import Bound, elbo
+from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
+from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
+from pyro_vae.inference.regularizers import Regularizer
+from pyro_vae.inference.sleep import dream
+from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
 from pyro_vae.parameters import device_of, own_parameters
-from pyro_vae.traces import Particles, Program, draw, plate_nesting
+from pyro_vae.traces import Cut, Particles, Program, draw, plate_nesting
 
+_EXAMPLES: tuple[tuple[Any, str], ...] = (
+    (renyi, "renyi(0.5)"),
+    (miwae, "miwae(8)"),
+    (ciwae, "ciwae(0.5)"),
+    (piwae, "piwae(8)"),
+    (cubo, "cubo(2)"),
+    (wake_sleep, "wake_sleep()"),
+)
 
 class Objective(ELBO):
     """Minus a bound, summed over data, as a loss for ``pyro.infer.SVI``.
 
-        loss = - scale * sum_x bound(particles(x))
+        loss = - scale * sum_x bound(particles(x)) + scale * B * sum of regularizers
 
-    The gradient is the total derivative along reparameterised samples. With beta the
-    differentiated ELBO is E_q[log p(x | z) - beta (log q(z | x) - log p(z))]; the
-    reported one stays that of beta = 1.
+    Its value is always that; its gradient is that of the estimator (see
+    `pyro_vae.inference.estimators`). With beta the differentiated ELBO is
+    E_q[log p(x | z) - beta (log q(z | x) - log p(z))]; the reported one stays that of
+    beta = 1. An upper bound (`cubo`) is minimised, by the guide alone: then the loss is plus the
+    bound.
 
     Args:
-        bound: Particles to one number per datum: `elbo`, `iwae`, `reconstruction`, ...
+        bound: Particles to one number per datum: `elbo`, `iwae`, `renyi(0.5)`, ...
         num_samples: K, drawn in one pass where the pair broadcasts.
+        estimator: "reparameterized" (the total derivative), "sticking-the-landing",
+            "doubly-reparameterized", or "score-function" (for samples that cannot be
+            reparameterised; with a leave-one-out baseline, for which K must be at least 2).
         beta: Weight of log q - log p(z), for the `elbo` only.
+        regularizers: Functions of (particles, model, guide), each to one number in nats
+            per datum that is added to the loss, and not to the bound: `mmd(10.0)`, ...
         max_plate_nesting: Depth of the pair's plates; guessed at the first call with
             K > 1 when not given (by one run that leaves the random state alone).
     Attributes:
         last_bound: The bound of the most recent call in nats, summed over data, with
             the scale and at beta = 1; a tensor without gradient.
     Raises:
-        ValueError: K < 1; beta != 1 with another bound; a guide site that cannot be
-            reparameterised; all that `particles` refuses.
+        ValueError: K < 1; beta != 1 with another bound; a bound and an estimator that do
+            not go together; a guide site that the estimator needs reparameterised, or
+            able to score a sample, and that is not; all that `particles` refuses.
     Example:
         >>> from pyro_vae.inference.bounds import iwae
         >>> Objective(iwae, num_samples=50)
         Objective(iwae, num_samples=50)
+        >>> Objective(iwae, num_samples=50, estimator="doubly-reparameterized")
+        Objective(iwae, num_samples=50, estimator='doubly-reparameterized')
     """
 
     def __init__(
@@ -52,11 +76,19 @@ class Objective(ELBO):
         bound: Bound = elbo,
         num_samples: int = 1,
         *,
+        estimator: str = "reparameterized",
         beta: float = 1.0,
+        regularizers: Sequence[Regularizer] = (),
         max_plate_nesting: int | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
+        for factory, example in _EXAMPLES:
+            if bound is factory:
+                raise ValueError(f"got the function {factory.__name__}, wanted what it returns, such as {example}.")
+        reason = refusal(bound, estimator, num_samples)
+        if reason is not None:
+            raise ValueError(reason)
         super().__init__(
             num_particles=num_samples,
             max_plate_nesting=math.inf if max_plate_nesting is None else max_plate_nesting,
@@ -64,34 +96,93 @@ class Objective(ELBO):
         )
         self.bound = bound
         self.num_samples = num_samples
-        self.beta = beta
+        self.estimator = estimator
+        self.beta: float | Tensor = beta
+        self.regularizers = tuple(regularizers)
         self.last_bound: Tensor | None = None
+        self._of_weights = weight_bound(bound, num_samples) if needs_cut(bound, estimator) else None
 
     def __repr__(self) -> str:
         name = getattr(self.bound, "__name__", repr(self.bound))
-        beta = "" if self.beta == 1 else f", beta={self.beta:g}"
-        return f"Objective({name}, num_samples={self.num_samples}{beta})"
+        estimator = "" if self.estimator == "reparameterized" else f", estimator={self.estimator!r}"
+        beta = "" if _is_one(self.beta) else f", beta={self.beta:g}"
+        extra = "" if not self.regularizers else f", regularizers={list(self.regularizers)!r}"
+        return f"Objective({name}, num_samples={self.num_samples}{estimator}{beta}{extra})"
 
-    def particles(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Particles:
+    @property
+    def upper(self) -> bool:
+        """Whether the bound is one from above, so that the loss is plus the bound."""
+        return isinstance(self.bound, SplitBound) and self.bound.upper
+
+    def particles(
+        self, model: Program, guide: Program, *args: Any, cut: Cut | None = None, **kwargs: Any
+    ) -> Particles:
         """Draw the K particles that the bound is computed from."""
         if self.num_samples > 1 and self.max_plate_nesting == math.inf:
             self.max_plate_nesting = plate_nesting(model, guide, *args, **kwargs)
         nesting = None if self.max_plate_nesting == math.inf else int(self.max_plate_nesting)
-        return draw(model, guide, args, kwargs, self.num_samples, max_plate_nesting=nesting)
+        return draw(model, guide, args, kwargs, self.num_samples, max_plate_nesting=nesting, cut=cut)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with gradients to the parameters of model and guide."""
-        particles = self.particles(model, guide, *args, **kwargs)
+        cut = Cut() if torch.is_grad_enabled() and needs_cut(self.bound, self.estimator) else None
+        particles = self.particles(model, guide, *args, cut=cut, **kwargs)
         if torch.is_grad_enabled() and particles.fixed:
-            raise ValueError(
-                f"guide site {particles.fixed[0]!r} has no reparameterised sampler, so its gradient along the sample "
-                "does not exist. Use Pyro's Trace_ELBO or TraceGraph_ELBO (score function), or TraceEnum_ELBO."
-            )
+            self._refuse_fixed(particles.fixed[0])
         values = self.bound(particles)
         self.last_bound = particles.scale * values.detach().sum()
-        if self.beta != 1:
-            values = self._tempered(particles)
-        return -particles.scale * values.sum()
+        if cut is not None and particles.points:
+            raise ValueError(
+                f"guide site {particles.points[0]!r} is a point (Delta) without a density, so estimator="
+                f"{self.estimator!r} has nothing to score. Use estimator='reparameterized'."
+            )
+        log_q = _log_q(particles) if cut is not None else particles.log_likelihood
+        if not _is_one(self.beta):
+            if self.bound is not elbo:
+                raise ValueError(f"beta={self.beta:g} tempers the elbo only, got {self!r}. Leave beta at 1.")
+            particles = _tempered(particles, self.beta)
+            values = self.bound(particles)
+        sign = particles.scale if self.upper else -particles.scale
+        loss = sign * values.sum()
+        weight = particles.scale * len(values)
+        extra = sum((weight * r(particles, model, guide) for r in self.regularizers), loss.new_zeros(()))
+        if cut is None:
+            return loss + extra if self.regularizers else loss
+        surrogate = self._surrogate(particles, log_q, cut, sign, extra)
+        if isinstance(self.bound, SplitBound) and self.bound.sleep:
+            surrogate = surrogate - self.bound.sleep * particles.scale * dream(model, guide, *args, **kwargs).sum()
+        return surrogate + (loss + extra - surrogate).detach()
+
+    def _surrogate(self, particles: Particles, log_q: Tensor, cut: Cut, sign: float, extra: Tensor) -> Tensor:
+        """A scalar with the estimator's gradient, made of densities that are functions of cut samples."""
+        known = self._of_weights
+        if known is None:  # the score function of what depends on more than the weights
+            direct = self.bound(particles).sum() + (advantage(self.bound, particles) * log_q).sum()
+            return sign * direct + extra + cut.along(extra)
+        log_weight = particles.log_weight
+        joint, path, score = coefficients(known, self.estimator, log_weight, self.beta)
+        wake = 1 - known.sleep if isinstance(known, SplitBound) else 1.0
+        direct, through = extra, extra
+        if joint is not None:
+            direct = direct + sign * (joint * particles.log_joint).sum()
+        if score is not None:
+            direct = direct + sign * wake * (score * log_q).sum()
+        if path is not None:
+            through = through + sign * wake * (path * log_weight).sum()
+        return direct + cut.along(through)
+
+    def _refuse_fixed(self, site: str) -> None:
+        if needs_path(self.bound, self.estimator):
+            raise ValueError(
+                f"guide site {site!r} has no reparameterised sampler, so its gradient along the sample does not exist. "
+                "Use estimator='score-function', Pyro's Trace_ELBO or TraceGraph_ELBO (score function too), or "
+                "TraceEnum_ELBO, which sums a discrete site out."
+            )
+        if self.regularizers:
+            raise ValueError(
+                f"guide site {site!r} has no reparameterised sampler, and a regularizer is differentiated along the "
+                "samples. Leave regularizers empty."
+            )
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss as a number."""
@@ -105,14 +196,24 @@ class Objective(ELBO):
             loss.backward()
         return loss.item()
 
-    def _tempered(self, particles: Particles) -> Tensor:
-        if self.bound is not elbo:
-            raise ValueError(f"beta={self.beta:g} tempers the elbo only, got {self!r}. Leave beta at 1.")
-        rate = particles.log_weight - particles.log_likelihood  # log p(z) - log q(z | x)
-        return (particles.log_likelihood + self.beta * rate).mean(0)
-
     def _get_trace(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("Objective reads its particles through pyro_vae.traces.")
+
+
+def _is_one(beta: float | Tensor) -> bool:
+    return not isinstance(beta, Tensor) and beta == 1
+
+
+def _tempered(particles: Particles, beta: float | Tensor) -> Particles:
+    """Prior and posterior to the power of beta."""
+    return particles._replace(
+        log_prior={name: beta * value for name, value in particles.log_prior.items()},
+        log_q={name: beta * value for name, value in particles.log_q.items()},
+    )
+
+
+def _log_q(particles: Particles) -> Tensor:
+    return functools.reduce(torch.add, particles.log_q.values(), particles.log_likelihood.new_zeros(()))
 
 
 def mean_bound(

@@ -7,7 +7,6 @@ import copy
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +22,12 @@ from tqdm import tqdm
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
+from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
+from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.parameters import device_of, own_parameters
-from pyro_vae.traces import Program, is_point_guide, sites
+from pyro_vae.traces import Program
 
 
 @dataclass
@@ -136,6 +137,8 @@ def fit(
     """
     loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
     _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
+    if isinstance(validation_bound, SplitBound) and validation_bound.upper:
+        raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
     modules = _owners(model, guide)
     for module in modules if device is not None else []:
         module.to(device)
@@ -146,7 +149,7 @@ def fit(
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history, best = History(), _Best(modules)
     with own_parameters(model, guide), seeded(seed), _matmul_precision(matmul_precision):
-        point = _check_pair(model, guide, batches.first(), loss)
+        point = check(model, guide, batches.first(), loss)
         validation_bound = validation_bound or (loss.bound if point else elbo)
         stepper = _Stepper(model, guide, loss, optimizer, rate, epochs * len(batches), kl_warmup * len(batches))
         started = time.perf_counter()
@@ -366,23 +369,3 @@ def _check_options(
     temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
     if kl_warmup and not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
         raise ValueError(f"kl_warmup tempers an ELBO, got {loss!r}. Leave kl_warmup at 0.")
-
-
-def _check_pair(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> bool:
-    """Refuse what would train in silence to a meaningless number; whether the guide is a point."""
-    point = is_point_guide(guide, *batch)
-    if point and not isinstance(loss, Objective):
-        raise ValueError(
-            f"the guide has a point site (Delta) without a density, so it has no ELBO, and {type(loss).__name__} does "
-            "not apply. Use loss=Objective(reconstruction), or Objective(map_estimate) for maximum a posteriori."
-        )
-    for name, site in sites(model, *batch).items():
-        base = getattr(site["fn"], "base_dist", site["fn"])
-        grey = isinstance(base, torch.distributions.Bernoulli) and bool(((site["value"] % 1) != 0).any())
-        if site["is_observed"] and grey:
-            warnings.warn(
-                f"site {name!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli "
-                "density: the ELBO is not comparable with any published one. Binarise the data.",
-                stacklevel=3,
-            )
-    return point

@@ -1,0 +1,350 @@
+"""What does not go together is refused before training, with the reason and a remedy.
+
+A combination that trains in silence to a meaningless number is worse than one that
+fails. The rules are one table, so that a study can print it: each is a function of a
+`Case` (the pair, one batch, the loss, and what one run of the pair showed) to a reason, or
+None. Notes are what is allowed and should be known.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import RenyiELBO, ReweightedWakeSleep, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, constraints
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_vae.inference.estimators import needs_cut, needs_path
+from pyro_vae.inference.objectives import Objective
+from pyro_vae.parameters import own_parameters, trainable
+from pyro_vae.sites import is_point, kind
+from pyro_vae.traces import Program, sites
+
+# Supports of no volume: a density on one is not comparable with a density on the space around it.
+_THIN = {"sphere", "simplex", "corrcholesky", "corrmatrix"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair, one batch, a loss, and what one run of each program showed.
+
+    Attributes:
+        model: The model.
+        guide: The guide.
+        batch: The arguments of both.
+        loss: The loss.
+        model_sites: The model's sample sites by name.
+        guide_sites: The guide's.
+        model_modules: Modules that the model ran.
+        guide_modules: Modules that the guide ran.
+    """
+
+    model: Program
+    guide: Program
+    batch: tuple[Any, ...]
+    loss: Any
+    model_sites: Mapping[str, Any]
+    guide_sites: Mapping[str, Any]
+    model_modules: tuple[nn.Module, ...]
+    guide_modules: tuple[nn.Module, ...]
+
+    @property
+    def point(self) -> str | None:
+        """The first guide site that is a point without a density."""
+        return next((name for name, site in self.guide_sites.items() if is_point(site["fn"])), None)
+
+    @property
+    def latents(self) -> list[str]:
+        """Guide sites that are drawn."""
+        return [name for name, site in self.guide_sites.items() if not site["is_observed"]]
+
+    @property
+    def together(self) -> int:
+        """Samples that networks see in one pass."""
+        if isinstance(self.loss, Objective):
+            return self.loss.num_samples
+        return getattr(self.loss, "num_particles", 1) if getattr(self.loss, "vectorize_particles", False) else 1
+
+    @property
+    def rescoring(self) -> str:
+        """What it takes the guide to score a sample that it did not draw, as far as it says."""
+        said = [getattr(module, "rescoring", None) for module in (self.guide, *self.guide_modules)]
+        return next((cost for cost in ("impossible", "D passes") if cost in said), "one pass")
+
+
+def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> bool:
+    """Refuse what does not go together, warn of what should be known.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x).
+        batch: The arguments of both.
+        loss: A Pyro ELBO or an `Objective`.
+    Returns:
+        Whether the guide has a point site, and so no bound.
+    Raises:
+        ValueError: The first reason of `reasons`.
+    """
+    case = examine(model, guide, batch, loss)
+    for rule in RULES:
+        reason = rule(case)
+        if reason is not None:
+            raise ValueError(reason)
+    for note in NOTES:
+        text = note(case)
+        if text is not None:
+            warnings.warn(text, stacklevel=3)
+    return case.point is not None
+
+
+def reasons(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> list[str]:
+    """Why this combination is refused; an empty list if it is not.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x).
+        batch: The arguments of both.
+        loss: A Pyro ELBO or an `Objective`.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import Trace_ELBO
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Poisson(x.exp()))
+        >>> reasons(model, guide, (torch.zeros(3),), Trace_ELBO())[0][:58]
+        "guide site 'z' (Poisson) is discrete, and the prior is con"
+    """
+    case = examine(model, guide, batch, loss)
+    return [reason for rule in RULES if (reason := rule(case)) is not None]
+
+
+def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> Case:
+    """Run both programs once, without touching the random state."""
+    seen: list[list[nn.Module]] = [[], []]
+    found: list[dict[str, Any]] = []
+    for program, ran in zip((model, guide), seen, strict=True):
+        hook = register_module_forward_pre_hook(lambda module, _, ran=ran: ran.append(module))
+        try:
+            found.append(sites(program, *batch))
+        finally:
+            hook.remove()
+    return Case(model, guide, batch, loss, found[0], found[1], tuple(seen[0]), tuple(seen[1]))
+
+
+def _no_density(case: Case) -> str | None:
+    if case.point is None or isinstance(case.loss, Objective):
+        return None
+    return (
+        f"the guide has a point site (Delta) without a density, so it has no ELBO, and {type(case.loss).__name__} does "
+        "not apply. Use loss=Objective(reconstruction), or Objective(map_estimate) for maximum a posteriori."
+    )
+
+
+def _supports(case: Case) -> str | None:
+    for name, site in case.guide_sites.items():
+        prior = case.model_sites.get(name)
+        if prior is None or site["is_observed"] or prior["is_observed"] or kind(site["fn"]) == "Delta":
+            continue
+        q, p = site["fn"], prior["fn"]
+        who = f"guide site {name!r} ({kind(q)})"
+        if tuple(q.event_shape) != tuple(p.event_shape):
+            return (
+                f"{who} has event_shape {tuple(q.event_shape)}, and the prior {tuple(p.event_shape)}. Give posterior "
+                "and prior the same latent_dim."
+            )
+        try:
+            ours, theirs = _plain(q.support), _plain(p.support)
+        except NotImplementedError:
+            continue
+        if ours.is_discrete != theirs.is_discrete:
+            words = ("discrete", "continuous") if ours.is_discrete else ("continuous", "discrete")
+            return f"{who} is {words[0]}, and the prior is {words[1]} ({kind(p)}). Give both the same support."
+        thin = {_name(ours), _name(theirs)} & _THIN
+        value = site["value"]
+        outside = not bool(value.isnan().any()) and not bool(p.support.check(value).all())
+        if (thin and _name(ours) != _name(theirs)) or outside:
+            return (
+                f"{who} has the support {_name(ours)}, and the prior ({kind(p)}) the support {_name(theirs)}: the "
+                "divergence between them is infinite or undefined. Give both the same support, such as VonMisesFisher "
+                "with HypersphericalUniform, or DiagonalNormal with StandardNormal."
+            )
+    return None
+
+
+def _plain(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _name(support: Any) -> str:
+    return type(support).__name__.strip("_").lower()
+
+
+def _batch_norm(case: Case) -> str | None:
+    several = case.guide_modules if len(case.latents) > 1 else ()  # the first layer's network sees each datum once
+    if case.together > 1 and any(isinstance(module, _BatchNorm) for module in (*case.model_modules, *several)):
+        return (
+            f"a network has batch normalisation, which would mix the {case.together} samples of a datum (and "
+            "the data) in one mean, so that no density of a single datum is left. Use LayerNorm or GroupNorm, or one sample."
+        )
+    return None
+
+
+def _mean_field(case: Case) -> str | None:
+    if not isinstance(case.loss, TraceMeanField_ELBO) or len(case.latents) < 2:
+        return None
+    with torch.no_grad(), own_parameters(case.guide):
+        one, two = (poutine.trace(case.guide).get_trace(*case.batch) for _ in range(2))
+        for name in case.latents:
+            mixed = Trace()
+            for other in case.latents:
+                mixed.add_node(other, **(one if other == name else two).nodes[other])
+            values: list[Tensor] = []
+            for given in (one, mixed):
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)  # for networks with dropout
+                    again = poutine.trace(poutine.replay(case.guide, trace=given)).get_trace(*case.batch)
+                distribution: Any = again.nodes[name]["fn"]
+                try:
+                    values.append(distribution.log_prob(one.nodes[name]["value"]))
+                except (KeyError, NotImplementedError):
+                    return None
+            if not torch.equal(values[0], values[1]):
+                return (
+                    "TraceMeanField_ELBO takes the divergence site by site, which is right only for independent sites, "
+                    f"but guide site {name!r} depends on another ({', '.join(n for n in case.latents if n != name)}). "
+                    "Use Trace_ELBO() or Objective(elbo)."
+                )
+    return None
+
+
+def _scale(case: Case) -> str | None:
+    if not isinstance(case.loss, RenyiELBO | ReweightedWakeSleep | TraceTailAdaptive_ELBO):
+        return None
+    for name, site in (*case.model_sites.items(), *case.guide_sites.items()):
+        scale = site["scale"]
+        if isinstance(scale, Tensor) or scale != 1:
+            shown = float(scale) if not isinstance(scale, Tensor) or scale.numel() == 1 else tuple(scale.shape)
+            return (
+                f"site {name!r} carries the scale {shown} (subsampling or poutine.scale), which "
+                f"{type(case.loss).__name__} would put inside the logarithm of a mean weight, where the result is no "
+                "bound. Use Objective(iwae, num_samples=K), which keeps a common scale outside."
+            )
+    return None
+
+
+def _renyi_of_fixed(case: Case) -> str | None:
+    if not isinstance(case.loss, RenyiELBO) or case.loss.alpha != 0:
+        return None
+    for name in case.latents:
+        if not getattr(case.guide_sites[name]["fn"], "has_rsample", False):
+            return (
+                f"guide site {name!r} has no reparameterised sampler, and RenyiELBO(alpha=0) gives such a guide a "
+                "gradient of exactly zero. Use Objective(iwae, num_samples=K, estimator='score-function')."
+            )
+    return None
+
+
+def _rescoring(case: Case) -> str | None:
+    loss = case.loss
+    if not isinstance(loss, Objective) or not needs_cut(loss.bound, loss.estimator) or case.rescoring != "impossible":
+        return None
+    name = case.latents[0] if case.latents else "?"
+    bound = getattr(loss.bound, "__name__", repr(loss.bound))
+    which = f"estimator={loss.estimator!r}" if loss.estimator != "reparameterized" else f"the objective {bound}"
+    return (
+        f"guide site {name!r} ({kind(case.guide_sites[name]['fn'])}) cannot score a sample that it did not draw, which "
+        f"{which} asks for. Use estimator='reparameterized' with a bound such as iwae or miwae, or a posterior with an "
+        "inverse, such as a coupling flow."
+    )
+
+
+def _first_step(case: Case) -> str | None:
+    """What only the loss itself can tell: it is evaluated once, on a copy."""
+    if not isinstance(case.loss, Objective) or (case.point is not None and case.loss.estimator == "reparameterized"):
+        return None
+    with own_parameters(case.model, case.guide), torch.random.fork_rng(), torch.enable_grad():
+        try:
+            copy.copy(case.loss).differentiable_loss(case.model, case.guide, *case.batch)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+RULES: tuple[Callable[[Case], str | None], ...] = (
+    _no_density,
+    _supports,
+    _batch_norm,
+    _mean_field,
+    _scale,
+    _renyi_of_fixed,
+    _rescoring,
+    _first_step,
+)
+
+
+def _grey(case: Case) -> str | None:
+    for name, site in case.model_sites.items():
+        base = getattr(site["fn"], "base_dist", site["fn"])
+        if site["is_observed"] and isinstance(base, Bernoulli) and bool(((site["value"] % 1) != 0).any()):
+            return (
+                f"site {name!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli "
+                "density: the ELBO is not comparable with any published one. Binarise the data."
+            )
+    return None
+
+
+def _slow(case: Case) -> str | None:
+    loss = case.loss
+    if not isinstance(loss, Objective) or not needs_cut(loss.bound, loss.estimator) or case.rescoring != "D passes":
+        return None
+    return (
+        "this posterior scores a sample that it did not just draw in D passes, one per latent dimension, and "
+        f"{loss!r} asks for that in every step. It will train slowly; a coupling flow needs one pass."
+    )
+
+
+def _one_sample(case: Case) -> str | None:
+    loss = case.loss
+    if not isinstance(loss, Objective) or loss.estimator != "score-function" or loss.num_samples > 1:
+        return None
+    if not needs_path(loss.bound, "reparameterized"):
+        return None
+    return (
+        "the score function with num_samples=1 has no leave-one-out baseline: it is unbiased, and very noisy. "
+        "Take at least 2."
+    )
+
+
+def _guide_only(case: Case) -> str | None:
+    if not isinstance(case.loss, Objective) or not case.loss.upper or not trainable(case.model):
+        return None
+    return (
+        f"{case.loss!r} trains the guide only: it is an upper bound on log p(x), so that lowering it by the model "
+        "would lower p(x). The model's parameters stay as they are."
+    )
+
+
+def _one_weight(case: Case) -> str | None:
+    if not isinstance(case.loss, ReweightedWakeSleep):
+        return None
+    return (
+        "ReweightedWakeSleep has one weight for the whole minibatch, of which one draw takes nearly all. "
+        "Objective(wake_sleep(), num_samples=K) has one per datum."
+    )
+
+
+NOTES: tuple[Callable[[Case], str | None], ...] = (_grey, _slow, _one_sample, _guide_only, _one_weight)

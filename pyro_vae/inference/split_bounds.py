@@ -1,0 +1,171 @@
+"""Objectives under which model and guide follow different functions of the weights.
+
+The model should always climb towards log p(x), and a tight bound is best for it. The
+guide need not: a looser bound may give it a clearer signal (`piwae`), it may fit
+itself to the posterior's samples instead of maximising any bound (`wake_sleep`), or
+it may lower an upper bound (`cubo`), which the model must not do, since it would lower
+p(x). What is reported is one number in every case.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pyro_vae.inference.bounds import IWAE, OfWeights, WeightBound, miwae, renyi
+from pyro_vae.traces import Particles
+
+
+@dataclass(frozen=True)
+class Wake:
+    """The guide's side of the wake phase: sum_k v_k grad log q(z_k | x), v = normalised weights.
+
+    It is no gradient of a bound, but the negative gradient of KL(p(z | x) || q(z | x)),
+    by self-normalised importance sampling.
+    """
+
+    share: OfWeights = partial(torch.softmax, dim=0)
+
+    def path(self, log_weight: Tensor) -> Tensor:
+        """Coefficients c_k = d v_k / d log w_k = v_k - v_k^2 of the same gradient along the samples."""
+        share = self.share(log_weight)
+        return share - share.square()
+
+
+@dataclass(frozen=True, repr=False)
+class SplitBound:
+    """A number to report, what the model climbs, and what the guide climbs.
+
+    Attributes:
+        name: Such as "piwae(8)".
+        report: The bound that is reported.
+        model: What the model climbs; None leaves it alone.
+        guide: What the guide climbs.
+        upper: The guide goes *down* instead, since its bound is one from above.
+        sleep: Share of the guide's gradient that comes from the model's own draws.
+        at_least: The smallest K that makes sense for training.
+        reason: Why a smaller one does not.
+    """
+
+    name: str
+    report: WeightBound
+    model: WeightBound | None
+    guide: WeightBound | Wake
+    upper: bool = False
+    sleep: float = 0.0
+    at_least: int = 1
+    reason: str = ""
+
+    def __call__(self, particles: Particles) -> Tensor:
+        return self.report(particles)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+
+def piwae(num_groups: int) -> SplitBound:
+    """The model climbs the importance-weighted bound, the guide M bounds of K / M samples.
+
+        reported: IWAE_K      model: IWAE_K      guide: MIWAE_{M, K/M}
+
+    The decoder keeps the tight bound, while the encoder's gradient keeps its signal as K
+    grows. Not the gradient of any one function; the same as `iwae` at M = 1.
+
+    Args:
+        num_groups: M, a divisor of K.
+    Returns:
+        The objective; called on particles, the IWAE bound in nats, (B,).
+    Raises:
+        ValueError: M < 1; on use, M does not divide K.
+    Example:
+        >>> piwae(8)
+        piwae(8)
+
+    Reference: Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
+        arXiv:1802.04537
+    """
+    groups = miwae(num_groups)
+    assert isinstance(groups, WeightBound)
+    return SplitBound(f"piwae({num_groups})", IWAE, IWAE, groups)
+
+
+def cubo(n: float = 2.0) -> SplitBound:
+    """Chi upper bound on log p(x), per datum, for the guide to lower.
+
+        CUBO_n(x) = 1/n log E_q[w^n] >= log p(x),   n > 1
+
+    short of nothing: CUBO_n - log p(x) = 1/n log (1 + a chi-like divergence of p(z | x) from q).
+    What is computed is 1/n log 1/K sum_k w_k^n. The logarithm of a mean is biased downwards,
+    so this is a *lower* estimate of the upper bound, and brackets log p(x) only as K grows.
+
+    Direction: the guide *minimises* it, and the model is left alone (it gets no gradient),
+    since lowering an upper bound on log p(x) would lower p(x). Train the model by a lower
+    bound, and the guide by this one on top. At finite K the minimum at the posterior is a
+    local one: it needs K > n / (n - 1), which is enforced, and a guide that is already near, for
+    a guide far off lowers the estimate by missing the mass altogether. `wake_sleep` also
+    covers the posterior's mass, and has no such trap.
+
+    Args:
+        n: The order, above 1.
+    Returns:
+        The objective; called on particles, the estimate in nats, (B,).
+    Raises:
+        ValueError: n <= 1; in an `Objective`, K <= n / (n - 1).
+    Example:
+        >>> p = Particles(torch.tensor([[0.0], [2.0]]), {}, {}, {})
+        >>> bool(cubo(2)(p) > IWAE(p))
+        True
+
+    Reference: Dieng et al., Variational Inference via chi Upper Bound Minimization, 2017.
+        arXiv:1611.00328
+    """
+    if not n > 1:
+        raise ValueError(f"n must be above 1, got {n}: 1/n log E[w^n] bounds log p(x) from above for n > 1 only.")
+    power = renyi(1.0 - n)
+    assert isinstance(power, WeightBound)
+    reason = (
+        "with fewer the estimate of the upper bound has no minimum at the posterior (with one it is the ELBO), and "
+        "lowering it would drive the guide away"
+    )
+    least = math.floor(n / (n - 1)) + 1
+    return SplitBound(f"cubo({n:g})", power, None, power, upper=True, at_least=least, reason=reason)
+
+
+def wake_sleep(sleep: float = 0.0) -> SplitBound:
+    """Reweighted wake-sleep with weights per datum.
+
+        reported, and the model's:  IWAE_K
+        guide, wake phase:   sum_k v_k grad log q(z_k | x),   v_k = w_k / sum_j w_j
+        guide, sleep phase:  grad log q(z | x) at (z, x) ~ p(z, x)
+
+    The wake phase lowers KL(p(z | x) || q(z | x)), which spreads q over all of the posterior's
+    mass where the ELBO lets it sit on one mode, and needs no reparameterised samples. (Pyro's
+    ``ReweightedWakeSleep`` has one weight for the whole minibatch, of which one datum's
+    samples then take all.)
+
+    Args:
+        sleep: Share of the sleep phase in the guide's gradient, in [0, 1].
+    Returns:
+        The objective; called on particles, the IWAE bound in nats, (B,).
+    Raises:
+        ValueError: sleep outside [0, 1]; in an `Objective`, K = 1 without sleep phase (a single
+            normalised weight is 1, and the guide learns nothing).
+    Example:
+        >>> wake_sleep(), wake_sleep(sleep=0.5)
+        (wake_sleep, wake_sleep(0.5))
+
+    Reference: Bornschein and Bengio, Reweighted Wake-Sleep, 2015. arXiv:1406.2751
+    """
+    if not 0 <= sleep <= 1:
+        raise ValueError(f"sleep must lie in [0, 1], got {sleep}. It is the share of the sleep phase.")
+    name = "wake_sleep" + (f"({sleep:g})" if sleep else "")
+    reason = "a single normalised weight is 1, and without a sleep phase the guide learns nothing"
+    return SplitBound(name, IWAE, IWAE, Wake(), sleep=sleep, at_least=1 if sleep else 2, reason=reason)
