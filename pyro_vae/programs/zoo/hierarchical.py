@@ -136,8 +136,8 @@ class Hierarchical(nn.Module):
         super().__init__()
         if not conditionals or len(posteriors) != len(conditionals) + 1:
             raise ValueError(
-                f"got {len(conditionals)} conditionals p(z_l | z_l+1) and {len(posteriors)} posteriors, wanted L - 1 and "
-                "L of them for L >= 2 layers. For one layer use Model(prior, likelihood) and Guide(posterior)."
+                f"got {len(conditionals)} conditionals p(z_l | z_l+1) and {len(posteriors)} posteriors, wanted L - 1 "
+                "and L of them for L >= 2 layers. For one layer use Model(prior, likelihood) and Guide(posterior)."
             )
         self.model = HierarchicalModel(prior, conditionals, likelihood)
         self.guide = HierarchicalGuide(posteriors)
