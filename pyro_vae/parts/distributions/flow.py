@@ -55,7 +55,7 @@ class Pushforward(TorchDistribution):
 
     def __init__(self, base: Distribution, push: Map, pull: Map | None = None) -> None:
         self.base, self.push, self.pull = base, push, pull
-        self._latest: tuple[Tensor, int, bool, Tensor] | None = None
+        self._latest: tuple[Tensor, tuple[int, bool], bool, Tensor] | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Pushforward:

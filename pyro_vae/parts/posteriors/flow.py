@@ -53,7 +53,7 @@ class _AmortizedFlow(Amortized):
         if fast == "scoring" and passes > 2 and latent_dim >= _MANY:
             warnings.warn(
                 f"{type(self).__name__} draws in {passes} passes through each of its layers, so every training step is "
-                f"about {passes} times slower than it needs to be. Use IAF, or Flow(..., fast=\"sampling\"), which "
+                f'about {passes} times slower than it needs to be. Use IAF, or Flow(..., fast="sampling"), which '
                 "draws in one.",
                 stacklevel=3,
             )

@@ -139,7 +139,9 @@ def reflection_core(v: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(inverse, torch.eye(v.shape[-1]).to(v).expand_as(inverse), upper=True)
 
 
-def _sylvester(base: TorchDistribution, rotations: list[Rotation], r: Tensor, r_tilde: Tensor, b: Tensor) -> Pushforward:
+def _sylvester(
+    base: TorchDistribution, rotations: list[Rotation], r: Tensor, r_tilde: Tensor, b: Tensor
+) -> Pushforward:
     """Sylvester steps with R and R~ of (..., N, M, M) and b of (..., N, M)."""
     product = r.diagonal(dim1=-2, dim2=-1) * r_tilde.diagonal(dim1=-2, dim2=-1)
     steps = list(zip(rotations, r.unbind(-3), r_tilde.unbind(-3), b.unbind(-2), strict=True))
@@ -213,11 +215,11 @@ def _check(latent_dim: int, num_flows: int, kind: str, num_ortho: int | None, nu
         raise ValueError(f"num_flows must be a positive integer, got {num_flows}.")
     if num_ortho is not None and (kind != "orthogonal" or not 1 <= num_ortho <= latent_dim):
         raise ValueError(
-            f'got num_ortho={num_ortho} with kind={kind!r} and {latent_dim} latents, wanted 1 to {latent_dim} and '
+            f"got num_ortho={num_ortho} with kind={kind!r} and {latent_dim} latents, wanted 1 to {latent_dim} and "
             'kind="orthogonal"; the other kinds bend all latents.'
         )
     if num_householder is not None and (kind != "householder" or num_householder < 1):
         raise ValueError(
-            f'got num_householder={num_householder} with kind={kind!r}, wanted a positive number and '
+            f"got num_householder={num_householder} with kind={kind!r}, wanted a positive number and "
             'kind="householder".'
         )
