@@ -114,10 +114,11 @@ class SemiSupervisedModel(PyroModule):
         """
         label_check(x, y)
         with pyro.plate("data", size if x is None else len(x)):
-            drawn = pyro.sample("y", self.labels())
+            labels = self.labels()
+            drawn = pyro.sample("y", labels)
             if y is not None:  # a known label is seen without error: p(label | y) = 1 where they agree, else 0
                 agree = (drawn == y) | (y < 0)
-                pyro.factor("label", torch.where(agree, 0.0, -torch.inf))
+                pyro.factor("label", torch.where(agree, labels.logits.new_zeros(()), -torch.inf))
             z = pyro.sample("z", self.prior())
             given_z = self.likelihood(z, drawn)
             if x is not None:
