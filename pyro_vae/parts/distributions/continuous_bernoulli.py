@@ -11,7 +11,7 @@ there the higher they are; e^l overflows at the other end. Here two branches mee
     |l| <= 1   l (x - 1/2) - sum_k B_2k l^2k / (2k (2k)!)      Bernoulli numbers B_2k; converges for |l| < 2 pi
     |l| > 1    l (x - [l > 0]) - log (1 - e^-|l|) / |l|
 
-each a plain expression whose derivatives of any order keep their digits.
+each an expression whose derivatives of any order keep their digits.
 """
 
 from __future__ import annotations
@@ -44,6 +44,46 @@ def _polynomial(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
     return total
 
 
+def _branches(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where |l| > 1; |l| and l for either branch, held where they are finite if the other branch counts.
+
+    Held well beyond |l| = 1, since a clamp has no derivative at its end.
+    """
+    size = logits.abs()
+    return size > 1, size.clamp(min=0.5), logits.clamp(-2, 2)
+
+
+def _mean_from_end(logits: Tensor) -> Tensor:
+    """E[x] - [l > 0]: the mean from the end of [0, 1] that it is drawn to, whose digits a mean near 1 would lose."""
+    far, a, near = _branches(logits)
+    distance = 1 / a + torch.exp(-a) / torch.expm1(-a)
+    middle = near * _polynomial(_FIRST, near * near) + (0.5 - (logits > 0).to(logits.dtype))
+    return torch.where(far, -torch.sign(logits) * distance, middle)
+
+
+class _LogProb(torch.autograd.Function):
+    """l x - A(l) with the gradient x - E[x], in half the time of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, x)
+        far, a, near = _branches(logits)
+        # x - 1 before the product: at l = 1000 the difference of l x and l would keep four digits.
+        outer = logits * (x - (logits > 0).to(x.dtype)) - torch.log(-torch.expm1(-a) / a)
+        square = near * near
+        return torch.where(far, outer, near * (x - 0.5) - square * _polynomial(_SERIES, square))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        logits, x = ctx.saved_tensors
+        in_logits = in_x = None
+        if ctx.needs_input_grad[0]:
+            in_logits = grad * (x - (logits > 0).to(x.dtype) - _mean_from_end(logits))
+        if ctx.needs_input_grad[1]:
+            in_x = grad * logits
+        return in_logits, in_x
+
+
 class ContinuousBernoulliLogits(TorchDistribution):
     """p(x) = exp(l x - A(l)) on [0, 1], A(l) = log (e^l - 1) / l.
 
@@ -73,31 +113,19 @@ class ContinuousBernoulliLogits(TorchDistribution):
             return self
         return ContinuousBernoulliLogits(self.logits.expand(batch_shape), validate_args=self._validate_args)
 
-    def _branches(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where |l| > 1; |l| there and 1 elsewhere; l elsewhere and 0 there: neither branch can harm the other."""
-        far = self.logits.abs() > 1
-        return far, torch.where(far, self.logits.abs(), 1.0), torch.where(far, 0.0, self.logits)
-
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        far, a, near = self._branches()
-        # x - 1 before the product: at l = 1000 the difference of l x and l would keep four digits.
-        outer = self.logits * (value - (self.logits > 0).to(value.dtype)) - torch.log(-torch.expm1(-a) / a)
-        square = near * near
-        return torch.where(far, outer, near * (value - 0.5) - square * _polynomial(_SERIES, square))
+        logits, value = torch.broadcast_tensors(self.logits, value)
+        return _LogProb.apply(logits, value)
 
     @property
     def mean(self) -> Tensor:
-        far, a, near = self._branches()
-        below = 1 / a + torch.exp(-a) / torch.expm1(-a)  # the mean at -|l|
-        return torch.where(
-            far, torch.where(self.logits > 0, 1 - below, below), 0.5 + near * _polynomial(_FIRST, near * near)
-        )
+        return _mean_from_end(self.logits) + (self.logits > 0).to(self.logits.dtype)
 
     @property
     def variance(self) -> Tensor:
-        far, a, near = self._branches()
+        far, a, near = _branches(self.logits)
         outer = 1 / a.square() - torch.exp(-a) / torch.expm1(-a).square()
         return torch.where(far, outer, _polynomial(_SECOND, near * near))
 
@@ -112,7 +140,7 @@ class ContinuousBernoulliLogits(TorchDistribution):
 
         The integral is smooth at l = 0 in all its derivatives, the logarithm is not.
         """
-        far, a, near = self._branches()
+        far, a, near = _branches(self.logits)
         positive = self.logits > 0
         y = -torch.log1p(torch.where(positive, 1 - value, value) * torch.expm1(-a)) / a
         w = 2 * value - 1
