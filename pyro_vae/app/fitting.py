@@ -22,6 +22,7 @@ from pyro_vae.inference.training import History, fit
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
+from pyro_vae.parts.priors import VampPrior
 from pyro_vae.programs.vae import VAE
 
 VALIDATION_IMAGES = 2000
@@ -123,6 +124,13 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
     device = the_device(options.device)
     with seeded(options.seed):
         vae = VAE.build(dataset.x_shape, **{name: getattr(options, name) for name in BUILT})
+        if isinstance(prior := vae.model.prior, VampPrior):
+            if prior.num_components > len(dataset.train):
+                raise ValueError(
+                    f"got a vamp prior of {prior.num_components} components for {len(dataset.train)} training data, "
+                    f"wanted at most as many. Pass --prior-options num_components={min(100, len(dataset.train))}."
+                )
+            prior.start_at(dataset.train[torch.randperm(len(dataset.train))[: prior.num_components]])
     likelihood = vae.model.likelihood
     if isinstance(likelihood, Normal):
         if hasattr(likelihood, "log_scale"):

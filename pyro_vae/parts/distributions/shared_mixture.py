@@ -23,7 +23,6 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import constraints
 
 # Numbers drawn at a time where the components have to be drawn before one of them is chosen.
 _CHUNK = 2**24
@@ -58,7 +57,7 @@ class SharedMixture(TorchDistribution):
         super().__init__(Size(), components.event_shape, validate_args=False)
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> Any:
         return self.components.support
 
     @property
@@ -71,7 +70,7 @@ class SharedMixture(TorchDistribution):
         spread = means - weights @ means
         return self._whole(weights @ (self.components.variance + spread.square()))
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> SharedMixture:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SharedMixture:
         new = self._get_checked_instance(SharedMixture, _instance)
         new.log_weights, new.components = self.log_weights, self.components
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
@@ -86,7 +85,7 @@ class SharedMixture(TorchDistribution):
         result = torch.logsumexp(scores + self.log_weights, -1).to(value.dtype)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
-    def sample(self, sample_shape: Any = Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             shape = Size(sample_shape) + self.batch_shape
             chosen = torch.distributions.Categorical(logits=self.log_weights, validate_args=False).sample(shape)

@@ -6,6 +6,27 @@ its parameters, so that families are swapped without touching the network.
 
 from pyro_vae.parts.posteriors.amortized import Amortized
 from pyro_vae.parts.posteriors.delta import Delta, mean
-from pyro_vae.parts.posteriors.normal import DiagonalNormal
+from pyro_vae.parts.posteriors.flow import IAF, MAF, NSF, Coupling, Flow
+from pyro_vae.parts.posteriors.mixture import NormalMixture
+from pyro_vae.parts.posteriors.normal import DiagonalNormal, FullNormal, LowRankNormal
+from pyro_vae.parts.posteriors.planar import Planar
+from pyro_vae.parts.posteriors.spherical import VonMisesFisher
+from pyro_vae.parts.posteriors.sylvester import Sylvester
 
-__all__ = ["Amortized", "Delta", "DiagonalNormal", "mean"]
+__all__ = [
+    "IAF",
+    "MAF",
+    "NSF",
+    "Amortized",
+    "Coupling",
+    "Delta",
+    "DiagonalNormal",
+    "Flow",
+    "FullNormal",
+    "LowRankNormal",
+    "NormalMixture",
+    "Planar",
+    "Sylvester",
+    "VonMisesFisher",
+    "mean",
+]

@@ -41,7 +41,7 @@ class NormalMixture(Amortized):
     """
 
     def __init__(
-        self, encoder: nn.Module, latent_dim: int, num_components: int, features: int | None = None
+        self, encoder: nn.Module, latent_dim: int, num_components: int = 5, features: int | None = None
     ) -> None:
         if num_components < 1:
             raise ValueError(f"got num_components={num_components}, wanted 1 or more.")

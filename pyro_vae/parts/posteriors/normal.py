@@ -107,7 +107,7 @@ class LowRankNormal(Amortized):
         Structure, 2018. arXiv:1701.03208
     """
 
-    def __init__(self, encoder: nn.Module, latent_dim: int, rank: int, features: int | None = None) -> None:
+    def __init__(self, encoder: nn.Module, latent_dim: int, rank: int = 2, features: int | None = None) -> None:
         if not 1 <= rank <= latent_dim:
             raise ValueError(
                 f"got rank={rank}, wanted 1 to latent_dim={latent_dim}: rank 0 is DiagonalNormal, "

@@ -107,6 +107,27 @@ class VampPrior(nn.Module):
         return cls(posterior, chosen[0] if isinstance(chosen, tuple | list) else chosen, bounds, learned_weights)
 
     @property
+    def num_components(self) -> int:
+        """C."""
+        return len(self.free_inputs)
+
+    @torch.no_grad()
+    def start_at(self, pseudo_inputs: Tensor) -> None:
+        """Put the pseudo-inputs somewhere else, such as at random data.
+
+        Args:
+            pseudo_inputs: u, (C, *x_shape).
+        Raises:
+            ValueError: Another shape, or values outside of the bounds.
+        """
+        if pseudo_inputs.shape != self.free_inputs.shape:
+            raise ValueError(
+                f"got pseudo_inputs of shape {tuple(pseudo_inputs.shape)}, wanted {tuple(self.free_inputs.shape)}."
+            )
+        start = pseudo_inputs.to(self.free_inputs.dtype)
+        self.free_inputs.copy_(start if self.bounds is None else _free(start, *self.bounds))
+
+    @property
     def pseudo_inputs(self) -> Tensor:
         """u, (C, *x_shape), in the space of the data."""
         if self.bounds is None:
