@@ -565,3 +565,30 @@ def test_predictive_draws_of_clusters_and_labels():
     drawn = Predictive(poutine.uncondition(labelled.model), guide=labelled.guide, num_samples=7)(x)
     assert drawn["x"].shape == (7, 12, *X_SHAPE)
     assert Predictive(labelled.model, num_samples=3)(size=4)["y"].shape == (3, 4)
+
+
+def test_fit_refuses_what_would_count_the_cluster_without_drawing_it():
+    pair, (x,), loss = small("mixture")
+    before = copy.deepcopy(pair.state_dict())
+    for options, text in (
+        ({}, r"'c' of the model has no counterpart.*Trace_ELBO would draw.*take loss=TraceEnum_ELBO"),
+        ({"loss": loss, "validation": x}, r"'c' of the model is marked to be enumerated.*pair\.marginal"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            pv.fit(pair.model, pair.guide, x, epochs=1, **options)
+        assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z2", pair.encode(x))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pair.marginal.prior())
+            pyro.sample("z2", pair.marginal.prior())
+            pyro.sample("x", pair.decode(z), obs=x)
+
+    with pytest.raises(ValueError, match="latent site 'z' of the model has no counterpart.*Draw 'z' in the guide"):
+        pv.fit(model, guide, x, loss=enumerated(), epochs=1)
+    with pytest.raises(ValueError, match="latent site 'z' of the model has no counterpart"):
+        pv.particles(model, guide, x)

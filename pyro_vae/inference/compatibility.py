@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import RenyiELBO, ReweightedWakeSleep, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import (
+    RenyiELBO,
+    ReweightedWakeSleep,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
+)
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, constraints
@@ -150,6 +157,29 @@ def _no_density(case: Case) -> str | None:
         f"the guide has a point site (Delta) without a density, so it has no ELBO, and {type(case.loss).__name__} does "
         "not apply. Use loss=Objective(reconstruction), or Objective(map_estimate) for maximum a posteriori."
     )
+
+
+def _not_drawn(case: Case) -> str | None:
+    if isinstance(case.loss, Objective):
+        return None  # refuses it in its own words
+    for name, site in case.model_sites.items():
+        if site["is_observed"] or name in case.guide_sites:
+            continue
+        marked = bool((site["infer"] or {}).get("enumerate"))
+        if marked and isinstance(case.loss, TraceEnum_ELBO | TraceTMC_ELBO):
+            continue
+        remedy = (
+            "The site is marked to be enumerated: take loss=TraceEnum_ELBO(max_plate_nesting=1), which sums it out."
+            if marked
+            else f"Draw {name!r} in the guide; a discrete site can be marked by pyro.infer.config_enumerate, for "
+            "TraceEnum_ELBO."
+        )
+        return (
+            f"latent site {name!r} of the model has no counterpart in the guide, which has {list(case.guide_sites)}: "
+            f"{type(case.loss).__name__} would draw it from the prior and count log p without log q, which is no "
+            f"bound. {remedy}"
+        )
+    return None
 
 
 def _supports(case: Case) -> str | None:
@@ -286,6 +316,7 @@ def _first_step(case: Case) -> str | None:
 
 RULES: tuple[Callable[[Case], str | None], ...] = (
     _no_density,
+    _not_drawn,
     _supports,
     _batch_norm,
     _mean_field,

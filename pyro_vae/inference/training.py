@@ -151,6 +151,11 @@ def fit(
     with own_parameters(model, guide), seeded(seed), _matmul_precision(matmul_precision):
         point = check(model, guide, batches.first(), loss)
         validation_bound = validation_bound or (loss.bound if point else elbo)
+        if validation is not None:  # what cannot be scored is refused now, not after an epoch
+            for module in modules:
+                module.eval()
+            with seeded(0), torch.no_grad():
+                Objective().particles(model, guide, *Batches(validation, 500, place, shuffle=False).first())
         stepper = _Stepper(model, guide, loss, optimizer, rate, epochs * len(batches), kl_warmup * len(batches))
         started = time.perf_counter()
         if checkpoint is not None:
