@@ -4,12 +4,12 @@
 import pyro.distributions as dist
 import pytest
 import torch
+import zuko
 from torch import nn
 
-from pyro_vae.parts.likelihoods import Bernoulli, Normal
+from pyro_vae.parts import likelihoods, posteriors, priors
 from pyro_vae.parts.networks import MLP
-from pyro_vae.parts.posteriors import Delta, DiagonalNormal
-from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.testing import LikelihoodLaws, PairLaws, PosteriorLaws, PriorLaws, check
 from tests.pairs import binary, small_pair
 
@@ -18,29 +18,69 @@ def encoder():
     return MLP((1, 4, 4), [8], None)
 
 
-class TestDiagonalNormal(PosteriorLaws):
-    def make(self):
-        return DiagonalNormal(encoder(), latent_dim=2)
+POSTERIORS = {
+    "Delta": lambda: posteriors.Delta(encoder(), 2),
+    "DiagonalNormal": lambda: DiagonalNormal(encoder(), 2),
+    "FullNormal": lambda: posteriors.FullNormal(encoder(), 2),
+    "LowRankNormal": lambda: posteriors.LowRankNormal(encoder(), 3, rank=2),
+    "NormalMixture": lambda: posteriors.NormalMixture(encoder(), 2, num_components=3),
+    "Planar": lambda: posteriors.Planar(encoder(), 2, num_flows=2),
+    "OrthogonalSylvester": lambda: posteriors.Sylvester(encoder(), 3, num_flows=2, num_ortho=2),
+    "HouseholderSylvester": lambda: posteriors.Sylvester(encoder(), 3, num_flows=2, kind="householder"),
+    "TriangularSylvester": lambda: posteriors.Sylvester(encoder(), 2, num_flows=2, kind="triangular"),
+    "IAF": lambda: posteriors.IAF(encoder(), 2, transforms=2, hidden_features=(8,), context=4),
+    "MAF": lambda: posteriors.MAF(encoder(), 2, transforms=2, hidden_features=(8,), context=4),
+    "NSF": lambda: posteriors.NSF(encoder(), 2, transforms=2, bins=4, hidden_features=(8,), context=4),
+    "Coupling": lambda: posteriors.Coupling(encoder(), 2, transforms=2, hidden_features=(8,), context=4),
+    "Flow": lambda: posteriors.Flow(zuko.flows.SOSPF, encoder(), 2, context=4, transforms=1, hidden_features=(8,)),
+    "VonMisesFisher": lambda: posteriors.VonMisesFisher(encoder(), 3),
+}
+PRIORS = {
+    "StandardNormal": lambda: priors.StandardNormal(2),
+    "NormalMixture": lambda: priors.NormalMixture(2, num_components=3),
+    "VampPrior": lambda: priors.VampPrior(DiagonalNormal(encoder(), 2), torch.rand(3, 1, 4, 4)),
+    "VampPriorOfFlows": lambda: priors.VampPrior(POSTERIORS["NSF"](), torch.rand(3, 1, 4, 4), bounds=(0, 1)),
+    "Flow": lambda: priors.Flow(2, transforms=2, hidden_features=(8,)),
+    "SplineFlow": lambda: priors.Flow(2, zuko.flows.NSF, transforms=2, bins=4, hidden_features=(8,)),
+    "HypersphericalUniform": lambda: priors.HypersphericalUniform(3),
+}
 
 
-class TestDelta(PosteriorLaws):
-    def make(self):
-        return Delta(encoder(), latent_dim=2)
+def decoder(parameters=1):
+    return MLP(2, [8], (parameters, 2, 2))
 
 
-class TestStandardNormal(PriorLaws):
-    def make(self):
-        return StandardNormal(2)
+LIKELIHOODS = {
+    "Bernoulli": lambda: likelihoods.Bernoulli(decoder()),
+    "ContinuousBernoulli": lambda: likelihoods.ContinuousBernoulli(decoder()),
+    "FixedNormal": lambda: likelihoods.Normal(decoder(), scale=0.3),
+    "LearnedNormal": lambda: likelihoods.Normal(decoder(), scale="learned"),
+    "PerPixelNormal": lambda: likelihoods.Normal(decoder(), scale="per-pixel", x_shape=(1, 2, 2)),
+    "NetworkNormal": lambda: likelihoods.Normal(decoder(2), scale="network"),
+    "DiscretizedLogistic": lambda: likelihoods.DiscretizedLogistic(decoder(2), levels=16),
+    "MixtureOfDiscretizedLogistics": lambda: likelihoods.MixtureOfDiscretizedLogistics(decoder(6), 2, levels=16),
+    "Categorical": lambda: likelihoods.Categorical(decoder(8), levels=8),
+    "Poisson": lambda: likelihoods.Poisson(decoder()),
+    "NegativeBinomial": lambda: likelihoods.NegativeBinomial(decoder(2)),
+}
 
 
-class TestBernoulli(LikelihoodLaws):
-    def make(self):
-        return Bernoulli(MLP(2, [8], (1, 2, 2)))
+def battery(laws, parts):
+    """One subclass of a battery for each part, as pytest collects them."""
+    for name, make in parts.items():
+        globals()[f"Test{laws.__name__[:5]}{name}"] = type(f"Test{name}", (laws,), {"make": lambda self, m=make: m()})
 
 
-class TestNormal(LikelihoodLaws):
-    def make(self):
-        return Normal(MLP(2, [8], (2, 1, 2)), scale="network")
+battery(PosteriorLaws, POSTERIORS)
+battery(PriorLaws, PRIORS)
+battery(LikelihoodLaws, LIKELIHOODS)
+
+
+def test_no_part_is_left_out():
+    for package, parts in ((posteriors, POSTERIORS), (priors, PRIORS), (likelihoods, LIKELIHOODS)):
+        classes = {name for name in package.__all__ if isinstance(getattr(package, name), type)}
+        made = {type(make()).__name__ for make in parts.values()}
+        assert classes - {"Amortized", "Likelihood"} == made
 
 
 class TestPlainPair(PairLaws):
@@ -105,4 +145,4 @@ def test_a_broken_posterior_is_caught(battery, law):
 
 
 def test_the_battery_runs_without_pytest():
-    assert len(check(TestDiagonalNormal())) >= 10
+    assert len(check(globals()["TestPosteDiagonalNormal"]())) >= 10
