@@ -154,8 +154,8 @@ class DiagonalNormalMixture(TorchDistribution):
         # Weights of the components once z_1, ..., z_{d-1} are known.
         weight = (self._logits.unsqueeze(-1) + log_density.cumsum(-1) - log_density).softmax(-2)
         # F or F - 1, whichever is smaller in size: in the upper tail the sums of F cancel.
-        side = 1 - 2 * ((weight * torch.special.ndtr(white)).sum(-2, keepdim=True) > 0.5).to(white)
-        each = side * torch.special.ndtr(side * white)
+        side = 1 - 2 * ((weight * _normal_cdf(white)).sum(-2, keepdim=True) > 0.5).to(white)
+        each = side * _normal_cdf(side * white)
         density = (weight * log_density.exp()).sum(-2, keepdim=True).clamp(min=torch.finfo(white.dtype).tiny)
         # Rows divided by the density, dF/dz has ones on its diagonal; below it z_e acts through the weights.
         through = (weight * (each - (weight * each).sum(-2, keepdim=True)) / density).mT
@@ -165,3 +165,8 @@ class DiagonalNormalMixture(TorchDistribution):
 
 def _log_normal(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     return -0.5 * ((value - loc) / scale).square() - scale.log() - 0.5 * _LOG_TWO_PI
+
+
+def _normal_cdf(value: Tensor) -> Tensor:
+    # Not torch.special.ndtr: in float32 it has lost half its value at -5.5, and all of it at -6.
+    return 0.5 * torch.erfc(-value * math.sqrt(0.5))
