@@ -83,7 +83,7 @@ def impute(
         for index in chosen:
             kept = {name: value[index, data] for name, value in latents.items()}
             program = poutine.condition(poutine.uncondition(model), data=kept)
-            drawn = poutine.trace(program).get_trace(x, mask).nodes[observed[0]]["value"]
+            drawn: Tensor = poutine.trace(program).get_trace(x, mask).nodes[observed[0]]["value"]  # type: ignore[assignment]
             draws.append(torch.where(mask, x, drawn))
     return Imputation(torch.stack(draws), 1 / weight.square().sum(0))
 

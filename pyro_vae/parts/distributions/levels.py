@@ -24,7 +24,7 @@ class GreyLevels(constraints.Constraint):
     Raises:
         ValueError: Fewer than two levels.
     Example:
-        >>> GreyLevels(256).check(torch.tensor([0.0, 7 / 255, 7.5 / 255, 1.1]))
+        >>> GreyLevels(256).check(torch.tensor([0.0, 7 / 255, 7.5 / 255, 256 / 255]))
         tensor([ True,  True, False, False])
     """
 
