@@ -1,0 +1,210 @@
+"""Guides that move their samples along the gradient of the model's log density.
+
+Hamiltonian dynamics with log p(x, z) as (minus) the potential moves a sample of a simple
+guide to where the posterior is, and the leapfrog integrator keeps volumes, so that the
+density of what comes out is known without a Jacobian matrix. One step k = 1, ..., T is
+
+    rho <- rho + e/2 * grad log p(x, z)
+    z   <- z + e * rho
+    rho <- a_k (rho + e/2 * grad log p(x, z))        a_k = sqrt(beta_{k-1} / beta_k)
+
+The momentum starts hot, rho_0 ~ N(0, I / beta_0), and is cooled by a_k <= 1 down to
+beta_T = 1, so that samples travel first and settle then. Only the cooling changes
+volumes: log |det| = D sum_k log a_k, which telescopes to D/2 log beta_0. In the space of
+position and momentum the pair (z_T, rho_T) has the density
+
+    log q(z_T, rho_T | x) = log q0(z_0 | x) + log N(rho_0; 0, I / beta_0) - D sum_k log a_k
+
+and the model extends to p(x, z) N(rho; 0, I). Their ratio is an unbiased estimate of
+p(x), which makes its logarithm a valid bound. But the guide's density of z_T alone is
+an integral over momenta that nobody knows: a sample that was not just drawn cannot be
+scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.poutine.runtime import get_plates
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_vae.programs.refined import Plates, Refined, hidden
+from pyro_vae.sites import kind, sample_sites
+from pyro_vae.traces import Program
+
+Phase = dict[str, Tensor]
+
+
+def tempered_leapfrog(
+    gradient: Callable[[Phase], Phase], position: Phase, momentum: Phase, step_size: Tensor, cooling: Tensor
+) -> tuple[Phase, Phase]:
+    """T leapfrog steps, after each of which the momentum is multiplied by a_k.
+
+    Args:
+        gradient: Positions to the gradient of the log density at them.
+        position: z_0 by name.
+        momentum: rho_0 by name.
+        step_size: e, a number or one per dimension.
+        cooling: a_k, (T,).
+    Returns:
+        z_T and rho_T; the Jacobian's determinant is (prod_k a_k)^D.
+    Example:
+        >>> at, one = {"z": torch.zeros(1)}, torch.tensor(1.0)
+        >>> tempered_leapfrog(lambda z: {"z": -z["z"]}, at, {"z": torch.ones(1)}, one, torch.ones(2))
+        ({'z': tensor([1.])}, {'z': tensor([-0.5000])})
+    """
+    slope = gradient(position)
+    for factor in cooling:
+        momentum = {name: rho + 0.5 * step_size * slope[name] for name, rho in momentum.items()}
+        position = {name: z + step_size * momentum[name] for name, z in position.items()}
+        slope = gradient(position)
+        momentum = {name: factor * (rho + 0.5 * step_size * slope[name]) for name, rho in momentum.items()}
+    return position, momentum
+
+
+class Hamiltonian(Refined):
+    """q(z | x) whose samples go T leapfrog steps from a base guide's towards p(z | x).
+
+    Every step costs a gradient of the model, and training differentiates through all of
+    them, the model's second derivatives included. Step size and tempering are learned.
+    A bound, but not a density of z: `log_q` and all that must score given samples
+    refuse it, and so do estimators that do. Momenta are drawn outside of Pyro's sites,
+    one for each sample and datum.
+
+    Args:
+        guide: The base guide: one latent site or more, each over R^D and reparameterised.
+        model: The model.
+        steps: T; at 0 the guide is its base guide.
+        step_size: e at the start: one number, or a tensor (D,) for one per dimension.
+        tempering: "none" (beta = 1), "fixed" (1 / sqrt(beta_k) falls with k^2 from
+            1 / sqrt(beta_0) to 1, beta_0 learned), or "free" (every a_k learned).
+        beta: beta_0 at the start, between 0 and 1.
+    Raises:
+        ValueError: An option out of range; a base guide whose sites are points, not
+            reparameterised, auxiliary, or not over R^D; a scale.
+    Example:
+        >>> from pyro_vae.programs.guide import Guide
+        >>> from pyro_vae.programs.model import Model
+        >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        ...               lambda z: dist.Normal(z, 1.0).to_event(1))
+        >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+        >>> Hamiltonian(base, model, steps=3)(torch.zeros(5, 2)).shape
+        torch.Size([5, 2])
+
+    Reference: Caterini et al., Hamiltonian Variational Auto-Encoder, 2018. arXiv:1805.11328
+    """
+
+    def __init__(
+        self,
+        guide: Program,
+        model: Program,
+        steps: int = 5,
+        step_size: float | Tensor = 0.05,
+        tempering: str = "fixed",
+        beta: float = 0.5,
+    ) -> None:
+        super().__init__(guide, model, steps)
+        start = torch.as_tensor(step_size, dtype=None if isinstance(step_size, Tensor) else torch.get_default_dtype())
+        if not bool((start > 0).all()):
+            raise ValueError(f"got step_size={step_size}, wanted positive numbers.")
+        if tempering not in ("none", "fixed", "free"):
+            raise ValueError(f'got tempering={tempering!r}, wanted "none", "fixed" or "free".')
+        if not 0 < beta < 1:
+            raise ValueError(f'got beta={beta}, wanted a number between 0 and 1. For beta = 1 use tempering="none".')
+        self.tempering = tempering
+        self.log_step_size = nn.Parameter(start.detach().clone().log())
+        if tempering == "fixed":
+            self.free_beta = nn.Parameter(start.new_tensor(beta).logit())
+        elif tempering == "free":
+            self.free_cooling = nn.Parameter(start.new_full((steps,), beta ** (0.5 / max(steps, 1))).logit())
+
+    @property
+    def rescoring(self) -> str:
+        """ "impossible", except at 0 steps."""
+        return "impossible" if self.steps else super().rescoring
+
+    @property
+    def cooling(self) -> Tensor:
+        """a_k = sqrt(beta_{k-1} / beta_k), (T,); their product is sqrt(beta_0)."""
+        if self.tempering == "free":
+            return self.free_cooling.sigmoid()
+        step_size = self.log_step_size
+        if self.tempering == "none":
+            return step_size.new_ones(self.steps)
+        hottest = self.free_beta.sigmoid().rsqrt()  # 1 / sqrt(beta_0)
+        done = torch.arange(self.steps + 1, dtype=step_size.dtype, device=step_size.device) / self.steps
+        temperature = hottest + (1 - hottest) * done.square()
+        return temperature[1:] / temperature[:-1]
+
+    def _refine(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        outer = get_plates()  # particle plates: the samples, and so the trajectories, are as many
+        start = self._run_guide(args, kwargs, outer)
+        for name, site in start.items():
+            _check(name, site)
+        cooling, step_size = self.cooling, self.log_step_size.exp()
+        log_cooling = cooling.log().sum()  # per dimension; log beta_0 / 2 in all
+        position = {name: site["value"] for name, site in start.items()}
+        noise = {name: torch.randn_like(z) for name, z in position.items()}
+        momentum = {name: rho * (-log_cooling).exp() for name, rho in noise.items()}
+        through = torch.is_grad_enabled()
+
+        def gradient(position: Phase) -> Phase:
+            return self._gradient(position, args, kwargs, outer, through)
+
+        position, momentum = tempered_leapfrog(gradient, position, momentum, step_size, cooling)
+        plates, drawn = Plates(), {}
+        for name, site in start.items():
+            event_dim = site["fn"].event_dim
+            dimensions = math.prod(site["fn"].event_shape)
+            log_start = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+            log_momentum = sum_rightmost(_log_normal(noise[name]), event_dim) + dimensions * log_cooling
+            volume = dimensions * log_cooling
+            log_density = log_start + log_momentum - sum_rightmost(_log_normal(momentum[name]), event_dim) - volume
+            point = dist.Delta(position[name], log_density, event_dim, validate_args=False)
+            with plates.of(site):
+                drawn[name] = pyro.sample(name, point, infer=site["infer"])
+        return drawn if len(drawn) > 1 else drawn[name]
+
+    def _gradient(
+        self, position: Phase, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: tuple[Any, ...], through: bool
+    ) -> Phase:
+        """The gradient of log p(x, z) in z, at every sample and datum."""
+        with torch.enable_grad():
+            ready = {n: z if through and z.requires_grad else z.detach().requires_grad_() for n, z in position.items()}
+            with hidden(outer):
+                trace = poutine.trace(poutine.condition(self.model, data=ready)).get_trace(*args, **kwargs)
+            total = torch.zeros((), device=next(iter(ready.values())).device)
+            for site in sample_sites(trace):
+                if not site["is_observed"]:
+                    raise ValueError(
+                        f"latent site {site['name']!r} of the model has no counterpart in the guide, which has "
+                        f"{list(ready)}."
+                    )
+                total = total + scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"]).sum()
+            found = torch.autograd.grad(total, list(ready.values()), create_graph=through)
+        return dict(zip(ready, found, strict=True))
+
+
+def _log_normal(value: Tensor) -> Tensor:
+    return -0.5 * (value.square() + math.log(2 * math.pi))
+
+
+def _check(name: str, site: Any) -> None:
+    if site["infer"].get("is_auxiliary"):
+        raise ValueError(f"Hamiltonian cannot move auxiliary guide site {name!r}, which is not the model's.")
+    support = getattr(site["fn"], "support", None)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is not None and support is not constraints.real:
+        raise ValueError(
+            f"Hamiltonian moves guide site {name!r} ({kind(site['fn'])}) out of its support, {support}, wanted a site "
+            "over all of R^D. Transform the latent inside of the model instead."
+        )

@@ -1,0 +1,129 @@
+"""Guides that start from another guide and improve on it with the help of the model.
+
+Such a guide is a program like any other: it runs its base guide and the model inside,
+hidden from whoever traces it, and ends in sample statements at the base guide's sites.
+Hidden are the sample sites only. Parameters stay visible, so that Pyro finds and trains
+those of the base guide, whichever loss is used. Gradients of the model are enabled
+inside even where they are off outside, as they are in every evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.nn import PyroModule
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import get_plates
+
+from pyro_vae.programs.model import renamed_deepcopy, unique_name
+from pyro_vae.sites import kind, sample_sites
+from pyro_vae.traces import Program
+
+Sites = dict[str, Any]
+
+
+class _Inside(Messenger):
+    """Puts sites into plates that are already open, but out of reach behind a block."""
+
+    def __init__(self, frames: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.frames = frames
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["cond_indep_stack"] = msg["cond_indep_stack"] + self.frames
+        BroadcastMessenger._pyro_sample(msg)
+
+
+@contextlib.contextmanager
+def hidden(frames: tuple[Any, ...] = ()) -> Iterator[None]:
+    """Hide sample sites from the handlers outside; keep them in the plates given."""
+    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), _Inside(frames):
+        yield
+
+
+class Refined(PyroModule):
+    """A guide that improves on another one; abstract.
+
+    With no steps it is its base guide. The model is not a submodule: its parameters are
+    its own, and the guide neither lists, moves nor saves them.
+
+    Args:
+        guide: The base guide, reparameterised at every site.
+        model: The model that both are guides of.
+        steps: How many steps of improvement.
+    Raises:
+        ValueError: A negative number of steps.
+    """
+
+    def __init__(self, guide: Program, model: Program, steps: int) -> None:
+        super().__init__(unique_name(type(self).__name__))
+        if steps < 0:
+            raise ValueError(f"got steps={steps}, wanted 0 (the base guide itself) or more.")
+        self.guide = guide
+        self.steps = steps
+        self._held = (model,)  # in a tuple, where nn.Module does not look
+
+    __deepcopy__ = renamed_deepcopy
+
+    @property
+    def model(self) -> Program:
+        """The model that is refined against."""
+        return self._held[0]
+
+    @property
+    def rescoring(self) -> str:
+        """What it takes to score a sample that the guide did not draw, as of a posterior."""
+        said = (getattr(owner, "rescoring", None) for owner in (self.guide, getattr(self.guide, "posterior", None)))
+        return next((answer for answer in said if answer), "one pass")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw z; the arguments are those of the base guide and of the model."""
+        if self.steps == 0:
+            return self.guide(*args, **kwargs)
+        return self._refine(args, kwargs)
+
+    def _refine(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One run of the program."""
+        raise NotImplementedError
+
+    def _run_guide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], frames: tuple[Any, ...] = ()) -> Sites:
+        """The sites of one hidden run of the base guide, if they can be refined."""
+        with hidden(frames):
+            trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        found = {site["name"]: site for site in sample_sites(trace) if not site["is_observed"]}
+        for name, site in found.items():
+            got = f"{type(self).__name__} cannot refine guide site {name!r} ({kind(site['fn'])})"
+            if kind(site["fn"]) == "Delta":
+                raise ValueError(f"{got}: a point has no density. Take a guide such as Guide(DiagonalNormal(...)).")
+            if not getattr(site["fn"], "has_rsample", False):
+                raise ValueError(f"{got}: its sampler is not reparameterised. Take a guide whose sites all are.")
+            if not isinstance(site["scale"], int | float) or site["scale"] != 1:
+                raise ValueError(
+                    f"{got}: it carries a scale, as of a plate that subsamples, and would see another minibatch "
+                    "each time it is run. Hand the minibatch to model and guide, and scale outside."
+                )
+        return found
+
+
+class Plates:
+    """The plates of recorded sites, opened again."""
+
+    def __init__(self) -> None:
+        self._outside = {frame.name for frame in get_plates()}
+        self._made: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def of(self, site: Any) -> Iterator[None]:
+        """Open the plates that a site lay in, except those that are open."""
+        with contextlib.ExitStack() as stack:
+            for frame in site["cond_indep_stack"]:
+                if frame.name not in self._outside:
+                    if frame.name not in self._made:
+                        self._made[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
+                    stack.enter_context(self._made[frame.name])
+            yield
