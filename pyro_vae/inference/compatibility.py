@@ -116,6 +116,8 @@ def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> 
 def reasons(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> list[str]:
     """Why this combination is refused; an empty list if it is not.
 
+    The loss is evaluated once where nothing else speaks against it.
+
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
@@ -134,7 +136,9 @@ def reasons(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -
         "guide site 'z' (Poisson) is discrete, and the prior is con"
     """
     case = examine(model, guide, batch, loss)
-    return [reason for rule in RULES if (reason := rule(case)) is not None]
+    found = [reason for rule in RULES[:-1] if (reason := rule(case)) is not None]
+    last = None if found else RULES[-1](case)
+    return found if last is None else [last]
 
 
 def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> Case:
@@ -323,7 +327,7 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
     _scale,
     _renyi_of_fixed,
     _rescoring,
-    _first_step,
+    _first_step,  # the last, since it evaluates the loss
 )
 
 
