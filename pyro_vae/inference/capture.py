@@ -1,0 +1,303 @@
+"""One step of inference as one graph of tensor operations.
+
+A loss runs the guide, the model and autograd through many layers of Python, and at the
+end of it all calls the same few hundred tensor operations in every step. A capture runs
+the loss once, for real, and writes these operations down as they pass, below Pyro's
+handlers and below autograd (``torch.fx.experimental.proxy_tensor.make_fx``); replaying
+the list costs neither, and Inductor can fuse it.
+
+What the list must not freeze becomes an input of the graph:
+
+* tensors that the operations read (parameters, buffers, a 0-dim tensor that holds an
+  annealing weight) are inputs by reference, whoever owns them;
+* noise whose shape is known is drawn eagerly before the graph runs, in the order of the
+  programs, so that a seeded replay draws what the programs would have drawn.
+
+What stays fixed is everything in Python: branches taken, numbers, shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import TorchFunctionMode
+
+_aten = torch.ops.aten
+_FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_")
+_LIKES = ("rand_like", "randn_like", "randint_like")
+_FACTORIES = ("rand", "randn", "randint", "randperm")
+_READS = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "numpy", "__array__")
+
+# Where Pyro and this package turn a tensor into the number that they report, and check for NaN.
+_REPORTERS = ("pyro.infer", "pyro.util", "pyro_vae.inference", "pyro_vae.sites", "torch.distributions.distribution")
+
+
+class Uncapturable(Exception):
+    """Why a program cannot be captured."""
+
+
+class Draw(NamedTuple):
+    """A random number generator's call whose arguments are known beforehand."""
+
+    target: Callable[..., Tensor]
+    like: tuple[Any, Any, torch.dtype, torch.device] | None  # the tensor that it fills or imitates
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> Tensor:
+        if self.like is None:
+            return self.target(*self.args, **self.kwargs)
+        shape, stride, dtype, device = self.like
+        return self.target(torch.empty_strided(shape, stride, dtype=dtype, device=device), *self.args, **self.kwargs)
+
+
+class Capture:
+    """A function of tensors as a graph.
+
+    Args:
+        function: Takes tensors, and returns a list of tensors without gradient and the
+            gradients of the leaves that its ``backward`` calls reached, as `gradients`
+            collects them.
+        args: The tensors it is run on.
+    Attributes:
+        results: What the run returned: the capture is an ordinary step.
+        leaves: The tensors whose gradients the replay returns after the results.
+        constants: The tensors that it reads beside its arguments, by reference.
+        compiled: Whether Inductor has compiled the graph.
+    Raises:
+        Uncapturable: The function reads numbers out of tensors, or draws in a way that
+            cannot be written down.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> def function(x):
+        ...     loss = (weight * x).sum() + torch.randn(2).sum()
+        ...     loss.backward()
+        ...     return [loss.detach()]
+        >>> capture = Capture(function, [torch.tensor([1.0, 2.0])])
+        >>> [tuple(t.shape) for t in capture([torch.tensor([3.0, 4.0])])], capture.leaves[0] is weight
+        ([(), (2,)], True)
+    """
+
+    def __init__(self, function: Callable[..., list[Tensor]], args: Sequence[Tensor]) -> None:
+        self.results: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        self.compiled = False
+
+        def recorded(*tensors: Tensor) -> list[Tensor]:
+            with _Recording() as recording:
+                results = function(*tensors)
+            self.leaves = [leaf for leaf, _ in recording.gradients.values()]
+            gradients = [gradient for _, gradient in recording.gradients.values()]
+            self.results = _owned([*results, *gradients], [*results, *self.leaves])
+            return self.results
+
+        graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
+        self._takes_args = bool(args)
+        # A graph module returns a flat list and takes flat arguments without pytree's code.
+        graph.set_codegen(fx.graph.CodeGen())
+        self.constants, self._constant_nodes = _lifted(graph)
+        self.draws, self.live_noise = _hoisted(graph)
+        graph.eliminate_dead_code()
+        if not self._takes_args:
+            graph.erase_node(next(iter(graph.nodes)))
+        self.module = fx.GraphModule({}, graph)
+        self._run: Callable[..., Sequence[Tensor]] = self.module.forward
+        self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
+        self.mutated = _mutated(graph, self._constant_nodes, self.constants)
+
+    def __call__(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Results and gradients for new arguments, new noise, and the tensors as they are now."""
+        with torch.no_grad(), _fast_matmul(self.on_cpu):
+            return self._run(*args, *self.constants, *[draw() for draw in self.draws])
+
+    def compile(self, args: Sequence[Tensor]) -> None:
+        """Hand the graph to Inductor; what it raises comes through, and the graph stays replayable."""
+        from torch._inductor.compile_fx import compile_fx
+
+        with torch.no_grad(), torch.random.fork_rng():
+            examples = [t.detach() for t in (*args, *self.constants, *(draw() for draw in self.draws))]
+            graph = fx.GraphModule({}, fx.Graph())
+            graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
+            graph.recompile()
+            run = compile_fx(graph, examples)
+            run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
+            scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}
+            count = len(args)
+            run(*[scratch.get(i - count, t) for i, t in enumerate(examples)])  # a lazy failure shows here
+        self._run, self.compiled = run, True
+
+
+@contextlib.contextmanager
+def _fast_matmul(on_cpu: bool) -> Iterator[None]:
+    """oneDNN's matrix products where they are as exact as torch's default: on AMD they take half the time."""
+    if not on_cpu or torch.get_float32_matmul_precision() != "highest" or not _medium_is_exact():
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@functools.cache
+def _medium_is_exact() -> bool:
+    """Whether "medium" keeps float32 on this CPU: it does where there is no matrix unit for bfloat16."""
+    a, b = (torch.arange(256.0 * 256).add(shift).sin().view(256, 256) for shift in (0, 1))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        error = (a @ b - (a.double() @ b.double())).abs().max().item()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return error < 1e-4  # bfloat16 is off by more than 1e-2 here
+
+
+class _Recording(TorchFunctionMode):
+    """Keeps backward away from ``.grad``, and numbers from being read out of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradients: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            return self._backward(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _READS and func is getattr(Tensor, name, None):
+            frame = sys._getframe(1)
+            module = frame.f_globals.get("__name__", "")
+            if module.startswith(_REPORTERS):
+                if name == "item":  # a number to report: it stays a tensor, and alive
+                    return args[0].detach()
+                with disable_proxy_modes_tracing():  # a check: it holds for the step that is captured
+                    return func(*args, **kwargs)
+            if not module.startswith(("torch.", "pyro.")):
+                where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+                raise Uncapturable(f"a number is read out of a tensor at {where}")
+        return func(*args, **kwargs)
+
+    def _backward(
+        self, loss: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None,
+        create_graph: bool = False, inputs: Any = None,
+    ) -> None:  # fmt: skip
+        if create_graph:
+            raise Uncapturable("its backward keeps a graph of the gradients")
+        leaves = list(_leaves(loss)) if inputs is None else [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        found = torch.autograd.grad(loss, leaves, gradient, retain_graph=retain_graph)
+        for leaf, value in zip(leaves, found, strict=True):
+            before = self.gradients.get(id(leaf))
+            self.gradients[id(leaf)] = (leaf, value.detach() if before is None else before[1] + value.detach())
+
+
+def _leaves(loss: Tensor) -> Iterable[Tensor]:
+    """The tensors into whose ``.grad`` backward would add."""
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack += [following for following, _ in reversed(node.next_functions)]
+
+
+def _owned(outputs: list[Tensor], shaped_like: list[Tensor]) -> list[Tensor]:
+    """Outputs with a storage of their own: an optimiser changes gradients in place."""
+    seen: set[int] = set()
+    owned = []
+    for output, like in zip(outputs, shaped_like, strict=True):
+        storage = output.untyped_storage().data_ptr()
+        whole = output.numel() * output.element_size() == output.untyped_storage().nbytes()
+        fresh = storage not in seen and whole and output.stride() == like.stride()
+        if not fresh:
+            output = torch.empty_like(like).copy_(output)
+        seen.add(output.untyped_storage().data_ptr())
+        owned.append(output.detach())
+    return owned
+
+
+def _lifted(graph: fx.Graph) -> tuple[list[Tensor], list[fx.Node]]:
+    """Turn the tensors that the graph holds into inputs, one for each."""
+    owner = graph.owning_module
+    found: dict[int, tuple[Tensor, fx.Node]] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(owner, node.target)
+        if not isinstance(tensor, Tensor):
+            raise Uncapturable(f"the graph holds a {type(tensor).__name__}")
+        if id(tensor) not in found:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"constant_{len(found)}")
+            last.meta = dict(node.meta)
+            found[id(tensor)] = (tensor, last)
+        node.replace_all_uses_with(found[id(tensor)][1])
+        graph.erase_node(node)
+    return [tensor for tensor, _ in found.values()], [node for _, node in found.values()]
+
+
+def _hoisted(graph: fx.Graph) -> tuple[list[Draw], bool]:
+    """Turn noise into inputs; whether some remains, whose parameters the graph computes.
+
+    If any remains, all remains: the order of the draws is part of what a seed means.
+    """
+    random = [node for node in graph.nodes if _is_random(node)]
+    draws = [_draw(node) for node in random]
+    if any(draw is None for draw in draws):
+        return [], True
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for number, node in enumerate(random):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"noise_{number}")
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    return [draw for draw in draws if draw is not None], False
+
+
+def _is_random(node: fx.Node) -> bool:
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _draw(node: fx.Node) -> Draw | None:
+    """The call that a node makes, if nothing in it depends on the graph."""
+    target: Any = node.target
+    name = target.overloadpacket.__name__
+    rest = list(node.args)
+    like = None
+    if name in _FILLS or name in _LIKES:
+        first = rest.pop(0)
+        assert isinstance(first, fx.Node)
+        value = first.meta.get("val")
+        if value is None or (name in _FILLS and (len(first.users) > 1 or not _is_empty(first))):
+            return None
+        like = (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+    elif name not in _FACTORIES and target is not _aten.normal.float_float:
+        return None
+    if any(isinstance(a, fx.Node) for a in (*rest, *node.kwargs.values())):
+        return None
+    return Draw(target, like, tuple(rest), dict(node.kwargs))
+
+
+def _is_empty(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
+
+
+def _mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> list[Tensor]:
+    """The constants that the graph writes to, such as running averages."""
+    written = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            for argument, value in zip(schema.arguments, node.args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written.add(value)
+    return [constant for node, constant in zip(nodes, constants, strict=True) if node in written]

@@ -1,0 +1,523 @@
+"""A loss that compiles: any Pyro ELBO, captured once and replayed without Pyro.
+
+`Compiled` is a ``pyro.infer.ELBO`` around another. Its first step of a kind is the
+other's own. From the second in a row on it replays a graph of tensor operations (see
+`pyro_vae.inference.capture`), which Inductor compiles once that has proved worth it.
+Where a pair cannot be captured the steps go on as they were, with one line that says why.
+
+A graph is used as long as what it rests on is as it was: the programs; shapes, types and
+devices of arguments and of the tensors that are read; which of them train; training mode
+and every number, text and switch in the attributes of modules and loss, in closures and
+in globals. What else could live in Python is found out by a check: at the 1st, 10th,
+100th ... replay the loss is computed both ways from the same noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.poutine.runtime import _PYRO_STACK, apply_stack
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+from torch.utils import _pytree as pytree
+
+from pyro_vae.inference.capture import Capture, Uncapturable
+from pyro_vae.parameters import _OwnParameters, own_parameters
+from pyro_vae.traces import Program
+
+_LIMIT = 8  # captures of one kind of step, and kinds of step, before giving up
+_SCALARS = (bool, int, float, str, type(None))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
+
+
+class Compiled(ELBO):
+    """A Pyro ELBO as one compiled function of data, parameters and noise.
+
+    Value, gradients and, under one seed, every random number are those of the loss that
+    is wrapped, to rounding. Parameters are the modules' own (see `pyro_vae.parameters`);
+    beta and everything else that is a tensor may change between steps at no cost.
+
+    Args:
+        loss: Any ELBO whose steps are tensor code: ``Trace_ELBO()``, ``RenyiELBO()``,
+            `Objective`, ...
+        compile_after: Replays after which Inductor compiles the graph (seconds, once, and
+            less from its cache on disk); None only replays, for which no C++ compiler is
+            needed.
+        quiet: Leave out the warning that says why a pair runs uncompiled.
+    Attributes:
+        reason: Why the most recent step ran uncaptured, or None.
+        captures: Number of captures so far.
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.zeros(()))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.1}), loss=Compiled(Trace_ELBO()))
+        >>> for _ in range(200):
+        ...     _ = svi.step(torch.full((4,), 3.0))
+        >>> round(pyro.param("loc").item(), 1)
+        3.0
+    """
+
+    def __init__(self, loss: ELBO, *, compile_after: int | None = 10, quiet: bool = False) -> None:
+        if isinstance(loss, Compiled) or not hasattr(loss, "loss_and_grads"):
+            raise ValueError(f"got {loss!r} to compile, wanted a Pyro ELBO such as Trace_ELBO(), or an Objective.")
+        if compile_after is not None and compile_after < 0:
+            raise ValueError(f"compile_after must be None or at least 0, got {compile_after}.")
+        super().__init__(num_particles=loss.num_particles)
+        self.inner = loss
+        self.compile_after = compile_after
+        self.quiet = quiet
+        self._forget()
+
+    def _forget(self) -> None:
+        self.reason: str | None = None
+        self.captures = 0
+        self._entries: dict[Any, _Entry] = {}
+        self._refused: dict[Any, str] = {}
+        self._tries: dict[Any, int] = {}
+        self._last: Any = None
+        self._said: set[str] = set()
+
+    def __repr__(self) -> str:
+        own = type(self.inner).__repr__ is not object.__repr__
+        return f"Compiled({self.inner!r})" if own else f"Compiled({type(self.inner).__name__}())"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is for another pair, and graphs hold tensors of this one.
+        keep = ("num_particles", "max_plate_nesting", "inner", "compile_after", "quiet")
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") or name in keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.inner = copy.copy(self.inner)
+        self._forget()
+
+    @property
+    def beta(self) -> Any:
+        """That of the `Objective` inside; it may change between steps."""
+        return self.inner.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self.inner.beta = value
+
+    @property
+    def last_bound(self) -> Tensor | None:
+        """That of the `Objective` inside."""
+        return self.inner.last_bound
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """The loss as a number, uncompiled."""
+        with own_parameters(model, guide):
+            return self.inner.loss(model, guide, *args, **kwargs)
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """The loss as a number; its gradients are added to the parameters' ``.grad``."""
+        step = _Step.of(model, guide, args, kwargs)
+        entry = self._ready(step)
+        if entry is not None:
+            value = self._replay(entry, step)
+            if value is not None:
+                entry.announce()
+                return value.item()
+        return self._slowly(step)
+
+    def replay(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]] | None:
+        """As `loss_and_grads`, without a word to Pyro's handlers and without reading the loss.
+
+        Returns:
+            The loss and the parameters whose ``.grad`` it added to; None, with nothing
+            done, where there is no graph for such a step yet.
+        """
+        step = _Step.of(model, guide, args, kwargs)
+        entry = self._ready(step)
+        value = None if entry is None else self._replay(entry, step)
+        return None if value is None or entry is None else (value, entry.capture.leaves)
+
+    def _get_trace(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("Compiled replays graphs; the traces are those of the loss inside.")
+
+    def _ready(self, step: _Step) -> _Entry | None:
+        if step.key is None:
+            return None
+        entry = self._entries.get(step.key)
+        if entry is None or not _neutral_handlers():
+            return None
+        beta = getattr(self.inner, "beta", 1)
+        if entry.fresh() and (beta == 1 or entry.beta is not None):
+            if entry.beta is not None:
+                entry.beta.fill_(beta)
+            return entry
+        del self._entries[step.key]
+        return None
+
+    def _replay(self, entry: _Entry, step: _Step) -> Tensor | None:
+        entry.replays += 1
+        if self.compile_after is not None and entry.replays == max(self.compile_after, 1):
+            self._compile(entry, step)
+        expected = None
+        if entry.replays in _CHECKS or entry.unchecked:
+            expected = self._expected(entry, step)
+            entry.unchecked = False
+        results = entry.capture(step.tensors)
+        loss, offset = results[0], 1
+        if expected is not None and abs(loss.item() - expected) > 1e-3 * max(abs(expected), 1.0):
+            self._refuse(step, f"the loss depends on something outside the graph ({loss.item():.6g} replayed, "
+                         f"{expected:.6g} not), such as a Python number that changes")
+            del self._entries[step.key]
+            return None
+        if entry.with_bound:
+            self.inner.last_bound, offset = results[1], 2
+        for leaf, gradient in zip(entry.capture.leaves, results[offset:], strict=True):
+            if leaf.grad is None:
+                leaf.grad = gradient
+            else:
+                with torch.no_grad():
+                    leaf.grad.add_(gradient)
+        self.reason = None
+        return loss
+
+    def _expected(self, entry: _Entry, step: _Step) -> float | None:
+        """The loss of the programs themselves, from the noise that the replay will draw."""
+        written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
+        bound = getattr(self.inner, "last_bound", None)
+        with _forked(step.tensors), pyro.validation_enabled(False), own_parameters(step.model, step.guide):
+            value = self.inner.loss(step.model, step.guide, *step.args, **step.kwargs)
+        if bound is not None:
+            self.inner.last_bound = bound
+        with torch.no_grad():
+            for tensor, before in written:
+                tensor.copy_(before)
+        return float(value) if torch.isfinite(torch.as_tensor(value)).all() else None
+
+    def _compile(self, entry: _Entry, step: _Step) -> None:
+        if entry.capture.live_noise:
+            return  # Inductor may draw in another order
+        try:
+            entry.capture.compile(step.tensors)
+            entry.unchecked = True
+        except Exception as error:  # whatever the compiler lacks, the graph is there already
+            self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({_first_line(error)})")
+
+    def _slowly(self, step: _Step) -> Any:
+        again, self._last = step.key is not None and step.key == self._last, step.key
+        if not again:
+            self.reason = step.reason or "the first step of its kind"
+            if step.reason:
+                self._say(f"the steps are not compiled, since {step.reason}")
+            return self._eagerly(step)
+        refused = self._refused.get(step.key)
+        if refused is not None or not _neutral_handlers():
+            self.reason = refused or "Pyro handlers are active around the loss"
+            return self._eagerly(step)
+        return self._capture(step)
+
+    def _eagerly(self, step: _Step) -> Any:
+        with own_parameters(step.model, step.guide):
+            return self.inner.loss_and_grads(step.model, step.guide, *step.args, **step.kwargs)
+
+    def _refuse(self, step: _Step, reason: str) -> None:
+        self._refused[step.key] = self.reason = reason
+        self._say(f"the steps are not compiled, since {reason}")
+
+    def _say(self, sentence: str) -> None:
+        if not self.quiet and sentence not in self._said:
+            warnings.warn(f"{self!r}: {sentence}.", stacklevel=4)
+        self._said.add(sentence)
+
+    def _capture(self, step: _Step) -> Any:
+        """Run a step and write it down."""
+        self._tries[step.key] = self._tries.get(step.key, 0) + 1
+        if self._tries[step.key] > _LIMIT:
+            self._refuse(step, f"what the programs read outside their arguments has changed {_LIMIT} times")
+            return self._eagerly(step)
+        while len(self._entries) >= _LIMIT:
+            del self._entries[next(iter(self._entries))]
+        watched = _Watched((step.model, step.guide), self.inner)
+        beta, state = getattr(self.inner, "beta", 1), _random_state(step.tensors)
+        written = [(buffer, buffer.clone()) for module in watched.modules for buffer in module.buffers()]
+        live = None if beta == 1 else torch.tensor(float(beta), dtype=torch.float64)
+        sites: dict[str, Any] = {}
+        with_bound = False
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            nonlocal with_bound
+            args, kwargs = step.rebuilt(tensors)
+            with poutine.trace(param_only=True) as params, own_parameters(step.model, step.guide):
+                loss = self.inner.loss_and_grads(step.model, step.guide, *args, **kwargs)
+            sites.update(params.trace.nodes)
+            if not isinstance(loss, Tensor):
+                raise Uncapturable(f"{type(self.inner).__name__} returns {type(loss).__name__} made of Python numbers")
+            bound = getattr(self.inner, "last_bound", None)
+            with_bound = isinstance(bound, Tensor)
+            return [loss.detach(), bound] if isinstance(bound, Tensor) else [loss.detach()]
+
+        # The sites are announced by the handler around, once it is known that the capture is good.
+        outer, _PYRO_STACK[:] = list(_PYRO_STACK), []
+        try:
+            if live is not None:
+                self.inner.beta = live
+            with pyro.validation_enabled(False):
+                capture = Capture(function, step.tensors)
+        except Exception as error:
+            _set_random_state(state)
+            with torch.no_grad():
+                for buffer, before in written:
+                    buffer.copy_(before)
+            failure: Exception | None = error
+        else:
+            failure = None
+        finally:
+            _PYRO_STACK[:] = outer
+            if live is not None:
+                self.inner.beta = beta
+        if failure is not None:
+            self._refuse(step, _why(failure))
+            return self._eagerly(step)
+        self.captures += 1
+        entry = _Entry(capture, watched, [_Site.of(site) for site in sites.values()], live, with_bound)
+        if watched.changed():
+            self._refuse(step, f"{watched.changed()} changes while the programs run")
+        else:
+            self._entries[step.key] = entry
+        results = capture.results
+        if with_bound:
+            self.inner.last_bound = results[1]
+        for leaf, gradient in zip(capture.leaves, results[1 + with_bound :], strict=True):
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        self.reason = "it was being captured"
+        entry.announce()
+        return results[0].item()
+
+
+_CHECKS = frozenset(10**n for n in range(9))
+
+
+class _Step(NamedTuple):
+    """One call: its tensors, and all else that it rests on as a key."""
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    key: Any
+    reason: str | None
+
+    @classmethod
+    def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
+        if not kwargs and all(type(a) is Tensor for a in args):  # spares pytree's code, the usual case
+            leaves, structure = args, None
+        else:
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        rest = tuple(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
+        reason = None
+        if any(t.requires_grad for t in tensors):
+            reason = "an argument requires a gradient"
+        elif any(not isinstance(leaf, (Tensor, *_SCALARS)) for leaf in leaves):
+            odd = next(leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_SCALARS)))
+            reason = f"an argument is a {type(odd).__name__}, wanted tensors and numbers"
+        elif not torch.is_grad_enabled():
+            reason = "gradients are switched off"
+        key = None
+        if reason is None:
+            shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+            device = tensors[0].device.type if tensors else "cpu"
+            key = (model, guide, structure and str(structure), rest, shapes, torch.is_autocast_enabled(device),
+                   torch.get_autocast_dtype(device), torch.get_default_dtype())  # fmt: skip
+        return cls(model, guide, args, kwargs, tensors, key, reason)
+
+    def rebuilt(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other tensors in their places."""
+        leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
+        new = iter(tensors)
+        return pytree.tree_unflatten([next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+
+class _Watched:
+    """What programs and loss read in Python, as far as it can be found: names in mappings."""
+
+    def __init__(self, programs: Sequence[Program], loss: ELBO) -> None:
+        self.modules: list[nn.Module] = []
+        self._places: list[tuple[Callable[[Any], Any], Any]] = []
+        self._seen: set[int] = set()
+        for program in programs:
+            self._program(program)
+        settings = {k: v for k, v in vars(loss).items() if k not in ("last_bound", "beta") and not k.startswith("_")}
+        self._places += [(vars(loss).get, name) for name in settings]
+        store = pyro.get_param_store()._params
+        self._places += [(store.get, name) for name in store]
+        self.before = self._now()
+
+    def _now(self) -> list[Any]:
+        return [get(name) for get, name in self._places]
+
+    def fresh(self) -> bool:
+        try:
+            return self.before == self._now()
+        except (RuntimeError, ValueError):  # tensors that are not the same object, compared by their values
+            return False
+
+    def changed(self) -> str | None:
+        """The name of one that is not as it was."""
+        for (_, name), before, now in zip(self._places, self.before, self._now(), strict=True):
+            if before is not now and not (isinstance(before, _SCALARS) and before == now):
+                return repr(getattr(name, "cell_contents", name) if not isinstance(name, str) else name)
+        return None
+
+    def _program(self, program: Any) -> None:
+        if id(program) in self._seen:
+            return
+        self._seen.add(id(program))
+        if isinstance(program, nn.Module):
+            self._module(program)
+        elif isinstance(program, types.MethodType):
+            self._program(program.__self__)
+            self._program(program.__func__)
+        elif isinstance(program, types.FunctionType):
+            self._function(program)
+        elif hasattr(program, "func"):  # functools.partial, and Pyro's handlers around a program
+            self._program(program.func)
+            for value in (*getattr(program, "args", ()), *getattr(program, "keywords", {}).values()):
+                if callable(value):
+                    self._program(value)
+        elif hasattr(program, "__dict__"):
+            self._places += [(vars(program).get, name) for name in vars(program)]
+
+    def _module(self, module: nn.Module) -> None:
+        self.modules.append(module)
+        for part in module.modules():
+            for name, value in vars(part).items():
+                if name not in _MODULE_ATTRIBUTES and isinstance(value, (*_SCALARS, Tensor, types.FunctionType)):
+                    self._places.append((vars(part).get, name))
+            for slots in (part._parameters, part._buffers, part._modules):
+                self._places += [(slots.get, name) for name in slots]
+
+    def _function(self, function: types.FunctionType) -> None:
+        for cell in function.__closure__ or ():
+            self._places.append((_contents, cell))
+            self._value(_contents(cell))
+        for name in function.__code__.co_names:
+            if name in function.__globals__:
+                value = function.__globals__[name]
+                if isinstance(value, (*_SCALARS, Tensor, nn.Module)):
+                    self._places.append((function.__globals__.get, name))
+                    self._value(value)
+
+    def _value(self, value: Any) -> None:
+        if isinstance(value, (nn.Module, types.MethodType, types.FunctionType)):
+            self._program(value)
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+class _Site(NamedTuple):
+    """A param statement of the programs, to be told to the handlers around a replay."""
+
+    name: str
+    unconstrained: Tensor
+    constraint: Any
+
+    @classmethod
+    def of(cls, site: Any) -> _Site:
+        value = site["value"]
+        return cls(site["name"], value.unconstrained(), site["kwargs"].get("constraint", constraints.real))
+
+    def announce(self) -> None:
+        value = self.unconstrained
+        if self.constraint is not constraints.real:
+            with torch.no_grad():
+                value = transform_to(self.constraint)(value)
+        value.unconstrained = weakref.ref(self.unconstrained)  # type: ignore[attr-defined]
+        apply_stack(
+            {
+                "type": "param", "name": self.name, "fn": _known, "is_observed": False, "args": (self.name,),
+                "kwargs": {"constraint": self.constraint}, "value": value, "scale": 1.0, "mask": None,
+                "cond_indep_stack": (), "done": True, "stop": False, "continuation": None, "infer": None,
+                "obs": None,
+            }  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def _known(*_: Any, **__: Any) -> None:
+    """What a param statement would call, had it no value yet."""
+
+
+class _Entry:
+    """A capture and the conditions under which it holds."""
+
+    def __init__(
+        self, capture: Capture, watched: _Watched, sites: list[_Site], beta: Tensor | None, with_bound: bool
+    ) -> None:
+        self.capture, self.watched, self.sites, self.beta, self.with_bound = capture, watched, sites, beta, with_bound
+        self.replays, self.unchecked = 0, False
+        self._tensors = self._now()
+
+    def _now(self) -> list[Any]:
+        return [(c.requires_grad, c.dtype, c.device, c.shape) for c in self.capture.constants]
+
+    def fresh(self) -> bool:
+        return self._tensors == self._now() and self.watched.fresh()
+
+    def announce(self) -> None:
+        if _PYRO_STACK:
+            for site in self.sites:
+                site.announce()
+
+
+def _neutral_handlers() -> bool:
+    """Whether the handlers around the loss change nothing in it."""
+    return all(
+        isinstance(handler, _OwnParameters) or (isinstance(handler, TraceMessenger) and handler.param_only)
+        for handler in _PYRO_STACK
+    )
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, Uncapturable):
+        return str(error)
+    if "data-dependent" in str(error) or "tracing tensor" in str(error):
+        return "its Python code depends on the values of tensors"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+
+
+def _cuda(tensors: Sequence[Tensor]) -> list[int]:
+    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+
+
+def _forked(tensors: Sequence[Tensor]) -> Any:
+    return torch.random.fork_rng(devices=_cuda(tensors))
+
+
+def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+    return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in _cuda(tensors)}
+
+
+def _set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    for index, value in state[1].items():
+        torch.cuda.set_rng_state(value, index)
