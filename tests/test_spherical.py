@@ -273,7 +273,7 @@ def test_the_slope_of_an_angle_keeps_its_distribution_function(D, dtype, close):
             q = VMF(torch.eye(D, dtype=dtype)[0], torch.tensor(value, dtype=dtype))
             for a, ours in zip(angle.tolist(), q._slope(angle).tolist(), strict=True):
 
-                def integrand(t, a=a, k=k, mean=mean):
+                def integrand(t, a=a, k=k, mean=mean, p=p):
                     return mpmath.exp(k * (mpmath.cos(t) - mpmath.cos(a))) * (mpmath.sin(t) / mpmath.sin(a)) ** p * (mpmath.cos(t) - mean)  # fmt: skip
 
                 ends = [a, a - width, a - 4 * width, a - 12 * width] if a < centre else [a, a + width, a + 4 * width, a + 12 * width]
