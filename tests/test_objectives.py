@@ -7,9 +7,13 @@ import pyro
 import pytest
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.inference.bounds import elbo, iwae, map_estimate, reconstruction
 from pyro_vae.inference.objectives import Objective, mean_bound
+from pyro_vae.inference.sleep import dream
+from pyro_vae.inference.split_bounds import wake_sleep
+from pyro_vae.parameters import own_parameters
 from pyro_vae.traces import particles
 from tests.pairs import binary, linear_pair, small_pair
 
@@ -128,6 +132,94 @@ def test_a_sampler_without_gradient_is_refused():
     with pytest.raises(ValueError, match="'z' has no reparameterised sampler.*TraceEnum_ELBO"):
         Objective(elbo).loss_and_grads(model, guide, torch.zeros(3))
     assert math.isfinite(Objective(elbo).loss(model, guide, torch.zeros(3)))
+
+
+def test_a_cut_objective_runs_under_plain_svi_and_traces_with_make_fx():
+    """Nothing in a step branches on the value of a tensor, so that it can be captured."""
+    model, guide = small_pair()
+    x = binary()
+    objective = Objective(iwae, 3, estimator="doubly-reparameterized", max_plate_nesting=1)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), objective)
+    losses = [svi.step(x) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+    names = [(m, n) for m in (model, guide) for n, _ in m.named_parameters()]
+    parameters = [dict(m.named_parameters())[n] for m, n in names]
+
+    def step(x):
+        return torch.autograd.grad(objective.differentiable_loss(model, guide, x), parameters)
+
+    with own_parameters(model, guide), pyro.validation_enabled(False):
+        captured = make_fx(step)(x)
+        torch.manual_seed(0)
+        eager = step(x)
+    torch.manual_seed(0)
+    for a, b in zip(captured(x), eager, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_the_sleep_phase_fits_the_guide_to_the_models_own_draws():
+    """The optimum of E_p log q(z | x) over q = N(a x + c, exp(r)^2) is the exact posterior."""
+    import pyro.distributions as dist
+
+    a, c, r = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.0, 0.5, -1.0))
+    slope = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.sample("x", dist.Normal(slope * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(a * x + c, r.exp()))
+
+    pyro.set_rng_seed(0)
+    x = torch.full((2000,), 9.0, dtype=torch.float64)  # the guide must learn nothing from these
+    objective = Objective(wake_sleep(sleep=1.0), 1)
+    optimizer = torch.optim.Adam([a, c, r], lr=0.03)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = objective.loss_and_grads(model, guide, x)
+        optimizer.step()
+    assert loss == pytest.approx(-float(objective.last_bound), rel=1e-12)
+    # p(z | x) = N(x / 2, 1 / 2); the errors are those of 2000 draws.
+    assert abs(a.item() - 0.5) < 0.03 and abs(c.item()) < 0.03 and abs(r.item() - math.log(0.5) / 2) < 0.03
+    slope.grad = None
+    objective.loss_and_grads(model, guide, x)
+    assert slope.grad.abs() > 0  # of the wake phase; the dream gives the model none
+    log_q = dream(model, guide, x)
+    assert log_q.shape == (2000,) and torch.autograd.grad(log_q.sum(), slope, allow_unused=True) == (None,)
+
+
+def test_the_share_of_the_sleep_phase():
+    model, guide = (m.double() for m in small_pair())
+    x = binary().double()
+    found = {}
+    for share in (0.0, 0.25, 1.0):
+        _, found[share] = value_and_gradients(Objective(wake_sleep(share), 4), model, guide, x)
+    for name in found[0.0]:
+        # The wake phase draws first, so that one seed gives all three the same draws.
+        mixed = 0.75 * found[0.0][name] + 0.25 * found[1.0][name]
+        assert torch.allclose(found[0.25][name], mixed, rtol=1e-9, atol=1e-11), name
+
+
+def test_a_dream_needs_to_know_which_argument_is_the_data():
+    def model(size, x=None):
+        import pyro.distributions as dist
+
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    def guide(size):
+        import pyro.distributions as dist
+
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"none of the 1 arguments is what the model observes \(x\)"):
+        dream(model, guide, 3)
 
 
 def test_mean_bound_repeats_and_matches_a_direct_average():
