@@ -837,3 +837,13 @@ def test_arrays_and_tensor_datasets_are_data():
     x = torch.arange(10.0)
     for data in (x.numpy(), torch.utils.data.TensorDataset(x), (np.arange(10.0, dtype=np.float32),)):
         assert torch.equal(torch.cat([b for (b,) in Batches(data, 4, shuffle=False)]), x)
+
+
+def test_a_frozen_model_stays_as_it_is_and_in_evaluation_mode():
+    model, guide = small_pair()
+    model.requires_grad_(False)
+    before, modes = [p.clone() for p in model.parameters()], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pyro would warn of each frozen parameter in training mode
+        fit(model, guide, binary(), epochs=2, progress=False, seed=0, callback=lambda _: modes.append(model.training))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and modes == [False, False]

@@ -14,6 +14,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -23,11 +24,15 @@ from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
 from pyro_vae.inference.compatibility import check
+from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
+
+
+_CAPTURE_PAYS, _COMPILER_PAYS = 500, 20_000  # steps: a capture costs about a second, Inductor up to half a minute
 
 
 @dataclass
@@ -80,6 +85,7 @@ def fit(
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    compile: bool | str = "auto",
 ) -> History:
     """Fit a Pyro model/guide pair by ``pyro.infer.SVI``.
 
@@ -116,6 +122,10 @@ def fit(
         callback: Called with each epoch's record.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
             If it is there already, the fit goes on from it, to the bit.
+        compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
+            Inductor; "auto" captures them in fits of 500 steps or more and compiles them in
+            fits of 20,000 or more, where it pays, unless there is a checkpoint: a compiled
+            fit goes on from one to rounding, not to the bit.
     Returns:
         The history. The pair is trained in place and left in evaluation mode.
     Raises:
@@ -135,6 +145,8 @@ def fit(
         >>> abs(pyro.param("loc").item() - 3.0) < 0.1
         True
     """
+    compiled = loss if isinstance(loss, Compiled) else None
+    loss = loss if compiled is None else compiled.inner
     loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
     _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
@@ -149,6 +161,8 @@ def fit(
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history, best = History(), _Best(modules)
     with own_parameters(model, guide), seeded(seed), _matmul_precision(matmul_precision):
+        for module in modules:
+            module.train(_learns(module))
         point = check(model, guide, batches.first(), loss)
         validation_bound = validation_bound or (loss.bound if point else elbo)
         if validation is not None:  # what cannot be scored is refused now, not after an epoch
@@ -156,7 +170,12 @@ def fit(
                 module.eval()
             with seeded(0), torch.no_grad():
                 Objective().particles(model, guide, *Batches(validation, 500, place, shuffle=False).first())
-        stepper = _Stepper(model, guide, loss, optimizer, rate, epochs * len(batches), kl_warmup * len(batches))
+        steps = epochs * len(batches)
+        if compiled is None:
+            compiled = _compiled(loss, compile, steps, checkpoint is not None)
+        else:
+            compiled = Compiled(loss, compile_after=compiled.compile_after, quiet=compiled.quiet)
+        stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), compiled)
         started = time.perf_counter()
         if checkpoint is not None:
             # Pyro's losses have no repr of their own.
@@ -170,7 +189,7 @@ def fit(
             try:
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
                     for module in modules:
-                        module.train()
+                        module.train(_learns(module))
                     record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(batches, bar)
                     if validation is not None:
                         for module in modules:
@@ -202,6 +221,16 @@ def fit(
     return history
 
 
+def _compiled(loss: Any, compile: bool | str, steps: int, resumable: bool) -> Compiled | None:
+    """The loss compiled where that is wanted, or, automatically, where it pays for a fit of so many steps."""
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'got compile={compile!r}, wanted True, False or "auto".')
+    if compile == "auto" and (resumable or steps < _CAPTURE_PAYS) or compile is False:
+        return None
+    pays = compile is True or steps >= _COMPILER_PAYS
+    return Compiled(loss, compile_after=10 if pays else None, quiet=compile == "auto")
+
+
 def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper) -> None:
     names = {id(t): name for name, t in checkpoint.tensors.items()}
     progress = {
@@ -230,6 +259,12 @@ def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _St
     return history.records[-1]["seconds"]
 
 
+def _learns(module: nn.Module) -> bool:
+    """Whether a module is not frozen whole; one that is stays in evaluation mode, dropout and statistics too."""
+    parameters = list(module.parameters())
+    return not parameters or any(p.requires_grad for p in parameters)
+
+
 def _owners(*programs: Program) -> list[nn.Module]:
     """The modules that the programs are, or are methods of."""
     found = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
@@ -239,7 +274,7 @@ def _owners(*programs: Program) -> list[nn.Module]:
 class _Tempered(Messenger):
     """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change."""
 
-    def __init__(self, weight: Callable[[], float]) -> None:
+    def __init__(self, weight: Callable[[], float | Tensor]) -> None:
         super().__init__()
         self.weight = weight
 
@@ -252,18 +287,29 @@ class _Stepper:
     """The inner loop: SVI steps with the schedules of learning rate and beta."""
 
     def __init__(
-        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, total: int, warmup: int
-    ) -> None:
+        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, total: int, warmup: int,
+        compiled: Compiled | None = None,
+    ) -> None:  # fmt: skip
         self.loss, self.optimizer, self.rate, self.total, self.warmup = loss, optimizer, rate, total, warmup
         self.steps = 0
         self.final_beta = float(loss.beta) if isinstance(loss, Objective) else 1.0
+        # As a tensor, the weight is read anew by a captured step; losses that compare scales want a number.
+        self.weight: Tensor | None = None
         if warmup and not isinstance(loss, Objective):
-            model, guide = _Tempered(self.beta)(model), _Tempered(self.beta)(guide)
-        self.svi = SVI(model, guide, optimizer, loss)
+            if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
+                self.weight = torch.ones((), dtype=torch.float64)
+            else:
+                compiled = None
+            model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
+        self.compiled = compiled
+        self.svi = SVI(model, guide, optimizer, compiled or loss)
 
     def beta(self) -> float:
         """The weight of log q - log p(z) in the step to come."""
         return self.final_beta * (min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0)
+
+    def _live_beta(self) -> float | Tensor:
+        return self.beta() if self.weight is None else self.weight
 
     def factor(self) -> float:
         """What multiplies the learning rate in the step to come."""
@@ -303,10 +349,21 @@ class _Stepper:
             self.optimizer.set_learning_rate(self.factor())
         if isinstance(self.loss, Objective) and self.warmup:
             self.loss.beta = self.beta()
-        # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
-        with pyro.validation_enabled(self.steps == 0):
-            result = self.svi.step(*batch)
-        value = float(sum(result) if isinstance(result, tuple | list) else result)
+        if self.weight is not None:
+            self.weight.fill_(self.beta())
+        replayed = None
+        if self.compiled is not None:
+            replayed = self.compiled.replay(self.svi.model, self.svi.guide, *batch)
+        if replayed is not None:
+            loss, parameters = replayed
+            self.optimizer(parameters)
+            zero_grads(parameters)
+            value = loss.item()
+        else:
+            # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
+            with pyro.validation_enabled(self.steps == 0):
+                result = self.svi.step(*batch)
+            value = float(sum(result) if isinstance(result, tuple | list) else result)
         if not math.isfinite(value):
             raise ValueError(
                 f"the loss became {value} at step {self.steps}. Lower learning_rate, set clip_norm (100 is a mild "
