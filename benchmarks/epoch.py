@@ -50,11 +50,16 @@ ROWS = (
     Row("ours", "pyro_vae, fit (Trace_ELBO)", "ours"),
     Row("ours-objective", "pyro_vae, fit (Objective(elbo))", "ours", {"loss": "Objective"}),
     Row("ours-medium", "pyro_vae, fit, medium matmuls", "ours", {"precision": "medium"}),
+    Row("ours-replayed", "pyro_vae, fit, captured, no compiler", "ours", {"compiled": "replay"}),
+    Row("ours-compiled", "pyro_vae, fit, compiled", "ours", {"compiled": "inductor"}),
+    Row("ours-compiled-objective", "the same, Objective(elbo)", "ours", {"loss": "Objective", "compiled": "inductor"}),
     Row("pyro", "Pyro, its VAE example's idiom", "pyro_idiom", loader=True),
     Row("pyro-memory", "Pyro SVI, data in memory, logits", "pyro_idiom", {"in_memory": True}),
     Row("torch", "PyTorch by hand, DataLoader", "by_hand", loader=True),
     Row("torch-memory", "PyTorch by hand, in memory, fused", "by_hand", {"in_memory": True}),
     Row("torch-medium", "the same, medium matmuls", "by_hand", {"in_memory": True, "precision": "medium"}),
+    Row("torch-compile", "the same, torch.compile", "by_hand",
+        {"in_memory": True, "precision": "medium", "compiled": True}),
     Row("numpyro", "NumPyro, epoch jitted", "numpyro_idiom", needs="numpyro"),
 )
 

@@ -38,7 +38,7 @@ class VAE(nn.Module):
 
 def build(
     pixels: np.ndarray, batch_size: int, seed: int, workers: int = 0, in_memory: bool = False,
-    precision: str | None = None,
+    precision: str | None = None, compiled: bool = False,
 ) -> Callable[[], tuple[int, float]]:
     torch.manual_seed(seed)
     if precision is not None:
@@ -47,12 +47,14 @@ def build(
     optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, fused=True if in_memory else None)
     items = None if in_memory else loader(Images(pixels), batch_size, workers)
     floats = torch.from_numpy(pixels).float().div_(255) if in_memory else None
+    # Dynamic shapes would be slower; the short last batch gets a graph of its own in the warm-up epoch.
+    loss_of = torch.compile(vae.loss, dynamic=False) if compiled else vae.loss
 
     def epoch() -> tuple[int, float]:
         total: float | Tensor = 0.0
         for x in in_memory_batches(floats, batch_size) if items is None else items:
             optimizer.zero_grad()
-            loss = vae.loss(binarized(x.flatten(1)))
+            loss = loss_of(binarized(x.flatten(1)))
             loss.backward()
             optimizer.step()
             total += loss.detach() if in_memory else loss.item()

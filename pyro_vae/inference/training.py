@@ -31,7 +31,6 @@ from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 
-
 _CAPTURE_PAYS, _COMPILER_PAYS = 500, 20_000  # steps: a capture costs about a second, Inductor up to half a minute
 
 
@@ -99,7 +98,8 @@ def fit(
         data: A tensor (N, ...); a tuple of them (the programs' positional arguments);
             anything with ``len`` that an index tensor turns into a batch, such as a
             `Split`; or an iterable of batches, such as a ``DataLoader``.
-        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given.
+        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given. A `Compiled`
+            keeps its graphs for the next fit of the same pair.
         epochs: Passes through the data.
         batch_size: B; an iterable of batches has its own.
         optimizer: A torch optimiser class (Adam when not given), or a ``PyroOptim``,
@@ -146,8 +146,10 @@ def fit(
         True
     """
     compiled = loss if isinstance(loss, Compiled) else None
-    loss = loss if compiled is None else compiled.inner
-    loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
+    if compiled is not None:
+        loss = compiled.inner
+    else:
+        loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
     _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
         raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
@@ -173,8 +175,6 @@ def fit(
         steps = epochs * len(batches)
         if compiled is None:
             compiled = _compiled(loss, compile, steps, checkpoint is not None)
-        else:
-            compiled = Compiled(loss, compile_after=compiled.compile_after, quiet=compiled.quiet)
         stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), compiled)
         started = time.perf_counter()
         if checkpoint is not None:
