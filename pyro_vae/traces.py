@@ -289,6 +289,11 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
         for site in sample_sites(trace):
             if is_point(site["fn"]):
                 raise ValueError(f"guide site {site['name']!r} is a point (Delta) without a density.")
+            if kind(site["fn"]) == "Delta":
+                raise ValueError(
+                    f"guide site {site['name']!r} is a Delta that carries the density of its own draw, so it cannot "
+                    "score a sample that it did not draw. Use particles(), which scores as it draws."
+                )
             try:
                 total = total + site_log_prob(site, frame)
             except (KeyError, NotImplementedError) as error:

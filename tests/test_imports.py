@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "testing": GROUND,
     "__main__": {"app"},
 }
-ONLY_THESE_PROGRAMS_KNOW_PARTS = {"architecture.py", "vae.py", "zoo.py"}
+ONLY_THESE_PROGRAMS_KNOW_PARTS = {"architecture.py", "ex_post.py", "vae.py", "zoo.py"}
 
 
 def imported(path: Path) -> set[str]:
