@@ -41,7 +41,7 @@ class Pushforward(TorchDistribution):
     Example:
         >>> base = torch.distributions.Normal(torch.zeros(2), 1.0)
         >>> q = Pushforward(torch.distributions.Independent(base, 1), lambda u: (u.exp(), u.sum(-1)))
-        >>> z = q.sample()
+        >>> z = q.rsample()
         >>> wanted = torch.distributions.LogNormal(torch.zeros(2), 1.0).log_prob(z).sum(-1)
         >>> torch.allclose(q.log_prob(z), wanted)
         True
