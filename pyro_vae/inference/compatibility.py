@@ -231,8 +231,8 @@ def _batch_norm(case: Case) -> str | None:
     several = case.guide_modules if len(case.latents) > 1 else ()  # the first layer's network sees each datum once
     if case.together > 1 and any(isinstance(module, _BatchNorm) for module in (*case.model_modules, *several)):
         return (
-            f"a network has batch normalisation, which would mix the {case.together} samples of a datum (and "
-            "the data) in one mean, so that no density of a single datum is left. Use LayerNorm or GroupNorm, or one sample."
+            f"a network has batch normalisation, which would mix the {case.together} samples of a datum (and the data) "
+            "in one mean, so that no density of a single datum is left. Use LayerNorm or GroupNorm, or one sample."
         )
     return None
 
