@@ -102,7 +102,7 @@ def cubo(n: float = 2.0) -> SplitBound:
 
         CUBO_n(x) = 1/n log E_q[w^n] >= log p(x),   n > 1
 
-    short of nothing: CUBO_n - log p(x) = 1/n log (1 + a chi-like divergence of p(z | x) from q).
+    It exceeds log p(x) by 1/n log E_q[(p(z | x) / q(z | x))^n], which is zero at the posterior.
     What is computed is 1/n log 1/K sum_k w_k^n. The logarithm of a mean is biased downwards,
     so this is a *lower* estimate of the upper bound, and brackets log p(x) only as K grows.
 
