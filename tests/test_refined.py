@@ -244,7 +244,7 @@ def test_the_elbo_rises_with_the_steps_to_the_best_of_the_family():
             bounds.append(exact_elbo(SemiAmortized(bad_guide, PAIR.model, steps, **options), X).mean())
     assert all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
     assert best.mean() - bounds[0] > 0.3
-    assert 0 <= best.mean() - bounds[-1] < 0.02
+    assert 0 <= best.mean() - bounds[-1] < 0.04
 
 
 def test_gradient_steps_leave_the_exact_posterior_where_it_is():
