@@ -1,0 +1,459 @@
+"""Annealed importance sampling, and the bracket of log p(x) by running it both ways.
+
+A chain starts at u_0 ~ f_0, the prior or the guide, and is carried to the posterior over T
+distributions log f_t = (1 - b_t) log f_0 + b_t log p(x, u). Its weight
+
+    log w = sum_{t=1}^{T} (b_t - b_{t-1}) (log p(x, u_{t-1}) - log f_0(u_{t-1})),
+    u_t ~ K_t(u_{t-1}),   K_t a Hamiltonian move that leaves f_t invariant,
+
+is an unbiased estimate of p(x), so the log of its mean over C chains is, on average, a
+**lower** bound on log p(x). Run backwards from an exact draw of the posterior with the
+same kernels (each is reversible, so in reverse order they make the reverse chain), the
+weight has E[1 / w] = 1 / p(x). Exact draws exist where x itself was simulated: (z, x) ~
+p(z) p(x | z) makes z a draw of p(z | x). One backward chain r beside C forward ones gives
+
+    E log (w_r + w_1 + ... + w_C) / (C + 1)  >=  log p(x),
+
+an **upper** bound, since it is the divergence of the backward process from the forward one.
+Both close as T grows: the bracket of bidirectional Monte Carlo. On real data no exact
+draw exists, and no upper bound is claimed.
+
+References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Grosse et al.,
+Sandwiching the marginal likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543.
+Wu et al., On the quantitative analysis of decoder-based generative models, 2017.
+arXiv:1611.04273. Brekelmans et al., Improving mutual information estimation with annealed
+and energy-based bounds, 2022. arXiv:2303.06992
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.judging.densities import Pair
+from pyro_vae.judging.hamiltonian import Density, State, transition
+from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
+from pyro_vae.judging.simulations import simulated_batch
+from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.traces import Program
+
+# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
+_CHUNK = 2**21
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """A lower bound on log p(x) by annealed importance sampling, averaged over data, in nats.
+
+    Attributes:
+        value: Mean over the data of log 1/C sum_c w_c.
+        mc_stderr: Monte Carlo standard error of the value, given these data.
+        data_stderr: Standard error of the value for the population of the data.
+        bias: Jackknife estimate of the bias of the value (negative: it is too low).
+        pointwise: log 1/C sum_c w_c per datum, (N,).
+        pointwise_stderr: Its Monte Carlo standard error, (N,).
+        log_weight: log w_c, (C, N).
+        ess: Effective number of chains per datum, (sum w)^2 / sum w^2, (N,).
+        acceptance: Mean probability of acceptance per datum, (N,); nan for T = 1.
+        kernels: What the chains used, frozen before they ran, one for each batch.
+        start: "guide" or "prior".
+        num_steps: T.
+        num_chains: C.
+        simulated: The bracket of the same estimator on data simulated from the model:
+            what is known of its accuracy. None unless asked for.
+    """
+
+    value: float
+    mc_stderr: float
+    data_stderr: float
+    bias: float
+    pointwise: Tensor
+    pointwise_stderr: Tensor
+    log_weight: Tensor
+    ess: Tensor
+    acceptance: Tensor
+    kernels: tuple[Kernels, ...]
+    start: str
+    num_steps: int
+    num_chains: int
+    simulated: Bracket | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"log p(x) >= {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; data ± {self.data_stderr:.2f}) nats, "
+            f"annealed from the {self.start} over {self.num_steps} steps, acceptance {self.acceptance.mean():.2f}, "
+            f"chain ESS {self.ess.mean():.1f} of {self.num_chains}"
+        )
+        if self.simulated is not None:
+            width, error = self.simulated.width, self.simulated.width_stderr
+            text += f"; on simulated data the bracket is {width:.2f} ± {error:.2f} wide"
+        return text
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Bounds on log p(x) of simulated data from both sides, in nats.
+
+    The standard errors of bounds are given the simulated data (upper: and their one exact
+    draw each); that of the width is over the simulations, and covers everything.
+
+    Attributes:
+        lower: The forward chains' bound, with all that belongs to it.
+        upper: Mean over the data of the upper bound.
+        upper_pointwise: It per datum, (N,).
+        upper_stderr: Monte Carlo standard error of the upper bound.
+        backward_log_weight: log w_r of the chains from the exact draw, (C, N).
+        backward_acceptance: (N,).
+        data: The simulated arguments of the programs.
+    """
+
+    lower: Annealed
+    upper: float
+    upper_pointwise: Tensor
+    upper_stderr: float
+    backward_log_weight: Tensor
+    backward_acceptance: Tensor
+    data: tuple[Any, ...]
+
+    @property
+    def width(self) -> float:
+        """Upper minus lower bound."""
+        return self.upper - self.lower.value
+
+    @property
+    def width_stderr(self) -> float:
+        """Standard error of the width over simulated data; nan for one."""
+        widths = self.upper_pointwise - self.lower.pointwise
+        return widths.std().item() / math.sqrt(len(widths)) if len(widths) > 1 else math.nan
+
+    def __str__(self) -> str:
+        return (
+            f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.width:.2f} ± {self.width_stderr:.2f})"
+        )
+
+
+def ais(
+    model: Program,
+    guide: Program | None,
+    data: Any,
+    *,
+    start: str = "guide",
+    num_steps: int = 500,
+    num_chains: int = 16,
+    num_leapfrog: int = 3,
+    schedule: str = "adaptive",
+    pilot_steps: int | None = None,
+    pilot_chains: int = 8,
+    target_acceptance: float = 0.75,
+    pilot_seed: int = 1,
+    num_simulated: int = 0,
+    observed: Mapping[str, int] | None = None,
+    device: str | torch.device | None = None,
+    seed: int | None = 0,
+    progress: bool | None = None,
+) -> Annealed:
+    """Estimate log p(x) by annealed importance sampling: a lower bound that closes with T.
+
+    Args:
+        model: A Pyro program for p(x, z), whose arguments are the batch.
+        guide: A Pyro program for q(z | x); from the prior it only scales the moves, and may be None.
+        data: As for `fit`.
+        start: Where chains begin: "guide" or "prior".
+        num_steps: T, steps of the path; 1 is plain importance sampling.
+        num_chains: C.
+        num_leapfrog: Leapfrog steps a move.
+        schedule: "sigmoid", "linear" or "adaptive" (equal thermodynamic length, per datum).
+        pilot_steps: Distributions of the pilot, in which step sizes and schedule are tuned and
+            then frozen; None for T / 4, at least 50 and at most T.
+        pilot_chains: Chains of the pilot.
+        target_acceptance: Probability of acceptance that the pilot aims at.
+        pilot_seed: Seed of the pilot.
+        num_simulated: Also run `bdmc` with the same settings on so many simulated data (at
+            most as many as there are), to say how accurate the estimator is.
+        observed: For those, as in `bdmc`.
+        device: Where the batches go; where the modules are when not given.
+        seed: Seed of the chains; None goes on with torch's random state.
+        progress: Show a bar; None shows it on a terminal only.
+    Returns:
+        The bound with its errors and diagnostics.
+    Raises:
+        ValueError: A setting out of range; a discrete, enumerated, point or auxiliary latent;
+            from the guide, one that cannot score a sample that it did not draw.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> result = ais(model, guide, torch.zeros(3), num_steps=5, num_chains=4)
+        >>> round(result.value, 4), round(result.mc_stderr, 4)   # the guide is exact: log N(0; 0, 2)
+        (-1.2655, 0.0)
+    """
+    options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
+                       target_acceptance, pilot_seed)  # fmt: skip
+    options.check(guide)
+    batches = Batches(data, _batch_size(model, guide, data, num_chains), _place(model, guide, device), shuffle=False)
+    found = []
+    with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad():
+        with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
+            for number, batch in enumerate(batches):
+                found.append(_forward(model, guide, batch, options, number, bar)[:-2])
+    simulated = None
+    if num_simulated:
+        simulated = bdmc(
+            model, guide, data, num_data=num_simulated, start=start, num_steps=num_steps, num_chains=num_chains,
+            num_leapfrog=num_leapfrog, schedule=schedule, pilot_steps=pilot_steps, pilot_chains=pilot_chains,
+            target_acceptance=target_acceptance, pilot_seed=pilot_seed, observed=observed, device=device, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+    return _annealed(found, options, simulated)
+
+
+def bdmc(
+    model: Program,
+    guide: Program | None,
+    data: Any,
+    *,
+    num_data: int = 100,
+    start: str = "guide",
+    num_steps: int = 500,
+    num_chains: int = 16,
+    num_leapfrog: int = 3,
+    schedule: str = "adaptive",
+    pilot_steps: int | None = None,
+    pilot_chains: int = 8,
+    target_acceptance: float = 0.75,
+    pilot_seed: int = 1,
+    observed: Mapping[str, int] | None = None,
+    device: str | torch.device | None = None,
+    seed: int | None = 0,
+    progress: bool | None = None,
+) -> Bracket:
+    """Bracket log p(x) on data simulated from the model: bidirectional Monte Carlo.
+
+    Data are simulated with their exact latents, in the shape of the given ones. Each
+    simulated site replaces the argument that it equals up to shape.
+
+    Args:
+        model: A Pyro program for p(x, z), whose arguments are the batch.
+        guide: A Pyro program for q(z | x); from the prior it may be None.
+        data: As for `fit`: what is not simulated (labels, masks) stays as it is here.
+        num_data: How many to simulate, at most as many as there are data.
+        observed: Which argument each observed site is, by position, as
+            {"x": 0}, where the values do not tell.
+        start: See `ais`, as for all other settings.
+    Returns:
+        Both bounds with their errors.
+    Raises:
+        ValueError: As for `ais`; or a site equals no argument, or several.
+
+    Reference: Grosse et al., Sandwiching the marginal likelihood, 2015. arXiv:1511.02543
+    """
+    options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
+                       target_acceptance, pilot_seed)  # fmt: skip
+    options.check(guide)
+    if num_data < 1:
+        raise ValueError(f"got num_data={num_data}, wanted at least one datum to simulate.")
+    size = min(num_data, _batch_size(model, guide, data, num_chains))
+    batches = Batches(data, size, _place(model, guide, device), shuffle=False)
+    found, backward, simulated = [], [], []
+    with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad():
+        count = -(-min(num_data, batches.num_data or num_data) // size)
+        with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
+            for number, batch in enumerate(_upto(batches, num_data)):
+                batch, latents = simulated_batch(model, batch, observed)
+                *forward, pair, density = _forward(model, guide, batch, options, number, bar)
+                exact = pair.latents.pack({name: z.unsqueeze(0) for name, z in latents.items()})
+                position = exact.expand(num_chains, -1, -1).clone()
+                backward.append(anneal(density, position, forward[0], backward=True, bar=bar))
+                found.append(tuple(forward))
+                simulated.append(batch)
+    lower = _annealed(found, options, None)
+    weight = torch.cat([w.double().cpu() for w, _ in backward], 1)
+    # One chain from the exact draw beside C from the start; averaged over which one it is.
+    ahead = lower.log_weight.logsumexp(0) - math.log(1 + num_chains)
+    upper = torch.logaddexp(ahead, weight - math.log(1 + num_chains))
+    spread = upper.var(0) / num_chains if num_chains > 1 else torch.full_like(upper[0], math.nan)
+    # The forward chains' share of the error, as a log of their mean has it.
+    shared = lower.pointwise_stderr * torch.sigmoid(ahead - (weight - math.log(1 + num_chains))).mean(0)
+    pointwise = upper.mean(0)
+    return Bracket(
+        lower=lower,
+        upper=pointwise.mean().item(),
+        upper_pointwise=pointwise,
+        upper_stderr=(spread + shared.square()).sum().sqrt().item() / len(pointwise),
+        backward_log_weight=weight,
+        backward_acceptance=torch.cat([a.double().cpu() for _, a in backward]),
+        data=_joined(simulated),
+    )
+
+
+def anneal(
+    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, bar: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Run chains along the path of the kernels, and weigh them.
+
+    Args:
+        density: u to the log densities of both ends, and their gradients.
+        position: Draws from f_0, (C, B, U); backwards exact draws from the posterior.
+        kernels: Temperatures and moves.
+        backward: From the posterior to f_0.
+    Returns:
+        log w, (C, B) in float64, and the mean probability of acceptance, (B,).
+    """
+    state = State.at(density, position)
+    total = torch.zeros_like(state.values[0], dtype=torch.float64)
+    accepted = torch.zeros_like(state.values[0, 0])
+    gaps = kernels.beta.diff(dim=0)
+    count = len(gaps)
+    for step in range(count):
+        t = count - 1 - step if backward else step
+        total = total + gaps[t] * (state.values[1] - state.values[0]).double()
+        move = t if backward else t + 1  # between the weights of t and of the next
+        if step + 1 < count:
+            state, acceptance = transition(
+                state, density, kernels.mixture(move), kernels.step_size[move - 1], kernels.scale(move),
+                kernels.num_leapfrog,
+            )  # fmt: skip
+            accepted = accepted + acceptance.mean(0)
+            if bar is not None:
+                bar.update()
+    return total, accepted / (count - 1) if count > 1 else torch.full_like(accepted, math.nan)
+
+
+class _Options(NamedTuple):
+    start: str
+    num_steps: int
+    num_chains: int
+    num_leapfrog: int
+    schedule: str
+    pilot_steps: int | None
+    pilot_chains: int
+    target_acceptance: float
+    pilot_seed: int
+
+    @property
+    def coarse(self) -> int:
+        wanted = max(50, self.num_steps // 4) if self.pilot_steps is None else self.pilot_steps
+        return max(2, min(wanted, self.num_steps))
+
+    @property
+    def moves(self) -> int:
+        """Of the pilot."""
+        return self.coarse + 9 if self.num_steps > 1 else 0
+
+    def check(self, guide: Program | None) -> None:
+        for name in ("num_steps", "num_chains", "num_leapfrog"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}, wanted a positive integer.")
+        if self.pilot_chains < 2:
+            raise ValueError(f"got pilot_chains={self.pilot_chains}, wanted at least 2 to average over.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"got schedule={self.schedule!r}, wanted one of {', '.join(map(repr, SCHEDULES))}.")
+        if not 0 < self.target_acceptance < 1:
+            raise ValueError(f"got target_acceptance={self.target_acceptance}, wanted a probability such as 0.75.")
+        if self.start not in ("guide", "prior"):
+            raise ValueError(f"got start={self.start!r}, wanted 'guide' or 'prior'.")
+        if self.start == "guide" and guide is None:
+            raise ValueError("got start='guide' without a guide. Pass one, or anneal from the prior: start='prior'.")
+
+
+def _forward(
+    model: Program, guide: Program | None, batch: tuple[Any, ...], options: _Options, number: int, bar: Any
+) -> tuple[Any, ...]:
+    """Kernels, log weights, acceptance of the forward chains; the pair and the density for further ones."""
+    with seeded(options.pilot_seed + number):
+        pair = Pair(model, guide, batch)
+        density = pair.path_density(options.start)
+        draws = pair.from_guide if options.start == "guide" else pair.from_prior
+        # 64 draws know a standard deviation to 9 %, which is more than a scale need be.
+        precision = _precision(draws(64))
+        both = torch.stack([precision, precision if guide is None else _precision(pair.from_guide(64))])
+        kernels = pilot(
+            density, draws(options.pilot_chains), both, name=options.schedule, num_steps=options.num_steps,
+            num_leapfrog=options.num_leapfrog, pilot_steps=options.coarse,
+            target_acceptance=options.target_acceptance, moved=bar.update,
+        )  # fmt: skip
+    log_weight, acceptance = anneal(density, draws(options.num_chains), kernels, bar=bar)
+    return kernels, log_weight, acceptance, pair, density
+
+
+def _precision(draws: Tensor) -> Tensor:
+    variance = draws.var(0)
+    return 1 / variance.clamp(min=1e-12)
+
+
+def _annealed(found: list[tuple[Any, ...]], options: _Options, simulated: Bracket | None) -> Annealed:
+    kernels = tuple(k for k, _, _ in found)
+    weight = torch.cat([w.cpu() for _, w, _ in found], 1)
+    count, size = weight.shape
+    total = weight.logsumexp(0)
+    share = (weight - total).exp()
+    squares = share.square().sum(0)
+    pointwise = total - math.log(count)
+    variance, bias = torch.full((2, size), math.nan, dtype=torch.float64)
+    if count > 1:
+        variance = (count * squares - 1).clamp(min=0) / (count - 1)
+        # Leaving out one weight of C changes the log of their mean by this much.
+        change = torch.log1p(-share.clamp(max=1 - 1e-12)) + math.log(count / (count - 1))
+        bias = (count - 1) * change.mean(0)
+    return Annealed(
+        value=pointwise.mean().item(),
+        mc_stderr=variance.sum().sqrt().item() / size,
+        data_stderr=pointwise.std().item() / math.sqrt(size) if size > 1 else math.nan,
+        bias=bias.mean().item(),
+        pointwise=pointwise,
+        pointwise_stderr=variance.sqrt(),
+        log_weight=weight,
+        ess=1 / squares,
+        acceptance=torch.cat([a.double().cpu() for _, _, a in found]),
+        kernels=kernels,
+        start=options.start,
+        num_steps=options.num_steps,
+        num_chains=options.num_chains,
+        simulated=simulated,
+    )
+
+
+def _batch_size(model: Program, guide: Program | None, data: Any, num_chains: int) -> int:
+    (first, *_) = Batches(data, 1, shuffle=False).first()
+    values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
+    return max(1, _CHUNK // (values * num_chains))
+
+
+def _upto(batches: Batches, num_data: int) -> Iterator[tuple[Any, ...]]:
+    """Batches until so many data have come."""
+    left = num_data
+    for batch in batches:
+        if left <= 0:
+            return
+        size = next(len(x) for x in batch if isinstance(x, Tensor))
+        yield batch if size <= left else tuple(x[:left] if isinstance(x, Tensor) else x for x in batch)
+        left -= size
+
+
+def _joined(batches: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    columns = zip(*batches, strict=True)
+    return tuple(torch.cat(list(c)) if all(isinstance(x, Tensor) for x in c) else c[0] for c in columns)
+
+
+def _programs(model: Program, guide: Program | None) -> tuple[Program, ...]:
+    return (model,) if guide is None else (model, guide)
+
+
+def _place(model: Program, guide: Program | None, device: str | torch.device | None) -> Any:
+    return device_of(*_programs(model, guide)) if device is None else device
+
+
+def _bar(total: int, title: str, progress: bool | None) -> Any:
+    return tqdm(total=total, desc=title, disable=None if progress is None else not progress, leave=False)

@@ -1,0 +1,399 @@
+"""The log densities of a pair as functions of unconstrained latents, with their gradients.
+
+Markov chains want one vector per chain and datum. `Latents` lays all latent sites of a
+model side by side as u, (C, B, U) for C chains, B data and U unconstrained dimensions,
+and takes constrained sites through z = T(u), whose Jacobian enters every density:
+
+    log f(u) = log f(z) + log |det dT / du|,   z = T(u)
+
+`Scorer` runs a program once to learn its structure, and then once per evaluation for all
+chains and data together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_vae.sites import (
+    PARTICLES,
+    Frame,
+    common_scale,
+    data_frame,
+    depth,
+    is_point,
+    kind,
+    plates,
+    sample_sites,
+    site_log_prob,
+)
+from pyro_vae.traces import Program, draw
+
+Density = Callable[[Tensor], tuple[Tensor, Tensor]]  # u, (C, B, U), to (J, C, B) and (J, C, B, U)
+
+
+class Site(NamedTuple):
+    """Where one latent site lies in u, and how to get there."""
+
+    name: str
+    transform: Any  # u to z; None for the identity
+    data_axis: int  # of a value (C, *plates, *event)
+    shape: tuple[int, ...]  # of its unconstrained value, (*plates, *event) without the data
+    size: int
+
+
+class Scorer:
+    """log p of a program's sites at given latents, for all chains in one run of the program.
+
+    Args:
+        program: A Pyro program.
+        args: What it takes.
+    Attributes:
+        sites: Its sites, as one plain run gave them.
+        frame: Where its data lie.
+    Raises:
+        ValueError: What `data_frame` and `common_scale` refuse.
+    """
+
+    def __init__(self, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        self.program, self.args, self.kwargs = program, args, dict(kwargs or {})
+        with torch.random.fork_rng(), torch.no_grad():
+            plain = poutine.trace(program).get_trace(*args, **self.kwargs)
+        common_scale([plain])
+        self.nesting = depth(plain)
+        self.frame = data_frame([plain], 1, self.nesting)
+        self.sites = {site["name"]: site for site in sample_sites(plain)}
+        self._broadcasts: bool | None = None
+
+    def __call__(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Log densities per site, (C, B), at latents (C, *plates, *event)."""
+        chains = len(next(iter(latents.values())))
+        if chains == 1 or self._broadcasts:
+            return self._score(latents, chains)
+        if self._broadcasts is None:
+            try:
+                scores = self._score(latents, chains)
+                self._broadcasts = True
+                return scores
+            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+                self._broadcasts = False
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                warnings.warn(
+                    f"running {chains} chains one by one, since the program does not broadcast over a leading "
+                    f"dimension ({reason}). Write networks and programs for (..., D) instead of (B, D).",
+                    stacklevel=2,
+                )
+        singles = [self._score({name: z[c : c + 1] for name, z in latents.items()}, 1) for c in range(chains)]
+        return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
+
+    def _score(self, latents: Mapping[str, Tensor], chains: int) -> dict[str, Tensor]:
+        given = Trace()
+        for name, value in latents.items():
+            if name not in self.sites:
+                continue
+            deepest = max((-dim for dim in plates(self.sites[name])), default=0)
+            head = (chains,) + (1,) * (self.nesting - deepest) if chains > 1 else ()
+            given.add_node(
+                name, name=name, type="sample", is_observed=False, infer={},
+                value=value.reshape(head + tuple(value.shape[1:])),
+            )  # fmt: skip
+        plate = pyro.plate(PARTICLES, chains, dim=-1 - self.nesting) if chains > 1 else contextlib.nullcontext()
+        with plate:
+            trace = poutine.trace(poutine.replay(self.program, trace=given)).get_trace(*self.args, **self.kwargs)
+        dim = -1 - self.nesting if chains > 1 else None
+        frame = Frame(chains, dim, self.frame.data_dim, self.frame.data_size)
+        return {site["name"]: site_log_prob(site, frame) for site in sample_sites(trace)}
+
+
+class FixedScorer:
+    """As `Scorer`, for a guide of one site: its distribution depends on x only, so the network runs once."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        (self.site,) = scorer.sites.values()
+        self.data_dim, self.data_size = scorer.frame.data_dim, scorer.frame.data_size
+
+    def __call__(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        value = latents[self.site["name"]]
+        deepest = max(-dim for dim in plates(self.site))
+        chains = len(value)
+        frame = Frame(chains, -1 - deepest, self.data_dim, self.data_size)
+        return {self.site["name"]: site_log_prob({**self.site, "value": value}, frame)}
+
+
+class Latents:
+    """The latent sites of a model side by side: u, (C, B, U).
+
+    Args:
+        scorer: The model's.
+    Attributes:
+        sites: In the order of the model.
+        size: U.
+    Raises:
+        ValueError: No latent, a discrete or enumerated one, or one whose support has no
+            unconstrained coordinates.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.sites: list[Site] = []
+        for name, site in scorer.sites.items():
+            if site["is_observed"]:
+                continue
+            _continuous(name, site)
+            transform, event = _transform(name, site)
+            batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+            deepest = max(-dim for dim in plates(site))
+            whole = tuple(batch[len(batch) - deepest :]) + event
+            axis = 1 + deepest + scorer.frame.data_dim
+            shape = whole[: axis - 1] + whole[axis:]
+            self.sites.append(Site(name, transform, axis, shape, math.prod(shape)))
+        if not self.sites:
+            raise ValueError("the model has no latent site, so there is nothing to sample. Its log_prob is exact.")
+        self.size = sum(site.size for site in self.sites)
+
+    def pack(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """u, (C, B, U), of values per site, (C, *plates, *event).
+
+        Raises:
+            ValueError: A value lies outside the support of the model's site.
+        """
+        columns = []
+        for site in self.sites:
+            value = latents[site.name]
+            raw = value if site.transform is None else site.transform.inv(value)
+            if not bool(torch.isfinite(raw).all()):
+                raise ValueError(
+                    f"a value of latent site {site.name!r} lies outside the support of the model's distribution there. "
+                    "Give the guide a distribution with the support of the prior."
+                )
+            raw = raw.movedim(site.data_axis, 1)
+            columns.append(raw.reshape(*raw.shape[:2], site.size))
+        return torch.cat(columns, -1)
+
+    def unpack(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Values per site, (C, *plates, *event), and log |det dT / du|, (C, B), None where all are unconstrained."""
+        latents, jacobian = {}, None
+        for site, raw in zip(self.sites, u.split([site.size for site in self.sites], -1), strict=True):
+            raw = raw.reshape(*raw.shape[:2], *site.shape).movedim(1, site.data_axis)
+            if site.transform is None:
+                latents[site.name] = raw
+                continue
+            latents[site.name] = value = site.transform(raw)
+            term = site.transform.log_abs_det_jacobian(raw, value).movedim(site.data_axis, 1)
+            term = term.flatten(2).sum(-1) if term.dim() > 2 else term
+            jacobian = term if jacobian is None else jacobian + term
+        return latents, jacobian
+
+
+class Pair:
+    """What chains need of a model/guide pair at one batch.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x), or None where only the prior is used.
+        args: The batch.
+    Raises:
+        ValueError: Discrete, enumerated, auxiliary or point sites, by name with a remedy.
+    """
+
+    def __init__(self, model: Program, guide: Program | None, args: tuple[Any, ...]) -> None:
+        self.model, self.guide, self.args = model, guide, args
+        self.joint = Scorer(model, args)
+        self.latents = Latents(self.joint)
+        self.names = [site.name for site in self.latents.sites]
+        self._guide_score: Scorer | FixedScorer | None = None
+        if guide is not None:
+            self._check_guide(guide, args)
+
+    def from_guide(self, num_chains: int) -> Tensor:
+        """Draws u ~ q(z | x), (C, B, U)."""
+        assert self.guide is not None
+        drawn = draw(self.model, self.guide, self.args, {}, num_chains).latents
+        return self.latents.pack({name: drawn[name] for name in self.names})
+
+    def from_prior(self, num_chains: int) -> Tensor:
+        """Draws u ~ p(z), (C, B, U)."""
+        prior = poutine.block(self.model, expose=self.names)
+        return self.latents.pack(draw(self.model, prior, self.args, {}, num_chains).latents)
+
+    def posterior_density(self) -> Density:
+        """log p(x, T(u)) + log |dT/du|, as the one row of J = 1."""
+        self._check_repeatable()
+        return functools.partial(_evaluate, self._joint_only)
+
+    def path_density(self, start: str) -> Density:
+        """The two ends of an annealing path, J = 2: log p0(u) and log p(x, u).
+
+        Raises:
+            ValueError: start is "guide" and the guide cannot score a sample that it did not draw.
+        """
+        self._check_repeatable()
+        if start == "prior":
+            return functools.partial(_evaluate, self._prior_and_joint)
+        self._check_rescoring()
+        return functools.partial(_evaluate, self._guide_and_joint)
+
+    def _joint_only(self, u: Tensor) -> list[Tensor]:
+        latents, jacobian = self.latents.unpack(u)
+        return [_total(self.joint(latents).values(), jacobian)]
+
+    def _prior_and_joint(self, u: Tensor) -> list[Tensor]:
+        latents, jacobian = self.latents.unpack(u)
+        scores = self.joint(latents)
+        prior = _total([scores[name] for name in self.names], jacobian)
+        return [prior, _total([s for name, s in scores.items() if name not in self.names], prior)]
+
+    def _guide_and_joint(self, u: Tensor) -> list[Tensor]:
+        latents, jacobian = self.latents.unpack(u)
+        assert self._guide_score is not None
+        guide = _total(self._guide_score(latents).values(), jacobian)
+        return [guide, _total(self.joint(latents).values(), jacobian)]
+
+    def _check_guide(self, guide: Program, args: tuple[Any, ...]) -> None:
+        scorer = Scorer(guide, args)
+        for name, site in scorer.sites.items():
+            if is_point(site["fn"]):
+                raise ValueError(
+                    f"guide site {name!r} is a point (Delta) without a density, so chains cannot start from it. Give "
+                    'the site a distribution, or anneal from the prior: ais(model, None, data, start="prior").'
+                )
+            if name not in self.names:
+                raise ValueError(
+                    f"guide site {name!r} is none of the model's latent sites, {self.names}, so the density of the "
+                    "guide's draws is not known. Anneal from the prior: "
+                    'ais(model, None, data, start="prior").'
+                )
+        absent = [name for name in self.names if name not in scorer.sites]
+        if absent:
+            raise ValueError(
+                f"latent site {absent[0]!r} of the model has no counterpart in the guide, which has "
+                f'{list(scorer.sites)}. Add it, or anneal from the prior: ais(model, None, data, start="prior").'
+            )
+        self._guide_sites = scorer.sites
+        self._guide_score = FixedScorer(scorer) if len(scorer.sites) == 1 else scorer
+
+    def _check_repeatable(self) -> None:
+        drawn = self.latents.unpack(self.from_prior(2))[0]
+        first, second = self.joint(drawn), self.joint(drawn)
+        for name, score in first.items():
+            if not torch.allclose(second[name], score, rtol=1e-3, atol=1e-2, equal_nan=True):
+                raise ValueError(
+                    f"site {name!r} of the model scores the same values differently a second time, so the model is "
+                    "random beyond its latents (dropout?). Call .eval() on its modules first."
+                )
+
+    def _check_rescoring(self) -> None:
+        """Score draws as strangers, and compare with what their own draw said."""
+        assert self.guide is not None and self._guide_score is not None
+        drawn = draw(self.model, self.guide, self.args, {}, 2)
+        remedy = 'Anneal from the prior (start="prior"), or use a guide with an inverse, such as a coupling flow.'
+        kinds = {name: kind(site["fn"]) for name, site in self._guide_sites.items()}
+        for name, found in kinds.items():
+            if found == "Delta":
+                raise ValueError(
+                    f"guide site {name!r} is a Delta that carries the density of its own draw, so it cannot score "
+                    f"another. {remedy}"
+                )
+        try:
+            again = self._guide_score({name: drawn.latents[name].clone() for name in self.names})
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"the guide, {kinds}, cannot score a sample that it did not draw (rescoring is impossible): its "
+                f"transform has no inverse. {remedy}"
+            ) from error
+        for name, score in drawn.log_q.items():
+            if not torch.allclose(again[name], score, rtol=1e-3, atol=1e-2):
+                raise ValueError(
+                    f"guide site {name!r} scores its own draws differently a second time, so it is random beyond its "
+                    "draw (dropout?). Call .eval() on the guide's modules first."
+                )
+
+
+def _evaluate(ends: Callable[[Tensor], list[Tensor]], u: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and gradients of the ends of a path at u, for all chains and data."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        values = ends(u)
+        gradients = [
+            torch.autograd.grad(v.sum(), u, retain_graph=i + 1 < len(values), allow_unused=True)[0]
+            if v.requires_grad
+            else None
+            for i, v in enumerate(values)
+        ]
+    found = [torch.zeros_like(u) if g is None else g for g in gradients]
+    return torch.stack([v.detach() for v in values]), torch.stack(found)
+
+
+def _total(terms: Any, start: Tensor | None) -> Tensor:
+    terms = [*terms] if start is None else [start, *terms]
+    return functools.reduce(torch.add, terms)
+
+
+def _continuous(name: str, site: Any) -> None:
+    fn = site["fn"]
+    if (site["infer"] or {}).get("enumerate") or getattr(fn, "has_enumerate_support", False):
+        raise ValueError(
+            f"latent site {name!r} ({kind(fn)}) is discrete or to be enumerated, and Hamiltonian moves need "
+            "gradients. Sum it out of the model (of the zoo's Mixture take pair.marginal), or use log_likelihood."
+        )
+    try:
+        discrete = fn.support.is_discrete
+    except NotImplementedError:
+        return
+    if discrete:
+        raise ValueError(
+            f"latent site {name!r} ({kind(fn)}) is discrete, and Hamiltonian moves need gradients. Sum it out of the "
+            "model, or use log_likelihood, which needs none."
+        )
+
+
+def _transform(name: str, site: Any) -> tuple[Any, tuple[int, ...]]:
+    """T from unconstrained coordinates to the support, and the shape of an unconstrained event."""
+    fn = site["fn"]
+    event = tuple(site["value"].shape[site["value"].dim() - fn.event_dim :])
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None, event  # a distribution that does not say: all of R^D
+    inner = support
+    while hasattr(inner, "base_constraint"):
+        inner = inner.base_constraint
+    if inner is torch.distributions.constraints.real:
+        return None, event
+    try:
+        transform = biject_to(support)
+        raw = transform.inv(site["value"])
+    except NotImplementedError as error:
+        raise ValueError(
+            f"latent site {name!r} ({kind(fn)}) has the support {support}, which has no unconstrained coordinates for "
+            "Hamiltonian moves. Use log_likelihood, which needs none."
+        ) from error
+    batch = site["value"].dim() - fn.event_dim
+    return _PerSite(transform, fn.event_dim), tuple(raw.shape[batch:])
+
+
+class _PerSite:
+    """A bijection whose log determinant is summed over the event of its site."""
+
+    def __init__(self, transform: Any, event_dim: int) -> None:
+        self.transform, self.extra = transform, event_dim - transform.codomain.event_dim
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        return self.transform(raw)
+
+    def inv(self, value: Tensor) -> Tensor:
+        return self.transform.inv(value)
+
+    def log_abs_det_jacobian(self, raw: Tensor, value: Tensor) -> Tensor:
+        term = self.transform.log_abs_det_jacobian(raw, value)
+        return term.flatten(-self.extra).sum(-1) if self.extra else term
