@@ -512,3 +512,24 @@ def test_what_cannot_be_refined_is_refused_by_name():
     with pytest.raises(ValueError, match=r"cannot rebuild the guide's sites, 'z' \(TransformedDistribution\).*Amortized"):
         SemiAmortized(guide, model)(X)
     assert SemiAmortized(bad_guide, model, seed=None).rescoring == "impossible"
+
+
+@pytest.mark.parametrize("name", ["head bias", "log_step_size", "free_beta"])
+def test_training_a_hamiltonian_guide_differentiates_through_its_trajectory(name):
+    """Finite differences of the loss: the model's second derivatives are part of the gradient."""
+    base = head_guide(DiagonalNormal)
+    guide = Hamiltonian(base, linear_model(), 2, 0.07, "fixed").double()
+    parameter = base.posterior.head.bias if name == "head bias" else getattr(guide, name)
+
+    def loss():
+        torch.manual_seed(9)
+        return Trace_ELBO().differentiable_loss(guide.model, guide, X)
+
+    got = torch.autograd.grad(loss(), parameter)[0].reshape(-1)[0]
+    values = []
+    flat = parameter.data.reshape(-1)
+    for change in (1e-5, -2e-5):
+        flat[0] += change
+        values.append(loss().detach())
+    flat[0] += 1e-5
+    assert abs(got - (values[0] - values[1]) / 2e-5) < 1e-5 * (1 + abs(got))
