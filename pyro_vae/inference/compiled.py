@@ -160,6 +160,7 @@ class Compiled(ELBO):
         if entry.fresh() and (beta == 1 or entry.beta is not None):
             if entry.beta is not None:
                 entry.beta.fill_(beta)
+            self._last = step.key
             return entry
         del self._entries[step.key]
         return None
