@@ -108,7 +108,7 @@ def test_the_density_is_that_of_the_sum_over_components(name, leading):
 
 @pytest.mark.parametrize("name", PRIORS)
 def test_the_density_integrates_to_one(name):
-    z, cell = grid(14, 1401)
+    z, cell = grid(14, 701)
     assert abs(PRIORS[name]()().log_prob(z).exp().sum().item() * cell - 1) < 1e-6
 
 
@@ -128,10 +128,10 @@ def test_samples_have_the_density_s_moments(name):
     squares = (z - mean) ** 2
     assert ((squares.mean(0) - variance).abs() < 4 * squares.std(0) / len(z) ** 0.5).all()
     # Where the density says they should be, jointly: the share above a diagonal line.
-    points, cell = grid(14, 701)
+    points, cell = grid(14, 351)
     share = (p.log_prob(points).exp() * (points.sum(-1) > 0.3)).sum() * cell
     found = (z.sum(-1) > 0.3).double()
-    assert abs(found.mean() - share) < 4 * found.std() / len(z) ** 0.5 + 0.01
+    assert abs(found.mean() - share) < 4 * found.std() / len(z) ** 0.5 + 0.02
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -193,7 +193,7 @@ def test_expectation_maximisation_finds_two_clusters():
 # Under Pyro
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", ["diagonal mixture", "vamp, full"])
 def test_it_is_a_prior_under_plates_predictive_and_nuts(name):
     prior = PRIORS[name]().requires_grad_(False).eval()
     model = Model(prior, lambda z: dist.Normal(z, 1.0).to_event(1)).eval()
@@ -203,7 +203,7 @@ def test_it_is_a_prior_under_plates_predictive_and_nuts(name):
     mcmc = MCMC(NUTS(model), num_samples=400, warmup_steps=100, disable_progbar=True)
     mcmc.run(x)
     z = mcmc.get_samples()["z"].reshape(-1, 2)
-    points, _ = grid(10, 801)
+    points, _ = grid(10, 401)
     posterior = (prior().log_prob(points) + dist.Normal(points, 1.0).to_event(1).log_prob(x)).softmax(0)
     mean = posterior @ points
     stderr = (posterior @ (points - mean) ** 2).sqrt() / mcmc.diagnostics()["z"]["n_eff"].reshape(2).clamp(max=400) ** 0.5
