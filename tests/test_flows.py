@@ -43,7 +43,7 @@ POSTERIORS = {
     "nsf": lambda d: NSF(nn.Linear(3, 4), d, bins=5, **SMALL),
     "coupling": lambda d: Coupling(nn.Linear(3, 4), d, **SMALL),
 }
-RESCORING = dict.fromkeys(POSTERIORS, "D passes") | dict.fromkeys(["planar", "maf", "coupling"], "one pass")
+RESCORING = dict.fromkeys(POSTERIORS, "D passes") | dict.fromkeys(["planar", "maf", "nsf", "coupling"], "one pass")
 PRIORS = {
     "maf": lambda d: FlowPrior(d, transforms=2, hidden_features=(8, 8)),
     "nsf": lambda d: FlowPrior(d, zuko.flows.NSF, transforms=2, bins=5, hidden_features=(8, 8)),

@@ -49,7 +49,7 @@ class _AmortizedFlow(Amortized):
         check_flow(self.flow, latent_dim)
         start_near_identity(self.flow)
         passes = max((getattr(module, "passes", 1) for module in self.flow.modules()), default=1)
-        self.rescoring = "D passes" if fast == "sampling" and passes > 1 else "one pass"
+        self.rescoring = "D passes" if fast == "sampling" and passes > 2 else "one pass"
         if fast == "scoring" and passes > 2 and latent_dim >= _MANY:
             warnings.warn(
                 f"{type(self).__name__} draws in {passes} passes through each of its layers, so every training step is "
@@ -172,7 +172,9 @@ class MAF(_AmortizedFlow):
 
 
 class NSF(_AmortizedFlow):
-    """Neural spline flow: autoregressive rational-quadratic splines, one pass to draw.
+    """Neural spline flow: rational-quadratic splines in coupling layers, quick to draw and to score.
+
+        (u_a, u_b) <- (g(u_a; c), g(u_b; u_a, c)),   g monotone and elementwise, halves in turn
 
     Each layer bends [-5, 5] and leaves the rest alone, on a u that is standard normal:
     one in 1.7 million falls outside. The scale sigma(x) takes it where it is needed.
@@ -182,6 +184,8 @@ class NSF(_AmortizedFlow):
         latent_dim: D.
         transforms: Number of layers.
         bins: Number of pieces of each spline.
+        passes: 2 couples two halves; None makes every latent depend on all before it, which
+            takes one pass to draw and D passes to score samples drawn elsewhere.
         hidden_features: Widths of each layer's masked network.
         context: Number of features of x that every layer reads.
         features: F; read from ``encoder.out_features`` when not given.
@@ -201,10 +205,12 @@ class NSF(_AmortizedFlow):
         bins: int = 8,
         hidden_features: Sequence[int] = (64, 64),
         context: int = 32,
+        passes: int | None = 2,
         features: int | None = None,
     ) -> None:
-        options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(zuko_flows().NSF, encoder, latent_dim, context, "sampling", features, bins=bins, **options)
+        options: dict[str, Any] = {"transforms": transforms, "hidden_features": tuple(hidden_features)}
+        options |= {"bins": bins, "passes": passes, "activation": nn.SiLU}
+        super().__init__(zuko_flows().NSF, encoder, latent_dim, context, "sampling", features, **options)
 
 
 class Coupling(_AmortizedFlow):
