@@ -372,8 +372,8 @@ def _one_pass(
             raise ValueError(
                 f"latent site {missing[0]!r} of the model is marked to be enumerated and the guide, which has "
                 f"{list(drawn)}, does not draw it, but particles hold a value of every latent. Train the pair with "
-                f"Pyro's TraceEnum_ELBO, and give a model in which {missing[0]!r} is summed out (of the zoo's Mixture its "
-                "pair.marginal, with a mixture as prior), or a guide that draws it."
+                f"Pyro's TraceEnum_ELBO, and give a model in which {missing[0]!r} is summed out (of the zoo's Mixture "
+                "its pair.marginal, with a mixture as prior), or a guide that draws it."
             )
         raise ValueError(
             f"latent site {missing[0]!r} of the model has no counterpart in the guide, which has {list(drawn)}."

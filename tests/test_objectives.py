@@ -202,6 +202,14 @@ def test_the_share_of_the_sleep_phase():
         # The wake phase draws first, so that one seed gives all three the same draws.
         mixed = 0.75 * found[0.0][name] + 0.25 * found[1.0][name]
         assert torch.allclose(found[0.25][name], mixed, rtol=1e-9, atol=1e-11), name
+    # All of it is the dream and nothing else, for the guide.
+    pyro.set_rng_seed(3)
+    Objective(iwae, 4).particles(model, guide, x)
+    named = dict(guide.named_parameters())
+    dreamt = torch.autograd.grad(dream(model, guide, x).sum(), list(named.values()))
+    _, wake = value_and_gradients(Objective(wake_sleep(1.0), 4), model, guide, x)
+    for name, gradient in zip(named, dreamt, strict=True):
+        assert torch.allclose(wake[name], -gradient, rtol=1e-9, atol=1e-11), name
 
 
 def test_a_dream_needs_to_know_which_argument_is_the_data():
