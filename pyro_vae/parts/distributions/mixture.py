@@ -69,6 +69,7 @@ class DiagonalNormalMixture(TorchDistribution):
     }
     support = constraints.real_vector
     has_rsample = True
+    twice_differentiable = False  # samples carry first derivatives only: see rsample
 
     def __init__(self, loc: Tensor, scale: Tensor, logits: Tensor) -> None:
         self._loc, self._scale, self._logits = loc, scale, logits.log_softmax(-1)

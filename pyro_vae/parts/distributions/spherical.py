@@ -137,6 +137,7 @@ class VonMisesFisher(TorchDistribution):
     arg_constraints = {"loc": constraints.sphere, "concentration": constraints.positive}
     support = constraints.sphere
     has_rsample = True
+    twice_differentiable = False  # samples carry first derivatives only: see rsample
 
     def __init__(self, loc: Tensor, concentration: Tensor) -> None:
         self._loc, self._concentration = loc, concentration
