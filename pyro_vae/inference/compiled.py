@@ -163,6 +163,7 @@ class Compiled(ELBO):
             self._last = step.key
             return entry
         del self._entries[step.key]
+        self._last = None  # one step of the programs' own first: it may find out about plates anew
         return None
 
     def _replay(self, entry: _Entry, step: _Step) -> Tensor | None:
