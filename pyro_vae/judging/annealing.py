@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from pyro import validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
@@ -204,7 +205,8 @@ def ais(
     options.check(guide)
     batches = Batches(data, _batch_size(model, guide, data, num_chains), _place(model, guide, device), shuffle=False)
     found = []
-    with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad():
+    # A trajectory may leave the numbers and is then rejected; validation would raise instead.
+    with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad(), validation_enabled(False):
         with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
             for number, batch in enumerate(batches):
                 found.append(_forward(model, guide, batch, options, number, bar)[:-2])
@@ -267,7 +269,7 @@ def bdmc(
     size = min(num_data, _batch_size(model, guide, data, num_chains))
     batches = Batches(data, size, _place(model, guide, device), shuffle=False)
     found, backward, simulated = [], [], []
-    with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad():
+    with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad(), validation_enabled(False):
         count = -(-min(num_data, batches.num_data or num_data) // size)
         with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
             for number, batch in enumerate(_upto(batches, num_data)):

@@ -243,6 +243,10 @@ class Pair:
         self._check_rescoring()
         return functools.partial(_evaluate, self._guide_and_joint)
 
+    def log_posterior(self, u: Tensor) -> Tensor:
+        """log p(x, T(u)) + log |dT/du|, (C, B), without gradients."""
+        return self._joint_only(u)[0]
+
     def _joint_only(self, u: Tensor) -> list[Tensor]:
         latents, jacobian = self.latents.unpack(u)
         return [_total(self.joint(latents).values(), jacobian)]
