@@ -35,8 +35,9 @@ _LIKES = ("rand_like", "randn_like", "randint_like")
 _FACTORIES = ("rand", "randn", "randint", "randperm")
 _READS = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "numpy", "__array__")
 
-# Where Pyro and this package turn a tensor into the number that they report, and check for NaN.
-_REPORTERS = ("pyro.infer", "pyro.util", "pyro_vae.inference", "pyro_vae.sites", "torch.distributions.distribution")
+# Where a tensor becomes a number that is only reported, and where one is only checked.
+_REPORTERS = ("pyro.infer.", "pyro_vae.inference.objectives")
+_CHECKERS = ("pyro.util", "pyro_vae.sites", "torch.distributions.distribution")
 
 
 class Uncapturable(Exception):
@@ -126,7 +127,7 @@ class Capture:
             graph = fx.GraphModule({}, fx.Graph())
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
             graph.recompile()
-            run = compile_fx(graph, examples)
+            run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
             scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}
             count = len(args)
@@ -171,13 +172,13 @@ class _Recording(TorchFunctionMode):
         if func is Tensor.backward:
             return self._backward(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in _READS and func is getattr(Tensor, name, None):
+        if name in _READS and func == getattr(Tensor, name, None):
             frame = sys._getframe(1)
             module = frame.f_globals.get("__name__", "")
-            if module.startswith(_REPORTERS):
-                if name == "item":  # a number to report: it stays a tensor, and alive
-                    return args[0].detach()
-                with disable_proxy_modes_tracing():  # a check: it holds for the step that is captured
+            if name == "item" and module.startswith(_REPORTERS):
+                return args[0].detach()  # it stays a tensor, and alive
+            if name == "__bool__" and module in _CHECKERS:
+                with disable_proxy_modes_tracing():  # it is made in the step that is captured, and in no replay
                     return func(*args, **kwargs)
             if not module.startswith(("torch.", "pyro.")):
                 where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
@@ -199,7 +200,8 @@ class _Recording(TorchFunctionMode):
 
 def _leaves(loss: Tensor) -> Iterable[Tensor]:
     """The tensors into whose ``.grad`` backward would add."""
-    stack, seen = [loss.grad_fn], set()
+    stack: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -77,7 +77,7 @@ class Compiled(ELBO):
         if compile_after is not None and compile_after < 0:
             raise ValueError(f"compile_after must be None or at least 0, got {compile_after}.")
         super().__init__(num_particles=loss.num_particles)
-        self.inner = loss
+        self.inner: Any = loss
         self.compile_after = compile_after
         self.quiet = quiet
         self._forget()
@@ -322,7 +322,7 @@ class _Step(NamedTuple):
     @classmethod
     def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
         if not kwargs and all(type(a) is Tensor for a in args):  # spares pytree's code, the usual case
-            leaves, structure = args, None
+            leaves, structure = list(args), None
         else:
             leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -456,7 +456,7 @@ class _Site(NamedTuple):
                 "kwargs": {"constraint": self.constraint}, "value": value, "scale": 1.0, "mask": None,
                 "cond_indep_stack": (), "done": True, "stop": False, "continuation": None, "infer": None,
                 "obs": None,
-            }  # type: ignore[arg-type]
+            }
         )  # fmt: skip
 
 
