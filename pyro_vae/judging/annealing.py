@@ -374,7 +374,9 @@ def _forward(
     model: Program, guide: Program | None, batch: tuple[Any, ...], options: _Options, number: int, bar: Any
 ) -> tuple[Any, ...]:
     """Kernels, log weights, acceptance of the forward chains; the pair and the density for further ones."""
-    with seeded(options.pilot_seed + number):
+    # Far from the seeds that people choose: a pilot that shared the scored chains' noise would not be independent of
+    # them, nor, on simulated data, of the exact draws.
+    with seeded(2**48 + 2**20 * options.pilot_seed + number):
         pair = Pair(model, guide, batch)
         density = pair.path_density(options.start)
         draws = pair.from_guide if options.start == "guide" else pair.from_prior

@@ -260,18 +260,19 @@ class Pair:
     def _guide_and_joint(self, u: Tensor) -> list[Tensor]:
         latents, jacobian = self.latents.unpack(u)
         assert self._guide_score is not None
-        guide = _total(self._guide_score(latents).values(), jacobian)
+        scores = self._guide_score(latents)
+        guide = _total([scores[name] for name in self.names], jacobian)
         return [guide, _total(self.joint(latents).values(), jacobian)]
 
     def _check_guide(self, guide: Program, args: tuple[Any, ...]) -> None:
         scorer = Scorer(guide, args)
         for name, site in scorer.sites.items():
-            if is_point(site["fn"]):
+            if is_point(site["fn"]) and not site["is_observed"]:
                 raise ValueError(
                     f"guide site {name!r} is a point (Delta) without a density, so chains cannot start from it. Give "
                     'the site a distribution, or anneal from the prior: ais(model, None, data, start="prior").'
                 )
-            if name not in self.names:
+            if name not in self.names and not site["is_observed"]:
                 raise ValueError(
                     f"guide site {name!r} is none of the model's latent sites, {self.names}, so the density of the "
                     "guide's draws is not known. Anneal from the prior: "
@@ -315,8 +316,8 @@ class Pair:
                 f"the guide, {kinds}, cannot score a sample that it did not draw (rescoring is impossible): its "
                 f"transform has no inverse. {remedy}"
             ) from error
-        for name, score in drawn.log_q.items():
-            if not torch.allclose(again[name], score, rtol=1e-3, atol=1e-2):
+        for name in self.names:
+            if not torch.allclose(again[name], drawn.log_q[name], rtol=1e-3, atol=1e-2):
                 raise ValueError(
                     f"guide site {name!r} scores its own draws differently a second time, so it is random beyond its "
                     "draw (dropout?). Call .eval() on the guide's modules first."

@@ -56,7 +56,8 @@ class GuideDistances:
             ("variance ratio", self.variance_ratio.log().mean().exp().item(),
              self.null_variance_ratio.log().mean().exp().item()),
             ("mean error (sd)", rms(self.mean_error), rms(self.null_mean_error)),
-            ("sliced Wasserstein (sd)", self.sliced_wasserstein.mean().item(), self.null_sliced_wasserstein.mean().item()),
+            ("sliced Wasserstein (sd)", self.sliced_wasserstein.mean().item(),
+             self.null_sliced_wasserstein.mean().item()),
             ("squared MMD", self.mmd.mean().item(), self.null_mmd.mean().item()),
         ]  # fmt: skip
         return "guide to reference: " + ", ".join(f"{name} {value:.3g} (null {null:.3g})" for name, value, null in rows)
@@ -106,16 +107,17 @@ def guide_distances(
     # Each half is once the reference of the guide, so that value and null compare sets of one size.
     centre, scale = torch.cat(halves).mean(0), torch.cat(halves).std(0).clamp(min=1e-12)
     first, second, draws = ((h - centre) / scale for h in (*halves, draws))
+    sliced = [sliced_wasserstein(draws, half, directions) for half in (first, second)]
     return GuideDistances(
         variance_ratio=draws.var(0) / torch.cat([first, second]).var(0),
         mean_error=draws.mean(0),
-        sliced_wasserstein=(sliced_wasserstein(draws, first, directions) + sliced_wasserstein(draws, second, directions)) / 2,
+        sliced_wasserstein=(sliced[0] + sliced[1]) / 2,
         mmd=(squared_mmd(draws, first) + squared_mmd(draws, second)) / 2,
         null_variance_ratio=first.var(0) / second.var(0),
         null_mean_error=first.mean(0) - second.mean(0),
         null_sliced_wasserstein=sliced_wasserstein(first, second, directions),
         null_mmd=squared_mmd(first, second),
-    )  # fmt: skip
+    )
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:

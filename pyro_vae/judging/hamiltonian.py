@@ -58,14 +58,14 @@ class Adaptation(NamedTuple):
         averaged: What to freeze at the end.
         error: Running mean of target minus acceptance.
         centre: What log_step is shrunk towards.
-        count: Updates so far.
+        updates: So far.
     """
 
     log_step: Tensor
     averaged: Tensor
     error: Tensor
     centre: Tensor
-    count: int
+    updates: int
 
     @classmethod
     def start(cls, step_size: Tensor) -> Adaptation:
@@ -78,7 +78,7 @@ class Adaptation(NamedTuple):
 
         Reference: Hoffman and Gelman, The No-U-Turn Sampler, 2014, section 3.2. arXiv:1111.4246
         """
-        count = self.count + 1
+        count = self.updates + 1
         weight = 1 / (count + 10)
         error = (1 - weight) * self.error + weight * (target - acceptance)
         log_step = self.centre - math.sqrt(count) / 0.1 * error

@@ -112,9 +112,10 @@ def pilot(
     """
     size = position.shape[1]
     coarse = schedule("linear" if name == "linear" else "sigmoid", max(2, min(pilot_steps, num_steps)))
+    path, none = coarse.to(position.device)[:, None].expand(-1, size), precision.new_zeros(0, size)
     if num_steps == 1:
-        return Kernels(coarse[[0, -1], None].expand(2, size), precision.new_zeros(0, size), precision, num_leapfrog)
-    first = Kernels(coarse[:, None].expand(-1, size), precision.new_zeros(0, size), precision, num_leapfrog)
+        return Kernels(path[[0, -1]], none, precision, num_leapfrog)
+    first = Kernels(path, none, precision, num_leapfrog)
     state = State.at(density, position)
     log_step = torch.full_like(precision[0, :, 0], 0.5 / position.shape[-1] ** 0.25).log()
     speeds, steps = [], []

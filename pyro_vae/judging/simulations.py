@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_vae.traces import Program, simulate, sites
@@ -32,7 +31,7 @@ def simulated_batch(
     Raises:
         ValueError: A site equals no argument, or several; or the model observes nothing.
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import torch, pyro, pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -67,7 +66,9 @@ def simulated_batch(
 def _place(site: str, value: Tensor, args: tuple[Any, ...], named: int | None) -> int:
     if named is not None:
         if not -len(args) <= named < len(args) or not isinstance(args[named], Tensor):
-            raise ValueError(f"got observed={{{site!r}: {named}}}, wanted the position of one of {len(args)} arguments.")
+            raise ValueError(
+                f"got observed={{{site!r}: {named}}}, wanted the position of a tensor among {len(args)} arguments."
+            )
         if args[named].numel() != value.numel():
             raise ValueError(
                 f"argument {named} has {args[named].numel()} values, and site {site!r} {value.numel()}: wanted as many."
