@@ -18,6 +18,7 @@ epoch: run the command again and it goes on where it was broken off.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -41,7 +42,7 @@ from pyro_vae.parts.networks import set_output_mean  # noqa: E402
 from pyro_vae.programs.zoo import Hierarchical  # noqa: E402
 
 NETWORK = {"latent_dim": 50, "hidden": (200, 200), "activation": "tanh"}
-BUDGET = {"epochs": 30, "batch_size": 128, "learning_rate": 2e-3, "schedule": "one-cycle"}
+BUDGET = {"epochs": 30, "batch_size": 256, "learning_rate": 2e-3, "schedule": "one-cycle"}
 FROZEN = "frozen-"
 
 
@@ -100,7 +101,7 @@ def run(row: Row, arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
     history = fit(
         model, guide, data.train, loss=row.loss(), **BUDGET | {"epochs": arguments.epochs}, seed=arguments.seed,
         matmul_precision=arguments.matmul_precision, checkpoint=arguments.folder / f"{row.name}.safetensors",
-        compile=arguments.compile,
+        **({"compile": arguments.compile} if arguments.compile != "no" else {}),
     )  # fmt: skip
     if history.interrupted:
         raise SystemExit(f"{row.name} was interrupted: the same command goes on.")
@@ -187,7 +188,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--matmul-precision", default="highest")
-    parser.add_argument("--compile", default="auto")
+    parser.add_argument("--compile", default="no")
+    parser.add_argument("--limit", type=int, help="train on so many images only, for a look")
     parser.add_argument("--print", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
     known = {row.name: row for row in ROWS}
@@ -199,6 +201,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not arguments.print:
         data = load("mnist", arguments.data_dir)
+        if arguments.limit:
+            data = dataclasses.replace(data, train=data.train.subset(slice(arguments.limit)))
         for name in wanted:
             path = arguments.folder / f"{name}.json"
             if path.exists():

@@ -1,18 +1,21 @@
 """The command from the outside: what it prints, what it leaves on disk, how it fails."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pyro_vae.app import fitting
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import CHOICES, DATASETS, resolve
 from pyro_vae.data import BINARIZATIONS
 from pyro_vae.data import DATASETS as READABLE
+from pyro_vae.inference import training
 from pyro_vae.inference.optimizers import SCHEDULES
 from pyro_vae.parts.networks import ACTIVATIONS
 from pyro_vae.version import __version__
@@ -174,7 +177,7 @@ def test_a_failure_on_the_way_leaves_nothing(where, here, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    place = {"vae.save": "pyro_vae.programs.vae.VAE.save", "write_json": "pyro_vae.app.fitting.append_json"}
+    place = {"vae.save": "pyro_vae.programs.vae.VAE.save", "write_json": "pyro_vae.app.fitting.write_lines"}
     monkeypatch.setattr(place[where], full)
     assert "No space left on device" in failed(["fit", "--out", "a/b/run", *TINY], capsys)
     assert list(here.iterdir()) == []
@@ -211,14 +214,13 @@ def test_ctrl_c_keeps_what_was_trained(when, here, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     if when == "training":
-        append = fitting.append_json
+        epoch, calls = training._Stepper.epoch, []
 
-        def after_two(path, record):
-            append(path, record)
-            if record["epoch"] == 2:
-                raise KeyboardInterrupt
+        def at_the_third(*arguments):
+            calls.append(0)
+            return stopped() if len(calls) == 3 else epoch(*arguments)
 
-        monkeypatch.setattr(fitting, "append_json", after_two)
+        monkeypatch.setattr(training._Stepper, "epoch", at_the_third)
     else:
         monkeypatch.setattr(fitting, "_scored", stopped)
     assert main(["fit", "--out", "run", *TINY, "--epochs", "5"]) == 130
@@ -258,3 +260,97 @@ def test_random_state_and_settings_are_left_alone(here):
     assert main(["fit", "--out", "run", "--quiet", "--matmul-precision", "medium", *TINY]) == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_float32_matmul_precision() == precision
+
+
+def test_a_run_that_was_broken_off_goes_on_from_its_checkpoint(here, capsys, monkeypatch):
+    argv = ["fit", *TINY, "--epochs", "4", "--seed", "3"]
+    assert main([*argv, "--out", "whole", "--quiet"]) == 0
+    epoch, calls = training._Stepper.epoch, []
+
+    def killed_in_the_third(*arguments):
+        calls.append(0)
+        if len(calls) == 3:
+            raise MemoryError("killed")
+        return epoch(*arguments)
+
+    monkeypatch.setattr(training._Stepper, "epoch", killed_in_the_third)
+    argv += ["--out", "part", "--checkpoint", "state.safetensors"]
+    assert "killed" in failed(argv, capsys)
+    assert [path.name for path in here.iterdir() if path.name != "whole"] == ["state.safetensors"]
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert main(argv) == 0 and not (here / "state.safetensors").exists()
+    whole, part = (load_file(here / name / "weights.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+    assert len((here / "part" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+OWN = """
+import pyro.distributions as dist
+from pyro_vae.parts.posteriors import Amortized
+
+class Mine(Amortized):
+    def __init__(self, encoder, latent_dim, df=5.0):
+        super().__init__(encoder, latent_dim, 2 * latent_dim)
+        self.df = df
+
+    def family(self, parameters):
+        loc, log_scale = parameters.chunk(2, -1)
+        return dist.StudentT(self.df, loc, log_scale.exp()).to_event(1)
+"""
+
+
+def test_a_part_of_ones_own_goes_by_its_import_path_and_is_loaded_only_on_trust(here, capsys, monkeypatch):
+    (here / "own_parts.py").write_text(OWN)
+    monkeypatch.syspath_prepend(here)
+    argv = ["fit", *TINY, "--out", "run", "--posterior", "own_parts:Mine", "--posterior-options", "df=4.0"]
+    assert main(argv) == 0
+    capsys.readouterr()
+    monkeypatch.delitem(sys.modules, "own_parts")
+    assert "built with own_parts:Mine, code outside pyro_vae" in failed(["evaluate", "run", "-K", "20"], capsys)
+    assert "own_parts" not in sys.modules
+    assert main(["evaluate", "run", "-K", "20", "--trust", "own_parts:Mine"]) == 0
+    assert "test log p(x)" in capsys.readouterr().out
+    said = failed(["fit", *TINY, "--out", "other", "--posterior", "own_parts:Nobody"], capsys)
+    assert "posterior 'own_parts:Nobody', wanted a class that can be imported" in said
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--posterior", "planar", "--posterior-options", "num_flows=2", "--prior", "vamp", "--prior-options", "num_components=5"],
+        ["--posterior", "von-mises-fisher", "--network", "gated"],
+        ["--prior", "flow", "--bound", "iwae", "--num-samples", "3", "--estimator", "doubly-reparameterized"],
+        ["--likelihood", "discretized-logistic", "--network", "residual", "--hidden", "4,8"],
+        ["--likelihood", "categorical", "--likelihood-options", "levels=256", "--bound", "renyi", "--bound-options", "alpha=0.3"],
+        ["--likelihood", "continuous-bernoulli", "--prior", "mixture", "--regularizers", "mmd=10,free-bits=0.1"],
+        ["--likelihood", "poisson", "--posterior", "low-rank", "--compile", "off"],
+    ],
+)  # fmt: skip
+def test_every_kind_of_part_goes_through_the_command(argv, here, capsys):
+    assert main(["fit", *TINY, "--out", "run", *argv]) == 0
+    summary = json.loads((here / "run" / "summary.json").read_text())
+    assert math.isfinite(summary["test_log_likelihood"]) and math.isfinite(summary["test_elbo"])
+    assert main(["evaluate", "run", "-K", "20"]) == 0 and main(["sample", "run", "-n", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--posterior", "von-mises-fisher", "--prior", "normal"], "Use prior 'hyperspherical'"),
+        (["--prior", "hyperspherical"], "Use posterior 'von-mises-fisher'"),
+        (["--bound", "vr-max", "--estimator", "doubly-reparameterized"], "needs a bound whose derivative is continuous"),
+        (["--posterior", "point", "--prior", "vamp"], "a plain autoencoder has neither a prior nor a bound"),
+        (["--posterior", "full", "--posterior-options", "rank=3"], "posterior 'full' has no option 'rank'; it has none"),
+        (["--posterior-options", "rank"], "wanted options such as bins=8,transforms=2"),
+        (["--bound", "renyi", "--bound-options", "beta=1"], "the bound renyi, which has alpha"),
+        (["--regularizers", "mdd=1"], "Did you mean 'mmd'?"),
+        (["--posterior", "plana"], "Did you mean 'planar'?"),
+        (["--prior", "vamp", "--prior-options", "num_components=5000"], "Pass --prior-options num_components="),
+        (["--likelihood", "categorical", "--binarization", "static"], "a distribution of levels needs levels"),
+        (["--checkpoint", "state.bin"], "wanted NAME.safetensors in a folder that exists"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line_and_leaves_nothing(argv, words, here, capsys):
+    assert words in failed(["fit", *TINY, "--out", "some/run", *argv], capsys)
+    assert list(here.iterdir()) == []

@@ -176,11 +176,15 @@ _FIT = _options(
     _option("Training", "--device", "NAME", "cpu, cuda, cuda:1, mps; auto takes a GPU, if any. [default: auto]"),
     _option("Training", "--threads", "N", "CPU threads while training; small networks are faster on one. "
             "[default: torch's; for digits and linear-gaussian 1]", int),
+    _option("Training", "--compile", _choice("compile"), "Capture and compile the training steps; auto does where it "
+            "pays. [default: auto]"),
     _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs. "
             "[default: highest]"),
     _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image. [default: 5000]", int),
     _option("Evaluation", "--evaluation-images", "N", "Evaluate on the first N test images. [default: all]", int),
     _option("Run", "--out", "RUN", "Run folder to make. [default: runs/<data>-<n>]"),
+    _option("Run", "--checkpoint", "FILE", "A .safetensors file for the state after each epoch: the same command goes "
+            "on from it, to the bit. It is removed when the run is written."),
     _option("Run", "--config", "FILE", "Read options from YAML or JSON, such as a run's config.json; the command line "
             "wins.", click.Path(path_type=Path)),
     click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),
@@ -209,6 +213,7 @@ def fit(config: Path | None, **given: Any) -> int:
     told = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
     values = (read_config(config) if config is not None else {}) | told
     out, quiet = values.pop("out", None), values.pop("quiet", False)
+    checkpoint = values.pop("checkpoint", None)
     options = resolve(values)
     path = Path(out).expanduser() if out is not None else free_path(options.data)
     refuse_existing(path)
@@ -216,7 +221,8 @@ def fit(config: Path | None, **given: Any) -> int:
     from pyro_vae.app.fitting import fit_run
     from pyro_vae.app.report import show
 
-    summary = fit_run(options, path, progress=False if quiet else None, say=_say(quiet))
+    saved = None if checkpoint is None else Path(checkpoint).expanduser()
+    summary = fit_run(options, path, checkpoint=saved, progress=False if quiet else None, say=_say(quiet))
     if not quiet:
         show(summary, path)
     if summary["interrupted"]:

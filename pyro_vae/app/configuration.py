@@ -12,7 +12,7 @@ from typing import Any
 from pyro_vae.app.defaults import FitOptions, did_you_mean
 
 # Options of the command that are no part of a run's configuration.
-COMMAND_ONLY = {"out": "str", "quiet": "bool"}
+COMMAND_ONLY = {"out": "str", "checkpoint": "str", "quiet": "bool"}
 _TYPES = {field.name: str(field.type) for field in fields(FitOptions)} | COMMAND_ONLY
 _WORDS = {
     "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",

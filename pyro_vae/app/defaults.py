@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "bound": ("elbo", "iwae", "renyi", "vr-max", "miwae", "ciwae", "piwae", "cubo", "wake-sleep"),
     "estimator": ("reparameterized", "sticking-the-landing", "doubly-reparameterized", "score-function"),
     "binarization": ("dynamic", "static", "threshold", "none"),
+    "compile": ("auto", "on", "off"),
     "matmul_precision": ("highest", "high", "medium"),
 }
 REGULARIZERS = ("mmd", "total-correlation", "free-bits")
@@ -75,6 +76,7 @@ class FitOptions:
         seed: Of weights, batches, noise and evaluation.
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes the first GPU, if any.
         threads: CPU threads while training; torch's own number if None.
+        compile: Capture and compile the training steps: "auto" does where it pays.
         matmul_precision: For ``torch.set_float32_matmul_precision`` while training.
         evaluation_samples: K of the importance-sampling estimate of log p(x).
         evaluation_images: Evaluate on the first so many test data only.
@@ -114,6 +116,7 @@ class FitOptions:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    compile: str = "auto"
     matmul_precision: str = "highest"
     evaluation_samples: int = 5000
     evaluation_images: int | None = None

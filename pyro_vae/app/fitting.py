@@ -15,7 +15,7 @@ import torch
 from pyro_vae.app import evaluation, pictures
 from pyro_vae.app.defaults import CONTINUOUS, LEVELS, FitOptions
 from pyro_vae.app.losses import the_loss
-from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, append_json, new_run, write_json
+from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, new_run, write_json, write_lines
 from pyro_vae.data import DATASETS, Dataset, Split, load
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import History, fit
@@ -29,13 +29,20 @@ VALIDATION_IMAGES = 2000
 
 
 def fit_run(
-    options: FitOptions, path: Path, *, progress: bool | None = None, say: Callable[[str], None] = lambda _: None
+    options: FitOptions,
+    path: Path,
+    *,
+    checkpoint: Path | None = None,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Do one run and write its folder.
 
     Args:
         options: The configuration, from `resolve`.
         path: The run folder to make.
+        checkpoint: Where the state of the fit is kept after each epoch, to go on from;
+            removed when the run is written.
         progress: Show bars; None shows them on a terminal only.
         say: Takes a line about what is going on.
     Returns:
@@ -52,7 +59,7 @@ def fit_run(
         vae = build(options, dataset)
         write_json(folder / CONFIG, options.to_json())
         started = time.perf_counter()
-        history = _fit(vae, dataset, options, folder, progress)
+        history = _fit(vae, dataset, options, folder, checkpoint, progress)
         seconds = time.perf_counter() - started
         vae.save(folder / WEIGHTS)
         summary = training_numbers(vae, history, seconds, options)
@@ -71,6 +78,8 @@ def fit_run(
             vae, dataset, num_samples=options.evaluation_samples, images=options.evaluation_images, seed=options.seed
         )
         write_json(folder / SUMMARY, summary)
+    if checkpoint is not None and not summary["interrupted"]:
+        checkpoint.unlink(missing_ok=True)
     if failure is not None:
         raise ValueError(
             f"the pair was fitted and lies in {path}, but judging it failed: {failure}. "
@@ -176,10 +185,11 @@ def training_numbers(vae: VAE, history: History, seconds: float, options: FitOpt
     }
 
 
-def _fit(vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, progress: bool | None) -> History:
-    (folder / METRICS).touch()
+def _fit(
+    vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, checkpoint: Path | None, progress: bool | None
+) -> History:
     with _threads(options.threads):
-        return fit(
+        history = fit(
             vae.model,
             vae.guide,
             dataset.train,
@@ -194,9 +204,12 @@ def _fit(vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, progress
             patience=options.patience,
             seed=options.seed,
             matmul_precision=options.matmul_precision,
+            compile={"auto": "auto", "on": True, "off": False}[options.compile],
+            checkpoint=checkpoint,
             progress=progress,
-            callback=lambda record: append_json(folder / METRICS, record),
         )
+    write_lines(folder / METRICS, history.records)
+    return history
 
 
 @contextlib.contextmanager

@@ -159,10 +159,10 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     written(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def append_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one line of JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write one line of JSON for each record, atomically."""
+    text = "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
+    written(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def written(path: Path, write: Callable[[Path], Any]) -> None:
