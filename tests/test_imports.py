@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "sites", "parameters", "version"}
+GROUND = {"traces", "sites", "parameters", "unconstrained", "version"}
 MAY_IMPORT = {
     "traces": {"sites", "parameters"},
     "sites": set(),
     "parameters": set(),
+    "unconstrained": set(),
     "version": set(),
     "parts": GROUND,
     "data": GROUND,

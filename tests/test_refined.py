@@ -19,9 +19,10 @@ from pyro_vae.parts.posteriors import Delta as Point
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.hamiltonian import Hamiltonian, tempered_leapfrog
 from pyro_vae.programs.model import Model
-from pyro_vae.programs.semi_amortized import SemiAmortized, free_parameters
+from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import log_joint, log_q, particles
+from pyro_vae.unconstrained import free_parameters
 from tests.pairs import binary, linear_pair, small_pair
 
 PAIR, X = linear_pair()

@@ -15,60 +15,18 @@ base guide can do (score samples, an analytic KL), it can.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import MaskedDistribution, TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Independent, MultivariateNormal, transform_to
 
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
 from pyro_vae.sites import kind
 from pyro_vae.traces import Program, draw
-
-Free = dict[str, Tensor]
-Build = Callable[[Free], TorchDistribution]
-
-
-def free_parameters(distribution: TorchDistribution) -> tuple[Free, Build]:
-    """A distribution's parameters without constraints, and the way back.
-
-    Args:
-        distribution: One that its class and the parameters named in its
-            ``arg_constraints`` determine, under ``Independent`` or a mask.
-    Returns:
-        The parameters by name, and a function from such parameters to the distribution.
-    Raises:
-        ValueError: It is not determined so.
-    Example:
-        >>> import pyro.distributions as dist
-        >>> free, build = free_parameters(dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1))
-        >>> free["scale"], build(free).event_shape
-        (tensor([0., 0., 0.]), torch.Size([3]))
-    """
-    if isinstance(distribution, Independent):
-        free, inner = free_parameters(distribution.base_dist)
-        return free, lambda given: inner(given).to_event(distribution.reinterpreted_batch_ndims)
-    if isinstance(distribution, MaskedDistribution):
-        free, inner = free_parameters(distribution.base_dist)
-        return free, lambda given: inner(given).mask(distribution._mask)
-    family = type(distribution)
-    allowed = getattr(distribution, "arg_constraints", {})
-    names = ("loc", "scale_tril") if isinstance(distribution, MultivariateNormal) else tuple(allowed)
-    takes = set(inspect.signature(family.__init__).parameters) - {"self"}
-    if not names or not takes - {"validate_args"} <= set(allowed):
-        raise ValueError(f"{family.__name__} is not made of parameters in its arg_constraints alone")
-    options: dict[str, Any] = {"validate_args": False} if "validate_args" in takes else {}
-    try:
-        ways = {name: transform_to(allowed[name]) for name in names}
-        free = {name: ways[name].inv(getattr(distribution, name)) for name in names}
-    except (NotImplementedError, AttributeError) as error:
-        raise ValueError(f"{family.__name__} has parameters whose constraints cannot be lifted ({error})") from error
-    return free, lambda given: family(**{name: ways[name](given[name]) for name in names}, **options)
+from pyro_vae.unconstrained import Build, Free, free_parameters
 
 
 class SemiAmortized(Refined):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+
+from pyro_vae.unconstrained import Local
 
 
 class Amortized(nn.Module, ABC):
@@ -62,6 +65,35 @@ class Amortized(nn.Module, ABC):
         Returns:
             batch_shape (...), event_shape (D,).
         """
+
+    def local(self, parameters: Tensor) -> Local:
+        """The same family without the encoder: free parameters for each datum.
+
+        Args:
+            parameters: Where they start, (B, P), such as what the head returns.
+        Returns:
+            Free tensors, and the map from them to the distributions.
+        """
+        return Local({"parameters": parameters}, lambda free: self.family(free["parameters"]))
+
+    def around(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Parameters of a member near N(loc, diag scale^2): where a local fit starts that no encoder starts.
+
+        The first numbers are taken for the mean and the next for log sigma, as in all
+        families here; what bends the distribution is random and small, since at zero it
+        would often have no gradient. A start is all that this is: a family of another
+        order of its parameters may override it, but works without.
+
+        Args:
+            loc: (..., D).
+            scale: Positive, (..., D).
+        Returns:
+            (..., P).
+        """
+        P, D = self.head.out_features, self.latent_dim
+        rest = 0.1 * torch.randn(*loc.shape[:-1], P, dtype=loc.dtype, device=loc.device)
+        centre = torch.cat([loc, scale.log()], -1) if 2 * D <= P else loc
+        return torch.cat([centre, rest[..., centre.shape[-1] :]], -1)
 
 
 def _features(encoder: nn.Module, features: int | None) -> int:

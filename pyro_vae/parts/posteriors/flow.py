@@ -21,7 +21,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae.parts.distributions.flow import check_flow, pushforward, start_near_identity, zuko_flows
+from pyro_vae.parts.distributions.weights import own_weights, with_weights
 from pyro_vae.parts.posteriors.amortized import Amortized
+from pyro_vae.unconstrained import Free, Local
 
 _MANY = 16  # latents from which D passes a draw hurt
 
@@ -61,6 +63,24 @@ class _AmortizedFlow(Amortized):
     def family(self, parameters: Tensor) -> TorchDistribution:
         loc, log_scale, context = parameters.split([self.latent_dim, self.latent_dim, self.context], -1)
         return pushforward(self.flow, context, loc, log_scale, self.fast)
+
+    def local(self, parameters: Tensor) -> Local:
+        """The same flow with weights of its own for each datum, beside the head's numbers.
+
+        The weights start at the trained ones. All linear layers of the flow are freed;
+        a parameter elsewhere (a mixing matrix, the stacked layers of a NAF) stays as it
+        is. Memory is that of B flows, and so is the cost of a step.
+        """
+        if parameters.dim() != 2:
+            return super().local(parameters)
+        weights = {f"flow.{name}": p.detach().expand(len(parameters), *p.shape) for name, p in own_weights(self.flow)}
+
+        def build(free: Free) -> TorchDistribution:
+            loc, log_scale, context = free["parameters"].split([self.latent_dim, self.latent_dim, self.context], -1)
+            q = pushforward(self.flow, context, loc, log_scale, self.fast)
+            return with_weights(q, self.flow, {name: free[f"flow.{name}"] for name, _ in own_weights(self.flow)})
+
+        return Local({"parameters": parameters, **weights}, build, dict.fromkeys(weights, 0.1))
 
 
 class Flow(_AmortizedFlow):

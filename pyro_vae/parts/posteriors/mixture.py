@@ -55,3 +55,12 @@ class NormalMixture(Amortized):
         C, D = self.num_components, self.latent_dim
         loc, log_scale, logits = parameters.split([C * D, C * D, C], -1)
         return DiagonalNormalMixture(loc.unflatten(-1, (C, D)), log_scale.unflatten(-1, (C, D)).exp(), logits)
+
+    def around(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Components scattered about loc: see `Amortized.around`."""
+        C = self.num_components
+        scatter = 0.5 * torch.randn(*loc.shape[:-1], C, loc.shape[-1], dtype=loc.dtype, device=loc.device)
+        means = (loc.unsqueeze(-2) + scale.unsqueeze(-2) * scatter).flatten(-2)
+        log_scales = scale.log().unsqueeze(-2).expand_as(scatter).flatten(-2)
+        weights = loc.new_zeros(*loc.shape[:-1], C)
+        return torch.cat([means, log_scales, weights], -1)
