@@ -126,14 +126,14 @@ def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
     lines = -(-len(x) // columns)
     height, width = x.shape[-2:]
     cell = _INCHES / columns
-    figure = _canvas(_INCHES if columns == 8 else max(3.5, cell / 2 * columns), 0)
+    figure = canvas(_INCHES if columns == 8 else max(3.5, cell / 2 * columns), 0)
     cell = figure.get_figwidth() / columns
     figure.set_figheight(lines * (cell * height / width + 0.28) + 0.4)
     grid = figure.subplots(lines, columns, squeeze=False)
     for i, axes in enumerate(grid.flat):
         axes.set_axis_off()
         if i < len(x):
-            _show(axes, _pixels(x[i]))
+            _show(axes, pixels(x[i]))
             axes.text(0.5, -0.03, captions[i], fontsize=7, ha="center", va="top", transform=axes.transAxes)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure
@@ -199,14 +199,15 @@ def save(figure: Figure, path: Path) -> None:
     written(path, lambda partial: figure.savefig(partial, dpi=150, format="png", bbox_inches="tight", pad_inches=0.1))
 
 
-def _canvas(width: float, height: float) -> Figure:
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _canvas(width, height)
+    figure = canvas(width, height)
     return figure, figure.subplots()
 
 
@@ -214,7 +215,7 @@ def _is_vector(x: Tensor) -> bool:
     return x.dim() == 2
 
 
-def _pixels(x: Tensor) -> np.ndarray:
+def pixels(x: Tensor) -> np.ndarray:
     """One image, (C, H, W), as (H, W) or (H, W, 3) in [0, 1]."""
     image = x.detach().float().cpu().clamp(0, 1).numpy()
     return image[0] if image.shape[0] != 3 else image.transpose(1, 2, 0)
@@ -233,16 +234,16 @@ def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_afte
     line = max(2, round(zoom * max(height, width) / 28))
     high, wide = height * zoom + line, width * zoom + line
     breaks = [3 * line * (r // gap_after) if gap_after else 0 for r in range(len(rows))]
-    canvas = np.ones((len(rows) * high + breaks[-1] - line, columns * wide - line, 3), dtype=np.float32)
+    picture = np.ones((len(rows) * high + breaks[-1] - line, columns * wide - line, 3), dtype=np.float32)
     for r, row in enumerate(rows):
         for c, x in enumerate(row):
-            image = _pixels(x)
+            image = pixels(x)
             image = np.stack([image] * 3, -1) if image.ndim == 2 else image
             top, left = r * high + breaks[r], c * wide
-            canvas[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
+            picture[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
     inches = min(_INCHES, max(3.2, 0.75 * columns))
-    figure, axes = _figure(inches, inches * canvas.shape[0] / canvas.shape[1] + 0.4)
-    axes.imshow(canvas, interpolation="antialiased")
+    figure, axes = _figure(inches, inches * picture.shape[0] / picture.shape[1] + 0.4)
+    axes.imshow(picture, interpolation="antialiased")
     axes.set_xticks([])
     axes.set_yticks([r * high + breaks[r] + high / 2 for r in range(len(labels))], labels, fontsize=7)
     axes.tick_params(length=0)
@@ -255,7 +256,7 @@ def _heatmaps(panels: Mapping[str, Tensor], title: str, captions: Sequence[str] 
     """Vectors as rows of heat maps that share one colour scale."""
     arrays = {name: x.detach().float().cpu().numpy() for name, x in panels.items()}
     limit = max(float(np.abs(a).max()) for a in arrays.values()) or 1.0
-    figure = _canvas(_INCHES if len(panels) > 1 else 5.0, 4.2)
+    figure = canvas(_INCHES if len(panels) > 1 else 5.0, 4.2)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for i, (axes, (name, a)) in enumerate(zip(grid, arrays.items(), strict=True)):
         shown = axes.imshow(a, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
