@@ -26,6 +26,7 @@ from pyro_vae.parts.priors import VampPrior
 from pyro_vae.programs.vae import VAE
 
 VALIDATION_IMAGES = 2000
+_COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
 def fit_run(
@@ -204,7 +205,7 @@ def _fit(
             patience=options.patience,
             seed=options.seed,
             matmul_precision=options.matmul_precision,
-            compile={"auto": "auto", "on": True, "off": False}[options.compile],
+            compile=_COMPILE[options.compile],
             checkpoint=checkpoint,
             progress=progress,
         )

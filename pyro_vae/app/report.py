@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _log_likelihood(summary: Mapping[str, Any]) -> str:
         f"{_number(summary['test_log_likelihood_data_stderr'])}) nats"
     )
     ok = summary.get("test_khat_ok")
-    if ok is None:
+    if ok is None or math.isnan(ok):
         return text + ", k-hat unknown at so few samples"
     text += f", k-hat ok for {100 * ok:.1f} %"
     return text if ok >= 0.9 else text + " (unreliable: read it as a lower bound)"

@@ -175,7 +175,8 @@ class VonMisesFisher(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         # k (mu'z - 1) is -k |z - mu|^2 / 2 on the sphere, where k mu'z would cancel with log C_D(k).
-        return self._log_peak().expand(self.batch_shape) - 0.5 * self._concentration * (value - self._loc).square().sum(-1)
+        distance = (value - self._loc).square().sum(-1)
+        return self._log_peak().expand(self.batch_shape) - 0.5 * self._concentration * distance
 
     def entropy(self) -> Tensor:
         """The entropy in nats, (...)."""
