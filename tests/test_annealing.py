@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae.judging import annealing
 from pyro_vae.judging.annealing import ais, bdmc
+from pyro_vae.judging.quadrature import quadrature
 from pyro_vae.judging.schedules import schedule
 from pyro_vae.judging.simulations import simulated_batch
 from tests.pairs import LinearPair, linear_pair, small_pair
@@ -232,6 +233,44 @@ def test_a_vae_in_single_precision_from_both_ends():
     assert with_width.simulated is not None and len(with_width.simulated.upper_pointwise) == 10
     assert "on simulated data the bracket is" in str(with_width)
     assert all(p.grad is None for p in model.parameters())
+
+
+class PyrosExample(nn.Module):
+    """The shape of the VAE that Pyro's documentation publishes: two methods, pyro.module, grey pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(16, 8), nn.Softplus(), nn.Linear(8, 4))
+        self.decoder = nn.Sequential(nn.Linear(2, 8), nn.Softplus(), nn.Linear(8, 16), nn.Sigmoid())
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", x.shape[0]):
+            loc = torch.zeros(x.shape[0], 2, dtype=x.dtype, device=x.device)
+            z = pyro.sample("latent", dist.Normal(loc, torch.ones_like(loc)).to_event(1))
+            image = self.decoder(z)
+            pyro.sample("obs", dist.Bernoulli(image, validate_args=False).to_event(1), obs=x.reshape(-1, 16))
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", x.shape[0]):
+            loc, log_scale = self.encoder(x.reshape(-1, 16)).chunk(2, -1)
+            pyro.sample("latent", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def test_pyros_own_example_unmodified():
+    torch.manual_seed(0)
+    vae = PyrosExample()
+    grey = torch.rand(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    result = ais(vae.model, vae.guide, grey, num_steps=20)
+    grid = quadrature(vae.model, vae.guide, grey)
+    assert within(result.pointwise, grid.log_evidence, result.pointwise_stderr + 1e-4)
+    bracket = bdmc(vae.model, vae.guide, grey, num_steps=20)
+    assert bracket.data[0].shape == grey.shape and set(bracket.data[0].unique().tolist()) == {0.0, 1.0}
+    exact = quadrature(vae.model, vae.guide, bracket.data[0])
+    assert within(bracket.lower.pointwise, exact.log_evidence, bracket.lower.pointwise_stderr + 1e-4)
+    assert abs(bracket.upper - exact.log_evidence.mean()) < 0.05
+    assert len(pyro.get_param_store()) == 0
 
 
 def test_schedules():

@@ -197,7 +197,7 @@ def test_distances_see_what_was_planted():
 
     off = guide_distances(pair.model, shifted, x, found)
     assert off.mean_error.mean().item() == pytest.approx(1.0, abs=0.05)
-    assert "mean error (sd) 1" in str(off)
+    assert "mean error (sd) 0.99" in str(off)
     with pytest.raises(ValueError, match="got 29 data and a reference of 30"):
         guide_distances(pair.model, pair.guide, x[:29], found)
 

@@ -258,6 +258,16 @@ def bdmc(
         Both bounds with their errors.
     Raises:
         ValueError: As for `ais`; or a site equals no argument, or several.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> bracket = bdmc(model, None, torch.zeros(50), start="prior", num_steps=100)
+        >>> truth = dist.Normal(0.0, 2**0.5).log_prob(bracket.data[0]).mean()
+        >>> bool(bracket.lower.value - 0.01 < truth < bracket.upper + 0.01), bracket.width < 0.05
+        (True, True)
 
     Reference: Grosse et al., Sandwiching the marginal likelihood, 2015. arXiv:1511.02543
     """

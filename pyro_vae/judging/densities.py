@@ -223,7 +223,8 @@ class Pair:
 
     def from_prior(self, num_chains: int) -> Tensor:
         """Draws u ~ p(z), (C, B, U)."""
-        prior = poutine.block(self.model, expose=self.names)
+        # Parameters are not blocked: they must reach `own_parameters`, or the param store would answer for them.
+        prior = poutine.block(self.model, hide_fn=lambda m: m["type"] == "sample" and m["name"] not in self.names)
         return self.latents.pack(draw(self.model, prior, self.args, {}, num_chains).latents)
 
     def posterior_density(self) -> Density:
