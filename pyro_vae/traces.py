@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
@@ -329,6 +329,25 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
     )
 
 
+def predict(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Draw data x_k ~ p(x | z_k) at given latents, one for each.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        latents: Values per latent site, (K, *plates, *event), as `Particles.latents`.
+        args: What the model takes (a batch serves for its shape only).
+        kwargs: Keyword arguments that the model takes.
+    Returns:
+        Per observed site, (K, *plates, *event).
+    Raises:
+        ValueError: A latent site has no value.
+    """
+    with own_parameters(model), torch.no_grad():
+        data = [name for name, site in sites(model, *args, **kwargs).items() if site["is_observed"]]
+        trace, frame = _replayed(poutine.uncondition(model), latents, args, kwargs, free=data)
+        return {name: site_value(trace.nodes[name], frame) for name in data}
+
+
 def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
     """How many batch dimensions the pair's plates occupy, without touching the random state."""
     with torch.random.fork_rng(), torch.no_grad():
@@ -436,12 +455,20 @@ def _stack(singles: list[Particles]) -> Particles:
 
 
 def _replayed(
-    program: Program, latents: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    program: Program,
+    latents: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    free: Sequence[str] = (),
 ) -> tuple[Trace, Frame]:
-    """Run a program at given latents, under a particle plate where there is more than one sample."""
+    """Run a program at given latents, under a particle plate where there is more than one sample.
+
+    Sites that are free are drawn.
+    """
     with torch.random.fork_rng(), torch.no_grad():
         plain = poutine.trace(program).get_trace(*args, **kwargs)
-    nesting, wanted = depth(plain), [s for s in sample_sites(plain) if not s["is_observed"]]
+    nesting = depth(plain)
+    wanted = [s for s in sample_sites(plain) if not s["is_observed"] and s["name"] not in free]
     missing = [s["name"] for s in wanted if s["name"] not in latents]
     if missing:
         raise ValueError(f"no value for latent site {missing[0]!r}; got values for {list(latents)}.")

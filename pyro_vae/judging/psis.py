@@ -1,4 +1,4 @@
-"""Pareto k-hat of importance weights, by ArviZ, in the versions that people have."""
+"""Pareto k-hat and smoothing of importance weights, by ArviZ, in the versions that people have."""
 
 from __future__ import annotations
 
@@ -27,17 +27,60 @@ def pareto_k(log_weight: Tensor) -> Tensor:
 
     Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
-    k = torch.full((log_weight.shape[1],), float("nan"), dtype=torch.float64)
-    if len(log_weight) < 25:
-        return k
+    return pareto_smoothed(log_weight)[1]
+
+
+def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Log weights whose largest are replaced by quantiles of their Pareto tail, and its shape k.
+
+    Args:
+        log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
+    Returns:
+        Smoothed log weights, (K, B), that sum to one over K, and k-hat as `pareto_k` gives
+        it, (B,). Constant weights, and fewer than 25, are only normalised.
+
+    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
+    """
+    return pareto_smoothed(log_weight)[1]
+
+
+def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Log weights whose largest are replaced by the quantiles of their fitted Pareto tail, and k-hat.
+
+    Smoothing trades a little bias for much variance where single weights dominate. The
+    smoothed weights keep the scale of the raw ones, and none exceeds the largest of them.
+
+    Args:
+        log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
+    Returns:
+        The smoothed log weights, (K, B), and k-hat, (B,), both in float64. Constant weights, and
+        fewer than 25, stay as they are.
+    Example:
+        >>> smooth, k = pareto_smoothed(torch.zeros(100, 2))
+        >>> bool((smooth == 0).all())
+        True
+
+    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
+    """
+    smooth = log_weight.detach().cpu().double()
+    k = torch.full((smooth.shape[1],), float("nan"), dtype=torch.float64)
+    if len(smooth) < 25:
+        return smooth, k
     spread = log_weight.amax(0) - log_weight.amin(0)
     rounding = 100 * torch.finfo(log_weight.dtype).eps * log_weight.abs().amax(0).clamp(min=1)
     constant = (spread <= rounding).cpu()
     k[constant] = float("-inf")
-    varying = log_weight.detach().cpu().double()[:, ~constant]
+    varying = smooth[:, ~constant]
     if varying.shape[1]:
-        k[~constant] = torch.as_tensor(_psis(varying.T.contiguous().numpy()), dtype=torch.float64)
-    return k
+        found, shape = (torch.as_tensor(a, dtype=torch.float64) for a in _psis(varying.T.contiguous().numpy()))
+        found = found.T
+        # ArviZ normalises the weights; the tail is less than half of them, so the median's was not smoothed.
+        middle = varying.sort(0).indices[len(varying) // 2].unsqueeze(0)
+        found = found + (varying.gather(0, middle) - found.gather(0, middle))
+        smooth = smooth.clone()
+        smooth[:, ~constant] = torch.where(found.isnan(), varying, found)
+        k[~constant] = shape
+    return smooth, k
 
 
 def khat_limit(num_samples: int) -> float:
@@ -45,8 +88,8 @@ def khat_limit(num_samples: int) -> float:
     return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)
 
 
-def _psis(log_weight: np.ndarray) -> np.ndarray:
-    """k-hat over the last axis, (B, K) -> (B,)."""
+def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smoothed log weights up to a constant, (B, K), and k-hat over the last axis, (B,)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # announcements at import; k-hat itself is the warning
         try:
@@ -54,6 +97,11 @@ def _psis(log_weight: np.ndarray) -> np.ndarray:
         except ImportError:
             import arviz
 
-            return np.asarray(arviz.psislw(log_weight)[1])
-        # Unlike ArviZ 0.x it takes log likelihoods, whose negatives are its log weights.
-        return np.asarray(array_stats.psislw(-log_weight, axis=-1)[1])
+            smooth, k = arviz.psislw(log_weight)
+        else:
+            # Unlike ArviZ 0.x it takes log likelihoods, whose negatives are its log weights. What comes out says
+            # whether that is still so.
+            smooth, k = array_stats.psislw(-log_weight, axis=-1)
+            if smooth[0, log_weight[0].argmax()] < smooth[0, log_weight[0].argmin()]:
+                smooth, k = array_stats.psislw(log_weight, axis=-1)
+    return np.asarray(smooth), np.asarray(k)
