@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import types
 
 import numpy as np
 import pyro
@@ -15,7 +16,7 @@ import torch
 from pyro_vae.judging.anomalies import anomaly_scores, roc_auc
 from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, posterior_means
-from pyro_vae.judging.psis import khat_limit, pareto_k
+from pyro_vae.judging.psis import khat_limit, pareto_k, pareto_smoothed
 from pyro_vae.judging.samples import energy_distance
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.zoo import autoencoder
@@ -201,3 +202,112 @@ def test_energy_distance_of_two_normals():
     assert abs(energy_distance(x, y).null) < 0.02
     with pytest.raises(ValueError, match="of one shape"):
         energy_distance(x, y.expand(-1, 2))
+
+
+def gaussian_weights(size, *spreads, seed=0):
+    """Log weights s e - s^2 / 2, whose true mean weight is 1."""
+    noise = torch.randn(size, len(spreads), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    spread = torch.tensor(spreads, dtype=torch.float64)
+    return spread * noise - spread.square() / 2
+
+
+def test_smoothing_keeps_the_scale_and_all_but_the_tail():
+    weights = gaussian_weights(2000, 0.3, 1.0, 3.0) - 700.0  # far below what exp can hold
+    smooth, k = pareto_smoothed(weights)
+    assert torch.equal(k, pareto_k(weights))
+    tail = math.ceil(min(0.2 * 2000, 3 * math.sqrt(2000)))
+    order = weights.sort(0).indices
+    for column in range(3):
+        body, top = order[: 2000 - tail, column], order[2000 - tail :, column]
+        assert torch.allclose(smooth[body, column], weights[body, column], rtol=0, atol=1e-9)
+        assert (smooth[top, column].diff() >= -1e-12).all()  # in the order of the raw weights
+        assert (smooth[top, column] != weights[top, column]).any()
+    assert (smooth.amax(0) <= weights.amax(0) + 1e-9).all()
+    short = weights[:24]
+    assert torch.equal(pareto_smoothed(short)[0], short)
+    mixed = torch.cat([weights[:, :1], torch.full((2000, 1), -3.0, dtype=torch.float64)], 1)
+    assert (pareto_smoothed(mixed)[0][:, 1] == -3.0).all() and pareto_smoothed(mixed)[1][1] == -math.inf
+    heavy = [pareto_smoothed(gaussian_weights(500, 2.5, seed=s))[0].logsumexp(0) - math.log(500) for s in range(40)]
+    plain = [gaussian_weights(500, 2.5, seed=s).logsumexp(0) - math.log(500) for s in range(40)]
+    assert torch.cat(heavy).var() < torch.cat(plain).var()
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["log likelihoods", "log weights"])
+def test_either_version_of_arviz_gives_the_same(monkeypatch, sign):
+    """ArviZ 1.x keeps psislw elsewhere, and takes log likelihoods."""
+    import arviz
+
+    weights = gaussian_weights(300, 0.5, 2.0)
+    expected = pareto_smoothed(weights)
+    module = types.ModuleType("arviz_stats.base")
+    module.array_stats = types.SimpleNamespace(psislw=lambda a, axis: arviz.psislw(np.array(sign * a)))
+    monkeypatch.setitem(sys.modules, "arviz_stats", types.ModuleType("arviz_stats"))
+    monkeypatch.setitem(sys.modules, "arviz_stats.base", module)
+    for one, other in zip(pareto_smoothed(weights), expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+
+
+def test_the_smoothed_estimate_stands_beside_the_plain_one():
+    pair, x = linear_pair(stretch=1.3)
+    estimate = log_likelihood(pair.model, pair.guide, x, num_samples=2000)
+    evidence = pair.bed.log_evidence(x).mean().item()
+    assert estimate.smoothed.shape == (30,)
+    assert abs(estimate.smoothed_value - evidence) < 4 * estimate.smoothed_stderr
+    assert estimate.smoothed_stderr == pytest.approx(estimate.mc_stderr, rel=0.1)
+    assert not torch.equal(estimate.smoothed, estimate.pointwise)
+    exact, x = linear_pair()
+    constant = log_likelihood(exact.model, exact.guide, x, num_samples=50)
+    assert torch.equal(constant.smoothed, constant.pointwise) and (constant.pareto_k == -math.inf).all()
+
+
+def test_the_curve_is_that_of_fresh_runs():
+    pair, x = linear_pair(stretch=1.4)
+    whole = log_likelihood(pair.model, pair.guide, x, num_samples=1000)
+    curve = whole.curve
+    assert curve.num_samples == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    assert curve.value[-1].item() == pytest.approx(whole.value, abs=1e-12)
+    assert curve.mc_stderr[-1].item() == pytest.approx(whole.mc_stderr, rel=1e-9)
+    # At one sample it is the ELBO, whose gap is known: KL(N(m, s^2 V) || N(m, V)) in three dimensions.
+    gap = 1.5 * (1.4**2 - 1 - 2 * math.log(1.4))
+    elbo = pair.bed.log_evidence(x).mean().item() - gap
+    assert abs(curve.value[0].item() - elbo) < 4 * curve.mc_stderr[0].item()
+    assert (curve.value.diff()[:5] > 0).all()
+    for place, size in ((1, 2), (3, 10)):
+        runs = torch.tensor([log_likelihood(pair.model, pair.guide, x, num_samples=size, seed=s).value
+                             for s in range(1, 41)])  # fmt: skip
+        error = math.hypot(runs.std().item() / math.sqrt(40), curve.mc_stderr[place].item())
+        assert abs(runs.mean().item() - curve.value[place].item()) < 4 * error
+        # 1000 / K' blocks have the error of as many runs.
+        claimed = curve.mc_stderr[place].item() * math.sqrt(1000 // size)
+        assert abs(claimed / runs.std().item() - 1) < 4 / math.sqrt(2 * 39)
+    assert "K = 1000   " in str(curve) and "±" in str(curve)
+
+
+def test_advice_on_k():
+    pair, x = linear_pair(stretch=1.3)
+    good = log_likelihood(pair.model, pair.guide, x, num_samples=1000)
+    enough = good.enough()
+    assert enough is not None and enough < 1000
+    place = good.curve.num_samples.index(enough)
+    assert good.value - good.curve.value[place] + abs(good.bias) <= good.data_stderr / 10
+    assert f"K = 1000 is enough: the bias of {good.bias:.2g}" in good.advice() and f"K = {enough} would" in good.advice()
+    strict = good.advice(tolerance=abs(good.bias) / 10)
+    assert good.enough(abs(good.bias) / 10) is None and good.enough(1e-15) is None
+    assert "falls like 1/K, K = 10000 would do." in strict
+    narrow, x = linear_pair(stretch=0.45)
+    bad = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000)
+    assert "the guide misses mass" in bad.advice() and "enrich the guide" in bad.advice()
+    assert "too small to judge" in log_likelihood(pair.model, pair.guide, x, num_samples=5).advice()
+    with pytest.raises(ValueError, match=r"got tolerance=-1, wanted a positive number of nats"):
+        good.advice(-1)
+    one = log_likelihood(pair.model, pair.guide, x[:1], num_samples=1000)
+    assert "is enough" in one.advice() and "within 0.1 nats" in one.advice()
+
+
+def test_k_hat_does_not_know_its_batch():
+    pair, x = linear_pair(stretch=1.2)
+    weights = gaussian_weights(1000, 0.3, 1.0, 4.0, 0.0)
+    alone = torch.cat([pareto_smoothed(weights[:, i : i + 1])[0] for i in range(4)], 1)
+    assert torch.equal(pareto_smoothed(weights)[0], alone)
+    estimate = log_likelihood(pair.model, pair.guide, x, num_samples=1000)
+    assert (estimate.pareto_k < 0.5).all()

@@ -4,6 +4,9 @@ With w_k = p(x, z_k) / q(z_k | x), the mean weight is an unbiased estimate of p(
 logarithm is biased downwards by about Var(w) / (2 K p(x)^2), which the jackknife
 measures. Two errors are told apart: that of the Monte Carlo sum for these data, and
 that of these data for the population they come from.
+
+How the estimate grows with K needs no further samples: K weights are K / K' disjoint blocks of
+K' weights, each of which would have given the estimate at K'.
 """
 
 from __future__ import annotations
@@ -18,12 +21,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.judging.psis import khat_limit, pareto_k
+from pyro_vae.judging.psis import khat_limit, pareto_smoothed
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Particles, Program, draw, plate_nesting
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
 _CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The estimate of log p(x) at smaller numbers of samples, from the same weights, in nats.
+
+    Attributes:
+        num_samples: K' = 1, 2, 5, 10, ..., K.
+        value: Mean over the data of log 1/K' sum w, averaged over the disjoint blocks of K' weights, one for each
+            K'. At K' = 1 it is the ELBO.
+        mc_stderr: Its Monte Carlo standard error, given these data. The values share their weights: the
+            error of a difference is smaller than these suggest.
+    """
+
+    num_samples: tuple[int, ...]
+    value: Tensor
+    mc_stderr: Tensor
+
+    def __str__(self) -> str:
+        rows = zip(self.num_samples, self.value.tolist(), self.mc_stderr.tolist(), strict=True)
+        return "\n".join(f"K = {k:<6d} {value:.3f} ± {error:.3f} nats" for k, value, error in rows)
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,10 @@ class Estimate:
         ess: Effective number of samples per datum, (sum w)^2 / sum w^2, (N,).
         pareto_k: k-hat per datum, (N,).
         num_samples: K.
+        smoothed: log 1/K sum_k w_k per datum after Pareto smoothing of the largest weights, (N,): less noisy
+            where k-hat is high, and no longer a lower bound in expectation.
+        smoothed_stderr: Monte Carlo standard error of its mean, from the smoothed weights.
+        curve: The plain estimate against K.
     """
 
     value: float
@@ -49,6 +77,70 @@ class Estimate:
     ess: Tensor
     pareto_k: Tensor
     num_samples: int
+    smoothed: Tensor | None = None
+    smoothed_stderr: float = math.nan
+    curve: Curve | None = None
+
+    @property
+    def smoothed_value(self) -> float:
+        """Mean over the data of the Pareto-smoothed estimate."""
+        return math.nan if self.smoothed is None else self.smoothed.mean().item()
+
+    def enough(self, tolerance: float | None = None) -> int | None:
+        """The smallest K on the curve whose bias is within the tolerance; None where this K is too small.
+
+        The bias at K' is that of the whole, by the jackknife, and what the curve lacks at K'.
+
+        Args:
+            tolerance: In nats; None for a tenth of `data_stderr`, below which a bias does not matter beside the
+                error of the data (0.1 nats for a single datum).
+        """
+        if self.curve is None or math.isnan(self.bias):
+            return None
+        limit = self._tolerance(tolerance)
+        missing = abs(self.bias) + (self.curve.value[-1] - self.curve.value)
+        # The last point from which on all are within the limit, since single points are noisy.
+        inside = (missing <= limit).flip(0).long().cumprod(0).flip(0)
+        return self.curve.num_samples[len(inside) - int(inside.sum())] if bool(inside[-1]) else None
+
+    def advice(self, tolerance: float | None = None) -> str:
+        """Which K is enough, in words: whether k-hat allows an answer, and what the bias makes of it.
+
+        Args:
+            tolerance: As for `enough`.
+        """
+        count, limit = self.num_samples, self._tolerance(tolerance)
+        if math.isnan(self.khat_ok) or math.isnan(self.bias):
+            return f"K = {count} is too small to judge: take num_samples >= 25 for a bias and a k̂."
+        if self.khat_ok < 0.9:
+            return (
+                f"k̂ is above {khat_limit(count):.2f} for {100 * (1 - self.khat_ok):.1f} % of the data: the guide misses "
+                "mass of the posterior there, and neither error nor bias can be trusted. A larger K helps slowly: "
+                "enrich the guide, or anneal (ais)."
+            )
+        against = f"{limit:.2g} nats" + (", a tenth of the error of the data" if tolerance is None else "")
+        if math.isnan(self.data_stderr) and tolerance is None:
+            against = f"{limit:.2g} nats"
+        enough = self.enough(tolerance)
+        if enough is not None:
+            smaller = "" if enough == count else f"; K = {enough} would do"
+            return f"K = {count} is enough: the bias of {self.bias:.2g} is within {against}{smaller}."
+        # A bias of c / K, where the variance of the weights is finite; slower where it is not.
+        wanted = _round_up(count * abs(self.bias) / limit) if limit > 0 else 0
+        if not wanted:
+            return f"K = {count} leaves a bias of {self.bias:.2g} nats, and the data have no error to compare it with."
+        finite = bool((self.pareto_k < 0.5).double().mean() >= 0.9)
+        return (
+            f"K = {count} leaves a bias of {self.bias:.2g}, more than {against}. As it falls like 1/K, K = {wanted} "
+            + ("would do." if finite else "may do; k̂ >= 0.5 for some data makes it fall more slowly.")
+        )
+
+    def _tolerance(self, tolerance: float | None) -> float:
+        if tolerance is not None:
+            if not tolerance > 0:
+                raise ValueError(f"got tolerance={tolerance}, wanted a positive number of nats.")
+            return tolerance
+        return 0.1 if math.isnan(self.data_stderr) else self.data_stderr / 10
 
     @property
     def khat_ok(self) -> float:
@@ -123,7 +215,7 @@ def log_likelihood(
             on with torch's random state.
         progress: Show a bar; None shows it on a terminal only.
     Returns:
-        The estimate with its errors and diagnostics.
+        The estimate with its errors and diagnostics; `advice` says which K is enough.
     Raises:
         ValueError: K < 1, a guide without density, and all that `particles` refuses.
     Example:
@@ -138,12 +230,16 @@ def log_likelihood(
         >>> print(log_likelihood(model, guide, torch.zeros(3), num_samples=100))
         log p(x) = -1.27 ± 0.00 (Monte Carlo; data ± 0.00) nats, k̂ ok for 100.0 %
 
-    Reference: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519
+    References: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519; Vehtari et
+        al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
-    parts = []
+    parts, steps = [], _steps(num_samples)
+    totals = torch.zeros(2, len(steps), dtype=torch.float64)
     for chunks in _particles(model, guide, data, num_samples, device, seed, progress, "log p(x)"):
-        parts.append(_summary(torch.cat([chunk.log_weight for chunk in chunks])))
-    pointwise, variance, bias, ess, k = (torch.cat(column) for column in zip(*parts, strict=True))
+        log_weight = torch.cat([chunk.log_weight for chunk in chunks])
+        parts.append(_summary(log_weight))
+        totals += _at_steps(log_weight.double().cpu(), steps)
+    pointwise, variance, bias, ess, k, smoothed, spread = (torch.cat(column) for column in zip(*parts, strict=True))
     count = len(pointwise)
     return Estimate(
         value=pointwise.mean().item(),
@@ -154,6 +250,9 @@ def log_likelihood(
         ess=ess,
         pareto_k=k,
         num_samples=num_samples,
+        smoothed=smoothed,
+        smoothed_stderr=spread.sum().sqrt().item() / count,
+        curve=Curve(tuple(steps), totals[0] / count, totals[1].sqrt() / count),
     )
 
 
@@ -204,21 +303,56 @@ def elbo_terms(
 
 
 def _summary(log_weight: Tensor) -> tuple[Tensor, ...]:
-    """Estimate, its variance and bias, effective sample size and k-hat per datum, from (K, B)."""
-    k = pareto_k(log_weight)
+    """Per datum, from (K, B): estimate, its variance and bias, effective sample size, k-hat; the smoothed
+    estimate and its variance."""
+    smoothed, k = pareto_smoothed(log_weight)
     log_weight = log_weight.double().cpu()
     count = len(log_weight)
     total = torch.logsumexp(log_weight, 0)
     share = (log_weight - total).exp()  # w_k / sum w
-    squares = share.square().sum(0)
+    variance = _variance(log_weight)
+    bias = torch.full_like(total, math.nan)
     if count > 1:
-        variance = (count * squares - 1).clamp(min=0) / (count - 1)
         # Leaving out one weight of K changes the log of their mean by this much.
         change = torch.log1p(-share.clamp(max=1 - 1e-12)) + math.log(count / (count - 1))
         bias = (count - 1) * change.mean(0)
-    else:
-        variance = bias = torch.full_like(total, math.nan)
-    return total - math.log(count), variance, bias, 1 / squares, k
+    ess = 1 / share.square().sum(0)
+    smooth = torch.logsumexp(smoothed, 0) - math.log(count)
+    return total - math.log(count), variance, bias, ess, k, smooth, _variance(smoothed)
+
+
+def _variance(log_weight: Tensor) -> Tensor:
+    """Variance of log 1/K sum w to first order, per column of (K, ...); nan for K = 1."""
+    count = len(log_weight)
+    if count == 1:
+        return torch.full_like(log_weight[0], math.nan)
+    share = torch.softmax(log_weight, 0)
+    return (count * share.square().sum(0) - 1).clamp(min=0) / (count - 1)
+
+
+def _steps(num_samples: int) -> list[int]:
+    """1, 2, 5, 10, ... below K, and K."""
+    decades = [m * 10**e for e in range(len(str(num_samples))) for m in (1, 2, 5)]
+    return [k for k in decades if k < num_samples] + [num_samples]
+
+
+def _at_steps(log_weight: Tensor, steps: list[int]) -> Tensor:
+    """Sums over the data of the estimate at each K', and of its variance, (2, steps)."""
+    found = []
+    for size in steps:
+        blocks = len(log_weight) // size
+        grouped = log_weight[: blocks * size].reshape(blocks, size, -1).transpose(0, 1)
+        values = torch.logsumexp(grouped, 0) - math.log(size)
+        # Few blocks know their own variance badly; each of many weights knows it by itself.
+        variance = values.var(0) if blocks >= 10 or (size == 1 and blocks > 1) else _variance(grouped).mean(0)
+        found.append(torch.stack([values.mean(0).sum(), (variance / blocks).sum()]))
+    return torch.stack(found, 1)
+
+
+def _round_up(number: float) -> int:
+    """To two digits, upwards."""
+    unit = 10 ** max(len(str(math.ceil(number))) - 2, 0)
+    return math.ceil(number / unit) * unit
 
 
 def _particles(
