@@ -31,20 +31,6 @@ def pareto_k(log_weight: Tensor) -> Tensor:
 
 
 def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Log weights whose largest are replaced by quantiles of their Pareto tail, and its shape k.
-
-    Args:
-        log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
-    Returns:
-        Smoothed log weights, (K, B), that sum to one over K, and k-hat as `pareto_k` gives
-        it, (B,). Constant weights, and fewer than 25, are only normalised.
-
-    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
-    """
-    return pareto_smoothed(log_weight)[1]
-
-
-def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Log weights whose largest are replaced by the quantiles of their fitted Pareto tail, and k-hat.
 
     Smoothing trades a little bias for much variance where single weights dominate. The
