@@ -1,0 +1,327 @@
+"""Guides compared on one and the same posterior.
+
+Two guides trained with a model of their own each approximate two posteriors, and their
+ELBOs differ for two reasons at once. With the model frozen, p(x, z) and so p(z | x) are
+the same for all, and what differs is the approximation:
+
+    log p(x) - ELBO_q(x) = KL(q(z | x) || p(z | x))
+
+The log p(x) of the data is common, too: the guides' differences are paired by datum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.training import History, fit
+from pyro_vae.judging.mixtures import Scored, given_estimate, pool, score, scores_strangers
+from pyro_vae.judging.psis import khat_limit
+from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.sites import sample_sites
+from pyro_vae.traces import Program, plate_nesting
+
+
+def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **options: Any) -> History:
+    """Fit a guide under a frozen model, so that guides are compared on one posterior.
+
+    The model's parameters (and what the guide shares with them) get no gradient, its
+    modules stay in evaluation mode, and its ``requires_grad`` flags and modes come back
+    as they were, also after an error. Not a bit of it changes.
+
+    Args:
+        model: A Pyro program for p(x, z), trained.
+        guide: A Pyro program for q(z | x).
+        data: As for `fit`.
+        loss: A Pyro ELBO or an `Objective`; those that raise a bound of the guide.
+        options: Those of `fit`: epochs, learning_rate, seed, ...
+    Returns:
+        The history. The guide is trained in place.
+    Raises:
+        ValueError: The guide has nothing to train, and all that `fit` refuses.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> net = nn.Linear(1, 1)
+        >>> def guide(x):
+        ...     pyro.module("net", net)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(net(x[:, None])[:, 0], 0.5**0.5))
+        >>> x = torch.randn(256, generator=torch.Generator().manual_seed(0))
+        >>> _ = fit_guide(model, guide, x, epochs=200, learning_rate=0.02, seed=0)
+        >>> abs(net.weight.item() - 0.5) < 0.05   # the posterior's mean is x / 2
+        True
+    """
+    place = options.get("device")
+    place = device_of(model, guide) if place is None else place
+    for owner in owners(model, guide) if options.get("device") is not None else []:
+        owner.to(place)
+    batch = Batches(data, min(options.get("batch_size", 128), 8), place, shuffle=False).first()
+    with frozen(model, guide, batch) as still:
+        return fit(still, guide, data, loss=loss, **options)
+
+
+@contextlib.contextmanager
+def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[Program]:
+    """The model as a program without gradients, in evaluation mode, whoever else owns its modules.
+
+    Args:
+        model: A Pyro program.
+        guide: That of the same pair, which may be a method of the same module.
+        args: A batch, with which the model is run once to see what it reads.
+    """
+    mine, others = owners(model), owners(guide)
+    alone = [module for module in mine if module not in others]
+    tensors = {id(p): p for module in alone for p in module.parameters()}
+    with own_parameters(model, guide):
+        tensors |= {id(leaf): leaf for leaf in _leaves(model, args)}
+    flags = [(tensor, tensor.requires_grad) for tensor in tensors.values()]
+    modes = [(module, module.training) for owner in mine for module in owner.modules()]
+    shared = [
+        child
+        for owner in mine
+        if owner in others
+        for child in owner.modules()
+        if (own := list(child.parameters())) and all(id(p) in tensors for p in own)
+    ]
+    still = model
+    if shared:
+        # As the guide's module it is put into training mode after each epoch's end: its own part is put back.
+        def still(*args: Any, **kwargs: Any) -> Any:
+            for child in shared:
+                if child.training:
+                    child.eval()
+            return model(*args, **kwargs)
+
+    try:
+        for tensor, _ in flags:
+            tensor.requires_grad_(False)
+        for module in alone:
+            module.eval()
+        yield still
+    finally:
+        for tensor, flag in flags:
+            tensor.requires_grad_(flag)
+        for module, mode in modes:
+            if not any(module is child for owner in others for child in owner.modules()):
+                module.training = mode
+
+
+@contextlib.contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """The programs' modules in evaluation mode, and afterwards as they were."""
+    modes = [(module, module.training) for owner in owners(*programs) for module in owner.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def owners(*programs: Program) -> list[nn.Module]:
+    """The modules that the programs are, or are methods of."""
+    found = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
+    return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
+
+
+def _leaves(model: Program, args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors with gradients that a model's log density is computed from."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        trace = poutine.trace(model).get_trace(*args)
+        total = sum(site["fn"].log_prob(site["value"]).sum() for site in sample_sites(trace))
+    found: dict[int, Tensor] = {}
+    seen, stack = set(), [getattr(total, "grad_fn", None)]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        stack.extend(earlier for earlier, _ in node.next_functions)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class GuideScore:
+    """One guide on a given posterior, averaged over data, in nats.
+
+    Attributes:
+        elbo: Mean ELBO.
+        elbo_stderr: Its Monte Carlo standard error, given these data.
+        log_likelihood: log p(x) by importance sampling from this guide alone.
+        log_likelihood_stderr: Its Monte Carlo standard error.
+        gap: log p(x) - ELBO = KL(q || p(z | x)), with the log p(x) common to all guides.
+        gap_stderr: Its Monte Carlo standard error.
+        pointwise: The ELBO per datum, (N,).
+        pareto_k: k-hat per datum of its weights, (N,).
+    """
+
+    elbo: float
+    elbo_stderr: float
+    log_likelihood: float
+    log_likelihood_stderr: float
+    gap: float
+    gap_stderr: float
+    pointwise: Tensor
+    pareto_k: Tensor
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one ELBO is above another on the same data, in nats.
+
+    Attributes:
+        value: Mean over the data.
+        mc_stderr: Monte Carlo standard error, given these data.
+        data_stderr: Standard error for the population, from the spread of the paired
+            differences (Monte Carlo noise included).
+    """
+
+    value: float
+    mc_stderr: float
+    data_stderr: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Guides of one frozen model, side by side.
+
+    Attributes:
+        scores: Per guide.
+        log_likelihood: Mean log p(x) common to all.
+        log_likelihood_stderr: Its Monte Carlo standard error.
+        source: Where it is from.
+        num_samples: K.
+    """
+
+    scores: dict[str, GuideScore]
+    log_likelihood: float
+    log_likelihood_stderr: float
+    source: str
+    num_samples: int
+
+    def difference(self, first: str, second: str) -> Difference:
+        """The ELBO of the first guide minus that of the second, paired by datum."""
+        for name in (first, second):
+            if name not in self.scores:
+                raise ValueError(f"got no guide {name!r}, wanted one of {', '.join(map(repr, self.scores))}.")
+        a, b = self.scores[first], self.scores[second]
+        paired = a.pointwise - b.pointwise
+        return Difference(
+            paired.mean().item(),
+            math.hypot(a.elbo_stderr, b.elbo_stderr),
+            paired.std().item() / math.sqrt(len(paired)) if len(paired) > 1 else math.nan,
+        )
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in [*self.scores, "guide"])
+        best = max(self.scores, key=lambda name: self.scores[name].elbo)
+        count = len(self.scores[best].pointwise)
+        lines = [
+            f"{count} data, one frozen model: log p(x) = {self.log_likelihood:.2f} ± {self.log_likelihood_stderr:.2f} "
+            f"nats ({self.source})",
+            f"{'guide':{width}}  {'ELBO':>16}  {'log p(x) from it':>16}  {'gap':>14}  {'behind the best':>16}  k̂ ok",
+        ]
+        for name, row in self.scores.items():
+            behind = self.difference(best, name)
+            away = "" if name == best else f"{behind.value:.2f} ± {behind.data_stderr:.2f}"
+            known = not row.pareto_k.isnan().all()
+            ok = f"{100 * (row.pareto_k < khat_limit(self.num_samples)).double().mean():.0f} %" if known else "?"
+            lines.append(
+                f"{name:{width}}  {row.elbo:8.2f} ± {row.elbo_stderr:5.2f}  {row.log_likelihood:8.2f} ± "
+                f"{row.log_likelihood_stderr:5.2f}  {row.gap:6.2f} ± {row.gap_stderr:5.2f}  {away:>16}  {ok:>4}"
+            )
+        return "\n".join(lines)
+
+
+def compare_guides(
+    model: Program,
+    guides: Mapping[str, Program],
+    data: Any,
+    *,
+    num_samples: int = 1000,
+    log_likelihood: Any = None,
+    device: str | torch.device | None = None,
+    seed: int | None = 0,
+    progress: bool | None = None,
+) -> Comparison:
+    """Compare guides of one model: ELBO, log p(x) and gap of each, with paired differences.
+
+    The log p(x) from which all gaps are measured is one for all: the one given, or the
+    pooled estimate of `pyro_vae.judging.mixtures`, never a maximum per datum.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guides: Pyro programs for q(z | x), by name.
+        data: As for `fit`.
+        num_samples: K, samples per datum and guide.
+        log_likelihood: An estimate of log p(x) of these data, such as that of `ais`.
+        device: Where the batches go; where the modules are when not given.
+        seed: Seed of the samples; None goes on with torch's random state.
+        progress: Show a bar; None shows it on a terminal only.
+    Returns:
+        The scores, printed as a table.
+    Raises:
+        ValueError: No guide, or K < 2; and all that `particles` refuses.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x, scale=0.5**0.5):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, scale))
+        >>> wide = lambda x: guide(x, 1.0)
+        >>> found = compare_guides(model, {"exact": guide, "wide": wide}, torch.zeros(8), num_samples=2000)
+        >>> abs(found.scores["wide"].gap - (1 - math.log(2)) / 2) < 0.03   # KL(N(0, 1) || N(0, 1/2))
+        True
+    """
+    if not guides or num_samples < 2:
+        raise ValueError(
+            f"got {len(guides)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
+        )
+    place = device_of(model, *guides.values()) if device is None else device
+    batches = Batches(data, 100, place, shuffle=False)
+    own: dict[str, list[Scored]] = {name: [] for name in guides}
+    mixed = []
+    with own_parameters(model, *guides.values()), evaluating(model, *guides.values()), seeded(seed):
+        first = batches.first()
+        pooled = [name for name, guide in guides.items() if scores_strangers(model, guide, first)]
+        nesting = {name: plate_nesting(model, guide, *first) for name, guide in guides.items()}
+        for batch in tqdm(batches, desc="guides", disable=None if progress is None else not progress, leave=False):
+            scores, both = score(model, guides, pooled, batch, num_samples, nesting)
+            for name, scored in scores.items():
+                own[name].append(scored)
+            mixed += [both] if both is not None else []
+    scores = {name: Scored.joined(parts) for name, parts in own.items()}
+    estimate, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled)
+    count = len(estimate.log_p)
+    log_p, stderr = estimate.log_p, estimate.log_p_variance.sqrt()
+    if log_likelihood is not None:
+        (log_p, stderr), source = given_estimate(log_likelihood, count), "given"
+    value, error = log_p.mean().item(), stderr.square().sum().sqrt().item() / count
+    rows = {}
+    for name, scored in scores.items():
+        mean, noise = scored.elbo.mean().item(), scored.elbo_variance.sum().sqrt().item() / count
+        rows[name] = GuideScore(
+            mean, noise, scored.log_p.mean().item(), scored.log_p_variance.sum().sqrt().item() / count,
+            value - mean, math.hypot(error, noise), scored.elbo, scored.pareto_k,
+        )  # fmt: skip
+    return Comparison(rows, value, error, source, num_samples)

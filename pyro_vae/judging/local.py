@@ -1,0 +1,494 @@
+"""Unamortised posteriors: the best member of a family for each datum, by gradient steps.
+
+    q*(z | x_n) = q(z; lambda_n),   lambda_n = argmax ELBO(x_n; lambda)
+
+What a guide lacks at lambda_n is the fault of its family; what it lacks on the way there
+that of its encoder. A guide's local form has the same distributions at its sites, with
+free parameters in rows, one row per datum, and no network between:
+
+* an `Amortized` posterior says what its family is made of (`Amortized.local`), a flow's
+  own weights included;
+* of any other distribution the parameters are taken and their constraints lifted;
+* where a later site depends on the draw of an earlier one, the guide is run, and what is
+  free is added to what it gives.
+
+The steps are Adam's, for all data at once and at a rate for each. What they find is a
+point from which the bound no longer rises by more than can be seen, not the optimum, so
+`Optimum` also keeps the way there, from which what remains is estimated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pyro_vae.sites import Frame, data_frame, depth, is_point, kind, sample_sites
+from pyro_vae.traces import Program, draw
+from pyro_vae.unconstrained import Free, Local, free_parameters
+
+
+class LocalForm(NamedTuple):
+    """A family for a batch of data, with a row of free parameters each.
+
+    Attributes:
+        start: Where the rows start, (B, P).
+        pace: Relative learning rate of each column, (P,).
+        guide: From rows (B', P) to a guide of as many data.
+        rescoring: What it takes to score a draw that it did not make, as of a posterior.
+    """
+
+    start: Tensor
+    pace: Tensor
+    guide: Callable[..., Program]
+    rescoring: str = "one pass"
+
+
+class Optimum(NamedTuple):
+    """Where the steps ended, and the way there.
+
+    Attributes:
+        rows: The best parameters found, (B, P).
+        path: Averages over the last three windows at the full rate, the latest first, (B, P) each.
+        steps: Taken, per datum, (B,).
+        stopped: Whether the bound had stopped rising before the steps were used up, (B,).
+    """
+
+    rows: Tensor
+    path: tuple[Tensor, Tensor, Tensor]
+    steps: Tensor
+    stopped: Tensor
+
+
+def local_form(guide: Program, args: tuple[Any, ...], start: str = "amortized") -> LocalForm:
+    """The local form of a guide at a batch.
+
+    Args:
+        guide: A Pyro program for q(z | x).
+        args: The batch.
+        start: "amortized" at the guide's own values; "fresh" near mean 0 and variance 1.
+    Raises:
+        ValueError: It has none, and why: a point, an auxiliary or unreparameterised
+            site, or a distribution that is not made of parameters.
+    """
+    with torch.no_grad():
+        with Outputs(guide) as first:
+            trace, frame = _run(guide, args)
+        with Outputs(guide) as second:
+            again, _ = _run(guide, args)
+    sites = [site for site in sample_sites(trace) if not site["is_observed"]]
+    for site in sites:
+        _check(site)
+    pieces = _pieces(sites, first, frame)
+    elsewhere = _pieces([again.nodes[site["name"]] for site in sites], second, frame)
+    free = [piece.local.free for piece in pieces]
+    same = all(
+        torch.equal(one[key], two.local.free[key])
+        for one, two in zip(free, elsewhere, strict=True)
+        for key in one
+    )  # fmt: skip
+    if not same:
+        if start == "fresh":
+            raise ValueError("its sites depend on each other's draws, so its networks stay and there is no fresh start")
+        return _dependent(guide, pieces, first)
+    if start == "fresh":
+        pieces = [piece.fresh() for piece in pieces]
+    return _independent(pieces)
+
+
+def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tensor, scale: Tensor) -> LocalForm:
+    """The local form of a family that no encoder was trained for, at a batch.
+
+    Args:
+        posterior: It has ``local`` and ``around``, as `Amortized`.
+        model: The model, of a single latent site in the data plate alone.
+        args: The batch.
+        loc: Where it starts, (B, D).
+        scale: And how wide, (B, D).
+    Raises:
+        ValueError: The model has several latent sites, or inner plates.
+    """
+    with torch.no_grad():
+        trace, frame = _run(model, args)
+        sites = [site for site in sample_sites(trace) if not site["is_observed"]]
+        if len(sites) != 1 or sites[0]["fn"].event_dim != 1 or len(sites[0]["fn"].batch_shape) != 1:
+            raise ValueError(
+                f"got a family for a model of latent sites {[s['name'] for s in sites]}, wanted one "
+                "site of event_shape (D,). Give a guide of all its sites instead, fitted by fit_guide."
+            )
+        local = posterior.local(posterior.around(loc, scale))
+    return _independent([_Piece(sites[0], local, 0, frame.data_dim, posterior)])
+
+
+def remaining(latest: Tensor, before: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+    """How much a bound may still rise, judged by how it rose last.
+
+    With d the rise over the last window and r its ratio to the rise over the one before,
+    later windows add d (r + r^2 + ...) = d r / (1 - r) where the rises shrink geometrically. A
+    rise that cannot be told from noise is taken as large as its noise.
+
+    Args:
+        latest: log weights at the last window's parameters, (K, B).
+        before: At the one before, at the same noise, (K, B).
+        earlier: At the one before that, (K, B).
+    Returns:
+        What remains and the rise d, (B,) each, in nats per datum.
+    """
+    count = len(latest)
+    rise, rise_before = latest - before, before - earlier
+    d, d_before = rise.mean(0), rise_before.mean(0)
+    noise, noise_before = (x.std(0) / math.sqrt(count) for x in (rise, rise_before))
+    seen = d.clamp(min=0) + noise
+    known = (d > 2 * noise) & (d_before > 2 * noise_before)
+    ratio = torch.where(known, (d / d_before.clamp(min=1e-30)).clamp(0.1, 0.97), 0.5)
+    return seen * ratio / (1 - ratio), d
+
+
+def optimise(
+    model: Program,
+    form: LocalForm,
+    args: tuple[Any, ...],
+    *,
+    num_samples: int = 8,
+    learning_rate: float = 0.03,
+    max_steps: int = 2000,
+    window: int = 100,
+    tolerance: float = 0.01,
+    patience: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> Optimum:
+    """Climb each datum's ELBO until it stops rising.
+
+    The ELBO is averaged over windows of steps. A datum whose window has not beaten its best one
+    by more than the tolerance, ``patience`` times in a row, goes back to the average of the
+    parameters over the second half of its best window, takes one more window from there
+    at a rate that falls from a third to a hundredth, and ends at the average over the
+    second half of that. Data that have ended no longer cost anything.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        form: The family at this batch.
+        args: The batch.
+        num_samples: Samples per step and datum.
+        learning_rate: Adam's.
+        max_steps: Upper limit.
+        window: Steps over which the ELBO is averaged; at most a quarter of max_steps.
+        tolerance: Nats per window.
+        patience: Windows.
+        progress: Told the number of steps done in each window.
+    """
+    window = max(1, min(window, max_steps // 4))
+    model = Unscaled()(model)
+    nesting = _nesting(model, form, args)
+    theta = form.start.clone()
+    size = len(theta)
+    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    rate = theta.new_full((size, 1), learning_rate)
+    best, best_rows = theta.new_full((size,), -math.inf, dtype=torch.float64), theta.clone()
+    path = (theta.clone(), theta.clone(), theta.clone())
+    misses = theta.new_zeros(size, dtype=torch.long)
+    settling = theta.new_zeros(size, dtype=torch.bool)
+    stopped = settling.clone()
+    rows = torch.arange(size, device=theta.device)
+    ends = theta.clone(), theta.clone(), theta.clone()
+    result = Optimum(theta.clone(), ends, theta.new_zeros(size), stopped.clone())
+    fall = 0.03 ** (1 / window)
+    step = 0
+    while len(rows):
+        total, average = torch.zeros_like(best), torch.zeros_like(theta)
+        for inside in range(window):
+            step += 1
+            value, gradient = _slope(model, form, theta, args, num_samples, nesting)
+            first.lerp_(gradient, 0.1)
+            second.lerp_(gradient.square(), 0.001)
+            unbiased = (second / (1 - 0.999**step)).sqrt() + 1e-8
+            rate = torch.where(settling[:, None], rate * fall, rate)
+            theta = theta + rate * form.pace * (first / (1 - 0.9**step)) / unbiased
+            total += value.double()
+            if inside >= window // 2:
+                average += theta
+        total, average = total / window, average / (window - window // 2)
+        if progress is not None:
+            progress(window)
+        # What settles ends here, at the average; the best rows are kept where it came out no number.
+        ended = settling
+        finite = average.isfinite().all(1, keepdim=True)
+        at = torch.where(finite, average, best_rows)[ended]
+        result.rows[rows[ended]], result.steps[rows[ended]] = at, float(step)
+        result.stopped[rows[ended]] = stopped[ended]
+        for kept, latest in zip(result.path, path, strict=True):
+            kept[rows[ended]] = latest[ended]
+        path = (torch.where(finite, average, best_rows), path[0], path[1])
+        rises = total > best + tolerance
+        better = total > best
+        best_rows = torch.where(better[:, None], average, best_rows)
+        best = torch.where(better, total, best)
+        misses = torch.where(rises, 0, misses + 1)
+        stopped = misses >= patience
+        last = step + 2 * window > max_steps  # the next window is the last that fits
+        settling = stopped | last
+        theta = torch.where(settling[:, None], best_rows, theta)
+        rate = torch.where(settling[:, None], learning_rate / 3, rate)
+        keep = ~ended
+        if not bool(keep.all()):
+            theta, first, second, rate, best, best_rows, misses, settling, stopped, rows = (
+                x[keep] for x in (theta, first, second, rate, best, best_rows, misses, settling, stopped, rows)
+            )
+            path = (path[0][keep], path[1][keep], path[2][keep])
+            args = taken(args, keep)
+    return result
+
+
+def taken(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
+    """Some of the data of a batch."""
+    size = len(index)
+    return tuple(
+        x[index.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in args
+    )  # fmt: skip
+
+
+class Unscaled(Messenger):
+    """Takes scales off all sites, as a bound per datum is without them."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["scale"] = 1.0
+
+
+def _slope(
+    model: Program, form: LocalForm, theta: Tensor, args: tuple[Any, ...], num_samples: int, nesting: int
+) -> tuple[Tensor, Tensor]:
+    """The ELBO per datum at some samples, and its gradient."""
+    with torch.enable_grad():
+        live = theta.detach().requires_grad_()
+        guide = form.guide(live, theta.detach())
+        value = draw(model, guide, args, {}, num_samples, max_plate_nesting=nesting).log_weight.mean(0)
+        (gradient,) = torch.autograd.grad(value.sum(), live)
+    return value.detach(), torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
+
+
+def _nesting(model: Program, form: LocalForm, args: tuple[Any, ...]) -> int:
+    with torch.no_grad(), torch.random.fork_rng():
+        traces = [poutine.trace(form.guide(form.start)).get_trace(*args)]
+        traces.append(poutine.trace(poutine.replay(model, trace=traces[0])).get_trace(*args))
+    return max(depth(trace) for trace in traces)
+
+
+def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
+    trace = poutine.trace(program).get_trace(*args)
+    return trace, data_frame([trace], 1, depth(trace))
+
+
+def _check(site: Any) -> None:
+    name, found = site["name"], kind(site["fn"])
+    if is_point(site["fn"]) or found == "Delta":
+        raise ValueError(f"guide site {name!r} is a Delta, which is not a family of distributions")
+    if not getattr(site["fn"], "has_rsample", False):
+        raise ValueError(f"guide site {name!r} ({found}) is not reparameterised")
+    if (site["infer"] or {}).get("is_auxiliary"):
+        raise ValueError(f"guide site {name!r} is auxiliary, so it is no part of z")
+
+
+class _Piece(NamedTuple):
+    """One site's family, and where its data lie."""
+
+    site: Any
+    local: Local
+    axis: int
+    data_dim: int
+    posterior: Any = None
+    head: str | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the free tensors without their data."""
+        return {k: tuple(v.movedim(self.axis, 0).shape[1:]) for k, v in self.local.free.items()}
+
+    def pack(self, free: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([v.movedim(self.axis, 0).reshape(v.shape[self.axis], -1) for v in free.values()], 1)
+
+    def unpack(self, rows: Tensor) -> Free:
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        parts = zip(self.shapes.items(), rows.split(sizes, 1), strict=True)
+        return {k: part.reshape(len(rows), *shape).movedim(0, self.axis) for (k, shape), part in parts}
+
+    def pace(self) -> Tensor:
+        some = next(iter(self.local.free.values()))
+        return torch.cat([
+            some.new_full((math.prod(shape),), self.local.pace.get(k, 1.0)) for k, shape in self.shapes.items()
+        ])  # fmt: skip
+
+    def fresh(self) -> _Piece:
+        if self.posterior is None:
+            return self._replace(local=self.local._replace(free={k: v * 0 for k, v in self.local.free.items()}))
+        parameters = self.local.free["parameters"]
+        loc = parameters.new_zeros(*parameters.shape[:-1], self.posterior.latent_dim)
+        return self._replace(local=self.posterior.local(self.posterior.around(loc, loc + 1)))
+
+
+def _pieces(sites: list[Any], outputs: Outputs, frame: Frame) -> list[_Piece]:
+    """The family of each site: as its posterior offers it, or as its distribution is made."""
+    offered: list[tuple[str, Any, Tensor]] = []
+    if outputs.runs == len(outputs.found) == len(sites):
+        offered = [(name, outputs.posteriors[name], out) for name, out in outputs.found.items()]
+        shapes = [tuple(posterior.family(out).batch_shape) for _, posterior, out in offered]
+        if shapes != [tuple(site["fn"].batch_shape) for site in sites]:
+            offered = []
+    pieces = []
+    for number, site in enumerate(sites):
+        axis = len(site["fn"].batch_shape) + frame.data_dim
+        if offered:
+            name, posterior, out = offered[number]
+            pieces.append(_Piece(site, posterior.local(out), axis, frame.data_dim, posterior, name))
+            continue
+        free, build = free_parameters(site["fn"])
+        pieces.append(_Piece(site, Local(free, build), axis, frame.data_dim))
+    return pieces
+
+
+def _independent(pieces: list[_Piece]) -> LocalForm:
+    """Sites whose distributions depend on x only: no network runs."""
+    widths = [sum(math.prod(shape) for shape in piece.shapes.values()) for piece in pieces]
+
+    def guide(rows: Tensor, still: Tensor | None = None) -> Program:
+        def program(*_: Any, **__: Any) -> None:
+            plates: dict[str, Any] = {}
+            for number, (piece, part) in enumerate(zip(pieces, rows.split(widths, 1), strict=True)):
+                q = piece.local.build(piece.unpack(part))
+                if still is not None and not hasattr(q, "push"):
+                    held = still.split(widths, 1)[number]
+                    q = _Landing(q, piece.local.build(piece.unpack(held)))
+                with _plates(piece, len(rows), plates):
+                    pyro.sample(piece.site["name"], q)
+
+        return program
+
+    start = torch.cat([piece.pack(piece.local.free) for piece in pieces], 1)
+    return LocalForm(start.detach().clone(), torch.cat([piece.pace() for piece in pieces]), guide, _rescoring(pieces))
+
+
+def _dependent(guide: Program, pieces: list[_Piece], outputs: Outputs) -> LocalForm:
+    """Sites that depend on earlier draws: what is free is added to what the guide gives."""
+    by_head = all(piece.head is not None for piece in pieces)
+    if by_head:  # of a flow the numbers of the head only
+        pieces = [p._replace(local=Local({"parameters": outputs.found[p.head or ""]}, p.local.build)) for p in pieces]
+    widths = [sum(math.prod(shape) for shape in piece.shapes.values()) for piece in pieces]
+
+    def local(rows: Tensor, still: Tensor | None = None) -> Program:
+        parts = zip(pieces, rows.split(widths, 1), strict=True)
+        changes = {piece.head or piece.site["name"]: piece.unpack(part) for piece, part in parts}
+        if not by_head:
+            return Unscaled()(_Moved(changes)(guide))
+
+        def program(*args: Any, **kwargs: Any) -> Any:
+            with Outputs(guide, {name: free["parameters"] for name, free in changes.items()}):
+                return guide(*args, **kwargs)
+
+        return Unscaled()(program)
+
+    start = torch.cat([torch.zeros_like(piece.pack(piece.local.free)) for piece in pieces], 1)
+    return LocalForm(start, torch.cat([piece.pace() for piece in pieces]), local, _rescoring(pieces))
+
+
+def _rescoring(pieces: list[_Piece]) -> str:
+    said = (getattr(piece.posterior, "rescoring", "one pass") for piece in pieces)
+    return next((answer for answer in said if answer != "one pass"), "one pass")
+
+
+@contextlib.contextmanager
+def _plates(piece: _Piece, size: int, made: dict[str, Any]) -> Iterator[None]:
+    """The plates that a site lay in, opened again for so many data."""
+    with contextlib.ExitStack() as stack:
+        for frame in piece.site["cond_indep_stack"]:
+            if frame.name not in made:
+                count = size if frame.dim == piece.data_dim else frame.size
+                made[frame.name] = pyro.plate(frame.name, count, dim=frame.dim)
+            stack.enter_context(made[frame.name])
+        yield
+
+
+class _Moved(Messenger):
+    """Adds changes to the free parameters of the distributions at a guide's sites."""
+
+    def __init__(self, changes: Mapping[str, Free]) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def _pyro_sample(self, msg: Any) -> None:
+        change = self.changes.get(msg["name"])
+        if change is not None:
+            free, build = free_parameters(msg["fn"])
+            msg["fn"] = build({key: value + change[key] for key, value in free.items()})
+
+
+class Outputs:
+    """What the heads of a guide's posteriors return, recorded, and changed where changes are given."""
+
+    def __init__(self, guide: Program, changes: Mapping[str, Tensor] | None = None) -> None:
+        owner = guide if isinstance(guide, nn.Module) else getattr(guide, "__self__", None)
+        modules = owner.named_modules() if isinstance(owner, nn.Module) else ()
+        self.posteriors = {
+            name: module
+            for name, module in modules
+            if isinstance(getattr(module, "head", None), nn.Module) and callable(getattr(module, "local", None))
+        }
+        self.changes = changes
+        self.runs = 0
+        self.found: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Outputs:
+        self._hooks = [
+            posterior.head.register_forward_hook(functools.partial(self._hook, name))
+            for name, posterior in self.posteriors.items()
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, name: str, _: nn.Module, __: Any, out: Tensor) -> Tensor | None:
+        self.runs += 1
+        self.found[name] = out
+        return None if self.changes is None else out + self.changes[name]
+
+
+class _Landing(TorchDistribution):
+    """Draws from one distribution and scores by the same one at still parameters.
+
+    So the gradient of the ELBO goes through the sample alone. The part left out is zero on
+    average, and without it the noise vanishes where q is the posterior.
+
+    Reference: Roeder, Wu and Duvenaud, Sticking the Landing, 2017. arXiv:1703.09194
+    """
+
+    has_rsample = True
+
+    def __init__(self, live: Any, still: Any) -> None:
+        self.live, self.still = live, still
+        super().__init__(live.batch_shape, live.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.live.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Landing:
+        return _Landing(self.live.expand(batch_shape), self.still.expand(batch_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self.live.rsample(sample_shape)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.still.log_prob(value)
