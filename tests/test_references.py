@@ -97,6 +97,7 @@ def test_quadrature_refuses_more_than_two_latents():
         quadrature(pair.model, pair.guide, x, num_points=2)
 
 
+@pytest.mark.slow
 def test_pyros_nuts_on_one_datum_agrees():
     pair = Banana()
     found = reference(pair.model, pair.guide, X, num_chains=8, num_warmup=150, num_samples=600)
@@ -122,9 +123,9 @@ def test_constrained_sites_come_back_constrained():
             pyro.sample("rate", dist.LogNormal(torch.zeros_like(x), 1.0))
 
     x = torch.tensor([0.0, 3.0, 9.0], dtype=torch.float64)
-    found = reference(model, guide, x, num_chains=8, num_samples=800)
+    found = reference(model, guide, x, num_chains=8, num_samples=400)
     rate = found.draws["rate"]
-    assert rate.shape == (8, 800, 3) and (rate > 0).all()
+    assert rate.shape == (8, 400, 3) and (rate > 0).all()
     for power, truth in ((1, (x + 2) / 2), (2, (x + 2) * (x + 3) / 4)):  # Gamma(x + 2, 2)
         assert ((rate**power).mean((0, 1)) - truth).abs().max() < (4 * batch_errors(rate**power)).max()
     grid = quadrature(model, guide, x)
