@@ -128,7 +128,8 @@ def run(row: Row, arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
         "log_likelihood": estimate.value, "stderr": estimate.mc_stderr, "data_stderr": estimate.data_stderr,
         "bias": estimate.bias, "khat_ok": estimate.khat_ok, "active": active, "num_samples": arguments.num_samples,
         "images": len(test), "evaluation_seconds": time.perf_counter() - started, "seed": arguments.seed,
-        "threads": torch.get_num_threads(), "compiled": row.compiled, "matmul_precision": arguments.matmul_precision, "versions": versions(),
+        "threads": torch.get_num_threads(), "compiled": row.compiled, "versions": versions(),
+        "matmul_precision": arguments.matmul_precision,
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pyro_vae.version import __version__
 if TYPE_CHECKING:
     from pyro_vae.data.datasets import load
     from pyro_vae.inference.bounds import elbo, iwae, map_estimate, reconstruction
+    from pyro_vae.inference.compiled import Compiled
     from pyro_vae.inference.objectives import Objective
     from pyro_vae.inference.training import History, fit
     from pyro_vae.judging.anomalies import anomaly_scores
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOME = {
     "data.datasets": ("load",),
     "inference.bounds": ("elbo", "iwae", "map_estimate", "reconstruction"),
+    "inference.compiled": ("Compiled",),
     "inference.objectives": ("Objective",),
     "inference.training": ("History", "fit"),
     "judging.anomalies": ("anomaly_scores",),
@@ -43,6 +45,7 @@ _HOME = {
 
 __all__ = [
     "VAE",
+    "Compiled",
     "Estimate",
     "Guide",
     "History",
