@@ -266,10 +266,12 @@ class _Layout:
         az = _arviz()
         arrays = {name: _array(x) for name, x in values.items()}
         dims = {name: [self.datum] if per_datum else self.dims[name] for name in values}
-        if hasattr(az, "InferenceData"):
-            found = az.from_dict(**{group: arrays}, dims=dims, coords=self.coords)[group]
-        else:
-            found = az.from_dict({group: arrays}, dims=dims, coords=self.coords)[group].to_dataset()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="More chains")  # as was asked for
+            if hasattr(az, "InferenceData"):
+                found = az.from_dict(**{group: arrays}, dims=dims, coords=self.coords)[group]
+            else:
+                found = az.from_dict({group: arrays}, dims=dims, coords=self.coords)[group].to_dataset()
         if per_datum:
             for name in arrays:
                 found[name].attrs["units"] = "nats"
@@ -329,7 +331,7 @@ def _resampled(log_weight: Tensor, num_chains: int, smooth: bool) -> Tensor:
     """For each chain, draw and datum, which draw of that chain, (C, S, B)."""
     found = []
     for weight in log_weight.chunk(num_chains):
-        share = pareto_smoothed(weight)[0] if smooth else weight.log_softmax(0)
+        share = (pareto_smoothed(weight)[0] if smooth else weight).log_softmax(0)
         found.append(torch.multinomial(share.exp().T, len(weight), replacement=True).T)
     return torch.stack(found)
 
