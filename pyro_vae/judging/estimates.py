@@ -235,7 +235,7 @@ def log_likelihood(
     """
     parts, steps = [], _steps(num_samples)
     totals = torch.zeros(2, len(steps), dtype=torch.float64)
-    for chunks in _particles(model, guide, data, num_samples, device, seed, progress, "log p(x)"):
+    for chunks in particle_batches(model, guide, data, num_samples, device, seed, progress, "log p(x)"):
         log_weight = torch.cat([chunk.log_weight for chunk in chunks])
         parts.append(_summary(log_weight))
         totals += _at_steps(log_weight.double().cpu(), steps)
@@ -284,7 +284,7 @@ def elbo_terms(
         ValueError: K < 1, a guide without density, and all that `particles` refuses.
     """
     parts = []
-    for chunks in _particles(model, guide, data, num_samples, device, seed, progress, "ELBO"):
+    for chunks in particle_batches(model, guide, data, num_samples, device, seed, progress, "ELBO"):
         tables = [(chunk.log_weight, chunk.log_likelihood) for chunk in chunks]
         weight, likelihood = (torch.cat(column).double().cpu() for column in zip(*tables, strict=True))
         variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
@@ -355,7 +355,7 @@ def _round_up(number: float) -> int:
     return math.ceil(number / unit) * unit
 
 
-def _particles(
+def particle_batches(
     model: Program,
     guide: Program,
     data: Any,

@@ -1,16 +1,19 @@
-"""What a guide uses its latent space for."""
+"""What a guide uses its latent space for: which units move with the data, and how many nats each carries."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.parameters import device_of
-from pyro_vae.traces import Program, sites
+from pyro_vae.judging.components import Components
+from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.traces import Particles, Program, draw, plate_nesting, sites
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,186 @@ class ActiveUnits:
 
     def __str__(self) -> str:
         return f"{self.count} of {self.latent_dim} units active (variance of the posterior mean > {self.threshold:g})"
+
+
+@dataclass(frozen=True)
+class DimensionKL:
+    """KL(q(z_d | x) || p(z_d)) per latent dimension, averaged over data, in nats.
+
+    Attributes:
+        names: "z[0]", "z[1]", ... for dimensions; the site's name where its dimensions are not independent under
+            model and guide, so that only the site's divergence is their sum, (M,).
+        value: Mean over the data, (M,).
+        mc_stderr: Monte Carlo standard error, given these data, (M,); 0 in closed form.
+        data_stderr: Standard error for the population of the data, (M,).
+        exact: Whether each is in closed form, (M,).
+        num_samples: K, per datum, where not.
+        num_data: N.
+    """
+
+    names: tuple[str, ...]
+    value: Tensor
+    mc_stderr: Tensor
+    data_stderr: Tensor
+    exact: tuple[bool, ...]
+    num_samples: int
+    num_data: int
+
+    @property
+    def total(self) -> float:
+        """Sum over dimensions and sites: the KL of the ELBO, and the rate of the code."""
+        return self.value.sum().item()
+
+    def __str__(self) -> str:
+        shown = self.value.argsort(descending=True).tolist()
+        each = ", ".join(f"{self.names[i]} {self.value[i]:.3f} ± {self.data_stderr[i]:.3f}" for i in shown[:20])
+        more = f", and {len(shown) - 20} more" if len(shown) > 20 else ""
+        how = "closed form" if all(self.exact) else f"{self.num_samples} samples where no closed form is known"
+        return f"KL = {self.total:.3f} nats over {self.num_data} data ({how}; ± of the data): {each}{more}"
+
+
+def kl_per_dimension(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    num_samples: int = 16,
+    batch_size: int = 200,
+    device: str | torch.device | None = None,
+    seed: int | None = 0,
+) -> DimensionKL:
+    """How many nats each latent dimension carries.
+
+        KL_d = E_x KL(q(z_d | x) || p(z_d))
+
+    In closed form where torch or Pyro has one registered for the two distributions, and the
+    prior of the site depends on no other latent; else from samples. Of a site whose
+    dimensions are dependent (a flow, a full covariance, a mixture) the sum over its dimensions.
+    Of a layer under or above another it is the conditional divergence, averaged over the guide's
+    draws of the other.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x).
+        data: As for `fit`.
+        num_samples: K, samples per datum.
+        batch_size: Data at a time.
+        device: Where the batches go; where the modules are when not given.
+        seed: Seed of the samples.
+    Returns:
+        The divergences with their names and errors.
+    Raises:
+        ValueError: A guide with a point site, and all that `particles` refuses.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(torch.tensor([0.0, 2.0]), 1.0).to_event(1))
+        >>> found = kl_per_dimension(model, guide, torch.zeros(5))
+        >>> found.names, found.value.tolist()
+        (('z[0]', 'z[1]'), [0.0, 2.0])
+    """
+    parts: list[dict[str, tuple[Tensor, bool]]] = []
+    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+        batches = Batches(data, batch_size, device_of(model, guide) if device is None else device, shuffle=False)
+        components = Components(model, batches.first())
+        nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
+        for batch in batches:
+            particles = draw(model, guide, batch, {}, num_samples, max_plate_nesting=nesting)
+            if particles.points:
+                raise ValueError(
+                    f"guide site {particles.points[0]!r} is a point (Delta) without a density, so its divergence from "
+                    "the prior is infinite. Give the site a distribution."
+                )
+            parts.append({site: _divergence(particles, site, components) for site in components.sites})
+    names: list[str] = []
+    exact: list[bool] = []
+    columns = []
+    start = 0
+    for site, size in components.sites.items():
+        # Of all batches the same way: by dimensions where each could, in closed form where each could.
+        found = [part[site] for part in parts]
+        apart = all(values.shape[-1] == size for values, _ in found)
+        columns.append([values if apart else values.sum(-1, keepdim=True) for values, _ in found])
+        names += components.names[start : start + size] if apart else [site]
+        exact += [all(closed for _, closed in found)] * (size if apart else 1)
+        start += size
+    table = [torch.cat(sites_of_batch, -1).double().cpu() for sites_of_batch in zip(*columns, strict=True)]
+    mean = torch.cat([values.mean(0) for values in table])  # (N, M)
+    count = len(mean)
+    spread = [values.var(0) / len(values) if len(values) > 1 else values[0] * math.nan for values in table]
+    mc = torch.cat(spread).sum(0).sqrt() / count
+    if num_samples == 1:
+        mc = torch.where(torch.tensor(exact), 0.0, mc)
+    return DimensionKL(
+        names=tuple(names),
+        value=mean.mean(0),
+        mc_stderr=mc,
+        data_stderr=mean.std(0) / math.sqrt(count) if count > 1 else torch.full_like(mean[0], math.nan),
+        exact=tuple(exact),
+        num_samples=num_samples,
+        num_data=count,
+    )
+
+
+def _divergence(particles: Particles, site: str, components: Components) -> tuple[Tensor, bool]:
+    """Terms whose mean over K is the divergence, (K, B, dimensions or 1), and whether each is a closed form."""
+    sampled = (particles.log_q[site] - particles.log_prior[site]).unsqueeze(-1)
+    if site not in particles.posteriors or site not in particles.priors:
+        return sampled, False
+    q, p, value = particles.posteriors[site], particles.priors[site], particles.latents[site]
+    fixed = len(particles.priors) == 1 or _constant_over_samples(p, value)
+    each = _factors(q), _factors(p)
+    if each[0] is not None and each[1] is not None:
+        by_sample = _by_dimension(*each, value)
+        terms = None if by_sample is None else components.column(site, by_sample)
+        # A mask, or a plate's scale, would make the site's density another sum.
+        if terms is not None and torch.allclose(terms.sum(-1, keepdim=True), sampled, rtol=1e-3, atol=1e-3):
+            closed = _closed(*each) if fixed else None
+            if closed is not None and closed.numel() == value.numel():
+                return components.column(site, closed.reshape(value.shape)), True
+            return terms, False
+    closed = _closed(q, p) if fixed else None
+    if closed is not None and closed.numel() == sampled.numel():
+        return closed.reshape(sampled.shape), True
+    return sampled, False
+
+
+def _by_dimension(q: Any, p: Any, value: Tensor) -> Tensor | None:
+    """log q - log p of scalar dimensions, in the shape of the value."""
+    if not q.batch_shape.numel() == p.batch_shape.numel() == value.numel():
+        return None
+    log_q, log_p = q.log_prob(value.reshape(q.batch_shape)), p.log_prob(value.reshape(p.batch_shape))
+    return log_q.reshape(value.shape) - log_p.reshape(value.shape)
+
+
+def _factors(distribution: Any) -> Any:
+    """Distribution of the scalar dimensions of a factorised one, None where it is not."""
+    if not distribution.event_shape:
+        return distribution
+    base = getattr(distribution, "base_dist", None)
+    independent = type(distribution).__name__ == "Independent"
+    return base if independent and not base.event_shape else None
+
+
+def _closed(q: Any, p: Any) -> Tensor | None:
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
+def _constant_over_samples(p: Any, value: Tensor) -> bool:
+    """Whether the prior is the same for all samples, hence depends on no other latent."""
+    if len(value) == 1 or (p.batch_shape + p.event_shape).numel() != value.numel():
+        return False
+    first = value[:1].expand_as(value).reshape(p.batch_shape + p.event_shape)
+    score = p.log_prob(first).reshape(len(value), -1)
+    return torch.equal(score, score[:1].expand_as(score))
 
 
 def posterior_means(guide: Program, data: Any, *, site: str = "z", num_samples: int = 64, seed: int = 0) -> Tensor:

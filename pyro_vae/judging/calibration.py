@@ -1,0 +1,371 @@
+"""Is the guide's uncertainty right? Simulation-based calibration of an amortised posterior.
+
+Draw z ~ p(z) and x ~ p(x | z): then z is a draw of the true posterior p(z | x). If q(z | x) is
+that posterior, z and L draws z_1, ..., z_L ~ q(z | x) are alike, so that for each component d
+
+    r_d = #{l : z_ld < z_d}   is uniform on 0, 1, ..., L.
+
+A guide that is too narrow leaves z in its tails (a U of ranks), one too wide in its middle, a
+shifted one on one side. An amortised guide needs no refitting: one run of it for each simulated x.
+What is tested is the guide *on data from the model*, averaged over them; errors that cancel
+over x are not seen, nor are those on real data that the model would not draw.
+
+The test is simultaneous over the whole range of ranks: at each of L points the number of
+ranks below is binomial, and the statistic is the smallest of the L two-sided tail
+probabilities, whose distribution under uniformity is simulated. Central intervals are sets of
+ranks, |r - L/2| < j, so the coverage curve has bands of the same kind.
+
+References: Talts et al., Validating Bayesian inference algorithms with simulation-based
+calibration, 2018. arXiv:1804.06788. Saeilynoja et al., Graphical test for discrete uniformity
+and its applications in goodness of fit evaluation and multiple sample comparison, 2022.
+arXiv:2103.10522
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.judging.components import Components
+from pyro_vae.judging.simulations import simulated_batch
+from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.traces import Program, draw, plate_nesting
+
+# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
+_CHUNK = 2**22
+_NULL_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Empirical curves, and the band that all of them stay in at the given level if all is well.
+
+    Attributes:
+        nominal: Where the curves are read, and what they are on average under calibration, (J,).
+        empirical: The curves, (J, C).
+        lower: Lower edge of the band, (J,).
+        upper: Upper edge, (J,).
+        level: Probability that all C curves stay within it everywhere, at least.
+    """
+
+    nominal: Tensor
+    empirical: Tensor
+    lower: Tensor
+    upper: Tensor
+    level: float
+
+    @property
+    def inside(self) -> Tensor:
+        """Whether each curve stays within the band, (C,)."""
+        lower, upper = self.lower.unsqueeze(1), self.upper.unsqueeze(1)
+        return ((self.empirical >= lower) & (self.empirical <= upper)).all(0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ranks of true latents among the guide's draws, and what they say.
+
+    Attributes:
+        names: Of the components, (C,).
+        ranks: r, (N, C), in 0, ..., L.
+        num_draws: L.
+        level: Of the tests: 0.95 fails a calibrated guide once in twenty.
+        p_value: Of the simultaneous test of uniformity, per component, (C,).
+        adjusted: The same after Holm's correction for C components, which are dependent, (C,).
+        chi_square: p-value of a chi-square test of the rank histogram per component, (C,); beside the
+            verdict, no part of it.
+        seed: Of the simulations.
+    """
+
+    names: tuple[str, ...]
+    ranks: Tensor
+    num_draws: int
+    level: float
+    p_value: Tensor
+    adjusted: Tensor
+    chi_square: Tensor
+    seed: int | None = None
+
+    @property
+    def passed(self) -> Tensor:
+        """Whether each component is uniform, all judged together, (C,)."""
+        return self.adjusted > 1 - self.level
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether no component fails: true for a calibrated guide with probability `level`, at least."""
+        return bool(self.passed.all())
+
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """Per component "calibrated", or what the guide is there: too narrow, wide, low, high; or misshapen."""
+        cells = self.num_draws + 1
+        grid = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells - 0.5
+        square = grid.square()
+        place = grid[self.ranks]
+        shift = place.mean(0) / (square.mean() / len(place)).sqrt()
+        spread = (place.square().mean(0) - square.mean()) / (square.var(correction=0) / len(place)).sqrt()
+        words = []
+        for good, a, b in zip(self.passed.tolist(), shift.tolist(), spread.tolist(), strict=True):
+            if good:
+                words.append("calibrated")
+            elif max(abs(a), abs(b)) < 3:
+                words.append("misshapen")
+            elif abs(b) >= abs(a):
+                words.append("too narrow" if b > 0 else "too wide")
+            else:
+                words.append("too low" if a > 0 else "too high")
+        return tuple(words)
+
+    def ecdf(self) -> Bands:
+        """Share of ranks below i against i / (L + 1), i = 1, ..., L, with simultaneous bands."""
+        return _bands(self.ranks, self.num_draws + 1, self.level)
+
+    def coverage(self) -> Bands:
+        """Share of data whose z lies in the central interval of the guide's draws, against its nominal level.
+
+        The intervals lie between two draws: those of rank (L + 1) / 2 - j and (L + 1) / 2 + j, of nominal
+        coverage 2 j / (L + 1). Above the diagonal the guide is too wide, below it too narrow.
+        """
+        return _bands(self._folded(), (self.num_draws + 1) // 2, self.level)
+
+    def covered(self, nominal: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Coverage of the central interval nearest to a nominal level, and its standard error, (C,) each."""
+        cells = (self.num_draws + 1) // 2
+        share = (self._folded() < max(1, round(nominal * cells))).double().mean(0)
+        return share, (share * (1 - share) / len(self.ranks)).sqrt()
+
+    def histogram(self, num_bins: int = 20) -> Tensor:
+        """Counts of ranks in bins of equal width (as near to so many as divide L + 1), (bins, C)."""
+        cells = self.num_draws + 1
+        bins = max(d for d in range(1, min(num_bins, cells) + 1) if cells % d == 0)
+        index = self.ranks * bins // cells
+        return torch.stack([(index == b).sum(0) for b in range(bins)])
+
+    def _folded(self) -> Tensor:
+        return ((2 * self.ranks - self.num_draws).abs() - 1) // 2
+
+    def __str__(self) -> str:
+        size, count = self.ranks.shape
+        head = f"SBC on {size} simulated data, {self.num_draws} draws each"
+        which = f"{count} component{'s' if count > 1 else ''}, level {self.level:g}, Holm's correction"
+        smallest = f"smallest adjusted p = {self.adjusted.min().item():.2g}"
+        if self.calibrated:
+            return f"{head}: calibrated as far as it sees ({smallest} of {which})"
+        share, error = self.covered()
+        worst = [i for i in self.adjusted.argsort().tolist() if not self.passed[i]]
+        listed = "; ".join(
+            f"{self.names[i]} {self.verdicts[i]} (p = {self.adjusted[i]:.2g}, 90 % intervals cover "
+            f"{100 * share[i]:.1f} ± {100 * error[i]:.1f} %)"
+            for i in worst[:5]
+        )
+        more = f"; and {len(worst) - 5} more" if len(worst) > 5 else ""
+        return f"{head}: not calibrated, {len(worst)} of {which}: {listed}{more}"
+
+
+def sbc(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    num_data: int = 1000,
+    num_draws: int = 99,
+    level: float = 0.95,
+    observed: Mapping[str, int] | None = None,
+    device: str | torch.device | None = None,
+    seed: int | None = 0,
+    progress: bool | None = None,
+) -> Calibration:
+    """Simulation-based calibration of the guide: are true latents uniform among its draws?
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x).
+        data: As for `fit`: serves for its shape, and for what the model conditions on (labels, masks);
+            gone through again where there are fewer than wanted.
+        num_data: N, how many (z, x) to simulate.
+        num_draws: L, an odd number of draws for each.
+        level: Of the tests and bands.
+        observed: Which argument each observed site is, by position, as {"x": 0}, where the values do not tell.
+        device: Where the batches go; where the modules are when not given.
+        seed: Seed of the simulations; None goes on with torch's random state.
+        progress: Show a bar; None shows it on a terminal only.
+    Returns:
+        Ranks, tests and bands, for every scalar component of every latent site.
+    Raises:
+        ValueError: N < 2, an even L, a level outside (0, 1); a guide with a point site; a site that equals no
+            argument, or several; and all that `particles` refuses.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> sbc(model, guide, torch.zeros(100), num_data=500).calibrated
+        True
+
+    Reference: Talts et al., Validating Bayesian inference algorithms with simulation-based
+        calibration, 2018. arXiv:1804.06788
+    """
+    if num_data < 2:
+        raise ValueError(f"got num_data={num_data}, wanted at least two simulated data.")
+    place = device_of(model, guide) if device is None else device
+    (first, *_) = Batches(data, 1, shuffle=False).first()
+    values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
+    size = max(1, min(num_data, _CHUNK // (values * max(num_draws, 1))))
+    batches = Batches(data, size, place, shuffle=False)
+    ranks: list[Tensor] = []
+    names: tuple[str, ...] = ()
+    done = 0
+    _check(num_draws, level)
+    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+        nesting = plate_nesting(model, guide, *batches.first())
+        with tqdm(total=num_data, desc="SBC", disable=None if progress is None else not progress, leave=False) as bar:
+            while done < num_data:
+                for batch in batches:
+                    batch, truth = simulated_batch(model, batch, observed)
+                    drawn = draw(model, guide, batch, {}, num_draws, max_plate_nesting=nesting)
+                    if drawn.points:
+                        raise ValueError(
+                            f"guide site {drawn.points[0]!r} is a point (Delta) without a density: it claims no "
+                            "uncertainty that could be calibrated. Give the site a distribution."
+                        )
+                    components = Components(model, batch)
+                    names = components.names
+                    z = components.columns({name: truth[name].unsqueeze(0) for name in components.sites})
+                    found = _ranks(z[0], components.columns(drawn.latents))[: num_data - done]
+                    ranks.append(found.cpu())
+                    done += len(found)
+                    bar.update(len(found))
+                    if done >= num_data:
+                        break
+    return calibration(names, torch.cat(ranks), num_draws, level=level, seed=seed)
+
+
+def calibration(
+    names: tuple[str, ...], ranks: Tensor, num_draws: int, *, level: float = 0.95, seed: int | None = None
+) -> Calibration:
+    """Test ranks for uniformity, wherever they come from.
+
+    Args:
+        names: Of the components, (C,).
+        ranks: Integers in 0, ..., L, (N, C).
+        num_draws: L, odd.
+        level: Of the tests and bands.
+        seed: Of the simulations that the ranks come from, if any.
+    Returns:
+        Ranks, tests and bands.
+    Raises:
+        ValueError: An even L, a level outside (0, 1), ranks out of range or of another shape.
+    """
+    from scipy.stats import chi2
+
+    _check(num_draws, level)
+    ranks = ranks.long().cpu()
+    if ranks.dim() != 2 or ranks.shape[1] != len(names) or ranks.min() < 0 or ranks.max() > num_draws:
+        raise ValueError(
+            f"got ranks of shape {tuple(ranks.shape)} for {len(names)} components, wanted (N, {len(names)}) integers "
+            f"from 0 to num_draws={num_draws}."
+        )
+    count, cells = len(ranks), num_draws + 1
+    found = _statistic(_below(ranks, cells), count, cells)
+    null = _null(count, cells)
+    p = (1 + np.searchsorted(null, found, side="right")) / (1 + len(null))
+    # The union bound reaches below the resolution of the simulated null.
+    p_value = torch.from_numpy(np.minimum(p, (cells - 1) * found))
+    result = Calibration(names, ranks, num_draws, level, p_value, _holm(p_value), p_value, seed)
+    counts = result.histogram(max(2, min(20, count // 5))).double()
+    expected = count / len(counts)
+    chi = ((counts - expected).square() / expected).sum(0)
+    chi_square = torch.from_numpy(chi2.sf(chi.numpy(), len(counts) - 1))
+    return Calibration(names, ranks, num_draws, level, p_value, result.adjusted, chi_square, seed)
+
+
+def _check(num_draws: int, level: float) -> None:
+    if num_draws < 1 or num_draws % 2 == 0:
+        raise ValueError(
+            f"got num_draws={num_draws}, wanted an odd number such as 99, for which central intervals have draws as ends."
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"got level={level}, wanted a probability such as 0.95.")
+
+
+def _ranks(z: Tensor, draws: Tensor) -> Tensor:
+    """Rank of z, (B, C), among draws, (L, B, C); among equals, as of discrete latents, a random one."""
+    ties = (draws == z).sum(0)
+    return (draws < z).sum(0) + (torch.rand(z.shape, device=z.device) * (ties + 1)).long()
+
+
+def _below(ranks: Tensor, cells: int) -> np.ndarray:
+    """How many ranks are below i = 1, ..., cells - 1, per component, (C, cells - 1)."""
+    counts = torch.stack([torch.bincount(column, minlength=cells) for column in ranks.T])
+    return counts.cumsum(1)[:, :-1].numpy()
+
+
+def _holm(p_value: Tensor) -> Tensor:
+    order = p_value.argsort()
+    factor = torch.arange(len(order), 0, -1, dtype=torch.float64)
+    adjusted = torch.empty_like(p_value)
+    adjusted[order] = (p_value[order] * factor).cummax(0).values.clamp(max=1)
+    return adjusted
+
+
+def _statistic(below: np.ndarray, count: int, cells: int) -> np.ndarray:
+    """Smallest two-sided binomial tail probability along the last axis."""
+    lower, upper = _tails(count, cells)
+    point = np.arange(cells - 1)
+    tail = np.minimum(lower[point, below], upper[point, below])
+    return np.minimum(2 * tail, 1).min(-1)
+
+
+@functools.lru_cache(maxsize=4)
+def _tails(count: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """P(n <= m) and P(n >= m) of n ~ Binomial(N, i / cells), (cells - 1, N + 1) each."""
+    from scipy.stats import binom
+
+    share = np.arange(1, cells)[:, None] / cells
+    number = np.arange(count + 1)
+    return binom.cdf(number, count, share), binom.sf(number - 1, count, share)
+
+
+@functools.lru_cache(maxsize=4)
+def _null(count: int, cells: int) -> np.ndarray:
+    """Sorted statistics of so many uniform ranks."""
+    counts = np.random.default_rng(0).multinomial(count, np.full(cells, 1 / cells), size=_NULL_DRAWS)
+    return np.sort(_statistic(counts.cumsum(1)[:, :-1], count, cells))
+
+
+def _bands(ranks: Tensor, cells: int, level: float) -> Bands:
+    """Curves of the share of ranks below each value; Bonferroni over the components."""
+    from scipy.stats import binom
+
+    count, size = ranks.shape
+    alpha = (1 - level) / size
+    null = _null(count, cells)
+    place = math.floor(alpha * len(null)) - 1
+    # Too rare for the simulated null: the union bound over the points is wider, and valid.
+    tail = null[place] if place >= 10 else alpha / (cells - 1)
+    share = np.arange(1, cells) / cells
+    lower = binom.ppf(tail / 2, count, share)
+    lower = np.where(2 * binom.cdf(lower, count, share) < tail, lower + 1, lower)
+    upper = binom.isf(tail / 2, count, share)
+    upper = np.where(2 * binom.sf(upper - 1, count, share) < tail, upper - 1, upper)
+    return Bands(
+        torch.from_numpy(share),
+        torch.from_numpy(_below(ranks, cells).T / count),
+        torch.from_numpy(lower / count),
+        torch.from_numpy(upper / count),
+        level,
+    )
