@@ -268,7 +268,7 @@ class _Layout:
         dims = {name: [self.datum] if per_datum else self.dims[name] for name in values}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="More chains")  # as was asked for
-            if hasattr(az, "InferenceData"):
+            if _has_inference_data(az):
                 found = az.from_dict(**{group: arrays}, dims=dims, coords=self.coords)[group]
             else:
                 found = az.from_dict({group: arrays}, dims=dims, coords=self.coords)[group].to_dataset()
@@ -360,7 +360,7 @@ def _assembled(groups: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
     for dataset in groups.values():
         dataset.attrs.update(about)
     az = _arviz()
-    if hasattr(az, "InferenceData"):
+    if _has_inference_data(az):
         return az.InferenceData(attrs=dict(about), **groups)
     import xarray
 
@@ -373,6 +373,10 @@ def _array(x: Tensor) -> np.ndarray:
     x = x.detach().cpu()
     # netCDF has neither.
     return x.to({torch.bool: torch.uint8, torch.bfloat16: torch.float32}.get(x.dtype, x.dtype)).numpy()
+
+
+def _has_inference_data(az: Any) -> bool:
+    return int(az.__version__.split(".")[0]) < 1  # 1.x still answers to the name, with a warning
 
 
 def _arviz() -> Any:

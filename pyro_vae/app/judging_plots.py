@@ -94,6 +94,7 @@ def bracket(
 
     Above, data are ordered by their lower bound; below stands the width on a scale of its own,
     since brackets are narrow beside what data differ by. A width may be negative by noise.
+    The mean is given with one standard error over the data.
 
     Args:
         lower: Lower bound per datum, (N,), nats.
@@ -109,19 +110,21 @@ def bracket(
     above.vlines(place, low[order], high[order], color=DARK, lw=2.2, label="bracket")
     above.plot(place, low[order], "_", color=DARK, ms=5, label="lower bound")
     above.plot(place, high[order], "_", color=MIDDLE, ms=5, label="upper bound")
-    if log_p is not None:
-        above.plot(place, _array(log_p)[order], "x", color="black", ms=4, mew=0.9, label="log p(x)")
     width = high - low
     error = np.hypot(_filled(lower_stderr, low), _filled(upper_stderr, low))
     below.errorbar(place, width[order], 2 * error[order], fmt="o", color=DARK, ms=3, lw=0.8, ecolor=GREY)
-    mean, spread = float(np.nanmean(width)), float(np.nanstd(width, ddof=1) / len(width) ** 0.5) if len(width) > 1 else 0
+    if log_p is not None:
+        for axes, base in ((above, 0), (below, low[order])):
+            axes.plot(place, _array(log_p)[order] - base, "x", color="black", ms=4, mew=0.9, label="log p(x)")
+    mean = float(np.nanmean(width))
+    spread = float(np.nanstd(width, ddof=1) / len(width) ** 0.5) if len(width) > 1 else np.nan
     below.axhline(0, color=GREY, lw=0.8)
-    below.axhline(mean, color=MIDDLE, lw=1.2, ls="--", label=f"mean {_number(mean)} ± {spread:.2g} nats")
+    below.axhline(mean, color=MIDDLE, lw=1.2, ls="--")
     _plain(above, "nats", "Bracket of log p(x), simulated data")
-    _plain(below, "width (nats)", "", "datum, by lower bound")
+    _plain(below, "above lower (nats)", "Width of the bracket", "datum, by lower bound")
+    below.set_title(f"mean {_number(mean, 3)} ± {spread:.3f} nats", loc="right", fontsize=9)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(above, loc="upper left")
-    _legend(below, loc="best")
     return figure
 
 
@@ -320,16 +323,18 @@ def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20) -> Figure
 
     values = _array(ranks).reshape(len(_array(ranks)), -1)
     places = num_draws + 1
+    # Bars that hold unequal numbers of ranks would look like a fault of the guide.
     bins = min((b for b in range(1, places + 1) if places % b == 0), key=lambda b: abs(b - num_bins))
-    # Where L + 1 has no divisor near, bars of unequal width in ranks would look like a fault of the guide.
     counts = [np.histogram(v, bins, (-0.5, num_draws + 0.5))[0] for v in values.T]
     low, high = binom.ppf([0.025, 0.975], len(values), 1 / bins)
     figure, panels = _panels(len(counts))
     edges = np.linspace(-0.5, num_draws + 0.5, bins + 1)
     for d, (axes, count) in enumerate(zip(panels, counts, strict=False)):
-        axes.bar(edges[:-1], count, np.diff(edges), align="edge", color="#8fa8c8", edgecolor=DARK, lw=0.6)
-        axes.axhspan(low, high, color=MIDDLE, alpha=0.25, lw=0)
-        axes.axhline(len(values) / bins, color=MIDDLE, lw=1.2, ls="--")
+        axes.axhspan(low, high, color=LIGHT, alpha=0.45, lw=0, zorder=0)
+        axes.bar(edges[:-1], count, np.diff(edges), align="edge", color="#cbd9ea", edgecolor=DARK, lw=0.6, zorder=1)
+        axes.axhline(len(values) / bins, color=MIDDLE, lw=1.4)
+        for edge in (low, high):
+            axes.axhline(edge, color=MIDDLE, lw=1, ls="--")
         axes.set_title(f"z{d + 1}", fontsize=9)
         axes.set_xlabel("rank")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -374,7 +379,7 @@ def rank_ecdf(ranks: Numbers, num_draws: int, level: float = 0.95, seed: int = 0
         )  # fmt: skip
     limit = 1.15 * max(band.max(), max(np.abs(line.get_ydata()).max() for line in axes.lines))
     axes.set_ylim(-limit, limit)
-    _legend(axes, loc="lower left", ncols=3)
+    axes.legend(frameon=False, fontsize=9, ncols=6, loc="lower center", bbox_to_anchor=(0.5, -0.37))
     return figure
 
 
@@ -443,19 +448,22 @@ def rate_distortion(
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     totals = MaxNLocator(6).tick_values(left + bottom, right + top)
     for total in totals:
+        if log_p is not None and -total > log_p:
+            continue
         axes.plot([left, right], [total - left, total - right], color=GREY, lw=0.7, ls=":", zorder=0)
         # Named where the line leaves the picture, at the right or at the bottom.
         at = min(right, total - bottom)
         inside = left + 0.05 * (right - left) < at and total - at < top - 0.04 * (top - bottom)
         if inside:
             axes.annotate(
-                f"ELBO {_number(-total, 0 if abs(totals[1] - totals[0]) >= 1 else 1)}", (at, total - at), fontsize=7,
-                color="#4a5568", ha="right", va="bottom", textcoords="offset points", xytext=(-3, 2),
+                f"ELBO {_number(-total, 0 if abs(totals[1] - totals[0]) >= 1 else 1)}", (at, total - at), fontsize=7, zorder=0,
+                color="#4a5568", ha="right", va="bottom", textcoords="offset points", xytext=(-3, 3),
+                bbox={"color": "white", "pad": 0.4},
             )  # fmt: skip
     if log_p is not None:
         axes.plot([left, right], [-log_p - left, -log_p - right], color=MIDDLE, lw=1.4, ls="--",
                   label=f"log p(x) = {_number(log_p)} nats")  # fmt: skip
-        _legend(axes, loc="upper right")
+        _legend(axes, loc="lower left")
     for name, a, b in zip(names, r, d, strict=False):
         axes.annotate(name, (a, b), textcoords="offset points", xytext=(6, 5), fontsize=8)
     axes.set_xlim(left, right)
