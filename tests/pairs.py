@@ -21,6 +21,11 @@ def small_pair(seed: int = 0, hidden: int = 16, latent_dim: int = 3) -> tuple[Mo
     return model, Guide(DiagonalNormal(MLP((1, 4, 4), [hidden], None), latent_dim))
 
 
+def named(value: object) -> str:
+    """A name for pytest that is the same in every process."""
+    return getattr(value, "__name__", str(value))
+
+
 def binary(size: int = 12, seed: int = 0) -> Tensor:
     """Binary (1, 4, 4) data: two patterns with a little noise, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)

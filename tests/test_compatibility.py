@@ -23,7 +23,7 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import Delta
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
-from tests.pairs import binary, small_pair
+from tests.pairs import binary, named, small_pair
 
 X = torch.linspace(-1, 1, 6)
 CUT = [e for e in ESTIMATORS if e != "reparameterized"]
@@ -62,7 +62,7 @@ BOUNDS = [elbo, iwae, renyi(0.5), renyi(-1.0), vr_max, miwae(2), ciwae(0.5), piw
           wake_sleep(0.5), reconstruction, map_estimate]  # fmt: skip
 
 
-@pytest.mark.parametrize("bound, estimator", list(itertools.product(BOUNDS, ESTIMATORS)), ids=str)
+@pytest.mark.parametrize("bound, estimator", list(itertools.product(BOUNDS, ESTIMATORS)), ids=named)
 def test_every_bound_and_estimator_trains_a_step_or_says_why_not(bound, estimator):
     impossible = (
         (bound is vr_max and estimator == "doubly-reparameterized")
@@ -84,7 +84,7 @@ def test_every_bound_and_estimator_trains_a_step_or_says_why_not(bound, estimato
         assert not any(moved) if left_alone else all(moved)
 
 
-@pytest.mark.parametrize("bound", [elbo, iwae, vr_max, wake_sleep(), cubo(2)], ids=repr)
+@pytest.mark.parametrize("bound", [elbo, iwae, vr_max, wake_sleep(), cubo(2)], ids=named)
 def test_a_discrete_latent_trains_by_the_score_function_only(bound):
     def coins(x):
         with pyro.plate("data", len(x)):

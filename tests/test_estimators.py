@@ -28,7 +28,7 @@ from pyro_vae.parts.priors import HypersphericalUniform, StandardNormal
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
 from pyro_vae.traces import Cut, Particles, draw
-from tests.pairs import binary, linear_pair, small_pair
+from tests.pairs import binary, linear_pair, named, small_pair
 
 X = 1.3
 START = {"w": 0.8, "b": -0.2, "t": 0.1, "mu": -0.3, "rho": -0.1}  # the last two are the guide's
@@ -150,7 +150,7 @@ def test_vr_max_too_where_it_can(estimator):
     assert close(mean, 1.2 * error, truth), (mean - truth) / error
 
 
-@pytest.mark.parametrize("bound", [elbo, iwae, renyi(0.5)], ids=repr)
+@pytest.mark.parametrize("bound", [elbo, iwae, renyi(0.5)], ids=named)
 def test_sticking_the_landing_is_unbiased_with_one_sample(bound):
     mean, error = monte_carlo(Objective(bound, 1, estimator=LANDING))
     assert close(mean, error, exact(total_derivative(bound), 1, 60)), mean
@@ -450,7 +450,7 @@ def test_the_leave_one_out_baseline_of_the_elbo_is_the_mean_of_the_others():
     assert (found - (weight - others) / 5).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("bound", [elbo, iwae, renyi(0.5), renyi(-2.0), renyi(3.0), miwae(2), ciwae(0.3)], ids=repr)
+@pytest.mark.parametrize("bound", [elbo, iwae, renyi(0.5), renyi(-2.0), renyi(3.0), miwae(2), ciwae(0.3)], ids=named)
 def test_closed_forms_of_the_coefficients_are_those_of_autograd(bound):
     weight = 2 * torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     known = weight_bound(bound, 6)
