@@ -220,7 +220,7 @@ def mutual_information(
         args, draws, rates = _collected(model, guide, Batches(data, batch_size, place, shuffle=False), num_data,
                                         num_samples)  # fmt: skip
         components = Components(model, args[0])
-        sizes = [len(rate[0]) for rate in rates]
+        sizes = [len(rate) for rate in rates]
         count = sum(sizes)
         if count < 3:
             raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one.")

@@ -1,0 +1,434 @@
+"""A laboratory for gradient estimators: bias, variance, signal-to-noise and cost at a frozen state.
+
+At fixed parameters and data, an estimator's gradient g of a K-sample bound L_K is a random vector. With
+R independent draws of it, and a reference r of the mean gradient of the *same* L_K,
+
+    bias^2 = |E g - E r|^2     variance = mean over parameters of Var(g_p)     SNR = |E g| / sqrt(tr Cov(g))
+
+A plain square of a noisy mean is too large by the trace of its covariance, which is taken off from
+bias^2 and |E g|^2. Whether a bias is there at all is a test: under no bias the
+squared distance of the two means is a weighted sum of chi-squares, approximated by a scaled
+chi-square of the same mean and variance, whose traces are estimated from inner products of different draws.
+
+For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like
+K^(-1/2), and that of the decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The
+doubly-reparameterised gradient rises for both.
+
+References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
+arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.bounds import Bound, iwae
+from pyro_vae.inference.estimators import ESTIMATORS
+from pyro_vae.inference.objectives import Objective
+from pyro_vae.parameters import device_of, own_parameters, trainable
+from pyro_vae.traces import Program
+
+_BOOTSTRAPS = 200
+
+
+@dataclass(frozen=True)
+class GradientQuality:
+    """One estimator of one bound's gradient, for the encoder's or the decoder's parameters.
+
+    Gradients are those of the bound per datum, in nats per unit of a parameter.
+
+    Attributes:
+        estimator: Its name.
+        num_samples: K.
+        part: "encoder" (the guide's parameters), "decoder" (the model's) or "shared".
+        squared_bias: |E g - E r|^2, unbiased, so that it can be slightly negative.
+        squared_bias_stderr: Its standard error.
+        bias_p_value: Probability of as large a distance from the reference without a bias.
+        norm: |E r| of the reference.
+        variance: Mean over the parameters of Var(g_p).
+        variance_stderr: Its standard error, by the bootstrap, as of all that follow.
+        snr: |E g| / sqrt(tr Cov(g)).
+        snr_stderr: Its standard error.
+        parameter_snr: Mean over the parameters of |E g_p| / sd(g_p); without any signal it is sqrt(2 / (pi R)).
+        seconds: Median time for one gradient.
+        cost: That time, relative to the reparameterised gradient of the same K; nan where that was not run.
+    """
+
+    estimator: str
+    num_samples: int
+    part: str
+    squared_bias: float
+    squared_bias_stderr: float
+    bias_p_value: float
+    norm: float
+    variance: float
+    variance_stderr: float
+    snr: float
+    snr_stderr: float
+    parameter_snr: float
+    seconds: float
+    cost: float
+
+    @property
+    def relative_bias(self) -> float:
+        """Size of the bias as a share of the gradient's; 0 where none is seen."""
+        return math.sqrt(max(self.squared_bias, 0.0)) / self.norm if self.norm > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class GradientLab:
+    """All that was measured, and how.
+
+    Attributes:
+        rows: For each K, estimator and part.
+        skipped: (estimator, K, reason) of what the bound or the pair does not allow.
+        bound: Name of the bound.
+        repeats: R, gradients drawn of each.
+        reference: The estimator of the reference.
+        reference_repeats: Gradients drawn for it.
+        num_data: B.
+        num_parameters: By part; and how many of them were looked at where there are more.
+        seed: Of the draws.
+    """
+
+    rows: tuple[GradientQuality, ...]
+    skipped: tuple[tuple[str, int, str], ...]
+    bound: str
+    repeats: int
+    reference: str
+    reference_repeats: int
+    num_data: int
+    num_parameters: dict[str, int]
+    seed: int | None
+
+    def row(self, estimator: str, num_samples: int, part: str = "encoder") -> GradientQuality:
+        """One of the rows.
+
+        Raises:
+            ValueError: It was not measured.
+        """
+        for row in self.rows:
+            if (row.estimator, row.num_samples, row.part) == (estimator, num_samples, part):
+                return row
+        raise ValueError(
+            f"got ({estimator!r}, {num_samples}, {part!r}), wanted one of "
+            f"{sorted({(r.estimator, r.num_samples, r.part) for r in self.rows})}."
+        )
+
+    def slope(self, estimator: str, part: str = "encoder") -> tuple[float, float]:
+        """Exponent of K in the SNR by weighted least squares on logarithms, and its standard error.
+
+        Raises:
+            ValueError: Fewer than two K with a signal.
+        """
+        rows = [r for r in self.rows if (r.estimator, r.part) == (estimator, part) and r.snr > 0 and r.snr_stderr > 0]
+        if len(rows) < 2:
+            raise ValueError(f"got {len(rows)} values of K with an SNR of {estimator!r} ({part}), wanted two or more.")
+        x = torch.tensor([math.log(r.num_samples) for r in rows], dtype=torch.float64)
+        y = torch.tensor([math.log(r.snr) for r in rows], dtype=torch.float64)
+        weight = torch.tensor([(r.snr / r.snr_stderr) ** 2 for r in rows], dtype=torch.float64)
+        centred = x - (weight * x).sum() / weight.sum()
+        spread = (weight * centred.square()).sum()
+        return ((weight * centred * y).sum() / spread).item(), spread.rsqrt().item()
+
+    def __str__(self) -> str:
+        head = (
+            f"gradients of {self.bound} per datum on {self.num_data} data, {self.repeats} draws each; bias against "
+            f"{self.reference_repeats} of {self.reference} at the same K"
+        )
+        lines = [head, f"{'part':8} {'K':>5}  {'estimator':24} {'bias/norm':>9} {'p':>7}  {'variance':>18}  {'SNR':>17}  cost"]
+        for r in sorted(self.rows, key=lambda r: (r.part != "encoder", r.part, r.num_samples)):
+            lines.append(
+                f"{r.part:8} {r.num_samples:5d}  {r.estimator:24} {r.relative_bias:9.3f} {r.bias_p_value:7.2g}  "
+                f"{r.variance:8.2e} ± {r.variance_stderr:7.1e}  {r.snr:7.3f} ± {r.snr_stderr:7.3f}  {r.cost:.2f}"
+            )
+        lines += [f"left out: {estimator} at K = {k}: {reason}" for estimator, k, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def gradient_lab(
+    model: Program,
+    guide: Program,
+    x: Any,
+    *,
+    estimators: Sequence[str] = ESTIMATORS,
+    num_samples: Sequence[int] = (1, 4, 16, 64),
+    repeats: int = 100,
+    bound: Bound = iwae,
+    reference: str | None = None,
+    reference_repeats: int | None = None,
+    max_parameters: int = 10_000,
+    device: str | torch.device | None = None,
+    seed: int | None = 0,
+    progress: bool | None = None,
+) -> GradientLab:
+    """Measure gradient estimators of a bound at the pair's present parameters, which stay as they are.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x).
+        x: One batch: a tensor, or a tuple of the programs' arguments.
+        estimators: As for `Objective`.
+        num_samples: Values of K.
+        repeats: R, gradients drawn of each; at least 10.
+        bound: The bound, one that all of these estimate.
+        reference: The unbiased estimator that the others are compared with; None for "reparameterized", or
+            "score-function" where samples cannot be reparameterised.
+        reference_repeats: Gradients drawn for it; None for four times as many.
+        max_parameters: Of a part with more, so many are looked at, picked at random.
+        device: Where the batch goes; where the modules are when not given.
+        seed: Seed of the draws; None goes on with torch's random state.
+        progress: Show a bar; None shows it on a terminal only.
+    Returns:
+        Bias, variance, SNR and cost of each estimator for each K, encoder and decoder apart.
+    Raises:
+        ValueError: An unknown estimator, fewer than 10 repeats, a pair without parameters, or none of the estimators
+            goes with the bound and the pair.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> encoder = torch.nn.Linear(1, 1)
+        >>> def guide(x):
+        ...     pyro.module("encoder", encoder)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(encoder(x.unsqueeze(-1)).squeeze(-1), 1.0))
+        >>> lab = gradient_lab(model, guide, torch.ones(3), num_samples=(1, 2), repeats=10)
+        >>> lab.row("doubly-reparameterized", 2).part
+        'encoder'
+
+    References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
+        arXiv:1802.04537; Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
+    """
+    _check(estimators, num_samples, repeats, reference)
+    place = device_of(model, guide) if device is None else device
+    args = x if isinstance(x, tuple) else (x,)
+    args = tuple(a.to(place) if isinstance(a, Tensor) and place is not None else a for a in args)
+    size = next(len(a) for a in args if isinstance(a, Tensor))
+    far = 4 * repeats if reference_repeats is None else reference_repeats
+    rows: list[GradientQuality] = []
+    skipped: list[tuple[str, int, str]] = []
+    truth = reference
+    with own_parameters(model, guide):
+        with seeded(0):
+            parts = {name: _Part(p, max_parameters) for name, p in _parts(model, guide, args).items()}
+        with tqdm(
+            total=len(num_samples) * (len(estimators) * repeats + far), desc="gradients",
+            disable=None if progress is None else not progress, leave=False,
+        ) as bar:  # fmt: skip
+            for count in num_samples:
+                truth, expected = _reference(model, guide, args, bound, count, truth, parts, far, seed, bar)
+                drawn: dict[str, tuple[dict[str, Tensor], float]] = {}
+                for estimator in estimators:
+                    try:
+                        objective = Objective(bound, count, estimator=estimator)
+                        with seeded(seed):
+                            drawn[estimator] = _draws(objective, model, guide, args, parts, repeats, bar)
+                    except ValueError as error:
+                        skipped.append((estimator, count, str(error)))
+                base = drawn["reparameterized"][1] if "reparameterized" in drawn else math.nan
+                for estimator, (gradients, seconds) in drawn.items():
+                    for part, table in gradients.items():
+                        rows.append(
+                            GradientQuality(
+                                estimator, count, part, *_quality(table, expected[part]), seconds, seconds / base
+                            )
+                        )
+    if not rows:
+        raise ValueError(f"none of the estimators goes with this bound and pair. {skipped[0][0]}: {skipped[0][2]}")
+    assert truth is not None
+    return GradientLab(
+        rows=tuple(rows),
+        skipped=tuple(skipped),
+        bound=getattr(bound, "__name__", repr(bound)),
+        repeats=repeats,
+        reference=truth,
+        reference_repeats=far,
+        num_data=size,
+        num_parameters={name: part.size for name, part in parts.items()},
+        seed=seed,
+    )
+
+
+class _Part:
+    """Parameters of one side, and which of their entries are looked at."""
+
+    def __init__(self, parameters: list[Tensor], most: int) -> None:
+        self.parameters = parameters
+        self.size = sum(p.numel() for p in parameters)
+        self.index: Tensor | None = None
+        if self.size > most:
+            self.index = torch.randperm(self.size)[:most].sort().values.to(parameters[0].device)
+
+    def pick(self, gradients: list[Tensor]) -> Tensor:
+        flat = torch.cat([g.flatten() for g in gradients])
+        return (flat if self.index is None else flat[self.index]).double().cpu()
+
+
+def _check(estimators: Sequence[str], num_samples: Sequence[int], repeats: int, reference: str | None) -> None:
+    for name in (*estimators, *([] if reference is None else [reference])):
+        if name not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {name!r}, wanted one of {', '.join(ESTIMATORS)}.")
+    if reference == "sticking-the-landing":
+        raise ValueError(
+            "got reference='sticking-the-landing', which is biased for K > 1, wanted an unbiased estimator such as "
+            "'reparameterized'."
+        )
+    if repeats < 10:
+        raise ValueError(f"got repeats={repeats}, wanted at least 10 gradients, between which there is a variance.")
+    if not estimators or not num_samples:
+        raise ValueError("got no estimator or no K, wanted at least one of each.")
+
+
+def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, list[Tensor]]:
+    """Trainable tensors by part, as the programs declare and own them."""
+    own = [_parameters(guide, args), _parameters(model, args)]
+    ids = [{id(p) for p in side} for side in own]
+    both = ids[0] & ids[1]
+    parts = {
+        "encoder": [p for p in own[0] if id(p) not in both],
+        "decoder": [p for p in own[1] if id(p) not in both],
+        "shared": [p for p in own[0] if id(p) in both],
+    }
+    parts = {name: found for name, found in parts.items() if found}
+    if not parts:
+        raise ValueError(
+            "neither model nor guide has parameters, so there is no gradient. Declare them with pyro.param or "
+            "pyro.module, or pass modules."
+        )
+    return parts
+
+
+def _parameters(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
+    with torch.random.fork_rng(), torch.no_grad(), poutine.trace(param_only=True) as capture:
+        program(*args)
+    found = [site["value"].unconstrained() for site in capture.trace.nodes.values() if site["type"] == "param"]
+    unique = {id(p): p for p in [*trainable(program), *found] if p.requires_grad}
+    return list(unique.values())
+
+
+def _reference(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    bound: Bound,
+    count: int,
+    wanted: str | None,
+    parts: dict[str, _Part],
+    repeats: int,
+    seed: int | None,
+    bar: Any,
+) -> tuple[str, dict[str, Tensor]]:
+    """The unbiased estimator, and its gradients under a seed of their own."""
+    reason = ""
+    for name in ("reparameterized", "score-function") if wanted is None else (wanted,):
+        try:
+            objective = Objective(bound, count, estimator=name)
+            with seeded(None if seed is None else seed + 1_000_003):
+                return name, _draws(objective, model, guide, args, parts, repeats, bar)[0]
+        except ValueError as error:
+            reason = reason or str(error)
+    raise ValueError(f"no unbiased reference gradient exists for this bound and pair: {reason}")
+
+
+def _draws(
+    objective: Objective,
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    parts: dict[str, _Part],
+    repeats: int,
+    bar: Any,
+) -> tuple[dict[str, Tensor], float]:
+    """Gradients of the bound per datum, (R, P) by part, and the median time of one."""
+    size = next(len(a) for a in args if isinstance(a, Tensor))
+    leaves = [p for part in parts.values() for p in part.parameters]
+    found: dict[str, list[Tensor]] = {name: [] for name in parts}
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        with torch.enable_grad():
+            loss = objective.differentiable_loss(model, guide, *args)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        given = iter(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True))
+        for name, part in parts.items():
+            # Bounds go up and losses down; the copy to the CPU waits for the device.
+            found[name].append(part.pick([next(given) for _ in part.parameters]) / -size)
+        times.append(time.perf_counter() - start)
+        bar.update()
+    return {name: torch.stack(rows) for name, rows in found.items()}, sorted(times)[len(times) // 2]
+
+
+def _quality(table: Tensor, reference: Tensor) -> tuple[float, ...]:
+    """Squared bias, its error and p-value, norm, variance, SNR with their errors, and the SNR per parameter."""
+    from scipy.stats import chi2
+
+    count, far = len(table), len(reference)
+    mean, expected = table.mean(0), reference.mean(0)
+    centred, away = table - mean, reference - expected
+    trace = centred.square().sum() / (count - 1)
+    trace_far = away.square().sum() / (far - 1)
+    difference = mean - expected
+    distance = difference.square().sum()
+    noise = trace / count + trace_far / far
+    # tr(A B) of two covariances from inner products of different draws.
+    square = (
+        _off_diagonal(centred @ centred.T) / count**2
+        + 2 * (centred @ away.T).square().mean() / (count * far)
+        + _off_diagonal(away @ away.T) / far**2
+    )
+    if noise > 0 and square > 0:
+        p_value = float(chi2.sf((distance * noise / square).item(), (noise.square() / square).item()))
+    else:
+        p_value = 1.0 if distance == 0 else 0.0
+    along = (centred @ difference).var() / count + (away @ difference).var() / far
+    signal = (expected.square().sum() - trace_far / far).clamp(min=0)
+    spread, snr = _bootstrap(table)
+    deviation = table.std(0)
+    seen = deviation > 0
+    each = (mean.abs() / deviation)[seen].mean() if bool(seen.any()) else torch.tensor(math.nan)
+    ratio = ((mean.square().sum() - trace / count).clamp(min=0) / trace).sqrt()
+    return (
+        (distance - noise).item(),
+        (2 * square + 4 * along).clamp(min=0).sqrt().item(),
+        p_value,
+        signal.sqrt().item(),
+        (trace / table.shape[1]).item(),
+        spread / table.shape[1],
+        ratio.item(),
+        snr,
+        each.item(),
+    )
+
+
+def _off_diagonal(gram: Tensor) -> Tensor:
+    """Mean square of the inner products of different draws."""
+    size = len(gram)
+    return (gram.square().sum() - gram.diagonal().square().sum()) / (size * (size - 1))
+
+
+def _bootstrap(table: Tensor) -> tuple[float, float]:
+    """Standard errors of the trace of the covariance, and of the SNR."""
+    count = len(table)
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(count, (_BOOTSTRAPS, count), generator=generator)
+    weight = torch.zeros(_BOOTSTRAPS, count, dtype=table.dtype).scatter_add_(1, picks, torch.ones(1, dtype=table.dtype)
+                                                                            .expand(_BOOTSTRAPS, count)) / count  # fmt: skip
+    mean = weight @ table
+    trace = (weight @ table.square().sum(1) - mean.square().sum(1)) * count / (count - 1)
+    # The mean of a resample carries the noise of the draws twice.
+    signal = (mean.square().sum(1) - 2 * trace / count).clamp(min=0)
+    ratio = torch.where(trace > 0, signal / trace, 0.0).sqrt()
+    return trace.std().item(), ratio.std().item()
