@@ -316,8 +316,8 @@ def gaps(
     estimate, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled)
     log_p, variance, bias, k = estimate.log_p, estimate.log_p_variance, estimate.bias.mean().item(), estimate.pareto_k
     if log_likelihood is not None:
-        log_p, error = given_estimate(log_likelihood, len(log_p))
-        variance, source, bias, k = error.square(), "given", math.nan, torch.full_like(k, math.nan)
+        log_p, stderr = given_estimate(log_likelihood, len(log_p))
+        variance, source, bias, k = stderr.square(), "given", math.nan, torch.full_like(k, math.nan)
     rows = {}
     for name in named:
         why = reasons.get(name)

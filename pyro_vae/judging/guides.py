@@ -85,7 +85,7 @@ def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[Pr
     """
     mine, others = owners(model), owners(guide)
     alone = [module for module in mine if module not in others]
-    tensors = {id(p): p for module in alone for p in module.parameters()}
+    tensors: dict[int, Tensor] = {id(p): p for module in alone for p in module.parameters()}
     with own_parameters(model, guide):
         tensors |= {id(leaf): leaf for leaf in _leaves(model, args)}
     flags = [(tensor, tensor.requires_grad) for tensor in tensors.values()]
