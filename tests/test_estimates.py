@@ -296,7 +296,7 @@ def test_advice_on_k():
     assert "falls like 1/K, K = 10000 would do." in strict
     narrow, x = linear_pair(stretch=0.45)
     bad = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000)
-    assert "the guide misses mass" in bad.advice() and "enrich the guide" in bad.advice()
+    assert "misses mass of the posterior" in bad.advice() and "enrich the guide" in bad.advice()
     assert "too small to judge" in log_likelihood(pair.model, pair.guide, x, num_samples=5).advice()
     with pytest.raises(ValueError, match=r"got tolerance=-1, wanted a positive number of nats"):
         good.advice(-1)

@@ -296,7 +296,7 @@ def calibration(
 def _check(num_draws: int, level: float) -> None:
     if num_draws < 1 or num_draws % 2 == 0:
         raise ValueError(
-            f"got num_draws={num_draws}, wanted an odd number such as 99, for which central intervals have draws as ends."
+            f"got num_draws={num_draws}, wanted an odd number such as 99, for which central intervals end at draws."
         )
     if not 0 < level < 1:
         raise ValueError(f"got level={level}, wanted a probability such as 0.95.")

@@ -76,8 +76,8 @@ class LinearOptimum:
             first = self.eigenvalues[self.optimum_active]
             error = self.stderr[self.optimum_active]
             text += (
-                f"; the optimum itself is collapsed: eigenvalue {first:.3g} ± {error:.2g} of the data is not above s^2. "
-                "The ELBO is not to blame"
+                f"; the optimum itself is collapsed: eigenvalue {first:.3g} ± {error:.2g} of the data is not above "
+                "s^2. The ELBO is not to blame"
             )
             if self.free_active > self.optimum_active:
                 text += f": learn the scale (s^2 = {self.best_scale**2:.3g} keeps {self.free_active} alive)"

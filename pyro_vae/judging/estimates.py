@@ -114,9 +114,9 @@ class Estimate:
             return f"K = {count} is too small to judge: take num_samples >= 25 for a bias and a k̂."
         if self.khat_ok < 0.9:
             return (
-                f"k̂ is above {khat_limit(count):.2f} for {100 * (1 - self.khat_ok):.1f} % of the data: the guide misses "
-                "mass of the posterior there, and neither error nor bias can be trusted. A larger K helps slowly: "
-                "enrich the guide, or anneal (ais)."
+                f"k̂ is above {khat_limit(count):.2f} for {100 * (1 - self.khat_ok):.1f} % of the data: the guide "
+                "misses mass of the posterior there, so that neither error nor bias can be trusted. A larger K helps "
+                "slowly: enrich the guide, or anneal (ais)."
             )
         against = f"{limit:.2g} nats" + (", a tenth of the error of the data" if tolerance is None else "")
         if math.isnan(self.data_stderr) and tolerance is None:

@@ -24,7 +24,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -146,7 +146,8 @@ class GradientLab:
             f"gradients of {self.bound} per datum on {self.num_data} data, {self.repeats} draws each; bias against "
             f"{self.reference_repeats} of {self.reference} at the same K"
         )
-        lines = [head, f"{'part':8} {'K':>5}  {'estimator':24} {'bias/norm':>9} {'p':>7}  {'variance':>18}  {'SNR':>17}  cost"]
+        titles = f"{'bias/norm':>9} {'p':>7}  {'variance':>18}  {'SNR':>17}  cost"
+        lines = [head, f"{'part':8} {'K':>5}  {'estimator':24} {titles}"]
         for r in sorted(self.rows, key=lambda r: (r.part != "encoder", r.part, r.num_samples)):
             lines.append(
                 f"{r.part:8} {r.num_samples:5d}  {r.estimator:24} {r.relative_bias:9.3f} {r.bias_p_value:7.2g}  "
@@ -241,11 +242,9 @@ def gradient_lab(
                 base = drawn["reparameterized"][1] if "reparameterized" in drawn else math.nan
                 for estimator, (gradients, seconds) in drawn.items():
                     for part, table in gradients.items():
-                        rows.append(
-                            GradientQuality(
-                                estimator, count, part, *_quality(table, expected[part]), seconds, seconds / base
-                            )
-                        )
+                        found = _quality(table, expected[part])._asdict()
+                        row = GradientQuality(estimator, count, part, **found, seconds=seconds, cost=seconds / base)
+                        rows.append(row)
     if not rows:
         raise ValueError(f"none of the estimators goes with this bound and pair. {skipped[0][0]}: {skipped[0][2]}")
     assert truth is not None
@@ -260,6 +259,18 @@ def gradient_lab(
         num_parameters={name: part.size for name, part in parts.items()},
         seed=seed,
     )
+
+
+class _Measured(NamedTuple):
+    squared_bias: float
+    squared_bias_stderr: float
+    bias_p_value: float
+    norm: float
+    variance: float
+    variance_stderr: float
+    snr: float
+    snr_stderr: float
+    parameter_snr: float
 
 
 class _Part:
@@ -314,7 +325,8 @@ def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, l
 def _parameters(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
     with torch.random.fork_rng(), torch.no_grad(), poutine.trace(param_only=True) as capture:
         program(*args)
-    found = [site["value"].unconstrained() for site in capture.trace.nodes.values() if site["type"] == "param"]
+    nodes: list[Any] = list(capture.trace.nodes.values())
+    found = [site["value"].unconstrained() for site in nodes if site["type"] == "param"]
     unique = {id(p): p for p in [*trainable(program), *found] if p.requires_grad}
     return list(unique.values())
 
@@ -371,8 +383,8 @@ def _draws(
     return {name: torch.stack(rows) for name, rows in found.items()}, sorted(times)[len(times) // 2]
 
 
-def _quality(table: Tensor, reference: Tensor) -> tuple[float, ...]:
-    """Squared bias, its error and p-value, norm, variance, SNR with their errors, and the SNR per parameter."""
+def _quality(table: Tensor, reference: Tensor) -> _Measured:
+    """What gradients (R, P) are beside those of the reference, (R', P)."""
     from scipy.stats import chi2
 
     count, far = len(table), len(reference)
@@ -400,7 +412,7 @@ def _quality(table: Tensor, reference: Tensor) -> tuple[float, ...]:
     seen = deviation > 0
     each = (mean.abs() / deviation)[seen].mean() if bool(seen.any()) else torch.tensor(math.nan)
     ratio = ((mean.square().sum() - trace / count).clamp(min=0) / trace).sqrt()
-    return (
+    return _Measured(
         (distance - noise).item(),
         (2 * square + 4 * along).clamp(min=0).sqrt().item(),
         p_value,
@@ -424,8 +436,8 @@ def _bootstrap(table: Tensor) -> tuple[float, float]:
     count = len(table)
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(count, (_BOOTSTRAPS, count), generator=generator)
-    weight = torch.zeros(_BOOTSTRAPS, count, dtype=table.dtype).scatter_add_(1, picks, torch.ones(1, dtype=table.dtype)
-                                                                            .expand(_BOOTSTRAPS, count)) / count  # fmt: skip
+    share = torch.full(picks.shape, 1 / count, dtype=table.dtype)
+    weight = torch.zeros_like(share).scatter_add_(1, picks, share)
     mean = weight @ table
     trace = (weight @ table.square().sum(1) - mean.square().sum(1)) * count / (count - 1)
     # The mean of a resample carries the noise of the draws twice.

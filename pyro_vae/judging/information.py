@@ -166,7 +166,7 @@ def rate_distortion(
     mc = (torch.cat(variances, 1).sum(1).sqrt() / count).tolist()
     population = (mean.std(1) / math.sqrt(count)).tolist() if count > 1 else [math.nan, math.nan]
     rate, distortion = mean.mean(1).tolist()
-    return RateDistortion(rate, distortion, *mc, *population, num_data=count, num_samples=num_samples)
+    return RateDistortion(rate, distortion, mc[0], mc[1], population[0], population[1], count, num_samples)
 
 
 def mutual_information(
@@ -240,8 +240,8 @@ def mutual_information(
     terms, without = terms / num_samples, without / num_samples
     rate = torch.cat(rates)
     # Leaving datum j out: its own term is gone, and its posterior from the aggregate at all other samples.
-    size = torch.tensor([[count], [count - 1]], dtype=torch.float64)
-    left_out = (terms.sum(1, keepdim=True) - terms + without) / (count - 1) + torch.log((size - 1) / size)
+    others = torch.tensor([[count], [count - 1]], dtype=torch.float64)
+    left_out = (terms.sum(1, keepdim=True) - terms + without) / (count - 1) + torch.log((others - 1) / others)
     rate_left_out = (rate.sum() - rate) / (count - 1)
     lower, upper = terms.mean(1).tolist()
     return MutualInformation(
@@ -273,7 +273,7 @@ def _collected(
         if size > left:
             batch = tuple(x[:left] if isinstance(x, Tensor) and len(x) == size else x for x in batch)
         particles = draw(model, guide, batch, {}, num_samples, max_plate_nesting=nesting)
-        particles.log_weight  # refuses points
+        rate = particles.log_likelihood - particles.log_weight  # refuses points
         extra = [name for name in particles.log_q if name not in particles.log_prior]
         if extra:
             raise ValueError(
@@ -282,7 +282,7 @@ def _collected(
             )
         args.append(batch)
         draws.append(particles)
-        rates.append((particles.log_likelihood - particles.log_weight).double().mean(0).cpu())
+        rates.append(rate.double().mean(0).cpu())
         left -= size
     return args, draws, rates
 

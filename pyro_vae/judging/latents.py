@@ -195,9 +195,9 @@ def _factors(distribution: Any) -> Any:
     """Distribution of the scalar dimensions of a factorised one, None where it is not."""
     if not distribution.event_shape:
         return distribution
-    base = getattr(distribution, "base_dist", None)
-    independent = type(distribution).__name__ == "Independent"
-    return base if independent and not base.event_shape else None
+    if type(distribution).__name__ != "Independent" or distribution.base_dist.event_shape:
+        return None
+    return distribution.base_dist
 
 
 def _closed(q: Any, p: Any) -> Tensor | None:
