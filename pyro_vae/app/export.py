@@ -69,8 +69,8 @@ def to_arviz(
 ) -> Any:
     """Draws and log densities of a pair as ArviZ data.
 
-    The draws are those that `particles` gives under the same seed, and up to 100 data
-    those of `log_likelihood`. Predictive draws belong to the first posterior draws of each chain.
+    Up to 100 data, the draws are those of `log_likelihood` under the same seed. Predictive
+    draws belong to the first posterior draws of each chain.
 
     Args:
         model: A Pyro program for p(x, z).

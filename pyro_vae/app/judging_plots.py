@@ -218,8 +218,9 @@ def khat_against_log_p(
     axes.scatter(x[good], k[good], s=16, color=DARK, alpha=0.7, lw=0, label=f"reliable ({good.sum()})")
     if bad.any():
         axes.scatter(
-            x[bad], k[bad], s=26, marker="^", color=MIDDLE, edgecolors="black", lw=0.4, label=f"unreliable ({bad.sum()})"
-        )
+            x[bad], k[bad], s=26, marker="^", color=MIDDLE, edgecolors="black", lw=0.4,
+            label=f"unreliable ({bad.sum()})",
+        )  # fmt: skip
     if exact.any():
         axes.scatter(
             x[exact], np.full(exact.sum(), floor + pad / 2), s=26, marker="v", color=GREY,
@@ -440,8 +441,9 @@ def rate_distortion(
     order = np.argsort(r)
     axes.plot(r[order], d[order], color=DARK, lw=1, alpha=0.5)
     axes.errorbar(
-        r, d, 2 * _filled(distortion_stderr, d), 2 * _filled(rate_stderr, r), fmt="o", color=DARK, ms=5, ecolor=GREY, lw=1
-    )
+        r, d, 2 * _filled(distortion_stderr, d), 2 * _filled(rate_stderr, r), fmt="o", color=DARK, ms=5,
+        ecolor=GREY, lw=1,
+    )  # fmt: skip
     spans = [max(float(np.ptp(v)), 1.0) for v in (r, d)]
     axes.set_xlim(r.min() - 0.12 * spans[0], r.max() + 0.22 * spans[0])
     axes.set_ylim(d.min() - 0.15 * spans[1], d.max() + 0.15 * spans[1])
@@ -456,8 +458,8 @@ def rate_distortion(
         inside = left + 0.05 * (right - left) < at and total - at < top - 0.04 * (top - bottom)
         if inside:
             axes.annotate(
-                f"ELBO {_number(-total, 0 if abs(totals[1] - totals[0]) >= 1 else 1)}", (at, total - at), fontsize=7, zorder=0,
-                color="#4a5568", ha="right", va="bottom", textcoords="offset points", xytext=(-3, 3),
+                f"ELBO {_number(-total, 0 if abs(totals[1] - totals[0]) >= 1 else 1)}", (at, total - at),
+                fontsize=7, zorder=0, color="#4a5568", ha="right", va="bottom", textcoords="offset points", xytext=(-3, 3),
                 bbox={"color": "white", "pad": 0.4},
             )  # fmt: skip
     if log_p is not None:
