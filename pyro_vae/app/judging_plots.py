@@ -459,8 +459,8 @@ def rate_distortion(
         if inside:
             axes.annotate(
                 f"ELBO {_number(-total, 0 if abs(totals[1] - totals[0]) >= 1 else 1)}", (at, total - at),
-                fontsize=7, zorder=0, color="#4a5568", ha="right", va="bottom", textcoords="offset points", xytext=(-3, 3),
-                bbox={"color": "white", "pad": 0.4},
+                fontsize=7, zorder=0, color="#4a5568", ha="right", va="bottom", textcoords="offset points",
+                xytext=(-3, 3), bbox={"color": "white", "pad": 0.4},
             )  # fmt: skip
     if log_p is not None:
         axes.plot([left, right], [-log_p - left, -log_p - right], color=MIDDLE, lw=1.4, ls="--",
@@ -487,10 +487,11 @@ def kl_by_dimension(kl: Numbers, stderr: Numbers | None = None, threshold: float
     used = values[order] >= threshold
     figure, axes = _axes("KL (nats per datum)", f"KL by latent: {used.sum()} of {len(used)} in use", "latent, by KL")
     place = np.arange(len(values))
-    for chosen, name, style in (
+    bars: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
         (used, f"at least {threshold:g}", {"color": DARK}),
         (~used, f"below {threshold:g}", {"color": LIGHT, "hatch": "///"}),
-    ):
+    )
+    for chosen, name, style in bars:
         if chosen.any():
             axes.bar(place[chosen], values[order][chosen], 0.8, label=name, edgecolor="black", lw=0.5, **style)
     if stderr is not None:
