@@ -437,6 +437,7 @@ def test_a_guide_is_fitted_and_no_bit_of_the_model_changes():
     pair.decoder[0].bias.requires_grad_(False)
     before = {name: value.clone() for name, value in pair.state_dict().items()}
     history = fit_guide(pair.model, pair.guide, x, epochs=5, learning_rate=0.01, seed=0, progress=False)
+    assert not pair.decoder.training
     changed = {name.split(".")[0] for name, value in pair.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"encoder"} and history["loss"][-1] < history["loss"][0]
     flags = {name: p.requires_grad for name, p in pair.named_parameters()}

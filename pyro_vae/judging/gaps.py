@@ -303,7 +303,7 @@ def gaps(
                     climbs[name].append(_climb(unscaled, form, best, batch, num_samples))
                     bar.update()
                 if number == 0:
-                    pooled = [name for name, value in guides.items() if scores_strangers(unscaled, value, batch)]
+                    pooled = [name for name, value in guides.items() if scores_strangers(model, value, batch)]
                     for name, (form, best) in forms.items():
                         one_pass = form.rescoring == "one pass"
                         if one_pass and scores_strangers(unscaled, form.guide(best.rows), batch):

@@ -36,7 +36,8 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
 
     The model's parameters (and what the guide shares with them) get no gradient, its
     modules stay in evaluation mode, and its ``requires_grad`` flags and modes come back
-    as they were, also after an error. Not a bit of it changes.
+    as they were, also after an error. Not a bit of it changes. (A module that model and
+    guide are both methods of is left in evaluation mode, as by `fit`.)
 
     Args:
         model: A Pyro program for p(x, z), trained.
@@ -95,11 +96,12 @@ def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[Pr
         for owner in mine
         if owner in others
         for child in owner.modules()
-        if (own := list(child.parameters())) and all(id(p) in tensors for p in own)
+        if any(id(p) in tensors for p in child.parameters())
+        and all(id(p) in tensors or not p.requires_grad for p in child.parameters())
     ]
     still = model
     if shared:
-        # As the guide's module it is put into training mode after each epoch's end: its own part is put back.
+        # Being the guide's module as well, it is put into training mode in every epoch; the model's part goes back.
         def still(*args: Any, **kwargs: Any) -> Any:
             for child in shared:
                 if child.training:
