@@ -87,7 +87,7 @@ def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[Pr
     mine, others = owners(model), owners(guide)
     alone = [module for module in mine if module not in others]
     tensors: dict[int, Tensor] = {id(p): p for module in alone for p in module.parameters()}
-    with own_parameters(model, guide):
+    with own_parameters(model, guide), evaluating(model):  # batch statistics count every run in training mode
         tensors |= {id(leaf): leaf for leaf in _leaves(model, args)}
     flags = [(tensor, tensor.requires_grad) for tensor in tensors.values()]
     modes = [(module, module.training) for owner in mine for module in owner.modules()]
