@@ -305,7 +305,13 @@ def _check(estimators: Sequence[str], num_samples: Sequence[int], repeats: int, 
 
 def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, list[Tensor]]:
     """Trainable tensors by part, as the programs declare and own them."""
-    own = [_parameters(guide, args), _parameters(model, args)]
+    declared = [_declared(guide, args), _declared(model, args)]
+    known = {id(p) for side in declared for p in side}
+    # A module that holds both programs as methods owns the parameters of both: what they declare comes first.
+    own = [
+        [*side, *(p for p in trainable(program) if id(p) not in known)]
+        for side, program in zip(declared, (guide, model), strict=True)
+    ]
     ids = [{id(p) for p in side} for side in own]
     both = ids[0] & ids[1]
     parts = {
@@ -322,12 +328,12 @@ def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, l
     return parts
 
 
-def _parameters(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
+def _declared(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
     with torch.random.fork_rng(), torch.no_grad(), poutine.trace(param_only=True) as capture:
         program(*args)
     nodes: list[Any] = list(capture.trace.nodes.values())
     found = [site["value"].unconstrained() for site in nodes if site["type"] == "param"]
-    unique = {id(p): p for p in [*trainable(program), *found] if p.requires_grad}
+    unique = {id(p): p for p in found if p.requires_grad}
     return list(unique.values())
 
 
