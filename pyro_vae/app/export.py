@@ -188,13 +188,15 @@ def save_arviz(tree: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: No netCDF library is installed, or nothing can be written there.
     """
-    engine = next((name for name in ("h5netcdf", "netCDF4") if importlib.util.find_spec(name)), None)
+    # h5netcdf installs without h5py, and cannot work so.
+    engines = {"h5netcdf": ("h5netcdf", "h5py"), "netcdf4": ("netCDF4",)}
+    engine = next((n for n, needs in engines.items() if all(map(importlib.util.find_spec, needs))), None)
     if engine is None:
         raise ValueError(
-            "saving ArviZ data needs a netCDF library, and neither h5netcdf nor netCDF4 is installed. "
-            "Install one: pip install h5netcdf."
+            "saving ArviZ data needs a netCDF library, and neither h5netcdf with h5py nor netCDF4 is installed. "
+            "Install one: pip install h5netcdf h5py."
         )
-    written(Path(path), lambda partial: tree.to_netcdf(str(partial), engine=engine.lower()))
+    written(Path(path), lambda partial: tree.to_netcdf(str(partial), engine=engine))
 
 
 class _Layout:
