@@ -45,7 +45,7 @@ def free_parameters(distribution: TorchDistribution) -> tuple[Free, Build]:
     Raises:
         ValueError: It is not determined so.
     Example:
-        >>> import pyro.distributions as dist
+        >>> import torch, pyro.distributions as dist
         >>> free, build = free_parameters(dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1))
         >>> free["scale"], build(free).event_shape
         (tensor([0., 0., 0.]), torch.Size([3]))
