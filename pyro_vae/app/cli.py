@@ -259,6 +259,31 @@ def evaluate(**options: Any) -> None:
 @commands.command()
 @_run
 @_trust
+@click.option("--images", metavar="N", type=click.IntRange(2), default=100, help="Test images looked at, at most. "
+              "[default: 100]")  # fmt: skip
+@click.option("--budget", metavar="SECONDS", type=click.FloatRange(1), default=110.0, help="It takes no more; what "
+              "does not fit is left out, and said to be. [default: 110]")  # fmt: skip
+@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), help="Of the estimate of log p(x) that is "
+              "judged. [default: the run's own evaluation samples]")  # fmt: skip
+@_seed
+@_data_dir
+@_device
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Where judgement.json and judgement.html "
+              "go. [default: RUN]")  # fmt: skip
+def judge(**options: Any) -> None:
+    """Say whose fault a run's gap is: the family's, the encoder's or the estimator's, and what to try next.
+
+    Writes judgement.json and judgement.html, and leaves the rest of the run as it is.
+    """
+    from pyro_vae.app.commands import judge_run
+
+    judge_run(**options)
+
+
+@commands.command()
+@_run
+@_trust
 @click.option("-n", "--number", metavar="N", type=click.IntRange(1, 10_000), default=64, help="[default: 64]")
 @click.option("--pixels", type=click.Choice(["mean", "draw"]), default="mean", help="E[x | z], or a draw of p(x | z). "
               "[default: mean]")  # fmt: skip

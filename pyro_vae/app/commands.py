@@ -1,10 +1,11 @@
-"""What the commands on a finished run do: evaluate, sample, reconstruct, rank anomalies."""
+"""What the commands on a finished run do: evaluate, judge, sample, reconstruct, rank anomalies."""
 
 from __future__ import annotations
 
 import csv
 import functools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,56 @@ def evaluate_run(
     if out is not None:
         write_json(out, numbers | {"run": str(run)})
     return numbers
+
+
+def judge_run(
+    run: Path,
+    images: int = 100,
+    budget: float = 110.0,
+    num_samples: int | None = None,
+    seed: int | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    as_json: bool = False,
+    out: Path | None = None,
+    trust: tuple[str, ...] = (),
+) -> Any:
+    """`pyro-vae judge`: whose fault the gap is, as a table, JSON and HTML; prints and returns the judgement."""
+    started = time.monotonic()
+    from pyro_vae.app import html
+    from pyro_vae.app.judge import judge
+
+    loaded = Run.load(run)
+    options, vae = options_of(loaded), loaded.vae(trust).to(the_device(device))
+    if _point(vae):
+        raise ValueError(
+            f"{run} is a plain autoencoder: a point has no density over z, hence no ELBO and no posterior to judge. "
+            "Fit with another --posterior."
+        )
+    seed = options.seed if seed is None else seed
+    _, dataset = _data(options, vae, data_dir, images=None)
+    test = evaluation.test_data(dataset, seed, images)
+    # Loading has its time already, and the pictures are to have theirs.
+    left = budget - (time.monotonic() - started) - min(15.0, 0.15 * budget)
+    found = judge(
+        vae.model, vae.guide, test, budget=max(left, 0.01), images=images, seed=seed,
+        num_samples=options.evaluation_samples if num_samples is None else num_samples,
+        say=None if as_json else lambda title: click.echo(f"{title} ...", err=True),
+    )  # fmt: skip
+    said = found.numbers["protocol"]
+    said |= {"run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions()}
+    said |= {"budget_seconds": budget, "seconds": round(time.monotonic() - started, 3)}
+    folder = run if out is None else out
+    text = found.to_json()
+    written(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+    page = html.page(found, f"Judgement of {run}")
+    written(folder / "judgement.html", lambda partial: partial.write_text(page, encoding="utf-8"))
+    if as_json:
+        click.echo(text)
+    else:
+        files = [("report", str(folder / "judgement.html")), ("", str(folder / "judgement.json"))]
+        report.show_lines([*found.lines(), *files])
+    return found
 
 
 def sample_run(

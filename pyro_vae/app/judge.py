@@ -171,8 +171,8 @@ def judge(
     return Judgement(numbers, verdict(numbers), run.arrays)
 
 
-class _OutOfTime(Exception):
-    """A piece ran past its end."""
+class _OutOfTime(BaseException):
+    """A piece ran past its end. No Exception, which a user's program may catch and go on."""
 
 
 class _Deadline(Messenger):
@@ -396,7 +396,8 @@ class _Run:
         last, done = 0.0, 0
         for start, stop in self._pieces(4):
             work = (stop - start - done) * each * (1000 * _STEP_SAMPLES * 3 + 2 * _GAP_SAMPLES)
-            if parts and not self._fits(last + max(work, 0.0)):
+            # Many data at once cost less than one by one: at most in proportion, and at least what they compute.
+            if parts and not self._fits(min(last * (stop - start) / done, last + max(work, 0.0))):
                 break
             began = self.clock()
             try:
@@ -508,7 +509,6 @@ class _Run:
 
     def _calibration(self) -> str:
         settings: dict[str, Any] = {"num_draws": 99, "observed": self.observed, **self.options}
-        sbc(self.model, self.guide, self.args, num_data=2, **settings) if self._fits(0.0) else None
         began = self.clock()
         with self._piece():
             found = sbc(self.model, self.guide, self.args, num_data=100, **settings)

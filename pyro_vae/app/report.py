@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,27 @@ def show(summary: Mapping[str, Any], run: Path | None = None, console: Console |
         return
     for name, text in lines(summary, run):  # whole lines, for logs and grep
         console.print(f"{name:15}{text}", soft_wrap=True, markup=False)
+
+
+def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None) -> None:
+    """Print (what, text) pairs as a table of two columns; whole lines where there is no terminal.
+
+    Args:
+        pairs: What stands in the columns.
+        console: Where to print; the terminal if omitted.
+    """
+    console = console or Console(highlight=False)
+    width = max(len(name) for name, _ in pairs) + 2
+    if not console.is_terminal:
+        for name, text in pairs:
+            console.print(f"{name:{width}}{text}", soft_wrap=True, markup=False)
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in pairs:
+        table.add_row(name, Text(text))
+    console.print(table)
 
 
 def _log_likelihood(summary: Mapping[str, Any]) -> str:

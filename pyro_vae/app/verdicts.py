@@ -315,7 +315,7 @@ def _bracket(numbers: Numbers) -> list[Finding]:
     if not _known(error) or width + 2 * error > 0.2:
         text = f"{known}, too wide to certify a tenth of a nat."
         return [Finding("estimate", text, None, "Anneal longer (bdmc), or give more time.")]
-    said = f"; the importance-sampling estimate lies {high:.2f} below its upper end" if _known(high) else ""
+    said = f"; the importance-sampling estimate is within {abs(high):.2f} of its upper end" if _known(high) else ""
     return [Finding("estimate", f"{known}{said}.")]
 
 
