@@ -23,7 +23,8 @@ ul.verdict li { border-left: .3rem solid #a0aec0; margin: .5rem 0; padding: .3re
 ul.verdict li.fault { border-color: #dd6b20; background: #fffaf0; }
 .advice { font-weight: 600; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } tr { border-bottom: 1px solid #e2e8f0; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr { border-bottom: 1px solid #e2e8f0; }
 figure { margin: 1rem 0; } img { max-width: 100%; } figcaption, .small { color: #4a5568; font-size: .9rem; }
 """
 
@@ -79,7 +80,8 @@ def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ]
         if bounds.get("short") is not None and math.isfinite(bounds["short"]):
             rows.append(("it lacks", nats(bounds["short"], bounds["short_stderr"]), f"of {bounds['short_source']}"))
-    for name, said in (("inference", "log p(x) - ELBO"), ("approximation", "the family's"), ("amortization", "the encoder's")):
+    whose = {"inference": "log p(x) - ELBO", "approximation": "the family's", "amortization": "the encoder's"}
+    for name, said in whose.items():
         if gaps.get(name) is not None:
             title = {"amortization": "amortisation"}.get(name, name)
             rows.append((f"{title} gap", nats(gaps[name], gaps[f"{name}_stderr"]), f"{said}; {gaps['images']} data"))
@@ -87,7 +89,8 @@ def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("bracket width", nats(bracket["width"], bracket["width_stderr"]),
                      f"{bracket['num_data']} simulated data, {bracket['num_steps']} steps"))  # fmt: skip
     if latents:
-        rows.append(("active latents", f"{latents['active']} of {latents['latent_dim']}", "variance of the mean > 0.01"))
+        active = f"{latents['active']} of {latents['latent_dim']}"
+        rows.append(("active latents", active, "variance of the mean > 0.01"))
     return rows
 
 

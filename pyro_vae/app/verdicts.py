@@ -179,8 +179,8 @@ def latents(numbers: Numbers) -> list[Finding]:
     if not dead:
         return [Finding("latents", f"{text}.")]
     listed = ", ".join(dead[:6]) + (f" and {len(dead) - 6} more" if len(dead) > 6 else "")
-    return [Finding("latents", f"{text}; unused: {listed}.", None,
-                    "That costs nothing but time: a smaller latent_dim would do, or free bits to use them.")]  # fmt: skip
+    advice = "That costs nothing but time: a smaller latent_dim would do, or free bits to use them."
+    return [Finding("latents", f"{text}; unused: {listed}.", None, advice)]
 
 
 def estimate(numbers: Numbers) -> list[Finding]:
@@ -277,8 +277,8 @@ def _dead(numbers: Numbers, gain: float, error: float) -> Finding:
     says = f" (and pays a KL of {rate:.2f} nats)" if _known(rate) and rate > RELEVANT else " (KL about 0)"
     return Finding(
         "posterior",
-        f"The encoder is dead: q(z | x) does not depend on x{says}, though the posterior does, since a q fitted to each "
-        f"datum would gain {nats(gain, error)} nats.",
+        f"The encoder is dead: q(z | x) does not depend on x{says}, though the posterior does, since a q fitted to "
+        f"each datum would gain {nats(gain, error)} nats.",
         "dead encoder",
         "That is a failed training, not a collapsed optimum: check that gradients reach the encoder, lower the "
         "learning rate or warm up the KL, and fit the guide again (fit_guide).",
