@@ -357,6 +357,12 @@ class _Run:
             short = difference.mean().item() - (best.bias if source.startswith("that") and best.bias < 0 else 0.0)
             spread = difference.std().item() / math.sqrt(size) if size > 1 else math.nan
             error = math.hypot(spread, noise.square().sum().sqrt().item() / size)
+        if best is not judged and source.startswith("that"):
+            # One draw of few samples is noisy: what they lack on average, the blocks of the larger K know.
+            at = max(i for i, k in enumerate(curve.num_samples) if k <= judged.num_samples)
+            if curve.num_samples[at] == judged.num_samples:
+                short = (curve.value[-1] - curve.value[at]).item() + abs(best.bias)
+                error = math.hypot(curve.mc_stderr[at].item(), best.mc_stderr)
         enough = None
         if best.khat_ok >= 0.9:
             # What the curve lacks at K', from its own end, whose bias the jackknife tells.
