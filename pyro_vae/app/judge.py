@@ -271,7 +271,9 @@ class _Run:
         count = self.asked if self.asked <= allowed else next((k for k in _LADDER if k <= allowed), 2)
         wanted = max(count, min(5000, max(1000, 10 * count)))
         reference = wanted if wanted <= allowed else max(count, next((k for k in _LADDER if k <= allowed), 2))
-        asked, better, terms = [], [], []
+        asked: list[Any] = []
+        better: list[Any] = []
+        terms: list[Any] = []
         last, size = 0.0, 0
         for start, stop in self._pieces(2):
             if size and not self._fits(last * (stop - start) / size):
@@ -299,7 +301,7 @@ class _Run:
         self.estimates = judged, best
         sizes = [len(t.pointwise) for t in terms]
         total = sum(sizes)
-        bound = {k: sum(n * getattr(t, k) for n, t in zip(sizes, terms, strict=True)) / total
+        split = {k: sum(n * getattr(t, k) for n, t in zip(sizes, terms, strict=True)) / total
                  for k in ("value", "reconstruction", "kl")}  # fmt: skip
         error = math.sqrt(sum((n * t.mc_stderr) ** 2 for n, t in zip(sizes, terms, strict=True))) / total
         assert best.curve is not None
@@ -307,10 +309,10 @@ class _Run:
             "images": total,
             "num_samples": count,
             "num_samples_asked": self.asked,
-            "elbo": bound["value"],
+            "elbo": split["value"],
             "elbo_stderr": error,
-            "reconstruction": bound["reconstruction"],
-            "kl": bound["kl"],
+            "reconstruction": split["reconstruction"],
+            "kl": split["kl"],
             "log_p": judged.value,
             "log_p_stderr": judged.mc_stderr,
             "log_p_data_stderr": judged.data_stderr,
@@ -330,7 +332,7 @@ class _Run:
         less = "" if count == self.asked else f" (asked for {self.asked}, which did not fit)"
         of = "" if reference == count else f", beside K = {reference}"
         return (
-            f"ELBO {bound['value']:.2f} ± {error:.2f} = {bound['reconstruction']:.2f} - KL {bound['kl']:.2f}; log p(x) "
+            f"ELBO {split['value']:.2f} ± {error:.2f} = {split['reconstruction']:.2f} - KL {split['kl']:.2f}; log p(x) "
             f"{judged.value:.2f} ± {judged.mc_stderr:.2f} nats; {total} data, K = {count}{less}{of}"
         )
 

@@ -163,7 +163,7 @@ def latents(numbers: Numbers) -> list[Finding]:
             ]
         gap = _minus(bounds.get("reference_log_p"), bounds.get("elbo"))
         error = math.hypot(bounds.get("reference_stderr") or 0.0, bounds.get("elbo_stderr") or 0.0)
-        if material(gap, error):
+        if gap is not None and material(gap, error):
             return [_dead(numbers, gap, error)]
         return [
             Finding(
@@ -274,7 +274,8 @@ def _total(numbers: Numbers) -> list[Finding]:
 
 def _dead(numbers: Numbers, gain: float, error: float) -> Finding:
     rate = (numbers.get("latents") or {}).get("rate")
-    says = f" (and pays a KL of {rate:.2f} nats)" if _known(rate) and rate > RELEVANT else " (KL about 0)"
+    paid = rate is not None and _known(rate) and rate > RELEVANT
+    says = f" (and pays a KL of {rate:.2f} nats)" if paid else " (KL about 0)"
     return Finding(
         "posterior",
         f"The encoder is dead: q(z | x) does not depend on x{says}, though the posterior does, since a q fitted to "
