@@ -157,8 +157,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         best = max(frozen, key=lambda r: r["log_likelihood"])
         lines += [
             "",
-            f"One frozen model (that of the first row), new posteriors; the gap is to the highest mean log p(x), "
-            f"{best['log_likelihood']:.2f} ({best['said']}):",
+            f"One frozen model (that of the first row), new posteriors, {best['images']:,} test images, K = "
+            f"{best['num_samples']:,}; the gap is to the highest mean log p(x), {best['log_likelihood']:.2f} "
+            f"({best['said']}):",
             "",
             "| q(z given x) | test ELBO | log p(x) by its own weights | gap = KL(q to posterior) | minutes × threads |",
             "|---|---|---|---|---|",
