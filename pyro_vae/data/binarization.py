@@ -123,10 +123,10 @@ def bits_per_dimension(log_prob: Nats, num_dims: int, levels: int = 256) -> Nats
 
 def _random_lanes(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform int16 of the shape and device of `like`."""
-    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
+    count = (like.numel() + 3) // 4
     # Without bounds random_() never sets the top bit, which would be the sign of every fourth lane.
-    words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[: like.numel()].view(like.shape)
+    words = torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=like.device, generator=generator)
+    return words.bitwise_xor_(-(2**63)).view(torch.int16)[: like.numel()].view(like.shape)
 
 
 def _check_uint8(pixels: Tensor, what: str) -> None:

@@ -45,6 +45,7 @@ class Batches:
         self.shuffle = shuffle
         self.batch_size = batch_size
         self.columns: tuple[Any, ...] | None = None
+        self.origin: Any = data  # what two passes over the same data have in common
         self.loader: Iterable[Any] | None = None
         if isinstance(data, torch.utils.data.TensorDataset):
             data = data.tensors
@@ -67,6 +68,9 @@ class Batches:
         if self.columns is not None and not any(lengths):
             raise ValueError("the data are empty; wanted at least one datum.")
         self.num_data = lengths[0] if lengths else None
+        self._home = torch.device("cpu")
+        if device is not None and torch.device(device).type == "cuda":
+            self._move_in(torch.device(device))
 
     def __len__(self) -> int:
         if self.num_data is not None:
@@ -77,6 +81,11 @@ class Batches:
             return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for choice in self.choices():
+            yield self.take(*choice)
+
+    def choices(self) -> Iterator[tuple[Any, ...]]:
+        """What `take` turns into the batches of a pass: an index each; of an iterable, the batch itself."""
         if self.columns is None:
             assert self.loader is not None
             for batch in self.loader:
@@ -84,8 +93,24 @@ class Batches:
             return
         assert self.num_data is not None
         order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
-        for index in order.split(self.batch_size):
-            yield self._placed(tuple(column[index] for column in self.columns))
+        for index in order.to(self._home).split(self.batch_size):
+            yield (index,)
+
+    def take(self, *choice: Any) -> tuple[Any, ...]:
+        """The batch of a choice."""
+        if self.columns is None:
+            return choice
+        return self._placed(tuple(column[choice[0]] for column in self.columns))
+
+    def _move_in(self, device: torch.device) -> None:
+        """Keep the data on the GPU where they take little of it: batches are then chosen and drawn there."""
+        columns = self.columns or ()
+        tensors = [c if isinstance(c, Tensor) else getattr(c, "pixels", None) for c in columns]
+        if not columns or not all(isinstance(t, Tensor) and hasattr(c, "to") for t, c in zip(tensors, columns)):
+            return
+        if sum(t.numel() * t.element_size() for t in tensors) < torch.cuda.mem_get_info(device)[0] / 4:
+            self.columns = tuple(column.to(device) for column in columns)
+            self._home = device
 
     def first(self) -> tuple[Any, ...]:
         """One batch, without touching the random state; [] data raise."""

@@ -67,6 +67,8 @@ class Capture:
             gradients of the leaves that its ``backward`` calls reached, as `gradients`
             collects them.
         args: The tensors it is run on.
+        finish: Takes the leaves and their gradients and changes tensors in place, such as an
+            optimiser; it is part of the graph, which then returns the results only.
     Attributes:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
@@ -86,7 +88,10 @@ class Capture:
         ([(), (2,)], True)
     """
 
-    def __init__(self, function: Callable[..., list[Tensor]], args: Sequence[Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., list[Tensor]], args: Sequence[Tensor],
+        finish: Callable[[list[Tensor], list[Tensor]], None] | None = None,
+    ) -> None:  # fmt: skip
         self.results: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self.compiled = False
@@ -96,8 +101,14 @@ class Capture:
                 results = function(*tensors)
             self.leaves = [leaf for leaf, _ in recording.gradients.values()]
             gradients = [gradient for _, gradient in recording.gradients.values()]
+            if finish is not None:
+                results = _owned(results, results)
+                with torch.no_grad():
+                    finish(self.leaves, gradients)
+                self.results = results
+                return results
             self.results = _owned([*results, *gradients], [*results, *self.leaves])
-            return self.results
+            return list(self.results)
 
         graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
         self._takes_args = bool(args)
@@ -108,6 +119,7 @@ class Capture:
         graph.eliminate_dead_code()
         if not self._takes_args:
             graph.erase_node(next(iter(graph.nodes)))
+        _disowned(graph, self.results, [*args, *self.constants])
         self.module = fx.GraphModule({}, graph)
         self._run: Callable[..., Sequence[Tensor]] = self.module.forward
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
@@ -133,6 +145,11 @@ class Capture:
             count = len(args)
             run(*[scratch.get(i - count, t) for i, t in enumerate(examples)])  # a lazy failure shows here
         self._run, self.compiled = run, True
+
+
+def capturing() -> bool:
+    """Whether what runs is being written down."""
+    return _Recording.active > 0
 
 
 @contextlib.contextmanager
@@ -163,9 +180,19 @@ def _medium_is_exact() -> bool:
 class _Recording(TorchFunctionMode):
     """Keeps backward away from ``.grad``, and numbers from being read out of tensors."""
 
+    active = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> _Recording:
+        _Recording.active += 1
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _Recording.active -= 1
+        super().__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -225,6 +252,21 @@ def _owned(outputs: list[Tensor], shaped_like: list[Tensor]) -> list[Tensor]:
         seen.add(output.untyped_storage().data_ptr())
         owned.append(output.detach())
     return owned
+
+
+def _disowned(graph: fx.Graph, results: list[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Copy results that are inputs, or views of them: who changes the one must not change the other."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    nodes = list(output.args[0])
+    for number, result in enumerate(results):
+        if result.untyped_storage().data_ptr() in storages:
+            results[number] = result.clone()
+            with graph.inserting_before(output):
+                clone = graph.call_function(_aten.clone.default, (nodes[number],))
+            clone.meta = dict(nodes[number].meta)
+            nodes[number] = clone
+    output.args = (nodes,)
 
 
 def _lifted(graph: fx.Graph) -> tuple[list[Tensor], list[fx.Node]]:

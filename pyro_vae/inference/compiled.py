@@ -1,7 +1,7 @@
 """A loss that compiles: any Pyro ELBO, captured once and replayed without Pyro.
 
 `Compiled` is a ``pyro.infer.ELBO`` around another. Its first step of a kind is the
-other's own. From the second in a row on it replays a graph of tensor operations (see
+other's own. From the second on it replays a graph of tensor operations (see
 `pyro_vae.inference.capture`), which Inductor compiles once that has proved worth it.
 Where a pair cannot be captured the steps go on as they were, with one line that says why.
 
@@ -32,9 +32,12 @@ from torch.distributions import constraints, transform_to
 from torch.utils import _pytree as pytree
 
 from pyro_vae.inference.capture import Capture, Uncapturable
+from pyro_vae.inference.optimizers import Update
+from pyro_vae.inference.precision import bfloat16_active
 from pyro_vae.parameters import _OwnParameters, own_parameters
 from pyro_vae.traces import Program
 
+_MEMORY = 64  # kinds of step that are remembered
 _LIMIT = 8  # captures of one kind of step, and kinds of step, before giving up
 _SCALARS = (bool, int, float, str, type(None))
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
@@ -88,8 +91,10 @@ class Compiled(ELBO):
         self._entries: dict[Any, _Entry] = {}
         self._refused: dict[Any, str] = {}
         self._tries: dict[Any, int] = {}
-        self._last: Any = None
+        self._seen: set[Any] = set()
         self._said: set[str] = set()
+        self._replays = 0
+        self._leaves: list[Tensor] = []
 
     def __repr__(self) -> str:
         own = type(self.inner).__repr__ is not object.__repr__
@@ -135,17 +140,35 @@ class Compiled(ELBO):
                 return value.item()
         return self._slowly(step)
 
-    def replay(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]] | None:
-        """As `loss_and_grads`, without a word to Pyro's handlers and without reading the loss.
+    def train(
+        self, model: Program, guide: Program, tensors: Sequence[Tensor], whole: Whole
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """A training step as one graph, from the choice of the batch to the optimiser's step.
+
+        Says nothing to Pyro's handlers and does not read the loss.
 
         Returns:
-            The loss and the parameters whose ``.grad`` it added to; None, with nothing
-            done, where there is no graph for such a step yet.
+            The loss, and the parameters whose ``.grad`` it added to (none where the
+            optimiser's step was part of the graph); None, with nothing done, where there is
+            no graph for such a step yet: take an ordinary step.
         """
-        step = _Step.of(model, guide, args, kwargs)
+        step = _Step.of(model, guide, tuple(tensors), {}, whole)
         entry = self._ready(step)
-        value = None if entry is None else self._replay(entry, step)
-        return None if value is None or entry is None else (value, entry.capture.leaves)
+        if entry is not None:
+            value = self._replay(entry, step)
+        elif self._capturable(step):
+            value = self._capture(step)
+            entry = self._entries.get(step.key)
+        else:
+            value = None
+        if value is None:
+            return None
+        return value, [] if whole.update is not None else self._leaves
+
+    def refused(self, model: Program, guide: Program, tensors: Sequence[Tensor], whole: Whole) -> bool:
+        """Whether such a training step was tried as one graph, and cannot be."""
+        step = _Step.of(model, guide, tuple(tensors), {}, whole)
+        return step.key is None or step.key in self._refused
 
     def _get_trace(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("Compiled replays graphs; the traces are those of the loss inside.")
@@ -160,52 +183,58 @@ class Compiled(ELBO):
         if entry.fresh() and (beta == 1 or entry.beta is not None):
             if entry.beta is not None:
                 entry.beta.fill_(beta)
-            self._last = step.key
             return entry
         del self._entries[step.key]
-        self._last = None  # one step of the programs' own first: it may find out about plates anew
+        self._seen.discard(step.key)  # one step of the programs' own first: it may find out about plates anew
         return None
 
     def _replay(self, entry: _Entry, step: _Step) -> Tensor | None:
         entry.replays += 1
-        if self.compile_after is not None and entry.replays == max(self.compile_after, 1):
+        self._replays += 1
+        # A kind of step that is rare, such as the last batch of an epoch, is not worth a compiler's seconds.
+        often = entry.replays * 10 >= self._replays
+        if self.compile_after is not None and entry.replays >= max(self.compile_after, 1) and often:
             self._compile(entry, step)
-        expected = None
+        expected, written = None, []
         if entry.replays in _CHECKS or entry.unchecked:
-            expected = self._expected(entry, step)
+            written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
+            expected = self._expected(step, written)
             entry.unchecked = False
+        if step.whole is not None:
+            step.whole.advance(1)
         results = entry.capture(step.tensors)
         loss, offset = results[0], 1
         if expected is not None and abs(loss.item() - expected) > 1e-3 * max(abs(expected), 1.0):
+            _put_back(written)
+            if step.whole is not None:
+                step.whole.advance(-1)
             self._refuse(step, f"the loss depends on something outside the graph ({loss.item():.6g} replayed, "
                          f"{expected:.6g} not), such as a Python number that changes")
             del self._entries[step.key]
             return None
         if entry.with_bound:
             self.inner.last_bound, offset = results[1], 2
-        for leaf, gradient in zip(entry.capture.leaves, results[offset:], strict=True):
-            if leaf.grad is None:
-                leaf.grad = gradient
-            else:
-                with torch.no_grad():
-                    leaf.grad.add_(gradient)
+        if len(results) > offset:
+            self._leaves = entry.capture.leaves
+            _add_gradients(entry.capture.leaves, results[offset:])
         self.reason = None
         return loss
 
-    def _expected(self, entry: _Entry, step: _Step) -> float | None:
+    def _expected(self, step: _Step, written: list[tuple[Tensor, Tensor]]) -> float | None:
         """The loss of the programs themselves, from the noise that the replay will draw."""
-        written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
         bound = getattr(self.inner, "last_bound", None)
         with _forked(step.tensors), pyro.validation_enabled(False), own_parameters(step.model, step.guide):
-            value = self.inner.loss(step.model, step.guide, *step.args, **step.kwargs)
+            args, kwargs = step.rebuilt(step.tensors)
+            value = self.inner.loss(step.model, step.guide, *args, **kwargs)
         if bound is not None:
             self.inner.last_bound = bound
-        with torch.no_grad():
-            for tensor, before in written:
-                tensor.copy_(before)
+        _put_back(written)
         return float(value) if torch.isfinite(torch.as_tensor(value)).all() else None
 
     def _compile(self, entry: _Entry, step: _Step) -> None:
+        if entry.tried:
+            return
+        entry.tried = True
         if entry.capture.live_noise:
             return  # Inductor may draw in another order
         try:
@@ -214,18 +243,25 @@ class Compiled(ELBO):
         except Exception as error:  # whatever the compiler lacks, the graph is there already
             self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({_first_line(error)})")
 
-    def _slowly(self, step: _Step) -> Any:
-        again, self._last = step.key is not None and step.key == self._last, step.key
-        if not again:
+    def _capturable(self, step: _Step) -> bool:
+        """Whether to capture a step that has no graph: from the second of its kind on."""
+        if step.key not in self._seen or step.key is None:
             self.reason = step.reason or "the first step of its kind"
             if step.reason:
                 self._say(f"the steps are not compiled, since {step.reason}")
-            return self._eagerly(step)
+            else:
+                self._seen = self._seen if len(self._seen) < _MEMORY else set()
+                self._seen.add(step.key)
+            return False
         refused = self._refused.get(step.key)
         if refused is not None or not _neutral_handlers():
             self.reason = refused or "Pyro handlers are active around the loss"
-            return self._eagerly(step)
-        return self._capture(step)
+            return False
+        return True
+
+    def _slowly(self, step: _Step) -> Any:
+        value = self._capture(step) if self._capturable(step) else None
+        return self._eagerly(step) if value is None else value.item()
 
     def _eagerly(self, step: _Step) -> Any:
         with own_parameters(step.model, step.guide):
@@ -233,24 +269,28 @@ class Compiled(ELBO):
 
     def _refuse(self, step: _Step, reason: str) -> None:
         self._refused[step.key] = self.reason = reason
-        self._say(f"the steps are not compiled, since {reason}")
+        if step.whole is None or step.whole.last:
+            self._say(f"the steps are not compiled, since {reason}")
 
     def _say(self, sentence: str) -> None:
         if not self.quiet and sentence not in self._said:
             warnings.warn(f"{self!r}: {sentence}.", stacklevel=4)
         self._said.add(sentence)
 
-    def _capture(self, step: _Step) -> Any:
-        """Run a step and write it down."""
+    def _capture(self, step: _Step) -> Tensor | None:
+        """Run a step and write it down; the loss, or None, with nothing done, where that cannot be."""
         self._tries[step.key] = self._tries.get(step.key, 0) + 1
         if self._tries[step.key] > _LIMIT:
             self._refuse(step, f"what the programs read outside their arguments has changed {_LIMIT} times")
-            return self._eagerly(step)
+            return None
         while len(self._entries) >= _LIMIT:
             del self._entries[next(iter(self._entries))]
         watched = _Watched((step.model, step.guide), self.inner)
         beta, state = getattr(self.inner, "beta", 1), _random_state(step.tensors)
-        written = [(buffer, buffer.clone()) for module in watched.modules for buffer in module.buffers()]
+        changing = [buffer for module in watched.modules for buffer in module.buffers()]
+        if step.whole is not None:
+            changing += step.whole.tensors()
+        written = [(tensor, tensor.detach().clone()) for tensor in changing]
         live = None if beta == 1 else torch.tensor(float(beta), dtype=torch.float64)
         sites: dict[str, Any] = {}
         with_bound = False
@@ -272,13 +312,15 @@ class Compiled(ELBO):
         try:
             if live is not None:
                 self.inner.beta = live
+            if step.whole is not None:
+                step.whole.advance(1)
             with pyro.validation_enabled(False):
-                capture = Capture(function, step.tensors)
+                capture = Capture(function, step.tensors, None if step.whole is None else step.whole.update)
         except Exception as error:
             _set_random_state(state)
-            with torch.no_grad():
-                for buffer, before in written:
-                    buffer.copy_(before)
+            _put_back(written)
+            if step.whole is not None:
+                step.whole.advance(-1)
             failure: Exception | None = error
         else:
             failure = None
@@ -288,21 +330,62 @@ class Compiled(ELBO):
                 self.inner.beta = beta
         if failure is not None:
             self._refuse(step, _why(failure))
-            return self._eagerly(step)
+            return None
         self.captures += 1
         entry = _Entry(capture, watched, [_Site.of(site) for site in sites.values()], live, with_bound)
         if watched.changed():
             self._refuse(step, f"{watched.changed()} changes while the programs run")
         else:
             self._entries[step.key] = entry
+            entry.whole = step.whole  # what its key names by identity must live
         results = capture.results
         if with_bound:
             self.inner.last_bound = results[1]
-        for leaf, gradient in zip(capture.leaves, results[1 + with_bound :], strict=True):
-            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        self._leaves = capture.leaves
+        if len(results) > 1 + with_bound:
+            _add_gradients(capture.leaves, results[1 + with_bound :])
         self.reason = "it was being captured"
-        entry.announce()
-        return results[0].item()
+        if step.whole is None:
+            entry.announce()
+        return results[0]
+
+
+class Whole:
+    """What belongs to a training step beside the loss.
+
+    Args:
+        prepare: From the step's tensors, such as an index, to the arguments of the programs.
+        update: The optimiser's step, to be part of the graph; None to leave it out.
+        key: What tells such steps apart, as far as they need different graphs.
+        last: Whether nothing less is tried where this cannot be captured, so that a word is due.
+    """
+
+    def __init__(
+        self, prepare: Callable[..., tuple[Any, ...]], update: Update | None, key: Any, last: bool = False
+    ) -> None:
+        self.prepare, self.update, self.key, self.last = prepare, update, key, last
+
+    def advance(self, steps: int) -> None:
+        if self.update is not None:
+            self.update.advance(steps)
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self.update is None else self.update.tensors()
+
+
+def _put_back(written: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, before in written:
+            tensor.copy_(before)
+
+
+def _add_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        if leaf.grad is None:
+            leaf.grad = gradient
+        else:
+            with torch.no_grad():
+                leaf.grad.add_(gradient)
 
 
 _CHECKS = frozenset(10**n for n in range(9))
@@ -318,9 +401,12 @@ class _Step(NamedTuple):
     tensors: list[Tensor]
     key: Any
     reason: str | None
+    whole: Whole | None
 
     @classmethod
-    def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
+    def of(
+        cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Whole | None = None
+    ) -> _Step:
         if not kwargs and all(type(a) is Tensor for a in args):  # spares pytree's code, the usual case
             leaves, structure = list(args), None
         else:
@@ -340,11 +426,14 @@ class _Step(NamedTuple):
             shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
             device = tensors[0].device.type if tensors else "cpu"
             key = (model, guide, structure and str(structure), rest, shapes, torch.is_autocast_enabled(device),
-                   torch.get_autocast_dtype(device), torch.get_default_dtype())  # fmt: skip
-        return cls(model, guide, args, kwargs, tensors, key, reason)
+                   torch.get_autocast_dtype(device), torch.get_default_dtype(), bfloat16_active(),
+                   None if whole is None else whole.key)  # fmt: skip
+        return cls(model, guide, args, kwargs, tensors, key, reason, whole)
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with other tensors in their places."""
+        """The programs' arguments, made of these tensors."""
+        if self.whole is not None:
+            return self.whole.prepare(*tensors), {}
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
         new = iter(tensors)
         return pytree.tree_unflatten([next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
@@ -471,7 +560,8 @@ class _Entry:
         self, capture: Capture, watched: _Watched, sites: list[_Site], beta: Tensor | None, with_bound: bool
     ) -> None:
         self.capture, self.watched, self.sites, self.beta, self.with_bound = capture, watched, sites, beta, with_bound
-        self.replays, self.unchecked = 0, False
+        self.replays, self.unchecked, self.tried = 0, False, False
+        self.whole: Whole | None = None
         self._tensors = self._now()
 
     def _now(self) -> list[Any]:

@@ -49,6 +49,7 @@ class Fused(PyroOptim):
         clip_norm: Upper limit of the joint gradient norm of all parameters.
     Attributes:
         parameters: The tensors that had a gradient so far.
+        count: Steps taken.
     Raises:
         ValueError: A learning rate or clip_norm that is not positive.
     Example:
@@ -77,6 +78,9 @@ class Fused(PyroOptim):
         self.parameters: set[Tensor] = set()
         self._factor = 1.0
         self._optimizer: torch.optim.Optimizer | None = None
+        self.count = 0
+        self._even = True  # whether all parameters took part in every step
+        self._update: Update | None = None
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Step all parameters that have a gradient; new ones join the optimiser."""
@@ -87,9 +91,11 @@ class Fused(PyroOptim):
             self._add(new)
         if self._optimizer is None:
             return
+        self._even = self._even and len(params) == len(self.parameters)
         if self.clip_norm is not None:
             self._clip(params)
         self._optimizer.step()
+        self.count += 1
         # SVI zeroes gradients with a fresh tensor for each; None spares that and an addition in backward.
         for p in params:
             p.grad = None
@@ -99,6 +105,29 @@ class Fused(PyroOptim):
         self._factor = factor
         for group in self._optimizer.param_groups if self._optimizer is not None else ():
             group["lr"] = self.learning_rate * factor
+
+    def inside(self) -> Update | None:
+        """This optimiser's step as tensor operations, for a graph that holds a whole training step.
+
+        None where there is no such form: before the first step, for another algorithm than Adam and AdamW, where
+        parameters took part in different numbers of steps, or where an option changes the algorithm.
+        """
+        optimizer = self._optimizer
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even:
+            return None
+        assert optimizer is not None
+        (group, *more) = optimizer.param_groups
+        tensors = group["params"]
+        if self._update is not None and self._update.optimizer is optimizer and len(self._update.parameters) == len(tensors):
+            return self._update
+        plain = not any(group[name] for name in ("amsgrad", "maximize", "differentiable"))
+        known = all(p in optimizer.state and p.is_floating_point() for p in tensors)
+        if more or not plain or not known or len({(p.dtype, p.device) for p in tensors}) != 1:
+            return None
+        if {int(optimizer.state[p]["step"]) for p in tensors} != {self.count}:
+            return None
+        self._update = Update(self, optimizer)
+        return self._update
 
     def get_state(self) -> dict[str, Any]:
         """State of the torch optimiser."""
@@ -123,6 +152,7 @@ class Fused(PyroOptim):
         assert self._optimizer is not None
         for name in moments:
             self._optimizer.state[tensors[name]] = dict(moments[name])
+        self.count = max(int(state.get("step", 0)) for state in moments.values())
 
     def _add(self, new: list[Tensor]) -> None:
         if self._optimizer is not None:
@@ -142,3 +172,64 @@ class Fused(PyroOptim):
         # SVI hands over a set: sorted, the sum does not depend on its order.
         total = torch.linalg.vector_norm(norms.sort().values)
         torch._foreach_mul_(grads, (self.clip_norm / (total + 1e-6)).clamp(max=1.0))
+
+
+class Update:
+    """Adam's step as plain tensor operations, on the moments that a torch optimiser holds.
+
+        m <- m + (1 - b1) (g - m),   v <- b2 v + (1 - b2) g^2
+        p <- p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
+
+    What changes from step to step (t and the learning rate) enters as a tensor, written
+    by `advance` before each step, so that a graph of the operations need not change.
+
+    Args:
+        owner: Who counts the steps.
+        optimizer: Its torch Adam or AdamW, which has taken its first step.
+    """
+
+    def __init__(self, owner: Fused, optimizer: torch.optim.Optimizer) -> None:
+        self.owner, self.optimizer, self.clip_norm = owner, optimizer, owner.clip_norm
+        (self.group,) = optimizer.param_groups
+        self.decoupled = type(optimizer) is torch.optim.AdamW or self.group.get("decoupled_weight_decay", False)
+        self.parameters: list[Tensor] = list(self.group["params"])
+        self._counters = [optimizer.state[p]["step"] for p in self.parameters]
+        self._numbers = self.parameters[0].detach().new_zeros(3)
+
+    def advance(self, steps: int = 1) -> None:
+        """Count a step (or take one back), and write down what the operations need to know of it."""
+        self.owner.count += steps
+        torch._foreach_add_(self._counters, steps)
+        (first, second), rate, count = self.group["betas"], float(self.group["lr"]), self.owner.count
+        if count > 0:
+            numbers = [rate / (1 - first**count), (1 - second**count) ** -0.5, rate]
+            self._numbers.copy_(torch.tensor(numbers, dtype=self._numbers.dtype), non_blocking=True)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step changes in place."""
+        moments = [self.optimizer.state[p][name] for p in self.parameters for name in ("exp_avg", "exp_avg_sq")]
+        return [*self.parameters, *moments]
+
+    def __call__(self, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+        """Step these parameters along these gradients, in place.
+
+        Raises:
+            ValueError: Not exactly the optimiser's parameters.
+        """
+        if {id(p) for p in leaves} != {id(p) for p in self.parameters}:
+            raise ValueError("the gradients are not those of the optimiser's parameters")
+        if self.clip_norm is not None:
+            total = sum((g.square().sum() for g in gradients), self._numbers.new_zeros(())).sqrt()
+            factor = (self.clip_norm / (total + 1e-6)).clamp(max=1.0)
+            gradients = [g * factor for g in gradients]
+        (first, second), decay, eps = self.group["betas"], self.group["weight_decay"], self.group["eps"]
+        scaled_rate, inverse_root, rate = self._numbers.unbind()
+        for p, g in zip(leaves, gradients, strict=True):
+            m, v = (self.optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq"))
+            if decay and self.decoupled:
+                p.mul_(1 - rate * decay)
+            elif decay:
+                g = g + decay * p
+            m.lerp_(g, 1 - first)
+            v.mul_(second).addcmul_(g, g, value=1 - second)
+            p.sub_(scaled_rate * m / (v.sqrt() * inverse_root + eps))

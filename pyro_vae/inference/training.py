@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -27,10 +25,13 @@ from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
+from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
+from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 
+_LOOK = 20  # steps between two looks at the loss
 _CAPTURE_PAYS, _COMPILER_PAYS = 500, 20_000  # steps: a capture costs about a second, Inductor up to half a minute
 
 
@@ -117,7 +118,9 @@ def fit(
             go back to the best weights.
         device: Move modules and batches there; where the modules are when not given.
         seed: Seed torch for the fit and restore its random state afterwards.
-        matmul_precision: For ``torch.set_float32_matmul_precision`` during the fit.
+        matmul_precision: During the fit: "highest", "high", "medium" as for
+            ``torch.set_float32_matmul_precision``, or "bfloat16", which rounds what goes into
+            linear and convolutional layers (see `pyro_vae.inference.precision`).
         progress: Show a bar; None shows it on a terminal only.
         callback: Called with each epoch's record.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
@@ -162,7 +165,7 @@ def fit(
         optimizer = Fused(optimizer or torch.optim.Adam, {"lr": learning_rate}, clip_norm)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history, best = History(), _Best(modules)
-    with own_parameters(model, guide), seeded(seed), _matmul_precision(matmul_precision):
+    with own_parameters(model, guide), seeded(seed), precision(matmul_precision):
         for module in modules:
             module.train(_learns(module))
         point = check(model, guide, batches.first(), loss)
@@ -175,7 +178,7 @@ def fit(
         steps = epochs * len(batches)
         if compiled is None:
             compiled = _compiled(loss, compile, steps, checkpoint is not None)
-        stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), compiled)
+        stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), batches, compiled)
         started = time.perf_counter()
         if checkpoint is not None:
             # Pyro's losses have no repr of their own.
@@ -190,7 +193,7 @@ def fit(
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
                     for module in modules:
                         module.train(_learns(module))
-                    record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(batches, bar)
+                    record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(bar)
                     if validation is not None:
                         for module in modules:
                             module.eval()
@@ -288,7 +291,7 @@ class _Stepper:
 
     def __init__(
         self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, total: int, warmup: int,
-        compiled: Compiled | None = None,
+        batches: Batches, compiled: Compiled | None = None,
     ) -> None:  # fmt: skip
         self.loss, self.optimizer, self.rate, self.total, self.warmup = loss, optimizer, rate, total, warmup
         self.steps = 0
@@ -301,8 +304,9 @@ class _Stepper:
             else:
                 compiled = None
             model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
-        self.compiled = compiled
-        self.svi = SVI(model, guide, optimizer, compiled or loss)
+        self.batches = batches
+        self.svi = SVI(model, guide, optimizer, loss)
+        self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def beta(self) -> float:
         """The weight of log q - log p(z) in the step to come."""
@@ -319,56 +323,57 @@ class _Stepper:
         """What was trained so far, whoever owns it."""
         return list(self.optimizer.parameters if isinstance(self.optimizer, Fused) else self.optimizer.optim_objs)
 
-    def epoch(self, batches: Batches, bar: tqdm) -> dict[str, Any]:
+    def epoch(self, bar: tqdm) -> dict[str, Any]:
         """One pass; its averages."""
-        started, summed, bound, count = time.perf_counter(), 0.0, torch.zeros(()), 0
+        started, count = time.perf_counter(), 0
+        summed: float | Tensor = 0.0
+        bound: float | Tensor = 0.0
         tempered = self.beta() < 1
-        for batch in batches:
+        for choice in self.batches.choices():
             beta, factor = self.beta(), self.factor()
-            value = self._step(batch)
-            size = len(batch[0])
+            value = self._step(choice)
+            size = len(choice[0])
             summed, count = summed + value, count + size
             if isinstance(self.loss, Objective):
                 assert self.loss.last_bound is not None
-                bound = bound + self.loss.last_bound.cpu()
+                bound = bound + self.loss.last_bound.double()
             bar.update(1)
-            if self.steps % 20 == 0:
-                bar.set_postfix(loss=f"{value / size:.2f}", refresh=False)
-        record: dict[str, Any] = {"loss": summed / count}
+            if self.steps % _LOOK == 0:
+                self._check_finite(summed)
+                bar.set_postfix(loss=f"{float(value) / size:.2f}", refresh=False)
+        self._check_finite(summed)
+        record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):
             record["bound"] = float(bound) / count
         elif not tempered:
-            record["bound"] = -summed / count
+            record["bound"] = -float(summed) / count
         if isinstance(self.optimizer, Fused):
             record["learning_rate"] = self.optimizer.learning_rate * factor
         seconds = time.perf_counter() - started
         return record | {"beta": beta, "images_per_second": count / seconds}
 
-    def _step(self, batch: tuple[Any, ...]) -> float:
+    def _step(self, choice: tuple[Any, ...]) -> float | Tensor:
         if isinstance(self.optimizer, Fused):
             self.optimizer.set_learning_rate(self.factor())
         if isinstance(self.loss, Objective) and self.warmup:
             self.loss.beta = self.beta()
         if self.weight is not None:
             self.weight.fill_(self.beta())
-        replayed = None
-        if self.compiled is not None:
-            replayed = self.compiled.replay(self.svi.model, self.svi.guide, *batch)
-        if replayed is not None:
-            loss, parameters = replayed
-            self.optimizer(parameters)
-            zero_grads(parameters)
-            value = loss.item()
-        else:
+        value: float | Tensor | None = None
+        batch: tuple[Any, ...] | None = None
+        if self.graph is not None:
+            value, batch = self.graph(choice)
+        if value is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
             with pyro.validation_enabled(self.steps == 0):
-                result = self.svi.step(*batch)
+                result = self.svi.step(*(batch or self.batches.take(*choice)))
             value = float(sum(result) if isinstance(result, tuple | list) else result)
-        if not math.isfinite(value):
-            raise ValueError(
-                f"the loss became {value} at step {self.steps}. Lower learning_rate, set clip_norm (100 is a mild "
-                "value), or look for a scale that collapses to zero."
-            )
+        elif value.device.type == "cpu":
+            value = value.item()
+        else:
+            value = value.double()  # read every now and then, since each look waits for the GPU
+        if isinstance(value, float):
+            self._check_finite(value)
         if self.steps == 0 and not self.parameters():
             raise ValueError(
                 "no parameter of model or guide had a gradient, so there is nothing to train. Register networks with "
@@ -376,6 +381,13 @@ class _Stepper:
             )
         self.steps += 1
         return value
+
+    def _check_finite(self, value: float | Tensor) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss became {float(value)} at step {self.steps}. Lower learning_rate, set clip_norm (100 is a "
+                "mild value), or look for a scale that collapses to zero."
+            )
 
 
 class _Best:
@@ -399,17 +411,6 @@ class _Best:
         with torch.no_grad():
             for tensor, copied in self.copies:
                 tensor.copy_(copied)
-
-
-@contextlib.contextmanager
-def _matmul_precision(name: str | None) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if name is not None:
-        torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _check_options(
