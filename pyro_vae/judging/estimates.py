@@ -11,6 +11,7 @@ K' weights, each of which would have given the estimate at K'.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.capture import capturing
+from pyro_vae.inference.replays import Replayed
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Particles, Program, draw, plate_nesting
 
-# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
-_CHUNK = 2**22
+# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
+_CHUNK = 3 * 2**19
+# Log weights that are held at once.
+_HELD = 2**22
 
 
 @dataclass(frozen=True)
@@ -197,13 +202,14 @@ def log_likelihood(
     device: str | torch.device | None = None,
     seed: int | None = 0,
     progress: bool | None = None,
+    compile: bool | str = "auto",
 ) -> Estimate:
     """Estimate log p(x) by importance sampling from the guide.
 
         log p(x) ~ log 1/K sum_k p(x, z_k) / q(z_k | x),   z_k ~ q(z | x)
 
     Data and samples go through in chunks, so that memory is bounded whatever their
-    numbers: about 4 (K + 10^7) bytes.
+    numbers: some tens of megabytes beside the data.
 
     Args:
         model: A Pyro program for p(x, z).
@@ -214,6 +220,9 @@ def log_likelihood(
         seed: Seed of the samples (and of a binarisation drawn on the way); None goes
             on with torch's random state.
         progress: Show a bar; None shows it on a terminal only.
+        compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where there are
+            a hundred or more of them, and hands it to Inductor where that pays; True does so at once, False runs
+            the programs for every chunk. The samples are the same, and the numbers to rounding.
     Returns:
         The estimate with its errors and diagnostics; `advice` says which K is enough.
     Raises:
@@ -235,8 +244,7 @@ def log_likelihood(
     """
     parts, steps = [], _steps(num_samples)
     totals = torch.zeros(2, len(steps), dtype=torch.float64)
-    for chunks in particle_batches(model, guide, data, num_samples, device, seed, progress, "log p(x)"):
-        log_weight = torch.cat([chunk.log_weight for chunk in chunks])
+    for log_weight, _ in _tables(model, guide, data, num_samples, device, seed, progress, "log p(x)", compile):
         parts.append(_summary(log_weight))
         totals += _at_steps(log_weight.double().cpu(), steps)
     pointwise, variance, bias, ess, k, smoothed, spread = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -265,6 +273,7 @@ def elbo_terms(
     device: str | torch.device | None = None,
     seed: int | None = 0,
     progress: bool | None = None,
+    compile: bool | str = "auto",
 ) -> ElboTerms:
     """Estimate the ELBO and split it into reconstruction and KL.
 
@@ -278,15 +287,15 @@ def elbo_terms(
         device: Where the batches go; where the modules are when not given.
         seed: Seed of the samples; None goes on with torch's random state.
         progress: Show a bar; None shows it on a terminal only.
+        compile: As for `log_likelihood`.
     Returns:
         The terms with their errors.
     Raises:
         ValueError: K < 1, a guide without density, and all that `particles` refuses.
     """
     parts = []
-    for chunks in particle_batches(model, guide, data, num_samples, device, seed, progress, "ELBO"):
-        tables = [(chunk.log_weight, chunk.log_likelihood) for chunk in chunks]
-        weight, likelihood = (torch.cat(column).double().cpu() for column in zip(*tables, strict=True))
+    for tables in _tables(model, guide, data, num_samples, device, seed, progress, "ELBO", compile):
+        weight, likelihood = (table.double().cpu() for table in tables)
         variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
         parts.append((weight.mean(0), likelihood.mean(0), variance))
     pointwise, likelihood, variance = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -366,20 +375,84 @@ def particle_batches(
     title: str,
 ) -> Iterator[Iterator[Particles]]:
     """For each batch of data, its K particles in chunks."""
+    for batch, sizes, nesting, _ in _batches(model, guide, data, num_samples, device, seed, progress, title):
+        yield (draw(model, guide, batch, {}, size, max_plate_nesting=nesting) for size in sizes)
+
+
+def _tables(
+    model: Program,
+    guide: Program,
+    data: Any,
+    num_samples: int,
+    device: str | torch.device | None,
+    seed: int | None,
+    progress: bool | None,
+    title: str,
+    compile: bool | str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch of data, its log weights and log likelihoods, (K, B) each."""
+    chunks: dict[int, Replayed] = {}
+    for batch, sizes, nesting, count in _batches(model, guide, data, num_samples, device, seed, progress, title):
+        tensors = all(isinstance(x, Tensor) for x in batch)
+        parts = []
+        for size in sizes:
+            function = functools.partial(_chunk, model, guide, size, nesting)
+            if not tensors:
+                parts.append(function(*batch))
+                continue
+            if size not in chunks:
+                calls = count * sizes.count(size)
+                chunks[size] = Replayed(function, programs=(model, guide), calls=calls, compile=compile)
+            parts.append(chunks[size](*batch))
+        weight, likelihood = (torch.cat(column) for column in zip(*parts, strict=True))
+        yield weight, likelihood
+
+
+def _chunk(model: Program, guide: Program, size: int, nesting: int, *batch: Any) -> tuple[Tensor, Tensor]:
+    # Samples drawn one by one would make a graph as long as the chunk: there the programs run on as they are.
+    particles = draw(model, guide, batch, {}, size, True if capturing() else None, nesting)
+    return particles.log_weight, particles.log_likelihood
+
+
+def _batches(
+    model: Program,
+    guide: Program,
+    data: Any,
+    num_samples: int,
+    device: str | torch.device | None,
+    seed: int | None,
+    progress: bool | None,
+    title: str,
+) -> Iterator[tuple[tuple[Any, ...], list[int], int, int]]:
+    """Batches of data, the sizes of their chunks of samples, the pair's plate nesting, and the number of batches."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
-    batch_size = max(1, min(100, _CHUNK // num_samples))
     place = device_of(model, guide) if device is None else device
-    batches = Batches(data, batch_size, place, shuffle=False)
+    rows = max(1, _CHUNK // _values(Batches(data, 1, place, shuffle=False).first()))
+    # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
+    size = max(1, min(100, rows // min(num_samples, 80), _HELD // num_samples))
+    batches = Batches(data, size, place, shuffle=False)
     with own_parameters(model, guide), seeded(seed), torch.no_grad():
         nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
+        count = len(batches)
         for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):
-            values = max(sum(x.numel() for x in batch if isinstance(x, Tensor)), 512 * batch_size)
-            yield _chunks(model, guide, batch, num_samples, max(1, _CHUNK // values), nesting)
+            yield batch, _sizes(num_samples, max(1, rows // _length(batch))), nesting, count
 
 
-def _chunks(
-    model: Program, guide: Program, batch: tuple[Any, ...], num_samples: int, size: int, nesting: int
-) -> Iterator[Particles]:
-    for start in range(0, num_samples, size):
-        yield draw(model, guide, batch, {}, min(size, num_samples - start), max_plate_nesting=nesting)
+def _values(batch: tuple[Any, ...]) -> int:
+    """Numbers in one datum; of decoder output and hidden layers there may be more."""
+    return max(sum(x.numel() for x in batch if isinstance(x, Tensor)) // _length(batch), 512)
+
+
+def _length(batch: tuple[Any, ...]) -> int:
+    return next((max(len(x), 1) for x in batch if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def _sizes(num_samples: int, most: int) -> list[int]:
+    """Chunks of about the same size, as every size is captured by itself: all the same where that is near."""
+    for size in range(min(most, num_samples), most // 2, -1):
+        if num_samples % size == 0:
+            return [size] * (num_samples // size)
+    count = -(-num_samples // most)
+    size = -(-num_samples // count)
+    return [size] * (num_samples // size) + ([num_samples % size] if num_samples % size else [])

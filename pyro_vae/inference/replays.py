@@ -1,0 +1,242 @@
+"""A function of tensors that runs many times: captured once, replayed without Pyro, compiled where that pays.
+
+What `Compiled` is for a loss, `Replayed` is for anything that evaluates a pair of programs
+again and again on tensors of the same shapes: a chunk of importance weights, a Markov
+chain's move. It makes the same use of `pyro_vae.inference.capture`, so a replay draws the
+noise that the function would have drawn, and reads parameters as they are.
+
+The first call of a kind is the function's own, with Pyro's validation. The second is
+written down, if enough calls lie ahead; the third is a replay, computed both ways from
+the same noise, as the 10th, 100th ... are. Inductor compiles the graph when the time that
+the replays take says that the calls ahead will pay for it. A function that cannot be captured
+runs on as it is, and `Replayed.reason` says why.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.inference.capture import Capture, Uncapturable, _fast_matmul
+from pyro_vae.inference.compiled import _CHECKS, _first_line, _random_state, _set_random_state, _Watched, _why
+from pyro_vae.traces import Program
+
+# A capture costs what the programs' Python costs in about so many calls.
+_CAPTURE_PAYS = 100
+# Inductor's seconds, at the least and per operation, and the share of a replay that it saves.
+_COMPILER_SECONDS, _PER_NODE, _SAVED = 5.0, 0.03, 0.2
+_TRIES = 4  # captures of one kind of call before giving up
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+class Replayed:
+    """A function of tensors without the Python in it.
+
+    Args:
+        function: From tensors to a sequence of tensors without gradient. It may call
+            ``torch.autograd.grad``, draw random numbers, and read tensors that are not its arguments.
+        programs: The Pyro programs that it runs, whose attributes, closures and globals are watched for
+            numbers that change.
+        calls: How many calls are expected in all.
+        compile: "auto" captures where at least a hundred calls lie ahead, and hands the graph to Inductor where
+            the time ahead pays for it; True does both at once; False does neither.
+    Attributes:
+        reason: Why the most recent call ran uncaptured, or None.
+        captures: Number of captures so far.
+        compiled: Whether Inductor has compiled one of them.
+    Raises:
+        ValueError: compile is something else.
+    Example:
+        >>> scale = torch.ones(())
+        >>> noisy = Replayed(lambda x: [x + scale * torch.randn(3)], calls=1000)
+        >>> for _ in range(3):
+        ...     (y,) = noisy(torch.zeros(3))
+        >>> noisy.captures, noisy.reason
+        (1, None)
+        >>> _ = scale.fill_(0.0)          # nothing is frozen that lives in a tensor
+        >>> noisy(torch.ones(3))
+        (tensor([1., 1., 1.]),)
+    """
+
+    def __init__(
+        self, function: Function, *, programs: Sequence[Program] = (), calls: int = 0, compile: bool | str = "auto"
+    ) -> None:
+        if compile not in (True, False, "auto"):
+            raise ValueError(f'got compile={compile!r}, wanted True, False or "auto".')
+        self.function, self.programs, self.calls, self.compile = function, tuple(programs), calls, compile
+        self.reason: str | None = None
+        self.captures = 0
+        self.compiled = False
+        self._done = 0
+        self._graphs: dict[Any, _Graph] = {}
+        self._seen: dict[Any, int] = {}
+        self._refused: dict[Any, str] = {}
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What the function returns for these tensors."""
+        self._done += 1
+        if self.compile is False:
+            return self._plainly(tensors, "compile is False")
+        key = _key(tensors)
+        graph = self._graphs.get(key)
+        if graph is not None and not graph.fresh():
+            del self._graphs[key]
+            graph = None
+        if graph is not None:
+            return self._replay(key, graph, tensors)
+        if key in self._refused:
+            return self._plainly(tensors, self._refused[key])
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen[key] == 1:
+            return self._plainly(tensors, "the first call of its kind")
+        if self.compile == "auto" and self._ahead < _CAPTURE_PAYS:
+            return self._plainly(tensors, f"only {self._ahead} calls lie ahead")
+        if self._seen[key] > 1 + _TRIES:
+            return self._refuse(key, tensors, f"what the programs read outside their arguments has changed {_TRIES} times")
+        return self._capture(key, tensors)
+
+    @property
+    def _ahead(self) -> int:
+        return self.calls - self._done
+
+    def _plainly(self, tensors: tuple[Tensor, ...], reason: str) -> tuple[Tensor, ...]:
+        self.reason = reason
+        with _fast_matmul(all(t.device.type == "cpu" for t in tensors)):
+            return tuple(self.function(*tensors))
+
+    def _refuse(self, key: Any, tensors: tuple[Tensor, ...], reason: str) -> tuple[Tensor, ...]:
+        self._refused[key] = reason
+        if self.compile is True:
+            warnings.warn(f"the calls are not compiled, since {reason}.", stacklevel=4)
+        return self._plainly(tensors, reason)
+
+    def _capture(self, key: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run the function and write it down."""
+        state = _random_state(tensors)
+        watched = _Watched(self.programs, types.SimpleNamespace())  # type: ignore[arg-type]
+        written = [(buffer, buffer.clone()) for module in watched.modules for buffer in module.buffers()]
+        inputs = [t.detach() for t in tensors]
+        try:
+            with pyro.validation_enabled(False), _fast_matmul(all(t.device.type == "cpu" for t in tensors)):
+                capture = Capture(lambda *given: list(self.function(*given)), inputs)
+            if capture.leaves:
+                raise Uncapturable("it calls backward")
+            if watched.changed():
+                raise Uncapturable(f"{watched.changed()} changes while the programs run")
+        except Exception as error:  # whatever it is, the function itself is there
+            _set_random_state(state)
+            with torch.no_grad():
+                for buffer, before in written:
+                    buffer.copy_(before)
+            return self._refuse(key, tensors, _why(error))
+        self.captures += 1
+        self._graphs[key] = _Graph(capture, watched)
+        self.reason = "it was being captured"
+        results, capture.results = tuple(capture.results), []
+        return results
+
+    def _replay(self, key: Any, graph: _Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        graph.replays += 1
+        if self._pays(graph):
+            self._compile(graph, tensors)
+        expected = None
+        if graph.replays in _CHECKS or graph.unchecked:
+            expected, graph.unchecked = self._expected(graph, tensors), False
+        start = time.perf_counter()
+        results = tuple(graph.capture(tensors))
+        seconds = time.perf_counter() - start
+        graph.seconds = min(seconds, graph.seconds)
+        if expected is not None and not _agree(results, expected[0]):
+            del self._graphs[key]
+            self._refused[key] = self.reason = (
+                "the result depends on something outside the graph, such as a Python number that changes"
+            )
+            _set_random_state(expected[1])
+            return expected[0]
+        self.reason = None
+        return results
+
+    def _expected(
+        self, graph: _Graph, tensors: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, dict[int, Tensor]]]:
+        """What the function itself makes of the noise that the replay will draw, and the random state after it."""
+        before = _random_state(tensors)
+        written = [(tensor, tensor.clone()) for tensor in graph.capture.mutated]
+        with pyro.validation_enabled(False):
+            found = self._plainly(tensors, "")
+        after = _random_state(tensors)
+        _set_random_state(before)
+        with torch.no_grad():
+            for tensor, value in written:
+                tensor.copy_(value)
+        return found, after
+
+    def _pays(self, graph: _Graph) -> bool:
+        """Whether it is time to compile: seconds are known after three replays."""
+        if graph.capture.live_noise or graph.tried:
+            return False  # Inductor may draw in another order
+        if self.compile is True:
+            return graph.replays == 2
+        cost = _COMPILER_SECONDS + _PER_NODE * len(graph.capture.module.graph.nodes)
+        return graph.replays > 3 and _SAVED * graph.seconds * self._ahead > cost
+
+    def _compile(self, graph: _Graph, tensors: tuple[Tensor, ...]) -> None:
+        graph.tried = graph.unchecked = True
+        try:
+            graph.capture.compile(tensors)
+            self.compiled = True
+        except Exception as error:  # whatever the compiler lacks, the graph is there already
+            if self.compile is True:
+                warnings.warn(f"the graph is replayed uncompiled: Inductor failed ({_first_line(error)}).", stacklevel=5)
+
+
+class _Graph:
+    """A capture, and the conditions under which it holds."""
+
+    def __init__(self, capture: Capture, watched: _Watched) -> None:
+        self.capture, self.watched = capture, watched
+        self.replays, self.seconds = 0, float("inf")
+        self.unchecked = self.tried = False
+        self._tensors = self._now()
+
+    def _now(self) -> list[Any]:
+        return [(c.dtype, c.device, c.shape) for c in self.capture.constants]
+
+    def fresh(self) -> bool:
+        return self._tensors == self._now() and self.watched.fresh()
+
+
+def _key(tensors: tuple[Tensor, ...]) -> Any:
+    device = tensors[0].device.type if tensors else "cpu"
+    return (
+        tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors), torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.get_default_dtype(),
+    )  # fmt: skip
+
+
+def _agree(results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether they are the same but for rounding.
+
+    A few numbers may differ: of what is accepted or rejected by comparison, rounding turns one in a million.
+    """
+    if [r.shape for r in results] != [e.shape for e in expected]:
+        return False
+    for result, wanted in zip(results, expected, strict=True):
+        if not result.is_floating_point():
+            close = result == wanted
+        else:
+            finite = wanted[wanted.isfinite()]
+            scale = finite.abs().mean() if finite.numel() else 1.0
+            within = (result - wanted).abs() <= 1e-3 * (wanted.abs() + scale)
+            close = within | (result == wanted) | (result.isnan() & wanted.isnan())
+        if result.numel() and close.double().mean() < 0.95:
+            return False
+    return True
