@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ToTensor
 
+from peers import Problem
+
 
 class Cached(Dataset):
     """Floats in [0, 1] made once; an item is a row."""
@@ -48,8 +50,13 @@ def loader(data: Dataset, batch_size: int, workers: int) -> DataLoader:
     )
 
 
+def floats_of(pixels: np.ndarray, problem: Problem) -> Tensor:
+    """All images as floats, where the network is."""
+    return torch.from_numpy(pixels).float().div_(255).to(problem.device)
+
+
 def in_memory_batches(floats: Tensor, batch_size: int) -> Iterator[Tensor]:
-    for index in torch.randperm(len(floats)).split(batch_size):
+    for index in torch.randperm(len(floats), device=floats.device).split(batch_size):
         yield floats[index]
 
 
