@@ -49,10 +49,15 @@ class DiagonalNormal(Amortized):
 
 
 class FullNormal(Amortized):
-    """q(z | x) = N(z; mu(x), L L') with L = diag(s(x)) T(x), T unit lower triangular.
+    """q(z | x) = N(z; mu(x), L L') with L = diag(s(x)) T(x), T = I + B(x) / sqrt(D), B strictly lower triangular.
 
     A density costs one triangular solve, O(D^2). T starts as the identity for every x:
     the fit begins as `DiagonalNormal`, the special case, and learns correlations from there.
+
+    Adam moves every output of the head by about as much in a step, be its gradient signal or
+    noise, and a row of T holds up to D of them. The factor 1 / sqrt(D) makes the step of a whole
+    row, which is what counts for z, that of one number at any D. Without it D = 50 latents of
+    MNIST are 3 to 4 nats behind `DiagonalNormal` after 15 epochs on 20,000 images; with it, level.
 
     Args:
         encoder: x, (..., *x_shape), to features, (..., F).
@@ -80,7 +85,8 @@ class FullNormal(Amortized):
 
     def family(self, parameters: Tensor) -> TorchDistribution:
         D = self.latent_dim
-        loc, scale, below = parameters[..., :D], parameters[..., D : 2 * D].exp(), parameters[..., 2 * D :]
+        loc, scale = parameters[..., :D], parameters[..., D : 2 * D].exp()
+        below = parameters[..., 2 * D :] * D**-0.5
         one = torch.eye(D, dtype=parameters.dtype, device=parameters.device).flatten()
         unit = one.expand(parameters.shape[:-1] + (D * D,)).index_copy(-1, self.below, below).unflatten(-1, (D, D))
         return normal.CholeskyNormal(loc, scale.unsqueeze(-1) * unit)
