@@ -285,6 +285,21 @@ def test_a_rounded_logistic_has_finite_derivatives_that_are_right():
                           torch.tensor(1 / 5e-4))  # fmt: skip
 
 
+def test_a_decoder_that_runs_away_costs_no_number():
+    """Outputs of any size, as in a step too long: log p and its gradient stay finite in float32."""
+    u, t = (v.flatten() for v in torch.meshgrid(torch.tensor([-1e8, -3.0, 0.0, 1e8]), torch.tensor([-200.0, 0.0, 88.0, 1e4]), indexing="ij"))
+    for likelihood, output in (
+        (DiscretizedLogistic(nn.Identity()), torch.stack([u, t], 1)),
+        (MixtureOfDiscretizedLogistics(nn.Identity(), num_components=2), torch.stack([u, -u, u, -u, t, t], 1)),
+    ):
+        output.requires_grad_()
+        for x in (0.0, 7 / 255, 1.0):
+            value = likelihood.family(*output.chunk(likelihood.parameters_per_pixel, 1)).log_prob(torch.tensor(x))
+            (gradient,) = torch.autograd.grad(value.sum(), output)
+            assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
+        assert torch.isfinite(likelihood(output).sample()).all()
+
+
 @pytest.mark.parametrize("levels", [2, 16, 256])
 def test_moments_of_levels_are_those_of_the_sum_over_levels_and_of_draws(levels):
     torch.manual_seed(0)
@@ -385,8 +400,8 @@ def test_poisson_is_scipys(mean):
     assert torch.isfinite(got).all()
 
 
-def exact_negative_binomial(mean, r, x):
-    with mpmath.workdps(80):
+def exact_negative_binomial(mean, r, x, digits=80):
+    with mpmath.workdps(digits):
         m, r = mpmath.mpf(mean), mpmath.mpf(r)
         gammas = mpmath.loggamma(r + x) - mpmath.loggamma(r) - mpmath.loggamma(x + 1)
         return float(gammas - r * mpmath.log1p(m / r) + x * (mpmath.log(m) - mpmath.log(m + r)))
@@ -406,6 +421,44 @@ def test_negative_binomial_is_exact_from_the_logarithmic_series_to_the_poisson(m
     mean, r = (mpmath.exp(mpmath.mpf(v.float().item())) for v in (log_mean, log_r))
     wanted = torch.tensor([exact_negative_binomial(mean, r, x) for x in COUNTS.tolist()], dtype=torch.float64)
     assert ((got - wanted).abs() <= 8 * EPS32 * (scale + wanted.abs()) + 4 * EPS32 * float(mean) * 12).all()
+
+
+@pytest.mark.parametrize("log_r", [-300.0, -100.0, -60.0, -20.0, 55.0, 100.0, 300.0])
+@pytest.mark.parametrize("log_mean", [-100.0, 0.0, 5.0, 30.0])
+def test_negative_binomial_in_float32_where_the_concentration_leaves_its_range(log_r, log_mean):
+    """Value and gradient are those of exact arithmetic, from certain zeros with rare giants to the Poisson."""
+    x = [0.0, 1.0, 7.0, 1000.0]
+    given = [torch.full((4,), v, requires_grad=True) for v in (log_mean, log_r)]
+    value = NegativeBinomialLogMean(*given).log_prob(torch.tensor(x))
+    gradients = torch.autograd.grad(value.sum(), given)
+    exact: list[list[float]] = [[], [], []]
+    with mpmath.workdps(300):
+        m, r = mpmath.exp(mpmath.mpf(log_mean)), mpmath.exp(mpmath.mpf(log_r))
+        for v in map(mpmath.mpf, x):
+            exact[0].append(exact_negative_binomial(m, r, v, 300))
+            exact[1].append(float(r * (v - m) / (r + m)))
+            slope = mpmath.digamma(r + v) - mpmath.digamma(r) - mpmath.log1p(m / r) + (m - v) / (r + m)
+            exact[2].append(float(r * slope))
+    for got, wanted in zip((value, *gradients), exact, strict=True):
+        wanted = torch.tensor(wanted, dtype=torch.float64)
+        # What a difference of terms as large as the mean, or as log x!, loses in float32.
+        close = 3e-6 * (1 + wanted.abs()) + 8 * EPS32 * (torch.lgamma(torch.tensor(x) + 1) + float(m))
+        assert ((got.detach().double() - wanted).abs() <= close).all()
+    torch.manual_seed(0)
+    draws = NegativeBinomialLogMean(*given).sample(torch.Size([5000]))
+    assert torch.isfinite(draws).all()
+    if log_r <= -20.0:  # P(x = 0) = (r / (r + m))^r is 1 - r log(m / r), which is one
+        assert not draws.any()
+
+
+@pytest.mark.parametrize("log_r", [-6.0, -2.0])
+def test_draws_of_few_giants_among_zeros_have_their_probabilities(log_r):
+    torch.manual_seed(0)
+    pixel = NegativeBinomialLogMean(torch.tensor(2.0), torch.tensor(log_r))
+    draws = pixel.sample(torch.Size([200_000]))
+    for x in (0.0, 1.0, 2.0, 10.0):
+        p = pixel.log_prob(torch.tensor(x)).exp().item()
+        assert abs((draws == x).double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / len(draws))
 
 
 @pytest.mark.parametrize("r", [0.5, 5.0, 200.0])

@@ -2,11 +2,13 @@
 
 The logarithm, not the mean, is what a network gives and what the density needs: log p has the term x log m, which
 is lost where m underflows. Between the negative binomial and the Poisson that it becomes as its concentration
-grows, the usual difference log Gamma(r + x) - log Gamma(r) loses all its digits; Stirling's series takes over.
+grows, the usual difference log Gamma(r + x) - log Gamma(r) loses all its digits; Stirling's series takes over. At the
+other end, r -> 0, where log Gamma(r) has a pole, Gamma(r) = Gamma(r + 1) / r leaves log r, which is given.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 
 # Where Stirling's series with five terms reaches 1e-18 and log Gamma itself is still small.
 _LARGE = 30.0
+# Beyond r = exp(60) the negative binomial is the Poisson to every digit, and r itself would overflow float32.
+_POISSON = 60.0
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
 
 
@@ -91,21 +95,27 @@ class NegativeBinomialLogMean(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        r, logits = self.log_concentration.exp(), self.log_mean - self.log_concentration
+        log_r = self.log_concentration.clamp(max=_POISSON)
+        r, logits = log_r.exp(), self.log_mean - log_r
         large = r > _LARGE
-        small_r, large_r = torch.where(large, 1.0, r), torch.where(large, r, _LARGE)
-        near = torch.lgamma(small_r + value) - torch.lgamma(small_r)
+        small_r, log_large = torch.where(large, 1.0, r), log_r.clamp(min=math.log(_LARGE))
+        large_r = log_large.exp()
+        rising = torch.lgamma(small_r + value.clamp(min=1)) - torch.lgamma(small_r + 1) + log_r
+        near = torch.where(value > 0, rising, 0.0)
         near = near + value * F.logsigmoid(logits) + small_r * F.logsigmoid(-logits)
         # log Gamma(r + x) / Gamma(r) r^x, which tends to 0, and what is left of the powers, which tends to m^x e^-m.
-        ratio = (large_r + value - 0.5) * torch.log1p(value / large_r) - value
+        ratio = (large_r + value - 0.5) * torch.log1p(value * torch.exp(-log_large)) - value  # no 1 / r^2 on the way back
         ratio = ratio + _stirling(large_r + value) - _stirling(large_r)
         far = ratio + value * self.log_mean + (value + large_r) * F.logsigmoid(-logits)
         return torch.where(large, far, near) - torch.lgamma(value + 1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
-            r = self.log_concentration.exp().expand(self._extended_shape(torch.Size(sample_shape)))
-            return torch.poisson(torch._standard_gamma(r) * (self.log_mean - self.log_concentration).exp())
+            log_r = self.log_concentration.clamp(max=_POISSON).expand(self._extended_shape(torch.Size(sample_shape)))
+            r = log_r.exp()
+            # Gamma(r) is Gamma(r + 1) U^(1/r): by its logarithm, since for a small r it lies below every float.
+            log_gamma = torch._standard_gamma(r + 1).log() - torch.empty_like(r).exponential_() / r
+            return torch.poisson((log_gamma + self.log_mean - log_r).exp())
 
     @property
     def mean(self) -> Tensor:

@@ -24,6 +24,11 @@ def _check_scales(initial_scale: float, minimum_scale: float) -> None:
         )
 
 
+def _exp(t: Tensor) -> Tensor:
+    # A scale of e^40 pixels gives every inner level the same mass; an infinite one would give it none.
+    return t.clamp(max=40.0).exp()
+
+
 class DiscretizedLogistic(Likelihood):
     """p(x | z) = prod_i P(round(y_i) = x_i),   y_i ~ Logistic(m_i(z), s_i(z)): grey levels.
 
@@ -56,7 +61,7 @@ class DiscretizedLogistic(Likelihood):
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         u, t = parameters
-        return RoundedLogistic(0.5 + 0.5 * u, self.minimum_scale + self.initial_scale * t.exp(), self.levels)
+        return RoundedLogistic(0.5 + 0.5 * u, self.minimum_scale + self.initial_scale * _exp(t), self.levels)
 
 
 class MixtureOfDiscretizedLogistics(Likelihood):
@@ -102,5 +107,5 @@ class MixtureOfDiscretizedLogistics(Likelihood):
         count = self.num_components
         c, u, t = (torch.stack(parameters[i * count : (i + 1) * count], -1) for i in range(3))
         start = (torch.arange(count, dtype=u.dtype, device=u.device) + 0.5) / count
-        component = RoundedLogistic(start + 0.5 * u, self.minimum_scale + self.initial_scale * t.exp(), self.levels)
+        component = RoundedLogistic(start + 0.5 * u, self.minimum_scale + self.initial_scale * _exp(t), self.levels)
         return dist.MixtureSameFamily(dist.Categorical(logits=c), component)
