@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from html.parser import HTMLParser
 
 import pyro
@@ -12,6 +13,7 @@ from torch import nn
 
 from pyro_vae.app import html
 from pyro_vae.app.cli import main
+from pyro_vae.app.commands import judge_run
 from pyro_vae.app.judge import SHARES, Judgement, judge
 from pyro_vae.app.verdicts import Finding, material, nats, verdict
 from tests.pairs import binary, linear_pair, small_pair
@@ -72,11 +74,20 @@ def test_the_gap_is_the_familys_the_encoders_or_both():
     assert "may still have risen by 0.4" in said(gaps=split(0.5, 0.01, remaining=0.4))
 
 
+def test_a_fault_is_one_of_the_pair_and_not_of_the_few_data_at_hand():
+    few = {"inference_data_stderr": 0.2, "approximation_data_stderr": 0.01, "amortization_data_stderr": 0.2}
+    assert culprits(gaps=split(0.5, 0.3, **few)) == {"family"}
+    assert culprits(gaps=split(0.5, 0.5, **few)) == {"family", "encoder"}
+    assert "(50 data; ± 0.20 for others)" in said(gaps=split(0.5, 0.3, **few))
+
+
 def test_what_could_not_be_split_is_said_to_be():
     gaps = {"images": 5, "inference": 0.7, "inference_stderr": 0.1, "approximation": None, "reason": "it is a Delta"}
     assert "cannot be told apart: it is a Delta" in said(gaps=gaps) and "0.70 ± 0.10" in said(gaps=gaps)
     assert "Whose fault that is was not found out" in said(bounds=BOUNDS)
     assert said() == "Nothing could be judged: see the stages for the reasons."
+    late = [{"name": "bounds", "status": "skipped", "reason": "it did not fit"}]
+    assert said(stages=late) == "Nothing could be judged: see the stages for the reasons. Give more time (budget)."
 
 
 def test_the_remedy_is_what_was_tried():
@@ -181,6 +192,17 @@ def test_the_exact_posterior_is_acquitted():
     assert found.culprits == () and "costs nothing that matters" in str(found)
 
 
+def test_without_a_larger_number_of_samples_the_jackknife_says_what_is_lacking():
+    pair, x = linear_pair(stretch=1.3)
+    found = run(pair.model, pair.guide, x, num_samples=5000)
+    bounds = found.numbers["bounds"]
+    assert bounds["num_samples"] == bounds["reference_samples"] == 5000
+    assert bounds["short"] == -bounds["bias"] and bounds["short_source"] == "its limit, by the jackknife"
+    assert bounds["short_stderr"] == bounds["log_p_stderr"]
+    truth = pair.bed.log_evidence(x[: bounds["images"]]).mean().item()
+    assert abs(truth - bounds["log_p"] - bounds["short"]) < 4 * bounds["short_stderr"]
+
+
 @pytest.mark.parametrize("budget", [0.01, 0.3, 3.0])
 def test_the_budget_is_kept_and_what_does_not_fit_is_said(budget):
     model, guide = small_pair()
@@ -239,6 +261,19 @@ def test_the_page_is_well_formed_escaped_and_needs_nothing_else():
     assert parser.sources and all(source.startswith("data:image/png;base64,") for source in parser.sources)
     assert "<script" not in text and "a &lt;b&gt; &amp; c" in text
     assert "log p(x)" in text and "Verdict" in text
+    assert "torch" not in html.page(Judgement(found.numbers | {"protocol": {"seed": 0}}, found.findings), "x", {})
+    told = found.numbers | {"protocol": {"num_samples": 5, "versions": {"torch": "2.0"}}}
+    assert "num samples 5, torch 2.0." in html.page(Judgement(told, found.findings), "x", {})
+
+
+def test_the_worst_ranks_are_shown_first_under_their_names():
+    ranks = torch.arange(300).reshape(100, 3) % 100
+    arrays = {"ranks": ranks, "num_draws": 99}
+    numbers = {"calibration": {"names": ["z[0]", "z[1]", "w"], "p_value": [0.5, 0.9, 0.01]}}
+    figure, _ = html.draw(Judgement(numbers, (), arrays))["ranks"]
+    assert [axes.get_title() for axes in figure.axes] == ["w", "z[0]", "z[1]"]
+    first = figure.axes[0].patches[1:]
+    assert [bar.get_height() for bar in first] == [((ranks[:, 2] // 5) == b).sum() for b in range(len(first))]
 
 
 def test_options_out_of_range_are_refused():
@@ -263,6 +298,20 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert main(["judge", "run", "--images", "6", "--budget", "2", "--json", "--out", "other"]) == 0
     assert json.loads(capsys.readouterr().out)["protocol"]["num_samples"] == 20
     assert (tmp_path / "other" / "judgement.html").is_file()
+    # What went by before the work began, imports above all, is part of the budget.
+    late = judge_run(tmp_path / "run", budget=50.0, started=time.monotonic() - 49.9)
+    assert {s["status"] for s in late.numbers["stages"]} == {"skipped"} and "Give more time" in str(late)
+    assert late.numbers["protocol"]["seconds"] > 49.9
+    capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    assert main(["judge", "run", "--out", "file/there"]) == 2  # at once, and not after the work
+    assert "wanted a folder to write to" in capsys.readouterr().err
+    for arguments, message in (
+        (["judge", "nowhere"], "wanted a run folder"),
+        (["judge", "run", "--images", "1"], "1 is not in the range x>=2"),
+        (["judge", "run", "--budget", "0"], "0 is not in the range x>=1"),
+    ):
+        assert main(arguments) == 2 and message in capsys.readouterr().err
     assert main(["fit", "--out", "points", "--posterior", "point", *tiny]) == 0
     capsys.readouterr()
     assert main(["judge", "points"]) == 2

@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose
 from scipy.stats import binom, multivariate_normal
 
 from pyro_vae.app import judging_plots, plots
+from pyro_vae.judging.calibration import calibration
 
 
 def line(axes, label):
@@ -63,10 +64,14 @@ def test_bracket_orders_data_and_gives_the_width_with_its_error():
     above, below = judging_plots.bracket(lower, lower + width, exact, error, [0.04, 0.03, 0.0]).axes
     segments = [c for c in above.collections if c.get_label() == "bracket"][0].get_segments()
     assert_allclose([s[:, 1] for s in segments], [(-9, -8.7), (-7, -7.1), (-5, -4.9)])
+    # Errors of bounds stand at the bounds.
+    errors = [s[:, 1] for c in above.collections if c.get_label() != "bracket" for s in c.get_segments()]
+    assert_allclose(errors[:3], [(-9.08, -8.92), (-7, -7), (-5.06, -4.94)])
+    assert_allclose(errors[3:], [(-8.76, -8.64), (-7.1, -7.1), (-4.98, -4.82)])
     assert_allclose(line(above, "log p(x)")[1], [-8.95, -6.95, -4.95])
     assert_allclose(line(below, "log p(x)")[1], [0.05] * 3)
     assert_allclose(below.lines[0].get_ydata(), [0.3, -0.1, 0.1])
-    assert_allclose(whiskers(below), [(0.2, 0.4), (-0.1, -0.1), (0.0, 0.2)], atol=1e-12)
+    assert_allclose(whiskers(below), [(0, 0.3), (0, -0.1), (0, 0.1)], atol=1e-12)
     assert below.get_title(loc="right") == f"mean 0.100 ± {width.std(ddof=1) / 3**0.5:.3f} nats"
 
 
@@ -155,6 +160,16 @@ def test_rank_histogram_counts_ranks_in_equal_bars():
         assert_allclose(edges, [binom.ppf(0.025, 400, 0.05), 20, binom.ppf(0.975, 400, 0.05)])
 
 
+def test_ranks_are_called_by_their_latents_and_those_left_out_are_counted():
+    ranks = np.random.default_rng(0).integers(0, 20, (60, 10))
+    names = [f"w[{d}]" for d in range(10)]
+    figure = judging_plots.rank_histogram(ranks, 19, names=names)
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == names[:8]
+    assert figure.get_suptitle().endswith("8 of 10 latents")
+    (axes,) = judging_plots.rank_ecdf(ranks[:, :2], 19, names=names).axes
+    assert [item.get_label() for item in axes.lines[1:]] == ["w[0]", "w[1]"]
+
+
 def test_rank_ecdf_is_the_difference_and_its_band_holds_the_whole_curve():
     ranks = [0, 0, 1, 3]
     (axes,) = judging_plots.rank_ecdf(ranks, 3).axes
@@ -178,6 +193,14 @@ def test_coverage_curve_and_its_band():
     xs, edges = band(axes.collections[0])
     middle = int(np.argmin(np.abs(np.array(xs) - 0.5)))
     assert_allclose(edges[middle], binom.ppf([0.025, 0.975], 200, 0.5) / 200)
+    bands = calibration(("a",), torch.arange(200)[:, None] % 20, 19).coverage()
+    (axes,) = judging_plots.coverage_curve(
+        bands.nominal, {"a": bands.empirical[:, 0]}, 200, bands.lower, bands.upper, bands.level
+    ).axes
+    xs, edges = band(axes.collections[0])
+    assert_allclose(xs, bands.nominal)
+    assert_allclose(edges, torch.stack([bands.lower, bands.upper], 1))
+    assert axes.collections[0].get_label() == "95 % band, all points"
 
 
 def test_rate_distortion_lines_have_one_elbo_each():
@@ -201,7 +224,9 @@ def test_kl_by_dimension_falls_and_counts_what_is_used():
     assert [bar.get_height() for bar in axes.patches] == [2.0, 0.5, 0.001]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["z3", "z1", "z2"]
     assert_allclose(whiskers(axes), [(1.6, 2.4), (0.3, 0.7), (0.001, 0.001)])
-    assert axes.get_title(loc="left") == "KL by latent: 2 of 3 in use"
+    assert axes.get_title(loc="left") == "KL by latent: 2 of 3 carry 0.01 nats or more"
+    (axes,) = judging_plots.kl_by_dimension([0.5, 2.0], names=["z[0]", "w"]).axes
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["w", "z[0]"]
 
 
 def test_a_picture_is_written(tmp_path):

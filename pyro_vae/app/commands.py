@@ -84,9 +84,11 @@ def judge_run(
     as_json: bool = False,
     out: Path | None = None,
     trust: tuple[str, ...] = (),
+    started: float | None = None,
 ) -> Any:
     """`pyro-vae judge`: whose fault the gap is, as a table, JSON and HTML; prints and returns the judgement."""
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
+    folder = run if out is None else out
     from pyro_vae.app import html
     from pyro_vae.app.judge import judge
 
@@ -97,6 +99,11 @@ def judge_run(
             f"{run} is a plain autoencoder: a point has no density over z, hence no ELBO and no posterior to judge. "
             "Fit with another --posterior."
         )
+    if out is not None:
+        try:  # now, and not when the time has been spent
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"got --out {out}, wanted a folder to write to: {error.strerror}.") from error
     seed = options.seed if seed is None else seed
     _, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed, images)
@@ -110,7 +117,6 @@ def judge_run(
     said = found.numbers["protocol"]
     said |= {"run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions()}
     said |= {"budget_seconds": budget, "seconds": round(time.monotonic() - started, 3)}
-    folder = run if out is None else out
     text = found.to_json()
     written(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}")

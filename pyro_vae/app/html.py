@@ -48,7 +48,7 @@ def page(judgement: Judgement, title: str, pictures: Mapping[str, tuple[Figure, 
         f'<tr><th>{escape(name)}</th><td class="number">{escape(value)}</td><td>{escape(note)}</td></tr>'
         for name, value, note in table(judgement.numbers)
     )
-    protocol = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in judgement.numbers["protocol"].items())
+    protocol = ", ".join(_protocol(judgement.numbers["protocol"]))
     figures = "".join(
         f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{_png(figure)}"><figcaption>{escape(caption)}'
         "</figcaption></figure>"
@@ -61,7 +61,8 @@ def page(judgement: Judgement, title: str, pictures: Mapping[str, tuple[Figure, 
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
         f'<h1>{escape(title)}</h1><h2>Verdict</h2><ul class="verdict">{found}</ul>'
         f'<h2>Numbers</h2><table>{rows}</table><p class="small">Nats per datum, with Monte Carlo standard errors given '
-        f"these data. {escape(protocol)}.</p><h2>What was done</h2><table>{stages}</table>"
+        f"these data; after the word data, what other data of the kind would add. {escape(protocol)}.</p>"
+        f"<h2>What was done</h2><table>{stages}</table>"
         f"<h2>Pictures</h2>{figures}</body></html>\n"
     )
 
@@ -76,15 +77,18 @@ def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             ("ELBO", nats(bounds["elbo"], bounds["elbo_stderr"]), f"{bounds['images']} data"),
             ("reconstruction", nats(bounds["reconstruction"]), "E log p(x | z)"),
             ("KL", nats(bounds["kl"]), "KL(q(z | x) || p(z))"),
-            ("log p(x)", nats(bounds["log_p"], bounds["log_p_stderr"]), f"K = {bounds['num_samples']}"),
-        ]
+            ("log p(x)", nats(bounds["log_p"], bounds["log_p_stderr"]),
+             f"K = {bounds['num_samples']}; data {_error(bounds.get('log_p_data_stderr'))}"),
+        ]  # fmt: skip
         if bounds.get("short") is not None and math.isfinite(bounds["short"]):
-            rows.append(("it lacks", nats(bounds["short"], bounds["short_stderr"]), f"of {bounds['short_source']}"))
+            rows.append(("it lacks", nats(bounds["short"], bounds["short_stderr"]),
+                         f"the estimator's; beside {bounds['short_source']}"))  # fmt: skip
     whose = {"inference": "log p(x) - ELBO", "approximation": "the family's", "amortization": "the encoder's"}
     for name, said in whose.items():
         if gaps.get(name) is not None:
             title = {"amortization": "amortisation"}.get(name, name)
-            rows.append((f"{title} gap", nats(gaps[name], gaps[f"{name}_stderr"]), f"{said}; {gaps['images']} data"))
+            rows.append((f"{title} gap", nats(gaps[name], gaps[f"{name}_stderr"]),
+                         f"{said}; {gaps['images']} data {_error(gaps.get(f'{name}_data_stderr'))}"))  # fmt: skip
     if bracket:
         rows.append(("bracket width", nats(bracket["width"], bracket["width_stderr"]),
                      f"{bracket['num_data']} simulated data, {bracket['num_steps']} steps"))  # fmt: skip
@@ -118,15 +122,45 @@ def draw(judgement: Judgement) -> dict[str, tuple[Figure, str]]:
         figure = judging_plots.khat_against_log_p(arrays["pareto_k"], arrays["log_p"], arrays["khat_limit"], images)
         found["khat"] = (figure, "Which data have weights that cannot be relied upon.")
     if "bracket_lower" in arrays:
-        figure = judging_plots.bracket(arrays["bracket_lower"], arrays["bracket_upper"])
+        figure = judging_plots.bracket(
+            arrays["bracket_lower"], arrays["bracket_upper"], lower_stderr=arrays.get("bracket_lower_stderr")
+        )
         found["bracket"] = (figure, "On data simulated from the model log p(x) lies between both bounds, on average.")
     if "ranks" in arrays:
-        figure = judging_plots.rank_histogram(arrays["ranks"], arrays["num_draws"])
-        found["ranks"] = (figure, "A valley says that the guide is too narrow there, a hump too wide, a slope biased.")
+        found["ranks"] = (
+            _ranks(arrays, numbers.get("calibration") or {}),
+            "A valley says that the guide is too narrow there, a hump too wide, a slope biased; the worst come first.",
+        )
     if latents and latents.get("kl"):
-        figure = judging_plots.kl_by_dimension(list(latents["kl"].values()), latents["kl_data_stderr"])
-        found["kl"] = (figure, "How many nats each latent carries; z1, z2, ... in the order of the sites.")
+        figure = judging_plots.kl_by_dimension(
+            list(latents["kl"].values()), latents["kl_data_stderr"], names=list(latents["kl"])
+        )
+        found["kl"] = (figure, "How many nats each latent carries, on average over the data.")
     return found
+
+
+def _ranks(arrays: Mapping[str, Any], calibration: Mapping[str, Any]) -> Figure:
+    """The latents of smallest p-value, which are the ones to look at, in their order."""
+    ranks, names = arrays["ranks"], calibration.get("names") or []
+    order = sorted(range(ranks.shape[1]), key=lambda d: (calibration.get("p_value") or {d: d})[d])
+    return judging_plots.rank_histogram(
+        ranks[:, order], arrays["num_draws"], names=[names[d] for d in order] if names else []
+    )
+
+
+def _protocol(protocol: Mapping[str, Any]) -> list[str]:
+    """What the numbers depend on, in words."""
+    said = []
+    for name, value in protocol.items():
+        if isinstance(value, Mapping):
+            said += [f"{k} {v}" for k, v in value.items()]
+        else:
+            said.append(f"{name.replace('_', ' ')} {value}")
+    return said
+
+
+def _error(value: float | None) -> str:
+    return "± ?" if value is None or not math.isfinite(value) else f"± {value:.2f}"
 
 
 def _item(text: str, advice: str, culprit: str | None) -> str:

@@ -24,7 +24,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.app.verdicts import Finding, material, verdict
+from pyro_vae.app.verdicts import Finding, material, nats, verdict
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.judging.annealing import bdmc
 from pyro_vae.judging.calibration import sbc
@@ -263,9 +263,14 @@ class _Run:
         model, guide, pair = self.model, self.guide, self._chunk(0, 2)
         with self._piece():
             log_likelihood(model, guide, pair, num_samples=25, **self.options)  # imports, and first runs, are slow
-            began = self.clock()
-            log_likelihood(model, guide, pair, num_samples=100, **self.options)
-            self.per_draw = (self.clock() - began) / 200
+            for draws in (100, 2000):
+                began = self.clock()
+                log_likelihood(model, guide, pair, num_samples=draws, **self.options)
+                took = self.clock() - began
+                self.per_draw = took / (2 * draws)
+                # A hundred draws of a small model cost what Python costs, and say little of thousands.
+                if 2000 / 100 * took > 0.1 * (self.stage_end - self.clock()):
+                    break
         first = 4 * self.per_draw
         allowed = max(2, int(0.2 * (self.stage_end - self.clock()) / max(first, 1e-12)))
         count = self.asked if self.asked <= allowed else next((k for k in _LADDER if k <= allowed), 2)
@@ -332,8 +337,9 @@ class _Run:
         less = "" if count == self.asked else f" (asked for {self.asked}, which did not fit)"
         of = "" if reference == count else f", beside K = {reference}"
         return (
-            f"ELBO {split['value']:.2f} ± {error:.2f} = {split['reconstruction']:.2f} - KL {split['kl']:.2f}; log p(x) "
-            f"{judged.value:.2f} ± {judged.mc_stderr:.2f} nats; {total} data, K = {count}{less}{of}"
+            f"ELBO {nats(split['value'], error)} = {split['reconstruction']:.2f} - KL {split['kl']:.2f}; log p(x) "
+            f"{nats(judged.value, judged.mc_stderr)} (data ± {judged.data_stderr:.2f}) nats; {total} data, "
+            f"K = {count}{less}{of}"
         )
 
     def _shortfall(self) -> None:
@@ -352,14 +358,14 @@ class _Run:
             source = "one that uses the best q of each datum too"
         size = len(truth)
         difference = truth - judged.pointwise[:size]
-        if best is judged and source.startswith("that"):
+        if best.num_samples == judged.num_samples and source.startswith("that"):
             short, error = -judged.bias, judged.mc_stderr
             source = "its limit, by the jackknife"
         else:
             short = difference.mean().item() - (best.bias if source.startswith("that") and best.bias < 0 else 0.0)
             spread = difference.std().item() / math.sqrt(size) if size > 1 else math.nan
             error = math.hypot(spread, noise.square().sum().sqrt().item() / size)
-        if best is not judged and source.startswith("that"):
+        if best.num_samples > judged.num_samples and source.startswith("that"):
             # One draw of few samples is noisy: what they lack on average, the blocks of the larger K know.
             at = max(i for i, k in enumerate(curve.num_samples) if k <= judged.num_samples)
             if curve.num_samples[at] == judged.num_samples:
@@ -437,10 +443,10 @@ class _Run:
         if "bounds" in self.numbers:
             self._shortfall()
         if row.approximation is None or row.amortization is None:
-            return f"total {row.inference} nats; {size} data; {row.reason}"
+            return f"total {_said(row.inference)} nats; {size} data; {row.reason}"
         return (
-            f"{row.inference} = {row.approximation} (family) + {row.amortization} (encoder) nats; {size} data, K = "
-            f"{found.num_samples}, {numbers.get('steps', 0):.0f} steps"
+            f"{_said(row.inference)} = {_said(row.approximation)} (family) + {_said(row.amortization)} (encoder) nats; "
+            f"{size} data, K = {found.num_samples}, {numbers.get('steps', 0):.0f} steps"
         )
 
     def _gap_piece(self, args: tuple[Any, ...], families: Mapping[str, Any], **more: Any) -> Gaps:
@@ -467,7 +473,7 @@ class _Run:
             "approximation_before": own.approximation.value, "approximation": full.approximation.value
             if full.approximation else None,
         }  # fmt: skip
-        return f"FullNormal, fitted to each datum, is {gain.mean():.2f} ± {error:.2f} nats better; {size} data"
+        return f"FullNormal, fitted to each datum, is {nats(gain.mean().item(), error)} nats better; {size} data"
 
     def _bracket(self) -> str:
         settings: dict[str, Any] = {"num_chains": _CHAINS, "observed": self.observed, **self.options}
@@ -502,7 +508,8 @@ class _Run:
             "start": start, "lower": found.lower.value, "lower_stderr": found.lower.mc_stderr, "upper": found.upper,
             "upper_stderr": found.upper_stderr, "width": found.width, "width_stderr": found.width_stderr,
         }  # fmt: skip
-        self.arrays |= {"bracket_lower": found.lower.pointwise, "bracket_upper": found.upper_pointwise}
+        self.arrays |= {"bracket_lower": found.lower.pointwise, "bracket_upper": found.upper_pointwise,
+                        "bracket_lower_stderr": found.lower.pointwise_stderr}  # fmt: skip
         if self.estimates is not None:
             count = self.estimates[0].num_samples
             with contextlib.suppress(_OutOfTime), self._piece():
@@ -620,6 +627,10 @@ def _joined_gaps(parts: list[Gaps]) -> Gaps:
         source=parts[-1].source,
         num_samples=parts[0].num_samples,
     )  # fmt: skip
+
+
+def _said(part: Part | None) -> str:
+    return "unknown" if part is None else nats(part.value, part.stderr)
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
@@ -94,7 +95,8 @@ def bracket(
 
     Above, data are ordered by their lower bound; below stands the width on a scale of its own,
     since brackets are narrow beside what data differ by. A width may be negative by noise.
-    The mean is given with one standard error over the data.
+    Errors stand at the bounds and not at the width, since both bounds share their forward chains;
+    the mean width is given with one standard error over the data.
 
     Args:
         lower: Lower bound per datum, (N,), nats.
@@ -108,11 +110,14 @@ def bracket(
     figure = canvas(_INCHES, 4.8)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     above.vlines(place, low[order], high[order], color=DARK, lw=2.2, label="bracket")
-    above.plot(place, low[order], "_", color=DARK, ms=5, label="lower bound")
-    above.plot(place, high[order], "_", color=MIDDLE, ms=5, label="upper bound")
+    bounds = ((low, lower_stderr, "^", DARK, "lower bound"), (high, upper_stderr, "v", MIDDLE, "upper bound"))
+    for values, error, marker, colour, name in bounds:
+        above.plot(place, values[order], marker, color=colour, ms=4, alpha=0.8, label=name)
+        if error is not None:
+            above.errorbar(place, values[order], 2 * _array(error)[order], fmt="none", ecolor=colour, lw=0.8)
     width = high - low
-    error = np.hypot(_filled(lower_stderr, low), _filled(upper_stderr, low))
-    below.errorbar(place, width[order], 2 * error[order], fmt="o", color=DARK, ms=3, lw=0.8, ecolor=GREY)
+    below.vlines(place, 0, width[order], color=GREY, lw=0.8)
+    below.plot(place, width[order], "o", color=DARK, ms=3)
     if log_p is not None:
         for axes, base in ((above, 0), (below, low[order])):
             axes.plot(place, _array(log_p)[order] - base, "x", color="black", ms=4, mew=0.9, label="log p(x)")
@@ -229,11 +234,13 @@ def khat_against_log_p(
     axes.axhline(limit, color="black", lw=1, ls="--", label=f"limit {limit:.2f}")
     axes.set_ylim(floor, high + 1.5 * pad)
     _plain(axes, "k̂", "Reliability of importance weights", "log p(x) (nats)")
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.36 if shown else -0.3))
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.33 if shown else -0.3))
+    halo = [withStroke(linewidth=2, foreground="white")]
     for i, datum in enumerate(order):
         axes.annotate(
             str(i + 1), (x[datum], min(k[datum], high) if np.isfinite(k[datum]) else floor + pad / 2),
-            textcoords="offset points", xytext=(5, 3), fontsize=7,
+            textcoords="offset points", xytext=(4, 1) if i % 2 else (-4, 1), ha="left" if i % 2 else "right",
+            fontsize=7, path_effects=halo,
         )  # fmt: skip
         panel = figure.add_subplot(grid[1, i])
         assert images is not None
@@ -309,7 +316,7 @@ def guide_against_reference(
     return figure
 
 
-def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20) -> Figure:
+def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20, names: Sequence[str] = ()) -> Figure:
     """Simulation-based calibration: ranks of the true latents among draws of the guide.
 
     The band holds 95 % of each bar's counts if ranks are uniform. A hump means a guide that is too
@@ -319,6 +326,7 @@ def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20) -> Figure
         ranks: Ranks from 0 to L, (N,) or (N, D).
         num_draws: L, draws of the guide that each was ranked among.
         num_bins: Bars; the nearest number that divides L + 1 is taken.
+        names: Of the latents, of which the first eight are shown.
     """
     from scipy.stats import binom
 
@@ -336,17 +344,20 @@ def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20) -> Figure
         axes.axhline(len(values) / bins, color=MIDDLE, lw=1.4)
         for edge in (low, high):
             axes.axhline(edge, color=MIDDLE, lw=1, ls="--")
-        axes.set_title(f"z{d + 1}", fontsize=9)
+        axes.set_title(_named(names, d), fontsize=9)
         axes.set_xlabel("rank")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_ylim(0, max(high, max(c.max() for c in counts)) * 1.08)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("simulations")
-    figure.suptitle("Calibration: ranks, 95 % band per bar", x=0.02, ha="left", fontsize=11)
+    some = f"; {len(panels)} of {len(counts)} latents" if len(panels) < len(counts) else ""
+    figure.suptitle(f"Calibration: ranks, 95 % band per bar{some}", x=0.02, ha="left", fontsize=11)
     return figure
 
 
-def rank_ecdf(ranks: Numbers, num_draws: int, level: float = 0.95, seed: int = 0) -> Figure:
+def rank_ecdf(
+    ranks: Numbers, num_draws: int, level: float = 0.95, seed: int = 0, names: Sequence[str] = ()
+) -> Figure:
     """Distribution function of the ranks less that of the uniform, with a simultaneous band.
 
     The whole curve of one latent stays in the band with the given probability if its ranks are
@@ -357,6 +368,7 @@ def rank_ecdf(ranks: Numbers, num_draws: int, level: float = 0.95, seed: int = 0
         num_draws: L.
         level: Probability of the band.
         seed: Of the simulation.
+        names: Of the latents.
     """
     values = _array(ranks).reshape(len(_array(ranks)), -1)
     count = len(values)
@@ -373,7 +385,7 @@ def rank_ecdf(ranks: Numbers, num_draws: int, level: float = 0.95, seed: int = 0
         below = np.bincount(column.astype(int), minlength=num_draws + 1).cumsum()[:-1] / count
         _, dash, colour = _STYLES[d % len(_STYLES)]
         few = values.shape[1] <= len(_STYLES)
-        label = f"z{d + 1}" if few else "latents" if not d else None
+        label = _named(names, d) if few else "latents" if not d else None
         axes.plot(
             grid, below - grid, color=colour if few else DARK, ls=dash if few else "-", lw=1.5 if few else 0.8,
             alpha=1 if few else 0.6, label=label,
@@ -384,15 +396,22 @@ def rank_ecdf(ranks: Numbers, num_draws: int, level: float = 0.95, seed: int = 0
     return figure
 
 
-def coverage_curve(levels: Numbers, coverage: Mapping[str, Numbers], num_data: int) -> Figure:
+def coverage_curve(
+    levels: Numbers, coverage: Mapping[str, Numbers], num_data: int, lower: Numbers | None = None,
+    upper: Numbers | None = None, level: float = 0.95,
+) -> Figure:  # fmt: skip
     """How often an interval of each level holds the truth: on the diagonal if calibrated.
 
-    Below the diagonal a guide is too narrow. The band holds 95 % of each point's values if it is right.
+    Below the diagonal a guide is too narrow. The band holds 95 % of each point's values if it is right;
+    that of `Calibration.coverage`, given as lower and upper, all curves everywhere at once.
 
     Args:
         levels: Nominal levels in (0, 1), (L,).
         coverage: For each name the share of intervals that hold the truth, (L,).
         num_data: How many independent intervals each share was taken over.
+        lower: Lower edge of a simultaneous band, (L,).
+        upper: Its upper edge, (L,).
+        level: Its probability.
     """
     from scipy.stats import binom
 
@@ -402,10 +421,14 @@ def coverage_curve(levels: Numbers, coverage: Mapping[str, Numbers], num_data: i
     fine = np.linspace(0, 1, 201)
     low, high = (binom.ppf(q, num_data, fine) / num_data for q in (0.025, 0.975))
     low[[0, -1]], high[[0, -1]] = (0, 1), (0, 1)
-    axes.fill_between(fine, low, high, color=GREY, alpha=0.25, lw=0, label="95 % band")
+    name = "95 % band, each point"
+    if lower is not None and upper is not None:
+        fine, low, high, name = x, _array(lower), _array(upper), f"{100 * level:.0f} % band, all points"
+    axes.fill_between(fine, low, high, color=GREY, alpha=0.25, lw=0, label=name)
     axes.plot([0, 1], [0, 1], color=GREY, lw=1)
+    dense = len(x) > 20
     for (marker, dash, colour), (name, values) in zip(_cycle(coverage), coverage.items(), strict=True):
-        axes.plot(x, _array(values), marker=marker, ls=dash, color=colour, ms=4, lw=1.4, label=name)
+        axes.plot(x, _array(values), marker="" if dense else marker, ls=dash, color=colour, ms=4, lw=1.4, label=name)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_aspect("equal")
@@ -455,7 +478,7 @@ def rate_distortion(
         axes.plot([left, right], [total - left, total - right], color=GREY, lw=0.7, ls=":", zorder=0)
         # Named where the line leaves the picture, at the right or at the bottom.
         at = min(right, total - bottom)
-        inside = left + 0.05 * (right - left) < at and total - at < top - 0.04 * (top - bottom)
+        inside = left + 0.14 * (right - left) < at and total - at < top - 0.04 * (top - bottom)
         if inside:
             axes.annotate(
                 f"ELBO {_number(-total, 0 if abs(totals[1] - totals[0]) >= 1 else 1)}", (at, total - at),
@@ -474,18 +497,22 @@ def rate_distortion(
     return figure
 
 
-def kl_by_dimension(kl: Numbers, stderr: Numbers | None = None, threshold: float = 0.01) -> Figure:
+def kl_by_dimension(
+    kl: Numbers, stderr: Numbers | None = None, threshold: float = 0.01, names: Sequence[str] = ()
+) -> Figure:
     """KL(q(z_d | x) || p(z_d)) of each latent, averaged over data, in falling order.
 
     Args:
         kl: One per latent, (D,), nats.
         stderr: Standard errors, (D,).
-        threshold: Below it a latent is called unused.
+        threshold: Below it a latent carries next to nothing.
+        names: Of the latents.
     """
     values = _array(kl)
     order = np.argsort(-values, kind="stable")
     used = values[order] >= threshold
-    figure, axes = _axes("KL (nats per datum)", f"KL by latent: {used.sum()} of {len(used)} in use", "latent, by KL")
+    title = f"KL by latent: {used.sum()} of {len(used)} carry {threshold:g} nats or more"
+    figure, axes = _axes("KL (nats per datum)", title, "latent, by KL")
     place = np.arange(len(values))
     bars: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
         (used, f"at least {threshold:g}", {"color": DARK}),
@@ -499,7 +526,8 @@ def kl_by_dimension(kl: Numbers, stderr: Numbers | None = None, threshold: float
         axes.errorbar(place, values[order], error, fmt="none", ecolor="black", lw=0.9, capsize=2)
     axes.axhline(threshold, color=MIDDLE, lw=1, ls="--")
     if len(values) <= 25:
-        axes.set_xticks(place, [f"z{d + 1}" for d in order], fontsize=8 if len(values) <= 15 else 6.5)
+        axes.set_xticks(place, [_named(names, d) for d in order], fontsize=8 if len(values) <= 15 else 6.5)
+        axes.set_xlim(-0.6, max(len(values), 5) - 0.4)
     else:
         axes.set_xlabel("latents, by KL")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -525,6 +553,10 @@ def _array(x: Numbers) -> np.ndarray:
 
 def _filled(error: Numbers | None, like: np.ndarray) -> np.ndarray:
     return np.zeros_like(like) if error is None else np.nan_to_num(_array(error))
+
+
+def _named(names: Sequence[str], index: int) -> str:
+    return names[index] if index < len(names) else f"z{index + 1}"
 
 
 def _number(value: float, digits: int = 2) -> str:

@@ -6,7 +6,9 @@ find the best member). *Is the estimate of log p(x) right?* What it lacks is the
 samples, or weights whose tail (k-hat) no number of samples would tame.
 
 Something is said to be at fault only where its share is above twice its standard error and of a
-size that matters: `RELEVANT` nats, and for a part of the gap a tenth of the whole.
+size that matters: `RELEVANT` nats, and for a part of the gap a tenth of the whole. A fault is one
+of the pair and not of the few data that were looked at, so that the error of a part of the gap has both
+kinds in it: the Monte Carlo error, and what other data of the kind would give.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def verdict(numbers: Numbers) -> tuple[Finding, ...]:
     found = [*posterior(numbers), *latents(numbers), *estimate(numbers), *calibration(numbers)]
     found.sort(key=lambda finding: finding.culprit not in ("dead encoder", "collapse"))
     if not found:
-        found = [Finding("protocol", "Nothing could be judged: see the stages for the reasons.")]
+        late = any(stage["status"] == "skipped" for stage in numbers.get("stages") or [])
+        advice = "Give more time (budget)." if late else ""
+        found = [Finding("protocol", "Nothing could be judged: see the stages for the reasons.", None, advice)]
     return tuple(found)
 
 
@@ -80,7 +84,8 @@ def posterior(numbers: Numbers) -> list[Finding]:
     if not found:
         return _total(numbers)
     total, error = found.get("inference"), found.get("inference_stderr")
-    over = f"({found.get('images')} data)"
+    spread = found.get("inference_data_stderr")
+    over = f"({found.get('images')} data" + (f"; ± {spread:.2f} for others)" if _known(spread) else ")")
     if found.get("approximation") is None:
         reason = found.get("reason") or "the guide has no local form"
         return [*_total(numbers), Finding("posterior", f"Family and encoder cannot be told apart: {reason}.")]
@@ -99,8 +104,8 @@ def posterior(numbers: Numbers) -> list[Finding]:
         f"family's and {nats(amortization, e2)} the encoder's."
     )
     findings = [Finding("posterior", text)]
-    family = material(approximation, e1, size)
-    encoder = material(amortization, e2, size)
+    family = material(approximation, _both_errors(found, "approximation"), size)
+    encoder = material(amortization, _both_errors(found, "amortization"), size)
     if encoder and unused(numbers):
         findings.append(_dead(numbers, amortization, e2))
     elif encoder:
@@ -318,6 +323,12 @@ def _bracket(numbers: Numbers) -> list[Finding]:
         return [Finding("estimate", text, None, "Anneal longer (bdmc), or give more time.")]
     said = f"; the importance-sampling estimate is within {abs(high):.2f} of its upper end" if _known(high) else ""
     return [Finding("estimate", f"{known}{said}.")]
+
+
+def _both_errors(found: Numbers, name: str) -> float | None:
+    """Of a part of the gap, as an answer for all data of the kind."""
+    stderr, spread = found.get(f"{name}_stderr"), found.get(f"{name}_data_stderr")
+    return math.hypot(stderr, spread) if stderr is not None and _known(spread) and spread is not None else stderr
 
 
 def _few(names: list[str]) -> str:
