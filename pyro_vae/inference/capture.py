@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
@@ -97,7 +98,7 @@ class Capture:
         self.compiled = False
 
         def recorded(*tensors: Tensor) -> list[Tensor]:
-            with _Recording() as recording:
+            with _noting_forks(), _Recording() as recording:
                 results = function(*tensors)
             self.leaves = [leaf for leaf, _ in recording.gradients.values()]
             gradients = [gradient for _, gradient in recording.gradients.values()]
@@ -115,6 +116,7 @@ class Capture:
         # A graph module returns a flat list and takes flat arguments without pytree's code.
         graph.set_codegen(fx.graph.CodeGen())
         self.constants, self._constant_nodes = _lifted(graph)
+        _drop_forked(graph)
         self.draws, self.live_noise = _hoisted(graph)
         graph.eliminate_dead_code()
         if not self._takes_args:
@@ -223,6 +225,39 @@ class _Recording(TorchFunctionMode):
         for leaf, value in zip(leaves, found, strict=True):
             before = self.gradients.get(id(leaf))
             self.gradients[id(leaf)] = (leaf, value.detach() if before is None else before[1] + value.detach())
+
+
+@contextlib.contextmanager
+def _noting_forks() -> Iterator[None]:
+    """Marks what is recorded inside ``torch.random.fork_rng``: its draws do not move the stream of noise."""
+    original = torch.random.fork_rng
+
+    @contextlib.contextmanager
+    def noted(*args: Any, **kwargs: Any) -> Iterator[None]:
+        mode = get_proxy_mode()
+        before = 0 if mode is None else len(mode.tracer.graph.nodes)
+        with original(*args, **kwargs):
+            yield
+        if mode is not None:
+            for node in itertools.islice(mode.tracer.graph.nodes, before, None):
+                node.meta["forked"] = True
+
+    torch.random.fork_rng = noted
+    try:
+        yield
+    finally:
+        torch.random.fork_rng = original
+
+
+def _drop_forked(graph: fx.Graph) -> None:
+    """Leave out what ran in a fork of the random state only to be looked at, such as the depth of plates."""
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or not node.meta.get("forked") or node.users:
+            continue
+        if _is_random(node) or not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            graph.erase_node(node)
+    if any(_is_random(node) and node.meta.get("forked") for node in graph.nodes):
+        raise Uncapturable("noise is drawn in a fork of the random state, such as by a seed of its own")
 
 
 def _leaves(loss: Tensor) -> Iterable[Tensor]:
