@@ -179,7 +179,8 @@ _FIT = _options(
             "[default: torch's; for digits and linear-gaussian 1]", int),
     _option("Training", "--compile", _choice("compile"), "Capture and compile the training steps; auto does where it "
             "pays. [default: auto]"),
-    _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs. "
+    _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs, bfloat16 "
+            "where the hardware multiplies it. "
             "[default: highest]"),
     _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image. [default: 5000]", int),
     _option("Evaluation", "--evaluation-images", "N", "Evaluate on the first N test images. [default: all]", int),

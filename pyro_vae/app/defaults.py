@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pyro_vae.inference.precision import PRECISIONS
 from pyro_vae.parts import names
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -24,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "estimator": ("reparameterized", "sticking-the-landing", "doubly-reparameterized", "score-function"),
     "binarization": ("dynamic", "static", "threshold", "none"),
     "compile": ("auto", "on", "off"),
-    "matmul_precision": ("highest", "high", "medium"),
+    "matmul_precision": PRECISIONS,
 }
 REGULARIZERS = ("mmd", "total-correlation", "free-bits")
 CONTINUOUS = ("normal", "continuous-bernoulli")
@@ -77,7 +78,7 @@ class FitOptions:
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes the first GPU, if any.
         threads: CPU threads while training; torch's own number if None.
         compile: Capture and compile the training steps: "auto" does where it pays.
-        matmul_precision: For ``torch.set_float32_matmul_precision`` while training.
+        matmul_precision: As for `fit`: of the matrix products while training.
         evaluation_samples: K of the importance-sampling estimate of log p(x).
         evaluation_images: Evaluate on the first so many test data only.
     """
