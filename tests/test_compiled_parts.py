@@ -3,11 +3,11 @@
 import pyro
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, ReweightedWakeSleep, TraceEnum_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
 
 from pyro_vae.inference import bounds
-from pyro_vae.inference.estimators import ESTIMATORS, refusal
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.estimators import ESTIMATORS, refusal
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.regularizers import free_bits, mmd, total_correlation
 from pyro_vae.inference.split_bounds import cubo, piwae, wake_sleep
@@ -19,7 +19,7 @@ from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.hamiltonian import Hamiltonian
 from pyro_vae.programs.model import Model
 from pyro_vae.programs.semi_amortized import SemiAmortized
-from pyro_vae.programs.zoo import Conditional, Hierarchical, Mixture, SemiSupervised
+from pyro_vae.programs.zoo import Conditional, Hierarchical, Mixture
 from tests.pairs import binary, small_pair
 from tests.test_battery import LIKELIHOODS, POSTERIORS, PRIORS, encoder
 from tests.test_compiled import assert_same, steps

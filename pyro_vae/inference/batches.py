@@ -106,9 +106,10 @@ class Batches:
         """Keep the data on the GPU where they take little of it: batches are then chosen and drawn there."""
         columns = self.columns or ()
         tensors = [c if isinstance(c, Tensor) else getattr(c, "pixels", None) for c in columns]
-        if not columns or not all(isinstance(t, Tensor) and hasattr(c, "to") for t, c in zip(tensors, columns)):
+        held = [t for t, c in zip(tensors, columns, strict=True) if isinstance(t, Tensor) and hasattr(c, "to")]
+        if not columns or len(held) < len(columns):
             return
-        if sum(t.numel() * t.element_size() for t in tensors) < torch.cuda.mem_get_info(device)[0] / 4:
+        if sum(t.numel() * t.element_size() for t in held) < torch.cuda.mem_get_info(device)[0] / 4:
             self.columns = tuple(column.to(device) for column in columns)
             self._home = device
 

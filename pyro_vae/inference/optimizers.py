@@ -118,8 +118,9 @@ class Fused(PyroOptim):
         assert optimizer is not None
         (group, *more) = optimizer.param_groups
         tensors = group["params"]
-        if self._update is not None and self._update.optimizer is optimizer and len(self._update.parameters) == len(tensors):
-            return self._update
+        made = self._update
+        if made is not None and made.optimizer is optimizer and len(made.parameters) == len(tensors):
+            return made
         plain = not any(group[name] for name in ("amsgrad", "maximize", "differentiable"))
         known = all(p in optimizer.state and p.is_floating_point() for p in tensors)
         if more or not plain or not known or len({(p.dtype, p.device) for p in tensors}) != 1:

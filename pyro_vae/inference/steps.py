@@ -69,11 +69,11 @@ class GraphSteps:
     def _update_ways(self) -> None:
         """From the whole step down to loss and gradients alone, for the optimiser as it is now."""
         fused = self.optimizer if isinstance(self.optimizer, Fused) else None
-        now = fused and len(fused.parameters)
+        now = None if fused is None else len(fused.parameters)
         if now == self._made_for:
             return
         self._made_for = now
-        update = fused and fused.inside()
+        update = None if fused is None else fused.inside()
         columns = self.batches.columns
         source = (id(self.batches.origin), str(self.batches.device))
         self._ways = []

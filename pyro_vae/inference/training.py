@@ -359,19 +359,17 @@ class _Stepper:
             self.loss.beta = self.beta()
         if self.weight is not None:
             self.weight.fill_(self.beta())
-        value: float | Tensor | None = None
-        batch: tuple[Any, ...] | None = None
-        if self.graph is not None:
-            value, batch = self.graph(choice)
-        if value is None:
+        value: float | Tensor
+        replayed, batch = (None, None) if self.graph is None else self.graph(choice)
+        if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
             with pyro.validation_enabled(self.steps == 0):
                 result = self.svi.step(*(batch or self.batches.take(*choice)))
             value = float(sum(result) if isinstance(result, tuple | list) else result)
-        elif value.device.type == "cpu":
-            value = value.item()
+        elif replayed.device.type == "cpu":
+            value = replayed.item()
         else:
-            value = value.double()  # read every now and then, since each look waits for the GPU
+            value = replayed.double()  # read every now and then, since each look waits for the GPU
         if isinstance(value, float):
             self._check_finite(value)
         if self.steps == 0 and not self.parameters():
