@@ -144,16 +144,16 @@ def test_the_moves_get_the_frozen_kernels_forward_and_backward(monkeypatch):
     pair, x = linear_pair(exact=False)
     used = []
 
-    def spy(state, density, mixture, step_size, scale, num_leapfrog):
+    def spy(self, state, mixture, step_size, scale):
         used.append((mixture.clone(), step_size.clone(), scale.clone()))
-        return original(state, density, mixture, step_size, scale, num_leapfrog)
+        return original(self, state, mixture, step_size, scale)
 
-    original = annealing.transition
-    monkeypatch.setattr(annealing, "transition", spy)  # the pilot has its own import
+    original = annealing.Moves.__call__
+    monkeypatch.setattr(annealing.Moves, "__call__", spy)
     bracket = bdmc(pair.model, pair.guide, x, num_steps=9, num_chains=4)
     (kernels,) = bracket.lower.kernels
-    forward, backward = used[:8], used[8:]
-    assert len(used) == 16
+    assert len(used) == 18 + 16  # those of the pilot come first
+    forward, backward = used[18:26], used[26:]
     for there, back in zip(forward, reversed(backward), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(there, back, strict=True))
     assert torch.equal(torch.stack([step for _, step, _ in forward]), kernels.step_size)

@@ -29,7 +29,7 @@ from pyro_vae.inference.compiled import _CHECKS, _first_line, _random_state, _se
 from pyro_vae.traces import Program
 
 # A capture costs what the programs' Python costs in about so many calls.
-_CAPTURE_PAYS = 100
+_CAPTURE_PAYS = 300
 # Inductor's seconds, at the least and per operation, and the share of a replay that it saves.
 _COMPILER_SECONDS, _PER_NODE, _SAVED = 5.0, 0.03, 0.2
 _TRIES = 4  # captures of one kind of call before giving up
@@ -46,7 +46,7 @@ class Replayed:
         programs: The Pyro programs that it runs, whose attributes, closures and globals are watched for
             numbers that change.
         calls: How many calls are expected in all.
-        compile: "auto" captures where at least a hundred calls lie ahead, and hands the graph to Inductor where
+        compile: "auto" captures where at least 300 calls lie ahead, and hands the graph to Inductor where
             the time ahead pays for it; True does both at once; False does neither.
     Attributes:
         reason: Why the most recent call ran uncaptured, or None.
@@ -100,7 +100,8 @@ class Replayed:
         if self.compile == "auto" and self._ahead < _CAPTURE_PAYS:
             return self._plainly(tensors, f"only {self._ahead} calls lie ahead")
         if self._seen[key] > 1 + _TRIES:
-            return self._refuse(key, tensors, f"what the programs read outside their arguments has changed {_TRIES} times")
+            reason = f"what the programs read outside their arguments has changed {_TRIES} times"
+            return self._refuse(key, tensors, reason)
         return self._capture(key, tensors)
 
     @property
@@ -195,7 +196,8 @@ class Replayed:
             self.compiled = True
         except Exception as error:  # whatever the compiler lacks, the graph is there already
             if self.compile is True:
-                warnings.warn(f"the graph is replayed uncompiled: Inductor failed ({_first_line(error)}).", stacklevel=5)
+                why = _first_line(error)
+                warnings.warn(f"the graph is replayed uncompiled, since Inductor failed ({why}).", stacklevel=5)
 
 
 class _Graph:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.judging.densities import Pair
-from pyro_vae.judging.hamiltonian import Density, State, transition
+from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
 from pyro_vae.judging.simulations import simulated_batch
 from pyro_vae.parameters import device_of, own_parameters
@@ -159,6 +159,7 @@ def ais(
     device: str | torch.device | None = None,
     seed: int | None = 0,
     progress: bool | None = None,
+    compile: bool | str = "auto",
 ) -> Annealed:
     """Estimate log p(x) by annealed importance sampling: a lower bound that closes with T.
 
@@ -182,6 +183,9 @@ def ais(
         device: Where the batches go; where the modules are when not given.
         seed: Seed of the chains; None goes on with torch's random state.
         progress: Show a bar; None shows it on a terminal only.
+        compile: "auto" captures the moves of a batch (see `Moves`) where there are 300 or more, and hands them
+            to Inductor where that pays; True does so at once, False runs the programs for every move. The noise
+            is the same, and the numbers to rounding.
     Returns:
         The bound with its errors and diagnostics.
     Raises:
@@ -201,7 +205,7 @@ def ais(
         (-1.2655, 0.0)
     """
     options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
-                       target_acceptance, pilot_seed)  # fmt: skip
+                       target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
     batches = Batches(data, _batch_size(model, guide, data, num_chains), _place(model, guide, device), shuffle=False)
     found = []
@@ -209,14 +213,14 @@ def ais(
     with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad(), validation_enabled(False):
         with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
             for number, batch in enumerate(batches):
-                found.append(_forward(model, guide, batch, options, number, bar)[:-2])
+                found.append(_forward(model, guide, batch, options, number, bar)[:-3])
     simulated = None
     if num_simulated:
         simulated = bdmc(
             model, guide, data, num_data=num_simulated, start=start, num_steps=num_steps, num_chains=num_chains,
             num_leapfrog=num_leapfrog, schedule=schedule, pilot_steps=pilot_steps, pilot_chains=pilot_chains,
             target_acceptance=target_acceptance, pilot_seed=pilot_seed, observed=observed, device=device, seed=seed,
-            progress=progress,
+            progress=progress, compile=compile,
         )  # fmt: skip
     return _annealed(found, options, simulated)
 
@@ -240,6 +244,7 @@ def bdmc(
     device: str | torch.device | None = None,
     seed: int | None = 0,
     progress: bool | None = None,
+    compile: bool | str = "auto",
 ) -> Bracket:
     """Bracket log p(x) on data simulated from the model: bidirectional Monte Carlo.
 
@@ -272,7 +277,7 @@ def bdmc(
     Reference: Grosse et al., Sandwiching the marginal likelihood, 2015. arXiv:1511.02543
     """
     options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
-                       target_acceptance, pilot_seed)  # fmt: skip
+                       target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
     if num_data < 1:
         raise ValueError(f"got num_data={num_data}, wanted at least one datum to simulate.")
@@ -284,10 +289,10 @@ def bdmc(
         with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
             for number, batch in enumerate(_upto(batches, num_data)):
                 batch, latents = simulated_batch(model, batch, observed)
-                *forward, pair, density = _forward(model, guide, batch, options, number, bar)
+                *forward, pair, density, moves = _forward(model, guide, batch, options, number, bar, passes=2)
                 exact = pair.latents.pack({name: z.unsqueeze(0) for name, z in latents.items()})
                 position = exact.expand(num_chains, -1, -1).clone()
-                backward.append(anneal(density, position, forward[0], backward=True, bar=bar))
+                backward.append(anneal(density, position, forward[0], backward=True, bar=bar, moves=moves))
                 found.append(tuple(forward))
                 simulated.append(batch)
     lower = _annealed(found, options, None)
@@ -311,8 +316,9 @@ def bdmc(
 
 
 def anneal(
-    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, bar: Any = None
-) -> tuple[Tensor, Tensor]:
+    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, bar: Any = None,
+    moves: Moves | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run chains along the path of the kernels, and weigh them.
 
     Args:
@@ -320,9 +326,12 @@ def anneal(
         position: Draws from f_0, (C, B, U); backwards exact draws from the posterior.
         kernels: Temperatures and moves.
         backward: From the posterior to f_0.
+        bar: Told of every move.
+        moves: The moves of this density by the kernels' leapfrog steps, where they are captured.
     Returns:
         log w, (C, B) in float64, and the mean probability of acceptance, (B,).
     """
+    transition = Moves(density, kernels.num_leapfrog, compile=False) if moves is None else moves
     state = State.at(density, position)
     total = torch.zeros_like(state.values[0], dtype=torch.float64)
     accepted = torch.zeros_like(state.values[0, 0])
@@ -334,9 +343,8 @@ def anneal(
         move = t if backward else t + 1  # between the weights of t and of the next
         if step + 1 < count:
             state, acceptance = transition(
-                state, density, kernels.mixture(move), kernels.step_size[move - 1], kernels.scale(move),
-                kernels.num_leapfrog,
-            )  # fmt: skip
+                state, kernels.mixture(move), kernels.step_size[move - 1], kernels.scale(move)
+            )
             accepted = accepted + acceptance.mean(0)
             if bar is not None:
                 bar.update()
@@ -353,6 +361,7 @@ class _Options(NamedTuple):
     pilot_chains: int
     target_acceptance: float
     pilot_seed: int
+    compile: bool | str
 
     @property
     def coarse(self) -> int:
@@ -378,12 +387,16 @@ class _Options(NamedTuple):
             raise ValueError(f"got start={self.start!r}, wanted 'guide' or 'prior'.")
         if self.start == "guide" and guide is None:
             raise ValueError("got start='guide' without a guide. Pass one, or anneal from the prior: start='prior'.")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f'got compile={self.compile!r}, wanted True, False or "auto".')
 
 
 def _forward(
-    model: Program, guide: Program | None, batch: tuple[Any, ...], options: _Options, number: int, bar: Any
-) -> tuple[Any, ...]:
-    """Kernels, log weights, acceptance of the forward chains; the pair and the density for further ones."""
+    model: Program, guide: Program | None, batch: tuple[Any, ...], options: _Options, number: int, bar: Any,
+    passes: int = 1,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Kernels, log weights, acceptance of the forward chains; the pair, the density and its moves for further ones."""
+    programs = _programs(model, guide)
     # Far from the seeds that people choose: a pilot that shared the scored chains' noise would not be independent of
     # them, nor, on simulated data, of the exact draws.
     with seeded(2**48 + 2**20 * options.pilot_seed + number):
@@ -397,9 +410,12 @@ def _forward(
             density, draws(options.pilot_chains), both, name=options.schedule, num_steps=options.num_steps,
             num_leapfrog=options.num_leapfrog, pilot_steps=options.coarse,
             target_acceptance=options.target_acceptance, moved=bar.update,
+            # Fewer chains make another graph, for which Inductor would be called a second time.
+            moves=Moves(density, options.num_leapfrog, programs, options.moves, bool(options.compile) and "auto"),
         )  # fmt: skip
-    log_weight, acceptance = anneal(density, draws(options.num_chains), kernels, bar=bar)
-    return kernels, log_weight, acceptance, pair, density
+    moves = Moves(density, options.num_leapfrog, programs, passes * (options.num_steps - 1), options.compile)
+    log_weight, acceptance = anneal(density, draws(options.num_chains), kernels, bar=bar, moves=moves)
+    return kernels, log_weight, acceptance, pair, density, moves
 
 
 def _precision(draws: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae.inference.capture import Uncapturable, capturing
 from pyro_vae.sites import (
     PARTICLES,
     Frame,
@@ -94,6 +95,8 @@ class Scorer:
                     f"dimension ({reason}). Write networks and programs for (..., D) instead of (B, D).",
                     stacklevel=2,
                 )
+        if capturing():
+            raise Uncapturable("the program does not broadcast, so its chains run one by one")
         singles = [self._score({name: z[c : c + 1] for name, z in latents.items()}, 1) for c in range(chains)]
         return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
 

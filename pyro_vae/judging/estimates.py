@@ -221,8 +221,8 @@ def log_likelihood(
             on with torch's random state.
         progress: Show a bar; None shows it on a terminal only.
         compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where there are
-            a hundred or more of them, and hands it to Inductor where that pays; True does so at once, False runs
-            the programs for every chunk. The samples are the same, and the numbers to rounding.
+            300 or more of them, and hands it to Inductor where that pays; True does so at once, False runs the
+            programs for every chunk. The samples are the same, and the numbers to rounding.
     Returns:
         The estimate with its errors and diagnostics; `advice` says which K is enough.
     Raises:
@@ -394,7 +394,7 @@ def _tables(
     chunks: dict[int, Replayed] = {}
     for batch, sizes, nesting, count in _batches(model, guide, data, num_samples, device, seed, progress, title):
         tensors = all(isinstance(x, Tensor) for x in batch)
-        parts = []
+        parts: list[tuple[Tensor, ...]] = []
         for size in sizes:
             function = functools.partial(_chunk, model, guide, size, nesting)
             if not tensors:

@@ -19,11 +19,14 @@ Reference: Neal, MCMC using Hamiltonian dynamics, 2011. arXiv:1206.1901
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyro_vae.inference.replays import Replayed
+from pyro_vae.traces import Program
 
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -135,6 +138,49 @@ def transition(
         ),
         acceptance,
     )
+
+
+class Moves:
+    """Many moves of one density: `transition`, captured and replayed.
+
+    Trajectory, gradients and acceptance are one function of tensors, so that nothing of Pyro is
+    left in a move once it has been captured (see `pyro_vae.inference.replays`). Temperatures, step
+    sizes and scales are its inputs; the noise is that of `transition`.
+
+    Args:
+        density: u to log f_j and gradients.
+        num_leapfrog: Leapfrog steps a move.
+        programs: The programs that the density runs.
+        calls: How many moves are expected.
+        compile: As for `Replayed`.
+    Example:
+        >>> def normal(u):
+        ...     return -0.5 * u.square().sum(-1)[None], -u[None]
+        >>> move = Moves(normal, 2)
+        >>> state, acceptance = move(State.at(normal, torch.zeros(4, 3, 2)), torch.ones(1), torch.ones(3),
+        ...                          torch.ones(3, 2))
+        >>> state.position.shape, acceptance.shape
+        (torch.Size([4, 3, 2]), torch.Size([4, 3]))
+    """
+
+    def __init__(
+        self, density: Density, num_leapfrog: int, programs: Sequence[Program] = (), calls: int = 0,
+        compile: bool | str = "auto",
+    ) -> None:  # fmt: skip
+        self.density, self.num_leapfrog = density, num_leapfrog
+        self.replayed = Replayed(self._function, programs=programs, calls=calls, compile=compile)
+
+    def __call__(self, state: State, mixture: Tensor, step_size: Tensor, scale: Tensor) -> tuple[State, Tensor]:
+        """As `transition`."""
+        *moved, acceptance = self.replayed(*state, mixture, step_size, scale)
+        return State(*moved), acceptance
+
+    def _function(
+        self, position: Tensor, values: Tensor, gradients: Tensor, mixture: Tensor, step_size: Tensor, scale: Tensor
+    ) -> tuple[Tensor, ...]:
+        state = State(position, values, gradients)
+        state, acceptance = transition(state, self.density, mixture, step_size, scale, self.num_leapfrog)
+        return (*state, acceptance)
 
 
 def _mixed(mixture: Tensor, rows: Tensor) -> Tensor:

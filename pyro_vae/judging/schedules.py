@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.judging.hamiltonian import Density, State, transition
+from pyro_vae.judging.hamiltonian import Density, Moves, State
 
 SCHEDULES = ("sigmoid", "linear", "adaptive")
 
@@ -84,6 +84,7 @@ def pilot(
     pilot_steps: int,
     target_acceptance: float,
     moved: Callable[[], None] = lambda: None,
+    moves: Moves | None = None,
 ) -> Kernels:
     """Tune step sizes, and an adaptive schedule, on chains that are then thrown away.
 
@@ -107,6 +108,7 @@ def pilot(
         pilot_steps: Distributions on the pilot's path.
         target_acceptance: Wanted probability of acceptance.
         moved: Called after each move.
+        moves: The moves of this density by so many leapfrog steps, where they are captured.
     Returns:
         The kernels.
     """
@@ -116,6 +118,7 @@ def pilot(
     if num_steps == 1:
         return Kernels(path[[0, -1]], none, precision, num_leapfrog)
     first = Kernels(path, none, precision, num_leapfrog)
+    move = Moves(density, num_leapfrog, compile=False) if moves is None else moves
     state = State.at(density, position)
     log_step = torch.full_like(precision[0, :, 0], 0.5 / position.shape[-1] ** 0.25).log()
     speeds, steps = [], []
@@ -125,7 +128,7 @@ def pilot(
             mixture, scale = first.mixture(t), first.scale(t)
             if repeat == 0:
                 speeds.append((state.values[1] - state.values[0]).double().std(0))
-            state, acceptance = transition(state, density, mixture, log_step.exp(), scale, num_leapfrog)
+            state, acceptance = move(state, mixture, log_step.exp(), scale)
             log_step = log_step + 0.5 * (acceptance.mean(0) - target_acceptance)
             moved()
         steps.append(log_step)
