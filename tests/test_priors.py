@@ -12,12 +12,15 @@ from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from torch import nn
 
 from pyro_vae.inference.bounds import iwae
+from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
+from pyro_vae.parameters import own_parameters
+from pyro_vae.parts.distributions import shared_mixture
 from pyro_vae.parts.distributions.shared_mixture import SharedMixture, normals
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
-from pyro_vae.parts.posteriors import Amortized, Delta, DiagonalNormal
+from pyro_vae.parts.posteriors import NSF, Amortized, Delta, DiagonalNormal, FullNormal
 from pyro_vae.parts.priors.mixture import NormalMixture
 from pyro_vae.parts.priors.vamp import VampPrior
 from pyro_vae.programs.guide import Guide
@@ -163,6 +166,79 @@ def test_it_never_holds_a_table_of_values_components_and_dimensions():
     for event in profile.events():
         largest = max([largest, *(math.prod(shape) for shape in event.input_shapes if shape)])
     assert largest == 20 * 10 * 500
+
+
+def flows(count, latent_dim=2):
+    """A mixture of splines, as of a VampPrior, in float64."""
+    torch.manual_seed(0)
+    posterior = NSF(MLP(4, [8], None), latent_dim, transforms=2, bins=4, hidden_features=(8,), context=4).double()
+    with torch.no_grad():
+        for parameter in posterior.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return VampPrior(posterior, torch.randn(count, 4, dtype=torch.float64))
+
+
+def test_parts_of_a_table_give_its_value_and_first_and_second_derivatives(monkeypatch):
+    prior = flows(5)
+    z = torch.randn(3, 7, 2, dtype=torch.float64, requires_grad=True)
+    wanted = [*prior.parameters(), z]
+    found = []
+    for pairs in (10**6, 20):  # all at once, and four values at a time
+        monkeypatch.setattr(shared_mixture, "_PAIRS", pairs)
+        value = prior().log_prob(z)
+        first = torch.autograd.grad(value.square().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(first[-1].square().sum(), wanted)
+        with torch.no_grad():
+            assert torch.allclose(prior().log_prob(z), value, rtol=1e-13)
+        found.append([value, *first, *second])
+    assert found[0][0].shape == (3, 7)
+    for whole, parts in zip(*found, strict=True):
+        assert torch.allclose(whole, parts, rtol=1e-9, atol=1e-12) and whole.abs().sum() > 0
+
+
+def test_many_values_under_a_mixture_of_splines_fit_into_memory(monkeypatch):
+    """What is kept for the way back: a few numbers a value, where all at once it is thousands for each component."""
+    prior, z, kept = flows(50).float(), torch.randn(2000, 2), 0
+
+    def pack(tensor):
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    found = []
+    for pairs in (shared_mixture._PAIRS, 10**9):
+        monkeypatch.setattr(shared_mixture, "_PAIRS", pairs)
+        kept = 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            prior().log_prob(z).sum()
+        found.append(kept / len(z))
+    assert found[0] < 10 and found[1] > 1000 * 50
+
+
+def test_an_objective_over_parts_is_captured_if_they_are_few(monkeypatch):
+    monkeypatch.setattr(shared_mixture, "_PAIRS", 45)  # two parts
+    torch.manual_seed(0)
+    prior = VampPrior(FullNormal(MLP(4, [4], None), 2).double(), torch.randn(5, 4, dtype=torch.float64))
+    model = Model(prior, Bernoulli(MLP(2, [4], 4).double()))
+    guide, x = Guide(prior.posterior), (torch.rand(6, 4) < 0.5).double()
+    loss = Objective(iwae, 3, estimator="doubly-reparameterized", max_plate_nesting=1)
+    results = []
+    replayed = Compiled(loss, compile_after=None)
+    for objective in (loss, replayed):
+        with own_parameters(model, guide):
+            for _ in range(3):  # the second and third are replays
+                torch.manual_seed(1)
+                for parameter in (*model.parameters(), *guide.parameters()):
+                    parameter.grad = None
+                value = objective.loss_and_grads(model, guide, x)
+        results.append([torch.tensor(value), *(p.grad.clone() for p in (*model.parameters(), *guide.parameters()))])
+    assert replayed.captures == 1 and replayed.reason is None
+    for eager, again in zip(*results, strict=True):
+        assert torch.allclose(eager.double(), again.double(), rtol=1e-9, atol=1e-11)
+    monkeypatch.setattr(shared_mixture, "_PAIRS", 5)
+    many = Compiled(loss, compile_after=None)
+    with own_parameters(model, guide), pytest.warns(UserWarning, match="parts of a mixture of 5.*down takes longer than it saves"):
+        assert [math.isfinite(many.loss_and_grads(model, guide, x)) for _ in range(3)] == [True] * 3 and not many.captures
 
 
 def test_normal_mixture_starts_spread_out_with_the_moments_of_the_standard_normal():

@@ -104,7 +104,8 @@ class NegativeBinomialLogMean(TorchDistribution):
         near = torch.where(value > 0, rising, 0.0)
         near = near + value * F.logsigmoid(logits) + small_r * F.logsigmoid(-logits)
         # log Gamma(r + x) / Gamma(r) r^x, which tends to 0, and what is left of the powers, which tends to m^x e^-m.
-        ratio = (large_r + value - 0.5) * torch.log1p(value * torch.exp(-log_large)) - value  # no 1 / r^2 on the way back
+        # By exp(-log r), since the derivative of 1 / r is out of float32's range before r is.
+        ratio = (large_r + value - 0.5) * torch.log1p(value * torch.exp(-log_large)) - value
         ratio = ratio + _stirling(large_r + value) - _stirling(large_r)
         far = ratio + value * self.log_mean + (value + large_r) * F.logsigmoid(-logits)
         return torch.where(large, far, near) - torch.lgamma(value + 1)

@@ -12,6 +12,11 @@ which never hold more than (K, B, C) numbers. The three terms are large and canc
 float32, at 500 components of scale 0.1 in 50 dimensions, the log density is off by
 1e-2 nats. The products are therefore taken in float64, which costs half as much again
 as float32, is still 15 times faster than the table, and is off by 2e-6.
+
+Components of any other kind, flows above all, have to score every value one by one: K B C
+evaluations of a network. They are taken in parts of bounded size, which are computed
+again on the way back, so that 50 samples of 64 data under 500 splines take seconds and not
+the machine's memory.
 """
 
 from __future__ import annotations
@@ -23,9 +28,15 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import checkpoint
 
 # Numbers drawn at a time where the components have to be drawn before one of them is chosen.
 _CHUNK = 2**24
+# Pairs of a value and a component that are scored at a time, of components that need a table.
+_PAIRS = 2**14
+# Parts up to which a step over them is worth being captured as one graph.
+_CAPTURED = 3
 
 
 class SharedMixture(TorchDistribution):
@@ -79,11 +90,37 @@ class SharedMixture(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         normal = _diagonal(self.components)
         if normal is None:
-            scores = self.components.log_prob(value.unsqueeze(-2))
-        else:
-            scores = _normal_scores(value, *normal)
+            return self._one_by_one(value)
+        scores = _normal_scores(value, *normal)
         result = torch.logsumexp(scores + self.log_weights, -1).to(value.dtype)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+
+    @property
+    def passes(self) -> int:
+        """How many times a value is looked at to be scored: once, or by every component that needs a network."""
+        return 1 if _diagonal(self.components) is not None else len(self.log_weights)
+
+    def _one_by_one(self, value: Tensor) -> Tensor:
+        """log p(z) of components that have to look at every value, in parts."""
+
+        def scored(part: Tensor) -> Tensor:
+            return torch.logsumexp(self.components.log_prob(part.unsqueeze(-2)) + self.log_weights, -1)
+
+        leading = value.shape[: value.dim() - 1]
+        flat = value.reshape((math.prod(leading),) + self.event_shape)
+        size = max(1, _PAIRS // len(self.log_weights))
+        if len(flat) <= size:
+            result = scored(flat)
+        elif torch.is_grad_enabled():
+            if get_proxy_mode() is not None and len(flat) > _CAPTURED * size:
+                raise RuntimeError(
+                    f"{-(-len(flat) // size)} parts of a mixture of {len(self.log_weights)} networks, which to write "
+                    "down takes longer than it saves"
+                )
+            result = torch.cat([checkpoint(scored, part, use_reentrant=False) for part in flat.split(size)])
+        else:
+            result = torch.cat([scored(part) for part in flat.split(size)])
+        return result.reshape(leading).expand(torch.broadcast_shapes(leading, self.batch_shape))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
