@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pyro_vae.app import fitting
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import CHOICES, DATASETS, resolve
+from pyro_vae.app.fitting import build, read
 from pyro_vae.data import BINARIZATIONS
 from pyro_vae.data import DATASETS as READABLE
 from pyro_vae.inference import training
@@ -332,6 +333,26 @@ def test_every_kind_of_part_goes_through_the_command(argv, here, capsys):
     summary = json.loads((here / "run" / "summary.json").read_text())
     assert math.isfinite(summary["test_log_likelihood"]) and math.isfinite(summary["test_elbo"])
     assert main(["evaluate", "run", "-K", "20"]) == 0 and main(["sample", "run", "-n", "4"]) == 0
+
+
+@pytest.mark.parametrize("limit, count", [(None, 12), (64, 10), (5, 5)])
+def test_a_vamp_prior_has_as_many_pseudo_inputs_as_the_data_bear(limit, count):
+    options, dataset = read(resolve({"prior": "vamp", "limit": limit}))
+    assert options.prior_options == {"num_components": count} and resolve(options.to_json()) == options
+    assert build(options, dataset).model.prior.num_components == count
+    given = read(resolve({"prior": "vamp", "prior_options": {"num_components": 3, "learned_weights": True}}))[0]
+    assert given.prior_options == {"num_components": 3, "learned_weights": True}
+
+
+@pytest.mark.slow
+def test_the_command_of_the_issue(here):
+    """Word for word, but for less data and fewer epochs: a flow in a mixture prior under 50 samples."""
+    argv = "fit --posterior nsf --prior vamp --likelihood bernoulli --bound iwae --num-samples 50"
+    argv += " --estimator doubly-reparameterized --epochs 1 --limit 64 --evaluation-samples 20 --evaluation-images 10"
+    assert main([*argv.split(), "--out", "run", "--quiet"]) == 0
+    config = json.loads((here / "run" / "config.json").read_text())
+    assert (config["posterior"], config["prior"], config["num_samples"]) == ("nsf", "vamp", 50)
+    assert math.isfinite(json.loads((here / "run" / "summary.json").read_text())["test_log_likelihood"])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import Delta
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
+from pyro_vae.programs.vae import VAE
 from tests.pairs import binary, named, small_pair
 
 X = torch.linspace(-1, 1, 6)
@@ -250,6 +251,20 @@ def test_notes_are_warnings():
         fit(*small_pair(), binary(), loss=Objective(cubo(2), 4), epochs=1)
     with pytest.raises(ValueError, match=r"validation_bound=cubo\(2\) is an upper bound"):
         fit(*small_pair(), binary(), epochs=1, validation=binary(), validation_bound=cubo(2))
+
+
+def test_a_prior_of_many_flows_is_said_to_be_slow_and_one_of_gaussians_is_not():
+    def pair(family, count):
+        vae = VAE.build((1, 4, 4), latent_dim=2, hidden=(4,), posterior=family, prior="vamp",
+                        prior_options={"num_components": count})  # fmt: skip
+        return vae.model, vae.guide
+
+    with pytest.warns(UserWarning, match="mixture of 500 flows, so that the 48 samples of a step are scored 24,000 times"):
+        check(*pair("nsf", 500), (binary(6),), Objective(iwae, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(*pair("nsf", 20), (binary(6),), Objective(iwae, 8))
+        check(*pair("full", 500), (binary(6),), Objective(iwae, 8))
 
 
 def test_the_check_leaves_random_state_and_parameters_alone():

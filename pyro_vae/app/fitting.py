@@ -23,6 +23,7 @@ from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
 from pyro_vae.parts.priors import VampPrior
+from pyro_vae.programs.architecture import PSEUDO_INPUTS
 from pyro_vae.programs.vae import VAE
 
 VALIDATION_IMAGES = 2000
@@ -116,6 +117,10 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         options, binarization=dataset.train.binarization, dequantize=dataset.train.dequantize,
         likelihood=options.likelihood or ("normal" if dataset.train.binarization == "none" else "bernoulli"),
     )  # fmt: skip
+    if options.prior == "vamp" and "num_components" not in options.prior_options:
+        # As the paper's 500 for 50,000 images: each costs a look at every sample, and a few data need no more.
+        most = min(PSEUDO_INPUTS, max(10, len(dataset.train) // 100), len(dataset.train))
+        options = dataclasses.replace(options, prior_options={"num_components": most} | options.prior_options)
     if options.likelihood in (*CONTINUOUS, *LEVELS) and options.binarization != "none":
         raise ValueError(
             f"got --likelihood {options.likelihood} for binary data ({options.binarization} binarization): a density "

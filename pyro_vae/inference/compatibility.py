@@ -39,6 +39,9 @@ from pyro_vae.traces import Program, sites
 # Supports of no volume: a density on one is not comparable with a density on the space around it.
 _THIN = {"sphere", "simplex", "corrcholesky", "corrmatrix"}
 
+# Scores of single samples by single networks in a step from which it takes seconds.
+_MANY_PASSES = 20_000
+
 
 @dataclass(frozen=True)
 class Case:
@@ -352,6 +355,20 @@ def _slow(case: Case) -> str | None:
     )
 
 
+def _many_components(case: Case) -> str | None:
+    for name, site in case.model_sites.items():
+        passes = getattr(site["fn"], "passes", 0)
+        samples = getattr(case.loss, "num_samples", getattr(case.loss, "num_particles", 1))
+        data = site["value"].shape[0] if site["value"].dim() else 1
+        if passes * samples * data >= _MANY_PASSES:
+            return (
+                f"the prior of site {name!r} is a mixture of {passes} flows, so that the {samples * data} samples of a "
+                f"step are scored {passes * samples * data:,} times. It will train slowly: take fewer components "
+                "(num_components), fewer samples, or a VampPrior over Gaussian posteriors."
+            )
+    return None
+
+
 def _one_sample(case: Case) -> str | None:
     loss = case.loss
     if not isinstance(loss, Objective) or loss.estimator != "score-function" or loss.num_samples > 1:
@@ -382,4 +399,11 @@ def _one_weight(case: Case) -> str | None:
     )
 
 
-NOTES: tuple[Callable[[Case], str | None], ...] = (_grey, _slow, _one_sample, _guide_only, _one_weight)
+NOTES: tuple[Callable[[Case], str | None], ...] = (
+    _grey,
+    _slow,
+    _many_components,
+    _one_sample,
+    _guide_only,
+    _one_weight,
+)

@@ -31,6 +31,8 @@ from torch import Size, Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
+from pyro_vae.parts.distributions.flow import Pushforward
+
 # Numbers drawn at a time where the components have to be drawn before one of them is chosen.
 _CHUNK = 2**24
 # Pairs of a value and a component that are scored at a time, of components that need a table.
@@ -97,8 +99,8 @@ class SharedMixture(TorchDistribution):
 
     @property
     def passes(self) -> int:
-        """How many times a value is looked at to be scored: once, or by every component that needs a network."""
-        return 1 if _diagonal(self.components) is not None else len(self.log_weights)
+        """How many networks look at a value to score it: one for each component that is a flow, or none."""
+        return len(self.log_weights) if isinstance(self.components, Pushforward) else 0
 
     def _one_by_one(self, value: Tensor) -> Tensor:
         """log p(z) of components that have to look at every value, in parts."""
