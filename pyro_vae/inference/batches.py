@@ -31,6 +31,8 @@ class Batches:
         batch_size: B.
         device: Where the batches go.
         shuffle: A fresh order in every pass.
+    Attributes:
+        home: Where the data lie: on a GPU that is the device, where they take little of its memory.
     Raises:
         ValueError: No data, tensors of different length, or nothing that can be batched.
     Example:
@@ -68,7 +70,7 @@ class Batches:
         if self.columns is not None and not any(lengths):
             raise ValueError("the data are empty; wanted at least one datum.")
         self.num_data = lengths[0] if lengths else None
-        self._home = torch.device("cpu")
+        self.home = torch.device("cpu")
         if device is not None and torch.device(device).type == "cuda":
             self._move_in(torch.device(device))
 
@@ -93,7 +95,7 @@ class Batches:
             return
         assert self.num_data is not None
         order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
-        for index in order.to(self._home).split(self.batch_size):
+        for index in order.to(self.home).split(self.batch_size):
             yield (index,)
 
     def take(self, *choice: Any) -> tuple[Any, ...]:
@@ -111,7 +113,7 @@ class Batches:
             return
         if sum(t.numel() * t.element_size() for t in held) < torch.cuda.mem_get_info(device)[0] / 4:
             self.columns = tuple(column.to(device) for column in columns)
-            self._home = device
+            self.home = device
 
     def first(self) -> tuple[Any, ...]:
         """One batch, without touching the random state; [] data raise."""

@@ -23,6 +23,7 @@ from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
 from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.precision import matmul_precision as precision
@@ -165,7 +166,7 @@ def fit(
         optimizer = Fused(optimizer or torch.optim.Adam, {"lr": learning_rate}, clip_norm)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history, best = History(), _Best(modules)
-    with own_parameters(model, guide), seeded(seed), precision(matmul_precision):
+    with own_parameters(model, guide), seeded(seed), precision(matmul_precision), reused_memory():
         for module in modules:
             module.train(_learns(module))
         point = check(model, guide, batches.first(), loss)

@@ -1,0 +1,46 @@
+"""Freed memory is kept inside, and given back at the end."""
+
+import resource
+
+import pytest
+import torch
+
+from pyro_vae.inference import memory
+from pyro_vae.inference.memory import reused_memory
+
+
+def resident():
+    """Bytes that the process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def faults(count=20):
+    """Pages that the kernel hands out while large tensors come and go."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
+def test_pages_are_kept_inside_and_given_back_at_the_end():
+    pages = 10_000_000 * 4 // resource.getpagesize()
+    usual = faults()
+    before = resident()
+    with reused_memory():
+        with reused_memory():
+            faults(1)
+        kept = faults()
+        assert resident() > before + 30e6  # one tensor's memory stays
+    # Huge pages may make a fault serve 512 pages, so the bar is relative.
+    assert kept < 0.25 * usual or usual < pages
+    assert resident() < before + 20e6
+    assert faults() > 0.5 * usual
+
+
+def test_without_glibc_nothing_happens(monkeypatch):
+    monkeypatch.setattr(memory, "_glibc", lambda: None)
+    with reused_memory():
+        assert torch.ones(3).sum() == 3
+    assert memory._depth == 0
