@@ -20,19 +20,19 @@ from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.optimizers import Fused
 
 
-def products(problem: Problem) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """The shapes of all matrix products of one step of a dense pair whose posterior has one head.
+def products(problem: Problem) -> list[tuple[str, int, int, int]]:
+    """(kind, m, k, n) of all products (m, k) @ (k, n) of one step of a dense pair whose posterior has one head.
 
-    Forward and gradient of the weight of every layer; gradient of the input of all but the first.
+    "output" and "weight" (its gradient) for every layer, "input" (its gradient) for all but the first.
     """
-    widths = ([784, *problem.hidden, 2 * problem.latent], [problem.latent, *reversed(problem.hidden), 784])
-    batch = problem.batch_size
+    encoder = [784, *problem.hidden, 2 * problem.latent]
+    decoder = [problem.latent, *reversed(problem.hidden), 784]
     found = []
-    for network, (encoder, rows) in zip(widths, ((True, batch), (False, batch * problem.num_samples)), strict=True):
-        for layer, (before, after) in enumerate(zip(network[:-1], network[1:], strict=True)):
-            found += [((rows, before), (before, after)), ((after, rows), (rows, before))]
-            if layer or not encoder:
-                found.append(((rows, after), (after, before)))
+    for widths, rows in ((encoder, problem.batch_size), (decoder, problem.batch_size * problem.num_samples)):
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            found += [("output", rows, before, after), ("weight", after, rows, before)]
+            if not (widths is encoder and before == encoder[0]):
+                found.append(("input", rows, after, before))
     return found
 
 
@@ -57,14 +57,16 @@ def _matmul(pixels: np.ndarray, problem: Problem, precision: str | None) -> Call
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     if precision not in (None, "bfloat16"):
         torch.set_float32_matmul_precision(precision)
+
+    def random(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=problem.device, dtype=dtype)
+
     operands = []
-    for left, right in products(problem):
-        # Weights are kept (out, in) and gradients of them are taken from (B, out): as in the step, one is a transpose.
-        a = torch.randn(left, device=problem.device, dtype=dtype)
-        b = torch.randn(right[::-1], device=problem.device, dtype=dtype).T
-        if left[1] == problem.batch_size * problem.num_samples or left[1] == problem.batch_size:
-            a, b = a.T.contiguous().T, b.contiguous()
-        operands.append((a, b, torch.empty(left[0], right[1], device=problem.device, dtype=dtype)))
+    for kind, m, k, n in products(problem):
+        # Transposed where a step has it so: weights are (out, in), activations and their gradients (rows, features).
+        a = random(k, m).T if kind == "weight" else random(m, k)
+        b = random(n, k).T if kind == "output" else random(k, n)
+        operands.append((a, b, random(m, n)))
 
     def step() -> None:
         for a, b, out in operands:
