@@ -189,6 +189,23 @@ def test_active_units_counts_the_moving_means():
     assert posterior_means(model_guide, binary()).shape == (12, 3)
 
 
+def test_active_units_of_scalar_sites_and_inner_plates():
+    weight = torch.tensor([1.0, 0.0, 0.3])
+
+    def guide(x):
+        rows, cells = pyro.plate("rows", len(x), dim=-1), pyro.plate("cells", 3, dim=-2)
+        with rows:
+            pyro.sample("one", dist.Normal(0.5 * x, 1.0))
+            with cells:
+                pyro.sample("many", dist.Normal(weight[:, None] * x, 1.0))
+
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    one, many = (active_units(guide, x, site=name) for name in ("one", "many"))
+    assert (one.count, one.latent_dim, many.count, many.latent_dim) == (1, 1, 2, 3)
+    assert torch.allclose(one.variance, 0.25 * x.var()) and torch.allclose(many.variance, weight.square() * x.var())
+    assert torch.allclose(posterior_means(guide, x, site="many"), weight * x[:, None])
+
+
 def test_energy_distance_of_two_normals():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1500, 1, generator=generator, dtype=torch.float64)

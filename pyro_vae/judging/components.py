@@ -58,8 +58,12 @@ class Components:
             self._axes[name] = 1 + axis
             self.sites[name] = math.prod(shape)
             self.shapes[name] = shape
-            indices = itertools.product(*map(range, shape))
-            names += [f"{name}[{','.join(map(str, i))}]" if i else name for i in indices]
+            # A dimension that no plate has, as beside a data plate at dim -2, is none to speak of.
+            empty = [batch[len(batch) + dim] == 1 and dim not in plates(site) for dim in range(-deepest, 0)]
+            told = [not e for i, e in enumerate([*empty, *[False] * event]) if i != axis]
+            for index in itertools.product(*map(range, shape)):
+                index = tuple(i for i, say in zip(index, told, strict=True) if say)
+                names.append(f"{name}[{','.join(map(str, index))}]" if index else name)
         if not names:
             raise ValueError("the model has no latent site, so there is no posterior to judge.")
         self.names = tuple(names)

@@ -13,6 +13,7 @@ from torch.distributions import kl_divergence
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.judging.components import Components
 from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.sites import plates
 from pyro_vae.traces import Particles, Program, draw, plate_nesting, sites
 
 
@@ -217,7 +218,7 @@ def _constant_over_samples(p: Any, value: Tensor) -> bool:
 
 
 def posterior_means(guide: Program, data: Any, *, site: str = "z", num_samples: int = 64, seed: int = 0) -> Tensor:
-    """E_q[z | x] per datum, (N, *event).
+    """E_q[z | x] per datum, (N, *event), or (N, *inner plates, *event).
 
     Exact where the site's distribution knows its mean and depends on x alone; from
     samples where not, as for a flow, or a layer above another.
@@ -255,10 +256,13 @@ def _run(guide: Program, batch: tuple[Any, ...], site: str) -> Tensor:
         found = sites(guide, *batch)
     if site not in found:
         raise ValueError(f"the guide has no site {site!r}, wanted one of {', '.join(map(repr, found))}.")
+    given = found[site]
     try:
-        return found[site]["fn"].mean
+        value = given["fn"].mean
     except NotImplementedError:
-        return found[site]["value"]
+        value = given["value"]
+    shared = set.intersection(*({(dim, frame.size) for dim, frame in plates(s).items()} for s in found.values()))
+    return value.movedim(value.dim() - given["fn"].event_dim + min(shared)[0], 0) if shared else value
 
 
 def active_units(guide: Program, data: Any, threshold: float = 0.01, *, site: str = "z") -> ActiveUnits:
@@ -282,5 +286,5 @@ def active_units(guide: Program, data: Any, threshold: float = 0.01, *, site: st
     Reference: Burda et al., Importance Weighted Autoencoders, 2016, section 5. arXiv:1509.00519
     """
     means, noise = _moments(guide, data, site, num_samples=64, seed=0)
-    variance = means.flatten(1).var(0) - noise.flatten(1).mean(0)
+    variance = means.reshape(len(means), -1).var(0) - noise.reshape(len(noise), -1).mean(0)
     return ActiveUnits(int((variance > threshold).sum()), len(variance), variance, threshold)
