@@ -276,3 +276,28 @@ def test_chunks_cover_all_samples_in_one_size_where_that_is_near():
             assert sum(sizes) == count and max(sizes) <= most and len(set(sizes)) <= 2
     assert set(_sizes(5000, 80)) == {50} and set(_sizes(1000, 80)) == {50}
     assert math.isclose(len(_sizes(4999, 80)), 63)
+
+
+def test_a_pair_that_does_not_broadcast_runs_as_it_is(chunks, capture_early):
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = z.reshape(len(x), 2).repeat(1, 8)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x.flatten(1))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.flatten(1)[:, :2], 0.9).to_event(1))
+
+    with pytest.warns(UserWarning, match="one by one"):
+        plain = log_likelihood(model, guide, binary(7), num_samples=20, compile=False)
+    with pytest.warns(UserWarning, match="one by one"):
+        fallen = log_likelihood(model, guide, binary(7), num_samples=20)
+    assert torch.equal(plain.pointwise, fallen.pointwise)
+    assert not any(r.captures for r in capture_early)
+    with pytest.warns(UserWarning, match="one by one"):
+        plain_chains = ais(model, guide, binary(3), num_steps=5, num_chains=3, compile=False)
+    with pytest.warns(UserWarning, match="one by one"):
+        chains = ais(model, guide, binary(3), num_steps=5, num_chains=3)
+    assert torch.equal(plain_chains.log_weight, chains.log_weight)
+    assert any("does not broadcast" in r.reason for r in capture_early)

@@ -129,7 +129,7 @@ class Capture:
 
     def __call__(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results and gradients for new arguments, new noise, and the tensors as they are now."""
-        with torch.no_grad(), _fast_matmul(self.on_cpu):
+        with torch.no_grad(), fast_matmul(self.on_cpu):
             return self._run(*args, *self.constants, *[draw() for draw in self.draws])
 
     def compile(self, args: Sequence[Tensor]) -> None:
@@ -155,7 +155,7 @@ def capturing() -> bool:
 
 
 @contextlib.contextmanager
-def _fast_matmul(on_cpu: bool) -> Iterator[None]:
+def fast_matmul(on_cpu: bool) -> Iterator[None]:
     """oneDNN's matrix products where they are as exact as torch's default: on AMD they take half the time."""
     if not on_cpu or torch.get_float32_matmul_precision() != "highest" or not _medium_is_exact():
         yield

@@ -24,7 +24,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.capture import Capture, Uncapturable, _fast_matmul
+from pyro_vae.inference.capture import Capture, Uncapturable, fast_matmul
 from pyro_vae.inference.compiled import _CHECKS, _first_line, _random_state, _set_random_state, _Watched, _why
 from pyro_vae.traces import Program
 
@@ -110,7 +110,7 @@ class Replayed:
 
     def _plainly(self, tensors: tuple[Tensor, ...], reason: str) -> tuple[Tensor, ...]:
         self.reason = reason
-        with _fast_matmul(all(t.device.type == "cpu" for t in tensors)):
+        with fast_matmul(all(t.device.type == "cpu" for t in tensors)):
             return tuple(self.function(*tensors))
 
     def _refuse(self, key: Any, tensors: tuple[Tensor, ...], reason: str) -> tuple[Tensor, ...]:
@@ -126,7 +126,7 @@ class Replayed:
         written = [(buffer, buffer.clone()) for module in watched.modules for buffer in module.buffers()]
         inputs = [t.detach() for t in tensors]
         try:
-            with pyro.validation_enabled(False), _fast_matmul(all(t.device.type == "cpu" for t in tensors)):
+            with pyro.validation_enabled(False), fast_matmul(all(t.device.type == "cpu" for t in tensors)):
                 capture = Capture(lambda *given: list(self.function(*given)), inputs)
             if capture.leaves:
                 raise Uncapturable("it calls backward")

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.capture import capturing
+from pyro_vae.inference.capture import capturing, fast_matmul
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
 from pyro_vae.parameters import device_of, own_parameters
@@ -376,7 +376,12 @@ def particle_batches(
 ) -> Iterator[Iterator[Particles]]:
     """For each batch of data, its K particles in chunks."""
     for batch, sizes, nesting, _ in _batches(model, guide, data, num_samples, device, seed, progress, title):
-        yield (draw(model, guide, batch, {}, size, max_plate_nesting=nesting) for size in sizes)
+        yield (_drawn(model, guide, batch, size, nesting) for size in sizes)
+
+
+def _drawn(model: Program, guide: Program, batch: tuple[Any, ...], size: int, nesting: int) -> Particles:
+    with fast_matmul(all(x.device.type == "cpu" for x in batch if isinstance(x, Tensor))):
+        return draw(model, guide, batch, {}, size, max_plate_nesting=nesting)
 
 
 def _tables(

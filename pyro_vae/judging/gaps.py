@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.capture import fast_matmul
 from pyro_vae.judging.guides import evaluating
 from pyro_vae.judging.local import (
     LocalForm,
@@ -268,7 +269,11 @@ def gaps(
     found: dict[str, list[Scored]] = {}
     mixed: list[Scored] = []
     climbs: dict[str, list[_Climb]] = {name: [] for name in named}
-    with own_parameters(*programs), evaluating(*programs), seeded(seed), torch.no_grad(), validation_enabled(False):
+    on_cpu = torch.device(place or "cpu").type == "cpu"
+    with (
+        own_parameters(*programs), evaluating(*programs), seeded(seed), torch.no_grad(), validation_enabled(False),
+        fast_matmul(on_cpu),
+    ):  # fmt: skip
         sample = Batches(data, 2, place, shuffle=False).first()
         _ = draw(model, guide, sample, {}).log_weight  # refused: no density, or a scale of one site
         sizes = [sum(x[0].numel() for x in sample if isinstance(x, Tensor) and x.dim()), 512]
