@@ -32,6 +32,7 @@ from torch.distributions import constraints, transform_to
 from torch.utils import _pytree as pytree
 
 from pyro_vae.inference.capture import Capture, Uncapturable
+from pyro_vae.inference.cuda_graphs import CudaGraph
 from pyro_vae.inference.optimizers import Update
 from pyro_vae.inference.precision import bfloat16_active
 from pyro_vae.parameters import _OwnParameters, own_parameters
@@ -240,8 +241,23 @@ class Compiled(ELBO):
         try:
             entry.capture.compile(step.tensors)
             entry.unchecked = True
+            if any(t.device.type == "cuda" for t in entry.capture.constants):
+                self._record(entry.capture, step.tensors)
         except Exception as error:  # whatever the compiler lacks, the graph is there already
             self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({_first_line(error)})")
+
+    def _record(self, capture: Capture, tensors: Sequence[Tensor]) -> None:
+        """Play the compiled graph's launches back as one CUDA graph, where all of it is on one GPU."""
+        noise = [draw() for draw in capture.draws]
+        with torch.no_grad(), _forked([*tensors, *capture.constants]):
+            noise = [draw() for draw in capture.draws]
+            inputs = [*tensors, *capture.constants, *noise]
+            fixed = [False] * len(tensors) + [True] * len(capture.constants) + [False] * len(noise)
+            try:
+                capture._run = CudaGraph(capture._run, inputs, fixed, capture.mutated)
+            except Exception as error:
+                self._say(f"the steps are launched one kernel at a time, since CUDA did not record them "
+                          f"({_first_line(error)})")
 
     def _capturable(self, step: _Step) -> bool:
         """Whether to capture a step that has no graph: from the second of its kind on."""

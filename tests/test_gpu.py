@@ -1,0 +1,138 @@
+"""What only a GPU shows; each test is skipped where there is none. The logic of recording is tested without one."""
+
+import contextlib
+
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+
+from pyro_vae.data.splits import Split
+from pyro_vae.inference import cuda_graphs
+from pyro_vae.inference.bounds import iwae
+from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.cuda_graphs import CudaGraph
+from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.training import fit
+from tests.pairs import binary, small_pair
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+grey = torch.randint(256, (44, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@gpu
+@pytest.mark.parametrize("make", [Trace_ELBO, lambda: Objective(iwae, 5)])
+@pytest.mark.parametrize("data", [binary(44), Split(grey, binarization="dynamic")])
+def test_a_compiled_fit_on_a_gpu_is_the_fit(make, data):
+    found = []
+    for loss in (Compiled(make(), compile_after=2), make()):
+        model, guide = small_pair()
+        history = fit(model, guide, data, loss=loss, epochs=4, batch_size=12, device="cuda", seed=0, compile=False)
+        found.append(history["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@gpu
+def test_a_step_is_one_recording_until_a_parameter_moves():
+    model, guide = small_pair()
+    loss = Compiled(Trace_ELBO(), compile_after=1)
+    options = {"loss": loss, "epochs": 3, "batch_size": 12, "seed": 0, "compile": False}
+    fit(model, guide, binary(48), device="cuda", **options)
+    runs = [entry.capture._run for entry in loss._entries.values()]
+    assert [type(run) for run in runs] == [CudaGraph] and runs[0].recordings == 1
+    fit(model.cpu(), guide.cpu(), binary(48), device="cpu", **options)
+    assert loss.reason is None
+
+
+@gpu
+def test_svi_of_pyro_adds_up_gradients_that_outlive_a_replay():
+    model, guide = small_pair()
+    model.cuda(), guide.cuda()
+    x, loss = binary(12).cuda(), Compiled(Trace_ELBO(), compile_after=1)
+    found = []
+    for one in (loss, Trace_ELBO()):
+        torch.manual_seed(0)
+        for p in [*model.parameters(), *guide.parameters()]:
+            p.grad = None
+        for _ in range(5):
+            with pyro.validation_enabled(False):
+                one.loss_and_grads(model, guide, x)
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3)
+
+
+class FakeCuda:
+    """Plays a recording by running the function again on the recorded tensors, as a GPU would."""
+
+    current = None
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class CUDAGraph:
+        def replay(self):
+            for output, new in zip(self.outputs, self.work(), strict=True):
+                output.copy_(new)
+
+    @staticmethod
+    def current_stream():
+        return FakeCuda.Stream()
+
+    @staticmethod
+    def stream(_):
+        return contextlib.nullcontext()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def graph(graph):
+        FakeCuda.current = graph
+        yield
+        FakeCuda.current = None
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A counter that grows by x, recorded."""
+    monkeypatch.setattr(cuda_graphs.torch, "cuda", FakeCuda)
+    monkeypatch.setattr(cuda_graphs, "_on_one_gpu", lambda tensors: True)
+    calls = []
+
+    def run(x, total):
+        calls.append(len(calls))
+        if FakeCuda.current is not None:
+            FakeCuda.current.work = lambda: run(x, total)
+        total.add_(x)
+        out = total * 10
+        if FakeCuda.current is not None:
+            FakeCuda.current.outputs = [out]
+        return [out]
+
+    total = torch.zeros(())
+    return CudaGraph(run, [torch.ones(()), total], [False, True], [total]), total
+
+
+def test_recording_leaves_what_the_function_changes_as_it_was(recorded):
+    graph, total = recorded
+    assert total == 0 and graph.recordings == 1
+
+
+def test_inputs_are_copied_and_results_are_tensors_of_their_own(recorded):
+    graph, total = recorded
+    (first,) = graph(torch.tensor(2.0), total)
+    (second,) = graph(torch.tensor(3.0), total)
+    assert (first.item(), second.item(), total.item(), graph.recordings) == (20.0, 50.0, 5.0, 1)
+
+
+def test_a_tensor_that_moved_is_recorded_anew(recorded):
+    graph, total = recorded
+    graph(torch.tensor(2.0), total)
+    total.data = torch.tensor(7.0)
+    (out,) = graph(torch.tensor(1.0), total)
+    assert (out.item(), total.item(), graph.recordings) == (80.0, 8.0, 2)
+
+
+def test_tensors_of_several_devices_are_refused():
+    with pytest.raises(RuntimeError, match=r"tensors lie on \['cpu'\], wanted one GPU"):
+        CudaGraph(lambda x: [x], [torch.ones(2)], [False], [])
