@@ -6,10 +6,11 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import nn
 
+from pyro_vae.app.defaults import CHOICES
 from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective
-from pyro_vae.inference.precision import bfloat16_active, matmul_precision
+from pyro_vae.inference.precision import PRECISIONS, bfloat16_active, matmul_precision
 from pyro_vae.inference.training import fit
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
@@ -111,3 +112,7 @@ def test_a_likelihood_of_a_network_of_its_own_is_rounded_too():
     with matmul_precision("bfloat16"):
         logits = likelihood(z).base_dist.logits
     assert logits.dtype == torch.float32 and not torch.equal(logits, likelihood(z).base_dist.logits)
+
+
+def test_the_command_knows_the_same_names():
+    assert CHOICES["matmul_precision"] == PRECISIONS

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.inference.precision import PRECISIONS
 from pyro_vae.parts import names
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -25,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "estimator": ("reparameterized", "sticking-the-landing", "doubly-reparameterized", "score-function"),
     "binarization": ("dynamic", "static", "threshold", "none"),
     "compile": ("auto", "on", "off"),
-    "matmul_precision": PRECISIONS,
+    "matmul_precision": ("highest", "high", "medium", "bfloat16"),
 }
 REGULARIZERS = ("mmd", "total-correlation", "free-bits")
 CONTINUOUS = ("normal", "continuous-bernoulli")
