@@ -29,7 +29,7 @@ from pyro_vae.inference.compiled import _CHECKS, _first_line, _random_state, _se
 from pyro_vae.traces import Program
 
 # A capture costs what the programs' Python costs in about so many calls.
-_CAPTURE_PAYS = 300
+_CAPTURE_PAYS = 600
 # Inductor's seconds, at the least and per operation, and the share of a replay that it saves.
 _COMPILER_SECONDS, _PER_NODE, _SAVED = 5.0, 0.03, 0.2
 _TRIES = 4  # captures of one kind of call before giving up
@@ -46,7 +46,7 @@ class Replayed:
         programs: The Pyro programs that it runs, whose attributes, closures and globals are watched for
             numbers that change.
         calls: How many calls are expected in all.
-        compile: "auto" captures where at least 300 calls lie ahead, and hands the graph to Inductor where
+        compile: "auto" captures where at least 600 calls lie ahead, and hands the graph to Inductor where
             the time ahead pays for it; True does both at once; False does neither.
     Attributes:
         reason: Why the most recent call ran uncaptured, or None.

@@ -183,7 +183,7 @@ def ais(
         device: Where the batches go; where the modules are when not given.
         seed: Seed of the chains; None goes on with torch's random state.
         progress: Show a bar; None shows it on a terminal only.
-        compile: "auto" captures the moves of a batch (see `Moves`) where there are 300 or more, and hands them
+        compile: "auto" captures the moves of a batch (see `Moves`) where there are 600 or more, and hands them
             to Inductor where that pays; True does so at once, False runs the programs for every move. The noise
             is the same, and the numbers to rounding.
     Returns:

@@ -221,7 +221,7 @@ def log_likelihood(
             on with torch's random state.
         progress: Show a bar; None shows it on a terminal only.
         compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where there are
-            300 or more of them, and hands it to Inductor where that pays; True does so at once, False runs the
+            600 or more of them, and hands it to Inductor where that pays; True does so at once, False runs the
             programs for every chunk. The samples are the same, and the numbers to rounding.
     Returns:
         The estimate with its errors and diagnostics; `advice` says which K is enough.
