@@ -5,6 +5,7 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -51,6 +52,9 @@ def batch_of(problem: Problem) -> torch.Tensor:
 def give_ours(by: torch.nn.Module, problem: Problem) -> tuple:
     """Our pair, and its weights put into a peer of torch."""
     model, guide = ours.pair(problem)
+    with torch.no_grad():  # from small weights images are all alike, and so are networks
+        for parameter in (*model.parameters(), *guide.parameters()):
+            parameter *= 2
     linear = [m for m in guide.modules() if hasattr(m, "weight")]
     loc, log_scale = (half for half in zip(linear[-1].weight.chunk(2), linear[-1].bias.chunk(2), strict=True))
     found = [(m.weight, m.bias) for m in linear[:-1]] + [loc, log_scale]
@@ -279,3 +283,39 @@ def test_sections_name_their_rows_once_and_measure_on_whole_batches():
                 assert row.module.startswith("peers.") and importlib.util.find_spec(row.module)
     on_gpu = [row for s in sections.sections("cuda") for g in s.groups for row in g.rows if row.module == "peers.ours"]
     assert {row.options.get("precision") for row in on_gpu if row.function == "build"} == {"high", "bfloat16"}
+
+
+def finished(row: Row, *rates: float, error: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(row=row, timings=timings(*rates), error=error, workers=None)
+
+
+def test_the_profile_explains_a_step_by_its_pieces():
+    (section,) = [s for s in sections.sections("cpu") if s.name == "profile"]
+    (group,) = section.groups
+    micros = {"matmul-highest": 900, "matmul-medium": 400, "matmul-bfloat16": 200, "batch": 100, "noise": 20,
+              "graph": 1_500, "adam": 250, "ours-compiled": 2_000, "numpyro": 2_200}  # fmt: skip
+    peers = [
+        finished(row, *[128e6 / micros[row.key]] * 2) if row.key in micros else finished(row, error="E: no | bf16")
+        for row in group.rows
+    ]
+    text = section.render(section.groups, [peers])
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines()}
+    assert cells["| gather and binarise"] == ["100", "100-100", "5 % |"]
+    assert cells["| of the graph, beyond its matmuls (medium)"][0] == "1,100"
+    assert cells["| of the whole step, beyond its matmuls (medium)"][0] == "1,600"
+    assert cells["| of the whole step, beyond batch, graph, adam"][:2] == ["150", "150-150"]
+    assert "failed: E: no \\| bf16" in text
+    # Nothing to subtract from where `fit` failed: dashes, not an error.
+    broken = [finished(p.row, error="E") if p.row.key.startswith("ours") else p for p in peers]
+    assert "beyond batch, graph, adam |  |  |  |" in section.render(section.groups, [broken])
+
+
+def test_the_scaling_table_has_a_line_for_each_point():
+    (section,) = [s for s in sections.sections("cpu") if s.name == "scaling"]
+    rates = {"pyro": (10, 5), "numpyro": (40, 20), "ours-compiled": (50, 25)}
+    peers = [[finished(row, *rates[row.key]) for row in group.rows] for group in section.groups]
+    peers[1][1].error = "ValueError: no"
+    lines = section.render(section.groups, peers).splitlines()[4:]
+    assert lines[0] == "| batch 32, latent 50, K = 1 | 38 | 8 | 30 | 5.00 (5.00-5.00) | 1.25 (1.25-1.25) |"
+    assert lines[1] == "| batch 128, latent 50, K = 1 | 38 | 8 | failed: ValueError: no | 5.00 (5.00-5.00) |  |"
+    assert [line.split(" | ")[0][2:] for line in lines] == [group.title for group in section.groups]
