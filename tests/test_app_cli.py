@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -335,13 +336,34 @@ def test_every_kind_of_part_goes_through_the_command(argv, here, capsys):
     assert main(["evaluate", "run", "-K", "20"]) == 0 and main(["sample", "run", "-n", "4"]) == 0
 
 
-@pytest.mark.parametrize("limit, count", [(None, 12), (64, 10), (5, 5)])
-def test_a_vamp_prior_has_as_many_pseudo_inputs_as_the_data_bear(limit, count):
-    options, dataset = read(resolve({"prior": "vamp", "limit": limit}))
+@pytest.mark.parametrize(
+    "posterior, limit, count", [("diagonal", None, 500), ("diagonal", 64, 64), ("nsf", None, 12), ("nsf", 64, 10), ("nsf", 5, 5)]
+)
+def test_a_vamp_prior_has_as_many_pseudo_inputs_as_data_and_posterior_bear(posterior, limit, count):
+    options, dataset = read(resolve({"prior": "vamp", "posterior": posterior, "limit": limit}))
     assert options.prior_options == {"num_components": count} and resolve(options.to_json()) == options
     assert build(options, dataset).model.prior.num_components == count
     given = read(resolve({"prior": "vamp", "prior_options": {"num_components": 3, "learned_weights": True}}))[0]
     assert given.prior_options == {"num_components": 3, "learned_weights": True}
+
+
+def test_counts_are_whole_numbers_and_those_of_images_their_levels(here, capsys):
+    options, dataset = read(resolve({"likelihood": "poisson"}))
+    assert options.likelihood_options == {"levels": 256} and resolve(options.to_json()) == options
+    x = dataset.train[:4]
+    given_z = build(options, dataset).decode(torch.zeros(4, 10))
+    rate = 255 * given_z.mean
+    wanted = torch.distributions.Poisson(rate).log_prob((255 * x).round()).sum((-1, -2, -3))
+    assert torch.allclose(given_z.log_prob(x), wanted, rtol=1e-5)
+    np.save("counts.npy", np.random.default_rng(0).poisson(3.0, (200, 16)).astype(np.float32))
+    np.save("fractions.npy", np.random.default_rng(0).random((200, 16), dtype=np.float32))
+    assert read(resolve({"data": "counts.npy", "likelihood": "poisson"}))[0].likelihood_options == {}
+    argv = ["fit", *TINY, "--likelihood", "negative-binomial", "--out", "run"]
+    assert main([*argv, "--data", "counts.npy"]) == 0
+    assert math.isfinite(json.loads((here / "run" / "summary.json").read_text())["test_log_likelihood"])
+    capsys.readouterr()
+    argv[-1] = "other"
+    assert "counts 0, 1, 2, ...: for grey levels v / 255" in failed([*argv, "--data", "fractions.npy"], capsys)
 
 
 @pytest.mark.slow

@@ -61,7 +61,9 @@ LIKELIHOODS = {
     "MixtureOfDiscretizedLogistics": lambda: likelihoods.MixtureOfDiscretizedLogistics(decoder(6), 2, levels=16),
     "Categorical": lambda: likelihoods.Categorical(decoder(8), levels=8),
     "Poisson": lambda: likelihoods.Poisson(decoder()),
+    "PoissonLevels": lambda: likelihoods.Poisson(decoder(), levels=16),
     "NegativeBinomial": lambda: likelihoods.NegativeBinomial(decoder(2)),
+    "NegativeBinomialLevels": lambda: likelihoods.NegativeBinomial(decoder(), levels=16),
 }
 
 

@@ -9,11 +9,15 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
+from pyro.infer import Trace_ELBO
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.data.binarization import bits_per_dimension
+from pyro_vae.inference.bounds import elbo, iwae
+from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.training import fit
 from pyro_vae.parts.distributions.continuous_bernoulli import ContinuousBernoulliLogits
 from pyro_vae.parts.distributions.counts import NegativeBinomialLogMean, PoissonLogRate
 from pyro_vae.parts.distributions.discretized_logistic import DiscretizedLogistic as Rounded
@@ -23,7 +27,11 @@ from pyro_vae.parts.likelihoods.continuous_bernoulli import ContinuousBernoulli
 from pyro_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
 from pyro_vae.parts.likelihoods.discretized_logistic import DiscretizedLogistic, MixtureOfDiscretizedLogistics
 from pyro_vae.parts.networks.dense import MLP
+from pyro_vae.parts.posteriors import DiagonalNormal
+from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.missing import observed_part
+from pyro_vae.programs.model import Model
 from pyro_vae.testing import LikelihoodLaws
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -338,6 +346,50 @@ def test_the_levels_are_those_of_the_data_module():
     # So log p is a probability's, and bits per dimension need no correction: 8 bits for the uniform.
     uniform = CategoricalLevels(torch.zeros(256, 256).view(1, 16, 16, 256)).to_event(3).log_prob(x)
     assert abs(bits_per_dimension(uniform.item(), 256, levels=1) - 8) < 1e-6
+
+
+OFF = {  # data that the family gives no probability, and data that it does
+    "discretized logistic": (DiscretizedLogistic, 100.5 / 256, 100 / 255),
+    "mixture": (MixtureOfDiscretizedLogistics, 100.5 / 256, 100 / 255),
+    "categorical": (Categorical, 100.5 / 256, 100 / 255),
+    "poisson": (Poisson, 0.5, 3.0),
+    "negative binomial": (NegativeBinomial, 0.5, 3.0),
+    "poisson levels": (lambda d: Poisson(d, levels=256), 100.5 / 256, 100 / 255),
+    "negative binomial levels": (lambda d: NegativeBinomial(d, levels=256), 100.5 / 256, 100 / 255),
+    "continuous bernoulli": (ContinuousBernoulli, 1.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_a_fit_refuses_data_that_the_family_cannot_have_drawn(name):
+    """Inside a plate, too, where a distribution that expands to itself loses Pyro's check for good."""
+    make, bad, good = OFF[name]
+    torch.manual_seed(0)
+    likelihood = make(nn.Linear(2, 768 * 5))
+    model, guide = Model(StandardNormal(2), likelihood), Guide(DiagonalNormal(nn.Flatten(), 2, likelihood(torch.zeros(2)).event_shape[0]))
+    x = torch.full((6, *likelihood(torch.zeros(2)).event_shape), good)
+    for loss in (Trace_ELBO(), Objective(elbo), Objective(iwae, 3)):
+        assert math.isfinite(fit(model, guide, x, loss=loss, epochs=1, progress=False)["loss"][-1])
+        with pytest.raises(ValueError, match="support"):
+            fit(model, guide, torch.full_like(x, bad), loss=loss, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("make", [Poisson, NegativeBinomial])
+def test_grey_levels_as_counts_are_the_counts_by_another_name(make):
+    torch.manual_seed(0)
+    counts, levels = make(nn.Identity()), make(nn.Identity(), levels=256)
+    output = torch.tensor([[-3.0, -0.5, 0.0, 2.0]])
+    v = torch.tensor([[0.0, 1.0, 80.0, 255.0]])
+    log_mean = (255 * nn.functional.softplus(output)).log()
+    same = make(nn.Identity(), link="exp")
+    given_z = levels(output)
+    assert torch.allclose(given_z.log_prob(v / 255), same(log_mean).log_prob(v), rtol=1e-5)
+    assert torch.allclose(given_z.mean, nn.functional.softplus(output), rtol=1e-5)
+    assert torch.allclose(given_z.variance, same(log_mean).variance / 255**2, rtol=1e-5)
+    draws = given_z.sample(torch.Size([20_000]))
+    assert ((draws * 255 - (draws * 255).round()).abs() < 1e-3).all()
+    within_four_standard_errors(draws, given_z.mean.double(), given_z.variance.double())
+    assert torch.allclose(counts(output).mean, nn.functional.softplus(output))
 
 
 @pytest.mark.parametrize("make", [DiscretizedLogistic, Categorical, MixtureOfDiscretizedLogistics])

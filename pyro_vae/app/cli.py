@@ -155,7 +155,7 @@ _FIT = _options(
     _option("Model", "--prior", "NAME", f"p(z): {_parts('prior')}, or module:Class. [default: normal; with "
             "von-mises-fisher hyperspherical]"),
     _option("Model", "--prior-options", "A=1,B=2", "Its options, such as num_components of vamp. "
-            "[default: 1 for 100 training images, at most 500]"),
+            "[default: 500; of flows 1 for 100 training images]"),
     _option("Model", "--likelihood", "NAME", f"p(x|z): {_parts('likelihood')}, or module:Class. [default: by data]"),
     _option("Model", "--likelihood-options", "A=1,B=2", "Its options, such as num_components=5 of logistic-mixture."),
     _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, "

@@ -28,7 +28,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 REGULARIZERS = ("mmd", "total-correlation", "free-bits")
 CONTINUOUS = ("normal", "continuous-bernoulli")
-LEVELS = ("discretized-logistic", "logistic-mixture", "categorical", "poisson", "negative-binomial")
+COUNTS = ("poisson", "negative-binomial")
+LEVELS = ("discretized-logistic", "logistic-mixture", "categorical", *COUNTS)
+FLOWS = ("planar", "sylvester", "iaf", "maf", "nsf", "coupling")
 SCALES = ("learned", "per-pixel", "network")
 
 

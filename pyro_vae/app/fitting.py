@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pyro_vae.app import evaluation, pictures
-from pyro_vae.app.defaults import CONTINUOUS, LEVELS, FitOptions
+from pyro_vae.app.defaults import CONTINUOUS, COUNTS, FLOWS, LEVELS, FitOptions
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, new_run, write_json, write_lines
 from pyro_vae.data import DATASETS, Dataset, Split, load
@@ -117,10 +117,14 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         options, binarization=dataset.train.binarization, dequantize=dataset.train.dequantize,
         likelihood=options.likelihood or ("normal" if dataset.train.binarization == "none" else "bernoulli"),
     )  # fmt: skip
+    if options.likelihood in COUNTS and not dataset.train.pixels.is_floating_point():
+        # Images hold v / 255: the counts are the v. An array of floats holds the counts themselves.
+        options = dataclasses.replace(options, likelihood_options={"levels": 256} | options.likelihood_options)
     if options.prior == "vamp" and "num_components" not in options.prior_options:
-        # As the paper's 500 for 50,000 images: each costs a look at every sample, and a few data need no more.
-        most = min(PSEUDO_INPUTS, max(10, len(dataset.train) // 100), len(dataset.train))
-        options = dataclasses.replace(options, prior_options={"num_components": most} | options.prior_options)
+        # The paper has 500 for 50,000 images. Gaussians are scored together, flows one by one at every sample.
+        most = max(10, len(dataset.train) // 100) if options.posterior in FLOWS else len(dataset.train)
+        components = min(PSEUDO_INPUTS, most, len(dataset.train))
+        options = dataclasses.replace(options, prior_options={"num_components": components} | options.prior_options)
     if options.likelihood in (*CONTINUOUS, *LEVELS) and options.binarization != "none":
         raise ValueError(
             f"got --likelihood {options.likelihood} for binary data ({options.binarization} binarization): a density "

@@ -109,8 +109,6 @@ class ContinuousBernoulliLogits(TorchDistribution):
         super().__init__(logits.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ContinuousBernoulliLogits:
-        if torch.Size(batch_shape) == self.batch_shape:
-            return self
         return ContinuousBernoulliLogits(self.logits.expand(batch_shape), validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:

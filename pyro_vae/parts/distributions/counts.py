@@ -17,11 +17,86 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.util import broadcast_all
 from torch import Tensor
 
+from pyro_vae.parts.distributions.levels import GreyLevels, to_level
+
 # Where Stirling's series with five terms reaches 1e-18 and log Gamma itself is still small.
 _LARGE = 30.0
 # Beyond r = exp(60) the negative binomial is the Poisson to every digit, and r itself would overflow float32.
 _POISSON = 60.0
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
+
+
+class Counts(constraints.Constraint):
+    """0, 1, 2, ..., or v / (L - 1) for such a v.
+
+    Args:
+        levels: L, where the counts are given as grey levels of 0 to 1 and beyond; None for the counts themselves.
+    Example:
+        >>> Counts().check(torch.tensor([3.0, 0.5, -1.0])), Counts(3).check(torch.tensor([0.5, 0.25]))
+        (tensor([ True, False, False]), tensor([ True, False]))
+    """
+
+    is_discrete = True
+    event_dim = 0
+    lower_bound = 0
+
+    def __init__(self, levels: int | None = None) -> None:
+        self.levels = levels
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        count = value if self.levels is None else value * (self.levels - 1)
+        # Far out a float is always whole, and v / (L - 1) times L - 1 is not v to the last digit.
+        close = 0.0 if self.levels is None else 0.01
+        return ((count - count.round()).abs() <= close) & (count >= 0)
+
+    def __repr__(self) -> str:
+        if self.levels is None:
+            return "counts 0, 1, 2, ...: for grey levels v / 255 give the likelihood levels=256"
+        return f"counts v / {self.levels - 1} with v in 0, 1, 2, ...: binarization='none' without dequantisation"
+
+
+class LevelsAsCounts(TorchDistribution):
+    """Grey levels x = v / (L - 1) whose v is a count, such as of photons: P(x) is the probability of v.
+
+    Args:
+        counts: The distribution of v, any shape.
+        levels: L.
+    Example:
+        >>> LevelsAsCounts(PoissonLogRate(torch.zeros(())), 256).log_prob(torch.tensor(1 / 255))
+        tensor(-1.)
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = False
+
+    def __init__(self, counts: TorchDistribution, levels: int, validate_args: bool | None = None) -> None:
+        self.counts, self.levels = counts, GreyLevels(levels).levels
+        self._support = Counts(levels)
+        super().__init__(counts.batch_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        return self._support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LevelsAsCounts:
+        return LevelsAsCounts(self.counts.expand(batch_shape), self.levels, validate_args=self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.counts.log_prob(to_level(value, self.levels))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.counts.sample(sample_shape) / (self.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.counts.mean / (self.levels - 1)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.counts.variance / (self.levels - 1) ** 2
 
 
 class PoissonLogRate(TorchDistribution):
@@ -35,7 +110,7 @@ class PoissonLogRate(TorchDistribution):
     """
 
     arg_constraints = {"log_rate": constraints.real}
-    support = constraints.nonnegative_integer
+    support = Counts()
     has_rsample = False
 
     def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
@@ -43,8 +118,6 @@ class PoissonLogRate(TorchDistribution):
         super().__init__(log_rate.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> PoissonLogRate:
-        if torch.Size(batch_shape) == self.batch_shape:
-            return self
         return PoissonLogRate(self.log_rate.expand(batch_shape), validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -79,7 +152,7 @@ class NegativeBinomialLogMean(TorchDistribution):
     """
 
     arg_constraints = {"log_mean": constraints.real, "log_concentration": constraints.real}
-    support = constraints.nonnegative_integer
+    support = Counts()
     has_rsample = False
 
     def __init__(self, log_mean: Tensor, log_concentration: Tensor, validate_args: bool | None = None) -> None:
@@ -87,8 +160,6 @@ class NegativeBinomialLogMean(TorchDistribution):
         super().__init__(self.log_mean.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NegativeBinomialLogMean:
-        if torch.Size(batch_shape) == self.batch_shape:
-            return self
         log_mean, log_r = self.log_mean.expand(batch_shape), self.log_concentration.expand(batch_shape)
         return NegativeBinomialLogMean(log_mean, log_r, validate_args=self._validate_args)
 

@@ -52,8 +52,6 @@ class DiscretizedLogistic(TorchDistribution):
         return self._support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretizedLogistic:
-        if torch.Size(batch_shape) == self.batch_shape:
-            return self
         loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
         return DiscretizedLogistic(loc, scale, self.levels, validate_args=self._validate_args)
 

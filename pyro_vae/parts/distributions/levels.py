@@ -4,6 +4,9 @@ A pixel of L levels holds x = v / (L - 1) with v in 0, ..., L - 1, as `pyro_vae.
 binarization="none" and no dequantisation: x = v / 255. Its distribution is discrete, so log p(x) is the log of
 a probability in nats, and bits per dimension are -log p / (dims log 2), with no correction for the scale of x
 (`bits_per_dimension(..., levels=1)`).
+
+`expand` never returns the distribution itself here, even where the shape stays: Pyro's ``Independent`` switches
+the validation of what it is given back off for good, and data that no level has would be scored in silence.
 """
 
 from __future__ import annotations
@@ -79,8 +82,6 @@ class CategoricalLevels(TorchDistribution):
         return self._support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> CategoricalLevels:
-        if torch.Size(batch_shape) == self.batch_shape:
-            return self
         logits = self.logits.expand(*batch_shape, self.levels)
         return CategoricalLevels(logits, validate_args=self._validate_args)
 

@@ -2,7 +2,9 @@
 
 The mean is softplus(l) or exp(l) of the decoder's output l. Both go in as logarithms, log softplus(l) = l for
 l -> -infinity, so that a count where the decoder expected none has a finite log density and a gradient that does
-not vanish. The exponential is the canonical link, and overflows float32 at l = 88; softplus grows no faster than l.
+not vanish. With `levels` x is a grey level v / (L - 1) whose v is the count, and the mean is that many times larger:
+the decoder's output stays of the size of x. The exponential is the canonical link, and overflows float32 at l = 88;
+softplus grows no faster than l.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.parts.distributions.counts import NegativeBinomialLogMean, PoissonLogRate
+from pyro_vae.parts.distributions.counts import LevelsAsCounts, NegativeBinomialLogMean, PoissonLogRate
+from pyro_vae.parts.distributions.levels import GreyLevels
 from pyro_vae.parts.likelihoods.likelihood import Likelihood
 
 _LINKS = ("softplus", "exp")
@@ -26,11 +29,19 @@ def _check_link(link: str) -> str:
     return link
 
 
-def _log_mean(link: str, output: Tensor) -> Tensor:
-    if link == "exp":
-        return output
+def _check_levels(levels: int | None) -> int | None:
+    return None if levels is None else GreyLevels(levels).levels
+
+
+def _log_mean(link: str, output: Tensor, levels: int | None) -> Tensor:
     # softplus(l) = -logsigmoid(-l) underflows far out, where its logarithm is l to 1e-13.
-    return torch.where(output < -30, output, torch.log(-F.logsigmoid(-output.clamp(min=-30))))
+    if link == "softplus":
+        output = torch.where(output < -30, output, torch.log(-F.logsigmoid(-output.clamp(min=-30))))
+    return output if levels is None else output + math.log(levels - 1)
+
+
+def _as_data(counts: TorchDistribution, levels: int | None) -> TorchDistribution:
+    return counts if levels is None else LevelsAsCounts(counts, levels)
 
 
 class Poisson(Likelihood):
@@ -39,20 +50,21 @@ class Poisson(Likelihood):
     Args:
         decoder: z, (..., D), to l, (..., *x_shape).
         link: "softplus" for m = log(1 + e^l), "exp" for m = e^l.
+        levels: L, for data x = v / (L - 1) with counts v (256 for 8-bit images), of mean (L - 1) m; None for x itself.
     Raises:
-        ValueError: Another link.
+        ValueError: Another link, fewer than two levels.
     Example:
         >>> Poisson(nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
         torch.Size([6])
     """
 
-    def __init__(self, decoder: nn.Module, link: str = "softplus") -> None:
+    def __init__(self, decoder: nn.Module, link: str = "softplus", levels: int | None = None) -> None:
         super().__init__(decoder)
-        self.link = _check_link(link)
+        self.link, self.levels = _check_link(link), _check_levels(levels)
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         (output,) = parameters
-        return PoissonLogRate(_log_mean(self.link, output))
+        return _as_data(PoissonLogRate(_log_mean(self.link, output, self.levels)), self.levels)
 
 
 class NegativeBinomial(Likelihood):
@@ -66,6 +78,7 @@ class NegativeBinomial(Likelihood):
         x_shape: Shape of one datum; needed for "per-pixel".
         initial_concentration: Where a learned r starts.
         link: "softplus" for m = log(1 + e^l), "exp" for m = e^l.
+        levels: L, for data x = v / (L - 1) with counts v (256 for 8-bit images), of mean (L - 1) m; None for x itself.
     Raises:
         ValueError: An unknown or non-positive concentration, "per-pixel" without x_shape, another link.
     Example:
@@ -80,9 +93,10 @@ class NegativeBinomial(Likelihood):
         x_shape: tuple[int, ...] | None = None,
         initial_concentration: float = 1.0,
         link: str = "softplus",
+        levels: int | None = None,
     ) -> None:
         super().__init__(decoder)
-        self.link = _check_link(link)
+        self.link, self.levels = _check_link(link), _check_levels(levels)
         self.concentration = concentration
         self.parameters_per_pixel = 2 if concentration == "network" else 1
         if not initial_concentration > 0:
@@ -103,15 +117,16 @@ class NegativeBinomial(Likelihood):
             )
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
-        log_mean = _log_mean(self.link, parameters[0])
+        log_mean = _log_mean(self.link, parameters[0], self.levels)
         if self.concentration == "network":
-            return NegativeBinomialLogMean(log_mean, parameters[1])
+            return _as_data(NegativeBinomialLogMean(log_mean, parameters[1]), self.levels)
         if isinstance(self.concentration, int | float):
-            return NegativeBinomialLogMean(log_mean, log_mean.new_full((), math.log(self.concentration)))
+            log_r = log_mean.new_full((), math.log(self.concentration))
+            return _as_data(NegativeBinomialLogMean(log_mean, log_r), self.levels)
         shape = self.log_concentration.shape
         if shape and shape != log_mean.shape[log_mean.dim() - len(shape) :]:
             raise ValueError(
                 f'concentration="per-pixel" was built for x_shape {tuple(shape)}, but the decoder returned data of '
                 f"shape {tuple(log_mean.shape[log_mean.dim() - len(shape) :])}. Give both the shape of one datum."
             )
-        return NegativeBinomialLogMean(log_mean, self.log_concentration)
+        return _as_data(NegativeBinomialLogMean(log_mean, self.log_concentration), self.levels)
