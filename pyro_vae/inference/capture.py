@@ -140,6 +140,8 @@ class Capture:
             examples = [t.detach() for t in (*args, *self.constants, *(draw() for draw in self.draws))]
             graph = fx.GraphModule({}, fx.Graph())
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
+            if self.on_cpu:
+                _split_biases(graph.graph)
             graph.recompile()
             run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
@@ -147,6 +149,25 @@ class Capture:
             count = len(args)
             run(*[scratch.get(i - count, t) for i, t in enumerate(examples)])  # a lazy failure shows here
         self._run, self.compiled = run, True
+
+
+def _split_biases(graph: fx.Graph) -> None:
+    """A product plus a bias as two operations, the second of which fuses with what follows it.
+
+    On a CPU ``addmm`` spreads the bias over the result first, and reads it back to add the product. Written
+    as an addition Inductor would make it an ``addmm`` again; x - (-b) is x + b to the bit.
+    """
+    for node in graph.find_nodes(op="call_function", target=_aten.addmm.default):
+        if node.kwargs or node.args[0].meta["val"].dim() != 1:
+            continue
+        bias, left, right = node.args
+        with graph.inserting_before(node):
+            product = graph.call_function(_aten.mm.default, (left, right))
+            minus = graph.call_function(_aten.neg.default, (bias,))
+            total = graph.call_function(_aten.sub.Tensor, (product, minus))
+        product.meta, minus.meta, total.meta = dict(node.meta), dict(bias.meta), dict(node.meta)
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
 
 
 def capturing() -> bool:
