@@ -156,6 +156,7 @@ def judge(
         raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
     run = _Run(model, guide, _taken(x, images, seed), budget, num_samples, observed, device, seed, clock)
     with evaluating(model, guide):
+        run.warm_up()
         for name in SHARES:
             if say is not None:
                 say(TITLES[name])
@@ -213,6 +214,12 @@ class _Run:
     def options(self) -> dict[str, Any]:
         return {"device": self.device, "seed": self.seed, "progress": False}
 
+    def warm_up(self) -> None:
+        """Imports, and first runs, are slow on a busy machine, and no fault of the first stage."""
+        # What a pair does not allow, the stages say.
+        with contextlib.suppress(_OutOfTime, Exception), _Deadline(self.clock, self.end):
+            log_likelihood(self.model, self.guide, self._chunk(0, 2), num_samples=25, **self.options)
+
     def stage(self, name: str) -> None:
         """Do one stage within its share of the time that is left."""
         began = self.clock()
@@ -264,7 +271,6 @@ class _Run:
     def _bounds(self) -> str:
         model, guide, pair = self.model, self.guide, self._chunk(0, 2)
         with self._piece():
-            log_likelihood(model, guide, pair, num_samples=25, **self.options)  # imports, and first runs, are slow
             for draws in (100, 2000):
                 began = self.clock()
                 log_likelihood(model, guide, pair, num_samples=draws, **self.options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -19,8 +20,9 @@ def pareto_k(log_weight: Tensor) -> Tensor:
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
     Returns:
-        k-hat, (B,): -inf for constant weights (an exact posterior), nan for fewer
-        than 25 samples, which have no tail to speak of.
+        k-hat, (B,): -inf for constant weights (an exact posterior) and where all of the tail is one
+        value (a few discrete latents: weights that have reached their maximum), nan for fewer than 25
+        samples, which have no tail to speak of.
     Example:
         >>> pareto_k(torch.zeros(100, 2))
         tensor([-inf, -inf], dtype=torch.float64)
@@ -39,8 +41,8 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
     Returns:
-        The smoothed log weights, (K, B), and k-hat, (B,), both in float64. Constant weights, and
-        fewer than 25, stay as they are.
+        The smoothed log weights, (K, B), and k-hat, (B,), both in float64. Constant weights or tails,
+        and fewer than 25 weights, stay as they are.
     Example:
         >>> smooth, k = pareto_smoothed(torch.zeros(100, 2))
         >>> bool((smooth == 0).all())
@@ -54,7 +56,9 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
         return smooth, k
     spread = log_weight.amax(0) - log_weight.amin(0)
     rounding = 100 * torch.finfo(log_weight.dtype).eps * log_weight.abs().amax(0).clamp(min=1)
-    constant = (spread <= rounding).cpu()
+    # A tail of equal weights is bounded, and has no shape: ArviZ 0.x calls it inf, and 1.x raises.
+    tail = log_weight.topk(math.ceil(min(0.2 * len(smooth), 3 * len(smooth) ** 0.5)), 0).values
+    constant = ((spread <= rounding) | (tail[0] - tail[-1] <= rounding / 25)).cpu()
     k[constant] = float("-inf")
     varying = smooth[:, ~constant]
     if varying.shape[1]:
