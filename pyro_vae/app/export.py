@@ -38,6 +38,7 @@ from torch import Tensor
 from pyro_vae.app.runs import written
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.densities import Scorer
+from pyro_vae.judging.estimates import chunk_sizes
 from pyro_vae.judging.psis import pareto_k, pareto_smoothed
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.sites import plates
@@ -48,7 +49,6 @@ LOO_IS_INVALID = (
     "az.loo and az.waic are invalid here: every datum has a latent of its own, so leaving x out leaves the prior. "
     "Compare models by log p(x) of held-out data: pyro_vae.log_likelihood(model, guide, x_test)."
 )
-_CHUNK = 2**22  # floats per tensor of decoder output, as for log_likelihood, whose draws are then the same
 _EVENTS = {1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
 
 
@@ -69,8 +69,9 @@ def to_arviz(
 ) -> Any:
     """Draws and log densities of a pair as ArviZ data.
 
-    Up to 100 data, the draws are those of `log_likelihood` under the same seed. Predictive
-    draws belong to the first posterior draws of each chain.
+    Of as many data as `log_likelihood` takes at a time (38 of 512 numbers or fewer, with 80
+    samples or more), the draws are its own under the same seed. Predictive draws belong to the
+    first posterior draws of each chain.
 
     Args:
         model: A Pyro program for p(x, z).
@@ -115,7 +116,7 @@ def to_arviz(
         args = tuple(x.to(place) if isinstance(x, Tensor) else x for x in args)
     with own_parameters(model, guide), seeded(seed), torch.no_grad():
         layout = _Layout(Scorer(model, args, kwargs), coords or {})
-        sizes = _chunk_sizes(args, kwargs, layout.size, num_samples)
+        sizes = chunk_sizes((*args, *kwargs.values()), num_samples)
         table, observed = _drawn(model, guide, args, kwargs, sizes, layout)
         weight = table.log_weight.double().cpu()
         stats = {
@@ -336,13 +337,6 @@ def _resampled(log_weight: Tensor, num_chains: int, smooth: bool) -> Tensor:
         share = (pareto_smoothed(weight)[0] if smooth else weight).log_softmax(0)
         found.append(torch.multinomial(share.exp().T, len(weight), replacement=True).T)
     return torch.stack(found)
-
-
-def _chunk_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any], num_data: int, num_samples: int) -> list[int]:
-    batch_size = max(min(100, _CHUNK // num_samples), num_data, 1)
-    values = max(sum(x.numel() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), 512 * batch_size)
-    size = max(1, _CHUNK // values)
-    return [min(size, num_samples - start) for start in range(0, num_samples, size)]
 
 
 def _check_sizes(num_samples: int, num_chains: int, num_prior: int, num_predictive: int) -> None:

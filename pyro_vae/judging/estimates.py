@@ -441,7 +441,12 @@ def _batches(
         nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
         count = len(batches)
         for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):
-            yield batch, _sizes(num_samples, max(1, rows // _length(batch))), nesting, count
+            yield batch, chunk_sizes(batch, num_samples), nesting, count
+
+
+def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:
+    """The sizes of the chunks in which K samples of one batch are drawn: who takes the same gets the same draws."""
+    return _sizes(num_samples, max(1, _CHUNK // _values(batch) // _length(batch)))
 
 
 def _values(batch: tuple[Any, ...]) -> int:
