@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.memory import reused_memory
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
@@ -210,7 +211,8 @@ def ais(
     batches = Batches(data, _batch_size(model, guide, data, num_chains), _place(model, guide, device), shuffle=False)
     found = []
     # A trajectory may leave the numbers and is then rejected; validation would raise instead.
-    with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad(), validation_enabled(False):
+    owned = own_parameters(*_programs(model, guide))
+    with owned, seeded(seed), torch.no_grad(), validation_enabled(False), reused_memory():
         with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
             for number, batch in enumerate(batches):
                 found.append(_forward(model, guide, batch, options, number, bar)[:-3])
@@ -284,7 +286,8 @@ def bdmc(
     size = min(num_data, _batch_size(model, guide, data, num_chains))
     batches = Batches(data, size, _place(model, guide, device), shuffle=False)
     found, backward, simulated = [], [], []
-    with own_parameters(*_programs(model, guide)), seeded(seed), torch.no_grad(), validation_enabled(False):
+    owned = own_parameters(*_programs(model, guide))
+    with owned, seeded(seed), torch.no_grad(), validation_enabled(False), reused_memory():
         count = -(-min(num_data, batches.num_data or num_data) // size)
         with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
             for number, batch in enumerate(_upto(batches, num_data)):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.capture import capturing, fast_matmul
+from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
 from pyro_vae.parameters import device_of, own_parameters
@@ -437,7 +438,7 @@ def _batches(
     # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
     size = max(1, min(100, rows // min(num_samples, 80), _HELD // num_samples))
     batches = Batches(data, size, place, shuffle=False)
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with own_parameters(model, guide), seeded(seed), torch.no_grad(), reused_memory():
         nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
         count = len(batches)
         for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.capture import fast_matmul
+from pyro_vae.inference.memory import reused_memory
 from pyro_vae.judging.guides import evaluating
 from pyro_vae.judging.local import (
     LocalForm,
@@ -272,7 +273,7 @@ def gaps(
     on_cpu = torch.device(place or "cpu").type == "cpu"
     with (
         own_parameters(*programs), evaluating(*programs), seeded(seed), torch.no_grad(), validation_enabled(False),
-        fast_matmul(on_cpu),
+        fast_matmul(on_cpu), reused_memory(),
     ):  # fmt: skip
         sample = Batches(data, 2, place, shuffle=False).first()
         _ = draw(model, guide, sample, {}).log_weight  # refused: no density, or a scale of one site
