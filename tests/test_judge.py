@@ -261,6 +261,9 @@ def test_the_page_is_well_formed_escaped_and_needs_nothing_else():
     assert parser.sources and all(source.startswith("data:image/png;base64,") for source in parser.sources)
     assert "<script" not in text and "a &lt;b&gt; &amp; c" in text
     assert "log p(x)" in text and "Verdict" in text
+    asked = iter([False, False, True])
+    short = html.page(found, "x", late=lambda: next(asked))
+    assert short.count("<img") == 2 and "left out for want of time" in short and "left out" not in text
     assert "torch" not in html.page(Judgement(found.numbers | {"protocol": {"seed": 0}}, found.findings), "x", {})
     told = found.numbers | {"protocol": {"num_samples": 5, "versions": {"torch": "2.0"}}}
     assert "num samples 5, torch 2.0." in html.page(Judgement(told, found.findings), "x", {})

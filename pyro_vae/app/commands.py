@@ -119,7 +119,7 @@ def judge_run(
     said |= {"budget_seconds": budget, "seconds": round(time.monotonic() - started, 3)}
     text = found.to_json()
     written(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
-    page = html.page(found, f"Judgement of {run}")
+    page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)
     written(folder / "judgement.html", lambda partial: partial.write_text(page, encoding="utf-8"))
     if as_json:
         click.echo(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -29,15 +29,30 @@ figure { margin: 1rem 0; } img { max-width: 100%; } figcaption, .small { color: 
 """
 
 
-def page(judgement: Judgement, title: str, pictures: Mapping[str, tuple[Figure, str]] | None = None) -> str:
+def page(
+    judgement: Judgement,
+    title: str,
+    pictures: Mapping[str, tuple[Figure, str]] | None = None,
+    late: Callable[[], bool] | None = None,
+) -> str:
     """The judgement as HTML.
 
     Args:
         judgement: What `judge` found.
         title: What was judged.
         pictures: By name, with a caption each; those of `draw` if omitted.
+        late: Asked before each picture; once it is, the rest is left out, and said to be.
     """
-    shown = draw(judgement) if pictures is None else pictures
+    given = _draw(judgement) if pictures is None else ((n, *pair) for n, pair in pictures.items())
+    figures = ""
+    for name, figure, caption in given:
+        if late is not None and late():
+            figures += '<p class="small">Further pictures were left out for want of time.</p>'
+            break
+        figures += (
+            f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{_png(figure)}"><figcaption>'
+            f"{escape(caption)}</figcaption></figure>"
+        )
     found = "".join(_item(f.text, f.advice, f.culprit) for f in judgement.findings)
     stages = "".join(
         f"<tr><th>{escape(TITLES.get(s['name'], s['name']))}</th><td>{escape(s['status'])}</td>"
@@ -49,11 +64,6 @@ def page(judgement: Judgement, title: str, pictures: Mapping[str, tuple[Figure, 
         for name, value, note in table(judgement.numbers)
     )
     protocol = ", ".join(_protocol(judgement.numbers["protocol"]))
-    figures = "".join(
-        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{_png(figure)}"><figcaption>{escape(caption)}'
-        "</figcaption></figure>"
-        for name, (figure, caption) in shown.items()
-    )
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -61,7 +71,7 @@ def page(judgement: Judgement, title: str, pictures: Mapping[str, tuple[Figure, 
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
         f'<h1>{escape(title)}</h1><h2>Verdict</h2><ul class="verdict">{found}</ul>'
         f'<h2>Numbers</h2><table>{rows}</table><p class="small">Nats per datum, with Monte Carlo standard errors given '
-        f"these data; after the word data, what other data of the kind would add. {escape(protocol)}.</p>"
+        f"these data; data ± is the error for other data of the kind. {escape(protocol)}.</p>"
         f"<h2>What was done</h2><table>{stages}</table>"
         f"<h2>Pictures</h2>{figures}</body></html>\n"
     )
@@ -88,7 +98,7 @@ def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if gaps.get(name) is not None:
             title = {"amortization": "amortisation"}.get(name, name)
             rows.append((f"{title} gap", nats(gaps[name], gaps[f"{name}_stderr"]),
-                         f"{said}; {gaps['images']} data {_error(gaps.get(f'{name}_data_stderr'))}"))  # fmt: skip
+                         f"{said}; {gaps['images']} data; data {_error(gaps.get(f'{name}_data_stderr'))}"))  # fmt: skip
     if bracket:
         rows.append(("bracket width", nats(bracket["width"], bracket["width_stderr"]),
                      f"{bracket['num_data']} simulated data, {bracket['num_steps']} steps"))  # fmt: skip
@@ -100,14 +110,17 @@ def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def draw(judgement: Judgement) -> dict[str, tuple[Figure, str]]:
     """The pictures that the numbers allow, with their captions, by name."""
+    return {name: (figure, caption) for name, figure, caption in _draw(judgement)}
+
+
+def _draw(judgement: Judgement) -> Iterator[tuple[str, Figure, str]]:
     numbers, arrays = judgement.numbers, judgement.arrays
     bounds, gaps, latents = (numbers.get(name) for name in ("bounds", "gaps", "latents"))
-    found: dict[str, tuple[Figure, str]] = {}
     if gaps and gaps.get("inference") is not None:
         row = {"guide": "guide", "total": gaps["inference"], "total_stderr": gaps["inference_stderr"]}
         row |= {k: gaps.get(k) for part in ("approximation", "amortization") for k in (part, f"{part}_stderr")}
         caption = "What the guide loses: its family's part, and its encoder's. Bars of error are two standard errors."
-        found["gaps"] = (judging_plots.gap_bars([row]), caption)
+        yield "gaps", judging_plots.gap_bars([row]), caption
     if bounds and bounds.get("curve"):
         curve = bounds["curve"]
         figure = judging_plots.bounds_by_samples(
@@ -115,28 +128,27 @@ def draw(judgement: Judgement) -> dict[str, tuple[Figure, str]]:
             {"importance-weighted bound": curve["stderr"]}, *((gaps["log_p"], gaps["log_p_stderr"]) if gaps and
             gaps["images"] == bounds["images"] else (None, 0.0)),
         )  # fmt: skip
-        found["samples"] = (figure, "The estimate of log p(x) at smaller numbers of samples; at K = 1 it is the ELBO.")
+        yield "samples", figure, "The estimate of log p(x) at smaller numbers of samples; at K = 1 it is the ELBO."
     if "pareto_k" in arrays and bool(arrays["pareto_k"].isfinite().any()):
         x = arrays["images"]
         images = x.float().clamp(0, 1).cpu() if getattr(x, "dim", lambda: 0)() == 4 and x.shape[1] in (1, 3) else None
         figure = judging_plots.khat_against_log_p(arrays["pareto_k"], arrays["log_p"], arrays["khat_limit"], images)
-        found["khat"] = (figure, "Which data have weights that cannot be relied upon.")
+        yield "khat", figure, "Which data have weights that cannot be relied upon."
     if "bracket_lower" in arrays:
         figure = judging_plots.bracket(
             arrays["bracket_lower"], arrays["bracket_upper"], lower_stderr=arrays.get("bracket_lower_stderr")
         )
-        found["bracket"] = (figure, "On data simulated from the model log p(x) lies between both bounds, on average.")
+        yield "bracket", figure, "On data simulated from the model log p(x) lies between both bounds, on average."
     if "ranks" in arrays:
-        found["ranks"] = (
-            _ranks(arrays, numbers.get("calibration") or {}),
+        yield (
+            "ranks", _ranks(arrays, numbers.get("calibration") or {}),
             "A valley says that the guide is too narrow there, a hump too wide, a slope biased; the worst come first.",
-        )
+        )  # fmt: skip
     if latents and latents.get("kl"):
         figure = judging_plots.kl_by_dimension(
             list(latents["kl"].values()), latents["kl_data_stderr"], names=list(latents["kl"])
         )
-        found["kl"] = (figure, "How many nats each latent carries, on average over the data.")
-    return found
+        yield "kl", figure, "How many nats each latent carries, on average over the data."
 
 
 def _ranks(arrays: Mapping[str, Any], calibration: Mapping[str, Any]) -> Figure:
