@@ -461,6 +461,18 @@ def test_fit_captures_where_that_pays_and_keeps_its_promises():
     assert histories[0]["bound"] == pytest.approx(histories[1]["bound"], rel=1e-3)
 
 
+@pytest.mark.parametrize("seconds, wanted", [(0.0, True), (1e9, False)])
+def test_auto_calls_the_compiler_where_the_time_ahead_pays_for_it(seconds, wanted, monkeypatch):
+    called = []
+    monkeypatch.setattr("pyro_vae.inference.training._COMPILER_SECONDS", seconds)
+    monkeypatch.setattr(Compiled, "_compile", lambda self, entry, step: called.append(entry.replays))
+    fit(*small_pair(), binary(12), epochs=500, batch_size=12)
+    assert bool(called) == wanted and (not called or called[0] >= 40)
+    fit(*small_pair(), binary(12), epochs=499, batch_size=12)
+    fit(*small_pair(), binary(12), epochs=500, batch_size=12, compile=False)
+    assert len([n for n in called if n == called[0]]) <= 1
+
+
 def test_a_loss_that_is_not_finite_is_named_in_a_compiled_fit_too():
     model, guide = normal_pair()
     data = binary(24)

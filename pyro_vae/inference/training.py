@@ -33,7 +33,9 @@ from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
-_CAPTURE_PAYS, _COMPILER_PAYS = 500, 20_000  # steps: a capture costs about a second, Inductor up to half a minute
+_CAPTURE_PAYS = 500  # steps: a capture costs about a second
+# Inductor costs up to half a minute and saves at least a quarter of the time of a replay.
+_COMPILER_SECONDS, _SAVED, _TIMED = 20.0, 0.25, 40
 
 
 @dataclass
@@ -127,9 +129,9 @@ def fit(
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
             If it is there already, the fit goes on from it, to the bit.
         compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
-            Inductor; "auto" captures them in fits of 500 steps or more and compiles them in
-            fits of 20,000 or more, where it pays, unless there is a checkpoint: a compiled
-            fit goes on from one to rounding, not to the bit.
+            Inductor; "auto" captures them in fits of 500 steps or more and compiles them where,
+            by the clock, a minute or more of them lies ahead, unless there is a checkpoint: a
+            compiled fit goes on from one to rounding, not to the bit.
     Returns:
         The history. The pair is trained in place and left in evaluation mode.
     Raises:
@@ -177,9 +179,11 @@ def fit(
             with seeded(0), torch.no_grad():
                 Objective().particles(model, guide, *Batches(validation, 500, place, shuffle=False).first())
         steps = epochs * len(batches)
+        given = compiled is not None
         if compiled is None:
             compiled = _compiled(loss, compile, steps, checkpoint is not None)
         stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), batches, compiled)
+        stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
         if checkpoint is not None:
             # Pyro's losses have no repr of their own.
@@ -231,8 +235,7 @@ def _compiled(loss: Any, compile: bool | str, steps: int, resumable: bool) -> Co
         raise ValueError(f'got compile={compile!r}, wanted True, False or "auto".')
     if compile == "auto" and (resumable or steps < _CAPTURE_PAYS) or compile is False:
         return None
-    pays = compile is True or steps >= _COMPILER_PAYS
-    return Compiled(loss, compile_after=10 if pays else None, quiet=compile == "auto")
+    return Compiled(loss, compile_after=10 if compile is True else None, quiet=compile == "auto")
 
 
 def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper) -> None:
@@ -305,6 +308,7 @@ class _Stepper:
             else:
                 compiled = None
             model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
+        self.considers, self._timed = False, 0.0
         self.batches = batches
         self.svi = SVI(model, guide, optimizer, loss)
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
@@ -373,6 +377,8 @@ class _Stepper:
             value = replayed.double()  # read every now and then, since each look waits for the GPU
         if isinstance(value, float):
             self._check_finite(value)
+        if self.considers:
+            self._consider()
         if self.steps == 0 and not self.parameters():
             raise ValueError(
                 "no parameter of model or guide had a gradient, so there is nothing to train. Register networks with "
@@ -380,6 +386,16 @@ class _Stepper:
             )
         self.steps += 1
         return value
+
+    def _consider(self) -> None:
+        """Hand the steps to Inductor if, by the time they take, that will pay."""
+        if self.steps == _TIMED:
+            self._timed = time.perf_counter()
+        elif self.steps == 2 * _TIMED:
+            self.considers = False
+            each = (time.perf_counter() - self._timed) / _TIMED
+            if self.graph is not None and each * (self.total - self.steps) * _SAVED > _COMPILER_SECONDS:
+                self.graph.compiled.compile_after = 0
 
     def _check_finite(self, value: float | Tensor) -> None:
         if not math.isfinite(value):
