@@ -436,11 +436,13 @@ def test_pyro_s_elbo_and_ours_are_one_number(kind):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("kind", [Hamiltonian, SemiAmortized])
-def test_it_is_judged_without_gradients_outside(kind):
-    guide = kind(bad_guide, PAIR.model, 3, 0.05)
+@pytest.mark.parametrize("kind, step_size", [(Hamiltonian, 0.05), (SemiAmortized, 0.002)])
+def test_it_is_judged_without_gradients_outside(kind, step_size):
+    # Small steps for the second: on noisy gradients longer ones leave a guide with a k-hat that is not ok, of
+    # whose estimate the standard error says nothing.
+    guide = kind(bad_guide, PAIR.model, 3, step_size)
     estimate = log_likelihood(PAIR.model, guide, X, num_samples=1000, progress=False)
-    assert abs(estimate.value - EVIDENCE.mean().item()) < 4 * estimate.mc_stderr
+    assert estimate.khat_ok > 0.9 and abs(estimate.value - EVIDENCE.mean().item()) < 4 * estimate.mc_stderr
     with torch.no_grad():
         table = particles(PAIR.model, guide, X, num_samples=4)
     assert not table.log_weight.requires_grad
