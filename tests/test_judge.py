@@ -16,6 +16,7 @@ from pyro_vae.app.cli import main
 from pyro_vae.app.commands import judge_run
 from pyro_vae.app.judge import SHARES, Judgement, judge
 from pyro_vae.app.verdicts import Finding, material, nats, verdict
+from pyro_vae.judging.estimates import log_likelihood
 from tests.pairs import binary, linear_pair, small_pair
 
 
@@ -121,6 +122,8 @@ def test_the_estimator_is_at_fault_where_more_samples_would_mend_it():
     assert culprits(bounds=heavy | {"short": 0.0}) == set() and "may be too low" in said(bounds=heavy | {"short": 0.0})
     assert "can be relied upon" in said(bounds=BOUNDS | {"short": 0.01})
     assert "not known" in said(bounds=BOUNDS | {"short": None})
+    noisy = BOUNDS | {"short": 0.09, "short_stderr": 0.06}
+    assert culprits(bounds=noisy) == set() and "0.09 ± 0.06 nats, is within the errors" in said(bounds=noisy)
     assert culprits(bounds=BOUNDS, gaps=split(0.0, 0.9), latents=DEAD) == {"dead encoder"}
     assert "consequence of the dead encoder" in said(bounds=BOUNDS, gaps=split(0.0, 0.9), latents=DEAD)
 
@@ -136,6 +139,7 @@ def test_bracket_and_calibration_in_words():
              "coverage_worst": 0.7}  # fmt: skip
     assert "too narrow in a (90 % intervals cover down to 70 %)" in said(calibration=ranks)
     assert "is calibrated" in said(calibration=ranks | {"calibrated": True})
+    assert "says nothing here" in said(calibration=ranks | {"calibrated": True}, latents=DEAD)
 
 
 def run(model, guide, x, **options):
@@ -172,16 +176,20 @@ def test_planted_a_dead_encoder():
     assert found.findings[0].culprit == "dead encoder"
 
 
-def test_planted_too_small_a_number_of_samples():
+@pytest.mark.parametrize("count", [3, 5])
+def test_planted_too_small_a_number_of_samples(count):
     pair, x = linear_pair(stretch=1.8)
-    few = run(pair.model, pair.guide, x, num_samples=5, images=24)
+    few = run(pair.model, pair.guide, x, num_samples=count, images=24)
     assert "estimator" in few.culprits and "family" not in few.culprits
-    assert "K = 5 is too small" in str(few)
+    assert f"K = {count} is too small" in str(few)
     bounds = few.numbers["bounds"]
     truth = pair.bed.log_evidence(x[: bounds["images"]]).mean().item()
-    lacks = truth - bounds["curve"]["value"][bounds["curve"]["num_samples"].index(5)]
-    assert abs(lacks - bounds["short"]) < 4 * bounds["short_stderr"] + 0.01
+    many = [log_likelihood(pair.model, pair.guide, x[: bounds["images"]], num_samples=count, seed=s) for s in range(400)]
+    values = torch.tensor([e.value for e in many])
+    lacks, noise = truth - values.mean().item(), values.std().item() / 400**0.5
+    assert abs(lacks - bounds["short"]) < 4 * math.hypot(bounds["short_stderr"], noise)
     assert abs(truth - bounds["reference_log_p"]) < 0.02
+    assert bounds["short_stderr"] < lacks / 3
     many = run(pair.model, pair.guide, x, num_samples=1000, images=24, budget=1.0)
     assert "estimator" not in many.culprits
 

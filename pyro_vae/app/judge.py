@@ -375,10 +375,9 @@ class _Run:
             error = math.hypot(spread, noise.square().sum().sqrt().item() / size)
         if best.num_samples > judged.num_samples and source.startswith("that"):
             # One draw of few samples is noisy: what they lack on average, the blocks of the larger K know.
-            at = max(i for i, k in enumerate(curve.num_samples) if k <= judged.num_samples)
-            if curve.num_samples[at] == judged.num_samples:
-                short = (curve.value[-1] - curve.value[at]).item() + abs(best.bias)
-                error = math.hypot(curve.mc_stderr[at].item(), best.mc_stderr)
+            value, noise_there = _at(curve, judged.num_samples)
+            short = curve.value[-1].item() - value + abs(best.bias)
+            error = math.hypot(noise_there, best.mc_stderr)
         enough = None
         if best.khat_ok >= 0.9:
             # What the curve lacks at K', from its own end, whose bias the jackknife tells.
@@ -646,6 +645,18 @@ def _joined_gaps(parts: list[Gaps]) -> Gaps:
         source=parts[-1].source,
         num_samples=parts[0].num_samples,
     )  # fmt: skip
+
+
+def _at(curve: Curve, count: int) -> tuple[float, float]:
+    """A curve at any K, linear in log K, and its error: a quarter of the step between two points is added."""
+    after = next(i for i, k in enumerate(curve.num_samples) if k >= count)
+    if curve.num_samples[after] == count:
+        return curve.value[after].item(), curve.mc_stderr[after].item()
+    a, b = curve.num_samples[after - 1 : after + 1]
+    share = math.log(count / a) / math.log(b / a)
+    low, high = curve.value[after - 1 : after + 1].tolist()
+    noise = curve.mc_stderr[after - 1 : after + 1].max().item()
+    return low + share * (high - low), math.hypot(noise, (high - low) / 4)
 
 
 def _said(part: Part | None) -> str:

@@ -228,6 +228,9 @@ def estimate(numbers: Numbers) -> list[Finding]:
                 "Anneal (ais) where the last tenth of a nat matters.",
             )
         )
+    elif _known(short) and _known(error) and short + 2 * error > 3 * RELEVANT:
+        text = f"{value}: what it lacks, {nats(short, error)} nats, is within the errors."
+        findings.append(Finding("estimate", text, None, "Increase K, or judge more images."))
     elif _known(short):
         findings.append(Finding("estimate", f"{value} can be relied upon: it lacks {nats(short, error)} nats."))
     else:
@@ -242,6 +245,11 @@ def calibration(numbers: Numbers) -> list[Finding]:
     if not found:
         return []
     over = f"on {found['num_data']} data simulated from the model"
+    if found["calibrated"] and unused(numbers):
+        return [
+            Finding("calibration", f"The guide passes calibration {over}, which says nothing here: a guide that is the "
+                    "prior always does.")
+        ]  # fmt: skip
     if found["calibrated"]:
         return [Finding("calibration", f"The guide's uncertainty is calibrated {over}, as far as these can show.")]
     bad = {n: v for n, v in zip(found["names"], found["verdicts"], strict=True) if v != "calibrated"}
