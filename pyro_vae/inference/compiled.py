@@ -15,33 +15,27 @@ in globals. What else could live in Python is found out by a check: at the 1st, 
 from __future__ import annotations
 
 import copy
-import types
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.poutine.runtime import _PYRO_STACK, apply_stack
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
-from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
+from pyro_vae.inference.calls import Entry, Step, Whole, _Site
 from pyro_vae.inference.capture import Capture, Uncapturable
 from pyro_vae.inference.cuda_graphs import CudaGraph
-from pyro_vae.inference.optimizers import Update
-from pyro_vae.inference.precision import bfloat16_active
+from pyro_vae.inference.watching import CHECKS, Watched, first_line, forked, random_state, set_random_state, why
 from pyro_vae.parameters import _OwnParameters, own_parameters
 from pyro_vae.traces import Program
 
 _MEMORY = 64  # kinds of step that are remembered
 _LIMIT = 8  # captures of one kind of step, and kinds of step, before giving up
-_SCALARS = (bool, int, float, str, type(None))
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 
 
 class Compiled(ELBO):
@@ -89,7 +83,7 @@ class Compiled(ELBO):
     def _forget(self) -> None:
         self.reason: str | None = None
         self.captures = 0
-        self._entries: dict[Any, _Entry] = {}
+        self._entries: dict[Any, Entry] = {}
         self._refused: dict[Any, str] = {}
         self._tries: dict[Any, int] = {}
         self._seen: set[Any] = set()
@@ -132,7 +126,7 @@ class Compiled(ELBO):
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """The loss as a number; its gradients are added to the parameters' ``.grad``."""
-        step = _Step.of(model, guide, args, kwargs)
+        step = Step.of(model, guide, args, kwargs)
         entry = self._ready(step)
         if entry is not None:
             value = self._replay(entry, step)
@@ -153,7 +147,7 @@ class Compiled(ELBO):
             optimiser's step was part of the graph); None, with nothing done, where there is
             no graph for such a step yet: take an ordinary step.
         """
-        step = _Step.of(model, guide, tuple(tensors), {}, whole)
+        step = Step.of(model, guide, tuple(tensors), {}, whole)
         entry = self._ready(step)
         if entry is not None:
             value = self._replay(entry, step)
@@ -168,13 +162,13 @@ class Compiled(ELBO):
 
     def refused(self, model: Program, guide: Program, tensors: Sequence[Tensor], whole: Whole) -> bool:
         """Whether such a training step was tried as one graph, and cannot be."""
-        step = _Step.of(model, guide, tuple(tensors), {}, whole)
+        step = Step.of(model, guide, tuple(tensors), {}, whole)
         return step.key is None or step.key in self._refused
 
     def _get_trace(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("Compiled replays graphs; the traces are those of the loss inside.")
 
-    def _ready(self, step: _Step) -> _Entry | None:
+    def _ready(self, step: Step) -> Entry | None:
         if step.key is None:
             return None
         entry = self._entries.get(step.key)
@@ -189,7 +183,7 @@ class Compiled(ELBO):
         self._seen.discard(step.key)  # one step of the programs' own first: it may find out about plates anew
         return None
 
-    def _replay(self, entry: _Entry, step: _Step) -> Tensor | None:
+    def _replay(self, entry: Entry, step: Step) -> Tensor | None:
         entry.replays += 1
         self._replays += 1
         # A kind of step that is rare, such as the last batch of an epoch, is not worth a compiler's seconds.
@@ -197,7 +191,7 @@ class Compiled(ELBO):
         if self.compile_after is not None and entry.replays >= max(self.compile_after, 1) and often:
             self._compile(entry, step)
         expected, written = None, []
-        if entry.replays in _CHECKS or entry.unchecked:
+        if entry.replays in CHECKS or entry.unchecked:
             written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
             expected = self._expected(step, written)
             entry.unchecked = False
@@ -221,10 +215,10 @@ class Compiled(ELBO):
         self.reason = None
         return loss
 
-    def _expected(self, step: _Step, written: list[tuple[Tensor, Tensor]]) -> float | None:
+    def _expected(self, step: Step, written: list[tuple[Tensor, Tensor]]) -> float | None:
         """The loss of the programs themselves, from the noise that the replay will draw."""
         bound = getattr(self.inner, "last_bound", None)
-        with _forked(step.tensors), pyro.validation_enabled(False), own_parameters(step.model, step.guide):
+        with forked(step.tensors), pyro.validation_enabled(False), own_parameters(step.model, step.guide):
             args, kwargs = step.rebuilt(step.tensors)
             value = self.inner.loss(step.model, step.guide, *args, **kwargs)
         if bound is not None:
@@ -232,7 +226,7 @@ class Compiled(ELBO):
         _put_back(written)
         return float(value) if torch.isfinite(torch.as_tensor(value)).all() else None
 
-    def _compile(self, entry: _Entry, step: _Step) -> None:
+    def _compile(self, entry: Entry, step: Step) -> None:
         if entry.tried:
             return
         entry.tried = True
@@ -244,12 +238,12 @@ class Compiled(ELBO):
             if any(t.device.type == "cuda" for t in entry.capture.constants):
                 self._record(entry.capture, step.tensors)
         except Exception as error:  # whatever the compiler lacks, the graph is there already
-            self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({_first_line(error)})")
+            self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({first_line(error)})")
 
     def _record(self, capture: Capture, tensors: Sequence[Tensor]) -> None:
         """Play the compiled graph's launches back as one CUDA graph, where all of it is on one GPU."""
         noise = [draw() for draw in capture.draws]
-        with torch.no_grad(), _forked([*tensors, *capture.constants]):
+        with torch.no_grad(), forked([*tensors, *capture.constants]):
             noise = [draw() for draw in capture.draws]
             inputs = [*tensors, *capture.constants, *noise]
             fixed = [False] * len(tensors) + [True] * len(capture.constants) + [False] * len(noise)
@@ -257,9 +251,9 @@ class Compiled(ELBO):
                 capture._run = CudaGraph(capture._run, inputs, fixed, capture.mutated)
             except Exception as error:
                 self._say(f"the steps are launched one kernel at a time, since CUDA did not record them "
-                          f"({_first_line(error)})")
+                          f"({first_line(error)})")
 
-    def _capturable(self, step: _Step) -> bool:
+    def _capturable(self, step: Step) -> bool:
         """Whether to capture a step that has no graph: from the second of its kind on."""
         if step.key not in self._seen or step.key is None:
             self.reason = step.reason or "the first step of its kind"
@@ -275,15 +269,15 @@ class Compiled(ELBO):
             return False
         return True
 
-    def _slowly(self, step: _Step) -> Any:
+    def _slowly(self, step: Step) -> Any:
         value = self._capture(step) if self._capturable(step) else None
         return self._eagerly(step) if value is None else value.item()
 
-    def _eagerly(self, step: _Step) -> Any:
+    def _eagerly(self, step: Step) -> Any:
         with own_parameters(step.model, step.guide):
             return self.inner.loss_and_grads(step.model, step.guide, *step.args, **step.kwargs)
 
-    def _refuse(self, step: _Step, reason: str) -> None:
+    def _refuse(self, step: Step, reason: str) -> None:
         self._refused[step.key] = self.reason = reason
         if step.whole is None or step.whole.last:
             self._say(f"the steps are not compiled, since {reason}")
@@ -293,7 +287,7 @@ class Compiled(ELBO):
             warnings.warn(f"{self!r}: {sentence}.", stacklevel=4)
         self._said.add(sentence)
 
-    def _capture(self, step: _Step) -> Tensor | None:
+    def _capture(self, step: Step) -> Tensor | None:
         """Run a step and write it down; the loss, or None, with nothing done, where that cannot be."""
         self._tries[step.key] = self._tries.get(step.key, 0) + 1
         if self._tries[step.key] > _LIMIT:
@@ -301,8 +295,8 @@ class Compiled(ELBO):
             return None
         while len(self._entries) >= _LIMIT:
             del self._entries[next(iter(self._entries))]
-        watched = _Watched((step.model, step.guide), self.inner)
-        beta, state = getattr(self.inner, "beta", 1), _random_state(step.tensors)
+        watched = Watched((step.model, step.guide), self.inner)
+        beta, state = getattr(self.inner, "beta", 1), random_state(step.tensors)
         changing = [buffer for module in watched.modules for buffer in module.buffers()]
         if step.whole is not None:
             changing += step.whole.tensors()
@@ -333,7 +327,7 @@ class Compiled(ELBO):
             with pyro.validation_enabled(False):
                 capture = Capture(function, step.tensors, None if step.whole is None else step.whole.update)
         except Exception as error:
-            _set_random_state(state)
+            set_random_state(state)
             _put_back(written)
             if step.whole is not None:
                 step.whole.advance(-1)
@@ -345,10 +339,10 @@ class Compiled(ELBO):
             if live is not None:
                 self.inner.beta = beta
         if failure is not None:
-            self._refuse(step, _why(failure))
+            self._refuse(step, why(failure))
             return None
         self.captures += 1
-        entry = _Entry(capture, watched, [_Site.of(site) for site in sites.values()], live, with_bound)
+        entry = Entry(capture, watched, [_Site.of(site) for site in sites.values()], live, with_bound)
         if watched.changed():
             self._refuse(step, f"{watched.changed()} changes while the programs run")
         else:
@@ -366,29 +360,6 @@ class Compiled(ELBO):
         return results[0]
 
 
-class Whole:
-    """What belongs to a training step beside the loss.
-
-    Args:
-        prepare: From the step's tensors, such as an index, to the arguments of the programs.
-        update: The optimiser's step, to be part of the graph; None to leave it out.
-        key: What tells such steps apart, as far as they need different graphs.
-        last: Whether nothing less is tried where this cannot be captured, so that a word is due.
-    """
-
-    def __init__(
-        self, prepare: Callable[..., tuple[Any, ...]], update: Update | None, key: Any, last: bool = False
-    ) -> None:
-        self.prepare, self.update, self.key, self.last = prepare, update, key, last
-
-    def advance(self, steps: int) -> None:
-        if self.update is not None:
-            self.update.advance(steps)
-
-    def tensors(self) -> list[Tensor]:
-        return [] if self.update is None else self.update.tensors()
-
-
 def _put_back(written: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for tensor, before in written:
@@ -404,192 +375,6 @@ def _add_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> Non
                 leaf.grad.add_(gradient)
 
 
-_CHECKS = frozenset(10**n for n in range(9))
-
-
-class _Step(NamedTuple):
-    """One call: its tensors, and all else that it rests on as a key."""
-
-    model: Program
-    guide: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tensors: list[Tensor]
-    key: Any
-    reason: str | None
-    whole: Whole | None
-
-    @classmethod
-    def of(
-        cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Whole | None = None
-    ) -> _Step:
-        if not kwargs and all(type(a) is Tensor for a in args):  # spares pytree's code, the usual case
-            leaves, structure = list(args), None
-        else:
-            leaves, structure = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        rest = tuple(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
-        reason = None
-        if any(t.requires_grad for t in tensors):
-            reason = "an argument requires a gradient"
-        elif any(not isinstance(leaf, (Tensor, *_SCALARS)) for leaf in leaves):
-            odd = next(leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_SCALARS)))
-            reason = f"an argument is a {type(odd).__name__}, wanted tensors and numbers"
-        elif not torch.is_grad_enabled():
-            reason = "gradients are switched off"
-        key = None
-        if reason is None:
-            shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-            device = tensors[0].device.type if tensors else "cpu"
-            key = (model, guide, structure and str(structure), rest, shapes, torch.is_autocast_enabled(device),
-                   torch.get_autocast_dtype(device), torch.get_default_dtype(), bfloat16_active(),
-                   None if whole is None else whole.key)  # fmt: skip
-        return cls(model, guide, args, kwargs, tensors, key, reason, whole)
-
-    def rebuilt(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The programs' arguments, made of these tensors."""
-        if self.whole is not None:
-            return self.whole.prepare(*tensors), {}
-        leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
-        new = iter(tensors)
-        return pytree.tree_unflatten([next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
-
-
-class _Watched:
-    """What programs and loss read in Python, as far as it can be found: names in mappings."""
-
-    def __init__(self, programs: Sequence[Program], loss: ELBO) -> None:
-        self.modules: list[nn.Module] = []
-        self._places: list[tuple[Callable[[Any], Any], Any]] = []
-        self._seen: set[int] = set()
-        for program in programs:
-            self._program(program)
-        settings = {k: v for k, v in vars(loss).items() if k not in ("last_bound", "beta") and not k.startswith("_")}
-        self._places += [(vars(loss).get, name) for name in settings]
-        store = pyro.get_param_store()._params
-        self._places += [(store.get, name) for name in store]
-        self.before = self._now()
-
-    def _now(self) -> list[Any]:
-        return [get(name) for get, name in self._places]
-
-    def fresh(self) -> bool:
-        try:
-            return self.before == self._now()
-        except (RuntimeError, ValueError):  # tensors that are not the same object, compared by their values
-            return False
-
-    def changed(self) -> str | None:
-        """The name of one that is not as it was."""
-        for (_, name), before, now in zip(self._places, self.before, self._now(), strict=True):
-            if before is not now and not (isinstance(before, _SCALARS) and before == now):
-                return repr(getattr(name, "cell_contents", name) if not isinstance(name, str) else name)
-        return None
-
-    def _program(self, program: Any) -> None:
-        if id(program) in self._seen:
-            return
-        self._seen.add(id(program))
-        if isinstance(program, nn.Module):
-            self._module(program)
-        elif isinstance(program, types.MethodType):
-            self._program(program.__self__)
-            self._program(program.__func__)
-        elif isinstance(program, types.FunctionType):
-            self._function(program)
-        elif hasattr(program, "func"):  # functools.partial, and Pyro's handlers around a program
-            self._program(program.func)
-            for value in (*getattr(program, "args", ()), *getattr(program, "keywords", {}).values()):
-                if callable(value):
-                    self._program(value)
-        elif hasattr(program, "__dict__"):
-            self._places += [(vars(program).get, name) for name in vars(program)]
-
-    def _module(self, module: nn.Module) -> None:
-        self.modules.append(module)
-        for part in module.modules():
-            for name, value in vars(part).items():
-                if name not in _MODULE_ATTRIBUTES and isinstance(value, (*_SCALARS, Tensor, types.FunctionType)):
-                    self._places.append((vars(part).get, name))
-            for slots in (part._parameters, part._buffers, part._modules):
-                self._places += [(slots.get, name) for name in slots]
-
-    def _function(self, function: types.FunctionType) -> None:
-        for cell in function.__closure__ or ():
-            self._places.append((_contents, cell))
-            self._value(_contents(cell))
-        for name in function.__code__.co_names:
-            if name in function.__globals__:
-                value = function.__globals__[name]
-                if isinstance(value, (*_SCALARS, Tensor, nn.Module)):
-                    self._places.append((function.__globals__.get, name))
-                    self._value(value)
-
-    def _value(self, value: Any) -> None:
-        if isinstance(value, (nn.Module, types.MethodType, types.FunctionType)):
-            self._program(value)
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
-class _Site(NamedTuple):
-    """A param statement of the programs, to be told to the handlers around a replay."""
-
-    name: str
-    unconstrained: Tensor
-    constraint: Any
-
-    @classmethod
-    def of(cls, site: Any) -> _Site:
-        value = site["value"]
-        return cls(site["name"], value.unconstrained(), site["kwargs"].get("constraint", constraints.real))
-
-    def announce(self) -> None:
-        value = self.unconstrained
-        if self.constraint is not constraints.real:
-            with torch.no_grad():
-                value = transform_to(self.constraint)(value)
-        value.unconstrained = weakref.ref(self.unconstrained)  # type: ignore[attr-defined]
-        apply_stack(
-            {
-                "type": "param", "name": self.name, "fn": _known, "is_observed": False, "args": (self.name,),
-                "kwargs": {"constraint": self.constraint}, "value": value, "scale": 1.0, "mask": None,
-                "cond_indep_stack": (), "done": True, "stop": False, "continuation": None, "infer": None,
-                "obs": None,
-            }
-        )  # fmt: skip
-
-
-def _known(*_: Any, **__: Any) -> None:
-    """What a param statement would call, had it no value yet."""
-
-
-class _Entry:
-    """A capture and the conditions under which it holds."""
-
-    def __init__(
-        self, capture: Capture, watched: _Watched, sites: list[_Site], beta: Tensor | None, with_bound: bool
-    ) -> None:
-        self.capture, self.watched, self.sites, self.beta, self.with_bound = capture, watched, sites, beta, with_bound
-        self.replays, self.unchecked, self.tried = 0, False, False
-        self.whole: Whole | None = None
-        self._tensors = self._now()
-
-    def _now(self) -> list[Any]:
-        return [(c.requires_grad, c.dtype, c.device, c.shape) for c in self.capture.constants]
-
-    def fresh(self) -> bool:
-        return self._tensors == self._now() and self.watched.fresh()
-
-    def announce(self) -> None:
-        if _PYRO_STACK:
-            for site in self.sites:
-                site.announce()
 
 
 def _neutral_handlers() -> bool:
@@ -600,32 +385,3 @@ def _neutral_handlers() -> bool:
     )
 
 
-def _why(error: Exception) -> str:
-    if isinstance(error, Uncapturable):
-        return str(error)
-    if "data-dependent" in str(error) or "tracing tensor" in str(error):
-        return "its Python code depends on the values of tensors"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
-
-
-def _cuda(tensors: Sequence[Tensor]) -> list[int]:
-    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
-
-
-def _forked(tensors: Sequence[Tensor]) -> Any:
-    return torch.random.fork_rng(devices=_cuda(tensors))
-
-
-def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-    return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in _cuda(tensors)}
-
-
-def _set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    for index, value in state[1].items():
-        torch.cuda.set_rng_state(value, index)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.capture import Capture, Uncapturable, fast_matmul
-from pyro_vae.inference.compiled import _CHECKS, _first_line, _random_state, _set_random_state, _Watched, _why
+from pyro_vae.inference.watching import CHECKS, Watched, first_line, random_state, set_random_state, why
 from pyro_vae.traces import Program
 
 # A capture costs what the programs' Python costs in about so many calls.
@@ -121,8 +121,8 @@ class Replayed:
 
     def _capture(self, key: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the function and write it down."""
-        state = _random_state(tensors)
-        watched = _Watched(self.programs, types.SimpleNamespace())  # type: ignore[arg-type]
+        state = random_state(tensors)
+        watched = Watched(self.programs, types.SimpleNamespace())
         written = [(buffer, buffer.clone()) for module in watched.modules for buffer in module.buffers()]
         inputs = [t.detach() for t in tensors]
         try:
@@ -133,11 +133,11 @@ class Replayed:
             if watched.changed():
                 raise Uncapturable(f"{watched.changed()} changes while the programs run")
         except Exception as error:  # whatever it is, the function itself is there
-            _set_random_state(state)
+            set_random_state(state)
             with torch.no_grad():
                 for buffer, before in written:
                     buffer.copy_(before)
-            return self._refuse(key, tensors, _why(error))
+            return self._refuse(key, tensors, why(error))
         self.captures += 1
         self._graphs[key] = _Graph(capture, watched)
         self.reason = "it was being captured"
@@ -149,7 +149,7 @@ class Replayed:
         if self._pays(graph):
             self._compile(graph, tensors)
         expected = None
-        if graph.replays in _CHECKS or graph.unchecked:
+        if graph.replays in CHECKS or graph.unchecked:
             expected, graph.unchecked = self._expected(graph, tensors), False
         start = time.perf_counter()
         results = tuple(graph.capture(tensors))
@@ -160,7 +160,7 @@ class Replayed:
             self._refused[key] = self.reason = (
                 "the result depends on something outside the graph, such as a Python number that changes"
             )
-            _set_random_state(expected[1])
+            set_random_state(expected[1])
             return expected[0]
         self.reason = None
         return results
@@ -169,12 +169,12 @@ class Replayed:
         self, graph: _Graph, tensors: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, dict[int, Tensor]]]:
         """What the function itself makes of the noise that the replay will draw, and the random state after it."""
-        before = _random_state(tensors)
+        before = random_state(tensors)
         written = [(tensor, tensor.clone()) for tensor in graph.capture.mutated]
         with pyro.validation_enabled(False):
             found = self._plainly(tensors, "")
-        after = _random_state(tensors)
-        _set_random_state(before)
+        after = random_state(tensors)
+        set_random_state(before)
         with torch.no_grad():
             for tensor, value in written:
                 tensor.copy_(value)
@@ -196,14 +196,14 @@ class Replayed:
             self.compiled = True
         except Exception as error:  # whatever the compiler lacks, the graph is there already
             if self.compile is True:
-                why = _first_line(error)
-                warnings.warn(f"the graph is replayed uncompiled, since Inductor failed ({why}).", stacklevel=5)
+                said = first_line(error)
+                warnings.warn(f"the graph is replayed uncompiled, since Inductor failed ({said}).", stacklevel=5)
 
 
 class _Graph:
     """A capture, and the conditions under which it holds."""
 
-    def __init__(self, capture: Capture, watched: _Watched) -> None:
+    def __init__(self, capture: Capture, watched: Watched) -> None:
         self.capture, self.watched = capture, watched
         self.replays, self.seconds = 0, float("inf")
         self.unchecked = self.tried = False

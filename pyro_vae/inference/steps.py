@@ -20,7 +20,8 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.compiled import Compiled, Whole
+from pyro_vae.inference.calls import Whole
+from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.optimizers import Fused
 from pyro_vae.traces import Program
 
