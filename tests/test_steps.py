@@ -46,6 +46,7 @@ OPTIMIZERS = {
     "adam-l2": lambda: Fused(torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4, "betas": (0.8, 0.95)}),
     "adamw": lambda: Fused(torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3}),
     "clipped": lambda: Fused(torch.optim.Adam, {"lr": 1e-2}, clip_norm=0.05),
+    "within the limit": lambda: Fused(torch.optim.Adam, {"lr": 1e-2, "eps": 1.0}, clip_norm=1e6),
 }
 
 
