@@ -41,7 +41,7 @@ from pyro_vae.parts.networks import MLP  # noqa: E402
 from pyro_vae.parts.posteriors import IAF  # noqa: E402
 
 # Cremer, Li and Duvenaud 2018, Table 2, MNIST: log p(x), L[q*], L[q] of a diagonal normal and of their flow, each
-# of them fitted with a model of its own, and the other family's optimum under it.
+# fitted with a model of its own. Quoted from memory, not checked in the paper.
 CREMER = {"diagonal": (-89.80, -91.23, -92.57), "flow": (-89.52, -90.45, -91.79)}
 PARTS = ("guide", "prior", "flow", "train", "test")
 

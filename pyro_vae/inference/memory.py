@@ -2,7 +2,7 @@
 
 A step with K particles makes a dozen tensors of tens of megabytes and frees them. By
 default glibc gives each back to the kernel, which hands it out again zeroed, page by page:
-with 50 particles of MNIST that is a third of the step. While `reused_memory` is active such memory is
+with 50 particles of MNIST a good part of the step. While `reused_memory` is active such memory is
 kept for the next step; the price is that the process stays at its peak until the end.
 """
 
