@@ -30,11 +30,11 @@ def test_pages_are_kept_inside_and_given_back_at_the_end():
     before = resident()
     with reused_memory():
         with reused_memory():
-            faults(1)
+            faults()  # the heap grows to what the steps need; from then on nothing is new
         kept = faults()
         assert resident() > before + 30e6  # one tensor's memory stays
     # Huge pages may make a fault serve 512 pages, so the bar is relative.
-    assert kept < 0.25 * usual or usual < pages
+    assert kept < 0.1 * usual or usual < pages
     assert resident() < before + 20e6
     assert faults() > 0.5 * usual
 
