@@ -38,7 +38,6 @@ def measure():
     # Huge pages may make a fault serve 512 pages, so the bar is relative.
     assert kept < 0.1 * usual or usual < pages
     assert resident() < before + 20e6
-    assert faults() > 0.5 * usual
 
 
 @pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
