@@ -168,7 +168,7 @@ def fit(
         optimizer = Fused(optimizer or torch.optim.Adam, {"lr": learning_rate}, clip_norm)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history, best = History(), _Best(modules)
-    with own_parameters(model, guide), seeded(seed), precision(matmul_precision), reused_memory():
+    with own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory():
         for module in modules:
             module.train(_learns(module))
         point = check(model, guide, batches.first(), loss)
