@@ -72,8 +72,9 @@ class _OwnParameters(Messenger):
         else:
             if len(name) - len(asked) > _FRESH and asked not in self._repeated:
                 raise ValueError(
-                    f"pyro.param({asked!r}, ...) offers a new torch.nn.Parameter in every run, so that none is trained. "
-                    "Pass a tensor, which the param store then keeps, or make the Parameter once, outside the program."
+                    f"pyro.param({asked!r}, ...) offers a new torch.nn.Parameter in every run, so that none is "
+                    "trained. Pass a tensor, which the param store then keeps, or make the Parameter once, outside "
+                    "the program."
                 )
             if name == asked and "$$$" in name and (held := self.store.other(name, own)) is not None:
                 if _updates_module() and _loaded(held):

@@ -15,7 +15,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -23,7 +22,8 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.guide import batch_check, data_check
-from pyro_vae.programs.model import event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.model import event_check
+from pyro_vae.programs.named import Named
 from pyro_vae.programs.zoo import assembly
 from pyro_vae.programs.zoo.assembly import pixel_likelihood, pixels_of
 
@@ -71,7 +71,7 @@ class Joined(nn.Module):
         return self.part(torch.cat([a.expand(*leading, -1), y.to(a).expand(*leading, -1)], -1))
 
 
-class ConditionalModel(PyroModule):
+class ConditionalModel(Named):
     """p(x, z | y), over a plate "data" of the sites "z" and "x".
 
     Args:
@@ -83,12 +83,10 @@ class ConditionalModel(PyroModule):
     def __init__(
         self, prior: assembly.Conditional, likelihood: assembly.Conditional, conditional_prior: bool = False
     ) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.prior = prior
         self.likelihood = likelihood
         self.conditional_prior = conditional_prior
-
-    __deepcopy__ = renamed_deepcopy
 
     def given_y(self, y: Tensor) -> TorchDistribution:
         """p(z | y), batch_shape (B,)."""
@@ -112,7 +110,7 @@ class ConditionalModel(PyroModule):
             return pyro.sample("x", given_z, obs=x)
 
 
-class ConditionalGuide(PyroModule):
+class ConditionalGuide(Named):
     """q(z | x, y), over a plate "data" of the site "z".
 
     Args:
@@ -120,10 +118,8 @@ class ConditionalGuide(PyroModule):
     """
 
     def __init__(self, posterior: assembly.Conditional) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.posterior = posterior
-
-    __deepcopy__ = renamed_deepcopy
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
         """Draw z ~ q(z | x, y), (B, D)."""
