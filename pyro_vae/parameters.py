@@ -261,6 +261,13 @@ def own_parameters(*programs: Any, keep: bool = False) -> Iterator[None]:
         )
 
 
+def names_of(tensor: Tensor) -> list[str]:
+    """The names that the param store, or a program that runs on its own parameters, has for a tensor."""
+    found = [name for name, held in pyro.get_param_store().named_parameters() if held is tensor]
+    known = getattr(tensor, "unconstrained", None)
+    return found or ([known.name] if isinstance(known, _Itself) and known() is tensor else [])
+
+
 def trainable(program: Any) -> list[nn.Parameter]:
     """Parameters of a program that is a module (or a bound method of one); [] otherwise."""
     owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)

@@ -12,7 +12,14 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -21,6 +28,7 @@ from tqdm import tqdm
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
+from pyro_vae.inference.choices import chosen, end_epoch, rate_of
 from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.memory import reused_memory
@@ -74,8 +82,8 @@ def fit(
     loss: Any = None,
     epochs: int = 20,
     batch_size: int = 128,
-    optimizer: PyroOptim | type[torch.optim.Optimizer] | None = None,
-    learning_rate: float = 1e-3,
+    optimizer: PyroOptim | torch.optim.Optimizer | type[torch.optim.Optimizer] | None = None,
+    learning_rate: float | None = None,
     schedule: str | Schedule = "constant",
     clip_norm: float | None = None,
     kl_warmup: int = 0,
@@ -106,11 +114,15 @@ def fit(
             keeps its graphs for the next fit of the same pair.
         epochs: Passes through the data.
         batch_size: B; an iterable of batches has its own.
-        optimizer: A torch optimiser class (Adam when not given), or a ``PyroOptim``,
-            which then owns learning rate, schedule and clipping.
-        learning_rate: Peak learning rate.
+        optimizer: A torch optimiser class (Adam when not given); an instance, which is taken
+            over with its options, parameter groups, rates and state, and must hold all of the
+            pair's parameters; or a ``PyroOptim``, which then owns learning rate, schedule and
+            clipping. A Pyro scheduler is stepped once an epoch, ``ReduceLROnPlateau`` by the
+            validation bound or else the loss.
+        learning_rate: Peak learning rate of a class, 1e-3 when not given.
         schedule: "constant", "cosine", "one-cycle", or a function of the fraction of
-            steps done that multiplies the learning rate.
+            steps done that multiplies the learning rate (every rate of an instance, which
+            gets its own back at the end).
         clip_norm: Upper limit of the joint gradient norm.
         kl_warmup: Epochs over which the weight of log q - log p(z) rises linearly to 1,
             or to the beta of the `Objective`.
@@ -164,8 +176,7 @@ def fit(
         module.to(device)
     place = device if device is not None else device_of(model, guide)
     batches = Batches(data, batch_size, place)
-    if not isinstance(optimizer, PyroOptim):
-        optimizer = Fused(optimizer or torch.optim.Adam, {"lr": learning_rate}, clip_norm)
+    optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history, best = History(), _Best(modules)
     with own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory():
@@ -211,7 +222,9 @@ def fit(
                     if callback is not None:
                         callback(record)
                     # While the weight of the divergence rises, a validation bound says nothing about the end.
-                    if patience is not None and stepper.steps >= stepper.warmup:
+                    settled = stepper.steps >= stepper.warmup
+                    end_epoch(optimizer, record, settled)
+                    if patience is not None and settled:
                         best.offer(record["validation"], epoch, stepper.parameters())
                         history.stopped_early = epoch - best.epoch >= patience
                     if checkpoint is not None:
@@ -220,6 +233,8 @@ def fit(
                         break
             except KeyboardInterrupt:
                 history.interrupted = True
+        if isinstance(optimizer, Fused):
+            optimizer.release()
         history.best_epoch = len(history)
         if best.epoch and not history.interrupted:
             best.restore()
@@ -335,7 +350,7 @@ class _Stepper:
         bound: float | Tensor = 0.0
         tempered = self.beta() < 1
         for choice in self.batches.choices():
-            beta, factor = self.beta(), self.factor()
+            beta = self.beta()
             value = self._step(choice)
             size = len(choice[0])
             summed, count = summed + value, count + size
@@ -352,8 +367,9 @@ class _Stepper:
             record["bound"] = float(bound) / count
         elif not tempered:
             record["bound"] = -float(summed) / count
-        if isinstance(self.optimizer, Fused):
-            record["learning_rate"] = self.optimizer.learning_rate * factor
+        rate = rate_of(self.optimizer)
+        if rate is not None:
+            record["learning_rate"] = rate
         seconds = time.perf_counter() - started
         return record | {"beta": beta, "images_per_second": count / seconds}
 
@@ -443,6 +459,11 @@ def _check_options(
     if not hasattr(loss, "loss_and_grads"):
         raise ValueError(
             f"got loss {loss!r}, wanted a Pyro ELBO such as Trace_ELBO(), or Objective(iwae, num_samples=50)."
+        )
+    if isinstance(loss, TraceTailAdaptive_ELBO):
+        raise ValueError(
+            "TraceTailAdaptive_ELBO gives infinity as its loss, by design, so that no fit can be followed, and ranks "
+            "one weight for the whole batch. Take Objective(renyi(0.5), num_samples=10), which has one for each datum."
         )
     temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
     if kl_warmup and not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
