@@ -12,16 +12,8 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import (
-    SVI,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-    TraceTailAdaptive_ELBO,
-)
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,6 +29,7 @@ from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.steps import GraphSteps
+from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 
@@ -86,7 +79,9 @@ def fit(
     learning_rate: float | None = None,
     schedule: str | Schedule = "constant",
     clip_norm: float | None = None,
-    kl_warmup: int = 0,
+    kl_warmup: float = 0,
+    kl_warmup_steps: int | None = None,
+    beta: Beta | None = None,
     validation: Any = None,
     validation_bound: Bound | None = None,
     patience: int | None = None,
@@ -124,8 +119,11 @@ def fit(
             steps done that multiplies the learning rate (every rate of an instance, which
             gets its own back at the end).
         clip_norm: Upper limit of the joint gradient norm.
-        kl_warmup: Epochs over which the weight of log q - log p(z) rises linearly to 1,
-            or to the beta of the `Objective`.
+        kl_warmup: Epochs, or fractions of one, over which the weight of log q - log p(z) rises
+            linearly to 1, or to the beta of the `Objective`.
+        kl_warmup_steps: The same in steps; one of the two.
+        beta: That weight itself: a number, or a function of the fraction of steps done, for
+            the elbo and Pyro's ELBOs. Patience waits until it has come to rest.
         validation: Data of the same kind, scored after every epoch at fixed noise.
         validation_bound: The bound to score them by (the `elbo`; `reconstruction` for
             a point guide).
@@ -168,7 +166,8 @@ def fit(
         loss = compiled.inner
     else:
         loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
-    _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
+    _check_options(loss, epochs, batch_size, patience, validation, schedule)
+    check_tempering(loss, epochs, kl_warmup, kl_warmup_steps, beta)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
         raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
     modules = _owners(model, guide)
@@ -190,10 +189,13 @@ def fit(
             with seeded(0), torch.no_grad():
                 Objective().particles(model, guide, *Batches(validation, 500, place, shuffle=False).first())
         steps = epochs * len(batches)
+        tempering = Tempering(
+            loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
+        )
         given = compiled is not None
         if compiled is None:
             compiled = _compiled(loss, compile, steps, checkpoint is not None)
-        stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), batches, compiled)
+        stepper = _Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
         if checkpoint is not None:
@@ -233,8 +235,8 @@ def fit(
                         break
             except KeyboardInterrupt:
                 history.interrupted = True
-        if isinstance(optimizer, Fused):
-            optimizer.release()
+            finally:
+                stepper.release()
         history.best_epoch = len(history)
         if best.epoch and not history.interrupted:
             best.restore()
@@ -293,36 +295,25 @@ def _owners(*programs: Program) -> list[nn.Module]:
     return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
 
 
-class _Tempered(Messenger):
-    """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change."""
-
-    def __init__(self, weight: Callable[[], float | Tensor]) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight()
-
-
 class _Stepper:
     """The inner loop: SVI steps with the schedules of learning rate and beta."""
 
     def __init__(
-        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, total: int, warmup: int,
+        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, tempering: Tempering,
         batches: Batches, compiled: Compiled | None = None,
     ) -> None:  # fmt: skip
-        self.loss, self.optimizer, self.rate, self.total, self.warmup = loss, optimizer, rate, total, warmup
+        self.loss, self.optimizer, self.rate = loss, optimizer, rate
+        self.tempering, self.total, self.warmup = tempering, tempering.total, tempering.warmup
         self.steps = 0
-        self.final_beta = float(loss.beta) if isinstance(loss, Objective) else 1.0
+        self.own_beta = loss.beta if isinstance(loss, Objective) else None
         # As a tensor, the weight is read anew by a captured step; losses that compare scales want a number.
-        self.weight: Tensor | None = None
-        if warmup and not isinstance(loss, Objective):
+        self.weight: Tensor | Number | None = None
+        if tempering.active and not isinstance(loss, Objective):
             if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
                 self.weight = torch.ones((), dtype=torch.float64)
             else:
-                compiled = None
-            model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
+                self.weight, compiled = Number(1.0), None
+            model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)
         self.considers, self._timed = False, 0.0
         self.batches = batches
         self.svi = SVI(model, guide, optimizer, loss)
@@ -330,10 +321,14 @@ class _Stepper:
 
     def beta(self) -> float:
         """The weight of log q - log p(z) in the step to come."""
-        return self.final_beta * (min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0)
+        return self.tempering(self.steps)
 
-    def _live_beta(self) -> float | Tensor:
-        return self.beta() if self.weight is None else self.weight
+    def release(self) -> None:
+        """Give what was lent for the fit its own numbers back."""
+        if isinstance(self.optimizer, Fused):
+            self.optimizer.release()
+        if self.own_beta is not None:
+            self.loss.beta = self.own_beta
 
     def factor(self) -> float:
         """What multiplies the learning rate in the step to come."""
@@ -348,9 +343,10 @@ class _Stepper:
         started, count = time.perf_counter(), 0
         summed: float | Tensor = 0.0
         bound: float | Tensor = 0.0
-        tempered = self.beta() < 1
+        tempered = False
         for choice in self.batches.choices():
             beta = self.beta()
+            tempered = tempered or beta != 1
             value = self._step(choice)
             size = len(choice[0])
             summed, count = summed + value, count + size
@@ -376,10 +372,12 @@ class _Stepper:
     def _step(self, choice: tuple[Any, ...]) -> float | Tensor:
         if isinstance(self.optimizer, Fused):
             self.optimizer.set_learning_rate(self.factor())
-        if isinstance(self.loss, Objective) and self.warmup:
+        if self.tempering.active and isinstance(self.loss, Objective):
             self.loss.beta = self.beta()
-        if self.weight is not None:
+        if isinstance(self.weight, Tensor):
             self.weight.fill_(self.beta())
+        elif self.weight is not None:
+            self.weight.value = self.beta()
         value: float | Tensor
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
@@ -445,13 +443,11 @@ class _Best:
 
 
 def _check_options(
-    loss: Any, epochs: int, batch_size: int, kl_warmup: int, patience: int | None, validation: Any, schedule: Any
+    loss: Any, epochs: int, batch_size: int, patience: int | None, validation: Any, schedule: Any
 ) -> None:
     for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value}.")
-    if kl_warmup < 0 or kl_warmup >= epochs > 0 and kl_warmup:
-        raise ValueError(f"kl_warmup must lie in 0 .. epochs - 1 = {epochs - 1}, got {kl_warmup}.")
     if isinstance(schedule, str) and schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}, wanted one of {', '.join(SCHEDULES)} or a function.")
     if patience is not None and (patience < 1 or validation is None):
@@ -465,6 +461,3 @@ def _check_options(
             "TraceTailAdaptive_ELBO gives infinity as its loss, by design, so that no fit can be followed, and ranks "
             "one weight for the whole batch. Take Objective(renyi(0.5), num_samples=10), which has one for each datum."
         )
-    temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
-    if kl_warmup and not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
-        raise ValueError(f"kl_warmup tempers an ELBO, got {loss!r}. Leave kl_warmup at 0.")
