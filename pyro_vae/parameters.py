@@ -38,7 +38,7 @@ _FRESH = 64  # parameters offered under one name, none of them a second time: ea
 _others: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
-class _Itself(weakref.ref):  # type: ignore[type-arg]
+class _Itself(weakref.ref):
     """The ``unconstrained`` of a module's own parameter, with the name that a program gives it."""
 
     name: str
@@ -63,7 +63,8 @@ class _OwnParameters(Messenger):
         constraint = msg["kwargs"].get("constraint", constraints.real)
         if not isinstance(offered, nn.Parameter) or constraint is not constraints.real:
             return
-        asked, own = msg["name"], offered
+        asked = msg["name"]
+        own: Tensor = offered
         name = asked
         while self.owner.get(name, own) is not own:
             name += "'"
@@ -259,6 +260,16 @@ def own_parameters(*programs: Any, keep: bool = False) -> Iterator[None]:
             "their own there, or save the modules' state_dict.",
             stacklevel=4,
         )
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without what ``torch.compile`` puts around a module.
+
+    Example:
+        >>> plain_name("model.decoder._orig_mod.weight")
+        'model.decoder.weight'
+    """
+    return name.replace("_orig_mod.", "")
 
 
 def names_of(tensor: Tensor) -> list[str]:

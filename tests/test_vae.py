@@ -412,3 +412,37 @@ def test_a_scale_that_does_not_exist_and_a_folder_that_does_not_are_named(tmp_pa
         VAE.build((1, 4, 4), scale="foo")
     with pytest.raises(ValueError, match="cannot write .*there is no folder"):
         VAE.build((1, 4, 4), hidden=(8,)).save(tmp_path / "no" / "such" / "a.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_parts_under_torch_compile_save_and_load_under_their_plain_names(tmp_path):
+    torch.manual_seed(0)
+    vae = VAE.build((6,), latent_dim=2, hidden=(8,), prior="vamp")  # the encoder is shared with the prior
+    vae.save(tmp_path / "plain.safetensors")
+    with safe_open(str(tmp_path / "plain.safetensors"), framework="pt") as file:
+        names = set(file.keys())
+    vae.model.likelihood.decoder = torch.compile(vae.model.likelihood.decoder, backend="eager")
+    vae.guide.posterior.encoder = torch.compile(vae.guide.posterior.encoder, backend="eager")
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.add_(0.5)
+    vae.save(tmp_path / "compiled.safetensors")
+    with safe_open(str(tmp_path / "compiled.safetensors"), framework="pt") as file:
+        assert set(file.keys()) == names
+    plain = VAE.load(tmp_path / "compiled.safetensors")
+    x = torch.rand(3, 6)
+    assert torch.equal(plain.encode(x).mean, vae.encode(x).mean)
+    assert torch.equal(plain.model.prior().log_prob(torch.zeros(2)), vae.model.prior().log_prob(torch.zeros(2)))
+    before = plain.encode(x).mean
+    vae.load_weights(tmp_path / "plain.safetensors")  # and into one that is compiled
+    assert not torch.equal(vae.encode(x).mean, before)
+    vae.load_weights(tmp_path / "compiled.safetensors")
+    assert torch.equal(vae.encode(x).mean, before)
+
+
+def test_pixels_of_the_usual_type_go_into_a_model_of_doubles():
+    torch.manual_seed(0)
+    vae = VAE.build((6,), latent_dim=2, hidden=(8,)).double()
+    x = torch.rand(3, 6)
+    assert torch.equal(vae.encode(x).mean, vae.encode(x.double()).mean)
+    assert vae.reconstruct(x).dtype == vae.interpolate(x, x, 2).dtype == torch.float64

@@ -105,6 +105,19 @@ def rate_of(optimizer: PyroOptim) -> float | None:
     return None
 
 
+def optimizer_settings(optimizer: PyroOptim) -> dict[str, Any]:
+    """What of an optimiser shapes a fit, by the names that `fit` has for it."""
+    if not isinstance(optimizer, Fused):
+        return {"optimizer": type(optimizer)}
+    options = {key: value for key, value in optimizer.options.items() if key != "lr"}
+    taken = optimizer.taken_groups()
+    return {
+        "optimizer": (optimizer.constructor, taken if taken else options),
+        "learning_rate": optimizer.learning_rate,
+        "clip_norm": optimizer.clip_norm,
+    }
+
+
 def _check_closure(constructor: type[torch.optim.Optimizer]) -> None:
     closure = inspect.signature(constructor.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

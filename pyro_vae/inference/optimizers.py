@@ -149,6 +149,13 @@ class Fused(PyroOptim):
         if self._rates is not None:
             self.set_learning_rate(1.0)
 
+    def taken_groups(self) -> list[dict[str, Any]]:
+        """The options of each group of an optimiser that was taken over; [] of one of our own."""
+        if self._rates is None or self._optimizer is None:
+            return []
+        own = [{k: v for k, v in group.items() if k not in _MACHINE} for group in self._optimizer.param_groups]
+        return [options | {"lr": rate} for options, rate in zip(own, self._rates, strict=True)]
+
     def inside(self) -> Update | None:
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
 

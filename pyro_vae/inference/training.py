@@ -20,9 +20,10 @@ from tqdm import tqdm
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
-from pyro_vae.inference.choices import chosen, end_epoch, rate_of
+from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
 from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
@@ -137,7 +138,8 @@ def fit(
         progress: Show a bar; None shows it on a terminal only.
         callback: Called with each epoch's record.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
-            If it is there already, the fit goes on from it, to the bit.
+            If it is there already, the fit goes on from it, to the bit; and does not if
+            anything that shapes the result is another: the data, the loss, the optimiser, ...
         compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
             Inductor; "auto" captures them in fits of 500 steps or more and compiles them where,
             by the clock, a minute or more of them lies ahead, unless there is a checkpoint: a
@@ -199,10 +201,18 @@ def fit(
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
         if checkpoint is not None:
-            # Pyro's losses have no repr of their own.
-            said = repr(loss) if isinstance(loss, Objective) else f"{type(loss).__name__}, {loss.num_particles}"
-            settings = {"epochs": epochs, "batch_size": batch_size, "loss": said, "kl_warmup": kl_warmup}
             tensors = named_tensors(modules, model, guide, batches.first())
+            warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
+            settings: dict[str, Any] = {
+                "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
+                **optimizer_settings(optimizer), "patience": patience, "validation_bound": validation_bound,
+                "matmul_precision": torch.get_float32_matmul_precision() if matmul_precision is None
+                else matmul_precision, "device": torch.device(place or "cpu").type, "data": data,
+                "validation": validation,
+            }  # fmt: skip
+            settings = {key: fingerprint(value) for key, value in settings.items()}
+            settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
+            settings |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
             saved = Checkpoint(checkpoint, tensors, settings)
             started -= _resumed(saved, history, best, stepper)
         quiet = None if progress is None else not progress
