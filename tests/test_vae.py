@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
