@@ -30,7 +30,7 @@ from pyro_vae.data.binarization import BINARIZATIONS, Binarization
 from pyro_vae.data.decoding import suffixes
 from pyro_vae.data.files import not_readable, read_array, read_array_folder
 from pyro_vae.data.formats import is_file_of_arrays
-from pyro_vae.data.framing import Framing
+from pyro_vae.data.framing import Framing, grey_level
 from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.sources import SPLITS, Source, divide
@@ -94,7 +94,7 @@ def load(
                          + _did_you_mean(str(binarization), BINARIZATIONS))
     if limit is not None and limit < 1:
         raise ValueError(f"got limit={limit}, wanted a number of data >= 1, or None for all.")
-    framing = Framing(crop, image_size, channels, _grey_level(background))
+    framing = Framing(crop, image_size, channels, grey_level(background))
     told = {"background": background, "images": images, "labels": labels}
     if isinstance(name, str) and name in DATASETS:
         _refuse(told if name != "celeba" else {**told, "background": None}, name, "or folders of one's own")
@@ -168,16 +168,6 @@ def _refuse(told: Mapping[str, Any], what: str, wanted: str) -> None:
     for option, value in told.items():
         if value is not None:
             raise ValueError(f"got {option}={value!r} for {what}, wanted it for files {wanted} only. Leave it out.")
-
-
-def _grey_level(background: str | int | None) -> int:
-    named = {"white": 255, "black": 0, None: 255}
-    if background in named:
-        return named[background]
-    text = str(background)
-    if not text.isdecimal() or int(text) > 255:
-        raise ValueError(f"got background={background!r}, wanted white, black or a grey level 0..255.")
-    return int(text)
 
 
 def _digits() -> Source:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Framing"]
+__all__ = ["Framing", "grey_level"]
 
 # ITU-R 601, the weights that Pillow uses for convert("L").
 LUMA = (0.299, 0.587, 0.114)
@@ -60,6 +60,22 @@ class Framing:
         if self.image_size is not None:
             images = _centre(_scaled(images, self.image_size), self.image_size, name)
         return images if self.channels is None else _coloured(images, self.channels, name)
+
+
+def grey_level(background: str | int | None) -> int:
+    """The level 0..255 of a background: white (also if None), black, or a number.
+
+    Example:
+        >>> grey_level("white"), grey_level("128")
+        (255, 128)
+    """
+    named = {"white": 255, "black": 0, None: 255}
+    if background in named:
+        return named[background]
+    text = str(background)
+    if not text.isdecimal() or int(text) > 255:
+        raise ValueError(f"got background={background!r}, wanted white, black or a grey level 0..255.")
+    return int(text)
 
 
 def _centre(images: Tensor, side: int, name: str) -> Tensor:

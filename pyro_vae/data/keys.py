@@ -108,9 +108,9 @@ def _named(arrays: Mapping[str, np.ndarray], told: Mapping[str, tuple[str | None
 def _with_train(found: Keys) -> Keys:
     """Data beside testdata are the training data; x beside x_train and x_test is something else."""
     if len(found) > 1 and None in found:
-        heap = found[None]
         rest: Keys = {part: key for part, key in found.items() if part is not None}
-        return rest if "train" in rest else {"train": heap} | rest
+        rest.setdefault("train", found[None])
+        return rest
     return found
 
 

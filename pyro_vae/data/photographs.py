@@ -144,7 +144,8 @@ def _pictures(folder: Path) -> list[Path]:
                    if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     paths = [path for path in files if path.suffix.lower() in known]
     if not paths:
-        raise ValueError(f"{folder} holds no images, wanted files ending in {', '.join(sorted(known, key=lambda s: (len(s), s)))}, {ARRAYS_TOO}. "
+        wanted = ", ".join(sorted(known, key=_by_length))
+        raise ValueError(f"{folder} holds no images, wanted files ending in {wanted}, {ARRAYS_TOO}. "
                          f"{not_readable(folder) or 'Check the path, or point at the folder above or below.'}")
     others = Counter(path.suffix.lower() or "without a suffix" for path in files if path.suffix.lower() not in known)
     if others:
@@ -152,6 +153,10 @@ def _pictures(folder: Path) -> list[Path]:
         warnings.warn(f"{folder}: passed over {others.total()} files that are not read as images: {named}.",
                       stacklevel=6)
     return paths
+
+
+def _by_length(suffix: str) -> tuple[int, str]:
+    return len(suffix), suffix
 
 
 def _kinds(folder: Path, inner: Sequence[tuple[str, ...]]) -> tuple[list[str | None], list[tuple[str, ...]]]:
@@ -178,7 +183,8 @@ def _kinds(folder: Path, inner: Sequence[tuple[str, ...]]) -> tuple[list[str | N
         outside = folder / Path(*inner[kinds.index(None)])
         names = ", ".join(sorted("/".join(name) for names in spelled.values() for name in names))
         raise ValueError(f"{folder} holds folders named {names}, which are parts of a split, and images outside them, "
-                         f"in {outside}. Move these into train, validation or test, or, if {names} is a class, rename it.")
+                         f"in {outside}. Move these into train, validation or test, or, if {names} is a class, "
+                         "rename it.")
     if set(spelled) == {"train"}:
         return [None] * len(kinds), rest
     if "train" not in spelled:

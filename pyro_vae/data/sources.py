@@ -173,6 +173,6 @@ def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[di
         pieces, how = two("train", lambda n: (n - max(1, n // 10), max(1, n // 10)), "one of them to validate.")
         return ({"train": ("train", pieces[0]), "validation": ("train", pieces[1]), "test": all_of("test")},
                 f"; validation: {len(pieces[1])} of train, {how}")
-    pieces, how = two("validation", lambda n: (n - n // 2, n // 2), "as half of them test where there are no test data.")
+    pieces, how = two("validation", lambda n: (n - n // 2, n // 2), "as half of them test where nothing else does.")
     return ({"train": all_of("train"), "validation": ("validation", pieces[0]), "test": ("validation", pieces[1])},
             f"; test: {len(pieces[1])} of validation, {how}")
