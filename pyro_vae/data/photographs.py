@@ -183,8 +183,8 @@ def _kinds(folder: Path, inner: Sequence[tuple[str, ...]]) -> tuple[list[str | N
         outside = folder / Path(*inner[kinds.index(None)])
         names = ", ".join(sorted("/".join(name) for names in spelled.values() for name in names))
         raise ValueError(f"{folder} holds folders named {names}, which are parts of a split, and images outside them, "
-                         f"in {outside}. Move these into train, validation or test, or, if {names} is a class, "
-                         "rename it.")
+                         f"in {outside}; wanted all images in train, validation or test. Move them, or rename what is "
+                         "a class.")
     if set(spelled) == {"train"}:
         return [None] * len(kinds), rest
     if "train" not in spelled:
