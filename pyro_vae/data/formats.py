@@ -97,19 +97,20 @@ def read_folder_of_arrays(folder: Path) -> Arrays | None:
     Raises:
         ValueError: It holds several datasets, or pickles.
     """
-    for place in (folder, folder / "raw"):
-        if trains := _unzipped_once(path for path in _files(place) if (m := IDX_IMAGES.fullmatch(path.name))
+    here = _files(folder)  # a folder of 200,000 photographs is listed once
+    for files in (here, _files(folder / "raw")):
+        if trains := _unzipped_once(path for path in files if (m := IDX_IMAGES.fullmatch(path.name))
                                     and m[2].lower() == "train"):
             return read_arrays(_the_one(trains, folder))
     for place in (folder, folder / "cifar-10-batches-bin", folder / "cifar-100-binary"):
-        names = {path.name for path in _files(place)}
+        names = {path.name for path in (here if place == folder else _files(place))}
         if {"data_batch_1.bin", "test_batch.bin"} <= names or {"train.bin", "test.bin"} <= names:
             return _read_cifar_folder(place)
     for place in (folder, folder / "cifar-10-batches-py", folder / "cifar-100-python"):
-        names = {path.name for path in _files(place)}
+        names = {path.name for path in (here if place == folder else _files(place))}
         if "data_batch_1" in names or {"train", "test", "meta"} <= names:
             raise ValueError(_pickled(place, "meta" in names))
-    mats = [path for path in _files(folder) if path.suffix.lower() in (".amat", ".mat")]
+    mats = [path for path in here if path.suffix.lower() in (".amat", ".mat")]
     trains = [path for path in mats if _part_of(path) == "train"] or mats
     return read_arrays(_the_one(trains, folder)) if trains else None
 

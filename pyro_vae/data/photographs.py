@@ -83,7 +83,7 @@ def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: 
         counts, beside, transparent = zip(*pool.map(frames_of, paths), strict=True)
     if any(beside):
         warnings.warn(f"{folder}: {sum(beside)} JPEG files hold more pictures behind the first (MPO); "
-                      "the first was taken.", stacklevel=5)
+                      "the first was taken.", stacklevel=4)
     groups = torch.tensor(counts)
     inner = [path.relative_to(folder).parts[:-1] for path in paths]
     kinds, inner = _kinds(folder, inner)
@@ -149,9 +149,10 @@ def _pictures(folder: Path) -> list[Path]:
                          f"{not_readable(folder) or 'Check the path, or point at the folder above or below.'}")
     others = Counter(path.suffix.lower() or "without a suffix" for path in files if path.suffix.lower() not in known)
     if others:
-        named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        ranked = sorted(others.items(), key=lambda item: (-item[1], item))
+        named = ", ".join(f"{count} {suffix}" for suffix, count in ranked)
         warnings.warn(f"{folder}: passed over {others.total()} files that are not read as images: {named}.",
-                      stacklevel=6)
+                      stacklevel=5)
     return paths
 
 
