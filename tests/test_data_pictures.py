@@ -261,6 +261,7 @@ def test_bombs_and_disguises_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="6x6 pixels .*wanted at most 35: it may be a decompression bomb"):
         read_image(tmp_path / "a.png")
     # Ghostscript must not be started, whatever a file is called.
-    (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EndComments\n")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("a program was run"))
+    Image.new("L", (5, 5)).save(tmp_path / "b.png", "eps")
     with pytest.raises(ValueError, match="b.png could not be decoded .*wanted an image"):
         read_image(tmp_path / "b.png")

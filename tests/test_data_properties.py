@@ -173,7 +173,7 @@ def labels(kind, classes):
 def test_labels_of_any_kind_never_refuse_the_data(data, count, kind, keys):
     classes = np.array(data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count)))
     given_labels, meant, names = labels(kind, classes)
-    rows = np.arange(2, 2 + count, dtype=np.uint8)[:, None].repeat(7, 1)
+    rows = np.arange(2, 2 + count, dtype=np.uint8)[:, None].repeat(9, 1)
     with folder() as place:
         np.savez(place / "a.npz", **{keys[0]: rows, keys[1]: given_labels, "extra": np.zeros(3)})
         dataset = load(place / "a.npz")

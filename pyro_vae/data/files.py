@@ -140,7 +140,8 @@ def _labels(arrays: Mapping[str, np.ndarray], x: Keys, y: Keys, counts: Mapping[
     what = " and ".join(named[key] for key in dict.fromkeys(y.values()))
     for part, key in y.items():
         data, label = arrays[x[part]].shape, arrays[key].shape
-        if len(data) == 2 and label in ((data[1],), (data[1], 1), (1, data[1])) and data[0] != data[1]:
+        numeric = arrays[key].dtype.kind in "biuf"  # a list of class names may be as long as a row
+        if numeric and len(data) == 2 and label in ((data[1],), (data[1], 1), (1, data[1])) and data[0] != data[1]:
             raise ValueError(f"{named[x[part]]} has shape {data} and {named[key]} {label}, wanted data in rows: (N, D) "
                              "and (N,). Save the data transposed, as x.T.")
     try:
