@@ -556,7 +556,8 @@ def _is_trusted(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _TRUSTED
 
 
-def _is_denied(module: str, name: str) -> bool:
+def _is_denied(module: str | None, name: str) -> bool:
+    module = module or ""
     return name in _DENIED or any(module == m or module.startswith(m + ".") for m in _DENIED_MODULES)
 
 
