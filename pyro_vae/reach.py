@@ -223,12 +223,15 @@ class Reach:
             self._value(value(), said)
         elif isinstance(value, _C_CALLABLES):
             pass
-        elif hasattr(value, "cache_info") and hasattr(value, "__wrapped__"):
+        elif kind is functools._lru_cache_wrapper:
             self._value(value.__wrapped__, said)
         else:
             self._object(value, said)
 
     def _container(self, value: Any, said: str) -> None:
+        if value is sys.modules:
+            self._doubt("sys.modules")
+            return
         if len(value) > _LARGEST_CONTAINER:
             self._doubt(f"{said}, a {type(value).__name__} of {len(value):,} items")
             return
@@ -286,9 +289,8 @@ class Reach:
         if name.startswith("__") or (name not in space and _is_trusted(module.__name__)):
             return _MISSING
         value = space.get(name, _MISSING)
-        if value is _MISSING and hasattr(module, name):
-            value = getattr(module, name)  # a module with a __getattr__ of its own
-            self._doubt(f"{said}.{name}, which the module computes")
+        if value is _MISSING and "__getattr__" in space:
+            self._doubt(f"{said}.{name}, which the module may compute")
         if not _is_trusted(module.__name__):
             self._place(space.get, name, f"{said}.{name}")
         if value is not _MISSING:
@@ -360,7 +362,7 @@ class Reach:
     def _attributes(self, value: Any, said: str) -> None:
         """Of an object that is no module: its attributes, and the methods of its class."""
         kind = type(value)
-        foreign = not _is_trusted(kind.__module__)
+        foreign = not _is_trusted(kind.__module__) or kind is types.SimpleNamespace
         space = getattr(value, "__dict__", None)
         if isinstance(space, dict):
             self._place(len, space, said)
