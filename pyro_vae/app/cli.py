@@ -160,6 +160,9 @@ _FIT = _options(
     _option("Model", "--likelihood-options", "A=1,B=2", "Its options, such as num_components=5 of logistic-mixture."),
     _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, "
             "one for each pixel, or a function of z. [default: learned]"),
+    click.option("--standardize/--no-standardize", cls=GroupedOption, group="Model", default=None,
+                 help="Whether the networks of a normal likelihood work on (x - mean) / standard deviation of each "
+                 "column of the training part; log p(x) stays that of x. [default: for vectors of floats]"),
     _option("Training", "--bound", _choice("bound"), "What is maximised. [default: elbo]"),
     _option("Training", "--bound-options", "A=1,B=2", "Options of a bound, such as alpha=0.5 of renyi."),
     _option("Training", "--num-samples", "K", "Samples in the bound. [default: 1 for the elbo, else 50]", int),

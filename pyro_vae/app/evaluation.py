@@ -102,6 +102,7 @@ def protocol(
     said = dict(dataset.protocol) | {
         "sizes": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
         "test_images": min(len(test), images or len(test)),
+        "standardized": standardized(vae),
         "test_draw": f"one draw of the {noise}, seed {seed}" if drawn else "the data are fixed",
         "evaluation_seed": seed,
         "selection": "nothing selected on the test set",
@@ -129,13 +130,21 @@ def is_autoencoder(vae: VAE) -> bool:
     return vae.architecture is not None and vae.architecture.posterior == "point"
 
 
+def standardized(vae: VAE) -> bool:
+    """Whether the networks see columns of mean 0 and standard deviation 1; the densities are of the data anyway."""
+    found = getattr(vae.model.likelihood, "standardize", None)
+    return found is not None and not (bool((found.loc == 0).all()) and bool((found.scale == 1).all()))
+
+
 def fitted_testbed(vae: VAE) -> LinearGaussian | None:
     """The closed form of a fitted linear-Gaussian model; None where it is not one."""
     likelihood, built = vae.model.likelihood, vae.architecture
     if built is None or built.network != "linear" or not isinstance(likelihood, Normal):
         return None
+    if standardized(vae):  # then its noise differs from column to column
+        return None
     if likelihood.scale == "learned":
-        scale = likelihood.minimum_scale + likelihood.log_scale.exp().item()
+        scale = likelihood.learned_scale(likelihood.log_scale).item()
     elif isinstance(likelihood.scale, int | float):
         scale = float(likelihood.scale)
     else:

@@ -73,6 +73,7 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """The protocol in a line."""
     noise = "dequantized" if protocol.get("dequantize") else f"{protocol.get('binarization')} binarization"
+    noise += ", columns standardized (log p is of x itself)" if protocol.get("standardized") else ""
     parts = [f"{protocol.get('dataset')}", noise, f"{protocol.get('test_images', '?')} test data"]
     if "log_likelihood_samples" in protocol:
         parts.append(f"K = {protocol['log_likelihood_samples']}")
