@@ -83,11 +83,19 @@ def evaluate(
                 "to bins v of width one; an upper limit on the bits of the 8-bit levels"
             )
         numbers |= _closed_forms(vae, dataset, test, terms.value)
+    left_out = []
     with seeded(seed):
-        numbers["active_units"] = active_units(vae.guide, test).count
-        if len(test) >= 4:
+        if len(test) >= 2:
+            numbers["active_units"] = active_units(vae.guide, test).count
+        else:
+            left_out.append("active units (a variance over the test data, of which there is one)")
+        if len(test) < 4:
+            left_out.append(f"the energy distance of samples (takes 4 test data, got {len(test)})")
+        else:
             distance = energy_distance(vae.sample(SAMPLES, pixels="draw"), test[:SAMPLES])
             numbers |= {"sample_energy_distance": distance.value, "sample_energy_distance_null": distance.null}
+    if left_out:
+        numbers["left_out"] = left_out
     numbers["evaluation_seconds"] = time.perf_counter() - started
     return numbers
 

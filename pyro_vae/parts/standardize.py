@@ -131,14 +131,6 @@ class Standardize(nn.Module):
         scale = torch.where(constant, torch.ones_like(scale) if rows > 1 else mean.abs().clamp(min=1), scale)
         return mean, scale, rows
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Weights from before there was any standardising are those of a pair that has none.
-        if not any(prefix + name in state_dict for name in ("loc", "scale", "measured")):
-            state_dict[prefix + "loc"] = torch.zeros_like(self.loc)
-            state_dict[prefix + "scale"] = torch.ones_like(self.scale)
-            state_dict[prefix + "measured"] = torch.tensor(True)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
 
 def _observed(batches: Iterable[tuple[Any, ...]], shape: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
     """x and its mask in batches of a pair's arguments: the first tensor of the shape of the data, and a mask beside it."""

@@ -167,7 +167,7 @@ class VAE(nn.Module):
                 "vae.load_weights(path)."
             )
         try:
-            options = json.loads(text)
+            options = {"standardize": False} | json.loads(text)  # none had it before the field was there
             architecture = Architecture.of(options.pop("x_shape"), **options)
             for name in architecture.foreign:
                 if name not in trust:
