@@ -22,7 +22,7 @@ from torch import Tensor, nn
 # Beyond so many standard deviations the guide sees a number grow as its logarithm: exp(.) of a network overflows soon.
 _FAR = 30.0
 # Columns whose root mean square is below this are left alone where nobody asked for more.
-_LARGE = 10.0
+_LARGE = 5.0
 
 
 class Standardize(nn.Module):
@@ -34,10 +34,11 @@ class Standardize(nn.Module):
     Args:
         x_shape: Shape of one datum.
         automatic: Whether only data on scales of their own are standardised: those with a column whose root mean
-            square is above 10. One line then says so.
+            square is above 5. One line then says so.
     Attributes:
         loc: m, (*x_shape).
         scale: s, (*x_shape): 1 for a constant column.
+        far: From where u grows logarithmically: 30, and never as long as u is x.
         measured: Whether m and s are settled; they are saved with the weights, and no later fit moves them.
     Example:
         >>> standardize = Standardize((2,))
@@ -48,6 +49,7 @@ class Standardize(nn.Module):
 
     loc: Tensor
     scale: Tensor
+    far: Tensor
     measured: Tensor
 
     def __init__(self, x_shape: Sequence[int], automatic: bool = False) -> None:
@@ -55,12 +57,13 @@ class Standardize(nn.Module):
         self.automatic = automatic
         self.register_buffer("loc", torch.zeros(tuple(x_shape)))
         self.register_buffer("scale", torch.ones(tuple(x_shape)))
+        self.register_buffer("far", torch.tensor(torch.inf))
         self.register_buffer("measured", torch.tensor(False))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the guide is shown of the data, (..., *x_shape)."""
         u = (x - self.loc) / self.scale
-        near = u.clamp(-_FAR, _FAR)
+        near = u.clamp(-self.far, self.far)
         return near + (u - near).sign() * (u - near).abs().log1p()
 
     @torch.no_grad()
@@ -93,6 +96,7 @@ class Standardize(nn.Module):
     def _settle(self, loc: Tensor, scale: Tensor) -> None:
         self.loc.copy_(loc)
         self.scale.copy_(scale)
+        self.far.fill_(_FAR)
         self.measured.fill_(True)
 
     def _say(self, loc: Tensor, scale: Tensor, size: Tensor) -> None:
