@@ -6,6 +6,7 @@ error that the user can mend is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -77,9 +78,19 @@ def _warnings_as_lines() -> Iterator[None]:
         if issubclass(category, UserWarning):
             click.echo(f"{PROGRAM}: warning: {' '.join(str(message).split())}", err=True)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
+    # Torch's compiler looks for a GPU's tools, and logs that there is no GPU: on a CPU that is no news.
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.addFilter(_is_news)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("No CUDA runtime is found")
 
 
 @click.group(
