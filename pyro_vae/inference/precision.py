@@ -4,7 +4,8 @@ Three settings are torch's own (``torch.set_float32_matmul_precision``): "highes
 and "medium" take float32 and give float32, by faster kernels where the hardware has them.
 "bfloat16" rounds what goes into the linear and convolutional layers to 8 significant bits,
 in the forward and in the backward pass, and is two to four times as fast where the
-hardware multiplies them (a CPU without instructions for it is ten times slower than in float32: one warning). Everything else, every log-probability included, stays in
+hardware multiplies them; a CPU that has no instructions for it is ten times slower than in
+float32, of which one warning is given. Everything else, every log-probability included, stays in
 float32: a layer's result is float32 again, its bias is added there, and parameters, moments
 and updates are float32 throughout, so that no loss scaling is needed.
 """
@@ -74,8 +75,8 @@ def _say_if_slow() -> None:
         return
     _said = True
     warnings.warn(
-        'got matmul_precision="bfloat16" on a CPU that has no instructions for it (AVX512-BF16 or AMX): its products are '
-        'done piece by piece, about ten times slower than in float32. Use "medium", which is fast on any CPU.',
+        'got matmul_precision="bfloat16" on a CPU that has no instructions for it (AVX512-BF16 or AMX): its products '
+        'are done piece by piece, about ten times slower than in float32. Use "medium", which is fast on any CPU.',
         stacklevel=4,
     )
 

@@ -137,12 +137,11 @@ class Standardize(nn.Module):
 
 
 def _observed(batches: Iterable[tuple[Any, ...]], shape: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
-    """x and its mask in batches of a pair's arguments: the first tensor of the shape of the data, and a mask beside it."""
+    """x and its mask in batches of a pair's arguments: the first tensor of the shape of the data, a mask after it."""
     for batch in batches:
         for place, x in enumerate(batch):
             if isinstance(x, Tensor) and tuple(x.shape[1:]) == shape and x.dtype != torch.bool:
                 after = batch[place + 1] if place + 1 < len(batch) else None
                 masked = isinstance(after, Tensor) and after.dtype == torch.bool
-                mask = after if masked else torch.ones((), dtype=torch.bool)
-                yield x, mask
+                yield x, after if masked and after is not None else torch.ones((), dtype=torch.bool)
                 break
