@@ -27,7 +27,7 @@ def bounded_exp(l: Tensor) -> Tensor:  # noqa: E741 (as in the formula)
 
     Example:
         >>> bounded_exp(torch.tensor([0.0, 1.0, 1000.0])).log()
-        tensor([ 0.0000,  1.0000, 21.8936])
+        tensor([ 0.0000,  1.0000, 21.8937])
     """
     above = (l - (_LIMIT - 1)).clamp(min=1)
     below = (-l - (_LIMIT - 1)).clamp(min=1)
