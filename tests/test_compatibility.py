@@ -276,3 +276,43 @@ def test_the_check_leaves_random_state_and_parameters_alone():
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, (p for m in pair for p in m.parameters()), strict=True))
     assert all(p.grad is None for m in pair for p in m.parameters())
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_grey_bernoulli_under_a_mask_is_warned_of_unless_the_mask_hides_what_is_grey(hidden):
+    vae = VAE.build((6,), latent_dim=2, hidden=(8,))
+    x = torch.bernoulli(torch.full((20, 6), 0.5))
+    x[3, 2] = 0.4
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[3, 2] = not hidden
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(vae.model, vae.guide, (x, mask), epochs=1, batch_size=20, progress=False, seed=0)
+    assert any("site 'x' is Bernoulli but its data have grey values" in str(w.message) for w in caught) is not hidden
+
+
+@pytest.mark.parametrize("shape", [(20,), (20, 6)])
+def test_a_grey_bernoulli_under_a_mask_of_ones_own_is_warned_of(shape):
+    import pyro
+    import pyro.distributions as dist
+
+    x, mask = torch.bernoulli(torch.full((20, 6), 0.5)), torch.ones(shape, dtype=torch.bool)
+    x[3, 2] = 0.4
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            given_z = dist.Bernoulli(logits=z.unsqueeze(-1).expand(20, 6))
+            given_z = given_z.mask(mask).to_event(1) if mask.dim() == 2 else given_z.to_event(1).mask(mask)
+            pyro.sample("x", given_z, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1) * pyro.param("a", torch.tensor(1.0)), 1.0))
+
+    for seen, warned in ((True, True), (False, False)):
+        mask[3] = seen
+        with warnings.catch_warnings(record=True) as caught, pyro.validation_enabled(False):
+            warnings.simplefilter("always")
+            check(model, guide, (x,), Trace_ELBO())
+        assert any("grey values" in str(w.message) for w in caught) is warned

@@ -29,7 +29,7 @@ from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.judging.annealing import bdmc
 from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood, over_data
 from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
 from pyro_vae.judging.guides import evaluating
 from pyro_vae.judging.latents import active_units, kl_per_dimension
@@ -346,7 +346,7 @@ class _Run:
         of = "" if reference == count else f", beside K = {reference}"
         return (
             f"ELBO {nats(split['value'], error)} = {split['reconstruction']:.2f} - KL {split['kl']:.2f}; log p(x) "
-            f"{nats(judged.value, judged.mc_stderr)} (data ± {judged.data_stderr:.2f}) nats; {total} data, "
+            f"{nats(judged.value, judged.mc_stderr)} ({over_data(judged.data_stderr)}) nats; {total} data, "
             f"K = {count}{less}{of}"
         )
 
@@ -408,6 +408,9 @@ class _Run:
             "kl_data_stderr": kl.data_stderr.tolist(),
         }
         self.numbers["latents"] = found
+        if bool(variance.isnan().any()):  # nothing varies over one datum, and that says nothing of the latents
+            found |= {"active": None, "dead": []}
+            return f"rate {kl.total:.2f} nats; of one datum, which cannot say what moves with the data"
         return f"{found['active']} of {found['latent_dim']} active, rate {kl.total:.2f} nats; {found['images']} data"
 
     def _gaps(self) -> str:
@@ -573,8 +576,8 @@ def _taken(data: Any, images: int, seed: int) -> tuple[Any, ...]:
             size += next((len(a) for a in batch if isinstance(a, Tensor) and a.dim()), 0)
             if size >= images:
                 break
-    if size < 2:
-        raise ValueError(f"got {size} data as tensors, wanted at least two to judge by.")
+    if size < 1:
+        raise ValueError("got no data as tensors, wanted at least one to judge by.")
     columns = [torch.cat(c) if all(isinstance(a, Tensor) and a.dim() for a in c) else c[0]
                for c in (list(c) for c in zip(*parts, strict=True))]  # fmt: skip
     return tuple(a[:images] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in columns)

@@ -336,8 +336,19 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
 
 def _grey(case: Case) -> str | None:
     for name, site in case.model_sites.items():
-        base = getattr(site["fn"], "base_dist", site["fn"])
-        if site["is_observed"] and isinstance(base, Bernoulli) and bool(((site["value"] % 1) != 0).any()):
+        if not site["is_observed"]:
+            continue
+        base, seen = site["fn"], site["mask"]
+        while hasattr(base, "base_dist"):  # inside .to_event(), and inside .mask(): what is masked plays no part
+            seen = getattr(base, "_mask", seen)
+            base = base.base_dist
+        if not isinstance(base, Bernoulli):
+            continue
+        grey = (site["value"] % 1) != 0
+        if isinstance(seen, Tensor):  # (...) of the batch, or of the pixels too
+            extra = max(grey.dim() - seen.dim(), 0) if seen.shape != grey.shape[grey.dim() - seen.dim() :] else 0
+            grey = grey & seen.reshape(*seen.shape, *(1,) * extra)
+        if seen is not False and bool(grey.any()):
             return (
                 f"site {name!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli "
                 "density: the ELBO is not comparable with any published one. Binarise the data."

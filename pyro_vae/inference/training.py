@@ -28,6 +28,7 @@ from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
+from pyro_vae.inference.starts import before_fit
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
@@ -174,6 +175,7 @@ def fit(
     with own_parameters(model, guide), seeded(seed), precision(matmul_precision), reused_memory():
         for module in modules:
             module.train(_learns(module))
+        before_fit(modules, data)
         point = check(model, guide, batches.first(), loss)
         validation_bound = validation_bound or (loss.bound if point else elbo)
         if validation is not None:  # what cannot be scored is refused now, not after an epoch

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.judging.densities import Pair
+from pyro_vae.judging.estimates import over_data
 from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
 from pyro_vae.judging.simulations import simulated_batch
@@ -89,13 +90,12 @@ class Annealed:
 
     def __str__(self) -> str:
         text = (
-            f"log p(x) >= {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; data ± {self.data_stderr:.2f}) nats, "
+            f"log p(x) >= {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats, "
             f"annealed from the {self.start} over {self.num_steps} steps, acceptance {self.acceptance.mean():.2f}, "
             f"chain ESS {self.ess.mean():.1f} of {self.num_chains}"
         )
         if self.simulated is not None:
-            width, error = self.simulated.width, self.simulated.width_stderr
-            text += f"; on simulated data the bracket is {width:.2f} ± {error:.2f} wide"
+            text += f"; on simulated data the bracket is {self.simulated.said_width} wide"
         return text
 
 
@@ -135,10 +135,14 @@ class Bracket:
         widths = self.upper_pointwise - self.lower.pointwise
         return widths.std().item() / math.sqrt(len(widths)) if len(widths) > 1 else math.nan
 
+    @property
+    def said_width(self) -> str:
+        """The width with its error, which one datum does not have."""
+        error = self.width_stderr
+        return f"{self.width:.2f}" + (" (one datum)" if math.isnan(error) else f" ± {error:.2f}")
+
     def __str__(self) -> str:
-        return (
-            f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.width:.2f} ± {self.width_stderr:.2f})"
-        )
+        return f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.said_width})"
 
 
 def ais(

@@ -220,7 +220,7 @@ def sbc(
         calibration, 2018. arXiv:1804.06788
     """
     if num_data < 2:
-        raise ValueError(f"got num_data={num_data}, wanted at least two simulated data.")
+        raise ValueError(f"got num_data={num_data}, wanted at least two simulated data. Raise it.")
     place = device_of(model, guide) if device is None else device
     (first, *_) = Batches(data, 1, shuffle=False).first()
     values = max(first.numel() if isinstance(first, Tensor) else 1, 512)

@@ -156,7 +156,7 @@ class Estimate:
         return (self.pareto_k < khat_limit(self.num_samples)).double().mean().item()
 
     def __str__(self) -> str:
-        text = f"log p(x) = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; data ± {self.data_stderr:.2f}) nats"
+        text = f"log p(x) = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats"
         if math.isnan(self.khat_ok):
             return f"{text}, k̂ unknown at K = {self.num_samples}"
         text += f", k̂ ok for {100 * self.khat_ok:.1f} %"
@@ -189,9 +189,19 @@ class ElboTerms:
 
     def __str__(self) -> str:
         return (
-            f"ELBO = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; data ± {self.data_stderr:.2f}) nats "
+            f"ELBO = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats "
             f"= reconstruction {self.reconstruction:.2f} - KL {self.kl:.2f}"
         )
+
+
+def over_data(data_stderr: float) -> str:
+    """The error for the population in words; a single datum says nothing of others.
+
+    Example:
+        >>> over_data(0.24), over_data(float("nan"))
+        ('data ± 0.24', 'one datum')
+    """
+    return "one datum" if math.isnan(data_stderr) else f"data ± {data_stderr:.2f}"
 
 
 def log_likelihood(

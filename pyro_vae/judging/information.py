@@ -223,7 +223,8 @@ def mutual_information(
         sizes = [len(rate) for rate in rates]
         count = sum(sizes)
         if count < 3:
-            raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one.")
+            raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one. "
+                             "Give more data.")
         scorers = [_scorer(guide, batch, drawn) for batch, drawn in zip(args, draws, strict=True)]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         terms = torch.zeros(2, count, dtype=torch.float64)  # of lower and upper, per datum
