@@ -189,6 +189,7 @@ _FIT = _options(
     _option("Training", "--schedule", _choice("schedule"), "Of the learning rate. [default: one-cycle]"),
     _option("Training", "--clip-norm", "X", "Upper limit of the gradient norm; 0 for none.", float),
     _option("Training", "--kl-warmup", "N", "Epochs over which the weight of the KL rises to 1. [default: 0]", int),
+    _option("Training", "--kl-warmup-steps", "N", "The same in steps, instead.", int),
     _option("Training", "--patience", "N", "Stop after N epochs without a better validation bound, and keep the best "
             "weights; 0 for never. [default: 0]", int),
     _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),

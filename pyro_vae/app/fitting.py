@@ -236,6 +236,7 @@ def _fit(
             schedule=options.schedule,
             clip_norm=options.clip_norm,
             kl_warmup=options.kl_warmup,
+            kl_warmup_steps=options.kl_warmup_steps,
             validation=validation_data(dataset, options.seed),
             patience=options.patience,
             seed=options.seed,

@@ -12,17 +12,18 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
+from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
 from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
@@ -30,6 +31,7 @@ from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit
 from pyro_vae.inference.steps import GraphSteps
+from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 
@@ -75,11 +77,13 @@ def fit(
     loss: Any = None,
     epochs: int = 20,
     batch_size: int = 128,
-    optimizer: PyroOptim | type[torch.optim.Optimizer] | None = None,
-    learning_rate: float = 1e-3,
+    optimizer: PyroOptim | torch.optim.Optimizer | type[torch.optim.Optimizer] | None = None,
+    learning_rate: float | None = None,
     schedule: str | Schedule = "constant",
     clip_norm: float | None = None,
-    kl_warmup: int = 0,
+    kl_warmup: float = 0,
+    kl_warmup_steps: int | None = None,
+    beta: Beta | None = None,
     validation: Any = None,
     validation_bound: Bound | None = None,
     patience: int | None = None,
@@ -107,14 +111,21 @@ def fit(
             keeps its graphs for the next fit of the same pair.
         epochs: Passes through the data.
         batch_size: B; an iterable of batches has its own.
-        optimizer: A torch optimiser class (Adam when not given), or a ``PyroOptim``,
-            which then owns learning rate, schedule and clipping.
-        learning_rate: Peak learning rate.
+        optimizer: A torch optimiser class (Adam when not given); an instance, which is taken
+            over with its options, parameter groups, rates and state, and must hold all of the
+            pair's parameters; or a ``PyroOptim``, which then owns learning rate, schedule and
+            clipping. A Pyro scheduler is stepped once an epoch, ``ReduceLROnPlateau`` by the
+            validation bound or else the loss.
+        learning_rate: Peak learning rate of a class, 1e-3 when not given.
         schedule: "constant", "cosine", "one-cycle", or a function of the fraction of
-            steps done that multiplies the learning rate.
+            steps done that multiplies the learning rate (every rate of an instance, which
+            gets its own back at the end).
         clip_norm: Upper limit of the joint gradient norm.
-        kl_warmup: Epochs over which the weight of log q - log p(z) rises linearly to 1,
-            or to the beta of the `Objective`.
+        kl_warmup: Epochs, or fractions of one, over which the weight of log q - log p(z) rises
+            linearly to 1, or to the beta of the `Objective`.
+        kl_warmup_steps: The same in steps; one of the two.
+        beta: That weight itself: a number, or a function of the fraction of steps done, for
+            the elbo and Pyro's ELBOs. Patience waits until it has come to rest.
         validation: Data of the same kind, scored after every epoch at fixed noise.
         validation_bound: The bound to score them by (the `elbo`; `reconstruction` for
             a point guide).
@@ -128,7 +139,8 @@ def fit(
         progress: Show a bar; None shows it on a terminal only.
         callback: Called with each epoch's record.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
-            If it is there already, the fit goes on from it, to the bit.
+            If it is there already, the fit goes on from it, to the bit; and does not if
+            anything that shapes the result is another: the data, the loss, the optimiser, ...
         compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
             Inductor; "auto" captures them in fits of 500 steps or more and compiles them where,
             by the clock, a minute or more of them lies ahead, unless there is a checkpoint: a
@@ -160,7 +172,8 @@ def fit(
         loss = compiled.inner
     else:
         loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
-    _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
+    _check_options(loss, epochs, batch_size, patience, validation, schedule)
+    check_tempering(loss, epochs, kl_warmup, kl_warmup_steps, beta)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
         raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
     modules = _owners(model, guide)
@@ -168,11 +181,10 @@ def fit(
         module.to(device)
     place = device if device is not None else device_of(model, guide)
     batches = Batches(data, batch_size, place)
-    if not isinstance(optimizer, PyroOptim):
-        optimizer = Fused(optimizer or torch.optim.Adam, {"lr": learning_rate}, clip_norm)
+    optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history, best = History(), _Best(modules)
-    with own_parameters(model, guide), seeded(seed), precision(matmul_precision), reused_memory():
+    with own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory():
         for module in modules:
             module.train(_learns(module))
         before_fit(modules, data)
@@ -184,17 +196,28 @@ def fit(
             with seeded(0), torch.no_grad():
                 Objective().particles(model, guide, *Batches(validation, 500, place, shuffle=False).first())
         steps = epochs * len(batches)
+        tempering = Tempering(
+            loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
+        )
         given = compiled is not None
         if compiled is None:
             compiled = _compiled(loss, compile, steps, checkpoint is not None, len(batches))
-        stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), batches, compiled)
+        stepper = _Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
         if checkpoint is not None:
-            # Pyro's losses have no repr of their own.
-            said = repr(loss) if isinstance(loss, Objective) else f"{type(loss).__name__}, {loss.num_particles}"
-            settings = {"epochs": epochs, "batch_size": batch_size, "loss": said, "kl_warmup": kl_warmup}
             tensors = named_tensors(modules, model, guide, batches.first())
+            warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
+            settings: dict[str, Any] = {
+                "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
+                **optimizer_settings(optimizer), "patience": patience, "validation_bound": validation_bound,
+                "matmul_precision": torch.get_float32_matmul_precision() if matmul_precision is None
+                else matmul_precision, "device": torch.device(place or "cpu").type, "data": data,
+                "validation": validation,
+            }  # fmt: skip
+            settings = {key: fingerprint(value) for key, value in settings.items()}
+            settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
+            settings |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
             saved = Checkpoint(checkpoint, tensors, settings)
             started -= _resumed(saved, history, best, stepper)
         quiet = None if progress is None else not progress
@@ -216,7 +239,9 @@ def fit(
                     if callback is not None:
                         callback(record)
                     # While the weight of the divergence rises, a validation bound says nothing about the end.
-                    if patience is not None and stepper.steps >= stepper.warmup:
+                    settled = stepper.steps >= stepper.warmup
+                    end_epoch(optimizer, record, settled)
+                    if patience is not None and settled:
                         best.offer(record["validation"], epoch, stepper.parameters())
                         history.stopped_early = epoch - best.epoch >= patience
                     if checkpoint is not None:
@@ -225,6 +250,8 @@ def fit(
                         break
             except KeyboardInterrupt:
                 history.interrupted = True
+            finally:
+                stepper.release()
         history.best_epoch = len(history)
         if best.epoch and not history.interrupted:
             best.restore()
@@ -286,36 +313,25 @@ def _owners(*programs: Program) -> list[nn.Module]:
     return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
 
 
-class _Tempered(Messenger):
-    """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change."""
-
-    def __init__(self, weight: Callable[[], float | Tensor]) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight()
-
-
 class _Stepper:
     """The inner loop: SVI steps with the schedules of learning rate and beta."""
 
     def __init__(
-        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, total: int, warmup: int,
+        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, tempering: Tempering,
         batches: Batches, compiled: Compiled | None = None,
     ) -> None:  # fmt: skip
-        self.loss, self.optimizer, self.rate, self.total, self.warmup = loss, optimizer, rate, total, warmup
+        self.loss, self.optimizer, self.rate = loss, optimizer, rate
+        self.tempering, self.total, self.warmup = tempering, tempering.total, tempering.warmup
         self.steps = 0
-        self.final_beta = float(loss.beta) if isinstance(loss, Objective) else 1.0
+        self.own_beta = loss.beta if isinstance(loss, Objective) else None
         # As a tensor, the weight is read anew by a captured step; losses that compare scales want a number.
-        self.weight: Tensor | None = None
-        if warmup and not isinstance(loss, Objective):
+        self.weight: Tensor | Number | None = None
+        if tempering.active and not isinstance(loss, Objective):
             if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
                 self.weight = torch.ones((), dtype=torch.float64)
             else:
-                compiled = None
-            model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
+                self.weight, compiled = Number(1.0), None
+            model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)
         self.considers, self._timed = False, 0.0
         self.batches = batches
         self.svi = SVI(model, guide, optimizer, loss)
@@ -323,10 +339,14 @@ class _Stepper:
 
     def beta(self) -> float:
         """The weight of log q - log p(z) in the step to come."""
-        return self.final_beta * (min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0)
+        return self.tempering(self.steps)
 
-    def _live_beta(self) -> float | Tensor:
-        return self.beta() if self.weight is None else self.weight
+    def release(self) -> None:
+        """Give what was lent for the fit its own numbers back."""
+        if isinstance(self.optimizer, Fused):
+            self.optimizer.release()
+        if self.own_beta is not None:
+            self.loss.beta = self.own_beta
 
     def factor(self) -> float:
         """What multiplies the learning rate in the step to come."""
@@ -341,9 +361,10 @@ class _Stepper:
         started, count = time.perf_counter(), 0
         summed: float | Tensor = 0.0
         bound: float | Tensor = 0.0
-        tempered = self.beta() < 1
+        tempered = False
         for choice in self.batches.choices():
-            beta, factor = self.beta(), self.factor()
+            beta = self.beta()
+            tempered = tempered or beta != 1
             value = self._step(choice)
             size = len(choice[0])
             summed, count = summed + value, count + size
@@ -360,18 +381,21 @@ class _Stepper:
             record["bound"] = float(bound) / count
         elif not tempered:
             record["bound"] = -float(summed) / count
-        if isinstance(self.optimizer, Fused):
-            record["learning_rate"] = self.optimizer.learning_rate * factor
+        rate = rate_of(self.optimizer)
+        if rate is not None:
+            record["learning_rate"] = rate
         seconds = time.perf_counter() - started
         return record | {"beta": beta, "images_per_second": count / seconds}
 
     def _step(self, choice: tuple[Any, ...]) -> float | Tensor:
         if isinstance(self.optimizer, Fused):
             self.optimizer.set_learning_rate(self.factor())
-        if isinstance(self.loss, Objective) and self.warmup:
+        if self.tempering.active and isinstance(self.loss, Objective):
             self.loss.beta = self.beta()
-        if self.weight is not None:
+        if isinstance(self.weight, Tensor):
             self.weight.fill_(self.beta())
+        elif self.weight is not None:
+            self.weight.value = self.beta()
         value: float | Tensor
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
@@ -437,13 +461,11 @@ class _Best:
 
 
 def _check_options(
-    loss: Any, epochs: int, batch_size: int, kl_warmup: int, patience: int | None, validation: Any, schedule: Any
+    loss: Any, epochs: int, batch_size: int, patience: int | None, validation: Any, schedule: Any
 ) -> None:
     for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value}.")
-    if kl_warmup < 0 or kl_warmup >= epochs > 0 and kl_warmup:
-        raise ValueError(f"kl_warmup must lie in 0 .. epochs - 1 = {epochs - 1}, got {kl_warmup}.")
     if isinstance(schedule, str) and schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}, wanted one of {', '.join(SCHEDULES)} or a function.")
     if patience is not None and (patience < 1 or validation is None):
@@ -452,6 +474,8 @@ def _check_options(
         raise ValueError(
             f"got loss {loss!r}, wanted a Pyro ELBO such as Trace_ELBO(), or Objective(iwae, num_samples=50)."
         )
-    temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
-    if kl_warmup and not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
-        raise ValueError(f"kl_warmup tempers an ELBO, got {loss!r}. Leave kl_warmup at 0.")
+    if isinstance(loss, TraceTailAdaptive_ELBO):
+        raise ValueError(
+            "TraceTailAdaptive_ELBO gives infinity as its loss, by design, so that no fit can be followed, and ranks "
+            "one weight for the whole batch. Take Objective(renyi(0.5), num_samples=10), which has one for each datum."
+        )
