@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
+from pyro_vae.inference.columns import rows
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.sleep import dream
@@ -232,7 +233,7 @@ def mean_bound(
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
-        data: As for `fit`.
+        data: As for `fit`, or `Batches` of them.
         bound: The bound.
         num_samples: K.
         batch_size: Data scored at a time.
@@ -242,10 +243,13 @@ def mean_bound(
         The mean over the data.
     """
     objective = Objective(bound, num_samples)
-    batches = Batches(data, batch_size, device_of(model, guide) if device is None else device, shuffle=False)
+    place = device_of(model, guide) if device is None else device
+    batches = data
+    if not isinstance(data, Batches):
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
     total, count = 0.0, 0
     with own_parameters(model, guide), seeded(seed), torch.no_grad():
         for batch in batches:
             total += bound(objective.particles(model, guide, *batch)).double().sum().item()
-            count += len(batch[0])
+            count += rows(batch)
     return total / count
