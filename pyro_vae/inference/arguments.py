@@ -124,9 +124,12 @@ def arguments_of(*programs: Program) -> Arguments:
 
 def _positional(program: Any) -> tuple[Sequence[str] | None, dict[int, Any], float]:
     """Names of what a program takes by position, the defaults, and how many; None where it does not say."""
-    taken, keywords = 0, set()
+    taken = 0
+    keywords: set[str] = set()
     while True:
         if isinstance(program, functools.partial):
+            if type(program) is not functools.partial and isinstance(program.func, functools.partial):
+                program = program.func  # Pyro's partial of a partial shows the inner one's arguments as its own
             if getattr(program.func, "__name__", "") == "_context_wrap":  # a handler of Pyro around a program
                 program = program.args[1]
                 continue

@@ -135,7 +135,8 @@ class Batches:
         try:
             return len(self.loader)  # type: ignore[arg-type]
         except TypeError:  # also a DataLoader, over a dataset of unknown length
-            return sum(1 for _ in self.loader or ())
+            assert self.loader is not None
+            return sum(1 for _ in self.loader)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for choice in self.choices():
@@ -305,8 +306,9 @@ class Batches:
 
     def _meet_programs(self) -> None:
         if self.columns is None:
+            assert self.loader is not None
             with undisturbed():
-                given = next(iter(self.loader or ()), None)
+                given = next(iter(self.loader), None)
             if given is None:
                 return
             batch = self._arguments(given)

@@ -9,6 +9,7 @@ the column), the pair is run on the suspected rows, and its own densities decide
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ class Rule:
     kind: str
     support: Any
     masked: bool
+
+    @property
+    def binary(self) -> bool:
+        """Whether it is a Bernoulli, which scores grey values and gives them no density."""
+        return self.kind in ("Bernoulli", "BernoulliLogits")
 
     def outside(self, value: Tensor) -> Tensor:
         """Where a value lies outside, of its shape; of vectors whole ones."""
@@ -110,8 +116,8 @@ def _equal(leaf: Tensor, value: Tensor, masked: bool) -> bool:
 
 def _support(fn: Any) -> Any:
     """The support of an element, as far as it is the same for all data."""
-    if hasattr(fn, "scored"):
-        return fn.scored
+    if isinstance(fn, Bernoulli):
+        return constraints.unit_interval  # grey values are scored, with a warning
     try:
         support = fn.support
     except (NotImplementedError, AttributeError):
@@ -161,6 +167,9 @@ class DataCheck:
         self.programs = programs
         self.rules = {} if shown is None or shown.error is not None else rules(shown, batch)
         self.masks, self.names = masks, names or {}
+        known = dict(leaves(batch))
+        # Where the first batch is binary, a later grey value is no choice.
+        self.binary = {p for p, rule in self.rules.items() if rule.binary and bool((known[p] % 1 == 0).all())}
 
     def __call__(self, batch: tuple[Any, ...], where: Callable[[int], str], at_once: int = 128) -> None:
         """Look at one batch.
@@ -185,6 +194,8 @@ class DataCheck:
             return
         low, high = (float(end) for end in torch.aminmax(leaf))
         if math.isfinite(low) and math.isfinite(high) and (rule is None or rule.within(low, high)):
+            if rule is not None and path in self.binary:
+                self._grey(leaf, path, rule, where)
             return
         bad = ~torch.isfinite(leaf) if floating else torch.zeros_like(leaf, dtype=torch.bool)
         if rule is not None:
@@ -203,6 +214,19 @@ class DataCheck:
             if not self._stands(batch, group):
                 worst = next((int(i) for i in group if not self._stands(batch, i[None])), int(group[0]))
                 self._refuse(leaf, bad, worst, path, rule, where)
+
+    def _grey(self, leaf: Tensor, path: Path, rule: Rule, where: Callable[[int], str]) -> None:
+        grey = leaf % 1 != 0
+        if bool(grey.any()):
+            self.binary.discard(path)
+            row = int((grey.flatten(1).any(1) if grey.dim() > 1 else grey).nonzero()[0])
+            spot: tuple[int, ...] = tuple(int(i) for i in grey[row].nonzero()[0]) if grey.dim() > 1 else ()
+            warnings.warn(
+                f"site {rule.site!r} is Bernoulli, and {where(row)}{self._column(path, spot)} of the data is "
+                f"{float(leaf[row][spot] if spot else leaf[row]):.4g}, a grey value between 0 and 1 among zeros and "
+                "ones, which has no Bernoulli density. Binarise the data.",
+                stacklevel=2,
+            )
 
     def _stands(self, batch: tuple[Any, ...], index: Tensor) -> bool:
         """Whether the pair itself has finite densities of some rows, inside its supports wherever it scores them."""
@@ -266,7 +290,7 @@ def _scored(site: Any, value: Tensor) -> Tensor:
 
 
 def _binary(rule: Rule) -> bool:
-    return rule.support is constraints.boolean or rule.support is Bernoulli.support or "Bernoulli" in rule.kind
+    return "Bernoulli" in rule.kind
 
 
 def _not_finite(value: float) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from pyro.distributions import Bernoulli as PyroBernoulli
 from torch import Tensor
-from torch.distributions import constraints
 
 
 class _BernoulliLogProb(torch.autograd.Function):
@@ -40,12 +39,8 @@ class BernoulliLogits(PyroBernoulli):
 
     Args:
         logits: l, any shape.
-    Attributes:
-        scored: What `log_prob` may be given: the support, and grey values.
     Reference: torch.distributions.Bernoulli.
     """
-
-    scored = constraints.unit_interval
 
     def __init__(self, logits: Tensor, validate_args: bool | None = False) -> None:
         super().__init__(logits=logits, validate_args=validate_args)
