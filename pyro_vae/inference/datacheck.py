@@ -94,7 +94,10 @@ def rules(shown: Rehearsal, batch: tuple[Any, ...]) -> dict[Path, Rule]:
         fn, masked = unwrapped(site["fn"])
         masked = masked or (site["mask"] is not None and site["mask"] is not True)
         if not same:
-            same = [path for path, leaf in tensors if _equal(leaf, value, masked)]
+            # What a mask leaves out may have been replaced, and a constant equals much.
+            shares = {path: _share(leaf, value) for path, leaf in tensors if leaf.dtype != torch.bool}
+            least = max([*shares.values(), 0.25]) if masked else 1.0
+            same = [path for path, share in shares.items() if share >= least]
         support = _support(fn)
         if len(same) == 1 and support is not None:
             leaf = dict(tensors)[same[0]]
@@ -104,14 +107,12 @@ def rules(shown: Rehearsal, batch: tuple[Any, ...]) -> dict[Path, Rule]:
     return found
 
 
-def _equal(leaf: Tensor, value: Tensor, masked: bool) -> bool:
+def _share(leaf: Tensor, value: Tensor) -> float:
+    """The share of a site's value that is a leaf's."""
     if leaf.numel() != value.numel() or leaf.device != value.device:
-        return False
+        return 0.0
     leaf, value = leaf.flatten(), value.flatten()
-    same = leaf == value
-    if masked:  # what is left out may have been replaced
-        return bool(same.double().mean() > 0.25)
-    return bool((same | (leaf.isnan() & value.isnan())).all())
+    return float(((leaf == value) | (leaf.isnan() & value.isnan())).double().mean())
 
 
 def _support(fn: Any) -> Any:
@@ -240,7 +241,7 @@ class DataCheck:
                 continue
             value = site["value"]
             outside = Rule(site["name"], kind(fn), support, True).outside(value) | ~torch.isfinite(value)
-            if bool((outside & _scored(site, value)).any()):
+            if bool((outside & scored(site, value)).any()):
                 return False
         return True
 
@@ -256,7 +257,7 @@ class DataCheck:
         if rule is None or not math.isfinite(value):
             place = f"{where(row)}{column}"
             raise ValueError(f"{place} of the data is {shown}; wanted a finite number. {_not_finite(value)}")
-        wanted = "[0, 1] (0 or 1 in a Bernoulli)" if _binary(rule) else str(rule.support)
+        wanted = "[0, 1]" if rule.support is constraints.unit_interval else str(rule.support)
         raise ValueError(
             f"{where(row)}{column} of the data is {shown}, outside the support of the likelihood ({rule.kind}, site "
             f"{rule.site!r}); wanted {wanted}. {_remedy(rule, value, low, high, finite)}"
@@ -273,7 +274,7 @@ class DataCheck:
         return f"{named}, column {spot[0] if len(spot) == 1 else spot}"
 
 
-def _scored(site: Any, value: Tensor) -> Tensor:
+def scored(site: Any, value: Tensor) -> Tensor:
     """Where a site's value counts, of the value's shape."""
     counts = torch.ones_like(value, dtype=torch.bool)
     fn, event = site["fn"], 0
@@ -287,10 +288,6 @@ def _scored(site: Any, value: Tensor) -> Tensor:
     for mask, event in zip(masks, depths, strict=True):
         counts = counts & mask.reshape(*mask.shape, *[1] * event)
     return counts
-
-
-def _binary(rule: Rule) -> bool:
-    return "Bernoulli" in rule.kind
 
 
 def _not_finite(value: float) -> str:
@@ -309,7 +306,7 @@ def _remedy(rule: Rule, value: float, low: float, high: float, finite: Tensor) -
     counts = "count" in str(support).lower() or support.is_discrete and getattr(support, "lower_bound", None) == 0
     levels = getattr(support, "levels", None)
     top = getattr(support, "upper_bound", None)
-    grey = _binary(rule) or levels is not None or (not support.is_discrete and _number(top) == 1)
+    grey = levels is not None or (not support.is_discrete and _number(top) == 1)
     if grey:
         if value < 0:
             scaled = " Images normalised to [-1, 1] are brought back by (x + 1) / 2." if -1 <= low and high <= 1 else ""
@@ -317,8 +314,8 @@ def _remedy(rule: Rule, value: float, low: float, high: float, finite: Tensor) -
         scale = 255 if high > 16 and high <= 255 else high
         if value > 1:
             return (
-                f"The data here lie in [{low:.4g}, {high:.4g}]: divide them by {scale:.6g} (x / {scale:.6g}), then "
-                f"binarize grey values for a Bernoulli. {another}"
+                f"The data here lie in [{low:.4g}, {high:.4g}]: divide them by {scale:.6g} (x / {scale:.6g})"
+                f"{', then binarize grey values' if rule.binary else ''}. {another}"
             )
         return f"Pass the grey levels v / 255 as they are, without dequantisation. {another}"
     if counts:

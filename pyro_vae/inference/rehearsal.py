@@ -104,9 +104,9 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
         >>> import pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0), obs=x)
+        ...         pyro.sample("x", dist.Normal(pyro.param("rehearsed", torch.zeros(())), 1.0), obs=x)
         >>> shown = rehearse([model], (torch.zeros(3),))
-        >>> list(shown.sites), shown.dtype, "loc" in pyro.get_param_store()
+        >>> list(shown.sites), shown.dtype, "rehearsed" in pyro.get_param_store()
         (['x'], torch.float32, False)
     """
     shown = Rehearsal()
