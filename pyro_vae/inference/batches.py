@@ -330,15 +330,23 @@ class Batches:
             self._each = not all(settled(c) or drawn(c) for c in self.columns)
             if not self._each and not all(drawn(c) for c in self.columns):
                 self._look_through()
-        error = self.shown.error
-        if isinstance(error, RuntimeError | TypeError | IndexError) and not isinstance(
-            error, NotImplementedError | torch.OutOfMemoryError
-        ):
-            raise ValueError(
-                f"the pair does not run on a batch of the data, {described(batch)}: "
-                f"{' '.join(str(error).split())[:300]} ({type(error).__name__}). Wanted rows of the shape and type that model and guide take: reshape the "
-                "data, or build the pair for them."
-            ) from error
+        self._refuse_failure(batch)
+
+    def _refuse_failure(self, batch: tuple[Any, ...]) -> None:
+        """What the pair raised from inside torch on its first batch, in words; its own refusals come where it runs."""
+        error = None if self.shown is None else self.shown.error
+        strange = RuntimeError | TypeError | IndexError | AttributeError | KeyError
+        if not isinstance(error, strange) or isinstance(error, NotImplementedError | torch.OutOfMemoryError):
+            return
+        fields = next((list(x) for x in batch if isinstance(x, Mapping)), None)
+        remedy = "reshape the data, or build the pair for them"
+        if fields is not None:
+            remedy = f"each dict of {', '.join(map(repr, fields))} is one argument; for a pair of tensors pass its fields"
+        raise ValueError(
+            f"the pair does not run on a batch of the data, {described(batch)}: "
+            f"{' '.join(str(error).split())[:300]} ({type(error).__name__}). Wanted rows of the shape and type that "
+            f"model and guide take: {remedy}."
+        ) from error
 
     def _choose_casts(self, batch: tuple[Any, ...]) -> Rehearsal:
         """Decide what is cast to what, by runs of the pair (the rule is in the module)."""
