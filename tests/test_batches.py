@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_
 
 from pyro_vae.inference.arguments import arguments_of
 from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.columns import joined, rows, values
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.inference.training import fit
+from pyro_vae.inference.trees import joined, rows, values
 from pyro_vae.judging.anomalies import anomaly_scores
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.programs.vae import VAE

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.columns import joined, rows
 from pyro_vae.inference.training import fit
+from pyro_vae.inference.trees import joined, rows
 from pyro_vae.programs.vae import VAE
 
 EXAMPLES = settings(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_vae.app.verdicts import Finding, material, nats, verdict
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.columns import at, joined, rows
+from pyro_vae.inference.trees import at, joined, rows
 from pyro_vae.judging.annealing import bdmc
 from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components

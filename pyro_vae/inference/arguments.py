@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.inference.columns import described
+from pyro_vae.inference.trees import described
 from pyro_vae.traces import Program
 
 
@@ -93,7 +93,7 @@ class Arguments:
         if not fits:
             raise ValueError(
                 f"got a boolean column of shape {tuple(mask.shape)} beside data of shape {tuple(x.shape)}, which the "
-                f"pair would take as its {self.names[i]!r}; wanted a mask of the shape of the data. If they are labels, "
+                f"pair would take as its {self.names[i]!r}; wanted a mask of the shape of the data. Labels: "
                 "leave them out; a mask of whole data needs the dimensions of a datum: mask[:, None]."
             )
         return True

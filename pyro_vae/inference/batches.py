@@ -26,21 +26,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from pyro_vae.inference.arguments import Arguments, arguments_of
-from pyro_vae.inference.columns import (
-    Path,
-    collated,
-    column,
-    described,
-    drawn,
-    frame_names,
-    leaves,
-    mapped,
-    rows,
-    settled,
-    tensor_of,
-)
+from pyro_vae.inference.columns import collated, column, drawn, frame_names, settled, tensor_of
 from pyro_vae.inference.datacheck import DataCheck, rules, unwrapped
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
+from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
 from pyro_vae.traces import Program, draw
 
 _AT_ONCE = 2**22  # numbers that are looked through together
@@ -110,7 +99,7 @@ class Batches:
         self._cached: tuple[Any, ...] | None = None
         self._made_together = isinstance(data, tuple) and not isinstance(data, TensorDataset)
         self._take_in(data)
-        lengths = [len(column) for column in self.columns or ()]
+        lengths = [] if self.columns is None else [len(one) for one in self.columns]
         if len(set(lengths)) > 1:
             raise ValueError(f"the data have different lengths, {lengths}; wanted one row each per datum.")
         if self.columns is not None and not any(lengths):
@@ -197,12 +186,13 @@ class Batches:
                 what = "the data are one datum" if self.num_data == 1 else f"got batch_size={self.batch_size}"
                 raise ValueError(_single(what))
             return
-        size, data = getattr(self.loader, "batch_size", None), getattr(self.loader, "dataset", None)
+        size = getattr(self.loader, "batch_size", None)
+        data: Any = getattr(self.loader, "dataset", None)
         if isinstance(self.loader, DataLoader) and size is not None and hasattr(data, "__len__"):
             sampler: Any = self.loader.sampler
-            count = len(sampler if hasattr(sampler, "__len__") else data)
+            count = len(sampler) if hasattr(sampler, "__len__") else len(data)
             if size == 1 or (count % size == 1 and not self.loader.drop_last):
-                raise ValueError(_single(f"the loader makes batches of {size} of {count} data, so that one has one datum"))
+                raise ValueError(_single(f"the loader makes batches of {size} of {count} data, one of one datum"))
         elif isinstance(self.loader, list) and any(rows(self._arguments(given)) == 1 for given in self.loader):
             raise ValueError(_single("one of the batches has one datum"))
 
@@ -298,7 +288,8 @@ class Batches:
             if len(self.programs) < 2:
                 return True
             with undisturbed():
-                return draw(*self.programs[:2], batch, {}).log_likelihood.shape[1] == count
+                model, guide, *_ = self.programs
+                return draw(model, guide, batch, {}).log_likelihood.shape[1] == count
         except Exception:  # noqa: BLE001 - a trial: what fails is not what was meant
             return False
         finally:
@@ -341,7 +332,8 @@ class Batches:
         fields = next((list(x) for x in batch if isinstance(x, Mapping)), None)
         remedy = "reshape the data, or build the pair for them"
         if fields is not None:
-            remedy = f"each dict of {', '.join(map(repr, fields))} is one argument; for a pair of tensors pass its fields"
+            named = ", ".join(map(repr, fields))
+            remedy = f"each dict of {named} is one argument; for a pair of tensors pass its fields"
         raise ValueError(
             f"the pair does not run on a batch of the data, {described(batch)}: "
             f"{' '.join(str(error).split())[:300]} ({type(error).__name__}). Wanted rows of the shape and type that "
@@ -403,7 +395,7 @@ class Batches:
             for start in range(0, self.num_data, step):
                 index = torch.arange(start, min(start + step, self.num_data), device=self.home)
                 batch = self._placed(self._cast(self._gathered(index)))
-                self._look(batch, lambda row, start=start: f"row {start + row}", len(index))  # type: ignore[misc]
+                self._look(batch, lambda row, start=start: f"row {start + row}", len(index))
 
     def _look(self, batch: tuple[Any, ...], where: Any, size: int) -> None:
         if self._check is not None and size:
@@ -446,7 +438,7 @@ class Batches:
         if not columns or len(held) < len(columns):
             return
         if sum(t.numel() * t.element_size() for t in held) < torch.cuda.mem_get_info(device)[0] / 4:
-            self.columns = tuple(column.to(device) for column in columns)
+            self.columns = tuple(one.to(device) for one in columns)
             self.home = device
 
 

@@ -2,16 +2,14 @@
 
 A column has N rows, and ``column[index]`` is a batch of them: a tensor (B, ...), or a dict or tuple of such. Tensors
 are columns as they are; all else is wrapped by `column`, and nothing is converted before its rows are asked for, so a
-memory map or a sparse matrix is never copied whole. A batch is a tree (tuples, lists, dicts) whose leaves are tensors
-with one row a datum, and whatever else the programs take.
+memory map or a sparse matrix is never copied whole.
 """
 
 from __future__ import annotations
 
-import collections
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,123 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from pyro_vae.inference.rehearsal import undisturbed
-
-Path: TypeAlias = tuple[Any, ...]
+from pyro_vae.inference.trees import described, mapped, rows
 
 # What numpy and torch both hold; all other numbers are converted to one of these.
 _SHARED = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
-
-
-def mapped(function: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
-    """A tree with each leaf replaced by a function of (path, leaf); itself where nothing changed.
-
-    Example:
-        >>> mapped(lambda path, leaf: (path, leaf), {"x": 1, "y": [2]})
-        {'x': (('x',), 1), 'y': [(('y', 0), 2)]}
-    """
-    if isinstance(tree, Mapping):
-        fields = {key: mapped(function, value, (*path, key)) for key, value in tree.items()}
-        return tree if all(fields[key] is tree[key] for key in fields) else fields
-    if isinstance(tree, list | tuple):
-        items = [mapped(function, value, (*path, i)) for i, value in enumerate(tree)]
-        if all(new is old for new, old in zip(items, tree, strict=True)):
-            return tree
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return function(path, tree)
-
-
-def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a tree with their paths."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from leaves(value, (*path, key))
-    elif isinstance(tree, list | tuple):
-        for i, value in enumerate(tree):
-            yield from leaves(value, (*path, i))
-    else:
-        yield path, tree
-
-
-def rows(batch: Any) -> int:
-    """The number of data in a batch: the length that most of its tensors share, the first of those.
-
-    Args:
-        batch: A tensor, or a tuple, list or dict of tensors, nested at will.
-    Raises:
-        ValueError: It holds no tensor with rows.
-    Example:
-        >>> rows(({"image": torch.zeros(4, 2), "label": torch.zeros(4)}, torch.tensor(100)))
-        4
-    """
-    sizes = [len(x) for _, x in leaves(batch) if isinstance(x, Tensor) and x.dim()]
-    if not sizes:
-        raise ValueError(f"got a batch without a tensor that has rows ({described(batch)}), wanted at least one.")
-    return collections.Counter(sizes).most_common(1)[0][0]
-
-
-def values(batch: Any) -> int:
-    """Numbers in one datum, of all its columns; at least 512, as decoders and hidden layers have more.
-
-    Example:
-        >>> values((torch.zeros(2), torch.zeros(2, 1, 28, 28)))
-        785
-    """
-    return max(numbers(batch) // max(rows(batch), 1), 512)
-
-
-def numbers(batch: Any) -> int:
-    """Numbers in a whole batch."""
-    return sum(x.numel() for _, x in leaves(batch) if isinstance(x, Tensor) and x.dim())
-
-
-def at(batch: Any, index: Tensor | slice) -> Any:
-    """Some rows of a batch; what has no row a datum stays as it is.
-
-    Example:
-        >>> at((torch.arange(3), 7), slice(2))
-        (tensor([0, 1]), 7)
-    """
-    size = rows(batch)
-
-    def one(_: Path, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim() or len(x) != size:
-            return x
-        return x[index.to(x.device) if isinstance(index, Tensor) else index]
-
-    return mapped(one, batch)
-
-
-def joined(batches: Sequence[Any]) -> Any:
-    """Batches one below the other, as one; what is no tensor with rows, as in the first.
-
-    Example:
-        >>> joined([({"x": torch.zeros(2)}, 7), ({"x": torch.zeros(3)}, 7)])
-        ({'x': tensor([0., 0., 0., 0., 0.])}, 7)
-    """
-    flat = [dict(leaves(batch)) for batch in batches]
-
-    def one(path: Path, leaf: Any) -> Any:
-        parts = [other[path] for other in flat]
-        return torch.cat(parts) if all(isinstance(x, Tensor) and x.dim() for x in parts) else leaf
-
-    return mapped(one, batches[0])
-
-
-def described(tree: Any) -> str:
-    """Types and shapes of a batch's leaves, for messages.
-
-    Example:
-        >>> described((torch.zeros(2, 3), {"y": torch.zeros(2, dtype=torch.int64)}))
-        "float32 (2, 3), 'y': int64 (2,)"
-    """
-    shown = []
-    for path, leaf in leaves(tree):
-        named = "".join(f"{key!r}: " for key in path if isinstance(key, str))
-        if isinstance(leaf, Tensor):
-            shown.append(f"{named}{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}")
-        else:
-            shown.append(f"{named}{type(leaf).__name__}")
-    return ", ".join(shown) or "nothing"
 
 
 def tensor_of(array: Any) -> Tensor:
@@ -345,7 +230,8 @@ def _unknown(data: Any) -> ValueError:
 def _tensor_column(data: Tensor) -> Any:
     if not data.is_nested and not data.dim():
         raise _unknown(data)
-    kinds = {"nested": data.is_nested, "quantized": data.is_quantized, "meta": data.is_meta, "complex": data.is_complex()}
+    kinds = {"nested": data.is_nested, "quantized": data.is_quantized, "meta": data.is_meta}
+    kinds["complex"] = data.is_complex()
     what = next((name for name, found in kinds.items() if found), None)
     if what is not None:
         raise ValueError(
@@ -406,19 +292,19 @@ def _sparse_column(data: Any) -> Any:
 
 
 def _frame_column(data: Any) -> Any:
-    types = getattr(data, "dtypes", None)
+    types: Any = getattr(data, "dtypes", None)
     if hasattr(types, "items"):  # a frame of pandas
-        wrong = [str(name) for name, kind in types.items() if not _numeric(kind)]
+        wrong = [(str(name), str(kind)) for name, kind in types.items() if not _numeric(kind)]
         if wrong:
-            kinds = sorted({str(types[name]) for name in types.index if not _numeric(types[name])})
             raise ValueError(
-                f"got a {type(data).__name__} whose columns {', '.join(map(repr, wrong))} are not numeric "
-                f"({', '.join(kinds)}), wanted numbers. Drop or encode them: df.select_dtypes('number'), pd.get_dummies."
+                f"got a {type(data).__name__} whose columns {', '.join(repr(name) for name, _ in wrong)} are not numeric "
+                f"({', '.join(sorted({kind for _, kind in wrong}))}), wanted numbers. Drop or encode them: "
+                "df.select_dtypes('number'), pd.get_dummies(df)."
             )
         if not len(types):
             raise ValueError(f"got a {type(data).__name__} without columns, wanted at least one of numbers.")
         array = _plain(data, all_of=list(types))
-    elif types is None and hasattr(data, "dtype") or hasattr(data, "dtype"):
+    elif hasattr(data, "dtype"):
         if not _numeric(data.dtype) and not hasattr(data, "dims"):
             raise ValueError(
                 f"got a {type(data).__name__} of dtype {data.dtype}, wanted numbers. Encode it first: "

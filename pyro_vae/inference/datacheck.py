@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, constraints
 
-from pyro_vae.inference.columns import Path, at, leaves
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
+from pyro_vae.inference.trees import Path, at, leaves
 from pyro_vae.sites import kind
 from pyro_vae.traces import Program
 
@@ -130,7 +130,8 @@ def _support(fn: Any) -> Any:
     bounds = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
     varying = [isinstance(b, Tensor) and b.numel() > 1 and bool((b != b.flatten()[0]).any()) for b in bounds]
     if not any(varying):
-        return support if all(not isinstance(b, Tensor) or b.numel() == 1 for b in bounds) else _between(support, bounds)
+        wide = any(isinstance(b, Tensor) and b.numel() > 1 for b in bounds)
+        return _between(support, bounds) if wide else support
     return _between(support, [None if v else b for v, b in zip(varying, bounds, strict=True)])
 
 

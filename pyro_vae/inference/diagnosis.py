@@ -15,9 +15,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.inference.columns import leaves, rows
 from pyro_vae.inference.datacheck import unwrapped
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
+from pyro_vae.inference.trees import leaves, rows
 from pyro_vae.sites import kind
 from pyro_vae.traces import Program
 
@@ -65,8 +65,8 @@ def diagnosis(
     large = max(abs(low), abs(high)) > _UNSCALED
     if step == 0 and large:
         parts.append(
-            f"Nothing has been learned yet, and the data are unscaled: they lie in [{low:.4g}, {high:.4g}]. Standardise "
-            "them, (x - x.mean(0)) / x.std(0), or divide images by 255."
+            f"Nothing has been learned yet, and the data are unscaled: they lie in [{low:.4g}, {high:.4g}]. "
+            "Standardise them, (x - x.mean(0)) / x.std(0), or divide images by 255."
         )
     elif step == 0:
         parts.append(

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
-from pyro_vae.inference.columns import rows
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.sleep import dream
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
+from pyro_vae.inference.trees import rows
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Cut, Particles, Program, draw, plate_nesting
 

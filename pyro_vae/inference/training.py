@@ -21,7 +21,6 @@ from tqdm import tqdm
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
-from pyro_vae.inference.columns import rows
 from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.diagnosis import diagnosis
@@ -31,6 +30,7 @@ from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.steps import GraphSteps
+from pyro_vae.inference.trees import rows
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 

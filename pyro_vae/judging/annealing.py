@@ -38,8 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.columns import at, joined, rows, values
 from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot

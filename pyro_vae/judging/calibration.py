@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.columns import values
+from pyro_vae.inference.trees import values
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.simulations import simulated_batch
 from pyro_vae.parameters import device_of, own_parameters

@@ -27,7 +27,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.columns import at
+from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.latents import DimensionKL, kl_per_dimension
 from pyro_vae.parameters import device_of, own_parameters

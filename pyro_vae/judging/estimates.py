@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.capture import capturing, fast_matmul
-from pyro_vae.inference.columns import leaves, rows, values
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.replays import Replayed
+from pyro_vae.inference.trees import leaves, rows, values
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Particles, Program, draw, plate_nesting

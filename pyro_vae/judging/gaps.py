@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.capture import fast_matmul
-from pyro_vae.inference.columns import numbers, values
 from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.trees import numbers, values
 from pyro_vae.judging.guides import evaluating
 from pyro_vae.judging.local import (
     LocalForm,

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import Bound, iwae
-from pyro_vae.inference.columns import rows as row_count
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.trees import rows as row_count
 from pyro_vae.parameters import device_of, own_parameters, trainable
 from pyro_vae.traces import Program
 

@@ -35,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.columns import at
 from pyro_vae.inference.columns import rows as row_count
+from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.densities import FixedScorer, Scorer
 from pyro_vae.judging.estimates import particle_batches

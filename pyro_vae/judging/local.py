@@ -32,7 +32,7 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae.inference.columns import at
+from pyro_vae.inference.trees import at
 from pyro_vae.sites import Frame, data_frame, depth, is_point, kind, sample_sites
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Free, Local, free_parameters

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.inference.columns import numbers
+from pyro_vae.inference.trees import numbers
 from pyro_vae.judging.psis import pareto_k
 from pyro_vae.traces import Program, draw, log_q
 

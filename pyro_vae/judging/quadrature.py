@@ -17,7 +17,7 @@ from pyro import validation_enabled
 from torch import Tensor
 
 from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.columns import values
+from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
