@@ -99,7 +99,7 @@ class Batches:
         self._cached: tuple[Any, ...] | None = None
         self._made_together = isinstance(data, tuple) and not isinstance(data, TensorDataset)
         self._take_in(data)
-        lengths = [] if self.columns is None else [len(one) for one in self.columns]
+        lengths: list[int] = [] if self.columns is None else [len(one) for one in self.columns]
         if len(set(lengths)) > 1:
             raise ValueError(f"the data have different lengths, {lengths}; wanted one row each per datum.")
         if self.columns is not None and not any(lengths):

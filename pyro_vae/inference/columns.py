@@ -296,8 +296,9 @@ def _frame_column(data: Any) -> Any:
     if hasattr(types, "items"):  # a frame of pandas
         wrong = [(str(name), str(kind)) for name, kind in types.items() if not _numeric(kind)]
         if wrong:
+            names = ", ".join(repr(name) for name, _ in wrong)
             raise ValueError(
-                f"got a {type(data).__name__} whose columns {', '.join(repr(name) for name, _ in wrong)} are not numeric "
+                f"got a {type(data).__name__} whose columns {names} are not numeric "
                 f"({', '.join(sorted({kind for _, kind in wrong}))}), wanted numbers. Drop or encode them: "
                 "df.select_dtypes('number'), pd.get_dummies(df)."
             )
