@@ -95,6 +95,7 @@ class Batches:
         self._keep: int | None = None
         self._casts: dict[Path, torch.dtype] = {}
         self._check: DataCheck | None = None
+        self._plain = False  # whether the columns are tensors that were looked at
         self._each = False  # whether batches are looked at as they come
         self._cached: tuple[Any, ...] | None = None
         self._made_together = isinstance(data, tuple) and not isinstance(data, TensorDataset)
@@ -110,6 +111,9 @@ class Batches:
             self._move_in(torch.device(device))
         if self.programs:
             self._meet_programs()
+        held: tuple[Any, ...] = () if self.columns is None else self.columns
+        tensors = [isinstance(c, Tensor) or isinstance(getattr(c, "pixels", None), Tensor) for c in held]
+        self._plain = bool(tensors) and all(tensors) and not self._each
 
     def of(self, batch_size: int) -> Batches:
         """The same data in batches of another size; an iterable of batches keeps its own."""
@@ -157,6 +161,11 @@ class Batches:
         """The batch of a choice."""
         if self.columns is None:
             return choice
+        if self._plain:  # nothing to look at or to convert: a step waits for this
+            batch = self._cast(tuple(one[choice[0]] for one in self.columns[: self._keep]))
+            if self.device is None:
+                return batch
+            return tuple(x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
         batch = self._cast(self._gathered(choice[0]))
         if self._each:
             self._look(batch, lambda row: f"row {int(choice[0][row])}", len(choice[0]))
