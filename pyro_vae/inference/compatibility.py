@@ -30,6 +30,7 @@ from torch.distributions import Bernoulli, constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_vae.inference.datacheck import scored, unwrapped
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
@@ -336,19 +337,12 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
 
 def _grey(case: Case) -> str | None:
     for name, site in case.model_sites.items():
-        if not site["is_observed"]:
+        base, masked = unwrapped(site["fn"])
+        if not site["is_observed"] or not isinstance(base, Bernoulli):
             continue
-        base, seen = site["fn"], site["mask"]
-        while hasattr(base, "base_dist"):  # inside .to_event(), and inside .mask(): what is masked plays no part
-            seen = getattr(base, "_mask", seen)
-            base = base.base_dist
-        if not isinstance(base, Bernoulli):
-            continue
-        grey = (site["value"] % 1) != 0
-        if isinstance(seen, Tensor):  # (...) of the batch, or of the pixels too
-            extra = max(grey.dim() - seen.dim(), 0) if seen.shape != grey.shape[grey.dim() - seen.dim() :] else 0
-            grey = grey & seen.reshape(*seen.shape, *(1,) * extra)
-        if seen is not False and bool(grey.any()):
+        grey = site["value"] % 1 != 0
+        # What a mask leaves out may be anything: a stand-in inside the support is no grey value.
+        if bool((grey & scored(site, grey) if masked or isinstance(site["mask"], Tensor) else grey).any()):
             return (
                 f"site {name!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli "
                 "density: the ELBO is not comparable with any published one. Binarise the data."

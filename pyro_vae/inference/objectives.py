@@ -22,6 +22,7 @@ from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, ne
 from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.sleep import dream
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
+from pyro_vae.inference.trees import rows
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Cut, Particles, Program, draw, plate_nesting
 
@@ -232,7 +233,7 @@ def mean_bound(
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
-        data: As for `fit`.
+        data: As for `fit`, or `Batches` of them.
         bound: The bound.
         num_samples: K.
         batch_size: Data scored at a time.
@@ -242,10 +243,13 @@ def mean_bound(
         The mean over the data.
     """
     objective = Objective(bound, num_samples)
-    batches = Batches(data, batch_size, device_of(model, guide) if device is None else device, shuffle=False)
+    place = device_of(model, guide) if device is None else device
+    batches = data
+    if not isinstance(data, Batches):
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
     total, count = 0.0, 0
     with own_parameters(model, guide), seeded(seed), torch.no_grad():
         for batch in batches:
             total += bound(objective.particles(model, guide, *batch)).double().sum().item()
-            count += len(batch[0])
+            count += rows(batch)
     return total / count

@@ -23,6 +23,7 @@ from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
 from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
 from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.diagnosis import diagnosis
 from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
@@ -32,6 +33,7 @@ from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
+from pyro_vae.inference.trees import rows
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 
@@ -104,9 +106,11 @@ def fit(
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
-        data: A tensor (N, ...); a tuple of them (the programs' positional arguments);
-            anything with ``len`` that an index tensor turns into a batch, such as a
-            `Split`; or an iterable of batches, such as a ``DataLoader``.
+        data: A tensor or array (N, ...), a frame, a sparse matrix, a list of images; a
+            tuple of them (the programs' positional arguments); a dict of columns; a
+            dataset; anything with ``len`` that an index tensor turns into a batch, such
+            as a `Split`; or an iterable of batches, such as a ``DataLoader``. How numbers
+            are cast, and what is refused, is said in `pyro_vae.inference.batches`.
         loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given. A `Compiled`
             keeps its graphs for the next fit of the same pair.
         epochs: Passes through the data.
@@ -180,7 +184,6 @@ def fit(
     for module in modules if device is not None else []:
         module.to(device)
     place = device if device is not None else device_of(model, guide)
-    batches = Batches(data, batch_size, place)
     optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history, best = History(), _Best(modules)
@@ -188,13 +191,16 @@ def fit(
         for module in modules:
             module.train(_learns(module))
         before_fit(modules, data)
+        batches = Batches(data, batch_size, place, programs=(model, guide))
+        batches.keep_together()
         point = check(model, guide, batches.first(), loss)
         validation_bound = validation_bound or (loss.bound if point else elbo)
         if validation is not None:  # what cannot be scored is refused now, not after an epoch
             for module in modules:
                 module.eval()
+            validation = Batches(validation, 500, place, shuffle=False, programs=(model, guide))
             with seeded(0), torch.no_grad():
-                Objective().particles(model, guide, *Batches(validation, 500, place, shuffle=False).first())
+                Objective().particles(model, guide, *validation.first())
         steps = epochs * len(batches)
         tempering = Tempering(
             loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
@@ -324,6 +330,8 @@ class _Stepper:
         self.tempering, self.total, self.warmup = tempering, tempering.total, tempering.warmup
         self.steps = 0
         self.own_beta = loss.beta if isinstance(loss, Objective) else None
+        self.pair = (model, guide)
+        self.choice: tuple[Any, ...] | None = None  # of the latest step
         # As a tensor, the weight is read anew by a captured step; losses that compare scales want a number.
         self.weight: Tensor | Number | None = None
         if tempering.active and not isinstance(loss, Objective):
@@ -335,6 +343,7 @@ class _Stepper:
         self.considers, self._timed = False, 0.0
         self.batches = batches
         self.svi = SVI(model, guide, optimizer, loss)
+        self.svi.loss_and_grads = self._looked_at(self.svi.loss_and_grads)
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def beta(self) -> float:
@@ -366,7 +375,7 @@ class _Stepper:
             beta = self.beta()
             tempered = tempered or beta != 1
             value = self._step(choice)
-            size = len(choice[0])
+            size = rows(choice)
             summed, count = summed + value, count + size
             if isinstance(self.loss, Objective):
                 assert self.loss.last_bound is not None
@@ -397,6 +406,7 @@ class _Stepper:
         elif self.weight is not None:
             self.weight.value = self.beta()
         value: float | Tensor
+        self.choice = choice
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
@@ -429,12 +439,21 @@ class _Stepper:
             if self.graph is not None and each * (self.total - self.steps) * _SAVED > _COMPILER_SECONDS:
                 self.graph.compiled.compile_after = 0
 
+    def _looked_at(self, loss_and_grads: Callable[..., Any]) -> Callable[..., Any]:
+        """The loss, refused before the optimiser carries what is wrong with it into all parameters."""
+
+        def looked_at(*args: Any, **kwargs: Any) -> Any:
+            value = loss_and_grads(*args, **kwargs)
+            self._check_finite(float(sum(value) if isinstance(value, tuple | list) else value))
+            return value
+
+        return looked_at
+
     def _check_finite(self, value: float | Tensor) -> None:
         if not math.isfinite(value):
-            raise ValueError(
-                f"the loss became {float(value)} at step {self.steps}. Lower learning_rate, set clip_norm (100 is a "
-                "mild value), or look for a scale that collapses to zero."
-            )
+            assert self.choice is not None
+            batch, index = self.batches.take(*self.choice), None if self.batches.columns is None else self.choice[0]
+            raise ValueError(diagnosis(float(value), self.steps, self.pair, batch, index))
 
 
 class _Best:

@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.trees import values
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.simulations import simulated_batch
 from pyro_vae.parameters import device_of, own_parameters
@@ -222,10 +223,8 @@ def sbc(
     if num_data < 2:
         raise ValueError(f"got num_data={num_data}, wanted at least two simulated data. Raise it.")
     place = device_of(model, guide) if device is None else device
-    (first, *_) = Batches(data, 1, shuffle=False).first()
-    values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
-    size = max(1, min(num_data, _CHUNK // (values * max(num_draws, 1))))
-    batches = Batches(data, size, place, shuffle=False)
+    batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
+    batches = batches.of(max(1, min(num_data, _CHUNK // (values(batches.first()) * max(num_draws, 1)))))
     ranks: list[Tensor] = []
     names: tuple[str, ...] = ()
     done = 0

@@ -27,6 +27,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.latents import DimensionKL, kl_per_dimension
 from pyro_vae.parameters import device_of, own_parameters
@@ -177,7 +178,7 @@ def collapse(
     kl = kl_per_dimension(model, guide, data, num_samples=num_samples, batch_size=batch_size, device=place, seed=seed)
     means, noise = [], []
     with own_parameters(model, guide), seeded(seed), torch.no_grad():
-        batches = Batches(data, batch_size, place, shuffle=False)
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         components = Components(model, batches.first())
         nesting = plate_nesting(model, guide, *batches.first())
         for batch in batches:
@@ -227,7 +228,7 @@ def linear_optimum(
         site, which the model's distributions are asked at D + 3 values of z.
     """
     place = device_of(model) if device is None else device
-    batches = Batches(data, 500, place, shuffle=False)
+    batches = Batches(data, 500, place, shuffle=False, programs=(model,))
     found = _linear(model, batches.first())
     if found is None:
         return None
@@ -286,7 +287,7 @@ def _log_evidence_of(weight: Tensor, second_moment: Tensor, variance: float) -> 
 
 def _linear(model: Program, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, float, str] | None:
     """W, (X, D), b, (X,), s and the data site of a linear-Gaussian model with a standard normal prior."""
-    args = tuple(x[:2] if isinstance(x, Tensor) else x for x in args)
+    args = at(args, slice(2))
     found = sites(model, *args)
     latent = [site for site in found.values() if not site["is_observed"]]
     seen = [site for site in found.values() if site["is_observed"]]

@@ -25,6 +25,7 @@ from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.capture import capturing, fast_matmul
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.replays import Replayed
+from pyro_vae.inference.trees import leaves, rows, values
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Particles, Program, draw, plate_nesting
@@ -391,7 +392,7 @@ def particle_batches(
 
 
 def _drawn(model: Program, guide: Program, batch: tuple[Any, ...], size: int, nesting: int) -> Particles:
-    with fast_matmul(all(x.device.type == "cpu" for x in batch if isinstance(x, Tensor))):
+    with fast_matmul(all(x.device.type == "cpu" for _, x in leaves(batch) if isinstance(x, Tensor))):
         return draw(model, guide, batch, {}, size, max_plate_nesting=nesting)
 
 
@@ -444,10 +445,10 @@ def _batches(
     if num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
     place = device_of(model, guide) if device is None else device
-    rows = max(1, _CHUNK // _values(Batches(data, 1, place, shuffle=False).first()))
+    batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
+    at_once = max(1, _CHUNK // values(batches.first()))
     # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
-    size = max(1, min(100, rows // min(num_samples, 80), _HELD // num_samples))
-    batches = Batches(data, size, place, shuffle=False)
+    batches = batches.of(max(1, min(100, at_once // min(num_samples, 80), _HELD // num_samples)))
     with own_parameters(model, guide), seeded(seed), torch.no_grad(), reused_memory():
         nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
         count = len(batches)
@@ -457,16 +458,7 @@ def _batches(
 
 def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:
     """The sizes of the chunks in which K samples of one batch are drawn: who takes the same gets the same draws."""
-    return _sizes(num_samples, max(1, _CHUNK // _values(batch) // _length(batch)))
-
-
-def _values(batch: tuple[Any, ...]) -> int:
-    """Numbers in one datum; of decoder output and hidden layers there may be more."""
-    return max(sum(x.numel() for x in batch if isinstance(x, Tensor)) // _length(batch), 512)
-
-
-def _length(batch: tuple[Any, ...]) -> int:
-    return next((max(len(x), 1) for x in batch if isinstance(x, Tensor) and x.dim()), 1)
+    return _sizes(num_samples, max(1, _CHUNK // values(batch) // max(rows(batch), 1)))
 
 
 def _sizes(num_samples: int, most: int) -> list[int]:

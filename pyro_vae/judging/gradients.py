@@ -35,6 +35,7 @@ from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.trees import rows as row_count
 from pyro_vae.parameters import device_of, own_parameters, trainable
 from pyro_vae.traces import Program
 
@@ -217,7 +218,7 @@ def gradient_lab(
     place = device_of(model, guide) if device is None else device
     args = x if isinstance(x, tuple) else (x,)
     args = tuple(a.to(place) if isinstance(a, Tensor) and place is not None else a for a in args)
-    size = next(len(a) for a in args if isinstance(a, Tensor))
+    size = row_count(args)
     far = 4 * repeats if reference_repeats is None else reference_repeats
     rows: list[GradientQuality] = []
     skipped: list[tuple[str, int, str]] = []
@@ -371,7 +372,7 @@ def _draws(
     bar: Any,
 ) -> tuple[dict[str, Tensor], float]:
     """Gradients of the bound per datum, (R, P) by part, and the median time of one."""
-    size = next(len(a) for a in args if isinstance(a, Tensor))
+    size = row_count(args)
     leaves = [p for part in parts.values() for p in part.parameters]
     found: dict[str, list[Tensor]] = {name: [] for name in parts}
     times = []

@@ -70,7 +70,7 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
     place = device_of(model, guide) if place is None else place
     for owner in owners(model, guide) if options.get("device") is not None else []:
         owner.to(place)
-    batch = Batches(data, min(options.get("batch_size", 128), 8), place, shuffle=False).first()
+    batch = Batches(data, min(options.get("batch_size", 128), 8), place, shuffle=False, programs=(model, guide)).first()
     with frozen(model, guide, batch) as still:
         return fit(still, guide, data, loss=loss, **options)
 
@@ -300,7 +300,7 @@ def compare_guides(
             f"got {len(guides)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
         )
     place = device_of(model, *guides.values()) if device is None else device
-    batches = Batches(data, 100, place, shuffle=False)
+    batches = Batches(data, 100, place, shuffle=False, programs=(model, *guides.values()))
     own: dict[str, list[Scored]] = {name: [] for name in guides}
     mixed = []
     with own_parameters(model, *guides.values()), evaluating(model, *guides.values()), seeded(seed):

@@ -35,6 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.columns import rows as row_count
+from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.densities import FixedScorer, Scorer
 from pyro_vae.judging.estimates import particle_batches
@@ -217,8 +219,8 @@ def mutual_information(
     """
     with own_parameters(model, guide), seeded(seed), torch.no_grad():
         place = device_of(model, guide) if device is None else device
-        args, draws, rates = _collected(model, guide, Batches(data, batch_size, place, shuffle=False), num_data,
-                                        num_samples)  # fmt: skip
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
+        args, draws, rates = _collected(model, guide, batches, num_data, num_samples)
         components = Components(model, args[0])
         sizes = [len(rate) for rate in rates]
         count = sum(sizes)
@@ -270,9 +272,9 @@ def _collected(
     for batch in batches:
         if left <= 0:
             break
-        size = next(len(x) for x in batch if isinstance(x, Tensor))
+        size = row_count(batch)
         if size > left:
-            batch = tuple(x[:left] if isinstance(x, Tensor) and len(x) == size else x for x in batch)
+            batch = at(batch, slice(left))
         particles = draw(model, guide, batch, {}, num_samples, max_plate_nesting=nesting)
         rate = particles.log_likelihood - particles.log_weight  # refuses points
         extra = [name for name in particles.log_q if name not in particles.log_prior]

@@ -124,7 +124,8 @@ def kl_per_dimension(
     """
     parts: list[dict[str, tuple[Tensor, bool]]] = []
     with own_parameters(model, guide), seeded(seed), torch.no_grad():
-        batches = Batches(data, batch_size, device_of(model, guide) if device is None else device, shuffle=False)
+        place = device_of(model, guide) if device is None else device
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         components = Components(model, batches.first())
         nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
         for batch in batches:
@@ -243,7 +244,7 @@ def _moments(guide: Program, data: Any, site: str, num_samples: int, seed: int) 
     """E_q[z | x], and the Monte Carlo variance of that estimate, (N, *event) each."""
     means, variances = [], []
     with seeded(seed), torch.no_grad():
-        for batch in Batches(data, 500, device_of(guide), shuffle=False):
+        for batch in Batches(data, 500, device_of(guide), shuffle=False, programs=(guide,)):
             mean, variance = _run(guide, batch, site), torch.zeros(())
             # The mean of a layer above another changes with the draw of that other, from run to run.
             if not torch.equal(mean, _run(guide, batch, site)):

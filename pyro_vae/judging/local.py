@@ -32,6 +32,7 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_vae.inference.trees import at
 from pyro_vae.sites import Frame, data_frame, depth, is_point, kind, sample_sites
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Free, Local, free_parameters
@@ -250,10 +251,7 @@ def optimise(
 
 def taken(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
     """Some of the data of a batch."""
-    size = len(index)
-    return tuple(
-        x[index.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in args
-    )  # fmt: skip
+    return at(args, index)
 
 
 class Unscaled(Messenger):

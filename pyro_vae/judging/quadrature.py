@@ -17,6 +17,7 @@ from pyro import validation_enabled
 from torch import Tensor
 
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
@@ -88,12 +89,12 @@ def quadrature(
             f"got num_points={num_points}, width={width}, refinements={refinements}; wanted at least 3 points a side, "
             "a positive width and no negative number of refinements."
         )
-    (first, *_) = Batches(data, 1, shuffle=False).first()
-    values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
     place = device_of(model, guide) if device is None else device
+    batches = Batches(data, 50, place, shuffle=False, programs=(model, guide))
+    numbers = values(batches.first())
     parts = []
     with own_parameters(model, guide), seeded(seed), torch.no_grad(), validation_enabled(False):
-        for batch in Batches(data, 50, place, shuffle=False):
+        for batch in batches:
             pair = Pair(model, guide, batch)
             if pair.latents.size > 2:
                 raise ValueError(
@@ -102,7 +103,7 @@ def quadrature(
                 )
             draws = pair.from_guide(256).double()
             mean, covariance = draws.mean(0), _covariance(draws)
-            chunk = max(1, _CHUNK // (values * draws.shape[1]))
+            chunk = max(1, _CHUNK // (numbers * draws.shape[1]))
             for step in range(refinements + 1):
                 reach = width * (2 if step == 0 else 1)
                 evidence, mean, covariance, rim = _integrate(pair, mean, covariance, reach, num_points, chunk)

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.hamiltonian import Adaptation, State, transition
 from pyro_vae.parameters import device_of, own_parameters
@@ -124,10 +125,9 @@ def reference(
                                ("num_samples", num_samples, 4), ("num_leapfrog", num_leapfrog, 1)):  # fmt: skip
         if value < least:
             raise ValueError(f"got {name}={value}, wanted at least {least}.")
-    (first, *_) = Batches(data, 1, shuffle=False).first()
-    values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
     place = device_of(model, guide) if device is None else device
-    batches = Batches(data, max(1, _CHUNK // (values * num_chains)), place, shuffle=False)
+    batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
+    batches = batches.of(max(1, _CHUNK // (values(batches.first()) * num_chains)))
     parts = []
     # A trajectory may leave the numbers and is then rejected; validation would raise instead.
     with own_parameters(model, guide), seeded(seed), torch.no_grad(), validation_enabled(False):
