@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "sites", "parameters", "unconstrained", "version"}
+GROUND = {"traces", "auxiliary", "sites", "parameters", "unconstrained", "version"}
 MAY_IMPORT = {
-    "traces": {"sites", "parameters"},
+    "traces": {"auxiliary", "sites", "parameters"},
+    "auxiliary": {"sites"},
     "sites": set(),
     "parameters": set(),
     "unconstrained": set(),
