@@ -13,34 +13,35 @@ but whether z is a function of u. `feeds` finds that out by changing u alone.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from pyro_vae.sites import delta, is_point, sample_sites
+from pyro_vae.sites import delta, is_point
 
 _TRIES = 3  # other draws of a discrete site may happen to be the same
 
 _known: weakref.WeakKeyDictionary[Any, dict[Any, dict[str, tuple[str, ...]]]] = weakref.WeakKeyDictionary()
 
 
-def auxiliary_sites(guide_trace: Trace) -> list[str]:
+def auxiliary_among(sites: Iterable[Any]) -> list[str]:
     """The random sites of a guide that are no latents of the model."""
     return [
         site["name"]
-        for site in sample_sites(guide_trace)
+        for site in sites
         if not site["is_observed"] and (site["infer"] or {}).get("is_auxiliary") and delta(site["fn"]) is None
     ]
 
 
-def feeds(guide: Any, guide_trace: Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def feeds(
+    guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
     """Per ``Delta`` site of a guide, the auxiliary sites that its value is a function of.
 
     It is found out once for each guide, by running it again under the same noise with another
@@ -48,14 +49,15 @@ def feeds(guide: Any, guide_trace: Trace, args: tuple[Any, ...], kwargs: Mapping
 
     Args:
         guide: A Pyro program for q(z | x), as the user gave it.
-        guide_trace: A trace of it.
+        sites: Its sample sites, as a trace gave them.
         args: What it takes.
         kwargs: Keyword arguments that it takes.
     Returns:
         The names; a ``Delta`` that no auxiliary site feeds is left out.
     """
-    names = auxiliary_sites(guide_trace)
-    points = [s["name"] for s in sample_sites(guide_trace) if not s["is_observed"] and delta(s["fn"]) is not None]
+    sites = list(sites)
+    names = auxiliary_among(sites)
+    points = [s["name"] for s in sites if not s["is_observed"] and delta(s["fn"]) is not None]
     if not names or not points:
         return {}
     owner = getattr(guide, "__self__", guide)
@@ -69,12 +71,15 @@ def feeds(guide: Any, guide_trace: Trace, args: tuple[Any, ...], kwargs: Mapping
     return known[key]
 
 
-def point_sites(guide: Any, guide_trace: Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+def points_among(
+    guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, ...]:
     """The sites of a guide that are points: neither the ``Delta`` nor what it is a function of has a density."""
-    found = [site for site in sample_sites(guide_trace) if not site["is_observed"] and delta(site["fn"]) is not None]
+    sites = list(sites)
+    found = [site for site in sites if not site["is_observed"] and delta(site["fn"]) is not None]
     if not found:
         return ()
-    fed = feeds(guide, guide_trace, args, kwargs)
+    fed = feeds(guide, sites, args, kwargs)
     return tuple(site["name"] for site in found if site["name"] not in fed and is_point(site["fn"]))
 
 

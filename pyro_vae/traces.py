@@ -36,7 +36,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.auxiliary import feeds, point_sites
+from pyro_vae.auxiliary import feeds, points_among
 from pyro_vae.parameters import own_parameters
 from pyro_vae.sites import (
     PARTICLES,
@@ -76,8 +76,6 @@ class Particles(NamedTuple):
             for all of them; 0 where each column is a datum.
         partial: Latent sites whose log_q is only a part of their density, since an auxiliary
             site that holds the rest feeds others too.
-        beta: The weight of log q - log p(z) in the loss that these particles serve; the densities
-            here are never tempered by it.
     """
 
     log_likelihood: Tensor
@@ -91,7 +89,6 @@ class Particles(NamedTuple):
     priors: Mapping[str, Any] = {}
     joint: int = 0
     partial: tuple[str, ...] = ()
-    beta: float | Tensor = 1.0
 
     @property
     def num_data(self) -> int:
@@ -325,7 +322,7 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
 
 
 def _refuse_deltas(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: Trace) -> None:
-    for name in point_sites(guide, trace, args, kwargs):
+    for name in points_among(guide, sample_sites(trace), args, kwargs):
         raise ValueError(f"guide site {name!r} is a point (Delta) without a density.")
     for site in sample_sites(trace):
         if not site["is_observed"] and delta(site["fn"]) is not None:
@@ -398,7 +395,7 @@ def is_point_guide(guide: Program, *args: Any, **kwargs: Any) -> bool:
     """Whether a guide has a point site (``Delta``) without a density."""
     with own_parameters(guide), torch.random.fork_rng(), torch.no_grad():
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return bool(point_sites(guide, trace, args, kwargs))
+        return bool(points_among(guide, sample_sites(trace), args, kwargs))
 
 
 def _one_pass(
@@ -432,7 +429,7 @@ def _one_pass(
             )
         raise ValueError(
             f"latent site {missing[0]!r} of the model has no counterpart in the guide, which has {list(drawn)}."
-            f"{missing_values(missing[0], list(latent))}"
+            f"{missing_values(missing[0])}"
         )
     unmatched = [site for name, site in drawn.items() if name not in latent and not site["is_observed"]]
     extra = [site["name"] for site in unmatched if not site["infer"].get("is_auxiliary")]
@@ -441,8 +438,8 @@ def _one_pass(
             f"guide site {extra[0]!r} has no counterpart among the model's latent sites, {list(latent)}. "
             'Rename it, or mark it infer={"is_auxiliary": True}.'
         )
-    points = point_sites(given, guide_trace, args, kwargs)
-    fed = feeds(given, guide_trace, args, kwargs)
+    points = points_among(given, drawn.values(), args, kwargs)
+    fed = feeds(given, drawn.values(), args, kwargs)
     shared = {source for sources in fed.values() for source in sources}
     frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared)
     scored = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["name"] not in latent]
@@ -464,7 +461,7 @@ def _one_pass(
     )
 
 
-def missing_values(name: str, latents: Sequence[str]) -> str:
+def missing_values(name: str) -> str:
     """What to do about the site that ``pyro.sample(..., obs=x, obs_mask=mask)`` makes of what was not observed."""
     if not name.endswith("_unobserved"):
         return ""

@@ -42,7 +42,7 @@ class Objective(ELBO):
     Its value is always that; its gradient is that of the estimator (see
     `pyro_vae.inference.estimators`). With beta the differentiated ELBO is
     E_q[log p(x | z) - beta (log q(z | x) - log p(z))]; the reported one stays that of
-    beta = 1. An upper bound (`cubo`) is minimised, by the guide alone: then the loss is plus the
+    beta = 1. B is the number of data. An upper bound (`cubo`) is minimised, by the guide alone: then the loss is plus the
     bound.
 
     Args:
@@ -53,7 +53,8 @@ class Objective(ELBO):
             reparameterised; with a leave-one-out baseline, for which K must be at least 2).
         beta: Weight of log q - log p(z), for the `elbo` only.
         regularizers: Functions of (particles, model, guide), each to one number in nats
-            per datum that is added to the loss, and not to the bound: `mmd(10.0)`, ...
+            per datum that is added to the loss, and not to the bound: `mmd(10.0)`, ... The
+            densities that they see are never tempered.
         max_plate_nesting: Depth of the pair's plates; guessed at the first call with
             K > 1 when not given (by one run that leaves the random state alone).
     Attributes:
@@ -137,6 +138,7 @@ class Objective(ELBO):
                 f"{self.estimator!r} has nothing to score. Use estimator='reparameterized'."
             )
         log_q = _log_q(particles) if cut is not None else particles.log_likelihood
+        plain = particles
         if not _is_one(self.beta):
             if self.bound is not elbo:
                 raise ValueError(f"beta={self.beta:g} tempers the elbo only, got {self!r}. Leave beta at 1.")
@@ -144,8 +146,8 @@ class Objective(ELBO):
             values = self.bound(particles)
         sign = particles.scale if self.upper else -particles.scale
         loss = sign * values.sum()
-        weight = particles.scale * len(values)
-        extra = sum((weight * r(particles, model, guide) for r in self.regularizers), loss.new_zeros(()))
+        weight = plain.scale * plain.num_data
+        extra = sum((weight * r(plain, model, guide) for r in self.regularizers), loss.new_zeros(()))
         if cut is None:
             return loss + extra if self.regularizers else loss
         surrogate = self._surrogate(particles, log_q, cut, sign, extra)
@@ -246,6 +248,7 @@ def mean_bound(
     total, count = 0.0, 0
     with own_parameters(model, guide), seeded(seed), torch.no_grad():
         for batch in batches:
-            total += bound(objective.particles(model, guide, *batch)).double().sum().item()
-            count += len(batch[0])
+            particles = objective.particles(model, guide, *batch)
+            total += bound(particles).double().sum().item()
+            count += particles.num_data
     return total / count

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
@@ -26,6 +27,7 @@ from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
+from pyro_vae.inference.per_datum import Counting, Unit, lengths
 from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.steps import GraphSteps
@@ -33,6 +35,7 @@ from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
+_SIZES = 10_000  # sizes of batches whose unit is remembered
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
 # Inductor costs up to half a minute and saves at least a quarter of the time of a replay.
 _COMPILER_SECONDS, _SAVED, _TIMED = 20.0, 0.25, 40
@@ -44,7 +47,8 @@ class History:
 
     Attributes:
         records: Per epoch: ``epoch``, ``loss`` (what was minimised, nats per datum),
-            ``bound`` (the untempered bound on the training batches where it is known),
+            ``bound`` (the untempered bound on the training batches where it is known, per
+            datum too: see `pyro_vae.inference.per_datum`),
             ``validation`` (where validation data were given), ``learning_rate``,
             ``beta`` (these two of the epoch's last step), ``seconds`` since the start,
             ``images_per_second``.
@@ -111,7 +115,8 @@ def fit(
         learning_rate: Peak learning rate.
         schedule: "constant", "cosine", "one-cycle", or a function of the fraction of
             steps done that multiplies the learning rate.
-        clip_norm: Upper limit of the joint gradient norm.
+        clip_norm: Upper limit of the joint gradient norm of the loss summed over a batch, without
+            the scale of a plate (N / B under subsampling), which multiplies loss and limit alike.
         kl_warmup: Epochs over which the weight of log q - log p(z) rises linearly to 1,
             or to the beta of the `Objective`.
         validation: Data of the same kind, scored after every epoch at fixed noise.
@@ -310,7 +315,12 @@ class _Stepper:
             model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
         self.considers, self._timed = False, 0.0
         self.batches = batches
+        self.counting = Counting()
+        self.unit = Unit(1)  # what the loss of the step that is taken is a multiple of
+        self._units: dict[tuple[int, ...], Unit] = {}
+        self._sizes: tuple[int, ...] = ()
         self.svi = SVI(model, guide, optimizer, loss)
+        self.svi.loss_and_grads = self._counted
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def beta(self) -> float:
@@ -330,27 +340,27 @@ class _Stepper:
 
     def epoch(self, bar: tqdm) -> dict[str, Any]:
         """One pass; its averages."""
-        started, count = time.perf_counter(), 0
+        started, count, even = time.perf_counter(), 0, True
         summed: float | Tensor = 0.0
         bound: float | Tensor = 0.0
         tempered = self.beta() < 1
         for choice in self.batches.choices():
             beta, factor = self.beta(), self.factor()
             value = self._step(choice)
-            size = len(choice[0])
-            summed, count = summed + value, count + size
+            rows, scale = self.unit.rows, self.unit.scale
+            summed, count, even = summed + value / scale, count + rows, even and self.unit.even
             if isinstance(self.loss, Objective):
                 assert self.loss.last_bound is not None
-                bound = bound + self.loss.last_bound.double()
+                bound = bound + self.loss.last_bound.double() / scale
             bar.update(1)
             if self.steps % _LOOK == 0:
                 self._check_finite(summed)
-                bar.set_postfix(loss=f"{float(value) / size:.2f}", refresh=False)
+                bar.set_postfix(loss=f"{float(value) / self.unit.whole:.2f}", refresh=False)
         self._check_finite(summed)
         record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):
             record["bound"] = float(bound) / count
-        elif not tempered:
+        elif even and not tempered:
             record["bound"] = -float(summed) / count
         if isinstance(self.optimizer, Fused):
             record["learning_rate"] = self.optimizer.learning_rate * factor
@@ -365,6 +375,12 @@ class _Stepper:
         if self.weight is not None:
             self.weight.fill_(self.beta())
         value: float | Tensor
+        self._sizes = lengths(choice)
+        if self.graph is not None:
+            # A replay does not run the programs: it is measured as the step was that it replays.
+            if self._sizes not in self._units and self.graph.compiled.captures:
+                self._measure(choice)
+            self._use(self._units.get(self._sizes, self.unit))
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
@@ -386,6 +402,36 @@ class _Stepper:
             )
         self.steps += 1
         return value
+
+    def _counted(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss with its gradients, and the unit of its value."""
+        with self.counting:
+            value = self.loss.loss_and_grads(*args, **kwargs)
+        self._note()
+        return value
+
+    def _note(self) -> None:
+        unit = self.counting.unit(self._sizes)
+        if len(self._units) < _SIZES:
+            self._units[self._sizes] = unit
+        self._use(unit)
+
+    def _use(self, unit: Unit) -> None:
+        self.unit = unit
+        if isinstance(self.optimizer, Fused):
+            self.optimizer.scale = unit.scale
+
+    def _measure(self, choice: tuple[Any, ...]) -> None:
+        """Run the pair for its plates, where a graph of an earlier fit takes the first step of its kind."""
+        buffers = [b for module in _owners(self.svi.model, self.svi.guide) for b in module.buffers()]
+        copies = [b.clone() for b in buffers]
+        with torch.random.fork_rng(), torch.no_grad(), self.counting:
+            batch = self.batches.take(*choice)
+            trace = poutine.trace(self.svi.guide).get_trace(*batch)
+            poutine.replay(self.svi.model, trace=trace)(*batch)
+            for buffer, copied in zip(buffers, copies, strict=True):
+                buffer.copy_(copied)
+        self._note()
 
     def _consider(self) -> None:
         """Hand the steps to Inductor if, by the time they take, that will pay."""
