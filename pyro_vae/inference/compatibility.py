@@ -34,7 +34,7 @@ from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
 from pyro_vae.auxiliary import auxiliary_among, points_among
-from pyro_vae.sites import deterministic, kind, plates
+from pyro_vae.sites import delta, deterministic, kind, plates
 from pyro_vae.traces import Program, missing_values, sites
 
 # Supports of no volume: a density on one is not comparable with a density on the space around it.
@@ -253,7 +253,16 @@ def _mean_field(case: Case) -> str | None:
     It holds wherever the guide draws its sites in the model's order, whatever depends on what. Where it does not, the
     sites must not depend on each other.
     """
-    if not isinstance(case.loss, TraceMeanField_ELBO) or len(case.latents) < 2:
+    if not isinstance(case.loss, TraceMeanField_ELBO):
+        return None
+    for name, site in case.guide_sites.items():
+        inner = delta(site["fn"])
+        if inner is not None and not site["is_observed"] and bool((inner.log_density != 0).any()):
+            return (
+                f"guide site {name!r} is a Delta that carries a density, which TraceMeanField_ELBO leaves out of the "
+                "divergence. Use Trace_ELBO() or Objective(elbo)."
+            )
+    if len(case.latents) < 2:
         return None
     order = [name for name in case.model_sites if name in case.latents]
     if order == [name for name in case.latents if name in case.model_sites]:
