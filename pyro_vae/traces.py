@@ -253,7 +253,7 @@ def draw(
         return _one_pass(model, guide, args, kwargs, 1, 0, cut)
     if vectorize is not False:
         if max_plate_nesting is None:
-            max_plate_nesting = plate_nesting(model, guide, *args, **kwargs)
+            max_plate_nesting = nesting_of(model, guide, args, kwargs)
         try:
             return _one_pass(model, guide, args, kwargs, num_samples, max_plate_nesting, cut)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
@@ -378,11 +378,69 @@ def predict(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs:
 
 
 def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
-    """How many batch dimensions the pair's plates occupy, without touching the random state."""
+    """How many batch dimensions the pair's plates occupy, without touching the random state.
+
+    Raises:
+        ValueError: The guide has one density for all data, and who asks wants one for each of them.
+    """
     with torch.random.fork_rng(), torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
+    inside = set.intersection(*({*plates(site)} for site in sample_sites(model_trace)), {*range(-9, 0)})
+    for name in {source for sources in fed.values() for source in sources}:
+        if inside - {*plates(guide_trace.nodes[name])}:
+            raise ValueError(
+                f"guide site {name!r} is one density for all data, outside their plate, so that nothing is known of "
+                "single data. elbo_terms and log_likelihood take it as it is; for the rest use a guide with a density "
+                "for each datum, such as AutoNormal."
+            )
     return max(depth(guide_trace), depth(model_trace))
+
+
+def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """As `plate_nesting`, for whoever takes densities of all data together too."""
+    with torch.random.fork_rng(), torch.no_grad():
+        return max(depth(trace) for trace in _traced(model, guide, args, kwargs))
+
+
+def _traced(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Trace, Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+
+
+class Layout(NamedTuple):
+    """Where a pair's data lie, as one run of it showed.
+
+    Attributes:
+        nesting: How many batch dimensions the plates occupy.
+        joint: As `Particles.joint`.
+        subsampled: B, where the data plate picks B of N rows at random by itself; 0 otherwise.
+    """
+
+    nesting: int
+    joint: int
+    subsampled: int
+
+
+def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
+    """Run and score a pair once for its plates, without touching the random state.
+
+    Raises:
+        ValueError: As `particles`; whatever torch or Pyro raise where the pair does not take these data.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
+        shared = {source for sources in fed.values() for source in sources}
+        nesting = max(depth(guide_trace), depth(model_trace))
+        frame = data_frame([guide_trace, model_trace], 1, nesting, joint=shared)
+        for site in (*sample_sites(guide_trace), *sample_sites(model_trace)):
+            site_log_prob(site, frame)  # what was drawn for other data shows here
+    picks = [site["fn"] for site in guide_trace.nodes.values() if type(site.get("fn")).__name__ == "_Subsample"]
+    random = any(fn.subsample_size == frame.data_size < fn.size for fn in picks)
+    return Layout(nesting, frame.data_size if frame.joint else 0, frame.data_size if random else 0)
 
 
 def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -413,8 +471,7 @@ def _one_pass(
         guide, model = plate()(guide), plate()(model)
     if cut is not None:
         guide = cut(guide)  # outside the plate, so that it sees distributions already expanded
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    guide_trace, model_trace = _traced(model, guide, args, kwargs)
     drawn = {s["name"]: s for s in sample_sites(guide_trace)}
     unobserved = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
     latent = {name: s for name, s in unobserved.items() if name in drawn or not deterministic(s)}

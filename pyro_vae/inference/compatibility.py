@@ -24,6 +24,7 @@ from pyro.infer import (
     TraceTailAdaptive_ELBO,
     TraceTMC_ELBO,
 )
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, constraints
@@ -160,6 +161,19 @@ def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -
     with own_parameters(guide):
         points = points_among(guide, found[1].values(), batch, {})
     return Case(model, guide, batch, loss, found[0], found[1], tuple(seen[0]), tuple(seen[1]), points)
+
+
+def rows_held(guide: Program) -> tuple[str, int] | None:
+    """The latent site for whose every row an automatic guide holds parameters, and how many rows.
+
+    None for one that has seen no data yet, for global latents, and for a plate of which it sees a part by index.
+    """
+    trace = getattr(guide, "prototype_trace", None) if isinstance(guide, AutoGuide) else None
+    for name, site in () if trace is None else trace.iter_stochastic_nodes():
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.full_size in (None, -1, frame.size):
+                return name, int(frame.size)
+    return None
 
 
 def _no_density(case: Case) -> str | None:

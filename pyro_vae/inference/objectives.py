@@ -23,7 +23,7 @@ from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.sleep import dream
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
 from pyro_vae.parameters import device_of, own_parameters
-from pyro_vae.traces import Cut, Particles, Program, draw, plate_nesting
+from pyro_vae.traces import Cut, Particles, Program, draw, nesting_of
 
 _EXAMPLES: tuple[tuple[Any, str], ...] = (
     (renyi, "renyi(0.5)"),
@@ -120,7 +120,7 @@ class Objective(ELBO):
     ) -> Particles:
         """Draw the K particles that the bound is computed from."""
         if self.num_samples > 1 and self.max_plate_nesting == math.inf:
-            self.max_plate_nesting = plate_nesting(model, guide, *args, **kwargs)
+            self.max_plate_nesting = nesting_of(model, guide, args, kwargs)
         nesting = None if self.max_plate_nesting == math.inf else int(self.max_plate_nesting)
         return draw(model, guide, args, kwargs, self.num_samples, max_plate_nesting=nesting, cut=cut)
 

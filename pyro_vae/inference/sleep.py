@@ -71,21 +71,20 @@ def dream(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
 
 def _put(name: str, value: Tensor, drawn: Tensor, leaves: list[Any], replaced: list[Any]) -> None:
     """Write what was drawn for a site to where its data were in the arguments."""
-    found = [i for i, leaf in enumerate(leaves) if leaf is value]
-    found = found or [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _part(leaf, value) is not None]
-    if len(found) == 1:
-        where = found[0]
-        leaf = leaves[where]
-        if replaced[where] is leaf:
-            replaced[where] = leaf.detach().clone(memory_format=torch.contiguous_format)
+    parts = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf is value]
+    parts = parts or [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _part(leaf, value)]
+    for i, leaf in parts:  # the same data, however often they are passed
         part = _part(leaf, value)
         if leaf is value or part is None:
-            replaced[where] = drawn.to(leaf.dtype)
-        else:
-            offset, size, stride = part
-            replaced[where].as_strided(size, stride, offset).copy_(drawn)
+            replaced[i] = drawn.to(leaf.dtype)
+            continue
+        if replaced[i] is leaf:
+            replaced[i] = leaf.detach().clone()
+        offset, size, stride = part
+        replaced[i].as_strided(size, stride, offset).copy_(drawn)
+    if parts:
         return
-    found = found or [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _equal(leaf, value)]
+    found = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _equal(leaf, value)]
     if len(found) != 1:
         which = "none of the" if not found else "more than one of the"
         raise ValueError(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
-from pyro_vae.inference.compatibility import check
+from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
@@ -303,6 +303,7 @@ class _Stepper:
         batches: Batches, compiled: Compiled | None = None,
     ) -> None:  # fmt: skip
         self.loss, self.optimizer, self.rate, self.total, self.warmup = loss, optimizer, rate, total, warmup
+        held = rows_held(guide)
         self.steps = 0
         self.final_beta = float(loss.beta) if isinstance(loss, Objective) else 1.0
         # As a tensor, the weight is read anew by a captured step; losses that compare scales want a number.
@@ -315,6 +316,12 @@ class _Stepper:
             model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
         self.considers, self._timed = False, 0.0
         self.batches = batches
+        if held is not None and len(batches) > 1:
+            raise ValueError(
+                f"the guide holds parameters for each of the {held[1]} rows of latent site {held[0]!r}, whatever data they "
+                f"are, and got the data in {len(batches)} batches. Pass all data in one batch to a new guide (batch_size="
+                "N), or a guide that is a function of the data."
+            )
         self.counting = Counting()
         self.unit = Unit(1)  # what the loss of the step that is taken is a multiple of
         self._units: dict[tuple[int, ...], Unit] = {}
