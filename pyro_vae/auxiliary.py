@@ -93,7 +93,8 @@ def _found(
             torch.manual_seed(0)
             with poutine.trace() as outer, _Another(changed, seed):
                 guide(*args, **kwargs)
-            return {name: outer.trace.nodes[name]["value"] for name in points}
+            nodes: dict[str, Any] = outer.trace.nodes
+            return {name: nodes[name]["value"] for name in points}
 
         before = values(None, 0)
         for name in names:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-import torch
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace

@@ -307,7 +307,8 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
             score a sample that it did not draw, or the sites carry different scales.
     """
     with own_parameters(guide):
-        trace, frame = _replayed(guide, latents, args, kwargs, look=functools.partial(_refuse_deltas, guide, args, kwargs))
+        look = functools.partial(_refuse_deltas, guide, args, kwargs)
+        trace, frame = _replayed(guide, latents, args, kwargs, look=look)
         common_scale([trace])
         total = torch.zeros(())
         for site in sample_sites(trace):
@@ -438,7 +439,8 @@ def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
         frame = data_frame([guide_trace, model_trace], 1, nesting, joint=shared)
         for site in (*sample_sites(guide_trace), *sample_sites(model_trace)):
             site_log_prob(site, frame)  # what was drawn for other data shows here
-    picks = [site["fn"] for site in guide_trace.nodes.values() if type(site.get("fn")).__name__ == "_Subsample"]
+    fns: list[Any] = [site.get("fn") for site in guide_trace.nodes.values()]
+    picks = [fn for fn in fns if type(fn).__name__ == "_Subsample"]
     random = any(fn.subsample_size == frame.data_size < fn.size for fn in picks)
     return Layout(nesting, frame.data_size if frame.joint else 0, frame.data_size if random else 0)
 
@@ -526,7 +528,8 @@ def missing_values(name: str) -> str:
     return (
         f" It is what obs_mask makes of the values of {data!r} that were not observed. Draw it in the guide "
         f"under the mask's opposite, with poutine.mask(mask=~obs_mask): pyro.sample({name!r}, ...); or leave what was "
-        f"not observed out of the likelihood: poutine.mask(..., mask=obs_mask) around pyro.sample({data!r}, ..., obs=...)."
+        "not observed out of the likelihood: with poutine.mask(mask=obs_mask) around "
+        f"pyro.sample({data!r}, ..., obs=...)."
     )
 
 

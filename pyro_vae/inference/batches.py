@@ -95,8 +95,6 @@ class Batches:
             return
         assert self.num_data is not None
         order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
-        if self.num_data <= self.batch_size:  # one batch needs no order, and a guide may hold parameters for each row
-            order = torch.arange(self.num_data)
         for index in order.to(self.home).split(self.batch_size):
             yield (index,)
 

@@ -31,10 +31,10 @@ from torch.distributions import Bernoulli, constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_vae.auxiliary import auxiliary_among, points_among
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
-from pyro_vae.auxiliary import auxiliary_among, points_among
 from pyro_vae.sites import delta, deterministic, kind, plates
 from pyro_vae.traces import Program, missing_values, sites
 
@@ -284,6 +284,8 @@ def _mean_field(case: Case) -> str | None:
     with torch.no_grad(), own_parameters(case.guide):
         one, two = (poutine.trace(case.guide).get_trace(*case.batch) for _ in range(2))
         for name in order:
+            if name not in getattr(case.loss, "sites", order):
+                continue  # its divergence is sampled
             later = case.latents[case.latents.index(name) + 1 :]
             for other in order[: order.index(name)]:
                 # A site that the model draws before this one may not be drawn from it.
@@ -339,12 +341,11 @@ def _renyi_of_joint(case: Case) -> str | None:
     shared = [{(dim, f.size) for dim, f in plates(site).items()} for site in case.model_sites.values()]
     common = set.intersection(*shared) if shared else set()
     for name in auxiliary_among(case.guide_sites.values()):
-        if any((dim, size) not in {(d, f.size) for d, f in plates(case.guide_sites[name]).items()}
-               for dim, size in common):
+        if common - {(dim, f.size) for dim, f in plates(case.guide_sites[name]).items()}:
             return (
-                f"guide site {name!r} is one density for all data, outside their plate, and RenyiELBO counts it once for "
-                "each of them, so that its value is no bound. Use Objective(iwae, num_samples=K), or a guide with a "
-                "density for each datum, such as AutoNormal."
+                f"guide site {name!r} is one density for all data, outside their plate, and RenyiELBO counts it once "
+                "for each of them, so that its value is no bound. Use Objective(iwae, num_samples=K), or a guide with "
+                "a density for each datum, such as AutoNormal."
             )
     return None
 

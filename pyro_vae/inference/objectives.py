@@ -42,8 +42,8 @@ class Objective(ELBO):
     Its value is always that; its gradient is that of the estimator (see
     `pyro_vae.inference.estimators`). With beta the differentiated ELBO is
     E_q[log p(x | z) - beta (log q(z | x) - log p(z))]; the reported one stays that of
-    beta = 1. B is the number of data. An upper bound (`cubo`) is minimised, by the guide alone: then the loss is plus the
-    bound.
+    beta = 1. B is the number of data. An upper bound (`cubo`) is minimised, by the guide
+    alone: then the loss is plus the bound.
 
     Args:
         bound: Particles to one number per datum: `elbo`, `iwae`, `renyi(0.5)`, ...

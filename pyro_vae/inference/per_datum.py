@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -104,7 +105,7 @@ def lengths(batch: Any) -> tuple[int, ...]:
         leaves: Sequence[Any] = batch
     else:
         leaves = pytree.tree_leaves(batch)
-    return tuple(len(x) for x in leaves if hasattr(x, "__len__") and getattr(x, "ndim", 1) and not isinstance(x, str))
+    return tuple(len(x) for x in leaves if isinstance(x, Tensor | np.ndarray) and x.ndim)
 
 
 def _extra(scale: Any, plates: tuple[Any, ...]) -> float | None:

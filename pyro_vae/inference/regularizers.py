@@ -171,8 +171,8 @@ class FreeBits:
         for site, log_prior in particles.log_prior.items():
             if site in particles.partial:
                 raise ValueError(
-                    f"free_bits is about the divergence of each site, and the density of guide site {site!r} lies at an "
-                    "auxiliary site that others share. Use a guide with a density for each site, such as AutoNormal."
+                    f"free_bits is about the divergence of each site, and the density of guide site {site!r} lies at "
+                    "an auxiliary site that others share. Use a guide with a density for each site, such as AutoNormal."
                 )
             if self.per == "site":
                 divergence = (particles.log_q[site] - log_prior).mean()
@@ -196,7 +196,8 @@ def free_bits(nats: float, per: str = "site") -> Regularizer:
     over sites or over dimensions j. Added to minus the ELBO, it turns each KL_j into
     max(lambda, KL_j), so that a latent below lambda is not pushed further towards the prior. Beside
     a tempered divergence beta KL_j it adds the same: with beta < 1 (a warm-up) a latent below lambda
-    is pulled up to it, with beta > 1 what is left pushes on at a rate of beta - 1. The divergences are estimated by the samples of the ELBO itself, so that their gradients cancel exactly.
+    is pulled up to it, with beta > 1 what is left pushes on at a rate of beta - 1.
+    The divergences are estimated by the samples of the ELBO itself, so that their gradients cancel exactly.
 
     Args:
         nats: lambda, per site or per dimension.

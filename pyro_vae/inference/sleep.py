@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -51,8 +50,8 @@ def dream(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
     leaves, structure = pytree.tree_flatten((args, kwargs))
     if not observed:
         raise ValueError(
-            f"the sleep phase replaces the data by draws from the model, but none of the {len(leaves)} arguments is what "
-            "the model observes (nothing). Pass the data by position, or leave sleep at 0."
+            f"the sleep phase replaces the data by draws from the model, but none of the {len(leaves)} arguments is "
+            "what the model observes (nothing). Pass the data by position, or leave sleep at 0."
         )
     for name, site in observed.items():
         if type(site["fn"]).__name__ == "Unit":
@@ -88,9 +87,9 @@ def _put(name: str, value: Tensor, drawn: Tensor, leaves: list[Any], replaced: l
     if len(found) != 1:
         which = "none of the" if not found else "more than one of the"
         raise ValueError(
-            f"the sleep phase replaces the data by draws from the model, but {which} {len(leaves)} arguments is what the "
-            f"model observes ({name}), so that the guide would see it as it was. Pass the data of {name!r} as an argument "
-            "of its own, as the model observes them, or leave sleep at 0."
+            f"the sleep phase replaces the data by draws from the model, but {which} {len(leaves)} arguments is what "
+            f"the model observes ({name}), so that the guide would see it as it was. Pass the data of {name!r} as an "
+            "argument of its own, as the model observes them, or leave sleep at 0."
         )
     replaced[found[0]] = drawn.reshape(leaves[found[0]].shape).to(leaves[found[0]].dtype)
 
@@ -104,7 +103,7 @@ def _part(whole: Tensor, value: Tensor) -> tuple[int, tuple[int, ...], tuple[int
     offset = value.storage_offset() - whole.storage_offset()
     last = offset + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     inside = offset >= 0 and last < whole.numel()
-    return (offset, tuple(value.shape), value.stride()) if inside else None
+    return (int(offset), tuple(value.shape), value.stride()) if inside else None
 
 
 def _equal(leaf: Tensor, value: Tensor) -> bool:

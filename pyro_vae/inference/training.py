@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
+from pyro_vae.inference.closed_form import ClosedForm, default_loss
 from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.memory import reused_memory
@@ -106,7 +108,8 @@ def fit(
         data: A tensor (N, ...); a tuple of them (the programs' positional arguments);
             anything with ``len`` that an index tensor turns into a batch, such as a
             `Split`; or an iterable of batches, such as a ``DataLoader``.
-        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given. A `Compiled`
+        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given (for a guide that says at
+            which sites the divergence may be in closed form, as the zoo's `Hierarchical`, `ClosedForm`). A `Compiled`
             keeps its graphs for the next fit of the same pair.
         epochs: Passes through the data.
         batch_size: B; an iterable of batches has its own.
@@ -160,7 +163,7 @@ def fit(
     if compiled is not None:
         loss = compiled.inner
     else:
-        loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
+        loss = copy.copy(default_loss(guide) if loss is None else loss)  # an ELBO remembers the plates of its pair
     _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
         raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
@@ -309,7 +312,7 @@ class _Stepper:
         # As a tensor, the weight is read anew by a captured step; losses that compare scales want a number.
         self.weight: Tensor | None = None
         if warmup and not isinstance(loss, Objective):
-            if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
+            if type(loss) in (Trace_ELBO, TraceMeanField_ELBO, ClosedForm):
                 self.weight = torch.ones((), dtype=torch.float64)
             else:
                 compiled = None
@@ -318,9 +321,9 @@ class _Stepper:
         self.batches = batches
         if held is not None and len(batches) > 1:
             raise ValueError(
-                f"the guide holds parameters for each of the {held[1]} rows of latent site {held[0]!r}, whatever data they "
-                f"are, and got the data in {len(batches)} batches. Pass all data in one batch to a new guide (batch_size="
-                "N), or a guide that is a function of the data."
+                f"the guide holds parameters for each of the {held[1]} rows of latent site {held[0]!r}, whatever data "
+                f"they are, and got the data in {len(batches)} batches. Pass all data in one batch to a new guide "
+                "(batch_size=N), or a guide that is a function of the data."
             )
         self.counting = Counting()
         self.unit = Unit(1)  # what the loss of the step that is taken is a multiple of
@@ -328,6 +331,8 @@ class _Stepper:
         self._sizes: tuple[int, ...] = ()
         self.svi = SVI(model, guide, optimizer, loss)
         self.svi.loss_and_grads = self._counted
+        if batches.shuffle and batches.num_data is not None and len(batches) == 1:
+            self._keep_rows(guide)
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def beta(self) -> float:
@@ -430,15 +435,32 @@ class _Stepper:
 
     def _measure(self, choice: tuple[Any, ...]) -> None:
         """Run the pair for its plates, where a graph of an earlier fit takes the first step of its kind."""
-        buffers = [b for module in _owners(self.svi.model, self.svi.guide) for b in module.buffers()]
-        copies = [b.clone() for b in buffers]
-        with torch.random.fork_rng(), torch.no_grad(), self.counting:
+        with self._aside(), self.counting:
             batch = self.batches.take(*choice)
             trace = poutine.trace(self.svi.guide).get_trace(*batch)
             poutine.replay(self.svi.model, trace=trace)(*batch)
+        self._note()
+
+    def _keep_rows(self, guide: Program) -> None:
+        """Leave rows where they are if a guide has parameters for each: in one batch their order is of no use."""
+        with self._aside(), poutine.trace(param_only=True) as declared:
+            guide(*self.batches.first())
+        for site in declared.trace.nodes.values():
+            declared_value: Any = site["value"]
+            value = declared_value.unconstrained() if site["type"] == "param" else None
+            if isinstance(value, Tensor) and self.batches.num_data in value.shape:
+                network = isinstance(value, nn.Parameter) and not hasattr(guide, "prototype_trace")
+                self.batches.shuffle = self.batches.shuffle and network
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """A run that leaves random state and buffers as they are."""
+        buffers = [b for module in _owners(self.svi.model, self.svi.guide) for b in module.buffers()]
+        copies = [b.clone() for b in buffers]
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
             for buffer, copied in zip(buffers, copies, strict=True):
                 buffer.copy_(copied)
-        self._note()
 
     def _consider(self) -> None:
         """Hand the steps to Inductor if, by the time they take, that will pay."""

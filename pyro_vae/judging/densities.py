@@ -26,8 +26,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae.inference.capture import Uncapturable, capturing
 from pyro_vae.auxiliary import points_among
+from pyro_vae.inference.capture import Uncapturable, capturing
 from pyro_vae.sites import (
     PARTICLES,
     Frame,

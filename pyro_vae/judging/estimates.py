@@ -408,7 +408,8 @@ def _tables(
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """For each batch of data, its log weights and log likelihoods, (K, B) each, and the data of each column."""
     chunks: dict[int, Replayed] = {}
-    for batch, sizes, (nesting, joint, _), count in _batches(model, guide, data, num_samples, device, seed, progress, title):
+    told = _batches(model, guide, data, num_samples, device, seed, progress, title)
+    for batch, sizes, (nesting, joint, _), count in told:
         tensors = all(isinstance(x, Tensor) for x in batch)
         parts: list[tuple[Tensor, ...]] = []
         for size in sizes:
@@ -466,19 +467,16 @@ def _laid_out(model: Program, guide: Program, data: Any, batches: Batches) -> tu
     batch = batches.first()
     try:
         found = layout(model, guide, *batch)
-    except (RuntimeError, ValueError, IndexError):
-        if whole is batches:
-            raise
+    except (RuntimeError, ValueError, IndexError) as error:
         try:
             found, batch, batches = layout(model, guide, *whole.first()), whole.first(), whole
         except (RuntimeError, ValueError, IndexError):
-            found = None
-        if found is None:
-            raise
+            raise error from None
     if found.subsampled and found.subsampled not in lengths(batch):
         raise ValueError(
-            f"the data plate picks {found.subsampled} rows at random in each run, so that two runs are of different data "
-            'and samples cannot be put together. Give the batches as arguments: pyro.plate("data", N, subsample=x).'
+            f"the data plate picks {found.subsampled} rows at random in each run, so that two runs are of different "
+            "data and samples cannot be put together. Give the batches as arguments: "
+            'pyro.plate("data", N, subsample=x).'
         )
     return batches, found
 
