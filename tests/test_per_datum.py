@@ -10,18 +10,26 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
+from torch.distributions import kl_divergence
 
-from pyro_vae import Objective, elbo, elbo_terms, fit, gradient_lab, iwae
+from pyro_vae import Objective, elbo, elbo_terms, fit, iwae
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.regularizers import free_bits
 from pyro_vae.inference.sleep import dream
+from pyro_vae.judging.gradients import gradient_lab
+from pyro_vae.parameters import own_parameters
 from pyro_vae.traces import log_joint, log_q, particles
 
 N = 60
 X = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
 FROZEN = {"learning_rate": 1e-30, "progress": False, "seed": 0, "optimizer": torch.optim.SGD}
+
+
+@pytest.fixture(autouse=True)
+def empty_store():
+    pyro.clear_param_store()
 
 
 def pair(plate=lambda x: pyro.plate("data", len(x)), get=lambda *batch: batch[0]):
@@ -48,7 +56,7 @@ def exact(data=X):
     torch.manual_seed(1)
     with torch.no_grad():
         loc = nn.Linear(2, 1)(data)[..., 0]
-    kl = dist.kl_divergence(dist.Normal(loc, 0.5), dist.Normal(0.0, 1.0))
+    kl = kl_divergence(dist.Normal(loc, 0.5), dist.Normal(0.0, 1.0))
     fits = dist.Normal(loc.unsqueeze(-1), 1.0).log_prob(data).sum(-1) - 0.25
     return (fits - kl).mean().item()
 
@@ -103,8 +111,8 @@ def test_history_is_per_datum_whatever_a_batch_is(data, get):
 def test_captured_steps_report_what_eager_ones_do():
     for plate in (PLATES["plain"], PLATES["subsample"]):
         found = [
-            fit(*pair(plate), X, epochs=4, batch_size=25, compile=compiled, learning_rate=1e-3, seed=0, clip_norm=1.0)
-            for compiled in (False, True)
+            fit(*pair(plate), X, loss=loss, epochs=4, batch_size=25, learning_rate=1e-3, seed=0, progress=False)
+            for loss in (Trace_ELBO(), Compiled(Trace_ELBO(), compile_after=None))
         ]
         assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
     kept, programs = Compiled(Trace_ELBO(), compile_after=None), pair(PLATES["subsample"])
@@ -114,34 +122,25 @@ def test_captured_steps_report_what_eager_ones_do():
 
 
 def test_annealing_of_the_divergence_alone_is_no_unit():
-    def annealed(program, weight):
-        def run(x):
-            with poutine.scale(scale=weight):
-                with PLATES["subsample"](x):
-                    z = pyro.sample("z", program(x))
-            return z
-
-        return run
-
     torch.manual_seed(1)
     net = nn.Linear(2, 1)
-    draw = annealed(lambda x: dist.Normal(net(x)[..., 0], 0.5), 0.1)
-    prior = annealed(lambda x: dist.Normal(0.0, 1.0).expand([len(x)]), 0.1)
 
     def model(x):
-        z = prior(x)
         with PLATES["subsample"](x):
+            with poutine.scale(scale=0.1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([*z.shape, 2]).to_event(1), obs=x)
 
     def guide(x):
         pyro.module("net", net)
-        draw(x)
+        with PLATES["subsample"](x), poutine.scale(scale=0.1):
+            pyro.sample("z", dist.Normal(net(x)[..., 0], 0.5))
 
     history = fit(model, guide, X, epochs=60, batch_size=20, **FROZEN)
     with torch.no_grad():
         loc = net(X)[..., 0]
     fits = (dist.Normal(loc.unsqueeze(-1), 1.0).log_prob(X).sum(-1) - 0.25).mean()
-    kl = dist.kl_divergence(dist.Normal(loc, 0.5), dist.Normal(0.0, 1.0)).mean()
+    kl = kl_divergence(dist.Normal(loc, 0.5), dist.Normal(0.0, 1.0)).mean()
     values = torch.tensor(history["loss"])
     assert abs(values.mean() - (0.1 * kl - fits)) < 4 * values.std() / math.sqrt(60)
     assert history["bound"] == [None] * 60  # a tempered ELBO is no bound
@@ -156,11 +155,11 @@ def test_latents_of_all_data_count_once_in_a_pass():
             pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
 
     guide = AutoNormal(model)
-    history = fit(model, guide, (X, y), epochs=200, batch_size=20, learning_rate=1e-30, seed=0, progress=False)
+    history = fit(model, guide, (X, y), epochs=100, batch_size=20, learning_rate=1e-30, seed=0, progress=False)
     with torch.no_grad():
-        want = Trace_ELBO(num_particles=2000).loss(model, guide, X, y) / N
+        want = Trace_ELBO(num_particles=1000).loss(model, guide, X, y) / N
     values = torch.tensor(history["loss"])
-    assert abs(values.mean() - want) < 4 * values.std() / math.sqrt(200) + 0.02
+    assert abs(values.mean() - want) < 4 * values.std() / math.sqrt(100) + 0.03
     with pytest.raises(ValueError, match="site 'w' lies outside the data plate"):
         elbo_terms(model, guide, (X, y), num_samples=3)
 
@@ -189,17 +188,27 @@ def test_the_unit_of_plates_inside_and_beside():
     assert counting.unit((7, 2)).rows == 7
 
 
+def trained(plate, loss=None, **options):
+    programs = pair(plate)
+    fit(*programs, X, loss=loss, epochs=15, batch_size=20, seed=0, progress=False, **options)
+    with own_parameters(), poutine.trace(param_only=True) as params:
+        programs[1](X)
+    return torch.cat([s["value"].detach().flatten() for s in params.trace.nodes.values()])
+
+
 def test_a_clip_does_not_depend_on_the_scale():
-    found = []
-    for plate in (PLATES["plain"], PLATES["subsample"]):
-        for compiled in (False, True):
-            programs = pair(plate)
-            fit(*programs, X, epochs=10, batch_size=20, learning_rate=1e-2, seed=0, clip_norm=0.5, compile=compiled)
-            with poutine.trace(param_only=True) as params:
-                programs[1](X)
-            found.append(torch.cat([s["value"].detach().flatten() for s in params.trace.nodes.values()]))
-    # Adam's epsilon apart, a common factor of loss and limit changes nothing.
-    assert all(torch.allclose(found[0], other, rtol=1e-3, atol=1e-5) for other in found[1:])
+    """A limit that binds in some steps: at the same length of step per unit of loss, SGD goes the same way."""
+    sgd = {"optimizer": torch.optim.SGD}
+    plain = trained(PLATES["plain"], learning_rate=1e-2, clip_norm=3.0, **sgd)
+    scale = 10_000 / 20
+    assert torch.allclose(plain, trained(PLATES["subsample"], learning_rate=1e-2 / scale, clip_norm=3.0, **sgd), rtol=1e-4)
+    assert not torch.allclose(plain, trained(PLATES["plain"], learning_rate=1e-2, **sgd), rtol=1e-3)
+    assert not torch.allclose(plain, trained(PLATES["plain"], learning_rate=1e-2, clip_norm=0.01, **sgd), rtol=1e-2)
+    eager, captured, unclipped = (
+        trained(PLATES["subsample"], loss=loss, learning_rate=3e-2, clip_norm=limit)
+        for loss, limit in ((None, 3.0), (Compiled(Trace_ELBO(), compile_after=None), 10.0), (None, None))
+    )
+    assert torch.allclose(eager, captured, rtol=1e-4) and not torch.allclose(eager, unclipped, rtol=1e-3)
 
 
 def test_gradient_norms_are_per_datum():
@@ -232,7 +241,7 @@ def test_regularizers_see_densities_that_are_not_tempered_and_count_per_datum():
     kl = 9.0 - (values["bits"]["loss"][0] - values["none"]["loss"][0])
     torch.manual_seed(1)
     loc = nn.Linear(2, 1)(X)[..., 0]
-    assert abs(kl - dist.kl_divergence(dist.Normal(loc, 0.5), dist.Normal(0.0, 1.0)).mean().item()) < 0.5
+    assert abs(kl - kl_divergence(dist.Normal(loc, 0.5), dist.Normal(0.0, 1.0)).mean().item()) < 0.5
 
 
 def test_densities_at_given_latents_treat_scales_as_particles_do():
