@@ -241,6 +241,7 @@ def test_parameters_for_each_row_want_each_row_in_its_place():
     assert abs(history["bound"][-1] - dist.Normal(0.0, 2**0.5).log_prob(X).mean()) < 0.1
     fit(linear, by_hand, X, seed=0, **options)
     assert (pyro.param("by_hand") - X / 2).abs().max() < 0.25
+    pyro.clear_param_store()
     with pytest.raises(ValueError, match="holds parameters for each of the 10 rows of latent site 'z'.*in 3 batches"):
         fit(linear, AutoNormal(linear), X, batch_size=10, progress=False)
 
