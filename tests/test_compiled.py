@@ -1,6 +1,7 @@
 """A compiled loss is the loss: the same numbers, gradients and draws, whatever changes between steps."""
 
 import copy
+import re
 import warnings
 
 import pyro
@@ -394,8 +395,8 @@ def plain_guide(x):
 REFUSED = {
     "branch": (branching, "a number is read out of a tensor at test_compiled.py"),
     "item": (reading, "a number is read out of a tensor at test_compiled.py"),
-    "counter": (counting, "the loss depends on something outside the graph"),
-    "attribute": (Annealed(), "'calls' changes while the programs run"),
+    "counter": (counting, r"count\[0\] changes while the programs run"),
+    "attribute": (Annealed(), "Annealed.calls changes while the programs run"),
 }
 
 
@@ -408,7 +409,7 @@ def test_what_cannot_be_captured_runs_as_it_did_and_says_why_once(name):
         for _ in range(4):
             torch.manual_seed(0)
             loss.loss_and_grads(model, plain_guide, numbers)
-    assert loss.reason.startswith(reason)
+    assert re.match(reason, loss.reason)
     assert len([w for w in said if "not compiled" in str(w.message)]) == 1
     start = count[0] = getattr(model, "calls", count[0])
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.inference import replays
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.replays import Replayed
+from pyro_vae.inference.watching import Watched
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.parts.networks import MLP
@@ -187,8 +188,23 @@ def test_a_number_that_changes_is_found_out():
 
     replayed = Replayed(counting, calls=1000)
     found = [replayed(torch.ones(2))[0][0].item() for _ in range(5)]
-    assert found[:3] == [1, 2, 3]  # the third was to be a replay: the check ran the function
-    assert found == sorted(set(found))
+    assert found == [1, 2, 3, 4, 5] and replayed.captures == 0
+    assert replayed.reason == "calls[0] changes while the programs run"
+
+
+def test_what_the_watch_would_miss_the_check_finds(monkeypatch):
+    monkeypatch.setattr(Watched, "changed", lambda self: None)
+    monkeypatch.setattr(Watched, "fresh", lambda self: True)
+    calls = [0]
+
+    def counting(x: Tensor):
+        calls[0] += 1
+        return [x * calls[0]]
+
+    replayed = Replayed(counting, calls=1000)
+    with pytest.warns(UserWarning, match="a captured call did not give what the programs give"):
+        found = [replayed(torch.ones(2))[0][0].item() for _ in range(5)]
+    assert found == [1, 2, 3, 4, 5]  # the third was to be a replay: the check ran the function
     assert "outside the graph" in replayed.reason
 
 

@@ -6,10 +6,12 @@ other's own. From the second on it replays a graph of tensor operations (see
 Where a pair cannot be captured the steps go on as they were, with one line that says why.
 
 A graph is used as long as what it rests on is as it was: the programs; shapes, types and
-devices of arguments and of the tensors that are read; which of them train; training mode
-and every number, text and switch in the attributes of modules and loss, in closures and
-in globals. What else could live in Python is found out by a check: at the 1st, 10th,
-100th ... replay the loss is computed both ways from the same noise.
+devices of arguments and of the tensors that are read; which of them train; and every
+place in Python that programs and loss can read (see `pyro_vae.reach`): attributes, items of
+containers, cells of closures, globals. Programs that can read more than can be compared
+in each step, such as the clock or Python's random numbers, are *unproven*. They are captured
+only where that is asked for, and then checked: once in every `check_every` replays the loss
+is computed both ways from the same noise, and a difference raises.
 """
 
 from __future__ import annotations
@@ -30,11 +32,21 @@ from torch import Tensor
 from pyro_vae.inference.calls import Entry, Step, Whole, _Site
 from pyro_vae.inference.capture import Capture, Uncapturable
 from pyro_vae.inference.cuda_graphs import CudaGraph
-from pyro_vae.inference.watching import CHECKS, Watched, first_line, forked, random_state, set_random_state, why
+from pyro_vae.inference.watching import (
+    CHECKS,
+    Watched,
+    first_line,
+    forked,
+    random_state,
+    set_random_state,
+    unproven,
+    why,
+)
 from pyro_vae.parameters import _OwnParameters, own_parameters
 from pyro_vae.traces import Program
 
 _MEMORY = 64  # kinds of step that are remembered
+_UNSTABLE = 3  # steps of a kind between which something may change before the kind is given up
 _LIMIT = 8  # captures of one kind of step, and kinds of step, before giving up
 
 
@@ -51,7 +63,9 @@ class Compiled(ELBO):
         compile_after: Replays after which Inductor compiles the graph (seconds, once, and
             less from its cache on disk); None only replays, for which no C++ compiler is
             needed.
-        quiet: Leave out the warning that says why a pair runs uncompiled.
+        quiet: Leave out the warning that says why a pair runs uncompiled (never the one that it is unproven).
+        unproven: Capture programs too that can read what cannot be watched, with a warning that names it.
+        check_every: Replays of unproven programs between two comparisons with the programs themselves.
     Attributes:
         reason: Why the most recent step ran uncaptured, or None.
         captures: Number of captures so far.
@@ -69,15 +83,20 @@ class Compiled(ELBO):
         3.0
     """
 
-    def __init__(self, loss: ELBO, *, compile_after: int | None = 10, quiet: bool = False) -> None:
+    def __init__(
+        self, loss: ELBO, *, compile_after: int | None = 10, quiet: bool = False, unproven: bool = True,
+        check_every: int = 100,
+    ) -> None:  # fmt: skip
         if isinstance(loss, Compiled) or not hasattr(loss, "loss_and_grads"):
             raise ValueError(f"got {loss!r} to compile, wanted a Pyro ELBO such as Trace_ELBO(), or an Objective.")
         if compile_after is not None and compile_after < 0:
             raise ValueError(f"compile_after must be None or at least 0, got {compile_after}.")
         super().__init__(num_particles=loss.num_particles)
         self.inner: Any = loss
+        if check_every < 1:
+            raise ValueError(f"check_every must be a positive integer, got {check_every}.")
         self.compile_after = compile_after
-        self.quiet = quiet
+        self.quiet, self.unproven, self.check_every = quiet, unproven, check_every
         self._forget()
 
     def _forget(self) -> None:
@@ -86,7 +105,7 @@ class Compiled(ELBO):
         self._entries: dict[Any, Entry] = {}
         self._refused: dict[Any, str] = {}
         self._tries: dict[Any, int] = {}
-        self._seen: set[Any] = set()
+        self._seen: dict[Any, tuple[Watched, int]] = {}
         self._said: set[str] = set()
         self._replays = 0
         self._leaves: list[Tensor] = []
@@ -97,7 +116,7 @@ class Compiled(ELBO):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is for another pair, and graphs hold tensors of this one.
-        keep = ("num_particles", "max_plate_nesting", "inner", "compile_after", "quiet")
+        keep = ("num_particles", "max_plate_nesting", "inner", "compile_after", "quiet", "unproven", "check_every")
         return {name: value for name, value in vars(self).items() if not name.startswith("_") or name in keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -180,7 +199,7 @@ class Compiled(ELBO):
                 entry.beta.fill_(beta)
             return entry
         del self._entries[step.key]
-        self._seen.discard(step.key)  # one step of the programs' own first: it may find out about plates anew
+        self._seen.pop(step.key, None)  # one step of the programs' own first: it may find out about plates anew
         return None
 
     def _replay(self, entry: Entry, step: Step) -> Tensor | None:
@@ -191,7 +210,8 @@ class Compiled(ELBO):
         if self.compile_after is not None and entry.replays >= max(self.compile_after, 1) and often:
             self._compile(entry, step)
         expected, written = None, []
-        if entry.replays in CHECKS or entry.unchecked:
+        doubted = bool(entry.watched.unproven)
+        if entry.replays in CHECKS or entry.unchecked or (doubted and entry.replays % self.check_every == 0):
             written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
             expected = self._expected(step, written)
             entry.unchecked = False
@@ -203,9 +223,7 @@ class Compiled(ELBO):
             _put_back(written)
             if step.whole is not None:
                 step.whole.advance(-1)
-            self._refuse(step, f"the loss depends on something outside the graph ({loss.item():.6g} replayed, "
-                         f"{expected:.6g} not), such as a Python number that changes")
-            del self._entries[step.key]
+            self._differs(step, entry, loss.item(), expected)
             return None
         if entry.with_bound:
             self.inner.last_bound, offset = results[1], 2
@@ -214,6 +232,20 @@ class Compiled(ELBO):
             _add_gradients(entry.capture.leaves, results[offset:])
         self.reason = None
         return loss
+
+    def _differs(self, step: Step, entry: Entry, replayed: float, expected: float) -> None:
+        """What to do where a replay is not what the programs do: the steps since the last check may be wrong."""
+        numbers = f"{replayed:.6g} replayed, {expected:.6g} by the programs, after {entry.replays} replays"
+        del self._entries[step.key]
+        if entry.watched.unproven:
+            raise ValueError(
+                f"the captured loss is not that of the programs ({numbers}), which can read {unproven(entry.watched)}. "
+                "The steps since the last comparison are of a loss that is not theirs: take compile=False (or "
+                '"auto", which does not capture such programs), or keep what changes in a tensor.'
+            )
+        self._refuse(step, f"the loss depends on something outside the graph ({numbers})")
+        self._say(f"a captured loss was not that of the programs ({numbers}) although nothing that they read had "
+                  "changed. The steps since are not captured; compile=False avoids it from the start", always=True)
 
     def _expected(self, step: Step, written: list[tuple[Tensor, Tensor]]) -> float | None:
         """The loss of the programs themselves, from the noise that the replay will draw."""
@@ -254,20 +286,32 @@ class Compiled(ELBO):
                           f"({first_line(error)})")
 
     def _capturable(self, step: Step) -> bool:
-        """Whether to capture a step that has no graph: from the second of its kind on."""
-        if step.key not in self._seen or step.key is None:
-            self.reason = step.reason or "the first step of its kind"
-            if step.reason:
-                self._say(f"the steps are not compiled, since {step.reason}")
-            else:
-                self._seen = self._seen if len(self._seen) < _MEMORY else set()
-                self._seen.add(step.key)
+        """Whether to capture a step that has no graph: from the second of its kind on, if the first changed nothing.
+
+        What programs write down at their own run is found out while they run as they are: a capture that fails
+        would run them a second time.
+        """
+        if step.key is None:
+            self.reason = step.reason
+            self._say(f"the steps are not compiled, since {step.reason}")
             return False
         refused = self._refused.get(step.key)
         if refused is not None or not _neutral_handlers():
             self.reason = refused or "Pyro handlers are active around the loss"
             return False
-        return True
+        before = self._seen.pop(step.key, None)
+        changed = None if before is None else before[0].changed()
+        times = 1 if before is None else before[1] + 1
+        if changed is not None and times > _UNSTABLE:
+            self._refuse(step, f"{changed} changes while the programs run")
+            return False
+        if before is not None and changed is None:
+            return True
+        while len(self._seen) >= _MEMORY:
+            del self._seen[next(iter(self._seen))]
+        self._seen[step.key] = Watched((step.model, step.guide)), times
+        self.reason = "the first step of its kind" if changed is None else f"{changed} has changed"
+        return False
 
     def _slowly(self, step: Step) -> Any:
         value = self._capture(step) if self._capturable(step) else None
@@ -282,8 +326,8 @@ class Compiled(ELBO):
         if step.whole is None or step.whole.last:
             self._say(f"the steps are not compiled, since {reason}")
 
-    def _say(self, sentence: str) -> None:
-        if not self.quiet and sentence not in self._said:
+    def _say(self, sentence: str, always: bool = False) -> None:
+        if (always or not self.quiet) and sentence not in self._said:
             warnings.warn(f"{self!r}: {sentence}.", stacklevel=4)
         self._said.add(sentence)
 
@@ -296,6 +340,8 @@ class Compiled(ELBO):
         while len(self._entries) >= _LIMIT:
             del self._entries[next(iter(self._entries))]
         watched = Watched((step.model, step.guide), self.inner)
+        if watched.unproven and not self._accepted(step, watched):
+            return None
         beta, state = getattr(self.inner, "beta", 1), random_state(step.tensors)
         changing = [buffer for module in watched.modules for buffer in module.buffers()]
         if step.whole is not None:
@@ -358,6 +404,25 @@ class Compiled(ELBO):
         if step.whole is None:
             entry.announce()
         return results[0]
+
+
+    def _accepted(self, step: Step, watched: Watched) -> bool:
+        """Whether to capture programs that can read what cannot be watched; either way one line says so."""
+        found = unproven(watched)
+        if self.unproven:
+            self._say(
+                f"the programs can read what a captured step cannot watch: {found}. If that changes, so must the loss: "
+                f"it is compared with the programs' own every {self.check_every} steps, and a difference raises",
+                always=True,
+            )
+            return True
+        self._refused[step.key] = self.reason = f"the programs can read {found}"
+        self._say(
+            f"the steps run uncaptured, since the programs can read what a captured step cannot watch: {found}. Keep "
+            "what changes in a tensor or a plain attribute, or pass compile=True to capture them all the same",
+            always=True,
+        )
+        return False
 
 
 def _put_back(written: list[tuple[Tensor, Tensor]]) -> None:

@@ -6,8 +6,9 @@ chain's move. It makes the same use of `pyro_vae.inference.capture`, so a replay
 noise that the function would have drawn, and reads parameters as they are.
 
 The first call of a kind is the function's own, with Pyro's validation. The second is
-written down, if enough calls lie ahead; the third is a replay, computed both ways from
-the same noise, as the 10th, 100th ... are. Inductor compiles the graph when the time that
+written down, if enough calls lie ahead and the programs are proven to read nothing that cannot
+be watched (see `pyro_vae.reach`); the third is a replay, computed both ways from the same noise, as
+the 10th, 100th ... are. Inductor compiles the graph when the time that
 the replays take says that the calls ahead will pay for it. A function that cannot be captured
 runs on as it is, and `Replayed.reason` says why.
 """
@@ -15,7 +16,6 @@ runs on as it is, and `Replayed.reason` says why.
 from __future__ import annotations
 
 import time
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,13 +25,16 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.capture import Capture, Uncapturable, fast_matmul
-from pyro_vae.inference.watching import CHECKS, Watched, first_line, random_state, set_random_state, why
+from pyro_vae.inference.watching import CHECKS, Watched, first_line, random_state, set_random_state, unproven, why
+from pyro_vae.reach import is_trusted
 from pyro_vae.traces import Program
 
 # A capture costs what the programs' Python costs in about so many calls.
 _CAPTURE_PAYS = 600
 # Inductor's seconds, at the least and per operation, and the share of a replay that it saves.
 _COMPILER_SECONDS, _PER_NODE, _SAVED = 5.0, 0.03, 0.2
+_CHECK_EVERY = 100  # calls of unproven programs between two comparisons
+_UNSTABLE = 2  # calls between which something may change before the function is given up
 _TRIES = 4  # captures of one kind of call before giving up
 
 Function = Callable[..., Sequence[Tensor]]
@@ -79,6 +82,8 @@ class Replayed:
         self._graphs: dict[Any, _Graph] = {}
         self._seen: dict[Any, int] = {}
         self._refused: dict[Any, str] = {}
+        self._said: set[str] = set()
+        self._before: dict[Any, Watched] = {}
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What the function returns for these tensors."""
@@ -95,10 +100,18 @@ class Replayed:
         if key in self._refused:
             return self._plainly(tensors, self._refused[key])
         self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] == 1:
-            return self._plainly(tensors, "the first call of its kind")
         if self.compile == "auto" and self._ahead < _CAPTURE_PAYS:
-            return self._plainly(tensors, f"only {self._ahead} calls lie ahead")
+            reason = "the first call of its kind" if self._seen[key] == 1 else f"only {self._ahead} calls lie ahead"
+            return self._plainly(tensors, reason)
+        # What writes down its own calls is found out while it runs as it is: a capture that fails runs it twice.
+        before = self._before.pop(key, None)
+        changed = None if before is None else before.changed()
+        if changed is not None and self._seen[key] > 1 + _UNSTABLE:
+            return self._refuse(key, tensors, f"{changed} changes while the programs run")
+        if before is None or changed is not None:
+            if self._seen[key] == 1 or changed is not None:
+                self._before[key] = self._watched()
+                return self._plainly(tensors, f"{changed} has changed" if changed else "the first call of its kind")
         if self._seen[key] > 1 + _TRIES:
             reason = f"what the programs read outside their arguments has changed {_TRIES} times"
             return self._refuse(key, tensors, reason)
@@ -119,10 +132,27 @@ class Replayed:
             warnings.warn(f"the calls are not compiled, since {reason}.", stacklevel=4)
         return self._plainly(tensors, reason)
 
+    def _watched(self) -> Watched:
+        # Our own functions are functions of tensors and programs; one that is handed to us need not be.
+        return Watched(self.programs if is_trusted(self.function) else (self.function, *self.programs))
+
+    def _once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            warnings.warn(sentence, stacklevel=5)
+        self._said.add(sentence)
+
     def _capture(self, key: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the function and write it down."""
         state = random_state(tensors)
-        watched = Watched(self.programs, types.SimpleNamespace())
+        watched = self._watched()
+        if watched.unproven:
+            found = unproven(watched)
+            said = f"the programs can read what a captured call cannot watch: {found}. "
+            if self.compile is not True:
+                self._refused[key] = f"the programs can read {found}"
+                self._once(said + "So they run for every call; compile=True captures them all the same.")
+                return self._plainly(tensors, self._refused[key])
+            self._once(said + f"Every {_CHECK_EVERY} calls they are run as well, and a difference raises.")
         written = [(buffer, buffer.clone()) for module in watched.modules for buffer in module.buffers()]
         inputs = [t.detach() for t in tensors]
         try:
@@ -149,7 +179,8 @@ class Replayed:
         if self._pays(graph):
             self._compile(graph, tensors)
         expected = None
-        if graph.replays in CHECKS or graph.unchecked:
+        doubted = graph.watched.unproven
+        if graph.replays in CHECKS or graph.unchecked or (doubted and graph.replays % _CHECK_EVERY == 0):
             expected, graph.unchecked = self._expected(graph, tensors), False
         start = time.perf_counter()
         results = tuple(graph.capture(tensors))
@@ -157,8 +188,16 @@ class Replayed:
         graph.seconds = min(seconds, graph.seconds)
         if expected is not None and not _agree(results, expected[0]):
             del self._graphs[key]
-            self._refused[key] = self.reason = (
-                "the result depends on something outside the graph, such as a Python number that changes"
+            if doubted:
+                raise ValueError(
+                    f"the captured calls do not give what the programs give, which can read {unproven(graph.watched)}. "
+                    f'Results since the last comparison ({_CHECK_EVERY} calls) are wrong: take compile="auto" or False.'
+                )
+            self._refused[key] = self.reason = "the result depends on something outside the graph"
+            warnings.warn(
+                "a captured call did not give what the programs give although nothing that they read had changed. "
+                "compile=False avoids it from the start.",
+                stacklevel=4,
             )
             set_random_state(expected[1])
             return expected[0]

@@ -139,7 +139,10 @@ def fit(
         compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
             Inductor; "auto" captures them in fits of 500 steps or more and compiles them where,
             by the clock, a minute or more of them lies ahead, unless there is a checkpoint: a
-            compiled fit goes on from one to rounding, not to the bit.
+            compiled fit goes on from one to rounding, not to the bit. Programs that can read what
+            cannot be watched in each step (the clock, Python's random numbers, a generator) are
+            run as they are by "auto", which one line says; True captures them with a warning, compares
+            them with their own steps at least once an epoch, and raises at the first difference.
     Returns:
         The history. The pair is trained in place and left in evaluation mode.
     Raises:
@@ -189,7 +192,7 @@ def fit(
         steps = epochs * len(batches)
         given = compiled is not None
         if compiled is None:
-            compiled = _compiled(loss, compile, steps, checkpoint is not None)
+            compiled = _compiled(loss, compile, steps, checkpoint is not None, len(batches))
         stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), batches, compiled)
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
@@ -237,13 +240,16 @@ def fit(
     return history
 
 
-def _compiled(loss: Any, compile: bool | str, steps: int, resumable: bool) -> Compiled | None:
+def _compiled(loss: Any, compile: bool | str, steps: int, resumable: bool, per_epoch: int) -> Compiled | None:
     """The loss compiled where that is wanted, or, automatically, where it pays for a fit of so many steps."""
     if compile not in (True, False, "auto"):
         raise ValueError(f'got compile={compile!r}, wanted True, False or "auto".')
     if compile == "auto" and (resumable or steps < _CAPTURE_PAYS) or compile is False:
         return None
-    return Compiled(loss, compile_after=10 if compile is True else None, quiet=compile == "auto")
+    return Compiled(
+        loss, compile_after=10 if compile is True else None, quiet=compile == "auto", unproven=compile is True,
+        check_every=max(1, min(per_epoch, 100)),
+    )  # fmt: skip
 
 
 def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper) -> None:

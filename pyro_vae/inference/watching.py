@@ -1,108 +1,51 @@
 """What a captured graph rests on in Python, and the noise that goes through it.
 
-A graph holds as long as what the programs read in Python is as it was: numbers, texts,
-switches, and which tensor or module stands where. `Watched` finds as much of that as can be
-found in attributes, closures and globals; the rest is found out by running both at `CHECKS`.
+A graph holds as long as what the programs read in Python is as it was. `Watched` is that:
+what `pyro_vae.reach` finds, and the param store. Where it finds something that it cannot
+compare later, the programs are *unproven*: by default they are not captured.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.inference.capture import Uncapturable
+from pyro_vae.reach import SCALARS, Reach
 from pyro_vae.traces import Program
 
-SCALARS = (bool, int, float, str, type(None))
+__all__ = [
+    "CHECKS", "SCALARS", "Watched", "first_line", "forked", "random_state", "set_random_state", "unproven", "why"
+]  # fmt: skip
+
 CHECKS = frozenset(10**n for n in range(9))  # replays at which the programs are run, too
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 
 
-class Watched:
-    """What programs and loss read in Python, as far as it can be found: names in mappings."""
+class Watched(Reach):
+    """What programs and loss read in Python, and the names in the param store.
 
-    def __init__(self, programs: Sequence[Program], loss: Any) -> None:
-        self.modules: list[nn.Module] = []
-        self._places: list[tuple[Callable[[Any], Any], Any]] = []
-        self._seen: set[int] = set()
-        for program in programs:
-            self._program(program)
-        settings = {k: v for k, v in vars(loss).items() if k not in ("last_bound", "beta") and not k.startswith("_")}
-        self._places += [(vars(loss).get, name) for name in settings]
+    Args:
+        programs: Pyro programs.
+        loss: A Pyro ELBO, or None.
+    """
+
+    def __init__(self, programs: Sequence[Program], loss: Any = None) -> None:
+        super().__init__(*programs, settings_of=loss)
         store = pyro.get_param_store()._params
-        self._places += [(store.get, name) for name in store]
+        self._place(len, store, "the param store")
+        for name in store:
+            self._place(store.get, name, f"parameter {name!r} of the param store")
         self.before = self._now()
 
-    def _now(self) -> list[Any]:
-        return [get(name) for get, name in self._places]
 
-    def fresh(self) -> bool:
-        try:
-            return self.before == self._now()
-        except (RuntimeError, ValueError):  # tensors that are not the same object, compared by their values
-            return False
-
-    def changed(self) -> str | None:
-        """The name of one that is not as it was."""
-        for (_, name), before, now in zip(self._places, self.before, self._now(), strict=True):
-            if before is not now and not (isinstance(before, SCALARS) and before == now):
-                return repr(getattr(name, "cell_contents", name) if not isinstance(name, str) else name)
-        return None
-
-    def _program(self, program: Any) -> None:
-        if id(program) in self._seen:
-            return
-        self._seen.add(id(program))
-        if isinstance(program, nn.Module):
-            self._module(program)
-        elif isinstance(program, types.MethodType):
-            self._program(program.__self__)
-            self._program(program.__func__)
-        elif isinstance(program, types.FunctionType):
-            self._function(program)
-        elif hasattr(program, "func"):  # functools.partial, and Pyro's handlers around a program
-            self._program(program.func)
-            for value in (*getattr(program, "args", ()), *getattr(program, "keywords", {}).values()):
-                if callable(value):
-                    self._program(value)
-        elif hasattr(program, "__dict__"):
-            self._places += [(vars(program).get, name) for name in vars(program)]
-
-    def _module(self, module: nn.Module) -> None:
-        self.modules.append(module)
-        for part in module.modules():
-            for name, value in vars(part).items():
-                if name not in _MODULE_ATTRIBUTES and isinstance(value, (*SCALARS, Tensor, types.FunctionType)):
-                    self._places.append((vars(part).get, name))
-            for slots in (part._parameters, part._buffers, part._modules):
-                self._places += [(slots.get, name) for name in slots]
-
-    def _function(self, function: types.FunctionType) -> None:
-        for cell in function.__closure__ or ():
-            self._places.append((_contents, cell))
-            self._value(_contents(cell))
-        for name in function.__code__.co_names:
-            if name in function.__globals__:
-                value = function.__globals__[name]
-                if isinstance(value, (*SCALARS, Tensor, nn.Module)):
-                    self._places.append((function.__globals__.get, name))
-                    self._value(value)
-
-    def _value(self, value: Any) -> None:
-        if isinstance(value, (nn.Module, types.MethodType, types.FunctionType)):
-            self._program(value)
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+def unproven(watched: Watched) -> str:
+    """What stands against a proof, in words: the first three things met."""
+    more = len(watched.unproven) - 3
+    return "; ".join(watched.unproven[:3]) + (f"; and {more} more" if more > 0 else "")
 
 
 def why(error: Exception) -> str:
