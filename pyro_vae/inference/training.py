@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
@@ -21,23 +23,25 @@ from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
 from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
-from pyro_vae.inference.compatibility import check
+from pyro_vae.inference.closed_form import ClosedForm, default_loss
+from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.diagnosis import diagnosis
 from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
+from pyro_vae.inference.per_datum import Counting, Unit, lengths
 from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
-from pyro_vae.inference.trees import rows
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
+_SIZES = 10_000  # sizes of batches whose unit is remembered
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
 # Inductor costs up to half a minute and saves at least a quarter of the time of a replay.
 _COMPILER_SECONDS, _SAVED, _TIMED = 20.0, 0.25, 40
@@ -49,7 +53,8 @@ class History:
 
     Attributes:
         records: Per epoch: ``epoch``, ``loss`` (what was minimised, nats per datum),
-            ``bound`` (the untempered bound on the training batches where it is known),
+            ``bound`` (the untempered bound on the training batches where it is known, per
+            datum too: see `pyro_vae.inference.per_datum`),
             ``validation`` (where validation data were given), ``learning_rate``,
             ``beta`` (these two of the epoch's last step), ``seconds`` since the start,
             ``images_per_second``.
@@ -111,7 +116,8 @@ def fit(
             dataset; anything with ``len`` that an index tensor turns into a batch, such
             as a `Split`; or an iterable of batches, such as a ``DataLoader``. How numbers
             are cast, and what is refused, is said in `pyro_vae.inference.batches`.
-        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given. A `Compiled`
+        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given (for a guide that says at
+            which sites the divergence may be in closed form, as the zoo's `Hierarchical`, `ClosedForm`). A `Compiled`
             keeps its graphs for the next fit of the same pair.
         epochs: Passes through the data.
         batch_size: B; an iterable of batches has its own.
@@ -124,7 +130,8 @@ def fit(
         schedule: "constant", "cosine", "one-cycle", or a function of the fraction of
             steps done that multiplies the learning rate (every rate of an instance, which
             gets its own back at the end).
-        clip_norm: Upper limit of the joint gradient norm.
+        clip_norm: Upper limit of the joint gradient norm of the loss summed over a batch, without
+            the scale of a plate (N / B under subsampling), which multiplies loss and limit alike.
         kl_warmup: Epochs, or fractions of one, over which the weight of log q - log p(z) rises
             linearly to 1, or to the beta of the `Objective`.
         kl_warmup_steps: The same in steps; one of the two.
@@ -175,7 +182,7 @@ def fit(
     if compiled is not None:
         loss = compiled.inner
     else:
-        loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
+        loss = copy.copy(default_loss(guide) if loss is None else loss)  # an ELBO remembers the plates of its pair
     _check_options(loss, epochs, batch_size, patience, validation, schedule)
     check_tempering(loss, epochs, kl_warmup, kl_warmup_steps, beta)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
@@ -328,6 +335,7 @@ class _Stepper:
     ) -> None:  # fmt: skip
         self.loss, self.optimizer, self.rate = loss, optimizer, rate
         self.tempering, self.total, self.warmup = tempering, tempering.total, tempering.warmup
+        held = rows_held(guide)
         self.steps = 0
         self.own_beta = loss.beta if isinstance(loss, Objective) else None
         self.pair = (model, guide)
@@ -335,15 +343,28 @@ class _Stepper:
         # As a tensor, the weight is read anew by a captured step; losses that compare scales want a number.
         self.weight: Tensor | Number | None = None
         if tempering.active and not isinstance(loss, Objective):
-            if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
+            if type(loss) in (Trace_ELBO, TraceMeanField_ELBO, ClosedForm):
                 self.weight = torch.ones((), dtype=torch.float64)
             else:
                 self.weight, compiled = Number(1.0), None
             model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)
         self.considers, self._timed = False, 0.0
         self.batches = batches
+        if held is not None and len(batches) > 1:
+            raise ValueError(
+                f"the guide holds parameters for each of the {held[1]} rows of latent site {held[0]!r}, whatever data "
+                f"they are, and got the data in {len(batches)} batches. Pass all data in one batch to a new guide "
+                "(batch_size=N), or a guide that is a function of the data."
+            )
+        self.counting = Counting()
+        self.unit = Unit(1)  # what the loss of the step that is taken is a multiple of
+        self._units: dict[tuple[int, ...], Unit] = {}
+        self._sizes: tuple[int, ...] = ()
+        self._captures = 0
         self.svi = SVI(model, guide, optimizer, loss)
-        self.svi.loss_and_grads = self._looked_at(self.svi.loss_and_grads)
+        self.svi.loss_and_grads = self._counted
+        if batches.shuffle and batches.num_data is not None and len(batches) == 1:
+            self._keep_rows(guide)
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def beta(self) -> float:
@@ -367,7 +388,7 @@ class _Stepper:
 
     def epoch(self, bar: tqdm) -> dict[str, Any]:
         """One pass; its averages."""
-        started, count = time.perf_counter(), 0
+        started, count, even = time.perf_counter(), 0, True
         summed: float | Tensor = 0.0
         bound: float | Tensor = 0.0
         tempered = False
@@ -375,20 +396,20 @@ class _Stepper:
             beta = self.beta()
             tempered = tempered or beta != 1
             value = self._step(choice)
-            size = rows(choice)
-            summed, count = summed + value, count + size
+            rows, scale = self.unit.rows, self.unit.scale
+            summed, count, even = summed + value / scale, count + rows, even and self.unit.even
             if isinstance(self.loss, Objective):
                 assert self.loss.last_bound is not None
-                bound = bound + self.loss.last_bound.double()
+                bound = bound + self.loss.last_bound.double() / scale
             bar.update(1)
             if self.steps % _LOOK == 0:
                 self._check_finite(summed)
-                bar.set_postfix(loss=f"{float(value) / size:.2f}", refresh=False)
+                bar.set_postfix(loss=f"{float(value) / self.unit.whole:.2f}", refresh=False)
         self._check_finite(summed)
         record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):
             record["bound"] = float(bound) / count
-        elif not tempered:
+        elif even and not tempered:
             record["bound"] = -float(summed) / count
         rate = rate_of(self.optimizer)
         if rate is not None:
@@ -407,6 +428,15 @@ class _Stepper:
             self.weight.value = self.beta()
         value: float | Tensor
         self.choice = choice
+        self._sizes = lengths(choice)
+        if self.graph is not None:
+            # A replay does not run the programs: it is measured as the step was that it replays.
+            if self.graph.compiled.captures != self._captures:
+                self._captures = self.graph.compiled.captures
+                self._units.clear()  # what the programs read may have changed, and the scales with it
+            if self._sizes not in self._units and self._captures:
+                self._measure(choice)
+            self._use(self._units.get(self._sizes, self.unit))
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
@@ -429,6 +459,55 @@ class _Stepper:
         self.steps += 1
         return value
 
+    def _counted(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss with its gradients, and the unit of its value."""
+        with self.counting:
+            value = self.loss.loss_and_grads(*args, **kwargs)
+        self._note()
+        # Refused before the optimiser carries what is wrong with it into all parameters.
+        self._check_finite(float(sum(value) if isinstance(value, tuple | list) else value))
+        return value
+
+    def _note(self) -> None:
+        unit = self.counting.unit(self._sizes)
+        if len(self._units) < _SIZES:
+            self._units[self._sizes] = unit
+        self._use(unit)
+
+    def _use(self, unit: Unit) -> None:
+        self.unit = unit
+        if isinstance(self.optimizer, Fused):
+            self.optimizer.scale = unit.scale
+
+    def _measure(self, choice: tuple[Any, ...]) -> None:
+        """Run the pair for its plates, where a graph of an earlier fit takes the first step of its kind."""
+        with self._aside(), self.counting:
+            batch = self.batches.take(*choice)
+            trace = poutine.trace(self.svi.guide).get_trace(*batch)
+            poutine.replay(self.svi.model, trace=trace)(*batch)
+        self._note()
+
+    def _keep_rows(self, guide: Program) -> None:
+        """Leave rows where they are if a guide has parameters for each: in one batch their order is of no use."""
+        with self._aside(), poutine.trace(param_only=True) as declared:
+            guide(*self.batches.first())
+        for site in declared.trace.nodes.values():
+            declared_value: Any = site["value"]
+            value = declared_value.unconstrained() if site["type"] == "param" else None
+            if isinstance(value, Tensor) and self.batches.num_data in value.shape:
+                network = isinstance(value, nn.Parameter) and not hasattr(guide, "prototype_trace")
+                self.batches.shuffle = self.batches.shuffle and network
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """A run that leaves random state and buffers as they are."""
+        buffers = [b for module in _owners(self.svi.model, self.svi.guide) for b in module.buffers()]
+        copies = [b.clone() for b in buffers]
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+            for buffer, copied in zip(buffers, copies, strict=True):
+                buffer.copy_(copied)
+
     def _consider(self) -> None:
         """Hand the steps to Inductor if, by the time they take, that will pay."""
         if self.steps == _TIMED:
@@ -438,16 +517,6 @@ class _Stepper:
             each = (time.perf_counter() - self._timed) / _TIMED
             if self.graph is not None and each * (self.total - self.steps) * _SAVED > _COMPILER_SECONDS:
                 self.graph.compiled.compile_after = 0
-
-    def _looked_at(self, loss_and_grads: Callable[..., Any]) -> Callable[..., Any]:
-        """The loss, refused before the optimiser carries what is wrong with it into all parameters."""
-
-        def looked_at(*args: Any, **kwargs: Any) -> Any:
-            value = loss_and_grads(*args, **kwargs)
-            self._check_finite(float(sum(value) if isinstance(value, tuple | list) else value))
-            return value
-
-        return looked_at
 
     def _check_finite(self, value: float | Tensor) -> None:
         if not math.isfinite(value):

@@ -33,7 +33,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.inference.trees import at
-from pyro_vae.sites import Frame, data_frame, depth, is_point, kind, sample_sites
+from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Free, Local, free_parameters
 
@@ -287,7 +287,7 @@ def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
 
 def _check(site: Any) -> None:
     name, found = site["name"], kind(site["fn"])
-    if is_point(site["fn"]) or found == "Delta":
+    if found == "Delta":
         raise ValueError(f"guide site {name!r} is a Delta, which is not a family of distributions")
     if not getattr(site["fn"], "has_rsample", False):
         raise ValueError(f"guide site {name!r} ({found}) is not reparameterised")
