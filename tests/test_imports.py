@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "sites", "parameters", "unconstrained", "version"}
+GROUND = {"traces", "sites", "parameters", "unconstrained", "reach", "evaluation", "version"}
 MAY_IMPORT = {
     "traces": {"sites", "parameters"},
+    "evaluation": {"parameters", "reach"},
     "sites": set(),
-    "parameters": set(),
+    "parameters": {"reach"},
+    "reach": set(),
     "unconstrained": set(),
     "version": set(),
     "parts": GROUND,
