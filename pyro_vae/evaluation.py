@@ -24,7 +24,7 @@ import functools
 import random
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -68,23 +68,31 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run modules in the modes that they are in, and put their parameters and buffers back.
+def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module]]]:
+    """Run modules in the modes that they are in, and put the parameters and buffers of all that run back.
 
     Args:
-        modules: With all their children.
+        modules: Those that are known, with all their children.
+    Returns:
+        The outermost of those that ran and were not; a reference is dead if a program made it on the way.
     Example:
-        >>> net = nn.BatchNorm1d(1)
-        >>> with unmoved([net]):
-        ...     _ = net(torch.tensor([[1.0], [3.0]]))
-        >>> net.running_mean.item()
-        0.0
+        >>> net, other = nn.BatchNorm1d(1), nn.Linear(1, 1)
+        >>> with unmoved([net]) as met:
+        ...     _ = net(other(torch.tensor([[1.0], [3.0]])))
+        >>> net.running_mean.item(), met[0]() is other
+        (0.0, True)
     """
-    standing = _Standing()
-    for module in modules:
-        standing.note(module)
+    standing, met = _Standing(), []
     try:
-        yield
+        for module in modules:
+            standing.note(module)
+
+        def meet(module: nn.Module) -> None:
+            if standing.note(module):
+                met.append(weakref.ref(module))
+
+        with _meeting(standing, meet):
+            yield met
     finally:
         standing.put_back()
 
@@ -129,6 +137,10 @@ class _Standing:
         self._parts: dict[int, tuple[weakref.ref[nn.Module], _Part, list[int]]] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def modules(self) -> list[nn.Module]:
+        """Those that are still alive."""
+        return [module for reference, *_ in self._parts.values() if (module := reference()) is not None]
+
     def __contains__(self, module: nn.Module) -> bool:
         return id(module) in self._parts
 
@@ -148,7 +160,7 @@ class _Standing:
         # A parameter hardly ever moves without an optimiser: where someone outside has a copy, one is enough. Buffers
         # are put back by each, so that an estimate inside another is what it would be alone.
         outside = isinstance(tensor, nn.Parameter) and tensor.requires_grad and any(
-            id(tensor) in other._copies for other in _active()
+            id(tensor) in other._copies for other, _ in _here.meeting
         )
         if known or outside:
             return False
@@ -204,46 +216,50 @@ def _has_own_modes(module: nn.Module) -> bool:
 
 
 class _Here(threading.local):
-    """Who is evaluating in this thread: networks that train in another are let alone."""
+    """Who wants to know of modules that run in this thread: what trains in another is let alone."""
 
     def __init__(self) -> None:
-        self.standing: list[_Standing] = []
+        self.meeting: list[tuple[_Standing, Callable[[nn.Module], Any]]] = []
 
 
 _here = _Here()
 
 
-def _active() -> list[_Standing]:
-    return _here.standing
-
-
 def _met(module: nn.Module, _: Any) -> None:
-    """A module is about to run: one that no program was seen to own rests from now on, too."""
+    """A module is about to run, perhaps one that no program was seen to own."""
     if torch.compiler.is_compiling():
         return
-    for standing in _here.standing:
+    for standing, meet in _here.meeting:
         if module not in standing:
-            standing.rest(module)
+            meet(module)
 
 
 @contextlib.contextmanager
-def _at_rest(modules: list[nn.Module]) -> Iterator[None]:
+def _meeting(standing: _Standing, meet: Callable[[nn.Module], Any]) -> Iterator[None]:
+    """Tell of all modules that run and do not stand there yet."""
+    hook, entry = None, (standing, meet)
+    # A compiled module is compiled anew under a global hook, and warns of it.
+    if not any("_orig_mod" in part._modules for part in standing.modules()):
+        hook = register_module_forward_pre_hook(_met)
+    _here.meeting.append(entry)
+    try:
+        yield
+    finally:
+        _here.meeting.remove(entry)
+        if hook is not None:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
     """These modules, and all others that run, in evaluation mode."""
     standing = _Standing()
-    hook = None
-    # A compiled module is compiled anew under a global hook, and warns of it.
-    if not any("_orig_mod" in part._modules for module in modules for part in module.modules()):
-        hook = register_module_forward_pre_hook(_met)
     try:
         for module in modules:
             standing.rest(module)
-        _here.standing.append(standing)
-        yield
+        with _meeting(standing, standing.rest):
+            yield
     finally:
-        if hook is not None:
-            hook.remove()
-        if standing in _here.standing:
-            _here.standing.remove(standing)
         standing.put_back()
 
 
@@ -253,7 +269,7 @@ def _store_kept() -> Iterator[None]:
     store = pyro.get_param_store()
     kept = [(name, getattr(store, name)) for name in ("_params", "_param_to_name", "_constraints")]
     items = [dict(held) for _, held in kept]
-    covered = {id(t) for standing in _active() for t, _ in standing._copies.values()}
+    covered = {id(t) for standing, _ in _here.meeting for t, _ in standing._copies.values()}
     copies = [(t, t.detach().clone()) for t in items[0].values() if id(t) not in covered]
     try:
         yield

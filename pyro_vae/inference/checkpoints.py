@@ -39,7 +39,12 @@ def named_tensors(
     Returns:
         Parameters and buffers of the modules, then what plain functions declare.
     """
-    found = {f"{i}.{key}": t for i, m in enumerate(modules) for key, t in m.state_dict(keep_vars=True).items()}
+    found = {
+        f"{i}.{key}": t
+        for i, m in enumerate(modules)
+        for named in (m.named_parameters, m.named_buffers)
+        for key, t in named(remove_duplicate=False)
+    }
     known = {id(t) for t in found.values()}
     with torch.random.fork_rng(), torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*batch)

@@ -16,13 +16,14 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.sleep import dream
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Cut, Particles, Program, draw, plate_nesting
 
 _EXAMPLES: tuple[tuple[Any, str], ...] = (
@@ -227,7 +228,7 @@ def mean_bound(
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> float:
-    """A bound averaged over data, at fixed noise, in nats per datum.
+    """A bound averaged over data, at fixed noise and in evaluation mode, in nats per datum.
 
     Args:
         model: A Pyro program for p(x, z).
@@ -244,7 +245,7 @@ def mean_bound(
     objective = Objective(bound, num_samples)
     batches = Batches(data, batch_size, device_of(model, guide) if device is None else device, shuffle=False)
     total, count = 0.0, 0
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with evaluating(model, guide, seed=seed):
         for batch in batches:
             total += bound(objective.particles(model, guide, *batch)).double().sum().item()
             count += len(batch[0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_vae.evaluation import evaluating, unmoved
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
@@ -30,6 +32,7 @@ from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
@@ -136,7 +139,9 @@ def fit(
             run as they are by "auto", which one line says; True captures them with a warning, compares
             them with their own steps at least once an epoch, and raises at the first difference.
     Returns:
-        The history. The pair is trained in place and left in evaluation mode.
+        The history. The pair is trained in place, in training mode (networks that are frozen whole, with
+        ``requires_grad=False``, stay in evaluation mode), and all of its networks, wherever the programs hold
+        them, are left in evaluation mode, also after Ctrl-C or an error.
     Raises:
         ValueError: A bad option; empty data; a point guide under a bound; parameters
             that Pyro cannot tell apart; nothing to train; a loss that is not finite.
@@ -162,7 +167,7 @@ def fit(
     _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
         raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
-    modules = _owners(model, guide)
+    modules = modules_of(model, guide)
     for module in modules if device is not None else []:
         module.to(device)
     place = device if device is not None else device_of(model, guide)
@@ -170,17 +175,18 @@ def fit(
     if not isinstance(optimizer, PyroOptim):
         optimizer = Fused(optimizer or torch.optim.Adam, {"lr": learning_rate}, clip_norm)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    history, best = History(), _Best(modules)
-    with own_parameters(model, guide), seeded(seed), precision(matmul_precision), reused_memory():
-        for module in modules:
-            module.train(_learns(module))
-        point = check(model, guide, batches.first(), loss)
+    history = History()
+    with (
+        own_parameters(model, guide), seeded(seed), precision(matmul_precision), reused_memory(), _learning(modules),
+    ):  # fmt: skip
+        with unmoved(modules) as met:  # statistics of batches are of the steps alone
+            point = check(model, guide, batches.first(), loss)
+        modules += [module for reference in met if (module := reference()) is not None]
         validation_bound = validation_bound or (loss.bound if point else elbo)
         if validation is not None:  # what cannot be scored is refused now, not after an epoch
-            for module in modules:
-                module.eval()
-            with seeded(0), torch.no_grad():
+            with evaluating(model, guide, seed=0):
                 Objective().particles(model, guide, *Batches(validation, 500, place, shuffle=False).first())
+        best = _Best(modules)
         steps = epochs * len(batches)
         given = compiled is not None
         if compiled is None:
@@ -192,19 +198,18 @@ def fit(
             # Pyro's losses have no repr of their own.
             said = repr(loss) if isinstance(loss, Objective) else f"{type(loss).__name__}, {loss.num_particles}"
             settings = {"epochs": epochs, "batch_size": batch_size, "loss": said, "kl_warmup": kl_warmup}
-            tensors = named_tensors(modules, model, guide, batches.first())
+            with unmoved(modules):
+                tensors = named_tensors(modules, model, guide, batches.first())
             saved = Checkpoint(checkpoint, tensors, settings)
             started -= _resumed(saved, history, best, stepper)
         quiet = None if progress is None else not progress
         with tqdm(total=stepper.total, initial=stepper.steps, disable=quiet, unit="batch") as bar:
             try:
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
-                    for module in modules:
-                        module.train(_learns(module))
+                    _train(modules)  # a callback may have looked at pictures in evaluation mode
                     record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(bar)
+                    best.settle()
                     if validation is not None:
-                        for module in modules:
-                            module.eval()
                         record["validation"] = mean_bound(model, guide, validation, validation_bound, device=place)
                     record["seconds"] = time.perf_counter() - started
                     history.records.append(record)
@@ -227,8 +232,6 @@ def fit(
         if best.epoch and not history.interrupted:
             best.restore()
             history.best_epoch = best.epoch
-    for module in modules:
-        module.eval()
     return history
 
 
@@ -272,16 +275,32 @@ def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _St
     return history.records[-1]["seconds"]
 
 
-def _learns(module: nn.Module) -> bool:
-    """Whether a module is not frozen whole; one that is stays in evaluation mode, dropout and statistics too."""
+@contextlib.contextmanager
+def _learning(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in training mode, and all in evaluation mode at the end, whatever ends it."""
+    try:
+        _train(modules)
+        yield
+    finally:
+        for module in modules:
+            module.eval()
+
+
+def _train(modules: Sequence[nn.Module]) -> None:
+    """Put modules into training mode, except for what is frozen whole."""
+    for module in modules:
+        module.train()
+        _rest_frozen(module)
+
+
+def _rest_frozen(module: nn.Module) -> None:
+    """Put what has parameters and none that learns into evaluation mode, its dropout and statistics too."""
     parameters = list(module.parameters())
-    return not parameters or any(p.requires_grad for p in parameters)
-
-
-def _owners(*programs: Program) -> list[nn.Module]:
-    """The modules that the programs are, or are methods of."""
-    found = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
-    return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
+    if parameters and not any(p.requires_grad for p in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _rest_frozen(child)
 
 
 class _Tempered(Messenger):
@@ -412,19 +431,32 @@ class _Stepper:
 
 
 class _Best:
-    """The best tensors so far: the modules', with their buffers, and all others that were trained."""
+    """The best tensors so far: those of all modules, with their buffers, and all others that were trained."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
         self.epoch = 0
         self.value = -math.inf
         self.copies: list[tuple[Tensor, Tensor]] = []
+        self._homes: dict[tuple[int, str], Tensor] = {}
+        self.settle()
+
+    def settle(self) -> None:
+        """Bring home what a program put in a buffer's place, so that the buffer is the one that is kept and written."""
+        for part in (part for module in self.modules for part in module.modules()):
+            for name, now in part._buffers.items():
+                home = now if now is None else self._homes.setdefault((id(part), name), now)
+                if home is None or now is None or home is now or home.shape != now.shape or home.dtype != now.dtype:
+                    continue
+                with torch.no_grad():
+                    home.copy_(now)
+                part._buffers[name] = home
 
     def offer(self, value: float, epoch: int, trained: Sequence[Tensor]) -> None:
         value = -math.inf if math.isnan(value) else value
         if value > self.value or not self.epoch:
             self.value, self.epoch = value, epoch
-            tensors = [t for m in self.modules for t in m.state_dict(keep_vars=True).values()]
+            tensors = [t for m in self.modules for t in (*m.parameters(), *m.buffers())]
             tensors += trained  # those of plain functions: in the param store, or networks given to pyro.module
             self.copies = [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
 
