@@ -62,7 +62,7 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
         (True, 0)
     """
     given = [program for program in programs if program is not None]
-    with _settings_kept(), _store_kept(), _at_rest(modules_of(*given)), own_parameters(*given), noise(seed):
+    with _settings_kept(), _store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given), noise(seed):
         with torch.no_grad():
             yield
 
@@ -95,6 +95,31 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module
             yield met
     finally:
         standing.put_back()
+
+
+@contextlib.contextmanager
+def at_rest(modules: Iterable[nn.Module], *, others: bool = False) -> Iterator[None]:
+    """Modules in evaluation mode, and afterwards as they were, tensors and modes.
+
+    Args:
+        modules: With all their children.
+        others: And all other modules that run.
+    """
+    standing = _Standing()
+    _here.resting.append(standing)
+    try:
+        for module in modules:
+            standing.rest(module)
+        with _meeting(standing, standing.rest) if others else contextlib.nullcontext():
+            yield
+    finally:
+        _here.resting.remove(standing)
+        standing.put_back()
+
+
+def rests(module: nn.Module) -> bool:
+    """Whether a module is to stay in evaluation mode, since somebody outside holds it `at_rest`."""
+    return any(module in standing for standing in _here.resting)
 
 
 @contextlib.contextmanager
@@ -216,10 +241,11 @@ def _has_own_modes(module: nn.Module) -> bool:
 
 
 class _Here(threading.local):
-    """Who wants to know of modules that run in this thread: what trains in another is let alone."""
+    """Who is at work in this thread: what trains in another is let alone."""
 
     def __init__(self) -> None:
         self.meeting: list[tuple[_Standing, Callable[[nn.Module], Any]]] = []
+        self.resting: list[_Standing] = []
 
 
 _here = _Here()
@@ -248,19 +274,6 @@ def _meeting(standing: _Standing, meet: Callable[[nn.Module], Any]) -> Iterator[
         _here.meeting.remove(entry)
         if hook is not None:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """These modules, and all others that run, in evaluation mode."""
-    standing = _Standing()
-    try:
-        for module in modules:
-            standing.rest(module)
-        with _meeting(standing, standing.rest):
-            yield
-    finally:
-        standing.put_back()
 
 
 @contextlib.contextmanager

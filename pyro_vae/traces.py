@@ -10,6 +10,10 @@ This module is the only one that runs the programs and reads their traces. It fi
 the data plate (the one plate that all sites share), sums out inner plates, applies
 masks, and never drops a scale silently: a constant scale common to all sites, as
 subsampling gives, is handed on beside the table; any other is refused by name.
+
+Programs run here as they are, which training needs: their networks in the mode that they are in, and
+batch statistics move where they would. Estimates see to evaluation mode (`pyro_vae.evaluation`);
+`fit` leaves a pair in it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pyro
 import torch
 
 from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
-from pyro_vae.inference.batches import seeded
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
@@ -83,7 +83,7 @@ def evaluate(
                 "to bins v of width one; an upper limit on the bits of the 8-bit levels"
             )
         numbers |= _closed_forms(vae, dataset, test, terms.value)
-    with seeded(seed):
+    with evaluating(vae, seed=seed):
         numbers["active_units"] = active_units(vae.guide, test).count
         if len(test) >= 4:
             distance = energy_distance(vae.sample(SAMPLES, pixels="draw"), test[:SAMPLES])

@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating, unmoved
+from pyro_vae.evaluation import evaluating, rests, unmoved
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
@@ -287,10 +287,13 @@ def _learning(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _train(modules: Sequence[nn.Module]) -> None:
-    """Put modules into training mode, except for what is frozen whole."""
+    """Put modules into training mode, except for what is frozen whole, or held at rest by who calls `fit`."""
     for module in modules:
         module.train()
         _rest_frozen(module)
+        for part in module.modules():
+            if part.training and rests(part):
+                part.training = False
 
 
 def _rest_frozen(module: nn.Module) -> None:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.capture import capturing, fast_matmul
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Particles, Program, draw, plate_nesting
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
@@ -245,9 +246,10 @@ def log_likelihood(
     """
     parts, steps = [], _steps(num_samples)
     totals = torch.zeros(2, len(steps), dtype=torch.float64)
-    for log_weight, _ in _tables(model, guide, data, num_samples, device, seed, progress, "log p(x)", compile):
-        parts.append(_summary(log_weight))
-        totals += _at_steps(log_weight.double().cpu(), steps)
+    with evaluating(model, guide, seed=seed), reused_memory():
+        for log_weight, _ in _tables(model, guide, data, num_samples, device, progress, "log p(x)", compile):
+            parts.append(_summary(log_weight))
+            totals += _at_steps(log_weight.double().cpu(), steps)
     pointwise, variance, bias, ess, k, smoothed, spread = (torch.cat(column) for column in zip(*parts, strict=True))
     count = len(pointwise)
     return Estimate(
@@ -295,10 +297,11 @@ def elbo_terms(
         ValueError: K < 1, a guide without density, and all that `particles` refuses.
     """
     parts = []
-    for tables in _tables(model, guide, data, num_samples, device, seed, progress, "ELBO", compile):
-        weight, likelihood = (table.double().cpu() for table in tables)
-        variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
-        parts.append((weight.mean(0), likelihood.mean(0), variance))
+    with evaluating(model, guide, seed=seed), reused_memory():
+        for tables in _tables(model, guide, data, num_samples, device, progress, "ELBO", compile):
+            weight, likelihood = (table.double().cpu() for table in tables)
+            variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
+            parts.append((weight.mean(0), likelihood.mean(0), variance))
     pointwise, likelihood, variance = (torch.cat(column) for column in zip(*parts, strict=True))
     count = len(pointwise)
     return ElboTerms(
@@ -371,12 +374,11 @@ def particle_batches(
     data: Any,
     num_samples: int,
     device: str | torch.device | None,
-    seed: int | None,
     progress: bool | None,
     title: str,
 ) -> Iterator[Iterator[Particles]]:
-    """For each batch of data, its K particles in chunks."""
-    for batch, sizes, nesting, _ in _batches(model, guide, data, num_samples, device, seed, progress, title):
+    """For each batch of data, its K particles in chunks, of programs as they are: to be run while `evaluating`."""
+    for batch, sizes, nesting, _ in _batches(model, guide, data, num_samples, device, progress, title):
         yield (_drawn(model, guide, batch, size, nesting) for size in sizes)
 
 
@@ -391,14 +393,13 @@ def _tables(
     data: Any,
     num_samples: int,
     device: str | torch.device | None,
-    seed: int | None,
     progress: bool | None,
     title: str,
     compile: bool | str,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each batch of data, its log weights and log likelihoods, (K, B) each."""
     chunks: dict[int, Replayed] = {}
-    for batch, sizes, nesting, count in _batches(model, guide, data, num_samples, device, seed, progress, title):
+    for batch, sizes, nesting, count in _batches(model, guide, data, num_samples, device, progress, title):
         tensors = all(isinstance(x, Tensor) for x in batch)
         parts: list[tuple[Tensor, ...]] = []
         for size in sizes:
@@ -426,7 +427,6 @@ def _batches(
     data: Any,
     num_samples: int,
     device: str | torch.device | None,
-    seed: int | None,
     progress: bool | None,
     title: str,
 ) -> Iterator[tuple[tuple[Any, ...], list[int], int, int]]:
@@ -438,11 +438,10 @@ def _batches(
     # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
     size = max(1, min(100, rows // min(num_samples, 80), _HELD // num_samples))
     batches = Batches(data, size, place, shuffle=False)
-    with own_parameters(model, guide), seeded(seed), torch.no_grad(), reused_memory():
-        nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
-        count = len(batches)
-        for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):
-            yield batch, chunk_sizes(batch, num_samples), nesting, count
+    nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
+    count = len(batches)
+    for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):
+        yield batch, chunk_sizes(batch, num_samples), nesting, count
 
 
 def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:

@@ -32,6 +32,7 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_vae.reach import modules_of
 from pyro_vae.sites import Frame, data_frame, depth, is_point, kind, sample_sites
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Free, Local, free_parameters
@@ -433,11 +434,10 @@ class Outputs:
     """What the heads of a guide's posteriors return, recorded, and changed where changes are given."""
 
     def __init__(self, guide: Program, changes: Mapping[str, Tensor] | None = None) -> None:
-        owner = guide if isinstance(guide, nn.Module) else getattr(guide, "__self__", None)
-        modules = owner.named_modules() if isinstance(owner, nn.Module) else ()
+        parts = {id(part): part for module in modules_of(guide) for part in module.modules()}
         self.posteriors = {
-            name: module
-            for name, module in modules
+            str(number): module
+            for number, module in enumerate(parts.values())
             if isinstance(getattr(module, "head", None), nn.Module) and callable(getattr(module, "local", None))
         }
         self.changes = changes

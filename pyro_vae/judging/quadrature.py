@@ -16,9 +16,10 @@ import torch
 from pyro import validation_enabled
 from torch import Tensor
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.judging.densities import Pair
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
 _CHUNK = 2**21  # floats per tensor of decoder output
@@ -88,11 +89,11 @@ def quadrature(
             f"got num_points={num_points}, width={width}, refinements={refinements}; wanted at least 3 points a side, "
             "a positive width and no negative number of refinements."
         )
-    (first, *_) = Batches(data, 1, shuffle=False).first()
-    values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
     place = device_of(model, guide) if device is None else device
     parts = []
-    with own_parameters(model, guide), seeded(seed), torch.no_grad(), validation_enabled(False):
+    with evaluating(model, guide, seed=seed), validation_enabled(False):
+        (first, *_) = Batches(data, 1, shuffle=False).first()
+        values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
         for batch in Batches(data, 50, place, shuffle=False):
             pair = Pair(model, guide, batch)
             if pair.latents.size > 2:
