@@ -223,12 +223,15 @@ class Reach:
             self._value(value(), said)
         elif isinstance(value, _C_CALLABLES):
             pass
-        elif hasattr(value, "cache_info") and hasattr(value, "__wrapped__"):
+        elif kind is functools._lru_cache_wrapper:
             self._value(value.__wrapped__, said)
         else:
             self._object(value, said)
 
     def _container(self, value: Any, said: str) -> None:
+        if value is sys.modules:
+            self._doubt("sys.modules")
+            return
         if len(value) > _LARGEST_CONTAINER:
             self._doubt(f"{said}, a {type(value).__name__} of {len(value):,} items")
             return
@@ -286,9 +289,8 @@ class Reach:
         if name.startswith("__") or (name not in space and _is_trusted(module.__name__)):
             return _MISSING
         value = space.get(name, _MISSING)
-        if value is _MISSING and hasattr(module, name):
-            value = getattr(module, name)  # a module with a __getattr__ of its own
-            self._doubt(f"{said}.{name}, which the module computes")
+        if value is _MISSING and "__getattr__" in space:
+            self._doubt(f"{said}.{name}, which the module may compute")
         if not _is_trusted(module.__name__):
             self._place(space.get, name, f"{said}.{name}")
         if value is not _MISSING:
@@ -556,7 +558,8 @@ def _is_trusted(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _TRUSTED
 
 
-def _is_denied(module: str, name: str) -> bool:
+def _is_denied(module: str | None, name: str) -> bool:
+    module = module or ""
     return name in _DENIED or any(module == m or module.startswith(m + ".") for m in _DENIED_MODULES)
 
 

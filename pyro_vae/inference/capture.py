@@ -112,6 +112,7 @@ class Capture:
             return list(self.results)
 
         graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
+        _check_shapes(graph)
         self._takes_args = bool(args)
         # A graph module returns a flat list and takes flat arguments without pytree's code.
         graph.set_codegen(fx.graph.CodeGen())
@@ -230,9 +231,10 @@ class _Recording(TorchFunctionMode):
             if name == "__bool__" and module in _CHECKERS:
                 with disable_proxy_modes_tracing():  # it is made in the step that is captured, and in no replay
                     return func(*args, **kwargs)
-            if not module.startswith(("torch.", "pyro.")):
-                where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-                raise Uncapturable(f"a number is read out of a tensor at {where}")
+            where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+            if module.startswith(("torch.", "pyro.")):
+                raise Uncapturable(f"{module} depends on the values of tensors (at {where})")
+            raise Uncapturable(f"a number is read out of a tensor at {where}")
         return func(*args, **kwargs)
 
     def _backward(
@@ -279,6 +281,19 @@ def _drop_forked(graph: fx.Graph) -> None:
             graph.erase_node(node)
     if any(_is_random(node) and node.meta.get("forked") for node in graph.nodes):
         raise Uncapturable("noise is drawn in a fork of the random state, such as by a seed of its own")
+
+
+def _check_shapes(graph: fx.Graph) -> None:
+    """Refuse what has shapes that depend on values: all that follows would have those of the run written down."""
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+        if torch.Tag.dynamic_output_shape not in tags and torch.Tag.data_dependent_output not in tags:
+            continue
+        if node.target in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
+            chosen = [a for a in node.args[1] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
+            if not any(a.meta["val"].dtype in (torch.bool, torch.uint8) for a in chosen):
+                continue
+        raise Uncapturable(f"{node.target} gives a shape that depends on the values of tensors")
 
 
 def _leaves(loss: Tensor) -> Iterable[Tensor]:

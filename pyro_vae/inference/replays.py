@@ -152,7 +152,7 @@ class Replayed:
                 self._refused[key] = f"the programs can read {found}"
                 self._once(said + "So they run for every call; compile=True captures them all the same.")
                 return self._plainly(tensors, self._refused[key])
-            self._once(said + f"Every {_CHECK_EVERY} calls the result is compared with theirs, and a difference raises.")
+            self._once(said + f"Every {_CHECK_EVERY} calls they are run as well, and a difference raises.")
         written = [(buffer, buffer.clone()) for module in watched.modules for buffer in module.buffers()]
         inputs = [t.detach() for t in tensors]
         try:

@@ -18,7 +18,9 @@ from pyro_vae.inference.capture import Uncapturable
 from pyro_vae.reach import SCALARS, Reach
 from pyro_vae.traces import Program
 
-__all__ = ["CHECKS", "SCALARS", "Watched", "first_line", "forked", "random_state", "set_random_state", "unproven", "why"]
+__all__ = [
+    "CHECKS", "SCALARS", "Watched", "first_line", "forked", "random_state", "set_random_state", "unproven", "why"
+]  # fmt: skip
 
 CHECKS = frozenset(10**n for n in range(9))  # replays at which the programs are run, too
 

@@ -1,0 +1,423 @@
+"""State in every place that Python has: a captured fit that reads it is the eager fit, whatever changes when.
+
+Each kind is a place for one number, written as source: how it is set up, read and changed. The number is
+the mean of the prior of a tiny pair. It is changed either between steps, as a schedule does, or by
+the guide itself in each of its runs, as a counter does.
+"""
+
+import random
+import sys
+import time
+import types
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+
+from pyro_vae.inference import training
+from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.training import fit
+from pyro_vae.judging.estimates import elbo_terms
+from pyro_vae.reach import Reach
+
+PAIR = """
+import collections, contextvars, copy, ctypes, array, dataclasses, decimal, functools, itertools, math, operator, os
+import pathlib, random, re, string, sys, threading, time, types, typing, weakref
+import numpy as np, pyro, torch
+import pyro.distributions as dist
+from pyro import poutine
+{setup}
+
+def read():
+    return {read}
+
+def change(v):
+    {change}
+
+def helper():
+    return read()
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(helper(), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+def guide(x):
+    {inside}
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("a", torch.zeros(())) + 0.1 * x, 0.7))
+"""
+
+# How each is set up, read, and changed to v.
+KINDS: dict[str, tuple[str, str, str]] = {
+    "global": ("W = 1.0", "W", "global W; W = v"),
+    "dict": ("D = {'w': 1.0}", "D['w']", "D['w'] = v"),
+    "dict, nested": ("D = {'a': {'b': [0, {'w': 1.0}]}}", "D['a']['b'][1]['w']", "D['a']['b'][1]['w'] = v"),
+    "dict, a new key": ("D = {0: 1.0}", "D[max(D)]", "D[len(D)] = v"),
+    "dict, its get method": ("D = {'w': 1.0}\nget = D.get", "get('w')", "D['w'] = v"),
+    "list": ("L = [1.0]", "L[0]", "L[0] = v"),
+    "list that grows": ("L = [1.0]", "L[-1]", "L.append(v)"),
+    "list by its length": ("L = [0]", "0.01 * len(L)", "L.append(0)"),
+    "tuple, rebound": ("T = (1.0, 2)", "T[0]", "global T; T = (v, 2)"),
+    "set": ("S = {1.0}", "max(S)", "S.clear(); S.add(v)"),
+    "frozenset, rebound": ("S = frozenset([1.0])", "max(S)", "global S; S = frozenset([v])"),
+    "deque": ("Q = collections.deque([1.0], maxlen=3)", "Q[-1]", "Q.append(v)"),
+    "Counter": ("C = collections.Counter(a=100)", "C['a'] / 100", "C['a'] = int(100 * v)"),
+    "OrderedDict": ("O = collections.OrderedDict(w=1.0)", "O['w']", "O['w'] = v"),
+    "defaultdict": ("F = collections.defaultdict(float, w=1.0)", "F['w']", "F['w'] = v"),
+    "UserDict": ("U = collections.UserDict(w=1.0)", "U['w']", "U['w'] = v"),
+    "ChainMap": ("M = collections.ChainMap({'w': 1.0})", "M['w']", "M['w'] = v"),
+    "mappingproxy": ("D = {'w': 1.0}\nP = types.MappingProxyType(D)", "P['w']", "D['w'] = v"),
+    "subclass of dict": ("class Mine(dict):\n    pass\nD = Mine(w=1.0)", "D['w']", "D['w'] = v"),
+    "attribute": ("class Box:\n    pass\nB = Box(); B.w = 1.0", "B.w", "B.w = v"),
+    "attribute that appears": ("class Box:\n    pass\nB = Box()", "getattr(B, 'w', 1.0)", "B.w = v"),
+    "attribute by a computed name": ("class Box:\n    pass\nB = Box(); B.w1 = 1.0", "getattr(B, 'w' + str(1))", "B.w1 = v"),
+    "attribute through vars": ("class Box:\n    pass\nB = Box(); B.w = 1.0", "vars(B)['w']", "B.w = v"),
+    "attribute, hasattr": ("class Box:\n    pass\nB = Box()", "2.0 if hasattr(B, 'on') else 1.0", "B.__dict__.update(on=v)"),
+    "slots": ("class Box:\n    __slots__ = ('w',)\nB = Box(); B.w = 1.0", "B.w", "B.w = v"),
+    "SimpleNamespace": ("B = types.SimpleNamespace(w=1.0)", "B.w", "B.w = v"),
+    "dataclass": ("@dataclasses.dataclass\nclass Box:\n    w: float = 1.0\nB = Box()", "B.w", "B.w = v"),
+    "dataclass, frozen": (
+        "@dataclasses.dataclass(frozen=True)\nclass Box:\n    w: float = 1.0\nB = Box()", "B.w",
+        "global B; B = dataclasses.replace(B, w=v)",
+    ),
+    "class attribute": ("class Box:\n    w = 1.0", "Box.w", "Box.w = v"),
+    "class attribute, inherited": ("class Base:\n    w = 1.0\nclass Box(Base):\n    pass\nB = Box()", "B.w", "Base.w = v"),
+    "class attribute, shadowed": ("class Box:\n    w = 1.0\nB = Box()", "B.w", "B.w = v"),
+    "metaclass attribute": ("class Meta(type):\n    w = 1.0\nclass Box(metaclass=Meta):\n    pass", "Box.w", "Meta.w = v"),
+    "property": (
+        "class Box:\n    hidden = 1.0\n    @property\n    def w(self):\n        return self.hidden\nB = Box()", "B.w",
+        "B.hidden = v",
+    ),
+    "descriptor": (
+        "class Field:\n    def __get__(self, owner, kind=None):\n        return D['w']\n"
+        "class Box:\n    w = Field()\nD = {'w': 1.0}\nB = Box()", "B.w", "D['w'] = v",
+    ),
+    "__getattr__": (
+        "class Box:\n    def __init__(self):\n        self.held = [1.0]\n    def __getattr__(self, name):\n"
+        "        return self.held[0]\nB = Box()", "B.w", "B.held[0] = v",
+    ),
+    "__getitem__": (
+        "class Box:\n    def __init__(self):\n        self.held = 1.0\n    def __getitem__(self, name):\n"
+        "        return self.held\nB = Box()", "B['w']", "B.held = v",
+    ),
+    "__call__": (
+        "class Box:\n    def __init__(self):\n        self.held = 1.0\n    def __call__(self):\n"
+        "        return self.held\nB = Box()", "B()", "B.held = v",
+    ),
+    "__float__": (
+        "class Box:\n    def __init__(self):\n        self.held = 1.0\n    def __float__(self):\n"
+        "        return self.held\nB = Box()", "float(B)", "B.held = v",
+    ),
+    "operator method": (
+        "class Box:\n    def __init__(self):\n        self.held = 1.0\n    def __mul__(self, other):\n"
+        "        return self.held * other\nB = Box()", "B * 1.0", "B.held = v",
+    ),
+    "generator that reads": (
+        "D = {'w': 1.0}\ndef endless():\n    while True:\n        yield D['w']\nG = endless()", "next(G)", "D['w'] = v",
+    ),
+    "iterator of one's own": (
+        "class It:\n    n = 0\n    def __iter__(self):\n        return self\n    def __next__(self):\n"
+        "        self.n += 1\n        return self.n / 1000\nI = It()", "next(I)", "pass",
+    ),
+    "generator": ("G = (k / 1000 for k in range(10**6))", "next(G)", "pass"),
+    "itertools.count": ("G = itertools.count(0.0, 0.001)", "next(G)", "pass"),
+    "itertools.cycle": ("G = itertools.cycle([0.5, 1.0, 1.5])", "next(G)", "pass"),
+    "random": ("random.seed(3)", "random.random()", "pass"),
+    "random, rarely": ("random.seed(3)", "2.0 if random.random() < 0.02 else 1.0", "pass"),
+    "random, from": ("from random import gauss\nrandom.seed(3)", "gauss(0.0, 1.0)", "pass"),
+    "random.Random": ("R = random.Random(3)", "R.random()", "pass"),
+    "random by another name": ("import random as torch_like", "torch_like.random()", "torch_like.seed(v)"),
+    "numpy.random": ("np.random.seed(3)", "float(np.random.rand())", "pass"),
+    "numpy.random, in two steps": ("np.random.seed(3)\nr = np.random", "float(r.rand())", "pass"),
+    "numpy generator": ("R = np.random.default_rng(3)", "float(R.random())", "pass"),
+    "NumPy array": ("A = np.ones(3)", "float(A[1])", "A[1] = v"),
+    "NumPy array, 0-dim": ("A = np.array(1.0)", "float(A)", "A[...] = v"),
+    "NumPy array in a dict": ("D = {'a': np.ones((2, 2))}", "float(D['a'][0, 1])", "D['a'][0, 1] = v"),
+    "NumPy array, large": ("A = np.ones(100_000)", "float(A[99_999])", "A[99_999] = v"),
+    "array.array": ("A = array.array('d', [1.0])", "A[0]", "A[0] = v"),
+    "bytearray": ("A = bytearray(b'\\x64')", "A[0] / 100", "A[0] = int(50 * v)"),
+    "memoryview": ("A = bytearray(8)\nV = memoryview(A).cast('d'); V[0] = 1.0", "V[0]", "V[0] = v"),
+    "ctypes": ("C = ctypes.c_double(1.0)", "C.value", "C.value = v"),
+    "closure": (
+        "def made():\n    w = 1.0\n    def get():\n        return w\n    def put(v):\n        nonlocal w\n"
+        "        w = v\n    return get, put\nget, put = made()", "get()", "put(v)",
+    ),
+    "closure over a list": ("def made():\n    held = [1.0]\n    return (lambda: held[0]), held\nget, held = made()",
+                            "get()", "held[0] = v"),
+    "default argument": ("def get(held=[1.0]):\n    return held[0]", "get()", "get.__defaults__[0][0] = v"),
+    "default argument, replaced": ("def get(w=1.0):\n    return w", "get()", "get.__defaults__ = (v,)"),
+    "keyword default": ("def get(*, w=1.0):\n    return w", "get()", "get.__kwdefaults__['w'] = v"),
+    "function attribute": ("def get():\n    return get.w\nget.w = 1.0", "get()", "get.w = v"),
+    "function, rebound": ("def get():\n    return 1.0", "get()", "global get; get = lambda: v"),
+    "function in a dict": ("D = {'f': lambda: 1.0}", "D['f']()", "D['f'] = lambda: v"),
+    "partial": ("def get(w):\n    return w[0]\nL = [1.0]\np = functools.partial(get, L)", "p()", "L[0] = v"),
+    "partial, keywords": ("def get(w):\n    return w\np = functools.partial(get, w=1.0)", "p()", "p.keywords['w'] = v"),
+    "wrapped": (
+        "def loud(f):\n    @functools.wraps(f)\n    def inner():\n        return f() * D['w']\n    return inner\n"
+        "D = {'w': 1.0}\n@loud\ndef get():\n    return 1.0", "get()", "D['w'] = v",
+    ),
+    "three helpers away": (
+        "D = {'w': 1.0}\ndef a():\n    return D['w']\ndef b():\n    return a()\ndef c():\n    return b()", "c()", "D['w'] = v",
+    ),
+    "method, replaced on the object": (
+        "class Box:\n    def get(self):\n        return 1.0\nB = Box()", "B.get()", "B.get = lambda: v",
+    ),
+    "method, replaced on the class": (
+        "class Box:\n    def get(self):\n        return 1.0\nB = Box()", "B.get()", "Box.get = lambda self: v",
+    ),
+    "bound method": ("class Box:\n    w = 1.0\n    def get(self):\n        return self.w\nB = Box()\nget = B.get",
+                     "get()", "B.w = v"),
+    "super": (
+        "class Base:\n    def get(self):\n        return self.w\nclass Box(Base):\n    def get(self):\n"
+        "        return super().get()\nB = Box(); B.w = 1.0", "B.get()", "B.w = v",
+    ),
+    "attrgetter": ("class Box:\n    pass\nB = Box(); B.w = 1.0\nget = operator.attrgetter('w')", "get(B)", "B.w = v"),
+    "globals": ("W = 1.0", "globals()['W']", "global W; W = v"),
+    "eval": ("W = 1.0", "eval('W')", "global W; W = v"),
+    "module attribute": ("import user_settings as settings", "settings.w", "settings.w = v"),
+    "module attribute, two deep": ("import user_settings as settings", "settings.inner.w", "settings.inner.w = v"),
+    "module, imported inside": ("", "__import__('user_settings').w", "sys.modules['user_settings'].w = v"),
+    "environment": ("os.environ['USER_W'] = '1.0'", "float(os.environ['USER_W'])", "os.environ['USER_W'] = str(v)"),
+    "getenv": ("os.environ['USER_W'] = '1.0'", "float(os.getenv('USER_W'))", "os.environ['USER_W'] = str(v)"),
+    "file": ("PATH = pathlib.Path(FOLDER, 'w'); PATH.write_text('1.0')", "float(open(PATH).read())", "PATH.write_text(str(v))"),
+    "file by pathlib": ("PATH = pathlib.Path(FOLDER, 'w'); PATH.write_text('1.0')", "float(PATH.read_text())",
+                        "PATH.write_text(str(v))"),
+    "context variable": ("C = contextvars.ContextVar('w', default=1.0)", "C.get()", "C.set(v)"),
+    "thread-local": ("T = threading.local(); T.w = 1.0", "T.w", "T.w = v"),
+    "weak reference": ("class Box:\n    pass\nB = Box(); B.w = 1.0\nR = weakref.ref(B)", "R().w", "B.w = v"),
+    "tensor, replaced": ("D = {'w': torch.tensor(1.0)}", "D['w']", "D['w'] = torch.tensor(float(v))"),
+    "tensor, written to": ("T = torch.tensor(1.0)", "T", "T.fill_(float(v))"),
+    "tensor, replaced by an equal one": ("D = {'w': torch.tensor(1.0)}", "D['w']", "D['w'] = D['w'].clone().fill_(float(v))"),
+    "module, a number": ("M = torch.nn.Linear(1, 1); M.w = 1.0", "M.w", "M.w = v"),
+    "module, a dict": ("M = torch.nn.Linear(1, 1); M.options = {'w': 1.0}", "M.options['w']", "M.options['w'] = v"),
+    "module, one's own object": ("class Box:\n    w = 1.0\nM = torch.nn.Linear(1, 1); M.box = Box()", "M.box.w", "M.box.w = v"),
+    "module, buffer replaced": ("M = torch.nn.Linear(1, 1); M.register_buffer('w', torch.tensor(1.0))", "M.w",
+                                "M.w = torch.tensor(float(v))"),
+    "forward hook": (
+        "D = {'w': 1.0}\nM = torch.nn.Identity(); M.register_forward_hook(lambda m, a, out: out * D['w'])",
+        "M(torch.ones(()))", "D['w'] = v",
+    ),
+    "a branch on a flag": ("D = {'on': 1.0}", "2.0 if D['on'] > 1.2 else 1.0", "D['on'] = v"),
+    "a text": ("D = {'w': '1.0'}", "float(D['w'])", "D['w'] = str(v)"),
+    "Decimal": ("D = {'w': decimal.Decimal('1.0')}", "float(D['w'])", "D['w'] = decimal.Decimal(str(v))"),
+    "a cache that is stale": ("D = {'w': 1.0}\n@functools.lru_cache\ndef get(k):\n    return D['w']", "get(1)", "D['w'] = v"),
+    "a cache that is cleared": ("D = {'w': 1.0}\n@functools.lru_cache\ndef get(k):\n    return D['w']", "get(1)",
+                                "D['w'] = v; get.cache_clear()"),
+    "bits of torch's seed": ("", "float(torch.initial_seed() % 7)", "pass"),
+}  # fmt: skip
+# Whose reading changes them already.
+SELF_CHANGING = tuple(name for name, (_, _, change) in KINDS.items() if change == "pass")
+
+STEPS = 300
+# One of each kind in every run of the suite, the rest with the slow proofs.
+CORE = (
+    "global", "dict", "dict, nested", "dict, its get method", "list", "list that grows", "tuple, rebound", "set", "deque",
+    "Counter", "subclass of dict", "attribute", "attribute that appears", "attribute by a computed name", "slots",
+    "dataclass", "dataclass, frozen", "class attribute", "class attribute, shadowed", "property", "__getattr__",
+    "__call__", "generator", "itertools.count", "random, rarely", "random.Random", "numpy.random, in two steps",
+    "numpy generator", "NumPy array", "NumPy array, large", "memoryview", "closure", "default argument",
+    "keyword default", "function attribute", "function, rebound", "partial, keywords", "three helpers away",
+    "method, replaced on the class", "super", "globals", "module attribute", "module, imported inside", "environment",
+    "file", "context variable", "weak reference", "tensor, replaced by an equal one", "module, a dict", "forward hook",
+    "a branch on a flag", "a cache that is cleared",
+)  # fmt: skip
+BY_SPEED = [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in KINDS]
+
+
+@pytest.fixture
+def user_settings(monkeypatch, tmp_path):
+    module = types.ModuleType("user_settings")
+    module.w, module.inner = 1.0, types.SimpleNamespace(w=1.0)
+    monkeypatch.setitem(sys.modules, "user_settings", module)
+    monkeypatch.setenv("USER_W", "1.0")
+    state = random.getstate(), np.random.get_state()
+    yield str(tmp_path)
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+
+
+def programs(name: str, folder: str, inside: bool) -> dict:
+    setup, read, change = KINDS[name]
+    sys.modules["user_settings"].w = sys.modules["user_settings"].inner.w = 1.0
+    grows = "change(round(float(read()) + 0.01, 4))" if inside and name not in SELF_CHANGING else "pass"
+    space = {"__name__": "user_code", "FOLDER": folder}
+    exec(compile(PAIR.format(setup=setup, read=read, change=change, inside=grows), f"<{name}>", "exec"), space)
+    return space
+
+
+def trained(name: str, folder: str, inside: bool, steps: int, **options) -> tuple[list[float], float, list[str]]:
+    """Losses, the parameter at the end, and what was said."""
+    pyro.clear_param_store()
+    random.seed(5)
+    np.random.seed(5)
+    space = programs(name, folder, inside)
+    x = torch.linspace(-1.0, 1.0, 6)
+
+    def callback(record):
+        if not inside and record["epoch"] % 100 == 7:
+            space["change"](round(1.0 + record["epoch"] / 100, 4))
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        history = fit(
+            space["model"], space["guide"], x, epochs=steps, batch_size=6, learning_rate=1e-2, seed=1, callback=callback,
+            **options,
+        )
+    return history["loss"], pyro.param("a").item(), [str(w.message) for w in said]
+
+
+@pytest.mark.parametrize("name", BY_SPEED)
+def test_a_default_fit_is_the_eager_fit_when_state_changes_between_steps(name, user_settings, monkeypatch):
+    monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
+    eager = trained(name, user_settings, False, STEPS, compile=False)
+    default = trained(name, user_settings, False, STEPS)
+    assert default[0] == pytest.approx(eager[0], rel=1e-5, abs=1e-5)
+    assert default[1] == pytest.approx(eager[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", BY_SPEED)
+def test_a_default_fit_is_the_eager_fit_when_the_guide_changes_state(name, user_settings, monkeypatch):
+    monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
+    eager = trained(name, user_settings, True, 40, compile=False)
+    default = trained(name, user_settings, True, 40)
+    assert default[0] == pytest.approx(eager[0], rel=1e-5, abs=1e-5)
+    assert default[1] == pytest.approx(eager[1], abs=1e-5)
+    assert len(set(eager[0])) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CORE)
+def test_a_compiled_fit_is_the_eager_fit_or_raises(name, user_settings):
+    """compile=True captures what is not proven, too: it says so, and stops at the first difference."""
+    eager = trained(name, user_settings, False, 130, compile=False)
+    try:
+        compiled = trained(name, user_settings, False, 130, compile=True)
+    except ValueError as error:
+        assert "the captured loss is not that of the programs" in str(error)
+        return
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-4, abs=1e-4)
+
+
+def test_most_kinds_are_watched_and_not_given_up(user_settings):
+    """What can be compared is captured anew when it changes; only the rest runs eagerly, and says what is read."""
+    doubted = {}
+    for name in KINDS:
+        space = programs(name, user_settings, False)
+        doubted[name] = Reach(space["model"], space["guide"]).unproven
+    watched = [name for name, found in doubted.items() if not found]
+    for name in ("dict", "dataclass", "closure", "class attribute", "NumPy array", "property", "three helpers away"):
+        assert name in watched, doubted[name]
+    assert len(watched) >= 55
+    for name, what in {"random": "random.random", "numpy.random": "numpy.random", "file": "open", "generator": "generator",
+                       "NumPy array, large": "NumPy array", "globals": "globals"}.items():  # fmt: skip
+        assert any(what in found for found in doubted[name]), (name, doubted[name])
+
+
+def timed(x):
+    return 0.0 * time.perf_counter() + x
+
+
+def clock_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(timed(1.0), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def plain_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("a", torch.zeros(())), 1.0))
+
+
+def test_what_is_not_proven_runs_eagerly_and_one_line_says_what_is_read():
+    pyro.clear_param_store()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(clock_model, plain_guide, torch.ones(4), epochs=600, batch_size=4, seed=0)
+    (line,) = [str(w.message) for w in said if "uncaptured" in str(w.message)]
+    assert "time.perf_counter (in timed, line" in line and "compile=True" in line
+
+
+def test_compile_true_names_what_is_read_once_and_compares_in_every_epoch(monkeypatch):
+    pyro.clear_param_store()
+    compared = []
+    honest = Compiled._expected
+    monkeypatch.setattr(Compiled, "_expected", lambda self, *a: compared.append(1) or honest(self, *a))
+    monkeypatch.setattr(Compiled, "_compile", lambda *_: None)  # spares the compiler's seconds
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(clock_model, plain_guide, torch.ones(20), epochs=40, batch_size=4, compile=True, seed=0)
+    assert len([w for w in said if "time.perf_counter" in str(w.message)]) == 1
+    assert len(compared) >= 38
+
+
+def test_compile_true_raises_at_the_first_difference():
+    pyro.clear_param_store()
+    held = iter(k / 10 for k in range(10_000))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(next(held), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.warns(UserWarning, match="held, a generator"), pytest.raises(ValueError, match="is not that of the programs"):
+        fit(model, plain_guide, torch.ones(4), epochs=50, batch_size=4, compile=True, seed=0)
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_a_captured_evaluation_is_the_eager_one(compile, monkeypatch):
+    """A number that an evaluation's programs read from a dict, and one drawn by Python."""
+    from pyro_vae.inference import replays
+
+    monkeypatch.setattr(replays, "_CAPTURE_PAYS", 2)
+    calls = {"n": 0}
+
+    def counting(x):
+        calls["n"] += 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(calls["n"] / 100, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.7))
+
+    x = torch.linspace(-1, 1, 900)
+    found = []
+    for option in (False, compile):
+        calls["n"] = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append(elbo_terms(counting, guide, x, num_samples=50, compile=option).pointwise)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_an_attribute_that_nobody_reads_does_not_cost_a_capture():
+    """A history kept beside the networks changes in every epoch, and is no reason to capture anew."""
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.losses = torch.nn.Linear(1, 2), []
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        def guide(self, x):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    pair, loss = Pair(), Compiled(Trace_ELBO(), compile_after=None)
+    svi = SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), loss)
+    for _ in range(30):
+        pair.losses.append(svi.step(torch.ones(5, 1)))
+    assert loss.captures == 1
+
+
