@@ -555,7 +555,7 @@ def _type_name(kind: type) -> str:
 
 
 def _is_trusted(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _TRUSTED
+    return isinstance(module, str) and module.partition(".")[0] in _TRUSTED  # of a metaclass it is a descriptor
 
 
 def _is_denied(module: str | None, name: str) -> bool:

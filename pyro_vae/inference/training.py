@@ -181,7 +181,7 @@ def fit(
     ):  # fmt: skip
         with unmoved(modules) as met:  # statistics of batches are of the steps alone
             point = check(model, guide, batches.first(), loss)
-        modules += [module for reference in met if (module := reference()) is not None]
+        modules += [found for reference in met if (found := reference()) is not None]
         validation_bound = validation_bound or (loss.bound if point else elbo)
         if validation is not None:  # what cannot be scored is refused now, not after an epoch
             with evaluating(model, guide, seed=0):

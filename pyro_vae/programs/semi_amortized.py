@@ -223,7 +223,7 @@ class _Heads:
         # In every step: a module need not be searched for modules.
         owners = [guide] if isinstance(guide, nn.Module) else modules_of(guide)
         parts = {id(part): part for owner in owners for part in owner.modules()}
-        self._heads = {
+        self._heads: dict[str, Any] = {
             str(number): module.head
             for number, module in enumerate(parts.values())
             if isinstance(getattr(module, "head", None), nn.Module) and callable(getattr(module, "family", None))
