@@ -19,6 +19,10 @@ draw one vector for the whole data set), q(z_1, ..., z_N) is one density that do
 apart into data. The table then has a single column, which stands for all N data together: an ELBO of
 it is the sum of the ELBOs per datum, and log of a mean weight is a bound on log p(x_1, ..., x_N). What is
 reported per datum is that column divided by N (`Particles.num_data`).
+
+Programs run here as they are, which training needs: their networks in the mode that they are in, and
+batch statistics move where they would. Estimates see to evaluation mode (`pyro_vae.evaluation`);
+`fit` leaves a pair in it.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.app.verdicts import Finding, material, nats, verdict
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.trees import at, joined, rows
 from pyro_vae.judging.annealing import bdmc
@@ -32,10 +33,8 @@ from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood, over_data
 from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
-from pyro_vae.judging.guides import evaluating
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.psis import khat_limit
-from pyro_vae.parameters import own_parameters
 from pyro_vae.parts.posteriors.normal import FullNormal
 from pyro_vae.traces import Program
 
@@ -155,9 +154,9 @@ def judge(
             raise ValueError(f"got {name}={value}, wanted at least {least}.")
     if not budget > 0:
         raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
-    args = _taken(x, images, seed, (model, guide))
-    run = _Run(model, guide, args, budget, num_samples, observed, device, seed, clock)
-    with evaluating(model, guide):
+    with evaluating(model, guide, seed=seed):
+        args = _taken(x, images, seed, (model, guide))
+        run = _Run(model, guide, args, budget, num_samples, observed, device, seed, clock)
         run.warm_up()
         for name in SHARES:
             if say is not None:
@@ -391,7 +390,7 @@ class _Run:
         part = self._chunk(0, max(size, min(self.count, 16)))
         found: dict[str, Any] = {"images": len(part[0]) if isinstance(part[0], Tensor) else size}
         with self._piece():
-            with own_parameters(self.model, self.guide), seeded(self.seed):
+            with seeded(self.seed):
                 components = Components(self.model, self._chunk(0, 2))
             units = [active_units(self.guide, part, _UNUSED, site=name) for name in components.sites]
             kl = kl_per_dimension(self.model, self.guide, part, device=self.device, seed=self.seed)

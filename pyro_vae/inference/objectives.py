@@ -16,13 +16,14 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.sleep import dream
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Cut, Particles, Program, draw, nesting_of
 
 _EXAMPLES: tuple[tuple[Any, str], ...] = (
@@ -229,7 +230,7 @@ def mean_bound(
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> float:
-    """A bound averaged over data, at fixed noise, in nats per datum.
+    """A bound averaged over data, at fixed noise and in evaluation mode, in nats per datum.
 
     Args:
         model: A Pyro program for p(x, z).
@@ -249,7 +250,7 @@ def mean_bound(
     if not isinstance(data, Batches):
         batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
     total, count = 0.0, 0
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with evaluating(model, guide, seed=seed):
         for batch in batches:
             particles = objective.particles(model, guide, *batch)
             total += bound(particles).double().sum().item()

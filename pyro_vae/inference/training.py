@@ -19,6 +19,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_vae.evaluation import evaluating, rests, unmoved
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
@@ -38,6 +39,7 @@ from pyro_vae.inference.starts import before_fit
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
 from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
@@ -160,7 +162,9 @@ def fit(
             run as they are by "auto", which one line says; True captures them with a warning, compares
             them with their own steps at least once an epoch, and raises at the first difference.
     Returns:
-        The history. The pair is trained in place and left in evaluation mode.
+        The history. The pair is trained in place, in training mode (networks that are frozen whole, with
+        ``requires_grad=False``, stay in evaluation mode), and all of its networks, wherever the programs hold
+        them, are left in evaluation mode, also after Ctrl-C or an error.
     Raises:
         ValueError: A bad option; empty data; a point guide under a bound; parameters
             that Pyro cannot tell apart; nothing to train; a loss that is not finite.
@@ -187,27 +191,29 @@ def fit(
     check_tempering(loss, epochs, kl_warmup, kl_warmup_steps, beta)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
         raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
-    modules = _owners(model, guide)
+    modules = modules_of(model, guide)
     for module in modules if device is not None else []:
         module.to(device)
     place = device if device is not None else device_of(model, guide)
     optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    history, best = History(), _Best(modules)
-    with own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory():
-        for module in modules:
-            module.train(_learns(module))
+    history = History()
+    with (
+        own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory(),
+        _learning(modules),
+    ):  # fmt: skip
         before_fit(modules, data)
         batches = Batches(data, batch_size, place, programs=(model, guide))
         batches.keep_together()
-        point = check(model, guide, batches.first(), loss)
+        with unmoved(modules) as met:  # statistics of batches are of the steps alone
+            point = check(model, guide, batches.first(), loss)
+        modules += [found for reference in met if (found := reference()) is not None]
         validation_bound = validation_bound or (loss.bound if point else elbo)
         if validation is not None:  # what cannot be scored is refused now, not after an epoch
-            for module in modules:
-                module.eval()
             validation = Batches(validation, 500, place, shuffle=False, programs=(model, guide))
-            with seeded(0), torch.no_grad():
+            with evaluating(model, guide, seed=0):
                 Objective().particles(model, guide, *validation.first())
+        best = _Best(modules)
         steps = epochs * len(batches)
         tempering = Tempering(
             loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
@@ -219,7 +225,8 @@ def fit(
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
         if checkpoint is not None:
-            tensors = named_tensors(modules, model, guide, batches.first())
+            with unmoved(modules):
+                tensors = named_tensors(modules, model, guide, batches.first())
             warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
             settings: dict[str, Any] = {
                 "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
@@ -237,12 +244,10 @@ def fit(
         with tqdm(total=stepper.total, initial=stepper.steps, disable=quiet, unit="batch") as bar:
             try:
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
-                    for module in modules:
-                        module.train(_learns(module))
+                    _train(modules)  # a callback may have looked at pictures in evaluation mode
                     record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(bar)
+                    best.settle()
                     if validation is not None:
-                        for module in modules:
-                            module.eval()
                         record["validation"] = mean_bound(model, guide, validation, validation_bound, device=place)
                     record["seconds"] = time.perf_counter() - started
                     history.records.append(record)
@@ -269,8 +274,6 @@ def fit(
         if best.epoch and not history.interrupted:
             best.restore()
             history.best_epoch = best.epoch
-    for module in modules:
-        module.eval()
     return history
 
 
@@ -314,16 +317,35 @@ def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _St
     return history.records[-1]["seconds"]
 
 
-def _learns(module: nn.Module) -> bool:
-    """Whether a module is not frozen whole; one that is stays in evaluation mode, dropout and statistics too."""
+@contextlib.contextmanager
+def _learning(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in training mode, and all in evaluation mode at the end, whatever ends it."""
+    try:
+        _train(modules)
+        yield
+    finally:
+        for module in modules:
+            module.eval()
+
+
+def _train(modules: Sequence[nn.Module]) -> None:
+    """Put modules into training mode, except for what is frozen whole, or held at rest by who calls `fit`."""
+    for module in modules:
+        module.train()
+        _rest_frozen(module)
+        for part in module.modules():
+            if part.training and rests(part):
+                part.training = False
+
+
+def _rest_frozen(module: nn.Module) -> None:
+    """Put what has parameters and none that learns into evaluation mode, its dropout and statistics too."""
     parameters = list(module.parameters())
-    return not parameters or any(p.requires_grad for p in parameters)
-
-
-def _owners(*programs: Program) -> list[nn.Module]:
-    """The modules that the programs are, or are methods of."""
-    found = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
-    return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
+    if parameters and not any(p.requires_grad for p in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _rest_frozen(child)
 
 
 class _Stepper:
@@ -501,12 +523,8 @@ class _Stepper:
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """A run that leaves random state and buffers as they are."""
-        buffers = [b for module in _owners(self.svi.model, self.svi.guide) for b in module.buffers()]
-        copies = [b.clone() for b in buffers]
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), unmoved(modules_of(self.svi.model, self.svi.guide)):
             yield
-            for buffer, copied in zip(buffers, copies, strict=True):
-                buffer.copy_(copied)
 
     def _consider(self) -> None:
         """Hand the steps to Inductor if, by the time they take, that will pay."""
@@ -526,19 +544,32 @@ class _Stepper:
 
 
 class _Best:
-    """The best tensors so far: the modules', with their buffers, and all others that were trained."""
+    """The best tensors so far: those of all modules, with their buffers, and all others that were trained."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
         self.epoch = 0
         self.value = -math.inf
         self.copies: list[tuple[Tensor, Tensor]] = []
+        self._homes: dict[tuple[int, str], Tensor] = {}
+        self.settle()
+
+    def settle(self) -> None:
+        """Bring home what a program put in a buffer's place, so that the buffer is the one that is kept and written."""
+        for part in (part for module in self.modules for part in module.modules()):
+            for name, now in part._buffers.items():
+                home = now if now is None else self._homes.setdefault((id(part), name), now)
+                if home is None or now is None or home is now or home.shape != now.shape or home.dtype != now.dtype:
+                    continue
+                with torch.no_grad():
+                    home.copy_(now)
+                part._buffers[name] = home
 
     def offer(self, value: float, epoch: int, trained: Sequence[Tensor]) -> None:
         value = -math.inf if math.isnan(value) else value
         if value > self.value or not self.epoch:
             self.value, self.epoch = value, epoch
-            tensors = [t for m in self.modules for t in m.state_dict(keep_vars=True).values()]
+            tensors = [t for m in self.modules for t in (*m.parameters(), *m.buffers())]
             tensors += trained  # those of plain functions: in the param store, or networks given to pyro.module
             self.copies = [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
 

@@ -37,6 +37,7 @@ from pyro import validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.trees import at, joined, rows, values
@@ -45,7 +46,7 @@ from pyro_vae.judging.estimates import over_data
 from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
 from pyro_vae.judging.simulations import simulated_batch
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
@@ -213,11 +214,10 @@ def ais(
     options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
                        target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
-    batches = _batches(model, guide, data, num_chains, device)
     found = []
     # A trajectory may leave the numbers and is then rejected; validation would raise instead.
-    owned = own_parameters(*_programs(model, guide))
-    with owned, seeded(seed), torch.no_grad(), validation_enabled(False), reused_memory():
+    with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
+        batches = _batches(model, guide, data, num_chains, device)
         with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
             for number, batch in enumerate(batches):
                 found.append(_forward(model, guide, batch, options, number, bar)[:-3])
@@ -288,11 +288,10 @@ def bdmc(
     options.check(guide)
     if num_data < 1:
         raise ValueError(f"got num_data={num_data}, wanted at least one datum to simulate.")
-    batches = _batches(model, guide, data, num_chains, device, at_most=num_data)
-    size = batches.batch_size
     found, backward, simulated = [], [], []
-    owned = own_parameters(*_programs(model, guide))
-    with owned, seeded(seed), torch.no_grad(), validation_enabled(False), reused_memory():
+    with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
+        batches = _batches(model, guide, data, num_chains, device, at_most=num_data)
+        size = batches.batch_size
         count = -(-min(num_data, batches.num_data or num_data) // size)
         with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
             for number, batch in enumerate(_upto(batches, num_data)):

@@ -299,8 +299,9 @@ class Pair:
         for name, score in first.items():
             if not torch.allclose(second[name], score, rtol=1e-3, atol=1e-2, equal_nan=True):
                 raise ValueError(
-                    f"site {name!r} of the model scores the same values differently a second time, so the model is "
-                    "random beyond its latents (dropout?). Call .eval() on its modules first."
+                    f"site {name!r} of the model scores the same values differently a second time, though its networks "
+                    "are in evaluation mode: it draws noise that no site knows of, such as torch.randn or "
+                    "F.dropout(..., training=True) in its code. Make that noise a latent site, or leave it out."
                 )
 
     def _check_rescoring(self) -> None:
@@ -325,8 +326,9 @@ class Pair:
         for name in self.names:
             if not torch.allclose(again[name], drawn.log_q[name], rtol=1e-3, atol=1e-2):
                 raise ValueError(
-                    f"guide site {name!r} scores its own draws differently a second time, so it is random beyond its "
-                    "draw (dropout?). Call .eval() on the guide's modules first."
+                    f"guide site {name!r} scores its own draws differently a second time, though the guide's networks "
+                    "are in evaluation mode: it draws noise that no site knows of, such as torch.randn or "
+                    "F.dropout(..., training=True) in its code. Make that noise a sample site, or leave it out."
                 )
 
 

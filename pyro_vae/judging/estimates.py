@@ -22,14 +22,15 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.capture import capturing, fast_matmul
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.per_datum import lengths
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.trees import leaves, rows, values
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
@@ -259,9 +260,10 @@ def log_likelihood(
     """
     parts, steps = [], _steps(num_samples)
     totals = torch.zeros(2, len(steps), dtype=torch.float64)
-    for log_weight, _, joint in _tables(model, guide, data, num_samples, device, seed, progress, "log p(x)", compile):
-        parts.append(_per_datum(_summary(log_weight), joint))
-        totals += _at_steps(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
+    with evaluating(model, guide, seed=seed), reused_memory():
+        for log_weight, _, joint in _tables(model, guide, data, num_samples, device, progress, "log p(x)", compile):
+            parts.append(_per_datum(_summary(log_weight), joint))
+            totals += _at_steps(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
     pointwise, variance, bias, ess, k, smoothed, spread = (torch.cat(column) for column in zip(*parts, strict=True))
     count = len(pointwise)
     return Estimate(
@@ -309,10 +311,11 @@ def elbo_terms(
         ValueError: K < 1, a guide without density, and all that `particles` refuses.
     """
     parts = []
-    for *tables, joint in _tables(model, guide, data, num_samples, device, seed, progress, "ELBO", compile):
-        weight, likelihood = (table.double().cpu() / joint for table in tables)
-        variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
-        parts.append((weight.mean(0), likelihood.mean(0), variance))
+    with evaluating(model, guide, seed=seed), reused_memory():
+        for *tables, joint in _tables(model, guide, data, num_samples, device, progress, "ELBO", compile):
+            weight, likelihood = (table.double().cpu() / joint for table in tables)
+            variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
+            parts.append((weight.mean(0), likelihood.mean(0), variance))
     pointwise, likelihood, variance = (torch.cat(column) for column in zip(*parts, strict=True))
     count = len(pointwise)
     return ElboTerms(
@@ -391,12 +394,11 @@ def particle_batches(
     data: Any,
     num_samples: int,
     device: str | torch.device | None,
-    seed: int | None,
     progress: bool | None,
     title: str,
 ) -> Iterator[Iterator[Particles]]:
-    """For each batch of data, its K particles in chunks."""
-    for batch, sizes, found, _ in _batches(model, guide, data, num_samples, device, seed, progress, title):
+    """For each batch of data, its K particles in chunks, of programs as they are: to be run while `evaluating`."""
+    for batch, sizes, found, _ in _batches(model, guide, data, num_samples, device, progress, title):
         nesting = plate_nesting(model, guide, *batch) if found.joint else found.nesting  # refuses it
         yield (_drawn(model, guide, batch, size, nesting) for size in sizes)
 
@@ -412,14 +414,13 @@ def _tables(
     data: Any,
     num_samples: int,
     device: str | torch.device | None,
-    seed: int | None,
     progress: bool | None,
     title: str,
     compile: bool | str,
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """For each batch of data, its log weights and log likelihoods, (K, B) each, and the data of each column."""
     chunks: dict[int, Replayed] = {}
-    told = _batches(model, guide, data, num_samples, device, seed, progress, title)
+    told = _batches(model, guide, data, num_samples, device, progress, title)
     for batch, sizes, (nesting, joint, _), count in told:
         tensors = all(isinstance(x, Tensor) for x in batch)
         parts: list[tuple[Tensor, ...]] = []
@@ -448,7 +449,6 @@ def _batches(
     data: Any,
     num_samples: int,
     device: str | torch.device | None,
-    seed: int | None,
     progress: bool | None,
     title: str,
 ) -> Iterator[tuple[tuple[Any, ...], list[int], Layout, int]]:
@@ -460,11 +460,10 @@ def _batches(
     at_once = max(1, _CHUNK // values(batches.first()))
     # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
     batches = batches.of(max(1, min(100, at_once // min(num_samples, 80), _HELD // num_samples)))
-    with own_parameters(model, guide), seeded(seed), torch.no_grad(), reused_memory():
-        batches, found = _laid_out(model, guide, data, batches)
-        count = len(batches)
-        for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):
-            yield batch, chunk_sizes(batch, num_samples), found, count
+    batches, found = _laid_out(model, guide, data, batches)
+    count = len(batches)
+    for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):
+        yield batch, chunk_sizes(batch, num_samples), found, count
 
 
 def _laid_out(model: Program, guide: Program, data: Any, batches: Batches) -> tuple[Batches, Layout]:

@@ -31,12 +31,13 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.per_datum import Counting, Unit, lengths
-from pyro_vae.parameters import device_of, own_parameters, trainable
+from pyro_vae.parameters import device_of, trainable
 from pyro_vae.traces import Program
 
 _BOOTSTRAPS = 200
@@ -176,6 +177,9 @@ def gradient_lab(
 ) -> GradientLab:
     """Measure gradient estimators of a bound at the pair's present parameters, which stay as they are.
 
+    The bound is that of the networks in evaluation mode, as everywhere in this package: what dropout adds to the
+    variance of a training step is noise of the network, and no estimator's fault.
+
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
@@ -222,7 +226,7 @@ def gradient_lab(
     rows: list[GradientQuality] = []
     skipped: list[tuple[str, int, str]] = []
     truth = reference
-    with own_parameters(model, guide):
+    with evaluating(model, guide, seed=seed):
         with seeded(0):
             parts = {name: _Part(p, max_parameters) for name, p in _parts(model, guide, args).items()}
             unit = _unit(model, guide, args)
