@@ -32,6 +32,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.reach import modules_of
+
 _FRESH = 64  # parameters offered under one name, none of them a second time: each run makes new ones
 
 # Tensors in the store that are other pairs': a fit left them there, or a module alive owns them. By id.
@@ -280,14 +282,14 @@ def names_of(tensor: Tensor) -> list[str]:
 
 
 def trainable(program: Any) -> list[nn.Parameter]:
-    """Parameters of a program that is a module (or a bound method of one); [] otherwise."""
-    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-    return [p for p in owner.parameters() if p.requires_grad] if isinstance(owner, nn.Module) else []
+    """Parameters with gradients of the modules that a program owns, each once; [] where it owns none."""
+    found = {id(p): p for module in modules_of(program) for p in module.parameters() if p.requires_grad}
+    return list(found.values())
 
 
 def device_of(*programs: Any) -> torch.device | None:
-    """The device of the first parameter found, None where no program owns one."""
-    for program in programs:
-        for parameter in trainable(program):
-            return parameter.device
+    """The device of the first parameter or buffer found, frozen or not; None where no program owns one."""
+    for module in modules_of(*programs):
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
     return None

@@ -66,6 +66,8 @@ class FitOptions:
         likelihood: A name, or module:Class; by the data if None.
         likelihood_options: Keyword arguments of the likelihood.
         scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
+        standardize: Of the normal likelihood: whether the networks work on columns of mean 0 and standard deviation
+            1 in the training part, the densities staying those of the data; if None, for vectors of floats.
         bound: A name of `CHOICES`.
         bound_options: Keyword arguments of a bound that has some, such as alpha.
         num_samples: K of the training bound.
@@ -110,6 +112,7 @@ class FitOptions:
     likelihood: str | None = None
     likelihood_options: dict[str, Any] = field(default_factory=dict)
     scale: float | str = "learned"
+    standardize: bool | None = None
     bound: str = "elbo"
     bound_options: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 1

@@ -42,7 +42,10 @@ def named_tensors(
         Parameters and buffers of the modules, then what plain functions declare.
     """
     found = {
-        f"{i}.{plain_name(key)}": t for i, m in enumerate(modules) for key, t in m.state_dict(keep_vars=True).items()
+        f"{i}.{plain_name(key)}": t
+        for i, m in enumerate(modules)
+        for named in (m.named_parameters, m.named_buffers)
+        for key, t in named(remove_duplicate=False)
     }
     known = {id(t) for t in found.values()}
     with torch.random.fork_rng(), torch.no_grad():

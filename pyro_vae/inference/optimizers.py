@@ -55,8 +55,9 @@ class Fused(PyroOptim):
     Args:
         constructor: A torch optimiser class.
         options: Its keyword arguments; ``fused=True`` is added where it is supported.
-        clip_norm: Upper limit of the joint gradient norm of all parameters.
+        clip_norm: Upper limit of the joint gradient norm of all parameters, in units of `scale`.
     Attributes:
+        scale: What the loss is a multiple of, such as the scale of a plate; 1 if nobody says.
         parameters: The tensors that had a gradient so far.
         count: Steps taken.
     Raises:
@@ -83,6 +84,7 @@ class Fused(PyroOptim):
         super().__init__(constructor, options)
         self.constructor, self.options = constructor, options
         self.clip_norm = clip_norm
+        self.scale = 1.0
         self.learning_rate: float = options["lr"]
         self.parameters: set[Tensor] = set()
         self._factor = 1.0
@@ -359,7 +361,8 @@ class Fused(PyroOptim):
         norms = torch.stack(torch._foreach_norm(grads))
         # SVI hands over a set: sorted, the sum does not depend on its order.
         total = torch.linalg.vector_norm(norms.sort().values)
-        torch._foreach_mul_(grads, (self.clip_norm / (total + 1e-6)).clamp(max=1.0))
+        assert self.clip_norm is not None
+        torch._foreach_mul_(grads, (self.clip_norm * self.scale / (total + 1e-6)).clamp(max=1.0))
 
 
 def _name(constructor: Any) -> str:
@@ -398,7 +401,7 @@ class Update:
         m <- m + (1 - b1) (g - m),   v <- b2 v + (1 - b2) g^2
         p <- p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
 
-    What changes from step to step (t and the learning rate) enters as a tensor, written
+    What changes from step to step (t, the learning rate, the limit of a clip) enters as a tensor, written
     by `advance` before each step, so that a graph of the operations need not change.
 
     Args:
@@ -412,7 +415,7 @@ class Update:
         self.decoupled = type(optimizer) is torch.optim.AdamW or self.group.get("decoupled_weight_decay", False)
         self.parameters: list[Tensor] = list(self.group["params"])
         self._counters = [optimizer.state[p]["step"] for p in self.parameters]
-        self._numbers = self.parameters[0].detach().new_zeros(3)
+        self._numbers = self.parameters[0].detach().new_zeros(4)
 
     def advance(self, steps: int = 1) -> None:
         """Count a step (or take one back), and write down what the operations need to know of it."""
@@ -420,7 +423,8 @@ class Update:
         torch._foreach_add_(self._counters, steps)
         (first, second), rate, count = self.group["betas"], float(self.group["lr"]), self.owner.count
         if count > 0:
-            numbers = [rate / (1 - first**count), (1 - second**count) ** -0.5, rate]
+            limit = (self.clip_norm or 0.0) * self.owner.scale
+            numbers = [rate / (1 - first**count), (1 - second**count) ** -0.5, rate, limit]
             self._numbers.copy_(torch.tensor(numbers, dtype=self._numbers.dtype), non_blocking=True)
 
     def tensors(self) -> list[Tensor]:
@@ -436,12 +440,12 @@ class Update:
         """
         if {id(p) for p in leaves} != {id(p) for p in self.parameters}:
             raise ValueError("the gradients are not those of the optimiser's parameters")
+        scaled_rate, inverse_root, rate, limit = self._numbers.unbind()
         if self.clip_norm is not None:
             total = sum((g.square().sum() for g in gradients), self._numbers.new_zeros(())).sqrt()
-            factor = (self.clip_norm / (total + 1e-6)).clamp(max=1.0)
+            factor = (limit / (total + 1e-6)).clamp(max=1.0)
             gradients = [g * factor for g in gradients]
         (first, second), decay, eps = self.group["betas"], self.group["weight_decay"], self.group["eps"]
-        scaled_rate, inverse_root, rate = self._numbers.unbind()
         for p, g in zip(leaves, gradients, strict=True):
             m, v = (self.optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq"))
             if decay and self.decoupled:

@@ -45,6 +45,8 @@ class Guide(Named):
         show_mask: Whether the posterior also gets the mask (ones where there is none),
             appended to x along the first dimension of a datum: (B, 2 C, *rest). It then
             tells a missing pixel from a black one.
+        standardize: x, (B, *x_shape), to what the posterior gets in its place, of the same shape, such as a
+            `Standardize`. Missing pixels are zeros after it: the mean of their column.
     Raises:
         ValueError: Called without data, or the posterior's batch_shape is not (B,).
     Example:
@@ -53,10 +55,16 @@ class Guide(Named):
         torch.Size([3, 2])
     """
 
-    def __init__(self, posterior: Callable[[Tensor], TorchDistribution], show_mask: bool = False) -> None:
+    def __init__(
+        self,
+        posterior: Callable[[Tensor], TorchDistribution],
+        show_mask: bool = False,
+        standardize: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.posterior = posterior
         self.show_mask = show_mask
+        self.standardize = standardize
 
     def forward(self, x: Tensor | None = None, mask: Tensor | None = None, **_: Any) -> Tensor:
         """Draw z ~ q(z | x).
@@ -76,6 +84,8 @@ class Guide(Named):
 
     def visible(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the posterior gets to see of the data: (B, *x_shape), or with the mask beside it."""
+        if self.standardize is not None:
+            x = self.standardize(x)
         if mask is not None:
             x = filled(x, mask)
         if self.show_mask:

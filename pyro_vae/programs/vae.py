@@ -63,17 +63,21 @@ class VAE(nn.Module):
         architecture = Architecture.of(x_shape, **options)
         return cls(*architecture.pair(), architecture)
 
-    def encode(self, x: Tensor) -> TorchDistribution:
-        """q(z | x): a distribution over the latent for each datum.
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> TorchDistribution:
+        """q(z | x): a distribution over the latent for each datum, of what the guide sees of it.
 
         Args:
             x: Data, (B, *x_shape).
+            mask: True where a pixel is observed, broadcastable to x; None for all.
         Returns:
             A distribution with batch_shape (B,).
+        Raises:
+            ValueError: A mask that is not boolean or does not fit x.
         """
         weight = next((p for p in self.guide.parameters() if p.is_floating_point()), x)
         # Pixels are float32, whatever the default dtype is; the networks need not be.
-        return self.guide.posterior(x.to(weight.dtype) if x.is_floating_point() else x)
+        x = x.to(weight.dtype) if x.is_floating_point() else x
+        return self.guide.posterior(self.guide.visible(x, mask))
 
     def decode(self, z: Tensor) -> TorchDistribution:
         """p(x | z): a distribution over data for each latent.
@@ -86,9 +90,9 @@ class VAE(nn.Module):
         return self.model.likelihood(z)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x' | z] at z = E_q[z | x], (B, *x_shape)."""
-        return self.decode(posteriors.mean(self.encode(x))).mean
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """E[x' | z] at z = E_q[z | x], of the observed pixels where there is a mask, (B, *x_shape)."""
+        return self.decode(posteriors.mean(self.encode(x, mask))).mean
 
     @torch.no_grad()
     def sample(self, size: int = 1, *, pixels: str = "mean") -> Tensor:
@@ -167,7 +171,7 @@ class VAE(nn.Module):
                 "vae.load_weights(path)."
             )
         try:
-            options = json.loads(text)
+            options = {"standardize": False} | json.loads(text)  # none had it before the field was there
             architecture = Architecture.of(options.pop("x_shape"), **options)
             for name in architecture.foreign:
                 if name not in trust:

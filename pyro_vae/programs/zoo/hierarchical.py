@@ -7,7 +7,10 @@ The guide climbs, the model comes down. The weight of one sample of all layers i
 
     log w = log p(x | z_1) + sum_l [log p(z_l | z_{l+1}) - log q(z_l | z_{l-1})],
 
-so every bound and every estimate holds unchanged. The exact posterior has the guide's
+so every bound and every estimate holds unchanged. At the last layer, and only there, the
+expectation of log q - log p may be taken in closed form, KL(q(z_L | z_{L-1}) || p(z_L)): below it
+p(z_l | z_{l+1}) depends on what the guide drew from z_l. By default `fit` does so, which leaves the ELBO what it is
+and takes the noise of z_L's divergence out. The exact posterior has the guide's
 form: z_2 and x are independent given z_1.
 """
 
@@ -78,6 +81,8 @@ class HierarchicalGuide(Named):
     def __init__(self, posteriors: Sequence[Conditional]) -> None:
         super().__init__()
         self.num_layers = len(posteriors)
+        # The last layer is drawn from all others and is the first of the model: `fit` may integrate its divergence.
+        self.closed_form = (f"z{self.num_layers}",)
         for layer, posterior in enumerate(posteriors, start=1):
             setattr(self, f"z{layer}_given_{f'z{layer - 1}' if layer > 1 else 'x'}", posterior)
 
