@@ -164,16 +164,23 @@ def test_a_mean_field_objective_on_layers_that_depend_on_each_other():
             z2 = pyro.sample("z2", dist.Normal(z1, 1.0))
             pyro.sample("x", dist.Normal(z2, 1.0), obs=x)
 
-    def guide(x, depends=1.0, coins=False):
+    def guide(x, depends=1.0):
+        scale = pyro.param("scale", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(x, scale))
+            pyro.sample("z1", dist.Normal(x + depends * z2, scale))
+
+    def in_the_models_order(x):
         scale = pyro.param("scale", torch.tensor(0.5))
         with pyro.plate("data", len(x)):
             z1 = pyro.sample("z1", dist.Normal(x, scale))
-            pyro.sample("z2", dist.Normal(x + depends * z1, scale))
+            pyro.sample("z2", dist.Normal(x + z1, scale))
 
     def independent(x):
         guide(x, depends=0.0)
 
-    refused(two, guide, TraceMeanField_ELBO(), r"guide site 'z2' depends on another \(z1\).*Use Trace_ELBO")
+    refused(two, guide, TraceMeanField_ELBO(), r"guide site 'z1' depends on another \(z2\).*Use Trace_ELBO")
+    assert reasons(two, in_the_models_order, (X,), TraceMeanField_ELBO()) == []
     assert reasons(two, independent, (X,), TraceMeanField_ELBO()) == []
     assert reasons(two, guide, (X,), Trace_ELBO()) == reasons(two, guide, (X,), Objective(iwae, 3)) == []
 

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "sites", "parameters", "unconstrained", "version"}
+GROUND = {"traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version"}
 MAY_IMPORT = {
-    "traces": {"sites", "parameters"},
+    "traces": {"auxiliary", "sites", "parameters", "reach"},
+    "auxiliary": {"sites"},
     "sites": set(),
-    "parameters": set(),
+    "parameters": {"reach"},
+    "reach": set(),
+    "evaluation": {"parameters", "reach"},
     "unconstrained": set(),
     "version": set(),
     "parts": GROUND,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -456,3 +457,37 @@ def test_a_poisson_vae_of_8_bit_images_is_the_commands_or_says_how(tmp_path):
     for vae in (told, commands):
         found = vae.decode(z).log_prob(digits.test[:5])
         assert torch.allclose(found, counts.log_prob(levels).flatten(1).sum(1), rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_parts_under_torch_compile_save_and_load_under_their_plain_names(tmp_path):
+    torch.manual_seed(0)
+    vae = VAE.build((6,), latent_dim=2, hidden=(8,), prior="vamp")  # the encoder is shared with the prior
+    vae.save(tmp_path / "plain.safetensors")
+    with safe_open(str(tmp_path / "plain.safetensors"), framework="pt") as file:
+        names = set(file.keys())
+    vae.model.likelihood.decoder = torch.compile(vae.model.likelihood.decoder, backend="eager")
+    vae.guide.posterior.encoder = torch.compile(vae.guide.posterior.encoder, backend="eager")
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.add_(0.5)
+    vae.save(tmp_path / "compiled.safetensors")
+    with safe_open(str(tmp_path / "compiled.safetensors"), framework="pt") as file:
+        assert set(file.keys()) == names
+    plain = VAE.load(tmp_path / "compiled.safetensors")
+    x = torch.rand(3, 6)
+    assert torch.equal(plain.encode(x).mean, vae.encode(x).mean)
+    assert torch.equal(plain.model.prior().log_prob(torch.zeros(2)), vae.model.prior().log_prob(torch.zeros(2)))
+    before = plain.encode(x).mean
+    vae.load_weights(tmp_path / "plain.safetensors")  # and into one that is compiled
+    assert not torch.equal(vae.encode(x).mean, before)
+    vae.load_weights(tmp_path / "compiled.safetensors")
+    assert torch.equal(vae.encode(x).mean, before)
+
+
+def test_pixels_of_the_usual_type_go_into_a_model_of_doubles():
+    torch.manual_seed(0)
+    vae = VAE.build((6,), latent_dim=2, hidden=(8,)).double()
+    x = torch.rand(3, 6)
+    assert torch.equal(vae.encode(x).mean, vae.encode(x.double()).mean)
+    assert vae.reconstruct(x).dtype == vae.interpolate(x, x, 2).dtype == torch.float64

@@ -142,8 +142,8 @@ def _options(*decorators: Decorator) -> Decorator:
 
 
 _FIT = _options(
-    _option("Data", "--data", "NAME|PATH", f"{', '.join(DATASETS)}, a folder of images, or a .npy or .npz file. "
-            "[default: digits]"),
+    _option("Data", "--data", "NAME|PATH", f"{', '.join(DATASETS)}, a folder of images, or a file of arrays (.npy, "
+            ".npz, .mat, .amat, IDX). [default: digits]"),
     _option("Data", "--data-dir", "DIR", "Where the files of a named dataset lie. [default: $PYRO_VAE_DATA or "
             "~/.cache/pyro_vae]"),
     _option("Data", "--binarization", _choice("binarization"), "How grey levels become zeros and ones: drawn afresh "
@@ -153,6 +153,9 @@ _FIT = _options(
     _option("Data", "--image-size", "N", "Scale images to N x N.", int),
     _option("Data", "--crop", "N", "Cut out the centred N x N square first.", int),
     _option("Data", "--channels", "[1|3]", "Make images grey or colour.", int),
+    _option("Data", "--background", "white|black|0..255", "What transparent pixels lie on. [default: white]"),
+    _option("Data", "--images", "KEY", "Which array of a file is the data. [default: by name, then by shape]"),
+    _option("Data", "--labels", "KEY", "Which array of a file is the labels. [default: by name]"),
     _option("Data", "--limit", "N", "Train on the first N images only.", int),
     _option("Model", "--network", _choice("network"), "Fully connected, plain or gated, convolutional, plain or "
             "residual, or no hidden layer."),
@@ -186,6 +189,7 @@ _FIT = _options(
     _option("Training", "--schedule", _choice("schedule"), "Of the learning rate. [default: one-cycle]"),
     _option("Training", "--clip-norm", "X", "Upper limit of the gradient norm; 0 for none.", float),
     _option("Training", "--kl-warmup", "N", "Epochs over which the weight of the KL rises to 1. [default: 0]", int),
+    _option("Training", "--kl-warmup-steps", "N", "The same in steps, instead.", int),
     _option("Training", "--patience", "N", "Stop after N epochs without a better validation bound, and keep the best "
             "weights; 0 for never. [default: 0]", int),
     _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),

@@ -50,6 +50,9 @@ class FitOptions:
         image_size: Side of the square that images are scaled to.
         crop: Side of the centred square cut out first.
         channels: 1 for grey, 3 for colour.
+        background: What transparent pixels lie on: "white", "black" or a grey level.
+        images: Which array of a file is the data.
+        labels: Which array of a file is the labels.
         limit: Train on the first so many data only.
         network: "mlp", "gated", "conv", "residual" or "linear".
         hidden: Widths (mlp, gated) or channels (conv, residual), from the data to the latent.
@@ -76,6 +79,7 @@ class FitOptions:
         schedule: "constant", "cosine" or "one-cycle".
         clip_norm: Upper limit of the joint gradient norm.
         kl_warmup: Epochs over which the weight of the KL rises to 1.
+        kl_warmup_steps: Steps over which it does, instead.
         patience: Epochs without a better validation bound after which to stop.
         seed: Of weights, batches, noise and evaluation.
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes the first GPU, if any.
@@ -93,6 +97,9 @@ class FitOptions:
     image_size: int | None = None
     crop: int | None = None
     channels: int | None = None
+    background: str | None = None
+    images: str | None = None
+    labels: str | None = None
     limit: int | None = None
     network: str = "mlp"
     hidden: tuple[int, ...] = (400, 400)
@@ -117,6 +124,7 @@ class FitOptions:
     schedule: str = "one-cycle"
     clip_norm: float | None = None
     kl_warmup: int = 0
+    kl_warmup_steps: int | None = None
     patience: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -178,7 +186,8 @@ class FitOptions:
 
 _LEAST = {
     "image_size": 1, "crop": 1, "channels": 1, "limit": 1, "latent_dim": 1, "num_samples": 1, "epochs": 1,
-    "batch_size": 1, "threads": 1, "clip_norm": 0, "kl_warmup": 0, "patience": 1, "seed": 0, "evaluation_samples": 2,
+    "batch_size": 1, "threads": 1, "clip_norm": 0, "kl_warmup": 0, "kl_warmup_steps": 0,
+    "patience": 1, "seed": 0, "evaluation_samples": 2,
     "evaluation_images": 2,
 }  # fmt: skip
 

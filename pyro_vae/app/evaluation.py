@@ -10,7 +10,7 @@ import pyro
 import torch
 
 from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
-from pyro_vae.inference.batches import seeded
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
@@ -84,7 +84,7 @@ def evaluate(
             )
         numbers |= _closed_forms(vae, dataset, test, terms.value)
     left_out = []
-    with seeded(seed):
+    with evaluating(vae, seed=seed):
         if len(test) >= 2:
             numbers["active_units"] = active_units(vae.guide, test).count
         else:

@@ -25,16 +25,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.app.verdicts import Finding, material, nats, verdict
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.trees import at, joined, rows
 from pyro_vae.judging.annealing import bdmc
 from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood, over_data
 from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
-from pyro_vae.judging.guides import evaluating
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.psis import khat_limit
-from pyro_vae.parameters import own_parameters
 from pyro_vae.parts.posteriors.normal import FullNormal
 from pyro_vae.traces import Program
 
@@ -154,8 +154,9 @@ def judge(
             raise ValueError(f"got {name}={value}, wanted at least {least}.")
     if not budget > 0:
         raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
-    run = _Run(model, guide, _taken(x, images, seed), budget, num_samples, observed, device, seed, clock)
-    with evaluating(model, guide):
+    with evaluating(model, guide, seed=seed):
+        args = _taken(x, images, seed, (model, guide))
+        run = _Run(model, guide, args, budget, num_samples, observed, device, seed, clock)
         run.warm_up()
         for name in SHARES:
             if say is not None:
@@ -199,7 +200,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.guide, self.args, self.observed = model, guide, args, observed
         self.asked, self.device, self.seed, self.clock = num_samples, device, seed, clock
-        self.count = len(next(a for a in args if isinstance(a, Tensor) and a.dim()))
+        self.count = rows(args)
         self.started = clock()
         self.end = self.started + budget
         self.stage_end = self.end
@@ -255,9 +256,7 @@ class _Run:
         return self.clock() + 1.5 * seconds <= self.stage_end
 
     def _chunk(self, start: int, stop: int) -> tuple[Any, ...]:
-        return tuple(
-            a[start:stop] if isinstance(a, Tensor) and a.dim() and len(a) == self.count else a for a in self.args
-        )
+        return at(self.args, slice(start, stop))
 
     def _pieces(self, factor: int) -> list[tuple[int, int]]:
         """4 data, then factor times as many, and so on to all."""
@@ -391,7 +390,7 @@ class _Run:
         part = self._chunk(0, max(size, min(self.count, 16)))
         found: dict[str, Any] = {"images": len(part[0]) if isinstance(part[0], Tensor) else size}
         with self._piece():
-            with own_parameters(self.model, self.guide), seeded(self.seed):
+            with seeded(self.seed):
                 components = Components(self.model, self._chunk(0, 2))
             units = [active_units(self.guide, part, _UNUSED, site=name) for name in components.sites]
             kl = kl_per_dimension(self.model, self.guide, part, device=self.device, seed=self.seed)
@@ -566,21 +565,19 @@ class _Run:
         return f"{said}; {len(found.ranks)} simulated data, {found.num_draws} draws each"
 
 
-def _taken(data: Any, images: int, seed: int) -> tuple[Any, ...]:
+def _taken(data: Any, images: int, seed: int, programs: tuple[Program, ...]) -> tuple[Any, ...]:
     """The first data as one batch, drawn once for all stages."""
     parts: list[tuple[Any, ...]] = []
     size = 0
     with seeded(seed):
-        for batch in Batches(data, images, shuffle=False):
+        for batch in Batches(data, images, shuffle=False, programs=programs):
             parts.append(batch)
-            size += next((len(a) for a in batch if isinstance(a, Tensor) and a.dim()), 0)
+            size += rows(batch)
             if size >= images:
                 break
     if size < 1:
         raise ValueError("got no data as tensors, wanted at least one to judge by.")
-    columns = [torch.cat(c) if all(isinstance(a, Tensor) and a.dim() for a in c) else c[0]
-               for c in (list(c) for c in zip(*parts, strict=True))]  # fmt: skip
-    return tuple(a[:images] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in columns)
+    return at(joined(parts), slice(images))
 
 
 def _joined(parts: list[Estimate]) -> Estimate:

@@ -37,14 +37,16 @@ from pyro import validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.estimates import over_data
 from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
 from pyro_vae.judging.simulations import simulated_batch
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
@@ -212,11 +214,10 @@ def ais(
     options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
                        target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
-    batches = Batches(data, _batch_size(model, guide, data, num_chains), _place(model, guide, device), shuffle=False)
     found = []
     # A trajectory may leave the numbers and is then rejected; validation would raise instead.
-    owned = own_parameters(*_programs(model, guide))
-    with owned, seeded(seed), torch.no_grad(), validation_enabled(False), reused_memory():
+    with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
+        batches = _batches(model, guide, data, num_chains, device)
         with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
             for number, batch in enumerate(batches):
                 found.append(_forward(model, guide, batch, options, number, bar)[:-3])
@@ -287,11 +288,10 @@ def bdmc(
     options.check(guide)
     if num_data < 1:
         raise ValueError(f"got num_data={num_data}, wanted at least one datum to simulate.")
-    size = min(num_data, _batch_size(model, guide, data, num_chains))
-    batches = Batches(data, size, _place(model, guide, device), shuffle=False)
     found, backward, simulated = [], [], []
-    owned = own_parameters(*_programs(model, guide))
-    with owned, seeded(seed), torch.no_grad(), validation_enabled(False), reused_memory():
+    with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
+        batches = _batches(model, guide, data, num_chains, device, at_most=num_data)
+        size = batches.batch_size
         count = -(-min(num_data, batches.num_data or num_data) // size)
         with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
             for number, batch in enumerate(_upto(batches, num_data)):
@@ -318,7 +318,7 @@ def bdmc(
         upper_stderr=(spread + shared.square()).sum().sqrt().item() / len(pointwise),
         backward_log_weight=weight,
         backward_acceptance=torch.cat([a.double().cpu() for _, a in backward]),
-        data=_joined(simulated),
+        data=joined(simulated),
     )
 
 
@@ -462,10 +462,13 @@ def _annealed(found: list[tuple[Any, ...]], options: _Options, simulated: Bracke
     )
 
 
-def _batch_size(model: Program, guide: Program | None, data: Any, num_chains: int) -> int:
-    (first, *_) = Batches(data, 1, shuffle=False).first()
-    values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
-    return max(1, _CHUNK // (values * num_chains))
+def _batches(
+    model: Program, guide: Program | None, data: Any, num_chains: int, device: str | torch.device | None,
+    at_most: int | None = None,
+) -> Batches:  # fmt: skip
+    batches = Batches(data, 100, _place(model, guide, device), shuffle=False, programs=_programs(model, guide))
+    size = max(1, _CHUNK // (values(batches.first()) * num_chains))
+    return batches.of(size if at_most is None else min(at_most, size))
 
 
 def _upto(batches: Batches, num_data: int) -> Iterator[tuple[Any, ...]]:
@@ -474,14 +477,11 @@ def _upto(batches: Batches, num_data: int) -> Iterator[tuple[Any, ...]]:
     for batch in batches:
         if left <= 0:
             return
-        size = next(len(x) for x in batch if isinstance(x, Tensor))
-        yield batch if size <= left else tuple(x[:left] if isinstance(x, Tensor) else x for x in batch)
+        size = rows(batch)
+        yield batch if size <= left else at(batch, slice(left))
         left -= size
 
 
-def _joined(batches: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    columns = zip(*batches, strict=True)
-    return tuple(torch.cat(list(c)) if all(isinstance(x, Tensor) for x in c) else c[0] for c in columns)
 
 
 def _programs(model: Program, guide: Program | None) -> tuple[Program, ...]:

@@ -26,10 +26,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.latents import DimensionKL, kl_per_dimension
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw, plate_nesting, sites
 
 
@@ -176,8 +178,8 @@ def collapse(
     place = device_of(model, guide) if device is None else device
     kl = kl_per_dimension(model, guide, data, num_samples=num_samples, batch_size=batch_size, device=place, seed=seed)
     means, noise = [], []
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
-        batches = Batches(data, batch_size, place, shuffle=False)
+    with evaluating(model, guide, seed=seed):
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         components = Components(model, batches.first())
         nesting = plate_nesting(model, guide, *batches.first())
         for batch in batches:
@@ -227,13 +229,13 @@ def linear_optimum(
         site, which the model's distributions are asked at D + 3 values of z.
     """
     place = device_of(model) if device is None else device
-    batches = Batches(data, 500, place, shuffle=False)
-    found = _linear(model, batches.first())
-    if found is None:
-        return None
-    weight, loc, scale, name = found
     rows = []
-    with own_parameters(model), torch.no_grad():
+    with evaluating(model, seed=0):
+        batches = Batches(data, 500, place, shuffle=False, programs=(model,))
+        found = _linear(model, batches.first())
+        if found is None:
+            return None
+        weight, loc, scale, name = found
         for batch in batches:
             value = sites(model, *batch)[name]["value"]
             rows.append(value.reshape(len(value), -1).double().cpu())
@@ -286,7 +288,7 @@ def _log_evidence_of(weight: Tensor, second_moment: Tensor, variance: float) -> 
 
 def _linear(model: Program, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, float, str] | None:
     """W, (X, D), b, (X,), s and the data site of a linear-Gaussian model with a standard normal prior."""
-    args = tuple(x[:2] if isinstance(x, Tensor) else x for x in args)
+    args = at(args, slice(2))
     found = sites(model, *args)
     latent = [site for site in found.values() if not site["is_observed"]]
     seen = [site for site in found.values() if site["is_observed"]]
@@ -300,7 +302,7 @@ def _linear(model: Program, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, floa
     generator = torch.Generator().manual_seed(0)
     points = torch.cat([torch.zeros(1, dim), torch.eye(dim), 3 * torch.randn(2, dim, generator=generator)]).to(value)
     locs, scales = [], []
-    with own_parameters(model), torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         for z in points:
             conditioned = poutine.condition(model, data={latent[0]["name"]: z.expand_as(value)})
             trace = poutine.trace(conditioned).get_trace(*args)

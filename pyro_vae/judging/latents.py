@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.judging.components import Components
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.sites import plates
 from pyro_vae.traces import Particles, Program, draw, plate_nesting, sites
 
@@ -123,8 +124,9 @@ def kl_per_dimension(
         (('z[0]', 'z[1]'), [0.0, 2.0])
     """
     parts: list[dict[str, tuple[Tensor, bool]]] = []
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
-        batches = Batches(data, batch_size, device_of(model, guide) if device is None else device, shuffle=False)
+    with evaluating(model, guide, seed=seed):
+        place = device_of(model, guide) if device is None else device
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         components = Components(model, batches.first())
         nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
         for batch in batches:
@@ -242,8 +244,8 @@ def posterior_means(guide: Program, data: Any, *, site: str = "z", num_samples: 
 def _moments(guide: Program, data: Any, site: str, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """E_q[z | x], and the Monte Carlo variance of that estimate, (N, *event) each."""
     means, variances = [], []
-    with seeded(seed), torch.no_grad():
-        for batch in Batches(data, 500, device_of(guide), shuffle=False):
+    with evaluating(guide, seed=seed):
+        for batch in Batches(data, 500, device_of(guide), shuffle=False, programs=(guide,)):
             mean, variance = _run(guide, batch, site), torch.zeros(())
             # The mean of a layer above another changes with the draw of that other, from run to run.
             if not torch.equal(mean, _run(guide, batch, site)):

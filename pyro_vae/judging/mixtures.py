@@ -20,9 +20,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_vae.inference.trees import numbers
 from pyro_vae.judging.psis import pareto_k
+from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program, draw, log_q
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
@@ -79,8 +81,7 @@ def score(
     Returns:
         Each proposal's own scores; those of the pooled weights, None without any.
     """
-    values = max(sum(x.numel() for x in args if isinstance(x, Tensor)), 512)
-    size = min(num_samples, max(1, _CHUNK // values))
+    size = min(num_samples, max(1, _CHUNK // max(numbers(args), 512)))
     own: dict[str, list[Tensor]] = {name: [] for name in proposals}
     mixed: list[Tensor] = []
     with torch.no_grad():
@@ -103,9 +104,8 @@ def score(
 
 def scores_strangers(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
     """Whether a guide scores, in one pass, draws that it did not make."""
-    owner = proposal if isinstance(proposal, nn.Module) else getattr(proposal, "__self__", None)
-    modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
-    said = [getattr(item, "rescoring", "one pass") for item in [proposal, *modules]]
+    parts = [part for module in modules_of(proposal) for part in module.modules()]
+    said = [getattr(item, "rescoring", "one pass") for item in [proposal, *parts]]
     if any(answer != "one pass" for answer in said):
         return False
     try:

@@ -8,11 +8,10 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae.programs.missing import filled, full_mask
-from pyro_vae.programs.model import renamed_deepcopy, unique_name
+from pyro_vae.programs.named import Named
 
 
 def data_check(x: Tensor | None) -> Tensor:
@@ -34,7 +33,7 @@ def batch_check(posterior: TorchDistribution, size: int) -> None:
         )
 
 
-class Guide(PyroModule):
+class Guide(Named):
     """q(z | x), over a plate "data" of the site "z".
 
     Takes what `Model` takes, and no data is an error: a posterior needs something to
@@ -62,12 +61,10 @@ class Guide(PyroModule):
         show_mask: bool = False,
         standardize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.posterior = posterior
         self.show_mask = show_mask
         self.standardize = standardize
-
-    __deepcopy__ = renamed_deepcopy
 
     def forward(self, x: Tensor | None = None, mask: Tensor | None = None, **_: Any) -> Tensor:
         """Draw z ~ q(z | x).

@@ -15,7 +15,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -23,7 +22,8 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.guide import batch_check, data_check
-from pyro_vae.programs.model import event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.model import event_check
+from pyro_vae.programs.named import Named
 from pyro_vae.programs.zoo import assembly
 from pyro_vae.programs.zoo.assembly import pixel_likelihood, pixels_of
 from pyro_vae.programs.zoo.labels import class_check, is_class_numbers, one_hot, rows_of
@@ -83,7 +83,7 @@ class Joined(nn.Module):
         return self.part(torch.cat([a.expand(*leading, -1), y.to(a).expand(*leading, -1)], -1))
 
 
-class ConditionalModel(PyroModule):
+class ConditionalModel(Named):
     """p(x, z | y), over a plate "data" of the sites "z" and "x".
 
     Args:
@@ -101,13 +101,11 @@ class ConditionalModel(PyroModule):
         conditional_prior: bool = False,
         y_dim: int | None = None,
     ) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.prior = prior
         self.likelihood = likelihood
         self.conditional_prior = conditional_prior
         self.y_dim = y_dim
-
-    __deepcopy__ = renamed_deepcopy
 
     def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
         """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""
@@ -138,7 +136,7 @@ class ConditionalModel(PyroModule):
             return pyro.sample("x", given_z, obs=x)
 
 
-class ConditionalGuide(PyroModule):
+class ConditionalGuide(Named):
     """q(z | x, y), over a plate "data" of the site "z".
 
     Args:
@@ -147,11 +145,9 @@ class ConditionalGuide(PyroModule):
     """
 
     def __init__(self, posterior: assembly.Conditional, y_dim: int | None = None) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.posterior = posterior
         self.y_dim = y_dim
-
-    __deepcopy__ = renamed_deepcopy
 
     def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
         """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""

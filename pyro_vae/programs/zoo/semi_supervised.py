@@ -32,7 +32,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -40,7 +39,8 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.guide import batch_check, data_check
-from pyro_vae.programs.model import event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.model import event_check
+from pyro_vae.programs.named import Named
 from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
 from pyro_vae.programs.zoo.conditional import Joined
 from pyro_vae.programs.zoo.labels import class_check, is_class_numbers, readable
@@ -86,7 +86,7 @@ class Classifier(nn.Module):
         return dist.Categorical(logits=self.network(x))
 
 
-class SemiSupervisedModel(PyroModule):
+class SemiSupervisedModel(Named):
     """p(x, y, z), over a plate "data" of the sites "y", "z" and "x", and "label" where labels are given.
 
     Args:
@@ -96,12 +96,10 @@ class SemiSupervisedModel(PyroModule):
     """
 
     def __init__(self, labels: Conditional, prior: Conditional, likelihood: Conditional) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.labels = labels
         self.prior = prior
         self.likelihood = likelihood
-
-    __deepcopy__ = renamed_deepcopy
 
     def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
         """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""
@@ -133,7 +131,7 @@ class SemiSupervisedModel(PyroModule):
             return pyro.sample("x", given_z, obs=x)
 
 
-class SemiSupervisedGuide(PyroModule):
+class SemiSupervisedGuide(Named):
     """q(y | x) q(z | x, y), over a plate "data" of the sites "y" and "z"; q(y | x) a point where y is known.
 
     Args:
@@ -143,14 +141,12 @@ class SemiSupervisedGuide(PyroModule):
     """
 
     def __init__(self, classifier: Conditional, posterior: Conditional, alpha: float = 1.0) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         if alpha < 0:
             raise ValueError(f"alpha must be zero or positive, got {alpha}.")
         self.classifier = classifier
         self.posterior = posterior
         self.alpha = alpha
-
-    __deepcopy__ = renamed_deepcopy
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, **_: Any) -> Tensor:
         """Draw y ~ q(y | x) where it is not known, and z ~ q(z | x, y).
