@@ -287,13 +287,13 @@ def _owners(*programs: Program) -> list[nn.Module]:
 class _Tempered(Messenger):
     """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change."""
 
-    def __init__(self, weight: Callable[[], float | Tensor]) -> None:
+    def __init__(self, weight: Tensor | Callable[[], float]) -> None:
         super().__init__()
         self.weight = weight
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight()
+            msg["scale"] = msg["scale"] * (self.weight if isinstance(self.weight, Tensor) else self.weight())
 
 
 class _Stepper:
@@ -313,7 +313,8 @@ class _Stepper:
                 self.weight = torch.ones((), dtype=torch.float64)
             else:
                 compiled = None
-            model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
+            weight = self.beta if self.weight is None else self.weight
+            model, guide = _Tempered(weight)(model), _Tempered(weight)(guide)
         self.considers, self._timed = False, 0.0
         self.batches = batches
         self.svi = SVI(model, guide, optimizer, loss)
@@ -322,9 +323,6 @@ class _Stepper:
     def beta(self) -> float:
         """The weight of log q - log p(z) in the step to come."""
         return self.final_beta * (min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0)
-
-    def _live_beta(self) -> float | Tensor:
-        return self.beta() if self.weight is None else self.weight
 
     def factor(self) -> float:
         """What multiplies the learning rate in the step to come."""
