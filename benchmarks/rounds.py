@@ -38,6 +38,7 @@ class Row:
     loader: bool = False  # its batches come from a DataLoader, whose workers are tuned
     needs: str | None = None
     function: str = "build"
+    checkout: str | None = None  # another checkout of this package, whose code it runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,8 @@ def _serve(
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ.update(environment | {"OMP_NUM_THREADS": str(threads)})
     try:
+        if row.checkout is not None:
+            sys.path.insert(0, row.checkout)
         started = time.perf_counter()
         build = getattr(importlib.import_module(row.module), row.function)
 

@@ -40,7 +40,16 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, nargs="+", help="num_workers to choose from (0 1 2)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda; jax takes the GPU by itself there")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--before", type=_checkout, metavar="CHECKOUT",
+                        help="beside the rows of this package, the same of another checkout of it")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the results to this file, too")
+
+
+def _checkout(path: str) -> Path:
+    found = Path(path).resolve()
+    if not (found / "pyro_vae" / "__init__.py").is_file():
+        raise argparse.ArgumentTypeError(f"{found} is no checkout of this package: it has no pyro_vae/__init__.py")
+    return found
 
 
 def load_pixels(args: argparse.Namespace) -> np.ndarray:
@@ -58,6 +67,13 @@ def load_pixels(args: argparse.Namespace) -> np.ndarray:
 
 def adapted(group: Group, args: argparse.Namespace, available: int) -> Group:
     """A group with the images, rounds, rows and seed of the command line."""
+    if args.before is not None:
+        there = [row for row in group.rows if row.module == "peers.ours"]
+        before = [
+            dataclasses.replace(row, key=f"before-{row.key}", title=f"{row.title}, before", checkout=str(args.before))
+            for row in there
+        ]
+        group = dataclasses.replace(group, rows=(*group.rows, *before))
     images = min(group.images, args.images or group.images, available)
     return dataclasses.replace(
         group,

@@ -362,7 +362,7 @@ class Reach:
     def _attributes(self, value: Any, said: str) -> None:
         """Of an object that is no module: its attributes, and the methods of its class."""
         kind = type(value)
-        foreign = not _is_trusted(kind.__module__)
+        foreign = not _is_trusted(kind.__module__) or kind is types.SimpleNamespace
         space = getattr(value, "__dict__", None)
         if isinstance(space, dict):
             self._place(len, space, said)

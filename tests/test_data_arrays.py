@@ -77,17 +77,21 @@ def test_npz_with_its_own_split(tmp_path, validation):
     ({"x": np.full((4, 5, 5), np.nan)}, r"\['x'\] holds NaN or infinite values in 4 of 4 rows, first in row 0"),
     ({"x": np.array([[0.0], [1.0], [np.inf]])}, "holds NaN or infinite values in 1 of 3 rows, first in row 2"),
     ({"x": np.full((4, 5, 5), 255.0)}, r"holds float images in \[255, 255\], wanted \[0, 1\]"),
-    ({"x": np.zeros((4, 5), dtype=np.int64)}, "has dtype int64, wanted uint8 levels 0..255 or floats"),
+    ({"x": np.zeros((4, 5), dtype=np.complex64)}, "has dtype complex64, wanted uint8 levels 0..255 or floats"),
+    ({"x": np.full((4, 5, 5), 256)}, r"has dtype int64 and whole numbers in \[256, 256\], wanted levels 0..255"),
+    ({"x": np.full((4, 5), 2**24 + 1)}, "wanted none beyond 16777216, which float32 holds exactly"),
+    ({"x": np.full((4, 5), 1e300)}, "holds numbers beyond float32 in 4 of 4 rows, first in row 0"),
+    ({"x": np.zeros((4, 5, 6, 6, 7))}, r"has shape \(4, 5, 6, 6, 7\), wanted data.* Reshape it"),
+    ({"x": np.zeros((5, 9)), "y": np.zeros(9)}, r"wanted data in rows: \(N, D\) and \(N,\). Save the data transposed"),
     ({"x": np.zeros((4, 5, 6, 7), dtype=np.uint8)}, r"has shape \(4, 5, 6, 7\), wanted images of 1 or 3 channels"),
     ({"x": np.zeros(7)}, r"has shape \(7,\), wanted data"),
     ({"x": np.zeros((0, 7))}, r"has shape \(0, 7\), wanted data"),
     ({"x": np.zeros((2, 7))}, "got 2 images or rows, wanted at least 3"),
-    ({"x": np.zeros((5, 7)), "y": np.zeros(4, dtype=int)}, r"\['y'\] has dtype int64 and shape \(4,\), wanted one integer label"),
-    ({"x": np.zeros((5, 7)), "y": np.zeros(5)}, r"has dtype float64 and shape \(5,\), wanted one integer label"),
     ({"cats": np.zeros((5, 7)), "dogs": np.zeros((5, 7))}, "holds the arrays cats, dogs, wanted one named images or x"),
     ({"x_train": np.zeros((5, 7)), "y_train": np.zeros(5, dtype=int)}, "holds x_train but no test data"),
     ({"x_train": np.zeros((5, 7)), "x_test": np.zeros((5, 6))}, "data of different shape or dtype"),
-    ({"x_train": np.zeros((5, 7)), "x_test": np.zeros((5, 7)), "y_test": np.zeros(5, dtype=int)}, "got labels for test only"),
+    ({"x_test": np.zeros((5, 7)), "x_val": np.zeros((5, 7))}, "has the parts .*, wanted train and test"),
+    ({"x_train": np.zeros((5, 7)), "x_val": np.zeros((1, 7))}, "got 1 validation datum, wanted at least 2"),
 ])
 def test_bad_arrays(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
@@ -106,3 +110,114 @@ def test_broken_array_files(tmp_path, suffix):
         path.write_bytes(raw)
         with pytest.raises(ValueError, match=message):
             load(path)
+
+
+@pytest.mark.parametrize("labels, reason", [
+    ({"y": np.zeros(4, dtype=int)}, r"\['y'\] left out: .* they have shape \(4,\) for 5 data"),
+    ({"y": np.full(5, 0.5)}, "left out: .* they are no whole numbers"),
+    ({"y": np.full(5, np.inf)}, "left out: .* some are not finite"),
+    ({"labels": np.ones((5, 3))}, "left out: .* are not one 1 among zeros in each row"),
+    ({"target": np.zeros(5, dtype="M8[D]")}, "left out: .* their dtype is datetime64"),
+    ({"y": np.array(list("abcde"), dtype=object)}, "left out what is not read: y is an object array"),
+])
+def test_labels_that_name_no_class_are_left_out_with_a_line(tmp_path, labels, reason):
+    np.savez(tmp_path / "a.npz", x=IMAGES[:5], **labels)
+    with pytest.warns(UserWarning, match=reason):
+        data = load(tmp_path / "a.npz")
+    assert data.train.labels is None and len(data.train) == 3
+    with pytest.raises(ValueError, match="wanted"):
+        load(tmp_path / "a.npz", labels=next(iter(labels)))
+
+
+def test_labels_of_some_parts_only_are_left_out_with_a_line(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=IMAGES, x_test=IMAGES[:9], y_train=LABELS)
+    with pytest.warns(UserWarning, match="left out: .* there are none for test"):
+        assert load(tmp_path / "a.npz").train.labels is None
+
+
+@pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], LABELS[None], LABELS.astype(float), np.eye(10)[LABELS],
+                                    np.eye(10, dtype=bool)[LABELS]])
+def test_labels_that_mean_class_numbers(tmp_path, labels):
+    np.savez(tmp_path / "a.npz", x=np.arange(120, dtype=np.uint8)[:, None].repeat(3, 1), y=labels)
+    data = load(tmp_path / "a.npz")
+    for part in (data.train, data.validation, data.test):
+        assert torch.equal(part.labels, part.pixels[:, 0].long() % 10) and part.labels.dtype == torch.int64
+
+
+def test_names_as_labels_are_numbered_alike_in_all_parts(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=IMAGES[:4], x_test=IMAGES[:2], y_train=np.array(["owl", "ape", "owl", "cat"]),
+             y_test=np.array(["cat", "owl"]))
+    data = load(tmp_path / "a.npz", seed=1)
+    assert data.label_names == ("ape", "cat", "owl") and data.test.labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "i1", ">i2", "i4", "u8", "f2", ">f4", "f8", "g"])
+@pytest.mark.parametrize("shape", [(12, 5), (12, 5, 4), (12, 5, 4, 3)])
+def test_zeros_and_ones_of_any_type_are_binary(tmp_path, dtype, shape):
+    ones = RANDOM.random(shape) < 0.5
+    np.save(tmp_path / "a.npy", ones.astype(dtype))
+    data = load(tmp_path / "a.npy")
+    assert data.train.binarization == "threshold" and not data.train.dequantize
+    assert sum(part[:].sum() for part in (data.train, data.validation, data.test)) == ones.sum()
+    counts = load(tmp_path / "a.npy", binarization="none").train  # the numbers themselves, not levels of 255
+    assert counts.pixels.dtype == torch.float32 and counts[:].unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", ">u2", "i4", "i8", "u8"])
+def test_whole_levels_of_any_integer_type_are_eight_bits(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", IMAGES.astype(dtype))
+    np.save(tmp_path / "b.npy", IMAGES)
+    got, wanted = load(tmp_path / "a.npy"), load(tmp_path / "b.npy")
+    assert got.train.dequantize and torch.equal(got.train.pixels, wanted.train.pixels)
+
+
+def test_sixteen_bits_stay_sixteen_bits(tmp_path):
+    deep = RANDOM.integers(0, 65536, (120, 5, 4)).astype(np.uint16)
+    np.save(tmp_path / "a.npy", deep)
+    data = load(tmp_path / "a.npy")
+    levels = torch.cat([part[:] for part in (data.train, data.validation, data.test)]).double() * 65535
+    assert sorted(levels.round().long().flatten().tolist()) == sorted(deep.flatten().tolist())
+    assert data.protocol["levels"] == "v / 65535 of 16 bits" and not data.train.dequantize
+
+
+def test_all_parts_are_scaled_alike(tmp_path):
+    train, test = RANDOM.poisson(0.3, (200, 10)), np.minimum(RANDOM.poisson(0.1, (20, 10)), 1)
+    assert train.max() > 1
+    for dtype in ("u1", "i8", "f4"):
+        np.savez(tmp_path / "a.npz", x_train=train.astype(dtype), x_val=test.astype(dtype), x_test=test.astype(dtype))
+        data = load(tmp_path / "a.npz", dequantize=False)
+        scale = 1 if dtype == "f4" else 255
+        assert np.allclose(data.train[:].numpy() * scale, train) and np.allclose(data.test[:].numpy() * scale, test)
+    # Counts beyond a byte are counts, whichever part has them.
+    np.savez(tmp_path / "a.npz", x_train=train, x_val=test, x_test=test * 300)
+    assert np.array_equal(load(tmp_path / "a.npz").train[:].numpy(), train)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (28, 20, 3), (28, 20, 1), (28, 20, 4)])
+def test_one_picture_is_no_heap_of_rows(tmp_path, shape):
+    np.save(tmp_path / "a.npy", RANDOM.integers(0, 256, shape).astype(np.uint8))
+    with pytest.raises(ValueError, match="one picture.*, wanted many: its rows are no data. Stack several"):
+        load(tmp_path / "a.npy")
+    np.savez(tmp_path / "b.npz", x=RANDOM.random(shape), y=np.zeros(28, dtype=int))
+    if len(shape) == 2:  # where labels say how many data there are, they are that many
+        assert load(tmp_path / "b.npz").x_shape == (28,)
+
+
+def test_shapes_that_leave_it_open_are_said(tmp_path):
+    np.save(tmp_path / "a.npy", RANDOM.random((30, 40)))
+    with pytest.warns(UserWarning, match="is taken for 30 vectors"):
+        load(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", RANDOM.random((3, 8, 9)))
+    with pytest.warns(UserWarning, match="is taken for 3 grey images"):
+        load(tmp_path / "b.npy")
+    np.save(tmp_path / "c.npy", RANDOM.random((9, 9, 50)))
+    with pytest.raises(ValueError, match=r"images along the last axis, wanted \(N, H, W\)"):
+        load(tmp_path / "c.npy")
+
+
+@pytest.mark.parametrize("shape, remedy", [((6, 8, 8, 4), r"drop transparency with a\[..., :3\]"), ((6, 4, 8, 8), r"a\[:, :3\]"),
+                                           ((6, 9, 9, 9), r"slices of volumes with a.reshape")])
+def test_other_channels_are_refused_with_what_to_do(tmp_path, shape, remedy):
+    np.save(tmp_path / "a.npy", RANDOM.random(shape))
+    with pytest.raises(ValueError, match=remedy):
+        load(tmp_path / "a.npy")

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "sites", "parameters", "unconstrained", "version"}
+GROUND = {"traces", "sites", "parameters", "reach", "evaluation", "unconstrained", "version"}
 MAY_IMPORT = {
-    "traces": {"sites", "parameters"},
+    "traces": {"sites", "parameters", "reach"},
     "sites": set(),
-    "parameters": set(),
+    "parameters": {"reach"},
+    "reach": set(),
+    "evaluation": {"parameters", "reach"},
     "unconstrained": set(),
     "version": set(),
     "parts": GROUND,

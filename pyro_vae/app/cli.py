@@ -131,8 +131,8 @@ def _options(*decorators: Decorator) -> Decorator:
 
 
 _FIT = _options(
-    _option("Data", "--data", "NAME|PATH", f"{', '.join(DATASETS)}, a folder of images, or a .npy or .npz file. "
-            "[default: digits]"),
+    _option("Data", "--data", "NAME|PATH", f"{', '.join(DATASETS)}, a folder of images, or a file of arrays (.npy, "
+            ".npz, .mat, .amat, IDX). [default: digits]"),
     _option("Data", "--data-dir", "DIR", "Where the files of a named dataset lie. [default: $PYRO_VAE_DATA or "
             "~/.cache/pyro_vae]"),
     _option("Data", "--binarization", _choice("binarization"), "How grey levels become zeros and ones: drawn afresh "
@@ -142,6 +142,9 @@ _FIT = _options(
     _option("Data", "--image-size", "N", "Scale images to N x N.", int),
     _option("Data", "--crop", "N", "Cut out the centred N x N square first.", int),
     _option("Data", "--channels", "[1|3]", "Make images grey or colour.", int),
+    _option("Data", "--background", "white|black|0..255", "What transparent pixels lie on. [default: white]"),
+    _option("Data", "--images", "KEY", "Which array of a file is the data. [default: by name, then by shape]"),
+    _option("Data", "--labels", "KEY", "Which array of a file is the labels. [default: by name]"),
     _option("Data", "--limit", "N", "Train on the first N images only.", int),
     _option("Model", "--network", _choice("network"), "Fully connected, plain or gated, convolutional, plain or "
             "residual, or no hidden layer."),

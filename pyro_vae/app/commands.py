@@ -19,7 +19,7 @@ from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import read, the_device
 from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json, written
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
-from pyro_vae.data.framing import Framing
+from pyro_vae.data.framing import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.anomalies import anomaly_scores, roc_auc
@@ -283,7 +283,7 @@ def _outliers(
 
 def _as_data(path: Path, shape: tuple[int, ...], options: FitOptions, seed: int) -> Tensor:
     """An image file as one datum of a run, (C, H, W); what had to be changed is said."""
-    image = read_image(path)
+    image = read_image(path, Framing(background=grey_level(options.background)))
     fitted = Framing(channels=shape[0])(image[None], name=str(path))
     size = (shape[1], shape[2])
     done = [] if fitted.shape[1] == image.shape[0] else ["made grey" if shape[0] == 1 else "made colour"]

@@ -50,6 +50,9 @@ class FitOptions:
         image_size: Side of the square that images are scaled to.
         crop: Side of the centred square cut out first.
         channels: 1 for grey, 3 for colour.
+        background: What transparent pixels lie on: "white", "black" or a grey level.
+        images: Which array of a file is the data.
+        labels: Which array of a file is the labels.
         limit: Train on the first so many data only.
         network: "mlp", "gated", "conv", "residual" or "linear".
         hidden: Widths (mlp, gated) or channels (conv, residual), from the data to the latent.
@@ -91,6 +94,9 @@ class FitOptions:
     image_size: int | None = None
     crop: int | None = None
     channels: int | None = None
+    background: str | None = None
+    images: str | None = None
+    labels: str | None = None
     limit: int | None = None
     network: str = "mlp"
     hidden: tuple[int, ...] = (400, 400)

@@ -19,7 +19,6 @@ from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS,
 from pyro_vae.data import DATASETS, Dataset, Split, load
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import History, fit
-from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
 from pyro_vae.parts.priors import VampPrior
@@ -27,6 +26,7 @@ from pyro_vae.programs.architecture import PSEUDO_INPUTS
 from pyro_vae.programs.vae import VAE
 
 VALIDATION_IMAGES = 2000
+_READING = ("image_size", "crop", "channels", "background", "images", "labels")
 _COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -100,16 +100,17 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     photographs = options.data == "celeba" or Path(options.data).is_dir() and options.data not in DATASETS
     # Decoding takes minutes: no more than will be looked at. Other data are read whole.
     most = max(n for n in limits if n is not None) if photographs and None not in limits else None
-    framing = {name: getattr(options, name) for name in ("image_size", "crop", "channels")}
+    framing = {name: getattr(options, name) for name in _READING}
     binarization, dequantize = options.binarization, options.dequantize
-    if binarization is None and dequantize is None and options.data not in DATASETS:
-        known = options.likelihood is None or names.is_foreign(options.likelihood)
-        binarization = None if known else "dynamic" if options.likelihood == "bernoulli" else "none"
-        dequantize = False if options.likelihood in LEVELS else None
+    open_ = binarization is None and dequantize is None and options.data not in DATASETS
+    if open_ and options.likelihood in LEVELS:
+        binarization, dequantize = "none", False
     dataset = load(
         options.data, options.data_dir, binarization=binarization, dequantize=dequantize, limit=most,  # type: ignore[arg-type]
         seed=options.seed, **framing,
     )  # fmt: skip
+    if open_ and options.likelihood == "bernoulli" and dataset.train.binarization == "none":
+        dataset = _drawn_afresh(dataset)  # binary files are binary by themselves: these are grey
     if options.limit is not None:
         train = dataset.train.subset(slice(0, options.limit))
         dataset = dataclasses.replace(dataset, train=train, protocol=dataset.protocol | {"limit": options.limit})
@@ -136,6 +137,13 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
             f"got --network {options.network} for data of shape {dataset.x_shape}, wanted images. Use --network mlp."
         )
     return options, dataset
+
+
+def _drawn_afresh(dataset: Dataset) -> Dataset:
+    splits = {name: dataclasses.replace(getattr(dataset, name), binarization="dynamic", dequantize=False)
+              for name in ("train", "validation", "test")}  # fmt: skip
+    protocol = dataset.protocol | {"binarization": "dynamic", "dequantize": False}
+    return dataclasses.replace(dataset, protocol=protocol, **splits)
 
 
 def build(options: FitOptions, dataset: Dataset) -> VAE:

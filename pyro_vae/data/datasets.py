@@ -6,8 +6,10 @@
     frey             1,965 frames of 28x20 of one face; dequantized
     celeba           202,599 faces, cropped to 148 and scaled to 64; dequantized
     linear-gaussian  24,000 vectors of 20, drawn from a model with exact answers
-    a folder         of PNG, JPEG, ... images, of any depth; dequantized
-    a file           .npy or .npz; see `arrays`
+    a folder         of PNG, JPEG, ... images, of any depth; dequantized. Or the files of MNIST
+                     and its like, CIFAR, OMNIGLOT or Larochelle; see `formats`
+    a file           .npy, .npz, .mat, .amat, IDX, ...; see `formats`, and `arrays` for what the
+                     numbers mean. Or a stack of images, such as a TIFF
 
 A name goes before a folder of the same name: write "./digits" for the folder. Data that
 are binary already are read as such ("threshold"); float data are handed on as they are.
@@ -15,16 +17,20 @@ are binary already are read as such ("threshold"); float data are handed on as t
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pyro_vae.data.arrays import as_pixels, read_array
+from pyro_vae.data.arrays import as_pixels
 from pyro_vae.data.binarization import BINARIZATIONS, Binarization
-from pyro_vae.data.framing import Framing
+from pyro_vae.data.decoding import suffixes
+from pyro_vae.data.files import not_readable, read_array, read_array_folder
+from pyro_vae.data.formats import is_file_of_arrays
+from pyro_vae.data.framing import Framing, grey_level
 from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.sources import SPLITS, Source, divide
@@ -45,6 +51,9 @@ def load(
     image_size: int | None = None,
     crop: int | None = None,
     channels: int | None = None,
+    background: str | int | None = None,
+    images: str | None = None,
+    labels: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     download: bool = True,
@@ -52,7 +61,7 @@ def load(
     """Load a dataset into memory.
 
     Args:
-        name: One of `DATASETS`, or the path of a folder of images, or of a .npy or .npz file.
+        name: One of `DATASETS`, or the path of a folder of images, or of a file of arrays.
         data_dir: Where the files of a named dataset lie, or are downloaded to;
             $PYRO_VAE_DATA or ~/.cache/pyro_vae if omitted. Not used for paths.
         binarization: "dynamic", "static", "threshold" or "none"; the dataset's own if omitted.
@@ -61,12 +70,18 @@ def load(
         image_size: Scale the shorter side to this and crop the longer one.
         crop: Cut out a centred square of this side first.
         channels: 1 to make images grey, 3 to make them colour.
+        background: What transparent pixels of picture files lie on: "white", which they do if
+            omitted, "black", or a grey level 0..255.
+        images: Which array of a file is the data, where its names and shapes leave it open.
+        labels: Which array of a file is the labels.
         limit: Keep at most this many data of each split, the first ones.
         seed: Of the static binarization, of the split of folders and files, and of the
             weights and draws of "linear-gaussian". The other splits are fixed.
         download: Whether the network may be tried when files are missing.
     Returns:
         Train, validation and test splits with their protocol.
+    Raises:
+        ValueError: What was got, what is wanted, and what to do. Nothing is ever unpickled.
     Example:
         >>> digits = load("digits")
         >>> len(digits.train), len(digits.validation), len(digits.test), digits.x_shape
@@ -79,9 +94,12 @@ def load(
                          + _did_you_mean(str(binarization), BINARIZATIONS))
     if limit is not None and limit < 1:
         raise ValueError(f"got limit={limit}, wanted a number of data >= 1, or None for all.")
-    framing = Framing(crop, image_size, channels)
+    framing = Framing(crop, image_size, channels, grey_level(background))
+    told = {"background": background, "images": images, "labels": labels}
+    if isinstance(name, str) and name in DATASETS:
+        _refuse(told if name != "celeba" else {**told, "background": None}, name, "or folders of one's own")
     folder = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-    source, framing = _read(name, folder, framing, limit, seed, download)
+    source, framing = _read(name, folder, framing, limit, seed, download, told)
     if binarization is None:
         binarization = "none" if dequantize else source.binarization
     if dequantize is None:
@@ -89,8 +107,10 @@ def load(
     splits = {}
     for part in SPLITS:
         pixels = source.pixels[part][:limit]
-        labels = None if source.labels is None else source.labels[part][:limit]
-        splits[part] = Split(pixels, labels, name=part, binarization=binarization, dequantize=dequantize, seed=seed)
+        if source.zeros_and_ones and binarization == "none" and not dequantize:
+            pixels = pixels.to(torch.float32) / 255  # the numbers 0 and 1 themselves, also to a likelihood of counts
+        classes = None if source.labels is None else source.labels[part][:limit]
+        splits[part] = Split(pixels, classes, name=part, binarization=binarization, dequantize=dequantize, seed=seed)
     protocol = {
         "dataset": str(name), "sizes": {part: len(splits[part]) for part in SPLITS}, "split": source.split,
         "limit": limit, "binarization": binarization, "dequantize": dequantize,
@@ -107,11 +127,11 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("PYRO_VAE_DATA") or Path("~", ".cache", "pyro_vae")).expanduser()
 
 
-def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, seed: int,
-          download: bool) -> tuple[Source, Framing]:
+def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, seed: int, download: bool,
+          told: Mapping[str, Any]) -> tuple[Source, Framing]:
     """The source with its frames applied, and the framing that was applied."""
     if name == "celeba":
-        framing = Framing(framing.crop or 148, framing.image_size or 64, framing.channels)
+        framing = replace(framing, crop=framing.crop or 148, image_size=framing.image_size or 64)
         return read_celeba(folder, framing, limit), framing
     readers: dict[str, Callable[[], Source]] = {
         "digits": _digits,
@@ -124,20 +144,30 @@ def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, s
         source = readers[name]()
     else:
         path = Path(name).expanduser()
-        if path.is_dir():
+        keys = {option: told[option] for option in ("images", "labels")}
+        found = read_array_folder(path, seed, **keys) if path.is_dir() else None
+        if found is None and (path.is_dir() or path.is_file() and path.suffix.lower() in suffixes()):
+            _refuse(keys, f"{path}, which has pictures", "of several arrays")
             return read_folder(path, framing, limit, seed), framing
-        if not path.is_file():
+        if found is None and not path.is_file():
             raise ValueError(f"got dataset {str(name)!r}, wanted one of {', '.join(DATASETS)}, or the path of a folder "
                              "of images or of a .npy or .npz file that exists." + _did_you_mean(str(name), DATASETS))
-        if path.suffix not in (".npy", ".npz"):
+        if found is None and not is_file_of_arrays(path):
             raise ValueError(f"got the file {path}, wanted a .npy or .npz file or a folder of images. "
-                             "Save arrays with numpy.save; for images name their folder.")
-        source = read_array(path, seed)
+                             + not_readable(path))
+        _refuse({"background": told["background"]}, f"{path}, which has no transparency", "of pictures")
+        source = found or read_array(path, seed, **keys)
     if not framing.is_identity:
         # The limit goes first, so that nothing is scaled in vain.
         framed = {part: framing(data[:limit], name=str(name)) for part, data in source.pixels.items()}
         source = Source(**{**vars(source), "pixels": framed})
     return source, framing
+
+
+def _refuse(told: Mapping[str, Any], what: str, wanted: str) -> None:
+    for option, value in told.items():
+        if value is not None:
+            raise ValueError(f"got {option}={value!r} for {what}, wanted it for files {wanted} only. Leave it out.")
 
 
 def _digits() -> Source:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Framing"]
+__all__ = ["Framing", "grey_level"]
 
 # ITU-R 601, the weights that Pillow uses for convert("L").
 LUMA = (0.299, 0.587, 0.114)
@@ -24,6 +24,7 @@ class Framing:
         crop: Side of a centred square cut out first; None leaves the image whole.
         image_size: Side of the square that results; None keeps the size.
         channels: 1 for grey, 3 for colour; None keeps what is there.
+        background: Grey level 0..255 behind the transparent pixels of picture files; a tensor has none.
     Example:
         >>> Framing(crop=20, image_size=8, channels=1)(torch.zeros(2, 3, 28, 24, dtype=torch.uint8)).shape
         torch.Size([2, 1, 8, 8])
@@ -32,6 +33,7 @@ class Framing:
     crop: int | None = None
     image_size: int | None = None
     channels: int | None = None
+    background: int = 255
 
     def __post_init__(self) -> None:
         for name, size in (("crop", self.crop), ("image_size", self.image_size)):
@@ -39,10 +41,12 @@ class Framing:
                 raise ValueError(f"got {name}={size}, wanted a number of pixels >= 1, or None to leave the size alone.")
         if self.channels not in (None, 1, 3):
             raise ValueError(f"got channels={self.channels}, wanted 1 (grey), 3 (colour) or None (as it is).")
+        if not 0 <= self.background <= 255:
+            raise ValueError(f"got background={self.background}, wanted white, black or a grey level 0..255.")
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing is asked for."""
+        """Whether nothing is asked of images in memory."""
         return self.crop is None and self.image_size is None and self.channels is None
 
     def __call__(self, images: Tensor, name: str = "images") -> Tensor:
@@ -56,6 +60,22 @@ class Framing:
         if self.image_size is not None:
             images = _centre(_scaled(images, self.image_size), self.image_size, name)
         return images if self.channels is None else _coloured(images, self.channels, name)
+
+
+def grey_level(background: str | int | None) -> int:
+    """The level 0..255 of a background: white (also if None), black, or a number.
+
+    Example:
+        >>> grey_level("white"), grey_level("128")
+        (255, 128)
+    """
+    named = {"white": 255, "black": 0, None: 255}
+    if background in named:
+        return named[background]
+    text = str(background)
+    if not text.isdecimal() or int(text) > 255:
+        raise ValueError(f"got background={background!r}, wanted white, black or a grey level 0..255.")
+    return int(text)
 
 
 def _centre(images: Tensor, side: int, name: str) -> Tensor:

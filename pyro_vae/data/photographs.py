@@ -1,86 +1,62 @@
 """Image files: any folder of them, and CelebA.
 
 Files are decoded by a few threads straight into one uint8 tensor, framed on the way, so
-that 200,000 photographs never lie in memory at their full size.
+that 200,000 photographs never lie in memory at their full size. What is in one file: `decoding`.
 """
 
+import itertools
 import os
+import re
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.arrays import only
+from pyro_vae.data.decoding import AS_IT_IS, frames_of, read_frames, read_image, suffixes
+from pyro_vae.data.files import not_readable
 from pyro_vae.data.framing import Framing
-from pyro_vae.data.sources import SPLITS, Source, divide, shuffled, tenths
+from pyro_vae.data.sources import PART_NAMES, SPLITS, Source, completed, cut, tenths
 
 __all__ = ["read_celeba", "read_folder", "read_image", "read_images"]
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-GREY_MODES = frozenset({"1", "L", "LA", "La"})
-DEEP_MODES = ("I", "F")
-PART_NAMES = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-              "validation": "validation", "test": "test", "testing": "test"}
+PART = re.compile(rf"({'|'.join(PART_NAMES)})(?:[-_ ]?(?:sets?|data|images?|imgs?|\d{{4}}))?", re.IGNORECASE)
+ARRAYS_TOO = "or a layout of torchvision, or a .npy or .npz file"
 
 
-AS_IT_IS = Framing()
-
-
-def read_image(path: str | Path, framing: Framing = AS_IT_IS) -> Tensor:
-    """One image file as uint8 (C, H, W): one channel if the file is grey, else three.
-
-    Turned as its EXIF tag says; transparency is dropped.
-
-    Args:
-        path: PNG, JPEG or whatever else Pillow decodes, 8 bits a channel.
-        framing: Crop, size and channels to bring it to.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode.startswith(DEEP_MODES):
-                raise ValueError(f"{path} has more than 8 bits a channel (Pillow mode {mode}), wanted 8. "
-                                 "Convert it, or save the images as a float .npy array in [0, 1].")
-            upright = ImageOps.exif_transpose(image)
-            array = np.array(upright.convert("L" if mode in GREY_MODES else "RGB"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} could not be decoded: there is no such file. Check the path.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "the file")
-        raise ValueError(
-            f"{path} could not be decoded ({reason}), wanted an image. Remove the file or save it again."
-        ) from error
-    pixels = torch.from_numpy(array)
-    pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-    return framing(pixels.unsqueeze(0), name=str(path)).squeeze(0)
-
-
-def read_images(paths: Sequence[Path], framing: Framing = AS_IT_IS) -> Tensor:
+def read_images(paths: Sequence[Path | tuple[Path, Sequence[int]]], framing: Framing = AS_IT_IS) -> Tensor:
     """Image files of one size and colour as uint8 (N, C, H, W).
 
     Args:
-        paths: The files, at least one.
+        paths: The files, at least one; with a tuple, these frames of the file.
         framing: Crop, size and channels to bring them to.
     Raises:
         ValueError: If two files differ in size or colour after framing; it names both.
     """
-    first = read_image(paths[0], framing)
-    images = torch.empty((len(paths), *first.shape), dtype=torch.uint8)
+    jobs = [entry if isinstance(entry, tuple) else (entry, None) for entry in paths]
+    starts = [0, *itertools.accumulate(1 if frames is None else len(frames) for _, frames in jobs)]
 
-    def fill(row: int) -> None:
-        image = read_image(paths[row], framing)
-        if image.shape != first.shape:
-            raise ValueError(_unlike(paths[0], first, paths[row], image))
-        images[row] = image
+    def decoded(path: Path, frames: Sequence[int] | None) -> list[Tensor]:
+        return [read_image(path, framing)] if frames is None else read_frames(path, frames, framing)
+
+    first_path, first = jobs[0][0], decoded(*jobs[0])[0]
+    images = torch.empty((starts[-1], *first.shape), dtype=torch.uint8)
+
+    def fill(job: int) -> None:
+        path, frames = jobs[job]
+        for row, image in enumerate(decoded(path, frames), start=starts[job]):
+            if image.shape != first.shape:
+                raise ValueError(_unlike(first_path, first, path, image))
+            images[row] = image
 
     # Errors come in the order of the files, so a folder with two bad ones always names the same.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for _ in pool.map(fill, range(len(paths))):
+            for _ in pool.map(fill, range(len(jobs))):
                 pass
         except ValueError:
             pool.shutdown(cancel_futures=True)
@@ -89,41 +65,42 @@ def read_images(paths: Sequence[Path], framing: Framing = AS_IT_IS) -> Tensor:
 
 
 def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: int = 0) -> Source:
-    """All images below a folder, of any depth.
+    """All images below a folder, of any depth, every frame of a stack or an animation; or one such file.
 
-    Subfolders named train and test (and validation) are taken as the split; else it is
-    80/10/10 in an order fixed by the seed. Where every image lies in one of several
+    Subfolders named train and test (and validation) are taken as the split, at whatever
+    depth, and never as labels; else it is 80/10/10 in an order fixed by the seed. The
+    frames of one file stay in one part. Where every image lies in one of several
     first-level subfolders, their names are the labels.
 
     Args:
-        folder: Where to look; hidden files and other suffixes are passed over.
-        framing: Crop, size and channels.
+        folder: Where to look; hidden files are passed over, other suffixes are counted.
+        framing: Crop, size, channels and background.
         limit: Decode at most this many images of each split.
         seed: Of the split.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    if not paths:
-        raise ValueError(f"{folder} holds no images, wanted files ending in {', '.join(sorted(SUFFIXES))}. "
-                         "Check the path, or point at the folder above or below.")
-    inner = [path.relative_to(folder).parts for path in paths]
-    tops = {parts[0] for parts in inner if len(parts) > 1}
-    if all(len(parts) > 1 for parts in inner) and _are_parts(tops):
-        parts, how = _given_parts(inner, seed)
-        inner = [names[1:] for names in inner]
-    else:
-        parts = divide(len(paths), tenths(len(paths), str(folder)), seed)
-        how = f"80/10/10 of the sorted paths in the order of shuffled({len(paths)}, seed={seed})"
-    parts = {name: rows[:limit] for name, rows in parts.items()}
-    names = tuple(sorted({parts_of[0] for parts_of in inner if len(parts_of) > 1}))
-    labelled = len(names) > 1 and all(len(parts_of) > 1 for parts_of in inner)
-    rows = torch.cat([parts[name] for name in SPLITS])
-    pixels = read_images([paths[row] for row in rows.tolist()], framing)
-    labels = torch.tensor([names.index(parts_of[0]) for parts_of in inner]) if labelled else None
+    paths = _pictures(folder)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        counts, beside, transparent = zip(*pool.map(frames_of, paths), strict=True)
+    if any(beside):
+        warnings.warn(f"{folder}: {sum(beside)} JPEG files hold more pictures behind the first (MPO); "
+                      "the first was taken.", stacklevel=4)
+    groups = torch.tensor(counts)
+    inner = [path.relative_to(folder).parts[:-1] for path in paths]
+    kinds, inner = _kinds(folder, inner)
+    rows, how = _split(folder, kinds, groups, seed)
+    rows = {name: index[:limit] for name, index in rows.items()}
+    names = tuple(sorted({folders[0] for folders in inner if folders}))
+    labelled = len(names) > 1 and all(inner)
+    pixels = read_images(_jobs(paths, groups, torch.cat([rows[name] for name in SPLITS])), framing)
+    owner = torch.arange(len(paths)).repeat_interleave(groups)
+    labels = torch.tensor([names.index(folders[0]) for folders in inner])[owner] if labelled else None
+    binary = pixels.shape[1] == 1 and bool((pixels == 0).any() & (pixels == 255).any()) and only(pixels.numpy(), 0, 255)
     return Source(
-        pixels=dict(zip(SPLITS, pixels.split([len(parts[name]) for name in SPLITS]), strict=True)),
-        labels=None if labels is None else {name: labels[parts[name]] for name in SPLITS},
-        label_names=names if labelled else None, origin=str(folder), dequantize=True, split=how,
+        pixels=dict(zip(SPLITS, pixels.split([len(rows[name]) for name in SPLITS]), strict=True)),
+        labels=None if labels is None else {name: labels[rows[name]] for name in SPLITS},
+        label_names=names if labelled else None, origin=str(folder), split=how,
+        dequantize=not binary, binarization="threshold" if binary else "none",
+        notes={"background": framing.background} if any(transparent) else {},
     )
 
 
@@ -158,23 +135,95 @@ def read_celeba(data_dir: Path, framing: Framing, limit: int | None = None) -> S
     return Source(pixels=pixels, origin=str(folder), dequantize=True, split="official list_eval_partition.txt")
 
 
-def _are_parts(tops: set[str]) -> bool:
-    kinds = [PART_NAMES.get(top.lower()) for top in tops]
-    return None not in kinds and len(set(kinds)) == len(kinds) and {"train", "test"} <= set(kinds)
+def _pictures(folder: Path) -> list[Path]:
+    """The picture files, sorted; what else lies there is said in one line."""
+    known = suffixes()
+    if folder.is_file():
+        return [folder]
+    files = sorted(path for path in folder.rglob("*")
+                   if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    paths = [path for path in files if path.suffix.lower() in known]
+    if not paths:
+        wanted = ", ".join(sorted(known, key=_by_length))
+        raise ValueError(f"{folder} holds no images, wanted files ending in {wanted}, {ARRAYS_TOO}. "
+                         f"{not_readable(folder) or 'Check the path, or point at the folder above or below.'}")
+    others = Counter(path.suffix.lower() or "without a suffix" for path in files if path.suffix.lower() not in known)
+    if others:
+        ranked = sorted(others.items(), key=lambda item: (-item[1], item))
+        named = ", ".join(f"{count} {suffix}" for suffix, count in ranked)
+        warnings.warn(f"{folder}: passed over {others.total()} files that are not read as images: {named}.",
+                      stacklevel=5)
+    return paths
 
 
-def _given_parts(inner: Sequence[tuple[str, ...]], seed: int) -> tuple[dict[str, Tensor], str]:
-    kinds = [PART_NAMES[names[0].lower()] for names in inner]
-    parts = {name: torch.tensor([row for row, kind in enumerate(kinds) if kind == name], dtype=torch.long)
-             for name in SPLITS}
-    if len(parts["validation"]):
-        return parts, "the subfolders train, validation and test"
-    train = parts["train"][shuffled(len(parts["train"]), seed)]
-    held_out = max(1, len(train) // 10)
-    if held_out >= len(train):
-        raise ValueError(f"got {len(train)} training image, wanted at least 2, one of them to validate. Add images.")
-    parts["train"], parts["validation"] = train[:-held_out], train[-held_out:]
-    return parts, f"the subfolders train and test; validation: {held_out} of train, chosen with seed {seed}"
+def _by_length(suffix: str) -> tuple[int, str]:
+    return len(suffix), suffix
+
+
+def _kinds(folder: Path, inner: Sequence[tuple[str, ...]]) -> tuple[list[str | None], list[tuple[str, ...]]]:
+    """The part that each file's folders name, and the folders that do not."""
+    kinds: list[str | None] = []
+    spelled: dict[str, set[tuple[str, ...]]] = {}
+    for folders in inner:
+        found = [(level, PART_NAMES[match[1].lower()]) for level, name in enumerate(folders)
+                 if (match := PART.fullmatch(name))]
+        kind = found[0][1] if found else None
+        if len({part for _, part in found}) > 1:
+            raise ValueError(f"{folder / Path(*folders)} names two parts of a split, wanted one. Rename a folder.")
+        kinds.append(kind)
+        if kind is not None:
+            spelled.setdefault(kind, set()).add(tuple(folders[level] for level, _ in found))
+    rest = [tuple(name for name in folders if not PART.fullmatch(name)) for folders in inner]
+    if not spelled:
+        return kinds, rest
+    twice = next((names for names in spelled.values() if len(names) > 1), None)
+    if twice:
+        raise ValueError(f"{folder} holds {' and '.join('/'.join(names) for names in sorted(twice))} for one part of "
+                         "the split, wanted one folder for each of train, validation and test. Merge or rename them.")
+    if None in kinds:
+        outside = folder / Path(*inner[kinds.index(None)])
+        names = ", ".join(sorted("/".join(name) for names in spelled.values() for name in names))
+        raise ValueError(f"{folder} holds folders named {names}, which are parts of a split, and images outside them, "
+                         f"in {outside}; wanted all images in train, validation or test. Move them, or rename what is "
+                         "a class.")
+    if set(spelled) == {"train"}:
+        return [None] * len(kinds), rest
+    if "train" not in spelled:
+        raise ValueError(f"{folder} holds images for {' and '.join(spelled)} but none for train, wanted train and "
+                         "test. Add them, or point at the one folder to have it split.")
+    return kinds, rest
+
+
+def _split(folder: Path, kinds: Sequence[str | None], groups: Tensor, seed: int) -> tuple[dict[str, Tensor], str]:
+    """Rows of each part among all frames of all files."""
+    if None in kinds:
+        pieces, whole = cut(groups, lambda count: tenths(count, str(folder)), seed)
+        frames = ", the frames of a file together" if len(groups) < groups.sum() else ""
+        how = f"80/10/10 of the sorted paths in the order of shuffled({len(groups)}, seed={seed}){frames}"
+        if not whole:
+            how = f"80/10/10 of the {int(groups.sum())} frames in their order, the last of them tested on"
+        return dict(zip(SPLITS, pieces, strict=True)), how
+    starts = groups.cumsum(0) - groups
+    files = {part: torch.tensor([row for row, kind in enumerate(kinds) if kind == part], dtype=torch.long)
+             for part in SPLITS}
+    given = {part: groups[index] for part, index in files.items() if len(index)}
+    rows, how = completed(given, str(folder), seed)
+    # Rows of a part are counted from its first frame; here they become rows of all frames.
+    everything = {part: torch.cat([torch.arange(int(starts[file]), int(starts[file] + groups[file]))
+                                   for file in files[part].tolist()]) for part in given}
+    return ({name: everything[part][index] for name, (part, index) in rows.items()},
+            f"the subfolders {' and '.join([', '.join(list(given)[:-1]), list(given)[-1]])}{how}")
+
+
+def _jobs(paths: Sequence[Path], groups: Tensor, rows: Tensor) -> list[Path | tuple[Path, Sequence[int]]]:
+    """What to decode for these rows, in their order: a file once for all of its frames that follow each other."""
+    starts = groups.cumsum(0) - groups
+    owner = torch.arange(len(paths)).repeat_interleave(groups)[rows].tolist()
+    jobs: list[Path | tuple[Path, Sequence[int]]] = []
+    for file, same in itertools.groupby(zip(owner, rows.tolist(), strict=True), key=lambda pair: pair[0]):
+        frames = [row - int(starts[file]) for _, row in same]
+        jobs.append(paths[file] if groups[file] == 1 else (paths[file], frames))
+    return jobs
 
 
 def _unlike(first_path: Path, first: Tensor, path: Path, image: Tensor) -> str:

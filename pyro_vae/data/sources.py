@@ -5,7 +5,7 @@ hashes are sorted. So a split is the same in every process, on every machine and
 every version of numpy or torch, none of which promise that of their permutations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from pyro_vae.data.binarization import Binarization
 
-__all__ = ["SPLITS", "Source", "divide", "shuffled", "tenths"]
+__all__ = ["PART_NAMES", "SPLITS", "Source", "completed", "cut", "divide", "shuffled", "tenths"]
 
 SPLITS = ("train", "validation", "test")
+# What files and folders call the parts of a split.
+PART_NAMES = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
+              "validation": "validation", "test": "test", "testing": "test"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,9 @@ class Source:
         label_names: Name of each label, or None.
         binarization: The default for these data.
         dequantize: The default for these data.
+        zeros_and_ones: Whether the levels 0 and 255 in `pixels` stand for the numbers 0 and 1 of the files.
         testbed: The distribution that the data were drawn from, where it is known.
+        notes: What else the protocol should say.
     """
 
     pixels: Mapping[str, Tensor]
@@ -42,6 +47,7 @@ class Source:
     label_names: tuple[str, ...] | None = None
     binarization: Binarization = "none"
     dequantize: bool = False
+    zeros_and_ones: bool = False
     testbed: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -102,3 +108,71 @@ def tenths(count: int, what: str) -> tuple[int, int, int]:
                          "test. Add data.")
     held_out = max(1, round(count / 10))
     return count - 2 * held_out, held_out, held_out
+
+
+def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0) -> tuple[tuple[Tensor, ...], bool]:
+    """Rows that come in groups (the frames of one file), in pieces that share no group.
+
+    Args:
+        groups: Number of rows of each group, (G,).
+        shares: Sizes of the pieces of n things.
+        seed: Of the order of the groups.
+    Returns:
+        The rows of each piece, and whether the groups were kept whole: with fewer groups
+        than pieces the rows are cut in their order instead, so that only neighbours
+        at the cuts are near-duplicates.
+    Example:
+        >>> cut(torch.tensor([1, 1, 1, 1]), lambda n: (n - 1, 1))
+        ((tensor([2, 1, 0]), tensor([3])), True)
+        >>> cut(torch.tensor([4]), lambda n: (n - 1, 1))
+        ((tensor([0, 1, 2]), tensor([3])), False)
+    """
+    count, rows = len(groups), int(groups.sum())
+    pieces = shares(rows)
+    if count < len(pieces):
+        return torch.arange(rows).split(list(pieces)), False
+    ends = groups.cumsum(0)
+    order = shuffled(count, seed).split(list(shares(count)))
+    if rows == count:
+        return order, True
+    return tuple(torch.cat([torch.arange(int(ends[g] - groups[g]), int(ends[g])) for g in piece.tolist()])
+                 for piece in order), True
+
+
+def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[dict[str, tuple[str, Tensor]], str]:
+    """Three parts out of the two or three that the files have, none of them seen by another.
+
+    Without data to validate, a tenth of the training data does. Without test data, the
+    validation data are halved; the training data stay as they are.
+
+    Args:
+        given: Sizes of the groups of rows, as for `cut`, under train, validation, test.
+        what: The file or folder, for messages.
+        seed: Of the choice.
+    Returns:
+        For each part of the split the given part that it comes from and the rows of it;
+        and in words what was not as given.
+    """
+    def all_of(part: str) -> tuple[str, Tensor]:
+        return part, torch.arange(int(given[part].sum()))
+
+    def two(part: str, shares: Callable[[int], tuple[int, ...]], remedy: str) -> tuple[tuple[Tensor, ...], str]:
+        count = int(given[part].sum())
+        if count < 2:
+            raise ValueError(f"{what}: got {count} {part} datum, wanted at least 2, {remedy} Add data.")
+        pieces, whole = cut(given[part], shares, seed)
+        frames = ", the frames of a file together" if len(given[part]) < count else ""
+        return pieces, f"chosen with seed {seed}{frames}" if whole else "the last of the frames in their order"
+
+    if "train" not in given or len(given) < 2:
+        raise ValueError(f"{what} has the parts {', '.join(given)}, wanted train and test (or train and validation). "
+                         "Add the part, or point at the one part to have it split.")
+    if len(given) == 3:
+        return {part: all_of(part) for part in SPLITS}, ""
+    if "test" in given:
+        pieces, how = two("train", lambda n: (n - max(1, n // 10), max(1, n // 10)), "one of them to validate.")
+        return ({"train": ("train", pieces[0]), "validation": ("train", pieces[1]), "test": all_of("test")},
+                f"; validation: {len(pieces[1])} of train, {how}")
+    pieces, how = two("validation", lambda n: (n - n // 2, n // 2), "as half of them test where nothing else does.")
+    return ({"train": all_of("train"), "validation": ("validation", pieces[0]), "test": ("validation", pieces[1])},
+            f"; test: {len(pieces[1])} of validation, {how}")
