@@ -276,6 +276,8 @@ def own_parameters(*programs: Any, keep: bool = False, aside: bool = False) -> I
     if not keep:
         store.undo_all()
         return
+    for name, tensor in own.owner.items():  # what was first met in a run that put the store back is not there yet
+        store.put(name, tensor)
     for name, (tensor, constraint) in mine.items():
         store.put(name, tensor, constraint)
     for tensor in (*own.owner.values(), *(tensor for tensor, _ in mine.values())):

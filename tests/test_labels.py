@@ -47,13 +47,13 @@ def test_class_numbers_are_their_one_hot_rows(prior, dtype):
     assert bounds[0] == bounds[1]
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_class_numbers_train_the_same_captured_and_eager(compile):
-    pair = conditional()
-    bounds = pv.fit(pair.model, pair.guide, (X, Y), epochs=8, batch_size=20, progress=False, seed=0, compile=compile)["bound"]
-    other = conditional()
-    hot = pv.fit(other.model, other.guide, (X, torch.eye(3)[Y]), epochs=8, batch_size=20, progress=False, seed=0)["bound"]
-    assert bounds == pytest.approx(hot, rel=1e-5)
+def test_class_numbers_train_the_same_captured_and_as_rows():
+    bounds = []
+    for y, compile in ((Y, "auto"), (torch.eye(3)[Y], False)):  # 510 steps, which "auto" captures
+        pair = conditional()
+        options = {"epochs": 51, "batch_size": 6, "progress": False, "seed": 0, "compile": compile}
+        bounds.append(pv.fit(pair.model, pair.guide, (X, y), **options)["bound"])
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("make", ["conditional", "semi-supervised"])

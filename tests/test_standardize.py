@@ -45,7 +45,7 @@ def test_a_table_fits_out_of_the_box_and_as_well_as_its_columns_spread(scale):
     x = people()
     vae = pv.VAE.build((4,), latent_dim=2, hidden=(32,), likelihood="normal", scale=scale)
     with pytest.warns(UserWarning, match=r"scales of their own \(x\[:, 1\] has mean .*standardize=False"):
-        bounds = pv.fit(vae.model, vae.guide, x, epochs=60, batch_size=32, learning_rate=1e-2, progress=False, seed=0)["bound"]
+        bounds = pv.fit(vae.model, vae.guide, x, epochs=30, batch_size=64, learning_rate=3e-2, progress=False, seed=0)["bound"]
     assert all(map(math.isfinite, bounds))
     assert bounds[-1] > independent_normals(x) - 1.5  # the constant column costs, or pays, what its scale has learned
 
@@ -55,7 +55,7 @@ def test_wine_fits_out_of_the_box():
 
     x = torch.from_numpy(load_wine().data).float()
     vae = pv.VAE.build((13,), latent_dim=2, hidden=(32,), likelihood="normal", scale="per-pixel")
-    bounds = quiet(vae.model, vae.guide, x, epochs=150, batch_size=32, learning_rate=1e-2)["bound"]
+    bounds = quiet(vae.model, vae.guide, x, epochs=80, batch_size=32, learning_rate=1e-2)["bound"]
     assert bounds[-1] > independent_normals(x) + 1  # the latents explain some of it
     assert (vae.sample(500, pixels="draw").mean(0) - x.mean(0)).abs().div(x.std(0)).max() < 0.5
 
@@ -234,11 +234,11 @@ def test_a_standardized_normal_is_the_normal_of_its_moments_and_keeps_more_digit
 
 def test_a_captured_step_of_a_standardized_pair_is_the_eager_one():
     x, found = people(100), []
-    for compile in (False, True):
+    for compile in (False, "auto"):  # 520 steps, of which "auto" captures all but the first
         torch.manual_seed(1)
         vae = pv.VAE.build((4,), latent_dim=2, hidden=(8,), likelihood="normal", scale="network", standardize=True)
-        found.append(quiet(vae.model, vae.guide, x, epochs=10, batch_size=20, compile=compile)["bound"])
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+        found.append(quiet(vae.model, vae.guide, x, epochs=26, batch_size=5, compile=compile)["bound"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_the_command_standardizes_tables_and_says_so(tmp_path, capsys):
