@@ -323,7 +323,7 @@ def test_the_first_column_may_be_the_labels():
     second = elbo_terms(lambda x, y: model({"x": x}), lambda x, y: guide({"x": x}), (x, y), num_samples=50)
     assert first.value == second.value and torch.equal(first.pointwise, second.pointwise)
     assert values((y, x)) == values((x, y)) == 512 and rows((torch.tensor(3), y, {"x": x})) == 20
-    assert values((torch.zeros(2), torch.zeros(2, 3, 32, 32))) == 3073
+    assert values((torch.zeros(2), torch.zeros(2, 3, 32, 32))) == 3073 and rows((torch.zeros(2, 9), y, x)) == 20
 
 
 def test_a_list_is_of_single_data_or_of_batches_or_it_is_refused():
