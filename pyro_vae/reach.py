@@ -30,10 +30,12 @@ import enum
 import functools
 import numbers
 import operator
+import os
 import pathlib
 import random
 import re
 import sys
+import sysconfig
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -88,6 +90,7 @@ _CODE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LARGEST_ARRAY, _LARGEST_CONTAINER = 2**16, 10_000
 _MISSING = object()
+_INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 class Reach:
@@ -96,6 +99,8 @@ class Reach:
     Args:
         roots: Pyro programs, and whatever else is run.
         settings_of: A Pyro ELBO, of which the settings count and not what it keeps of its last call.
+        owned: Look for modules alone, and not into the code of installed packages other than the roots' own:
+            a program that makes one table with pandas reaches tens of thousands of functions.
     Attributes:
         modules: The outermost modules met, each once: those that the programs own.
         unproven: What was met that is neither immutable, nor trusted, nor a place, in words; empty where the
@@ -113,7 +118,9 @@ class Reach:
         'random.random (in <lambda>, line 1 of <doctest pyro_vae.reach.Reach[6]>)'
     """
 
-    def __init__(self, *roots: Any, settings_of: Any = None) -> None:
+    def __init__(self, *roots: Any, settings_of: Any = None, owned: bool = False) -> None:
+        self._owned = owned
+        self._ours = {_top(module) for root in roots for module in _modules_named(root)} if owned else set()
         self._names: set[str] = set()
         self._computed = False
         while True:  # a name met late may open an attribute that was passed over early
@@ -162,7 +169,13 @@ class Reach:
                 return number
         return None
 
+    def _is_others(self, module: str | None) -> bool:
+        """Whether a Python module is of an installed package in which nobody looks for networks."""
+        return self._owned and _top(module) not in self._ours and _is_installed(_top(module))
+
     def _place(self, get: Callable[[Any], Any], key: Any, said: str) -> None:
+        if self._owned:
+            return
         mark = (id(getattr(get, "__self__", get)), id(key))
         if mark in self._noted:
             return
@@ -280,6 +293,8 @@ class Reach:
 
     def _python_module(self, module: types.ModuleType, said: str) -> None:
         """A module that the code may read by any name it knows."""
+        if self._is_others(module.__name__):
+            return
         self._kept.append(module)
         for name in sorted(self._names):
             self._attribute_of(module, name, said)
@@ -388,6 +403,8 @@ class Reach:
 
     def _class(self, kind: type, said: str, making: bool = True) -> None:
         """What instances of a class can run and read of it; to make one, too, where the class itself is at hand."""
+        if self._is_others(kind.__module__):
+            return
         if _is_trusted(kind.__module__):
             name = f"{kind.__module__}.{kind.__qualname__}"
             if _is_denied(kind.__module__, name) or kind is torch.Generator:
@@ -427,6 +444,7 @@ class Reach:
 
     def _function(self, function: types.FunctionType, said: str) -> None:
         module, trusted = function.__globals__.get("__name__", ""), is_trusted(function)
+        trusted = trusted or self._is_others(module)
         if trusted and (_is_denied(module, f"{module}.{function.__name__}")):
             self._doubt(f"{module}.{function.__name__}")
             return
@@ -532,7 +550,7 @@ def modules_of(*programs: Any) -> list[nn.Module]:
         >>> modules_of(lambda x: net(x), None) == [net]
         True
     """
-    return Reach(*(p for p in programs if p is not None)).modules
+    return Reach(*(p for p in programs if p is not None), owned=True).modules
 
 
 def is_trusted(function: Any) -> bool:
@@ -546,6 +564,37 @@ def is_trusted(function: Any) -> bool:
     return _is_trusted(type(function).__module__)
 
 
+def _modules_named(root: Any) -> set[str]:
+    """The Python modules that a program is written in, through what wraps it."""
+    found, stack = {type(root).__module__}, [root]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, functools.partial):
+            stack += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            found.add(type(value.__self__).__module__)
+            stack.append(value.__func__)
+        elif isinstance(value, types.FunctionType):
+            found.add(value.__module__ or "")
+            stack += [c for cell in value.__closure__ or () if isinstance(c := _contents(cell), types.FunctionType)]
+    return found
+
+
+def _top(module: str | None) -> str:
+    return module.partition(".")[0] if isinstance(module, str) else ""
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    """Whether a package came with Python or was installed, and is not somebody's own folder."""
+    module = sys.modules.get(package)
+    if module is None:
+        return False
+    files = [vars(module).get("__file__"), *list(vars(module).get("__path__") or [])]
+    known = [str(file) for file in files if file]
+    return known[0].startswith(_INSTALLED) if known else package in sys.builtin_module_names
+
+
 def _named(value: Any) -> str:
     return getattr(value, "__qualname__", None) or type(value).__qualname__
 
@@ -555,7 +604,7 @@ def _type_name(kind: type) -> str:
 
 
 def _is_trusted(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _TRUSTED
+    return isinstance(module, str) and module.partition(".")[0] in _TRUSTED  # of a metaclass it is a descriptor
 
 
 def _is_denied(module: str | None, name: str) -> bool:

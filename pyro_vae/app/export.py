@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae.app.runs import written
-from pyro_vae.inference.batches import seeded
+from pyro_vae.evaluation import evaluating
 from pyro_vae.judging.densities import Scorer
 from pyro_vae.judging.estimates import chunk_sizes
 from pyro_vae.judging.psis import pareto_k, pareto_smoothed
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.sites import plates
 from pyro_vae.traces import Particles, Program, draw, plate_nesting, predict, simulate
 from pyro_vae.version import __version__
@@ -114,7 +114,7 @@ def to_arviz(
     place = device_of(model, guide)
     if place is not None:
         args = tuple(x.to(place) if isinstance(x, Tensor) else x for x in args)
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with evaluating(model, guide, seed=seed):
         layout = _Layout(Scorer(model, args, kwargs), coords or {})
         sizes = chunk_sizes((*args, *kwargs.values()), num_samples)
         table, observed = _drawn(model, guide, args, kwargs, sizes, layout)

@@ -25,17 +25,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.app.verdicts import Finding, material, nats, verdict
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.trees import at, joined, rows
 from pyro_vae.judging.annealing import bdmc
 from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood, over_data
 from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
-from pyro_vae.judging.guides import evaluating
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.psis import khat_limit
-from pyro_vae.parameters import own_parameters
 from pyro_vae.parts.posteriors.normal import FullNormal
 from pyro_vae.traces import Program
 
@@ -155,9 +154,9 @@ def judge(
             raise ValueError(f"got {name}={value}, wanted at least {least}.")
     if not budget > 0:
         raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
-    args = _taken(x, images, seed, (model, guide))
-    run = _Run(model, guide, args, budget, num_samples, observed, device, seed, clock)
-    with evaluating(model, guide):
+    with evaluating(model, guide, seed=seed):
+        args = _taken(x, images, seed, (model, guide))
+        run = _Run(model, guide, args, budget, num_samples, observed, device, seed, clock)
         run.warm_up()
         for name in SHARES:
             if say is not None:
@@ -346,7 +345,7 @@ class _Run:
         of = "" if reference == count else f", beside K = {reference}"
         return (
             f"ELBO {nats(split['value'], error)} = {split['reconstruction']:.2f} - KL {split['kl']:.2f}; log p(x) "
-            f"{nats(judged.value, judged.mc_stderr)} (data ± {judged.data_stderr:.2f}) nats; {total} data, "
+            f"{nats(judged.value, judged.mc_stderr)} ({over_data(judged.data_stderr)}) nats; {total} data, "
             f"K = {count}{less}{of}"
         )
 
@@ -391,7 +390,7 @@ class _Run:
         part = self._chunk(0, max(size, min(self.count, 16)))
         found: dict[str, Any] = {"images": len(part[0]) if isinstance(part[0], Tensor) else size}
         with self._piece():
-            with own_parameters(self.model, self.guide), seeded(self.seed):
+            with seeded(self.seed):
                 components = Components(self.model, self._chunk(0, 2))
             units = [active_units(self.guide, part, _UNUSED, site=name) for name in components.sites]
             kl = kl_per_dimension(self.model, self.guide, part, device=self.device, seed=self.seed)
@@ -408,6 +407,9 @@ class _Run:
             "kl_data_stderr": kl.data_stderr.tolist(),
         }
         self.numbers["latents"] = found
+        if bool(variance.isnan().any()):  # nothing varies over one datum, and that says nothing of the latents
+            found |= {"active": None, "dead": []}
+            return f"rate {kl.total:.2f} nats; of one datum, which cannot say what moves with the data"
         return f"{found['active']} of {found['latent_dim']} active, rate {kl.total:.2f} nats; {found['images']} data"
 
     def _gaps(self) -> str:
@@ -573,8 +575,8 @@ def _taken(data: Any, images: int, seed: int, programs: tuple[Program, ...]) -> 
             size += rows(batch)
             if size >= images:
                 break
-    if size < 2:
-        raise ValueError(f"got {size} data as tensors, wanted at least two to judge by.")
+    if size < 1:
+        raise ValueError("got no data as tensors, wanted at least one to judge by.")
     return at(joined(parts), slice(images))
 
 

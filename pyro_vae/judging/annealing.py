@@ -37,14 +37,16 @@ from pyro import validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.judging.densities import Pair
+from pyro_vae.judging.estimates import over_data
 from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
 from pyro_vae.judging.simulations import simulated_batch
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
@@ -90,13 +92,12 @@ class Annealed:
 
     def __str__(self) -> str:
         text = (
-            f"log p(x) >= {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; data ± {self.data_stderr:.2f}) nats, "
+            f"log p(x) >= {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats, "
             f"annealed from the {self.start} over {self.num_steps} steps, acceptance {self.acceptance.mean():.2f}, "
             f"chain ESS {self.ess.mean():.1f} of {self.num_chains}"
         )
         if self.simulated is not None:
-            width, error = self.simulated.width, self.simulated.width_stderr
-            text += f"; on simulated data the bracket is {width:.2f} ± {error:.2f} wide"
+            text += f"; on simulated data the bracket is {self.simulated.said_width} wide"
         return text
 
 
@@ -136,10 +137,14 @@ class Bracket:
         widths = self.upper_pointwise - self.lower.pointwise
         return widths.std().item() / math.sqrt(len(widths)) if len(widths) > 1 else math.nan
 
+    @property
+    def said_width(self) -> str:
+        """The width with its error, which one datum does not have."""
+        error = self.width_stderr
+        return f"{self.width:.2f}" + (" (one datum)" if math.isnan(error) else f" ± {error:.2f}")
+
     def __str__(self) -> str:
-        return (
-            f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.width:.2f} ± {self.width_stderr:.2f})"
-        )
+        return f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.said_width})"
 
 
 def ais(
@@ -209,11 +214,10 @@ def ais(
     options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
                        target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
-    batches = _batches(model, guide, data, num_chains, device)
     found = []
     # A trajectory may leave the numbers and is then rejected; validation would raise instead.
-    owned = own_parameters(*_programs(model, guide))
-    with owned, seeded(seed), torch.no_grad(), validation_enabled(False), reused_memory():
+    with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
+        batches = _batches(model, guide, data, num_chains, device)
         with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
             for number, batch in enumerate(batches):
                 found.append(_forward(model, guide, batch, options, number, bar)[:-3])
@@ -284,11 +288,10 @@ def bdmc(
     options.check(guide)
     if num_data < 1:
         raise ValueError(f"got num_data={num_data}, wanted at least one datum to simulate.")
-    batches = _batches(model, guide, data, num_chains, device, at_most=num_data)
-    size = batches.batch_size
     found, backward, simulated = [], [], []
-    owned = own_parameters(*_programs(model, guide))
-    with owned, seeded(seed), torch.no_grad(), validation_enabled(False), reused_memory():
+    with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
+        batches = _batches(model, guide, data, num_chains, device, at_most=num_data)
+        size = batches.batch_size
         count = -(-min(num_data, batches.num_data or num_data) // size)
         with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
             for number, batch in enumerate(_upto(batches, num_data)):

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.judging.estimates import log_likelihood
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw
 
 SCORES = ("log-likelihood", "reconstruction")
@@ -50,7 +51,7 @@ def anomaly_scores(
     if score != "reconstruction":
         raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
     parts = []
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with evaluating(model, guide, seed=seed):
         for batch in Batches(data, 100, device_of(model, guide), shuffle=False, programs=(model, guide)):
             parts.append(-draw(model, guide, batch, {}, num_samples).log_likelihood.mean(0).double().cpu())
     return torch.cat(parts)

@@ -34,11 +34,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import values
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.simulations import simulated_batch
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw, plate_nesting
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
@@ -221,15 +222,15 @@ def sbc(
         calibration, 2018. arXiv:1804.06788
     """
     if num_data < 2:
-        raise ValueError(f"got num_data={num_data}, wanted at least two simulated data.")
+        raise ValueError(f"got num_data={num_data}, wanted at least two simulated data. Raise it.")
+    _check(num_draws, level)
     place = device_of(model, guide) if device is None else device
-    batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
-    batches = batches.of(max(1, min(num_data, _CHUNK // (values(batches.first()) * max(num_draws, 1)))))
     ranks: list[Tensor] = []
     names: tuple[str, ...] = ()
     done = 0
-    _check(num_draws, level)
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with evaluating(model, guide, seed=seed):
+        batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
+        batches = batches.of(max(1, min(num_data, _CHUNK // (values(batches.first()) * max(num_draws, 1)))))
         nesting = plate_nesting(model, guide, *batches.first())
         with tqdm(total=num_data, desc="SBC", disable=None if progress is None else not progress, leave=False) as bar:
             while done < num_data:

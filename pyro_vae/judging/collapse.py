@@ -26,11 +26,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.latents import DimensionKL, kl_per_dimension
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw, plate_nesting, sites
 
 
@@ -177,7 +178,7 @@ def collapse(
     place = device_of(model, guide) if device is None else device
     kl = kl_per_dimension(model, guide, data, num_samples=num_samples, batch_size=batch_size, device=place, seed=seed)
     means, noise = [], []
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with evaluating(model, guide, seed=seed):
         batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         components = Components(model, batches.first())
         nesting = plate_nesting(model, guide, *batches.first())
@@ -188,7 +189,8 @@ def collapse(
     mean, taken = torch.cat(means), torch.cat(noise)
     count = len(mean)
     if count < 2:
-        raise ValueError(f"got {count} datum, wanted at least two, between which a latent could change.")
+        raise ValueError(f"got {count} datum, wanted at least two, between which a latent could change. "
+                         "Give more data.")
     variance = mean.var(0) - taken.mean(0)
     fourth = (mean - mean.mean(0)).pow(4).mean(0)
     stderr = ((fourth - mean.var(0).square()).clamp(min=0) / count).sqrt()
@@ -227,13 +229,13 @@ def linear_optimum(
         site, which the model's distributions are asked at D + 3 values of z.
     """
     place = device_of(model) if device is None else device
-    batches = Batches(data, 500, place, shuffle=False, programs=(model,))
-    found = _linear(model, batches.first())
-    if found is None:
-        return None
-    weight, loc, scale, name = found
     rows = []
-    with own_parameters(model), torch.no_grad():
+    with evaluating(model, seed=0):
+        batches = Batches(data, 500, place, shuffle=False, programs=(model,))
+        found = _linear(model, batches.first())
+        if found is None:
+            return None
+        weight, loc, scale, name = found
         for batch in batches:
             value = sites(model, *batch)[name]["value"]
             rows.append(value.reshape(len(value), -1).double().cpu())
@@ -300,7 +302,7 @@ def _linear(model: Program, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, floa
     generator = torch.Generator().manual_seed(0)
     points = torch.cat([torch.zeros(1, dim), torch.eye(dim), 3 * torch.randn(2, dim, generator=generator)]).to(value)
     locs, scales = [], []
-    with own_parameters(model), torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         for z in points:
             conditioned = poutine.condition(model, data={latent[0]["name"]: z.expand_as(value)})
             trace = poutine.trace(conditioned).get_trace(*args)

@@ -26,6 +26,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae.auxiliary import points_among
 from pyro_vae.inference.capture import Uncapturable, capturing
 from pyro_vae.sites import (
     PARTICLES,
@@ -33,7 +34,7 @@ from pyro_vae.sites import (
     common_scale,
     data_frame,
     depth,
-    is_point,
+    deterministic,
     kind,
     plates,
     sample_sites,
@@ -150,7 +151,7 @@ class Latents:
     def __init__(self, scorer: Scorer) -> None:
         self.sites: list[Site] = []
         for name, site in scorer.sites.items():
-            if site["is_observed"]:
+            if site["is_observed"] or deterministic(site):
                 continue
             _continuous(name, site)
             transform, event = _transform(name, site)
@@ -270,8 +271,9 @@ class Pair:
 
     def _check_guide(self, guide: Program, args: tuple[Any, ...]) -> None:
         scorer = Scorer(guide, args)
+        points = points_among(guide, scorer.sites.values(), args, {})
         for name, site in scorer.sites.items():
-            if is_point(site["fn"]) and not site["is_observed"]:
+            if name in points:
                 raise ValueError(
                     f"guide site {name!r} is a point (Delta) without a density, so chains cannot start from it. Give "
                     'the site a distribution, or anneal from the prior: ais(model, None, data, start="prior").'
@@ -297,8 +299,9 @@ class Pair:
         for name, score in first.items():
             if not torch.allclose(second[name], score, rtol=1e-3, atol=1e-2, equal_nan=True):
                 raise ValueError(
-                    f"site {name!r} of the model scores the same values differently a second time, so the model is "
-                    "random beyond its latents (dropout?). Call .eval() on its modules first."
+                    f"site {name!r} of the model scores the same values differently a second time, though its networks "
+                    "are in evaluation mode: it draws noise that no site knows of, such as torch.randn or "
+                    "F.dropout(..., training=True) in its code. Make that noise a latent site, or leave it out."
                 )
 
     def _check_rescoring(self) -> None:
@@ -323,8 +326,9 @@ class Pair:
         for name in self.names:
             if not torch.allclose(again[name], drawn.log_q[name], rtol=1e-3, atol=1e-2):
                 raise ValueError(
-                    f"guide site {name!r} scores its own draws differently a second time, so it is random beyond its "
-                    "draw (dropout?). Call .eval() on the guide's modules first."
+                    f"guide site {name!r} scores its own draws differently a second time, though the guide's networks "
+                    "are in evaluation mode: it draws noise that no site knows of, such as torch.randn or "
+                    "F.dropout(..., training=True) in its code. Make that noise a sample site, or leave it out."
                 )
 
 

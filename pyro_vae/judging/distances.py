@@ -18,10 +18,11 @@ import torch
 from pyro import validation_enabled
 from torch import Tensor
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.references import Reference
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
 
@@ -96,7 +97,7 @@ def guide_distances(
         raise ValueError(f"got a reference of {chains} chain, wanted at least 2, to compare halves.")
     halves = [half.flatten(0, 1).double() for half in reference.unconstrained[: chains // 2 * 2].chunk(2)]
     place = device_of(model, guide) if device is None else device
-    with own_parameters(model, guide), seeded(seed), torch.no_grad(), validation_enabled(False):
+    with evaluating(model, guide, seed=seed), validation_enabled(False):
         batches = Batches(data, 20, place, shuffle=False, programs=(model, guide))
         draws = torch.cat([Pair(model, guide, b).from_guide(len(halves[0])).cpu() for b in batches], 1).double()
         if draws.shape[1] != count:

@@ -31,11 +31,11 @@ from pyro import validation_enabled
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.capture import fast_matmul
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.trees import numbers, values
-from pyro_vae.judging.guides import evaluating
 from pyro_vae.judging.local import (
     LocalForm,
     Optimum,
@@ -47,7 +47,7 @@ from pyro_vae.judging.local import (
 )
 from pyro_vae.judging.mixtures import Scored, given_estimate, pool, score, scores_strangers
 from pyro_vae.judging.psis import khat_limit
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw, plate_nesting
 
 # Floats of free parameters, and of decoder output per step, that are held at once.
@@ -273,8 +273,8 @@ def gaps(
     climbs: dict[str, list[_Climb]] = {name: [] for name in named}
     on_cpu = torch.device(place or "cpu").type == "cpu"
     with (
-        own_parameters(*programs), evaluating(*programs), seeded(seed), torch.no_grad(), validation_enabled(False),
-        fast_matmul(on_cpu), reused_memory(),
+        evaluating(*programs, *named.values(), seed=seed), validation_enabled(False), fast_matmul(on_cpu),
+        reused_memory(),
     ):  # fmt: skip
         batches = Batches(data, 2, place, shuffle=False, programs=programs)
         sample = batches.first()
@@ -426,16 +426,12 @@ def _family(name: str, value: Any, model: Program, guide: Program, args: tuple[A
 
 def _form(family: Any, model: Program, guide: Program, args: tuple[Any, ...], start: str) -> LocalForm:
     if _is_guide(family):
-        return local_form(Unscaled()(family) if not _owned(family) else family, args, start)
+        return local_form(Unscaled()(family), args, start)
     draws = next(iter(draw(model, guide, args, {}, 64).latents.values()))
     loc, scale = draws.mean(0), draws.std(0).clamp(min=1e-6)
     if start == "fresh":
         loc, scale = torch.zeros_like(loc), torch.ones_like(scale)
     return family_form(family, model, args, loc, scale)
-
-
-def _owned(program: Program) -> bool:
-    return isinstance(program, nn.Module) or isinstance(getattr(program, "__self__", None), nn.Module)
 
 
 def _tell(bar: Any, name: str, done: int) -> None:

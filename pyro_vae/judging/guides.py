@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,13 @@ from pyro import poutine
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import at_rest, evaluating, unmoved
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.training import History, fit
 from pyro_vae.judging.mixtures import Scored, given_estimate, pool, score, scores_strangers
 from pyro_vae.judging.psis import khat_limit
 from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
 from pyro_vae.traces import Program, plate_nesting
 
@@ -35,8 +37,8 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
     """Fit a guide under a frozen model, so that guides are compared on one posterior.
 
     The model's parameters (and what the guide shares with them) get no gradient, its
-    modules stay in evaluation mode, and its ``requires_grad`` flags and modes come back
-    as they were, also after an error. Not a bit of it changes. (A module that model and
+    modules stay in evaluation mode, and its ``requires_grad`` flags, modes and buffers come
+    back as they were, also after an error. Not a bit of it changes. (A module that model and
     guide are both methods of is left in evaluation mode, as by `fit`.)
 
     Args:
@@ -50,7 +52,6 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
     Raises:
         ValueError: The guide has nothing to train, and all that `fit` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
         >>> import pyro, pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
@@ -67,83 +68,71 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
         True
     """
     place = options.get("device")
-    place = device_of(model, guide) if place is None else place
-    for owner in owners(model, guide) if options.get("device") is not None else []:
+    for owner in modules_of(model, guide) if place is not None else []:
         owner.to(place)
+    place = device_of(model, guide) if place is None else place
     batch = Batches(data, min(options.get("batch_size", 128), 8), place, shuffle=False, programs=(model, guide)).first()
-    with frozen(model, guide, batch) as still:
-        return fit(still, guide, data, loss=loss, **options)
+    with frozen(model, guide, batch):
+        return fit(model, guide, data, loss=loss, **options)
 
 
 @contextlib.contextmanager
-def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[Program]:
-    """The model as a program without gradients, in evaluation mode, whoever else owns its modules.
+def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[None]:
+    """The model without gradients, so that `fit` keeps its modules in evaluation mode, and its buffers as they were.
 
     Args:
         model: A Pyro program.
         guide: That of the same pair, which may be a method of the same module.
         args: A batch, with which the model is run once to see what it reads.
     """
-    mine, others = owners(model), owners(guide)
-    alone = [module for module in mine if module not in others]
-    tensors: dict[int, Tensor] = {id(p): p for module in alone for p in module.parameters()}
-    with own_parameters(model, guide), evaluating(model):  # batch statistics count every run in training mode
+    mine, theirs = modules_of(model), _parts(modules_of(guide))
+    tensors: dict[int, Tensor] = {id(p): p for module in mine if id(module) not in theirs for p in module.parameters()}
+    with unmoved(mine), unmoved([]) as ran, own_parameters(model, guide), torch.random.fork_rng():
         tensors |= {id(leaf): leaf for leaf in _leaves(model, args)}
     flags = [(tensor, tensor.requires_grad) for tensor in tensors.values()]
-    modes = [(module, module.training) for owner in mine for module in owner.modules()]
-    shared = [
-        child
-        for owner in mine
-        if owner in others
-        for child in owner.modules()
-        if any(id(p) in tensors for p in child.parameters())
-        and all(id(p) in tensors or not p.requires_grad for p in child.parameters())
-    ]
-    still = model
-    if shared:
-        # Being the guide's module as well, it is put into training mode in every epoch; the model's part goes back.
-        def still(*args: Any, **kwargs: Any) -> Any:
-            for child in shared:
-                if child.training:
-                    child.eval()
-            return model(*args, **kwargs)
-
     try:
         for tensor, _ in flags:
             tensor.requires_grad_(False)
-        for module in alone:
-            module.eval()
-        yield still
+        still = _parts(part for module in mine for part in _frozen_parts(module))
+        # What has no parameters, such as dropout, belongs to the model where it alone runs it.
+        rest = _parts(module for reference in ran if (module := reference()) is not None)
+        rest = {
+            key: part
+            for key, part in rest.items()
+            if key not in still and not any(p.requires_grad for p in part.parameters())
+        }
+        if rest:
+            with unmoved(modules_of(guide)), unmoved([]) as seen, own_parameters(model, guide):
+                with torch.random.fork_rng(), torch.no_grad():
+                    poutine.trace(guide).get_trace(*args)
+                again = _parts(module for reference in seen if (module := reference()) is not None)
+            still |= {key: part for key, part in rest.items() if key not in again}
+        with at_rest(still.values()):
+            yield
+        for module in mine:
+            if id(module) not in still:  # the guide's as well, and so as `fit` leaves it
+                module.eval()
     finally:
         for tensor, flag in flags:
             tensor.requires_grad_(flag)
-        for module, mode in modes:
-            if not any(module is child for owner in others for child in owner.modules()):
-                module.training = mode
 
 
-@contextlib.contextmanager
-def evaluating(*programs: Program) -> Iterator[None]:
-    """The programs' modules in evaluation mode, and afterwards as they were."""
-    modes = [(module, module.training) for owner in owners(*programs) for module in owner.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def _parts(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
+    """All modules in some, by identity."""
+    return {id(part): part for module in modules for part in module.modules()}
 
 
-def owners(*programs: Program) -> list[nn.Module]:
-    """The modules that the programs are, or are methods of."""
-    found = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
-    return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
+def _frozen_parts(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules in it none of whose parameters learns."""
+    parameters = list(module.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        return [module]
+    return [part for child in module.children() for part in _frozen_parts(child)]
 
 
 def _leaves(model: Program, args: tuple[Any, ...]) -> list[Tensor]:
     """The tensors with gradients that a model's log density is computed from."""
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.enable_grad():
         trace = poutine.trace(model).get_trace(*args)
         total = sum(site["fn"].log_prob(site["value"]).sum() for site in sample_sites(trace))
     found: dict[int, Tensor] = {}
@@ -300,10 +289,10 @@ def compare_guides(
             f"got {len(guides)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
         )
     place = device_of(model, *guides.values()) if device is None else device
-    batches = Batches(data, 100, place, shuffle=False, programs=(model, *guides.values()))
     own: dict[str, list[Scored]] = {name: [] for name in guides}
     mixed = []
-    with own_parameters(model, *guides.values()), evaluating(model, *guides.values()), seeded(seed):
+    with evaluating(model, *guides.values(), seed=seed):
+        batches = Batches(data, 100, place, shuffle=False, programs=(model, *guides.values()))
         first = batches.first()
         pooled = [name for name, guide in guides.items() if scores_strangers(model, guide, first)]
         nesting = {name: plate_nesting(model, guide, *first) for name, guide in guides.items()}

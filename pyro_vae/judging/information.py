@@ -34,13 +34,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.columns import rows as row_count
+from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.densities import FixedScorer, Scorer
 from pyro_vae.judging.estimates import particle_batches
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Particles, Program, draw, log_q, plate_nesting
 
 _CHUNK = 2**22
@@ -158,11 +160,12 @@ def rate_distortion(
     Reference: Alemi et al., Fixing a broken ELBO, 2018. arXiv:1711.00464
     """
     means, variances = [], []
-    for chunks in particle_batches(model, guide, data, num_samples, device, seed, progress, "rate"):
-        tables = [(c.log_likelihood - c.log_weight, -c.log_likelihood) for c in chunks]
-        both = torch.stack([torch.cat(column).double().cpu() for column in zip(*tables, strict=True)])  # (2, K, B)
-        means.append(both.mean(1))
-        variances.append(both.var(1) / num_samples if num_samples > 1 else torch.full_like(both[:, 0], math.nan))
+    with evaluating(model, guide, seed=seed), reused_memory():
+        for chunks in particle_batches(model, guide, data, num_samples, device, progress, "rate"):
+            tables = [(c.log_likelihood - c.log_weight, -c.log_likelihood) for c in chunks]
+            both = torch.stack([torch.cat(column).double().cpu() for column in zip(*tables, strict=True)])  # (2, K, B)
+            means.append(both.mean(1))
+            variances.append(both.var(1) / num_samples if num_samples > 1 else torch.full_like(both[:, 0], math.nan))
     mean = torch.cat(means, 1)
     count = mean.shape[1]
     mc = (torch.cat(variances, 1).sum(1).sqrt() / count).tolist()
@@ -217,7 +220,7 @@ def mutual_information(
 
     Reference: Hoffman and Johnson, ELBO surgery, 2016.
     """
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with evaluating(model, guide, seed=seed):
         place = device_of(model, guide) if device is None else device
         batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         args, draws, rates = _collected(model, guide, batches, num_data, num_samples)
@@ -225,7 +228,8 @@ def mutual_information(
         sizes = [len(rate) for rate in rates]
         count = sum(sizes)
         if count < 3:
-            raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one.")
+            raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one. "
+                             "Give more data.")
         scorers = [_scorer(guide, batch, drawn) for batch, drawn in zip(args, draws, strict=True)]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         terms = torch.zeros(2, count, dtype=torch.float64)  # of lower and upper, per datum
@@ -295,8 +299,9 @@ def _scorer(guide: Program, batch: tuple[Any, ...], drawn: Particles) -> Scorer 
     first = sum(score[:1] for score in drawn.log_q.values())
     if not torch.allclose(again, torch.as_tensor(first), rtol=1e-3, atol=1e-2):
         raise ValueError(
-            "the guide scores its own draws differently a second time, so it is random beyond its draw (dropout?). "
-            "Call .eval() on its modules first."
+            "the guide scores its own draws differently a second time, though its networks are in evaluation mode: it "
+            "draws noise that no site knows of, such as torch.randn or F.dropout(..., training=True) in its code. Make "
+            "that noise a sample site, or leave it out."
         )
     scorer = Scorer(guide, batch)
     return FixedScorer(scorer) if len(scorer.sites) == 1 else scorer

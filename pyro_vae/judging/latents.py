@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.judging.components import Components
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.sites import plates
 from pyro_vae.traces import Particles, Program, draw, plate_nesting, sites
 
@@ -34,6 +35,8 @@ class ActiveUnits:
     threshold: float
 
     def __str__(self) -> str:
+        if bool(self.variance.isnan().any()):
+            return "units active: unknown of one datum, between which and others their means could vary"
         return f"{self.count} of {self.latent_dim} units active (variance of the posterior mean > {self.threshold:g})"
 
 
@@ -67,10 +70,12 @@ class DimensionKL:
 
     def __str__(self) -> str:
         shown = self.value.argsort(descending=True).tolist()
-        each = ", ".join(f"{self.names[i]} {self.value[i]:.3f} ± {self.data_stderr[i]:.3f}" for i in shown[:20])
+        errors = ["" if math.isnan(e) else f" ± {e:.3f}" for e in self.data_stderr.tolist()]  # one datum has none
+        each = ", ".join(f"{self.names[i]} {self.value[i]:.3f}{errors[i]}" for i in shown[:20])
         more = f", and {len(shown) - 20} more" if len(shown) > 20 else ""
         how = "closed form" if all(self.exact) else f"{self.num_samples} samples where no closed form is known"
-        return f"KL = {self.total:.3f} nats over {self.num_data} data ({how}; ± of the data): {each}{more}"
+        over = "one datum" if self.num_data == 1 else f"{self.num_data} data"
+        return f"KL = {self.total:.3f} nats over {over} ({how}{'; ± of the data' * (self.num_data > 1)}): {each}{more}"
 
 
 def kl_per_dimension(
@@ -119,7 +124,7 @@ def kl_per_dimension(
         (('z[0]', 'z[1]'), [0.0, 2.0])
     """
     parts: list[dict[str, tuple[Tensor, bool]]] = []
-    with own_parameters(model, guide), seeded(seed), torch.no_grad():
+    with evaluating(model, guide, seed=seed):
         place = device_of(model, guide) if device is None else device
         batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         components = Components(model, batches.first())
@@ -239,7 +244,7 @@ def posterior_means(guide: Program, data: Any, *, site: str = "z", num_samples: 
 def _moments(guide: Program, data: Any, site: str, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """E_q[z | x], and the Monte Carlo variance of that estimate, (N, *event) each."""
     means, variances = [], []
-    with seeded(seed), torch.no_grad():
+    with evaluating(guide, seed=seed):
         for batch in Batches(data, 500, device_of(guide), shuffle=False, programs=(guide,)):
             mean, variance = _run(guide, batch, site), torch.zeros(())
             # The mean of a layer above another changes with the draw of that other, from run to run.
@@ -287,5 +292,7 @@ def active_units(guide: Program, data: Any, threshold: float = 0.01, *, site: st
     Reference: Burda et al., Importance Weighted Autoencoders, 2016, section 5. arXiv:1509.00519
     """
     means, noise = _moments(guide, data, site, num_samples=64, seed=0)
-    variance = means.reshape(len(means), -1).var(0) - noise.reshape(len(noise), -1).mean(0)
+    means = means.reshape(len(means), -1)
+    spread = means.var(0) if len(means) > 1 else torch.full_like(means[0], torch.nan)  # one datum has none
+    variance = spread - noise.reshape(len(noise), -1).mean(0)
     return ActiveUnits(int((variance > threshold).sum()), len(variance), variance, threshold)

@@ -33,7 +33,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.inference.trees import at
-from pyro_vae.sites import Frame, data_frame, depth, is_point, kind, sample_sites
+from pyro_vae.reach import modules_of
+from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Free, Local, free_parameters
 
@@ -82,9 +83,10 @@ def local_form(guide: Program, args: tuple[Any, ...], start: str = "amortized") 
             site, or a distribution that is not made of parameters.
     """
     with torch.no_grad():
-        with Outputs(guide) as first:
+        posteriors = _posteriors(guide)
+        with Outputs(posteriors) as first:
             trace, frame = _run(guide, args)
-        with Outputs(guide) as second:
+        with Outputs(posteriors) as second:
             again, _ = _run(guide, args)
     sites = [site for site in sample_sites(trace) if not site["is_observed"]]
     for site in sites:
@@ -287,7 +289,7 @@ def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
 
 def _check(site: Any) -> None:
     name, found = site["name"], kind(site["fn"])
-    if is_point(site["fn"]) or found == "Delta":
+    if found == "Delta":
         raise ValueError(f"guide site {name!r} is a Delta, which is not a family of distributions")
     if not getattr(site["fn"], "has_rsample", False):
         raise ValueError(f"guide site {name!r} ({found}) is not reparameterised")
@@ -387,7 +389,7 @@ def _dependent(guide: Program, pieces: list[_Piece], outputs: Outputs) -> LocalF
             return Unscaled()(_Moved(changes)(guide))
 
         def program(*args: Any, **kwargs: Any) -> Any:
-            with Outputs(guide, {name: free["parameters"] for name, free in changes.items()}):
+            with Outputs(outputs.posteriors, {name: free["parameters"] for name, free in changes.items()}):
                 return guide(*args, **kwargs)
 
         return Unscaled()(program)
@@ -427,18 +429,21 @@ class _Moved(Messenger):
             msg["fn"] = build({key: value + change[key] for key, value in free.items()})
 
 
+def _posteriors(guide: Program) -> dict[str, Any]:
+    """The posteriors among a guide's modules that have a head and a local form."""
+    parts = {id(part): part for module in modules_of(guide) for part in module.modules()}
+    return {
+        str(number): part
+        for number, part in enumerate(parts.values())
+        if isinstance(getattr(part, "head", None), nn.Module) and callable(getattr(part, "local", None))
+    }
+
+
 class Outputs:
     """What the heads of a guide's posteriors return, recorded, and changed where changes are given."""
 
-    def __init__(self, guide: Program, changes: Mapping[str, Tensor] | None = None) -> None:
-        owner = guide if isinstance(guide, nn.Module) else getattr(guide, "__self__", None)
-        modules = owner.named_modules() if isinstance(owner, nn.Module) else ()
-        self.posteriors = {
-            name: module
-            for name, module in modules
-            if isinstance(getattr(module, "head", None), nn.Module) and callable(getattr(module, "local", None))
-        }
-        self.changes = changes
+    def __init__(self, posteriors: Mapping[str, Any], changes: Mapping[str, Tensor] | None = None) -> None:
+        self.posteriors, self.changes = posteriors, changes
         self.runs = 0
         self.found: dict[str, Tensor] = {}
 

@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.inference.trees import numbers
 from pyro_vae.judging.psis import pareto_k
+from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program, draw, log_q
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
@@ -103,9 +104,8 @@ def score(
 
 def scores_strangers(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
     """Whether a guide scores, in one pass, draws that it did not make."""
-    owner = proposal if isinstance(proposal, nn.Module) else getattr(proposal, "__self__", None)
-    modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
-    said = [getattr(item, "rescoring", "one pass") for item in [proposal, *modules]]
+    parts = [part for module in modules_of(proposal) for part in module.modules()]
+    said = [getattr(item, "rescoring", "one pass") for item in [proposal, *parts]]
     if any(answer != "one pass" for answer in said):
         return False
     try:

@@ -16,10 +16,11 @@ import torch
 from pyro import validation_enabled
 from torch import Tensor
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
 _CHUNK = 2**21  # floats per tensor of decoder output
@@ -90,10 +91,10 @@ def quadrature(
             "a positive width and no negative number of refinements."
         )
     place = device_of(model, guide) if device is None else device
-    batches = Batches(data, 50, place, shuffle=False, programs=(model, guide))
-    numbers = values(batches.first())
     parts = []
-    with own_parameters(model, guide), seeded(seed), torch.no_grad(), validation_enabled(False):
+    with evaluating(model, guide, seed=seed), validation_enabled(False):
+        batches = Batches(data, 50, place, shuffle=False, programs=(model, guide))
+        numbers = values(batches.first())
         for batch in batches:
             pair = Pair(model, guide, batch)
             if pair.latents.size > 2:

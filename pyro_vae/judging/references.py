@@ -24,11 +24,12 @@ from pyro import validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.hamiltonian import Adaptation, State, transition
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
@@ -126,11 +127,11 @@ def reference(
         if value < least:
             raise ValueError(f"got {name}={value}, wanted at least {least}.")
     place = device_of(model, guide) if device is None else device
-    batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
-    batches = batches.of(max(1, _CHUNK // (values(batches.first()) * num_chains)))
     parts = []
     # A trajectory may leave the numbers and is then rejected; validation would raise instead.
-    with own_parameters(model, guide), seeded(seed), torch.no_grad(), validation_enabled(False):
+    with evaluating(model, guide, seed=seed), validation_enabled(False):
+        batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
+        batches = batches.of(max(1, _CHUNK // (values(batches.first()) * num_chains)))
         hide = None if progress is None else not progress
         with tqdm(total=len(batches) * (num_warmup + num_samples), desc="HMC", disable=hide, leave=False) as bar:
             for batch in batches:

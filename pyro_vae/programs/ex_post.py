@@ -18,6 +18,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.evaluation import evaluating, noise
 from pyro_vae.parameters import device_of
 from pyro_vae.parts.priors.mixture import NormalMixture
 from pyro_vae.programs.model import Model
@@ -73,9 +74,7 @@ def ex_post(
         raise ValueError(
             f'unknown prior {prior!r}, wanted "gaussian-mixture" or a module such as Flow(latent_dim, zuko.flows.NSF).'
         )
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with noise(seed):
         z = aggregated_posterior(model, guide, data, batch_size)
         if isinstance(prior, str):
             fitted: nn.Module = NormalMixture.fitted(z, num_components, covariance, seed)
@@ -84,9 +83,8 @@ def ex_post(
     return Model(fitted.requires_grad_(False).eval(), model.likelihood)
 
 
-@torch.no_grad()
 def aggregated_posterior(model: Program, guide: Program, data: Any, batch_size: int = 500) -> Tensor:
-    """One draw z ~ q(z | x) for each datum, (N, D).
+    """One draw z ~ q(z | x) for each datum, of the networks in evaluation mode, (N, D).
 
     Args:
         model: The model; it says which of the guide's sites are latent.
@@ -96,21 +94,14 @@ def aggregated_posterior(model: Program, guide: Program, data: Any, batch_size: 
     Raises:
         ValueError: No data; several latents, or one that is not a vector per datum.
     """
-    modules = [program for program in (model, guide) if isinstance(program, nn.Module)]
-    modes = [module.training for module in modules]
     place, drawn = device_of(model, guide), []
-    for module in modules:
-        module.eval()
-    try:
+    with evaluating(model, guide):
         for batch in _batches(data, batch_size):
             latents = particles(model, guide, batch if place is None else batch.to(place)).latents
             if list(latents) != ["z"] or latents["z"].dim() != 3:
                 shapes = {name: tuple(value.shape[1:]) for name, value in latents.items()}
                 raise ValueError(f"got latents of shapes {shapes}, wanted one site 'z' of shape (B, D).")
             drawn.append(latents["z"][0])
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
     if not drawn:
         raise ValueError("got no data, wanted a tensor, a split or batches.")
     return torch.cat(drawn)

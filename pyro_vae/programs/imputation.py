@@ -18,7 +18,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.parameters import own_parameters
+from pyro_vae.evaluation import evaluating
 from pyro_vae.programs.missing import full_mask
 from pyro_vae.traces import Program, particles, plate_nesting, sites
 
@@ -38,11 +38,12 @@ class Imputation(NamedTuple):
     ess: Tensor
 
 
-@torch.no_grad()
 def impute(
     model: Program, guide: Program, x: Tensor, mask: Tensor, *, num_samples: int = 1, proposals: int = 1000
 ) -> Imputation:
     """Draw the missing pixels given the observed ones, by importance resampling from the guide.
+
+    The networks run in evaluation mode. The draws go on with torch's random state.
 
     Args:
         model: A Pyro program for p(x, z) that takes (x, mask), such as `Model`.
@@ -71,15 +72,17 @@ def impute(
     if num_samples < 1 or proposals < 1:
         raise ValueError(f"got num_samples={num_samples} and proposals={proposals}, wanted both positive integers.")
     mask = full_mask(mask, x)
-    observed = [name for name, site in sites(model, x, mask).items() if site["is_observed"]]
-    if len(observed) != 1:
-        raise ValueError(f"the model observes the sites {observed}, wanted one, which holds the data to complete.")
-    log_weight, latents = _proposals(model, guide, x, mask, proposals)
-    weight = torch.softmax(log_weight.double(), 0)
-    chosen = torch.multinomial(weight.T, num_samples, replacement=True).T  # (S, B)
-    data = torch.arange(len(x), device=chosen.device)
-    draws = []
-    with own_parameters(model):
+    with evaluating(model, guide):
+        observed = [name for name, site in sites(model, x, mask).items() if site["is_observed"]]
+        if len(observed) != 1:
+            raise ValueError(
+                f"the model observes the sites {observed}, wanted one, which holds the data to complete."
+            )
+        log_weight, latents = _proposals(model, guide, x, mask, proposals)
+        weight = torch.softmax(log_weight.double(), 0)
+        chosen = torch.multinomial(weight.T, num_samples, replacement=True).T  # (S, B)
+        data = torch.arange(len(x), device=chosen.device)
+        draws = []
         for index in chosen:
             kept = {name: value[index, data] for name, value in latents.items()}
             program = poutine.condition(poutine.uncondition(model), data=kept)

@@ -24,6 +24,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
+from pyro_vae.reach import modules_of
 from pyro_vae.sites import kind
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Build, Free, free_parameters
@@ -219,11 +220,12 @@ class _Heads:
     """What the heads of a guide's posteriors return, recorded, and changed where changes are given."""
 
     def __init__(self, guide: Program, changes: Free | None = None) -> None:
-        owner = guide if isinstance(guide, nn.Module) else getattr(guide, "__self__", None)
-        modules = owner.named_modules() if isinstance(owner, nn.Module) else ()
-        self._heads = {
-            name: module.head
-            for name, module in modules
+        # In every step: a module need not be searched for modules.
+        owners = [guide] if isinstance(guide, nn.Module) else modules_of(guide)
+        parts = {id(part): part for owner in owners for part in owner.modules()}
+        self._heads: dict[str, Any] = {
+            str(number): module.head
+            for number, module in enumerate(parts.values())
             if isinstance(getattr(module, "head", None), nn.Module) and callable(getattr(module, "family", None))
         }
         self._changes = changes
