@@ -7,6 +7,7 @@ masks apply to log densities, and scales are kept apart from them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from pyro.distributions import Delta
@@ -24,8 +25,12 @@ class Frame(NamedTuple):
     particle_dim: int | None  # None: one sample, no particle plate
     data_dim: int
     data_size: int
+    joint: bool = False  # the guide has one density for all data together
 
-
+    @property
+    def columns(self) -> int:
+        """Densities that can be told apart: one for each datum, or one for all of them."""
+        return 1 if self.joint else self.data_size
 
 
 def sample_sites(trace: Trace) -> list[Any]:
@@ -54,15 +59,50 @@ def kind(fn: Any) -> str:
     return type(fn).__name__
 
 
-def is_point(fn: Any) -> bool:
+def delta(fn: Any) -> Delta | None:
+    """The ``Delta`` inside a distribution, None where there is none."""
     while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, Delta) and not bool((fn.log_density != 0).any())
+    return fn if isinstance(fn, Delta) else None
 
 
-def data_frame(traces: list[Trace], num_samples: int, nesting: int) -> Frame:
-    """The outermost plate that all sites share."""
-    stacks = {site["name"]: {(d, f.size) for d, f in plates(site).items()} for t in traces for site in sample_sites(t)}
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a ``Delta`` without a density of its own.
+
+    One that an auxiliary site feeds can have its density there: `pyro_vae.auxiliary` knows.
+    """
+    inner = delta(fn)
+    if inner is None or inner.log_density.requires_grad:
+        return False
+    return not bool((inner.log_density != 0).any())
+
+
+def deterministic(site: Any) -> bool:
+    """Whether a model's site is a ``Delta``: a function of others that is recorded, and no latent."""
+    return not site["is_observed"] and delta(site["fn"]) is not None
+
+
+def latent_sites(trace: Trace) -> list[Any]:
+    """The sites of a model that are random and not observed."""
+    return [site for site in sample_sites(trace) if not site["is_observed"] and not deterministic(site)]
+
+
+def _records_only(site: Any) -> bool:
+    """Whether a site outside all plates says nothing but what a value is."""
+    return deterministic(site) and not plates(site) and is_point(site["fn"])
+
+
+def data_frame(traces: list[Trace], num_samples: int, nesting: int, joint: Collection[str] = ()) -> Frame:
+    """The outermost plate that all sites share.
+
+    Sites of which it is said that they may hold one density for all data need not share it, nor do those that
+    record what is no random variable.
+    """
+    found = [site for t in traces for site in sample_sites(t)]
+    bound = {site["name"] for site in found if not _records_only(site)}
+    free = {site["name"] for site in found} - bound | set(joint)
+    every = {site["name"]: {(d, f.size) for d, f in plates(site).items()} for site in found}
+    stacks = {name: stack for name, stack in every.items() if name not in free}
     if not stacks:
         raise ValueError("the program has no sample site, so there is nothing to score.")
     common = set.intersection(*stacks.values())
@@ -79,14 +119,15 @@ def data_frame(traces: list[Trace], num_samples: int, nesting: int) -> Frame:
             "sites share, so bounds per datum do not exist. Move it inside, or train it as a parameter."
         )
     dim, size = min(common)
-    return Frame(num_samples, -1 - nesting if num_samples > 1 else None, dim, size)
+    whole = any((dim, size) not in every[name] for name in joint)
+    return Frame(num_samples, -1 - nesting if num_samples > 1 else None, dim, size, whole)
 
 
 def site_log_prob(site: Any, frame: Frame) -> Tensor:
-    """Unscaled, masked log density of one site, (K, B)."""
+    """Unscaled, masked log density of one site, (K, B), or (K, 1) for all data together."""
     value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     value = scale_and_mask(value, mask=site["mask"])
-    keep = {frame.data_dim, frame.particle_dim}
+    keep = {frame.particle_dim} if frame.joint else {frame.data_dim, frame.particle_dim}
     known = keep | set(plates(site))
     drop = []
     for dim in range(-value.dim(), 0):
@@ -99,12 +140,16 @@ def site_log_prob(site: Any, frame: Frame) -> Tensor:
         if dim not in keep:
             drop.append(dim)
     value = value.sum(drop) if drop else value
+    if frame.joint:
+        value = value.unsqueeze(-1)
     if frame.particle_dim is None:
         value = value.unsqueeze(0)
-    if value.shape != (frame.num_samples, frame.data_size):
+    if _records_only(site):
+        value = value.expand(frame.num_samples, frame.columns)
+    if value.shape != (frame.num_samples, frame.columns):
         raise ValueError(
             f"site {site['name']!r} gives log densities of shape {tuple(value.shape)}, wanted "
-            f"{(frame.num_samples, frame.data_size)} (samples, data)."
+            f"{(frame.num_samples, frame.columns)} (samples, data)."
         )
     return value
 

@@ -11,6 +11,15 @@ the data plate (the one plate that all sites share), sums out inner plates, appl
 masks, and never drops a scale silently: a constant scale common to all sites, as
 subsampling gives, is handed on beside the table; any other is refused by name.
 
+A ``Delta`` of the model is a value that is recorded, not a latent. A ``Delta`` of the guide that
+auxiliary sites feed (Pyro's automatic guides, see `pyro_vae.auxiliary`) has its density there:
+where an auxiliary site u feeds one latent z alone, log q(z | x) is that of u and of the
+``Delta`` together. Where all data share one auxiliary site (``AutoDiagonalNormal`` and its kin
+draw one vector for the whole data set), q(z_1, ..., z_N) is one density that does not fall
+apart into data. The table then has a single column, which stands for all N data together: an ELBO of
+it is the sum of the ELBOs per datum, and log of a mean weight is a bound on log p(x_1, ..., x_N). What is
+reported per datum is that column divided by N (`Particles.num_data`).
+
 Programs run here as they are, which training needs: their networks in the mode that they are in, and
 batch statistics move where they would. Estimates see to evaluation mode (`pyro_vae.evaluation`);
 `fit` leaves a pair in it.
@@ -31,14 +40,16 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.auxiliary import feeds, points_among
 from pyro_vae.parameters import own_parameters
 from pyro_vae.sites import (
     PARTICLES,
     Frame,
     common_scale,
     data_frame,
+    delta,
     depth,
-    is_point,
+    deterministic,
     kind,
     plates,
     sample_sites,
@@ -65,6 +76,10 @@ class Particles(NamedTuple):
             (batch_shape with the K samples in front where K > 1); empty where the
             samples were drawn one by one.
         priors: Those at the model's latent sites.
+        joint: How many data the one column stands for, where the guide has one density
+            for all of them; 0 where each column is a datum.
+        partial: Latent sites whose log_q is only a part of their density, since an auxiliary
+            site that holds the rest feeds others too.
     """
 
     log_likelihood: Tensor
@@ -76,6 +91,13 @@ class Particles(NamedTuple):
     fixed: tuple[str, ...] = ()
     posteriors: Mapping[str, Any] = {}
     priors: Mapping[str, Any] = {}
+    joint: int = 0
+    partial: tuple[str, ...] = ()
+
+    @property
+    def num_data(self) -> int:
+        """How many data the columns stand for."""
+        return self.joint or self.log_likelihood.shape[1]
 
     @property
     def log_joint(self) -> Tensor:
@@ -235,7 +257,7 @@ def draw(
         return _one_pass(model, guide, args, kwargs, 1, 0, cut)
     if vectorize is not False:
         if max_plate_nesting is None:
-            max_plate_nesting = plate_nesting(model, guide, *args, **kwargs)
+            max_plate_nesting = nesting_of(model, guide, args, kwargs)
         try:
             return _one_pass(model, guide, args, kwargs, num_samples, max_plate_nesting, cut)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
@@ -264,12 +286,13 @@ def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwarg
         args: What the model takes.
         kwargs: Keyword arguments that the model takes.
     Returns:
-        Log densities in nats, (K, B).
+        Log densities in nats, (K, B), without the constant scale that all sites share.
     Raises:
-        ValueError: A latent site has no value.
+        ValueError: A latent site has no value, or the sites carry different scales.
     """
     with own_parameters(model):
         trace, frame = _replayed(model, latents, args, kwargs)
+        common_scale([trace])
         return sum((site_log_prob(site, frame) for site in sample_sites(trace)), torch.zeros(()))
 
 
@@ -282,22 +305,17 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
         args: What the guide takes.
         kwargs: Keyword arguments that the guide takes.
     Returns:
-        Log densities in nats, (K, B).
+        Log densities in nats, (K, B), without the constant scale that all sites share.
     Raises:
-        ValueError: A latent has no value, the guide has a point site, or its
-            distribution cannot score a sample that it did not draw.
+        ValueError: A latent has no value, the guide has a point site, its distribution cannot
+            score a sample that it did not draw, or the sites carry different scales.
     """
     with own_parameters(guide):
-        trace, frame = _replayed(guide, latents, args, kwargs)
+        look = functools.partial(_refuse_deltas, guide, args, kwargs)
+        trace, frame = _replayed(guide, latents, args, kwargs, look=look)
+        common_scale([trace])
         total = torch.zeros(())
         for site in sample_sites(trace):
-            if is_point(site["fn"]):
-                raise ValueError(f"guide site {site['name']!r} is a point (Delta) without a density.")
-            if kind(site["fn"]) == "Delta":
-                raise ValueError(
-                    f"guide site {site['name']!r} is a Delta that carries the density of its own draw, so it cannot "
-                    "score a sample that it did not draw. Use particles(), which scores as it draws."
-                )
             try:
                 total = total + site_log_prob(site, frame)
             except (KeyError, NotImplementedError) as error:
@@ -306,6 +324,17 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
                     "draw: its transform has no inverse. Use particles(), which scores as it draws."
                 ) from error
         return total
+
+
+def _refuse_deltas(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: Trace) -> None:
+    for name in points_among(guide, sample_sites(trace), args, kwargs):
+        raise ValueError(f"guide site {name!r} is a point (Delta) without a density.")
+    for site in sample_sites(trace):
+        if not site["is_observed"] and delta(site["fn"]) is not None:
+            raise ValueError(
+                f"guide site {site['name']!r} is a Delta that carries the density of its own draw, so it cannot "
+                "score a sample that it did not draw. Use particles(), which scores as it draws."
+            )
 
 
 def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
@@ -325,8 +354,9 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
         observed = poutine.trace(model).get_trace(*args, **kwargs)
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     # Run as a prior, a model that takes no data says which site is the data by its name.
-    data = [s["name"] for s in sample_sites(observed) if s["is_observed"]] or [sample_sites(observed)[-1]["name"]]
-    values = {site["name"]: site["value"] for site in sample_sites(trace)}
+    data = [s["name"] for s in sample_sites(observed) if s["is_observed"]]
+    data = data or [[s for s in sample_sites(observed) if not deterministic(s)][-1]["name"]]
+    values = {site["name"]: site["value"] for site in sample_sites(trace) if not deterministic(site)}
     return Simulation(
         {name: value for name, value in values.items() if name not in data},
         {name: value for name, value in values.items() if name in data},
@@ -353,11 +383,70 @@ def predict(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs:
 
 
 def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
-    """How many batch dimensions the pair's plates occupy, without touching the random state."""
+    """How many batch dimensions the pair's plates occupy, without touching the random state.
+
+    Raises:
+        ValueError: The guide has one density for all data, and who asks wants one for each of them.
+    """
     with torch.random.fork_rng(), torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
+    inside = set.intersection(*({*plates(site)} for site in sample_sites(model_trace)), {*range(-9, 0)})
+    for name in {source for sources in fed.values() for source in sources}:
+        if inside - {*plates(guide_trace.nodes[name])}:
+            raise ValueError(
+                f"guide site {name!r} is one density for all data, outside their plate, so that nothing is known of "
+                "single data. elbo_terms and log_likelihood take it as it is; for the rest use a guide with a density "
+                "for each datum, such as AutoNormal."
+            )
     return max(depth(guide_trace), depth(model_trace))
+
+
+def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """As `plate_nesting`, for whoever takes densities of all data together too."""
+    with torch.random.fork_rng(), torch.no_grad():
+        return max(depth(trace) for trace in _traced(model, guide, args, kwargs))
+
+
+def _traced(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Trace, Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+
+
+class Layout(NamedTuple):
+    """Where a pair's data lie, as one run of it showed.
+
+    Attributes:
+        nesting: How many batch dimensions the plates occupy.
+        joint: As `Particles.joint`.
+        subsampled: B, where the data plate picks B of N rows at random by itself; 0 otherwise.
+    """
+
+    nesting: int
+    joint: int
+    subsampled: int
+
+
+def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
+    """Run and score a pair once for its plates, without touching the random state.
+
+    Raises:
+        ValueError: As `particles`; whatever torch or Pyro raise where the pair does not take these data.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
+        shared = {source for sources in fed.values() for source in sources}
+        nesting = max(depth(guide_trace), depth(model_trace))
+        frame = data_frame([guide_trace, model_trace], 1, nesting, joint=shared)
+        for site in (*sample_sites(guide_trace), *sample_sites(model_trace)):
+            site_log_prob(site, frame)  # what was drawn for other data shows here
+    fns: list[Any] = [site.get("fn") for site in guide_trace.nodes.values()]
+    picks = [fn for fn in fns if type(fn).__name__ == "_Subsample"]
+    random = any(fn.subsample_size == frame.data_size < fn.size for fn in picks)
+    return Layout(nesting, frame.data_size if frame.joint else 0, frame.data_size if random else 0)
 
 
 def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -368,7 +457,9 @@ def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 def is_point_guide(guide: Program, *args: Any, **kwargs: Any) -> bool:
     """Whether a guide has a point site (``Delta``) without a density."""
-    return any(is_point(site["fn"]) for site in sites(guide, *args, **kwargs).values())
+    with own_parameters(guide), torch.random.fork_rng(), torch.no_grad():
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        return bool(points_among(guide, sample_sites(trace), args, kwargs))
 
 
 def _one_pass(
@@ -380,15 +471,16 @@ def _one_pass(
     nesting: int,
     cut: Cut | None = None,
 ) -> Particles:
+    given = guide
     if num_samples > 1:
         plate = functools.partial(pyro.plate, PARTICLES, num_samples, dim=-1 - nesting)
         guide, model = plate()(guide), plate()(model)
     if cut is not None:
         guide = cut(guide)  # outside the plate, so that it sees distributions already expanded
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    latent = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
+    guide_trace, model_trace = _traced(model, guide, args, kwargs)
     drawn = {s["name"]: s for s in sample_sites(guide_trace)}
+    unobserved = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
+    latent = {name: s for name, s in unobserved.items() if name in drawn or not deterministic(s)}
     missing = [name for name in latent if name not in drawn]
     if missing:
         if latent[missing[0]]["infer"].get("enumerate"):
@@ -400,6 +492,7 @@ def _one_pass(
             )
         raise ValueError(
             f"latent site {missing[0]!r} of the model has no counterpart in the guide, which has {list(drawn)}."
+            f"{missing_values(missing[0])}"
         )
     unmatched = [site for name, site in drawn.items() if name not in latent and not site["is_observed"]]
     extra = [site["name"] for site in unmatched if not site["infer"].get("is_auxiliary")]
@@ -408,21 +501,53 @@ def _one_pass(
             f"guide site {extra[0]!r} has no counterpart among the model's latent sites, {list(latent)}. "
             'Rename it, or mark it infer={"is_auxiliary": True}.'
         )
-    frame = data_frame([guide_trace, model_trace], num_samples, nesting)
-    points = tuple(name for name, site in drawn.items() if is_point(site["fn"]))
-    observed = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["is_observed"]]
-    zero = torch.zeros((num_samples, frame.data_size))
+    points = points_among(given, drawn.values(), args, kwargs)
+    fed = feeds(given, drawn.values(), args, kwargs)
+    shared = {source for sources in fed.values() for source in sources}
+    frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared)
+    scored = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["name"] not in latent]
+    zero = torch.zeros((num_samples, frame.columns))
+    log_q = {name: _log_q_of(site, frame, cut) for name, site in drawn.items() if name not in points}
+    log_q, partial = _merged(log_q, fed)
     return Particles(
-        log_likelihood=functools.reduce(torch.add, observed) if observed else zero,
+        log_likelihood=functools.reduce(torch.add, scored) if scored else zero,
         log_prior={name: site_log_prob(site, frame) for name, site in latent.items()},
-        log_q={name: _log_q_of(site, frame, cut) for name, site in drawn.items() if name not in points},
+        log_q=log_q,
         latents={name: site_value(site, frame) for name, site in drawn.items() if not site["is_observed"]},
         scale=common_scale([guide_trace, model_trace]),
         points=points,
         fixed=tuple(name for name, site in drawn.items() if not getattr(site["fn"], "has_rsample", False)),
         posteriors={name: site["fn"] for name, site in drawn.items()},
         priors={name: site["fn"] for name, site in latent.items()},
+        joint=frame.data_size if frame.joint else 0,
+        partial=partial,
     )
+
+
+def missing_values(name: str) -> str:
+    """What to do about the site that ``pyro.sample(..., obs=x, obs_mask=mask)`` makes of what was not observed."""
+    if not name.endswith("_unobserved"):
+        return ""
+    data = name.removesuffix("_unobserved")
+    return (
+        f" It is what obs_mask makes of the values of {data!r} that were not observed. Draw it in the guide "
+        f"under the mask's opposite, with poutine.mask(mask=~obs_mask): pyro.sample({name!r}, ...); or leave what was "
+        "not observed out of the likelihood: with poutine.mask(mask=obs_mask) around "
+        f"pyro.sample({data!r}, ..., obs=...)."
+    )
+
+
+def _merged(
+    log_q: dict[str, Tensor], fed: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The density of an auxiliary site counted at the latent that it feeds, where that is one; and the others."""
+    users = {source: [name for name, sources in fed.items() if source in sources] for source in log_q}
+    moved = {source: names[0] for source, names in users.items() if len(names) == 1}
+    merged = {name: value for name, value in log_q.items() if name not in moved}
+    for source, name in moved.items():
+        merged[name] = merged[name] + log_q[source]
+    partial = {name for names in users.values() if len(names) > 1 for name in names}
+    return merged, tuple(name for name in fed if name in partial)
 
 
 def _log_q_of(site: Any, frame: Frame, cut: Cut | None) -> Tensor:
@@ -464,15 +589,19 @@ def _replayed(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     free: Sequence[str] = (),
+    look: Callable[[Trace], None] | None = None,
 ) -> tuple[Trace, Frame]:
     """Run a program at given latents, under a particle plate where there is more than one sample.
 
-    Sites that are free are drawn.
+    Sites that are free are drawn; a look at a plain run may refuse the program.
     """
     with torch.random.fork_rng(), torch.no_grad():
         plain = poutine.trace(program).get_trace(*args, **kwargs)
+    if look is not None:
+        look(plain)
     nesting = depth(plain)
-    wanted = [s for s in sample_sites(plain) if not s["is_observed"] and s["name"] not in free]
+    unobserved = [s for s in sample_sites(plain) if not s["is_observed"] and s["name"] not in free]
+    wanted = [s for s in unobserved if s["name"] in latents or not deterministic(s)]
     missing = [s["name"] for s in wanted if s["name"] not in latents]
     if missing:
         raise ValueError(f"no value for latent site {missing[0]!r}; got values for {list(latents)}.")

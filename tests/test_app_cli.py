@@ -103,6 +103,7 @@ def test_a_resolved_configuration_resolves_to_itself(name):
         (["--posterior", "point", "--bound", "iwae"], "a plain autoencoder has no bound"),
         (["--posterior", "point", "--kl-warmup", "1", "--epochs", "3"], "kl_warmup tempers an ELBO"),
         (["--kl-warmup", "5", "--epochs", "3"], "kl_warmup"),
+        (["--kl-warmup-steps", "5000", "--epochs", "3"], "kl_warmup_steps must lie below the number of steps"),
         (["--device", "cuda:99"], "Use --device cpu"),
         (["--device", "gpu"], "Use --device cpu"),
         (["--data", "linear-gaussian", "--network", "conv"], "wanted images. Use --network mlp"),

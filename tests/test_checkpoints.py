@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_vae.data.splits import Split
+from pyro_vae.inference.bounds import elbo, iwae, renyi
+from pyro_vae.inference.fingerprints import fingerprint
 from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.regularizers import mmd
 from pyro_vae.inference.training import fit
 from tests.pairs import binary, small_pair
 
@@ -128,3 +132,122 @@ def test_what_is_no_checkpoint_of_this_fit_is_named(tmp_path):
         fit(*small_pair(), binary(), checkpoint=tmp_path / "no" / "a.safetensors", **OPTIONS)
     with pytest.raises(ValueError, match="not a PyroOptim"):
         fit(*small_pair(), binary(), checkpoint=path, **OPTIONS | {"optimizer": pyro.optim.Adam({"lr": 1e-3})})
+
+
+def half(done):
+    return 0.5 if done < 0.5 else 1.0
+
+
+CHANGES = {
+    "loss": [{"loss": pyro.infer.RenyiELBO(alpha=0.5, num_particles=2)}, {"loss": pyro.infer.Trace_ELBO(2)}],
+    "loss ": [{"loss": Objective(iwae, 2)}, {"loss": Objective(iwae, 2, estimator="doubly-reparameterized")}],
+    "loss  ": [{"loss": Objective(renyi(0.5), 2)}, {"loss": Objective(renyi(0.3), 2)}],
+    "loss   ": [{"loss": Objective(regularizers=[mmd(1.0)])}, {"loss": Objective(regularizers=[mmd(2.0)])}],
+    "loss    ": [{"loss": Objective(beta=2.0)}, {"loss": Objective(beta=3.0)}],
+    "learning_rate": [{"learning_rate": 0.01}, {"learning_rate": 0.02}],
+    "schedule": [{"schedule": "cosine"}, {"schedule": "one-cycle"}],
+    "schedule ": [{"schedule": half}, {"schedule": lambda done: 0.5}],
+    "seed": [{"seed": 1}, {"seed": None}],
+    "clip_norm": [{"clip_norm": 1.0}, {"clip_norm": None}],
+    "optimizer": [{"optimizer": torch.optim.SGD}, {"optimizer": torch.optim.Adagrad}],
+    "matmul_precision": [{"matmul_precision": "highest"}, {"matmul_precision": "medium"}],
+    "kl_warmup": [{"kl_warmup": 1}, {"kl_warmup": 2}],
+    "kl_warmup_steps": [{"kl_warmup_steps": 3}, {"kl_warmup_steps": 4}],
+    "beta": [{"beta": 0.5}, {"beta": half}],
+    "validation": [{"validation": binary(4, seed=1)}, {"validation": binary(4, seed=2)}],
+    "validation_bound": [
+        {"validation": binary(4), "validation_bound": elbo}, {"validation": binary(4), "validation_bound": renyi(0.5)},
+    ],
+    "patience": [{"validation": binary(4), "patience": 5}, {"validation": binary(4), "patience": 6}],
+    "batch_size": [{"batch_size": 5}, {"batch_size": 6}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_shapes_the_result_must_be_the_same_and_is_named(tmp_path, name):
+    path = tmp_path / "fit.safetensors"
+    before, after = CHANGES[name]
+    pair = small_pair()
+    fit(*pair, binary(), checkpoint=path, **OPTIONS | {"epochs": 3} | before)
+    ours = weights(pair)
+    fit(*small_pair(seed=5), binary(), checkpoint=path, **OPTIONS | {"epochs": 3} | before)  # the same goes on
+    with pytest.raises(ValueError, match=rf"another fit: its {name.strip()} is .+, this one's .+. Remove it"):
+        fit(*pair, binary(), checkpoint=path, **OPTIONS | {"epochs": 3} | after)
+    assert all(torch.equal(a, b) for a, b in zip(ours, weights(pair), strict=True))
+
+
+def levels(noise, **options):
+    pixels = torch.randint(256, (12, 1, 4, 4), generator=torch.Generator().manual_seed(noise), dtype=torch.uint8)
+    return Split(pixels, **options)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (binary(), binary(seed=1)),
+        (binary(), torch.cat([binary()[:-1], 1 - binary()[-1:]])),
+        (binary(), binary(24)[:11]),
+        (levels(0, binarization="dynamic"), levels(1, binarization="dynamic")),
+        (levels(0, binarization="dynamic"), levels(0, binarization="threshold")),
+        (levels(0, binarization="static", seed=1), levels(0, binarization="static", seed=2)),
+        (list(binary().split(4)), list(binary().split(3))),
+        (list(binary().split(4)), list(binary(seed=1).split(4))),
+    ],
+    ids=["values", "one row", "length", "pixels", "binarisation", "its seed", "batches", "values of batches"],
+)
+def test_other_data_are_not_gone_on_with(tmp_path, one, other):
+    path = tmp_path / "fit.safetensors"
+    fit(*small_pair(), one, checkpoint=path, **OPTIONS | {"epochs": 2})
+    fit(*small_pair(), copy.deepcopy(one), checkpoint=path, **OPTIONS | {"epochs": 2})
+    with pytest.raises(ValueError, match="another fit: its data is .+, this one's .+"):
+        fit(*small_pair(), other, checkpoint=path, **OPTIONS | {"epochs": 2})
+
+
+def test_an_instance_and_another_program_are_told_apart(tmp_path):
+    path = tmp_path / "fit.safetensors"
+
+    def run(rate=0.01, second=0.1, pair=None):
+        model, guide = pair or small_pair()
+        groups = [{"params": model.parameters()}, {"params": guide.parameters(), "lr": second}]
+        options = {key: value for key, value in OPTIONS.items() if key != "learning_rate"} | {"epochs": 2}
+        fit(model, guide, binary(), checkpoint=path, optimizer=torch.optim.SGD(groups, rate / 100), **options)
+
+    run()
+    run()
+    with pytest.raises(ValueError, match="its optimizer is"):
+        run(second=0.2)
+    model, guide = small_pair()
+    model.likelihood.decoder.layers = nn.Sequential(*model.likelihood.decoder.layers, nn.Identity())
+    with pytest.raises(ValueError, match="its model is"):
+        run(pair=(model, guide))
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path):
+    import numpy as np
+
+    big = torch.zeros(30_000_000)
+    array = np.arange(12.0).reshape(3, 4)
+    np.save(tmp_path / "x.npy", array)
+    assert fingerprint(array) == fingerprint(np.asfortranarray(array))
+    assert fingerprint(np.load(tmp_path / "x.npy", mmap_mode="r")) == fingerprint(array) != fingerprint(array + 1)
+    assert fingerprint(big) == fingerprint(big.clone()) != fingerprint(big + 1)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(6)), 2)
+    other = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(1, 7)), 2)
+    assert fingerprint(loader) != fingerprint(other)
+    subset = torch.utils.data.Subset(loader.dataset, [0, 2])
+    assert fingerprint(subset) != fingerprint(torch.utils.data.Subset(loader.dataset, [0, 3]))
+    masked = np.ma.masked_array(array, array > 3)
+    assert fingerprint(masked) != fingerprint(np.ma.masked_array(array, array > 4))
+    assert fingerprint(lambda done: done) != fingerprint(lambda done: 2 * done)
+    rates = [(lambda done, top=top: top * done) for top in (1, 2)]
+    assert fingerprint(rates[0]) != fingerprint(rates[1])
+
+
+def test_a_fit_under_torch_compile_goes_on_without_it(tmp_path):
+    path, pair = tmp_path / "fit.safetensors", small_pair()
+    pair[0].likelihood.decoder = torch.compile(pair[0].likelihood.decoder, backend="eager")
+    broken_off(pair, path, 4)
+    whole, resumed = small_pair(), small_pair(seed=9)
+    fit(*whole, binary(), **OPTIONS)
+    fit(*resumed, binary(), checkpoint=path, **OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))

@@ -164,16 +164,23 @@ def test_a_mean_field_objective_on_layers_that_depend_on_each_other():
             z2 = pyro.sample("z2", dist.Normal(z1, 1.0))
             pyro.sample("x", dist.Normal(z2, 1.0), obs=x)
 
-    def guide(x, depends=1.0, coins=False):
+    def guide(x, depends=1.0):
+        scale = pyro.param("scale", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(x, scale))
+            pyro.sample("z1", dist.Normal(x + depends * z2, scale))
+
+    def in_the_models_order(x):
         scale = pyro.param("scale", torch.tensor(0.5))
         with pyro.plate("data", len(x)):
             z1 = pyro.sample("z1", dist.Normal(x, scale))
-            pyro.sample("z2", dist.Normal(x + depends * z1, scale))
+            pyro.sample("z2", dist.Normal(x + z1, scale))
 
     def independent(x):
         guide(x, depends=0.0)
 
-    refused(two, guide, TraceMeanField_ELBO(), r"guide site 'z2' depends on another \(z1\).*Use Trace_ELBO")
+    refused(two, guide, TraceMeanField_ELBO(), r"guide site 'z1' depends on another \(z2\).*Use Trace_ELBO")
+    assert reasons(two, in_the_models_order, (X,), TraceMeanField_ELBO()) == []
     assert reasons(two, independent, (X,), TraceMeanField_ELBO()) == []
     assert reasons(two, guide, (X,), Trace_ELBO()) == reasons(two, guide, (X,), Objective(iwae, 3)) == []
 
@@ -276,3 +283,43 @@ def test_the_check_leaves_random_state_and_parameters_alone():
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, (p for m in pair for p in m.parameters()), strict=True))
     assert all(p.grad is None for m in pair for p in m.parameters())
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_grey_bernoulli_under_a_mask_is_warned_of_unless_the_mask_hides_what_is_grey(hidden):
+    vae = VAE.build((6,), latent_dim=2, hidden=(8,))
+    x = torch.bernoulli(torch.full((20, 6), 0.5))
+    x[3, 2] = 0.4
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[3, 2] = not hidden
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(vae.model, vae.guide, (x, mask), epochs=1, batch_size=20, progress=False, seed=0)
+    assert any("site 'x' is Bernoulli but its data have grey values" in str(w.message) for w in caught) is not hidden
+
+
+@pytest.mark.parametrize("shape", [(20,), (20, 6)])
+def test_a_grey_bernoulli_under_a_mask_of_ones_own_is_warned_of(shape):
+    import pyro
+    import pyro.distributions as dist
+
+    x, mask = torch.bernoulli(torch.full((20, 6), 0.5)), torch.ones(shape, dtype=torch.bool)
+    x[3, 2] = 0.4
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            given_z = dist.Bernoulli(logits=z.unsqueeze(-1).expand(20, 6))
+            given_z = given_z.mask(mask).to_event(1) if mask.dim() == 2 else given_z.to_event(1).mask(mask)
+            pyro.sample("x", given_z, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1) * pyro.param("a", torch.tensor(1.0)), 1.0))
+
+    for seen, warned in ((True, True), (False, False)):
+        mask[3] = seen
+        with warnings.catch_warnings(record=True) as caught, pyro.validation_enabled(False):
+            warnings.simplefilter("always")
+            check(model, guide, (x,), Trace_ELBO())
+        assert any("grey values" in str(w.message) for w in caught) is warned

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "sites", "parameters", "reach", "evaluation", "unconstrained", "version"}
+GROUND = {"traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version"}
 MAY_IMPORT = {
-    "traces": {"sites", "parameters", "reach"},
+    "traces": {"auxiliary", "sites", "parameters", "reach"},
+    "auxiliary": {"sites"},
     "sites": set(),
     "parameters": {"reach"},
     "reach": set(),

@@ -116,3 +116,27 @@ def test_a_likelihood_of_a_network_of_its_own_is_rounded_too():
 
 def test_the_command_knows_the_same_names():
     assert CHOICES["matmul_precision"] == PRECISIONS
+
+
+@pytest.mark.parametrize(("machine", "instructions", "slow"), [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)])
+def test_a_cpu_without_instructions_for_bfloat16_is_told_of_once(monkeypatch, machine, instructions, slow):
+    import warnings
+
+    from pyro_vae.inference import precision
+
+    monkeypatch.setattr(precision, "_said", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    said = []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with matmul_precision("bfloat16"):
+                pass
+            with matmul_precision("medium"):
+                pass
+        said.append([str(w.message) for w in caught])
+    assert len(said[0]) == slow and said[1] == []
+    assert not slow or "ten times slower than in float32" in said[0][0]

@@ -13,10 +13,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import pyro_vae.programs.vae
+from pyro_vae.inference.training import fit
+from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import MLP, set_output_mean
 from pyro_vae.parts.posteriors import DiagonalNormal
@@ -412,3 +415,103 @@ def test_a_scale_that_does_not_exist_and_a_folder_that_does_not_are_named(tmp_pa
         VAE.build((1, 4, 4), scale="foo")
     with pytest.raises(ValueError, match="cannot write .*there is no folder"):
         VAE.build((1, 4, 4), hidden=(8,)).save(tmp_path / "no" / "such" / "a.safetensors")
+
+
+def test_encode_and_reconstruct_see_what_the_guide_sees_of_a_mask():
+    from pyro_vae.parts.posteriors import DiagonalNormal
+
+    built = VAE.build((4,), latent_dim=2, hidden=(8,))
+    torch.manual_seed(0)
+    posterior = DiagonalNormal(nn.Sequential(nn.Linear(8, 8), nn.SiLU()), 2, features=8)
+    vae = VAE(built.model, Guide(posterior, show_mask=True))
+    x, mask = torch.rand(5, 4), torch.rand(5, 4) < 0.5
+    for given, seen in ((mask, torch.where(mask, x, 0.0)), (None, x)):
+        shown = torch.cat([seen, torch.ones(5, 4) if given is None else given.float()], 1)
+        assert torch.equal(vae.encode(x, given).mean, posterior(shown).mean)
+        assert torch.equal(vae.encode(x, given).mean, pyro.poutine.trace(vae.guide).get_trace(x, given).nodes["z"]["fn"].mean)
+        assert torch.equal(vae.reconstruct(x, given), vae.decode(posterior(shown).mean).mean)
+    holes = torch.where(mask, x, torch.nan)
+    assert torch.equal(vae.reconstruct(holes, mask), vae.reconstruct(x, mask))
+    assert not torch.equal(vae.encode(x, mask).mean, vae.encode(x).mean)
+
+
+def test_a_poisson_vae_of_8_bit_images_is_the_commands_or_says_how(tmp_path):
+    import pyro_vae as pv
+    from pyro_vae.app.cli import main
+    from pyro_vae.app.runs import Run
+
+    digits = pv.load("digits", binarization="none", dequantize=False)
+    plain = VAE.build(digits.x_shape, likelihood="poisson", latent_dim=2, hidden=(8,))
+    remedy = r"got the value 0\.\d+, wanted counts.*v / 255.*likelihood_options=\{'levels': 256\}"
+    with pytest.raises(ValueError, match=remedy):
+        pv.fit(plain.model, plain.guide, digits.train, epochs=1, progress=False)
+    options = {"latent_dim": 2, "hidden": (8,), "likelihood": "poisson", "likelihood_options": {"levels": 256}}
+    told = VAE.build(digits.x_shape, **options)
+    run = ["fit", "--data", "digits", "--likelihood", "poisson", "--latent-dim", "2", "--hidden", "8", "--epochs", "1",
+           "--limit", "64", "--evaluation-samples", "10", "--out", str(tmp_path / "run"), "--quiet"]  # fmt: skip
+    assert main(run) == 0
+    commands = Run.load(tmp_path / "run").vae()
+    assert (commands.architecture.likelihood_options, commands.architecture.likelihood) == ({"levels": 256}, "poisson")
+    told.load_state_dict(commands.state_dict())
+    levels = (255 * digits.test[:5]).round()
+    z = torch.zeros(5, 2)
+    counts = torch.distributions.Poisson(255 * nn.functional.softplus(told.model.likelihood.decoder(z)))
+    for vae in (told, commands):
+        found = vae.decode(z).log_prob(digits.test[:5])
+        assert torch.allclose(found, counts.log_prob(levels).flatten(1).sum(1), rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_parts_under_torch_compile_save_and_load_under_their_plain_names(tmp_path):
+    torch.manual_seed(0)
+    vae = VAE.build((6,), latent_dim=2, hidden=(8,), prior="vamp")  # the encoder is shared with the prior
+    vae.save(tmp_path / "plain.safetensors")
+    with safe_open(str(tmp_path / "plain.safetensors"), framework="pt") as file:
+        names = set(file.keys())
+    vae.model.likelihood.decoder = torch.compile(vae.model.likelihood.decoder, backend="eager")
+    vae.guide.posterior.encoder = torch.compile(vae.guide.posterior.encoder, backend="eager")
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.add_(0.5)
+    vae.save(tmp_path / "compiled.safetensors")
+    with safe_open(str(tmp_path / "compiled.safetensors"), framework="pt") as file:
+        assert set(file.keys()) == names
+    plain = VAE.load(tmp_path / "compiled.safetensors")
+    x = torch.rand(3, 6)
+    assert torch.equal(plain.encode(x).mean, vae.encode(x).mean)
+    assert torch.equal(plain.model.prior().log_prob(torch.zeros(2)), vae.model.prior().log_prob(torch.zeros(2)))
+    before = plain.encode(x).mean
+    vae.load_weights(tmp_path / "plain.safetensors")  # and into one that is compiled
+    assert not torch.equal(vae.encode(x).mean, before)
+    vae.load_weights(tmp_path / "compiled.safetensors")
+    assert torch.equal(vae.encode(x).mean, before)
+
+
+def test_pixels_of_the_usual_type_go_into_a_model_of_doubles():
+    torch.manual_seed(0)
+    vae = VAE.build((6,), latent_dim=2, hidden=(8,)).double()
+    x = torch.rand(3, 6)
+    assert torch.equal(vae.encode(x).mean, vae.encode(x.double()).mean)
+    assert vae.reconstruct(x).dtype == vae.interpolate(x, x, 2).dtype == torch.float64
+
+
+@pytest.fixture
+def doubles():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", "flow"])
+def test_under_a_default_of_doubles_all_is_double(doubles, tmp_path, prior):
+    torch.manual_seed(0)
+    vae, x = VAE.build((6,), latent_dim=2, hidden=(8,), prior=prior), binary(24).reshape(24, 16)[:, :6].double()
+    assert {p.dtype for p in vae.parameters()} == {torch.float64}
+    history = fit(vae.model, vae.guide, x, epochs=4, batch_size=6, kl_warmup_steps=5, seed=0, compile=True, progress=False)
+    assert all(math.isfinite(loss) for loss in history["loss"])
+    vae.save(tmp_path / "vae.safetensors")
+    again = VAE.load(tmp_path / "vae.safetensors")
+    assert {p.dtype for p in again.parameters()} == {torch.float64}
+    ours, theirs = (log_likelihood(v.model, v.guide, x, num_samples=20) for v in (vae, again))
+    assert ours.value == theirs.value and ours.pointwise.dtype == torch.float64
+    assert vae.sample(2).dtype == vae.reconstruct(x.float()).dtype == torch.float64

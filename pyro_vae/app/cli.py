@@ -6,6 +6,7 @@ error that the user can mend is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -77,9 +78,19 @@ def _warnings_as_lines() -> Iterator[None]:
         if issubclass(category, UserWarning):
             click.echo(f"{PROGRAM}: warning: {' '.join(str(message).split())}", err=True)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
+    # Torch's compiler looks for a GPU's tools, and logs that there is no GPU: on a CPU that is no news.
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.addFilter(_is_news)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("No CUDA runtime is found")
 
 
 @click.group(
@@ -163,6 +174,9 @@ _FIT = _options(
     _option("Model", "--likelihood-options", "A=1,B=2", "Its options, such as num_components=5 of logistic-mixture."),
     _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, "
             "one for each pixel, or a function of z. [default: learned]"),
+    click.option("--standardize/--no-standardize", cls=GroupedOption, group="Model", default=None,
+                 help="Whether the networks of a normal likelihood work on (x - mean) / standard deviation of each "
+                 "column of the training part; log p(x) stays that of x. [default: for vectors of floats]"),
     _option("Training", "--bound", _choice("bound"), "What is maximised. [default: elbo]"),
     _option("Training", "--bound-options", "A=1,B=2", "Options of a bound, such as alpha=0.5 of renyi."),
     _option("Training", "--num-samples", "K", "Samples in the bound. [default: 1 for the elbo, else 50]", int),
@@ -175,6 +189,7 @@ _FIT = _options(
     _option("Training", "--schedule", _choice("schedule"), "Of the learning rate. [default: one-cycle]"),
     _option("Training", "--clip-norm", "X", "Upper limit of the gradient norm; 0 for none.", float),
     _option("Training", "--kl-warmup", "N", "Epochs over which the weight of the KL rises to 1. [default: 0]", int),
+    _option("Training", "--kl-warmup-steps", "N", "The same in steps, instead.", int),
     _option("Training", "--patience", "N", "Stop after N epochs without a better validation bound, and keep the best "
             "weights; 0 for never. [default: 0]", int),
     _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),

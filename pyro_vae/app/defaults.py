@@ -66,6 +66,8 @@ class FitOptions:
         likelihood: A name, or module:Class; by the data if None.
         likelihood_options: Keyword arguments of the likelihood.
         scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
+        standardize: Of the normal likelihood: whether the networks work on columns of mean 0 and standard deviation
+            1 in the training part, the densities staying those of the data; if None, for vectors of floats.
         bound: A name of `CHOICES`.
         bound_options: Keyword arguments of a bound that has some, such as alpha.
         num_samples: K of the training bound.
@@ -77,6 +79,7 @@ class FitOptions:
         schedule: "constant", "cosine" or "one-cycle".
         clip_norm: Upper limit of the joint gradient norm.
         kl_warmup: Epochs over which the weight of the KL rises to 1.
+        kl_warmup_steps: Steps over which it does, instead.
         patience: Epochs without a better validation bound after which to stop.
         seed: Of weights, batches, noise and evaluation.
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes the first GPU, if any.
@@ -109,6 +112,7 @@ class FitOptions:
     likelihood: str | None = None
     likelihood_options: dict[str, Any] = field(default_factory=dict)
     scale: float | str = "learned"
+    standardize: bool | None = None
     bound: str = "elbo"
     bound_options: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 1
@@ -120,6 +124,7 @@ class FitOptions:
     schedule: str = "one-cycle"
     clip_norm: float | None = None
     kl_warmup: int = 0
+    kl_warmup_steps: int | None = None
     patience: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -181,7 +186,8 @@ class FitOptions:
 
 _LEAST = {
     "image_size": 1, "crop": 1, "channels": 1, "limit": 1, "latent_dim": 1, "num_samples": 1, "epochs": 1,
-    "batch_size": 1, "threads": 1, "clip_norm": 0, "kl_warmup": 0, "patience": 1, "seed": 0, "evaluation_samples": 2,
+    "batch_size": 1, "threads": 1, "clip_norm": 0, "kl_warmup": 0, "kl_warmup_steps": 0,
+    "patience": 1, "seed": 0, "evaluation_samples": 2,
     "evaluation_images": 2,
 }  # fmt: skip
 

@@ -83,11 +83,19 @@ def evaluate(
                 "to bins v of width one; an upper limit on the bits of the 8-bit levels"
             )
         numbers |= _closed_forms(vae, dataset, test, terms.value)
+    left_out = []
     with evaluating(vae, seed=seed):
-        numbers["active_units"] = active_units(vae.guide, test).count
-        if len(test) >= 4:
+        if len(test) >= 2:
+            numbers["active_units"] = active_units(vae.guide, test).count
+        else:
+            left_out.append("active units (a variance over the test data, of which there is one)")
+        if len(test) < 4:
+            left_out.append(f"the energy distance of samples (takes 4 test data, got {len(test)})")
+        else:
             distance = energy_distance(vae.sample(SAMPLES, pixels="draw"), test[:SAMPLES])
             numbers |= {"sample_energy_distance": distance.value, "sample_energy_distance_null": distance.null}
+    if left_out:
+        numbers["left_out"] = left_out
     numbers["evaluation_seconds"] = time.perf_counter() - started
     return numbers
 
@@ -102,6 +110,7 @@ def protocol(
     said = dict(dataset.protocol) | {
         "sizes": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
         "test_images": min(len(test), images or len(test)),
+        "standardized": standardized(vae),
         "test_draw": f"one draw of the {noise}, seed {seed}" if drawn else "the data are fixed",
         "evaluation_seed": seed,
         "selection": "nothing selected on the test set",
@@ -129,13 +138,21 @@ def is_autoencoder(vae: VAE) -> bool:
     return vae.architecture is not None and vae.architecture.posterior == "point"
 
 
+def standardized(vae: VAE) -> bool:
+    """Whether the networks see columns of mean 0 and standard deviation 1; the densities are of the data anyway."""
+    found = getattr(vae.model.likelihood, "standardize", None)
+    return found is not None and not (bool((found.loc == 0).all()) and bool((found.scale == 1).all()))
+
+
 def fitted_testbed(vae: VAE) -> LinearGaussian | None:
     """The closed form of a fitted linear-Gaussian model; None where it is not one."""
     likelihood, built = vae.model.likelihood, vae.architecture
     if built is None or built.network != "linear" or not isinstance(likelihood, Normal):
         return None
+    if standardized(vae):  # then its noise differs from column to column
+        return None
     if likelihood.scale == "learned":
-        scale = likelihood.minimum_scale + likelihood.log_scale.exp().item()
+        scale = likelihood.learned_scale(likelihood.log_scale).item()
     elif isinstance(likelihood.scale, int | float):
         scale = float(likelihood.scale)
     else:

@@ -58,6 +58,12 @@ def fit_run(
     with new_run(path) as folder:
         options, dataset = read(options)
         say(f"{dataset.name}: {len(dataset.train):,} to train, {len(dataset.test):,} to test, of {dataset.x_shape}")
+        if options.standardize:
+            say(
+                f"standardized: the networks see each of {dataset.train[:1].numel()} numbers as (x - mean) / standard "
+                "deviation of the training part; log p(x), ELBO and samples are of the data as they are "
+                "(--no-standardize to leave it out)"
+            )
         vae = build(options, dataset)
         write_json(folder / CONFIG, options.to_json())
         started = time.perf_counter()
@@ -118,6 +124,14 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         options, binarization=dataset.train.binarization, dequantize=dataset.train.dequantize,
         likelihood=options.likelihood or ("normal" if dataset.train.binarization == "none" else "bernoulli"),
     )  # fmt: skip
+    if options.standardize is None:
+        table = len(dataset.x_shape) == 1 and dataset.train.pixels.is_floating_point() and dataset.testbed is None
+        options = dataclasses.replace(options, standardize=table and options.likelihood == "normal")
+    if options.standardize and options.likelihood != "normal":
+        raise ValueError(
+            f"got --standardize with --likelihood {options.likelihood}, wanted normal: the values of the others lie in "
+            "sets that (x - mean) / standard deviation leaves. Use --likelihood normal, or --no-standardize."
+        )
     if options.likelihood in COUNTS and not dataset.train.pixels.is_floating_point():
         # Images hold v / 255: the counts are the v. An array of floats holds the counts themselves.
         options = dataclasses.replace(options, likelihood_options={"levels": 256} | options.likelihood_options)
@@ -151,16 +165,20 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
     device = the_device(options.device)
     with seeded(options.seed):
         vae = VAE.build(dataset.x_shape, **{name: getattr(options, name) for name in BUILT})
+        standardize = getattr(vae.model.likelihood, "standardize", None)
+        if standardize is not None:
+            standardize.measure(dataset.train[rows] for rows in torch.arange(len(dataset.train)).split(4096))
         if isinstance(prior := vae.model.prior, VampPrior):
             if prior.num_components > len(dataset.train):
                 raise ValueError(
                     f"got a vamp prior of {prior.num_components} components for {len(dataset.train)} training data, "
                     f"wanted at most as many. Pass --prior-options num_components={min(100, len(dataset.train))}."
                 )
-            prior.start_at(dataset.train[torch.randperm(len(dataset.train))[: prior.num_components]])
+            chosen = dataset.train[torch.randperm(len(dataset.train))[: prior.num_components]]
+            prior.start_at(vae.guide.visible(chosen))
     likelihood = vae.model.likelihood
     if isinstance(likelihood, Normal):
-        if hasattr(likelihood, "log_scale"):
+        if hasattr(likelihood, "log_scale") and standardize is None:  # whose spread is the one it starts at
             spread = dataset.train[torch.arange(min(1000, len(dataset.train)))].std().clamp(min=0.01).item()
             torch.nn.init.constant_(likelihood.log_scale, torch.tensor(spread).log().item())
     elif isinstance(likelihood, Bernoulli):
@@ -218,6 +236,7 @@ def _fit(
             schedule=options.schedule,
             clip_norm=options.clip_norm,
             kl_warmup=options.kl_warmup,
+            kl_warmup_steps=options.kl_warmup_steps,
             validation=validation_data(dataset, options.seed),
             patience=options.patience,
             seed=options.seed,

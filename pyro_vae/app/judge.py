@@ -27,10 +27,11 @@ from torch import Tensor
 from pyro_vae.app.verdicts import Finding, material, nats, verdict
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.trees import at, joined, rows
 from pyro_vae.judging.annealing import bdmc
 from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood, over_data
 from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.psis import khat_limit
@@ -154,7 +155,8 @@ def judge(
     if not budget > 0:
         raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
     with evaluating(model, guide, seed=seed):
-        run = _Run(model, guide, _taken(x, images, seed), budget, num_samples, observed, device, seed, clock)
+        args = _taken(x, images, seed, (model, guide))
+        run = _Run(model, guide, args, budget, num_samples, observed, device, seed, clock)
         run.warm_up()
         for name in SHARES:
             if say is not None:
@@ -198,7 +200,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.guide, self.args, self.observed = model, guide, args, observed
         self.asked, self.device, self.seed, self.clock = num_samples, device, seed, clock
-        self.count = len(next(a for a in args if isinstance(a, Tensor) and a.dim()))
+        self.count = rows(args)
         self.started = clock()
         self.end = self.started + budget
         self.stage_end = self.end
@@ -254,9 +256,7 @@ class _Run:
         return self.clock() + 1.5 * seconds <= self.stage_end
 
     def _chunk(self, start: int, stop: int) -> tuple[Any, ...]:
-        return tuple(
-            a[start:stop] if isinstance(a, Tensor) and a.dim() and len(a) == self.count else a for a in self.args
-        )
+        return at(self.args, slice(start, stop))
 
     def _pieces(self, factor: int) -> list[tuple[int, int]]:
         """4 data, then factor times as many, and so on to all."""
@@ -345,7 +345,7 @@ class _Run:
         of = "" if reference == count else f", beside K = {reference}"
         return (
             f"ELBO {nats(split['value'], error)} = {split['reconstruction']:.2f} - KL {split['kl']:.2f}; log p(x) "
-            f"{nats(judged.value, judged.mc_stderr)} (data ± {judged.data_stderr:.2f}) nats; {total} data, "
+            f"{nats(judged.value, judged.mc_stderr)} ({over_data(judged.data_stderr)}) nats; {total} data, "
             f"K = {count}{less}{of}"
         )
 
@@ -407,6 +407,9 @@ class _Run:
             "kl_data_stderr": kl.data_stderr.tolist(),
         }
         self.numbers["latents"] = found
+        if bool(variance.isnan().any()):  # nothing varies over one datum, and that says nothing of the latents
+            found |= {"active": None, "dead": []}
+            return f"rate {kl.total:.2f} nats; of one datum, which cannot say what moves with the data"
         return f"{found['active']} of {found['latent_dim']} active, rate {kl.total:.2f} nats; {found['images']} data"
 
     def _gaps(self) -> str:
@@ -562,21 +565,19 @@ class _Run:
         return f"{said}; {len(found.ranks)} simulated data, {found.num_draws} draws each"
 
 
-def _taken(data: Any, images: int, seed: int) -> tuple[Any, ...]:
+def _taken(data: Any, images: int, seed: int, programs: tuple[Program, ...]) -> tuple[Any, ...]:
     """The first data as one batch, drawn once for all stages."""
     parts: list[tuple[Any, ...]] = []
     size = 0
     with seeded(seed):
-        for batch in Batches(data, images, shuffle=False):
+        for batch in Batches(data, images, shuffle=False, programs=programs):
             parts.append(batch)
-            size += next((len(a) for a in batch if isinstance(a, Tensor) and a.dim()), 0)
+            size += rows(batch)
             if size >= images:
                 break
-    if size < 2:
-        raise ValueError(f"got {size} data as tensors, wanted at least two to judge by.")
-    columns = [torch.cat(c) if all(isinstance(a, Tensor) and a.dim() for a in c) else c[0]
-               for c in (list(c) for c in zip(*parts, strict=True))]  # fmt: skip
-    return tuple(a[:images] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in columns)
+    if size < 1:
+        raise ValueError("got no data as tensors, wanted at least one to judge by.")
+    return at(joined(parts), slice(images))
 
 
 def _joined(parts: list[Estimate]) -> Estimate:

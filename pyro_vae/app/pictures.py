@@ -53,7 +53,10 @@ def draw(
         drawn = vae.sample(64)
         title = "Decoded from N(0, I), which this autoencoder knows nothing of" if point else "Samples from the prior"
         plots.save(plots.samples(drawn, title), folder / "samples.png")
-        start, end = pairs(test[torch.arange(min(200, len(test)))], test.labels)
+        known, labels = test[torch.arange(min(200, len(test)))], test.labels
+        if len(test) < 2:  # nothing lies between one datum and itself
+            known, labels = torch.cat([dataset.validation[:1], known]), None
+        start, end = pairs(known, labels)
         lines = vae.interpolate(start.to(device), end.to(device), steps=10)
         plots.save(plots.interpolations(lines), folder / "interpolations.png")
         shown = test.subset(slice(0, _LATENT_POINTS))

@@ -187,6 +187,8 @@ def plane(z: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
         return z.numpy(), ("z1", "z2")
     centred = z - z.mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    if len(s) < 2:  # one datum has no direction to vary in, and lies at the origin of the plane
+        u, s = torch.zeros(len(z), 2, dtype=z.dtype), torch.zeros(2, dtype=z.dtype)
     share = 100 * s.square() / s.square().sum().clamp(min=1e-12)
     names = tuple(f"principal component {i + 1} of {z.shape[1]} latents ({share[i]:.0f} %)" for i in range(2))
     return (u[:, :2] * s[:2]).numpy(), (names[0], names[1])

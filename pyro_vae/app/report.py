@@ -61,6 +61,8 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
     if "sample_energy_distance" in summary:
         distance, null = summary["sample_energy_distance"], summary["sample_energy_distance_null"]
         found.append(("samples", f"energy distance {distance:.4f} to the test data (their own halves: {null:.4f})"))
+    if summary.get("left_out"):
+        found.append(("left out", "; ".join(summary["left_out"])))
     if "protocol" in summary:
         found.append(("protocol", protocol_line(summary["protocol"])))
     if "train_seconds" in summary:
@@ -73,6 +75,7 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """The protocol in a line."""
     noise = "dequantized" if protocol.get("dequantize") else f"{protocol.get('binarization')} binarization"
+    noise += ", columns standardized (log p is of x itself)" if protocol.get("standardized") else ""
     parts = [f"{protocol.get('dataset')}", noise, f"{protocol.get('test_images', '?')} test data"]
     if "log_likelihood_samples" in protocol:
         parts.append(f"K = {protocol['log_likelihood_samples']}")
@@ -120,8 +123,8 @@ def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None)
 
 def _log_likelihood(summary: Mapping[str, Any]) -> str:
     text = (
-        f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; data ± "
-        f"{_number(summary['test_log_likelihood_data_stderr'])}) nats"
+        f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; "
+        f"{_over_data(summary['test_log_likelihood_data_stderr'])}) nats"
     )
     ok = summary.get("test_khat_ok")
     if ok is None or math.isnan(ok):
@@ -138,6 +141,10 @@ def _number(value: float | None) -> str:
     if value is None:
         return "?"
     return f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.1g}"
+
+
+def _over_data(value: float | None) -> str:
+    return "one datum" if value is None or math.isnan(value) else f"data ± {_number(value)}"
 
 
 def _time(summary: Mapping[str, Any]) -> str:

@@ -103,7 +103,7 @@ class Run:
 
 BUILT = (
     "latent_dim", "network", "hidden", "activation", "posterior", "posterior_options", "prior", "prior_options",
-    "likelihood", "likelihood_options", "scale",
+    "likelihood", "likelihood_options", "scale", "standardize",
 )  # fmt: skip
 
 

@@ -1,14 +1,38 @@
-"""Batches of whatever people hold their data in, on the right device, in a seeded order."""
+"""Batches of whatever people hold their data in, on the right device, in a seeded order.
+
+What a batch is made of is said in `columns`, which of it the pair takes in `arguments`, and what it may hold in
+`datacheck`. Numbers are cast by one rule:
+
+* Floating data take the type of the pair's parameters: of the first floating one that the programs own or, for
+  functions, use when they run. A pair without parameters gets tensors as they are, and what comes from outside torch
+  (arrays, frames, sparse matrices) in torch's default type.
+* Integers and booleans keep their type where the pair takes them so (tokens, class numbers). They become floats of
+  that type, of the same value and not rescaled, where a site with a density of real numbers observes them (counts
+  under a Poisson, bytes under a normal: of all but a Categorical), or where the pair runs on floats only.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from pyro_vae.inference.arguments import Arguments, arguments_of
+from pyro_vae.inference.columns import collated, column, drawn, frame_names, settled, tensor_of
+from pyro_vae.inference.datacheck import DataCheck, rules, unwrapped
+from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
+from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
+from pyro_vae.traces import Program, draw
+
+_AT_ONCE = 2**22  # numbers that are looked through together
 
 
 @contextlib.contextmanager
@@ -26,45 +50,57 @@ class Batches:
     """Minibatches, each a tuple of the programs' positional arguments.
 
     Args:
-        data: A tensor or array (N, ...), a tuple of them, a TensorDataset, anything with ``len`` that an index
-            tensor turns into a batch, or an iterable of batches.
+        data: A tensor or array (N, ...), dense or sparse; a frame; annotated data; a list of single data; a dict of
+            columns; a tuple of any of these; a TensorDataset, a map-style dataset, a Subset; anything with ``len``
+            that an index tensor turns into a batch; or an iterable of batches, such as a ``DataLoader``.
         batch_size: B.
         device: Where the batches go.
         shuffle: A fresh order in every pass.
+        programs: The model and its guides. With them, columns that are no arguments are left out, numbers are cast,
+            and every row is looked at (see the module).
     Attributes:
         home: Where the data lie: on a GPU that is the device, where they take little of its memory.
+        num_data: N; None of an iterable of batches.
     Raises:
-        ValueError: No data, tensors of different length, or nothing that can be batched.
+        ValueError: No data, tensors of different length, nothing that can be batched, or, with programs, what the
+            pair does not take: outside its supports, NaN, other shapes.
     Example:
         >>> [len(x) for (x,) in Batches(torch.arange(5.0), 2, shuffle=False)]
         [2, 2, 1]
+        >>> next(iter(Batches(np.eye(2, dtype=">i8"), 2, shuffle=False)))
+        (tensor([[1, 0],
+                [0, 1]]),)
     """
 
     def __init__(
-        self, data: Any, batch_size: int, device: torch.device | str | None = None, shuffle: bool = True
+        self,
+        data: Any,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        shuffle: bool = True,
+        programs: Sequence[Program] = (),
     ) -> None:
         self.device = device
         self.shuffle = shuffle
         self.batch_size = batch_size
+        self.programs = tuple(program for program in programs if program is not None)
+        self.arguments: Arguments = arguments_of(*self.programs)
         self.columns: tuple[Any, ...] | None = None
         self.origin: Any = data  # what two passes over the same data have in common
         self.loader: Iterable[Any] | None = None
-        if isinstance(data, torch.utils.data.TensorDataset):
-            data = data.tensors
-        if isinstance(data, tuple):
-            self.columns = data
-        elif isinstance(data, torch.utils.data.DataLoader | list) or not hasattr(data, "__getitem__"):
-            if not isinstance(data, Iterable) or isinstance(data, Iterator):
-                raise ValueError(
-                    f"got data of type {type(data).__name__}, wanted a tensor, a tuple of tensors, a dataset indexed "
-                    "by tensors, or an iterable of batches that can be run through again (not a generator)."
-                )
-            self.loader = data
-        else:
-            self.columns = (data,)
-        if self.columns is not None:
-            self.columns = tuple(torch.from_numpy(c) if isinstance(c, np.ndarray) else c for c in self.columns)
-        lengths = [len(column) for column in self.columns or ()]
+        self.together = False
+        self.shown: Rehearsal | None = None
+        self._names: dict[Path, Sequence[str]] = {}
+        self._foreign: set[int] = set()
+        self._keep: int | None = None
+        self._casts: dict[Path, torch.dtype] = {}
+        self._check: DataCheck | None = None
+        self._plain = False  # whether the columns are tensors that were looked at
+        self._each = False  # whether batches are looked at as they come
+        self._cached: tuple[Any, ...] | None = None
+        self._made_together = isinstance(data, tuple) and not isinstance(data, TensorDataset)
+        self._take_in(data)
+        lengths: list[int] = [] if self.columns is None else [len(one) for one in self.columns]
         if len(set(lengths)) > 1:
             raise ValueError(f"the data have different lengths, {lengths}; wanted one row each per datum.")
         if self.columns is not None and not any(lengths):
@@ -73,14 +109,27 @@ class Batches:
         self.home = torch.device("cpu")
         if device is not None and torch.device(device).type == "cuda":
             self._move_in(torch.device(device))
+        if self.programs:
+            self._meet_programs()
+        held: tuple[Any, ...] = () if self.columns is None else self.columns
+        tensors = [isinstance(c, Tensor) or isinstance(getattr(c, "pixels", None), Tensor) for c in held]
+        self._plain = bool(tensors) and all(tensors) and not self._each
+
+    def of(self, batch_size: int) -> Batches:
+        """The same data in batches of another size; an iterable of batches keeps its own."""
+        other = copy.copy(self)
+        other.batch_size = batch_size
+        return other
 
     def __len__(self) -> int:
         if self.num_data is not None:
-            return -(-self.num_data // self.batch_size)
+            count = -(-self.num_data // self.batch_size)
+            return count - 1 if self.together and count > 1 and self.num_data % self.batch_size == 1 else count
         try:
             return len(self.loader)  # type: ignore[arg-type]
         except TypeError:  # also a DataLoader, over a dataset of unknown length
-            return sum(1 for _ in self)
+            assert self.loader is not None
+            return sum(1 for _ in self.loader)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for choice in self.choices():
@@ -90,19 +139,305 @@ class Batches:
         """What `take` turns into the batches of a pass: an index each; of an iterable, the batch itself."""
         if self.columns is None:
             assert self.loader is not None
-            for batch in self.loader:
-                yield self._placed(tuple(batch) if isinstance(batch, list | tuple) else (batch,))
+            seen = 0
+            for number, given in enumerate(self.loader):
+                batch = self._cast(self._arguments(given))
+                size = rows(batch)
+                self._look(batch, _of_batch(number, seen), size)
+                if self.together and size == 1:
+                    raise ValueError(_single(f"batch {number} of the loader has one datum"))
+                seen += size
+                yield self._placed(batch)
             return
         assert self.num_data is not None
         order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
-        for index in order.to(self.home).split(self.batch_size):
+        parts = list(order.to(self.home).split(self.batch_size))
+        if self.together and len(parts) > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for index in parts:
             yield (index,)
 
     def take(self, *choice: Any) -> tuple[Any, ...]:
         """The batch of a choice."""
         if self.columns is None:
             return choice
-        return self._placed(tuple(column[choice[0]] for column in self.columns))
+        if self._plain:  # nothing to look at or to convert: a step waits for this
+            batch = self._cast(tuple(one[choice[0]] for one in self.columns[: self._keep]))
+            if self.device is None:
+                return batch
+            return tuple(x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+        batch = self._cast(self._gathered(choice[0]))
+        if self._each:
+            self._look(batch, lambda row: f"row {int(choice[0][row])}", len(choice[0]))
+        return self._placed(batch)
+
+    def first(self) -> tuple[Any, ...]:
+        """One batch, without touching the random state; [] data raise."""
+        if self._cached is not None:
+            return self._cached
+        with undisturbed():
+            for batch in self:
+                return batch
+        raise ValueError("the data are empty; wanted at least one batch.")
+
+    def keep_together(self) -> None:
+        """Where the pair has batch normalisation, which learns nothing from one datum: no batch of one.
+
+        Raises:
+            ValueError: The data are one datum, or a loader makes such batches.
+        """
+        modules = [] if self.shown is None else self.shown.modules
+        if not any(isinstance(module, _BatchNorm) and module.training for module in modules):
+            return
+        self.together = True
+        if self.num_data is not None:
+            if self.num_data == 1 or self.batch_size == 1:
+                what = "the data are one datum" if self.num_data == 1 else f"got batch_size={self.batch_size}"
+                raise ValueError(_single(what))
+            return
+        size = getattr(self.loader, "batch_size", None)
+        data: Any = getattr(self.loader, "dataset", None)
+        if isinstance(self.loader, DataLoader) and size is not None and hasattr(data, "__len__"):
+            sampler: Any = self.loader.sampler
+            count = len(sampler) if hasattr(sampler, "__len__") else len(data)
+            if size == 1 or (count % size == 1 and not self.loader.drop_last):
+                raise ValueError(_single(f"the loader makes batches of {size} of {count} data, one of one datum"))
+        elif isinstance(self.loader, list) and any(rows(self._arguments(given)) == 1 for given in self.loader):
+            raise ValueError(_single("one of the batches has one datum"))
+
+    # How data come in
+
+    def _take_in(self, data: Any) -> None:
+        if isinstance(data, TensorDataset):
+            data = tuple(data.tensors)
+        elif isinstance(data, Subset) and isinstance(data.dataset, TensorDataset):
+            data = tuple(Subset(TensorDataset(t), data.indices) for t in data.dataset.tensors)
+        if isinstance(data, tuple):
+            if any(isinstance(part, DataLoader) for part in data):
+                raise ValueError("got a tuple with a DataLoader in it, wanted columns of data, or the loader alone.")
+            self._columns(data)
+        elif isinstance(data, list):
+            self._listed(data)
+        elif isinstance(data, DataLoader | IterableDataset) or not (
+            hasattr(data, "__getitem__") or isinstance(data, Dataset) or hasattr(data, "X") or hasattr(data, "tocsr")
+        ):
+            loads = isinstance(data, Iterable) and not isinstance(data, Iterator | set | frozenset | str | bytes)
+            if not loads or isinstance(data, Tensor | np.ndarray | np.generic):
+                self._columns((data,))  # refuses it by its type
+            self.loader = data
+        else:
+            self._columns((data,))
+
+    def _columns(self, data: tuple[Any, ...]) -> None:
+        self.columns = tuple(column(part) for part in data)
+        self._foreign = {i for i, part in enumerate(data) if not isinstance(part, Tensor | Dataset)}
+        self._names = {(i,): names for i, part in enumerate(data) if (names := frame_names(part)) is not None}
+
+    def _listed(self, data: list[Any]) -> None:
+        """A list of single data, or of batches, as its shapes and the pair tell; what could be either is refused."""
+        if not data:
+            self.loader = data
+            return
+        arrays = all(isinstance(x, Tensor | np.ndarray) or hasattr(x, "__array__") for x in data)
+        if arrays and all(np.ndim(x) if not isinstance(x, Tensor) else x.dim() for x in data):
+            self._listed_arrays(data)
+        elif not arrays and all(isinstance(x, tuple | list | Mapping) and _has_arrays(x) for x in data):
+            batch = all(_one_length(x) for x in data)
+            if batch and self.programs and self._runs(collated(data[:2])) and not self._runs(data[0]):
+                batch = False
+            self.loader = data if batch else None
+            if not batch:
+                self.columns = (_items(data),)
+        else:
+            self._columns((data,))
+
+    def _listed_arrays(self, data: list[Any]) -> None:
+        shapes = [tuple(x.shape) for x in data]
+        lengths = {shape[0] for shape in shapes}
+        most = max(2, len(self.arguments.names))
+        if 2 <= len(data) <= most and len(lengths) == 1:
+            raise ValueError(
+                f"got a list of {len(data)} tensors of {shapes[0][0]} rows each, which could be columns, batches or "
+                f"single data; wanted one of them: a tuple ({'x, y' if len(data) == 2 else 'x, y, ...'}) of columns, "
+                "torch.stack(list) of single data, or torch.cat(list) of batches."
+            )
+        alike = len(set(shapes)) == 1
+        if not self.programs:
+            if alike and len(data) > 1:
+                raise ValueError(
+                    f"got a list of {len(data)} tensors of one shape, {shapes[0]}, which could be single data or "
+                    "batches; wanted one of them: torch.stack(list) of single data, torch.cat(list) of batches."
+                )
+            self.loader = data
+            return
+        single = alike and self._runs(collated([_as_tensor(x) for x in data[:2]]))
+        batches = self._runs(_as_tensor(data[0])) and self._runs(_as_tensor(data[-1]))
+        if single and batches:
+            raise ValueError(
+                f"got a list of {len(data)} tensors of shape {shapes[0]}, which the pair takes as single data and as "
+                "batches; wanted one of them: torch.stack(list) of single data, torch.cat(list) of batches."
+            )
+        if batches or (not alike and len({shape[1:] for shape in shapes}) == 1):
+            self.loader = data
+        else:
+            self._columns((data,))  # refuses different shapes
+
+    # How data meet the pair
+
+    def _runs(self, given: Any) -> bool:
+        """Whether the pair takes something as a batch, datum by datum."""
+        try:
+            batch = self._placed(self._arguments(given, said=False))
+            count = rows(batch)
+            self._choose_casts(batch)
+            batch = self._cast(batch)
+            shown = rehearse(self.programs, batch)
+            if shown.error is not None:
+                return False
+            if len(self.programs) < 2:
+                return True
+            with undisturbed():
+                model, guide, *_ = self.programs
+                return draw(model, guide, batch, {}).log_likelihood.shape[1] == count
+        except Exception:  # noqa: BLE001 - a trial: what fails is not what was meant
+            return False
+        finally:
+            self._keep, self._casts = None, {}
+
+    def _meet_programs(self) -> None:
+        if self.columns is None:
+            assert self.loader is not None
+            with undisturbed():
+                given = next(iter(self.loader), None)
+            if given is None:
+                return
+            batch = self._arguments(given)
+        else:
+            assert self.num_data is not None
+            with undisturbed():
+                batch = self._gathered(torch.arange(min(self.batch_size, self.num_data), device=self.home))
+        batch = self._placed(batch)
+        self.shown = self._choose_casts(batch)
+        batch = self._cast(batch)
+        masks = self.arguments.masks & set(range(len(batch)))
+        self._check = DataCheck(self.programs, self.shown, batch, masks, self._names)
+        if self.columns is None:
+            self._each = True
+            self._look(batch, _of_batch(0, 0), rows(batch))
+            self._cached = batch
+        else:
+            self._look(batch, lambda row: f"row {row}", rows(batch))
+            self._each = not all(settled(c) or drawn(c) for c in self.columns)
+            if not self._each and not all(drawn(c) for c in self.columns):
+                self._look_through()
+        self._refuse_failure(batch)
+
+    def _refuse_failure(self, batch: tuple[Any, ...]) -> None:
+        """What the pair raised from inside torch on its first batch, in words; its own refusals come where it runs."""
+        error = None if self.shown is None else self.shown.error
+        strange = RuntimeError | TypeError | IndexError | AttributeError | KeyError
+        if not isinstance(error, strange) or isinstance(error, NotImplementedError | torch.OutOfMemoryError):
+            return
+        fields = next((list(x) for x in batch if isinstance(x, Mapping)), None)
+        remedy = "reshape the data, or build the pair for them"
+        if fields is not None:
+            named = ", ".join(map(repr, fields))
+            remedy = f"each dict of {named} is one argument; for a pair of tensors pass its fields"
+        raise ValueError(
+            f"the pair does not run on a batch of the data, {described(batch)}: "
+            f"{' '.join(str(error).split())[:300]} ({type(error).__name__}). Wanted rows of the shape and type that "
+            f"model and guide take: {remedy}."
+        ) from error
+
+    def _choose_casts(self, batch: tuple[Any, ...]) -> Rehearsal:
+        """Decide what is cast to what, by runs of the pair (the rule is in the module)."""
+        shown = self._rehearsed(batch, {})
+        dtype = shown.dtype
+        self._casts = {}
+        for path, leaf in leaves(batch):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                continue
+            wanted = dtype
+            if wanted is None and path[0] in self._foreign:
+                wanted = torch.get_default_dtype()
+            if wanted is not None and leaf.dtype != wanted:
+                self._casts[path] = wanted
+        if self._casts:
+            shown = self._rehearsed(batch, self._casts)
+        whole = [path for path, x in leaves(batch) if isinstance(x, Tensor) and not x.is_floating_point()]
+        whole = [path for path in whole if path[0] not in self.arguments.masks]
+        target = dtype or torch.get_default_dtype()
+        if not whole:
+            return shown
+        if shown.error is None:
+            cast = {path: target for path in self._observed_numbers(shown, batch) if path in whole}
+            found = self._rehearsed(batch, self._casts | cast) if cast else shown
+            if found.error is None:
+                self._casts |= cast
+                return found
+            return shown
+        trials = [[path] for path in whole] + [[path for path in whole if path[0] == 0], whole]
+        for trial in trials:
+            cast = dict.fromkeys(trial, target)
+            found = self._rehearsed(batch, self._casts | cast)
+            if found.error is None or isinstance(found.error, ValueError) and not isinstance(shown.error, ValueError):
+                self._casts |= cast
+                return found
+        return shown
+
+    def _rehearsed(self, batch: tuple[Any, ...], casts: Mapping[Path, torch.dtype]) -> Rehearsal:
+        return rehearse(self.programs, _cast(batch, casts))
+
+    def _observed_numbers(self, shown: Rehearsal, batch: tuple[Any, ...]) -> list[Path]:
+        """Leaves that a density of numbers observes, not of classes."""
+        found = rules(shown, _cast(batch, self._casts)).items()
+        each = [(path, unwrapped(shown.sites[rule.site]["fn"])[0]) for path, rule in found]
+        return [path for path, fn in each if not isinstance(fn, Categorical)]
+
+    def _look_through(self) -> None:
+        """All rows, a block at a time."""
+        assert self.columns is not None and self.num_data is not None
+        with undisturbed():
+            one = self._gathered(torch.arange(1, device=self.home))
+            size = sum(x.numel() for _, x in leaves(one) if isinstance(x, Tensor))
+            step = max(self.batch_size, _AT_ONCE // max(size, 1))
+            for start in range(0, self.num_data, step):
+                index = torch.arange(start, min(start + step, self.num_data), device=self.home)
+                batch = self._placed(self._cast(self._gathered(index)))
+                self._look(batch, lambda row, start=start: f"row {start + row}", len(index))
+
+    def _look(self, batch: tuple[Any, ...], where: Any, size: int) -> None:
+        if self._check is not None and size:
+            self._check(batch, where, max(min(self.batch_size, size), 1))
+
+    # How a batch is made
+
+    def _gathered(self, index: Tensor) -> tuple[Any, ...]:
+        assert self.columns is not None
+        batch: list[Any] = []
+        for one in self.columns:
+            part = one[index]
+            # A dataset's items are tuples of columns.
+            batch += part if isinstance(part, list | tuple) else [part]
+        return self._arguments(tuple(batch))
+
+    def _arguments(self, given: Any, said: bool = True) -> tuple[Any, ...]:
+        """A batch as whoever made it gives it, as the tuple of the pair's arguments."""
+        batch = tuple(given) if isinstance(given, list | tuple) else (given,)
+        batch = mapped(_leaf, batch)
+        if not self.programs:
+            return batch
+        if self._keep is None:
+            self._keep = self.arguments.kept(batch, said, self._made_together)
+        return batch[: self._keep]
+
+    def _cast(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _cast(batch, self._casts) if self._casts else batch
+
+    def _placed(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.device is None:
+            return batch
+        return mapped(lambda _, x: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x, batch)
 
     def _move_in(self, device: torch.device) -> None:
         """Keep the data on the GPU where they take little of it: batches are then chosen and drawn there."""
@@ -112,17 +447,66 @@ class Batches:
         if not columns or len(held) < len(columns):
             return
         if sum(t.numel() * t.element_size() for t in held) < torch.cuda.mem_get_info(device)[0] / 4:
-            self.columns = tuple(column.to(device) for column in columns)
+            self.columns = tuple(one.to(device) for one in columns)
             self.home = device
 
-    def first(self) -> tuple[Any, ...]:
-        """One batch, without touching the random state; [] data raise."""
-        with torch.random.fork_rng():
-            for batch in self:
-                return batch
-        raise ValueError("the data are empty; wanted at least one batch.")
 
-    def _placed(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self.device is None:
-            return batch
-        return tuple(x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+def _cast(batch: tuple[Any, ...], casts: Mapping[Path, torch.dtype]) -> tuple[Any, ...]:
+    return mapped(lambda path, x: x.to(casts[path]) if path in casts and isinstance(x, Tensor) else x, batch)
+
+
+def _leaf(path: Path, leaf: Any) -> Any:
+    """A leaf of a batch as the programs take it: dense tensors of types that torch computes with."""
+    if isinstance(leaf, np.ndarray | np.generic) or hasattr(leaf, "tocsr") or hasattr(leaf, "to_numpy"):
+        return _as_tensor(leaf)
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.is_complex() or leaf.is_quantized or leaf.is_nested:
+        raise ValueError(f"got batches with a tensor of dtype {leaf.dtype}, wanted real numbers.")
+    if leaf.layout != torch.strided:
+        return leaf.to_dense()
+    return leaf.to(_WIDER[leaf.dtype]) if leaf.dtype in _WIDER else leaf
+
+
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+
+
+def _as_tensor(x: Any) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, np.ndarray | np.generic):
+        return tensor_of(x).reshape(np.shape(x))
+    found = column(x)
+    return found if isinstance(found, Tensor) else found[torch.arange(len(found))]
+
+
+def _items(data: list[Any]) -> Any:
+    class _List(Dataset):
+        def __len__(self) -> int:
+            return len(data)
+
+        def __getitem__(self, i: int) -> Any:
+            return data[i]
+
+    return column(_List())
+
+
+def _has_arrays(item: Any) -> bool:
+    return any(isinstance(x, Tensor | np.ndarray) or hasattr(x, "__array__") for _, x in leaves(item))
+
+
+def _one_length(item: Any) -> bool:
+    """Whether all leaves have as many rows as each other, as those of a batch have."""
+    sizes = {len(x) if isinstance(x, Tensor | np.ndarray) and x.ndim else None for _, x in leaves(item)}
+    return len(sizes) == 1 and None not in sizes
+
+
+def _of_batch(number: int, seen: int) -> Any:
+    return lambda row: f"row {row} of batch {number} (row {seen + row} as they came)"
+
+
+def _single(what: str) -> str:
+    return (
+        f"{what}, and a network has batch normalisation, which learns nothing from one: wanted at least two in each "
+        "batch. Choose another batch_size, or pass drop_last=True to the loader."
+    )

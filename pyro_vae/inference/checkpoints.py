@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pyro_vae.parameters import plain_name
 from pyro_vae.traces import Program
 
 _METADATA = "pyro_vae.fit"
+_UNKNOWN = "not written there (by another version)"
 
 
 def named_tensors(
@@ -40,7 +42,7 @@ def named_tensors(
         Parameters and buffers of the modules, then what plain functions declare.
     """
     found = {
-        f"{i}.{key}": t
+        f"{i}.{plain_name(key)}": t
         for i, m in enumerate(modules)
         for named in (m.named_parameters, m.named_buffers)
         for key, t in named(remove_duplicate=False)
@@ -56,7 +58,7 @@ def named_tensors(
                 tensor = value.unconstrained()
                 if id(tensor) not in known:
                     known.add(id(tensor))
-                    found[f"param.{name}"] = tensor
+                    found[f"param.{plain_name(name)}"] = tensor
     return found
 
 
@@ -125,10 +127,11 @@ class Checkpoint:
                 f"{self.path} is not a readable checkpoint ({error}). Remove it to start the fit afresh."
             ) from error
         for key, wanted in self.settings.items():
-            if header["settings"].get(key) != wanted:
+            found = header["settings"].get(key, _UNKNOWN)
+            if found != wanted:
                 raise ValueError(
-                    f"{self.path} is the checkpoint of another fit: its {key} is {header['settings'].get(key)}, this "
-                    f"one's {wanted}. Remove it to start afresh, or go on with the same options."
+                    f"{self.path} is the checkpoint of another fit: its {key} is {found}, this one's {wanted}. Remove "
+                    "it to start afresh, or go on with the same options."
                 )
         stored = {name.removeprefix("tensor/"): t for name, t in content.items() if name.startswith("tensor/")}
         shapes = {name: t.shape for name, t in stored.items()}, {name: t.shape for name, t in self.tensors.items()}

@@ -24,17 +24,20 @@ from pyro.infer import (
     TraceTailAdaptive_ELBO,
     TraceTMC_ELBO,
 )
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_vae.auxiliary import auxiliary_among, points_among
+from pyro_vae.inference.datacheck import scored, unwrapped
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
-from pyro_vae.sites import is_point, kind
-from pyro_vae.traces import Program, sites
+from pyro_vae.sites import delta, deterministic, kind, plates
+from pyro_vae.traces import Program, missing_values, sites
 
 # Supports of no volume: a density on one is not comparable with a density on the space around it.
 _THIN = {"sphere", "simplex", "corrcholesky", "corrmatrix"}
@@ -56,6 +59,7 @@ class Case:
         guide_sites: The guide's.
         model_modules: Modules that the model ran.
         guide_modules: Modules that the guide ran.
+        points: Guide sites that are points without a density.
     """
 
     model: Program
@@ -66,11 +70,12 @@ class Case:
     guide_sites: Mapping[str, Any]
     model_modules: tuple[nn.Module, ...]
     guide_modules: tuple[nn.Module, ...]
+    points: tuple[str, ...] = ()
 
     @property
     def point(self) -> str | None:
         """The first guide site that is a point without a density."""
-        return next((name for name, site in self.guide_sites.items() if is_point(site["fn"])), None)
+        return next(iter(self.points), None)
 
     @property
     def latents(self) -> list[str]:
@@ -154,7 +159,22 @@ def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -
             found.append(sites(program, *batch))
         finally:
             hook.remove()
-    return Case(model, guide, batch, loss, found[0], found[1], tuple(seen[0]), tuple(seen[1]))
+    with own_parameters(guide):
+        points = points_among(guide, found[1].values(), batch, {})
+    return Case(model, guide, batch, loss, found[0], found[1], tuple(seen[0]), tuple(seen[1]), points)
+
+
+def rows_held(guide: Program) -> tuple[str, int] | None:
+    """The latent site for whose every row an automatic guide holds parameters, and how many rows.
+
+    None for one that has seen no data yet, for global latents, and for a plate of which it sees a part by index.
+    """
+    trace = getattr(guide, "prototype_trace", None) if isinstance(guide, AutoGuide) else None
+    for name, site in () if trace is None else trace.iter_stochastic_nodes():
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.full_size in (None, -1, frame.size):
+                return name, int(frame.size)
+    return None
 
 
 def _no_density(case: Case) -> str | None:
@@ -170,7 +190,7 @@ def _not_drawn(case: Case) -> str | None:
     if isinstance(case.loss, Objective):
         return None  # refuses it in its own words
     for name, site in case.model_sites.items():
-        if site["is_observed"] or name in case.guide_sites:
+        if site["is_observed"] or name in case.guide_sites or deterministic(site):
             continue
         marked = bool((site["infer"] or {}).get("enumerate"))
         if marked and isinstance(case.loss, TraceEnum_ELBO | TraceTMC_ELBO):
@@ -178,6 +198,8 @@ def _not_drawn(case: Case) -> str | None:
         remedy = (
             "The site is marked to be enumerated: take loss=TraceEnum_ELBO(max_plate_nesting=1), which sums it out."
             if marked
+            else missing_values(name).strip()
+            if name.endswith("_unobserved")
             else f"Draw {name!r} in the guide; a discrete site can be marked by pyro.infer.config_enumerate, for "
             "TraceEnum_ELBO."
         )
@@ -241,31 +263,61 @@ def _batch_norm(case: Case) -> str | None:
 
 
 def _mean_field(case: Case) -> str | None:
-    if not isinstance(case.loss, TraceMeanField_ELBO) or len(case.latents) < 2:
+    """Pyro's condition: no parent of a site in the model is one of its descendants in the guide.
+
+    It holds wherever the guide draws its sites in the model's order, whatever depends on what. Where it does not, the
+    sites must not depend on each other.
+    """
+    if not isinstance(case.loss, TraceMeanField_ELBO):
+        return None
+    for name, site in case.guide_sites.items():
+        inner = delta(site["fn"])
+        if inner is not None and not site["is_observed"] and bool((inner.log_density != 0).any()):
+            return (
+                f"guide site {name!r} is a Delta that carries a density, which TraceMeanField_ELBO leaves out of the "
+                "divergence. Use Trace_ELBO() or Objective(elbo)."
+            )
+    if len(case.latents) < 2:
+        return None
+    order = [name for name in case.model_sites if name in case.latents]
+    if order == [name for name in case.latents if name in case.model_sites]:
         return None
     with torch.no_grad(), own_parameters(case.guide):
         one, two = (poutine.trace(case.guide).get_trace(*case.batch) for _ in range(2))
-        for name in case.latents:
-            mixed = Trace()
-            for other in case.latents:
-                mixed.add_node(other, **(one if other == name else two).nodes[other])
-            values: list[Tensor] = []
-            for given in (one, mixed):
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)  # for networks with dropout
-                    again = poutine.trace(poutine.replay(case.guide, trace=given)).get_trace(*case.batch)
-                distribution: Any = again.nodes[name]["fn"]
-                try:
-                    values.append(distribution.log_prob(one.nodes[name]["value"]))
-                except (KeyError, NotImplementedError):
-                    return None
-            if not torch.equal(values[0], values[1]):
-                return (
-                    "TraceMeanField_ELBO takes the divergence site by site, which is right only for independent sites, "
-                    f"but guide site {name!r} depends on another ({', '.join(n for n in case.latents if n != name)}). "
-                    "Use Trace_ELBO() or Objective(elbo)."
-                )
+        for name in order:
+            if name not in getattr(case.loss, "sites", order):
+                continue  # its divergence is sampled
+            later = case.latents[case.latents.index(name) + 1 :]
+            for other in order[: order.index(name)]:
+                # A site that the model draws before this one may not be drawn from it.
+                if other in later and (moved := _depends(case, one, two, other, name)) is not False:
+                    if moved is None:
+                        return None
+                    return (
+                        "TraceMeanField_ELBO takes the divergence site by site, which is right only for independent "
+                        "sites, or for a guide that draws them in the model's order, but guide site "
+                        f"{other!r} depends on another ({name}), which the model draws after it. Use Trace_ELBO() or "
+                        "Objective(elbo)."
+                    )
     return None
+
+
+def _depends(case: Case, one: Trace, two: Trace, name: str, source: str) -> bool | None:
+    """Whether the distribution of a guide's site changes with the value of another, or None where it cannot tell."""
+    mixed = Trace()
+    for other in case.latents:
+        mixed.add_node(other, **(two if other == source else one).nodes[other])
+    values: list[Tensor] = []
+    for given in (one, mixed):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # for networks with dropout
+            again = poutine.trace(poutine.replay(case.guide, trace=given)).get_trace(*case.batch)
+        distribution: Any = again.nodes[name]["fn"]
+        try:
+            values.append(distribution.log_prob(one.nodes[name]["value"]))
+        except (KeyError, NotImplementedError):
+            return None
+    return not torch.equal(values[0], values[1])
 
 
 def _scale(case: Case) -> str | None:
@@ -279,6 +331,22 @@ def _scale(case: Case) -> str | None:
                 f"site {name!r} carries the scale {shown} (subsampling or poutine.scale), which "
                 f"{type(case.loss).__name__} would put inside the logarithm of a mean weight, where the result is no "
                 "bound. Use Objective(iwae, num_samples=K), which keeps a common scale outside."
+            )
+    return None
+
+
+def _renyi_of_joint(case: Case) -> str | None:
+    """One density for all data, which Pyro would count once for each of them."""
+    if not isinstance(case.loss, RenyiELBO):
+        return None
+    shared = [{(dim, f.size) for dim, f in plates(site).items()} for site in case.model_sites.values()]
+    common = set.intersection(*shared) if shared else set()
+    for name in auxiliary_among(case.guide_sites.values()):
+        if common - {(dim, f.size) for dim, f in plates(case.guide_sites[name]).items()}:
+            return (
+                f"guide site {name!r} is one density for all data, outside their plate, and RenyiELBO counts it once "
+                "for each of them, so that its value is no bound. Use Objective(iwae, num_samples=K), or a guide with "
+                "a density for each datum, such as AutoNormal."
             )
     return None
 
@@ -328,6 +396,7 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
     _batch_norm,
     _mean_field,
     _scale,
+    _renyi_of_joint,
     _renyi_of_fixed,
     _rescoring,
     _first_step,  # the last, since it evaluates the loss
@@ -336,8 +405,12 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
 
 def _grey(case: Case) -> str | None:
     for name, site in case.model_sites.items():
-        base = getattr(site["fn"], "base_dist", site["fn"])
-        if site["is_observed"] and isinstance(base, Bernoulli) and bool(((site["value"] % 1) != 0).any()):
+        base, masked = unwrapped(site["fn"])
+        if not site["is_observed"] or not isinstance(base, Bernoulli):
+            continue
+        grey = site["value"] % 1 != 0
+        # What a mask leaves out may be anything: a stand-in inside the support is no grey value.
+        if bool((grey & scored(site, grey) if masked or isinstance(site["mask"], Tensor) else grey).any()):
             return (
                 f"site {name!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli "
                 "density: the ELBO is not comparable with any published one. Binarise the data."

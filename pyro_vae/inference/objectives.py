@@ -24,7 +24,7 @@ from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.sleep import dream
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
 from pyro_vae.parameters import device_of
-from pyro_vae.traces import Cut, Particles, Program, draw, plate_nesting
+from pyro_vae.traces import Cut, Particles, Program, draw, nesting_of
 
 _EXAMPLES: tuple[tuple[Any, str], ...] = (
     (renyi, "renyi(0.5)"),
@@ -43,8 +43,8 @@ class Objective(ELBO):
     Its value is always that; its gradient is that of the estimator (see
     `pyro_vae.inference.estimators`). With beta the differentiated ELBO is
     E_q[log p(x | z) - beta (log q(z | x) - log p(z))]; the reported one stays that of
-    beta = 1. An upper bound (`cubo`) is minimised, by the guide alone: then the loss is plus the
-    bound.
+    beta = 1. B is the number of data. An upper bound (`cubo`) is minimised, by the guide
+    alone: then the loss is plus the bound.
 
     Args:
         bound: Particles to one number per datum: `elbo`, `iwae`, `renyi(0.5)`, ...
@@ -54,7 +54,8 @@ class Objective(ELBO):
             reparameterised; with a leave-one-out baseline, for which K must be at least 2).
         beta: Weight of log q - log p(z), for the `elbo` only.
         regularizers: Functions of (particles, model, guide), each to one number in nats
-            per datum that is added to the loss, and not to the bound: `mmd(10.0)`, ...
+            per datum that is added to the loss, and not to the bound: `mmd(10.0)`, ... The
+            densities that they see are never tempered.
         max_plate_nesting: Depth of the pair's plates; guessed at the first call with
             K > 1 when not given (by one run that leaves the random state alone).
     Attributes:
@@ -120,7 +121,7 @@ class Objective(ELBO):
     ) -> Particles:
         """Draw the K particles that the bound is computed from."""
         if self.num_samples > 1 and self.max_plate_nesting == math.inf:
-            self.max_plate_nesting = plate_nesting(model, guide, *args, **kwargs)
+            self.max_plate_nesting = nesting_of(model, guide, args, kwargs)
         nesting = None if self.max_plate_nesting == math.inf else int(self.max_plate_nesting)
         return draw(model, guide, args, kwargs, self.num_samples, max_plate_nesting=nesting, cut=cut)
 
@@ -138,6 +139,7 @@ class Objective(ELBO):
                 f"{self.estimator!r} has nothing to score. Use estimator='reparameterized'."
             )
         log_q = _log_q(particles) if cut is not None else particles.log_likelihood
+        plain = particles
         if not _is_one(self.beta):
             if self.bound is not elbo:
                 raise ValueError(f"beta={self.beta:g} tempers the elbo only, got {self!r}. Leave beta at 1.")
@@ -145,8 +147,8 @@ class Objective(ELBO):
             values = self.bound(particles)
         sign = particles.scale if self.upper else -particles.scale
         loss = sign * values.sum()
-        weight = particles.scale * len(values)
-        extra = sum((weight * r(particles, model, guide) for r in self.regularizers), loss.new_zeros(()))
+        weight = plain.scale * plain.num_data
+        extra = sum((weight * r(plain, model, guide) for r in self.regularizers), loss.new_zeros(()))
         if cut is None:
             return loss + extra if self.regularizers else loss
         surrogate = self._surrogate(particles, log_q, cut, sign, extra)
@@ -233,7 +235,7 @@ def mean_bound(
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
-        data: As for `fit`.
+        data: As for `fit`, or `Batches` of them.
         bound: The bound.
         num_samples: K.
         batch_size: Data scored at a time.
@@ -243,10 +245,14 @@ def mean_bound(
         The mean over the data.
     """
     objective = Objective(bound, num_samples)
-    batches = Batches(data, batch_size, device_of(model, guide) if device is None else device, shuffle=False)
+    place = device_of(model, guide) if device is None else device
+    batches = data
+    if not isinstance(data, Batches):
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
     total, count = 0.0, 0
     with evaluating(model, guide, seed=seed):
         for batch in batches:
-            total += bound(objective.particles(model, guide, *batch)).double().sum().item()
-            count += len(batch[0])
+            particles = objective.particles(model, guide, *batch)
+            total += bound(particles).double().sum().item()
+            count += particles.num_data
     return total / count

@@ -2,19 +2,24 @@
 
 ``pyro.optim.PyroOptim`` keeps one torch optimiser per tensor, so that no fused kernel
 can run and clipping is per tensor. `Fused` keeps one for all, and ``pyro.infer.SVI``
-drives it just the same.
+drives it just the same. Its state is kept by the parameters' names, as Pyro's is, and
+read without running code.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
+
+from pyro_vae.parameters import names_of
 
 Schedule: TypeAlias = Callable[[float], float]
 
@@ -40,14 +45,19 @@ def one_cycle(fraction: float, warm: float = 0.1) -> float:
 SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "one-cycle": one_cycle}
 
 
+# How a step is computed, not what: of the machine, and left to it when a state is taken up there.
+_MACHINE = ("params", "fused", "foreach", "capturable", "differentiable")
+
+
 class Fused(PyroOptim):
     """One torch optimiser for all parameters, with a schedule and global clipping.
 
     Args:
         constructor: A torch optimiser class.
         options: Its keyword arguments; ``fused=True`` is added where it is supported.
-        clip_norm: Upper limit of the joint gradient norm of all parameters.
+        clip_norm: Upper limit of the joint gradient norm of all parameters, in units of `scale`.
     Attributes:
+        scale: What the loss is a multiple of, such as the scale of a plate; 1 if nobody says.
         parameters: The tensors that had a gradient so far.
         count: Steps taken.
     Raises:
@@ -74,21 +84,41 @@ class Fused(PyroOptim):
         super().__init__(constructor, options)
         self.constructor, self.options = constructor, options
         self.clip_norm = clip_norm
+        self.scale = 1.0
         self.learning_rate: float = options["lr"]
         self.parameters: set[Tensor] = set()
         self._factor = 1.0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._rates: list[float] | None = None  # of the groups of an optimiser that was taken over
+        self._pending: dict[str, Any] | None = None  # a state whose parameters are yet to join
         self.count = 0
         self._even = True  # whether all parameters took part in every step
         self._update: Update | None = None
+
+    @classmethod
+    def taking(cls, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Fused:
+        """Step with an optimiser that is there: its algorithm, options, groups, rates and state.
+
+        Gradients that lie on its parameters are dropped, since a step would use them.
+
+        Raises:
+            ValueError: In the first step, a parameter that has a gradient and is not in the optimiser.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        taken = cls(type(optimizer), {"lr": max(rates)}, clip_norm)
+        taken._optimizer, taken._rates = optimizer, rates
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        steps = [int(optimizer.state.get(p, {}).get("step", 0)) for p in tensors]
+        taken.count, taken._even = max(steps), len(set(steps)) == 1
+        return taken
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Step all parameters that have a gradient; new ones join the optimiser."""
         params = [p for p in params if p.grad is not None]
         new = [p for p in params if p not in self.parameters]
         if new:
-            self.parameters.update(new)
-            self._add(new)
+            self._join(new)
         if self._optimizer is None:
             return
         self._even = self._even and len(params) == len(self.parameters)
@@ -100,11 +130,33 @@ class Fused(PyroOptim):
         for p in params:
             p.grad = None
 
+    @property
+    def current_rate(self) -> float:
+        """The learning rate of the first group, as it stands."""
+        return self.learning_rate * self._factor if self._optimizer is None else self._optimizer.param_groups[0]["lr"]
+
     def set_learning_rate(self, factor: float) -> None:
-        """Scale the initial learning rate by a factor, for parameters yet to join as well."""
+        """Scale the initial learning rate by a factor, for parameters yet to join as well.
+
+        Rates of an optimiser that was taken over are its own as long as the factor is 1.
+        """
+        unchanged = self._rates is not None and factor == self._factor
         self._factor = factor
-        for group in self._optimizer.param_groups if self._optimizer is not None else ():
-            group["lr"] = self.learning_rate * factor
+        for index, group in enumerate(self._optimizer.param_groups if self._optimizer is not None else ()):
+            if not unchanged:
+                group["lr"] = (self.learning_rate if self._rates is None else self._rates[index]) * factor
+
+    def release(self) -> None:
+        """Give an optimiser that was taken over its own rates back."""
+        if self._rates is not None:
+            self.set_learning_rate(1.0)
+
+    def taken_groups(self) -> list[dict[str, Any]]:
+        """The options of each group of an optimiser that was taken over; [] of one of our own."""
+        if self._rates is None or self._optimizer is None:
+            return []
+        own = [{k: v for k, v in group.items() if k not in _MACHINE} for group in self._optimizer.param_groups]
+        return [options | {"lr": rate} for options, rate in zip(own, self._rates, strict=True)]
 
     def inside(self) -> Update | None:
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
@@ -131,8 +183,77 @@ class Fused(PyroOptim):
         return self._update
 
     def get_state(self) -> dict[str, Any]:
-        """State of the torch optimiser."""
-        return {} if self._optimizer is None else self._optimizer.state_dict()
+        """All that the next steps depend on, by the parameters' names: plain data and copies of tensors.
+
+        Raises:
+            ValueError: A parameter without a name, or two of one name.
+        """
+        if self._optimizer is None:
+            return {} if self._pending is None else self._pending
+        named: dict[str, Tensor] = {}
+        groups = []
+        for index, group in enumerate(self._optimizer.param_groups):
+            members = [p for p in group["params"] if p in self.parameters]
+            names = [next(iter(names_of(p)), f"a parameter of shape {tuple(p.shape)}") for p in members]
+            for name, p in zip(names, members, strict=True):
+                if not names_of(p) or named.setdefault(name, p) is not p:
+                    raise ValueError(
+                        f"the optimiser's state is kept by name, and {name!r} is no name of one parameter. Give each "
+                        "network a name of its own, in pyro.module or as an attribute of a PyroModule."
+                    )
+            options = {key: value for key, value in group.items() if key not in _MACHINE}
+            options["lr"] = self.learning_rate if self._rates is None else self._rates[index]
+            groups.append({"names": names, "options": options})
+        state = {name: {k: _copied(v) for k, v in self._optimizer.state[p].items()} for name, p in named.items()}
+        return {
+            "algorithm": _name(self.constructor), "count": self.count, "even": self._even, "factor": self._factor,
+            "groups": groups, "shapes": {name: list(p.shape) for name, p in named.items()}, "state": state,
+        }  # fmt: skip
+
+    def set_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what `get_state` gave: now for parameters that are known, for others when they join.
+
+        The learning rate and all other options of the algorithm are then those of the state. Names of programs that
+        this package numbers (Model1, Model2) are the same but for the number.
+
+        Raises:
+            ValueError: Not a state of `Fused`, or of another algorithm. Later, when the parameters are known: they
+                are others than the state's.
+        """
+        if not state_dict:
+            return
+        missing = {"algorithm", "count", "even", "factor", "groups", "shapes", "state"} - set(state_dict)
+        if missing:
+            raise ValueError(
+                "got a state that Fused.get_state() has not made (those of Pyro's own optimisers are one per tensor), "
+                f"wanted one with {', '.join(sorted(missing))}. Load it into the kind of optimiser that saved it."
+            )
+        if state_dict["algorithm"] != _name(self.constructor):
+            raise ValueError(
+                f"got the state of {state_dict['algorithm']}, wanted one of {_name(self.constructor)}. Make the "
+                "optimiser of the class that was saved."
+            )
+        self._pending = dict(state_dict)
+        if self.parameters:
+            self._take_up(list(self.parameters))
+
+    def save(self, filename: str | os.PathLike[str]) -> None:
+        """Write `get_state` to a file."""
+        torch.save(self.get_state(), filename)
+
+    def load(self, filename: str | os.PathLike[str], map_location: Any = None) -> None:
+        """Take up what `save` wrote. Reads tensors and plain data, and runs no code.
+
+        Raises:
+            ValueError: The file holds something else; all that `set_state` refuses.
+        """
+        try:
+            state = torch.load(filename, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{filename} does not hold the state of an optimiser, wanted what save writes.") from error
+        if not isinstance(state, dict):
+            raise ValueError(f"{filename} holds a {type(state).__name__}, wanted what save writes.")
+        self.set_state(state)
 
     def moments(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The optimiser's state of each of these tensors that has one, by name."""
@@ -148,12 +269,80 @@ class Fused(PyroOptim):
         joining = [tensors[name] for name in sorted(moments)]
         if not joining:
             return
-        self.parameters.update(joining)
-        self._add(joining)
+        self._join(joining)
         assert self._optimizer is not None
         for name in moments:
             self._optimizer.state[tensors[name]] = dict(moments[name])
         self.count = max(int(state.get("step", 0)) for state in moments.values())
+
+    def _join(self, new: list[Tensor]) -> None:
+        if self._rates is not None:
+            self._check_taken(new)
+        elif self._pending is None:
+            self._add(new)
+        self.parameters.update(new)
+        if self._pending is not None:
+            self._take_up(new)
+
+    def _check_taken(self, new: list[Tensor]) -> None:
+        """Refuse parameters that the optimiser taken over does not hold: its owner would not have them trained."""
+        assert self._optimizer is not None
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        lacking = [next(iter(names_of(p)), f"one of shape {tuple(p.shape)}") for p in new if id(p) not in held]
+        if lacking:
+            raise ValueError(
+                f"{len(lacking)} of the pair's {len(new)} parameters are not in the optimiser, {lacking[0]!r} for one. "
+                f"Add them to it, freeze them by requires_grad_(False), or pass the class, "
+                f"optimizer=torch.optim.{self.constructor.__name__}, which takes all."
+            )
+
+    def _take_up(self, joined: list[Tensor]) -> None:
+        """Give parameters their part of the state that is pending."""
+        pending, fresh = self._pending, self._optimizer is None
+        assert pending is not None
+        found = _matched(joined, pending["shapes"])
+        unused = set(pending["shapes"]) - set(found.values())
+        lacking = [next(iter(names_of(p)), f"one of shape {tuple(p.shape)}") for p in joined if p not in found]
+        if lacking or (unused and pending["even"]):
+            which = f"has nothing for {lacking[0]!r}" if lacking else f"is for {min(unused)!r}, which had no gradient"
+            raise ValueError(
+                f"the state of the optimiser {which}: it is that of another pair. It holds {len(pending['shapes'])} "
+                f"parameters, {min(pending['shapes'])!r} for one."
+            )
+        self.learning_rate = pending["groups"][0]["options"]["lr"]
+        for saved in pending["groups"]:
+            members = [p for p in joined if found[p] in saved["names"]]
+            if self._rates is None and members and not self._holds(members):
+                self._add(members)
+            assert self._optimizer is not None
+            for index, group in enumerate(self._optimizer.param_groups):
+                if any(p is q for p in members for q in group["params"]):
+                    group.update(saved["options"])
+                    if self._rates is not None:
+                        self._rates[index] = saved["options"]["lr"]
+                    group["lr"] = saved["options"]["lr"] * pending["factor"]
+            for p in members:
+                self._optimizer.state[p] = {k: self._placed(k, v, p) for k, v in pending["state"][found[p]].items()}
+        if fresh or len(joined) == len(self.parameters):
+            self.count, self._even, self._factor = pending["count"], pending["even"], pending["factor"]
+        self._update = None
+        shapes = {name: shape for name, shape in pending["shapes"].items() if name in unused}
+        self._pending = pending | {"shapes": shapes} if unused else None
+
+    def _holds(self, tensors: Sequence[Tensor]) -> bool:
+        groups = () if self._optimizer is None else self._optimizer.param_groups
+        return all(any(p is q for group in groups for q in group["params"]) for p in tensors)
+
+    def _placed(self, key: str, value: Any, parameter: Tensor) -> Any:
+        """A copy of a part of the state where the algorithm wants it for this parameter."""
+        if not isinstance(value, Tensor):
+            return value
+        if key != "step":
+            return _copied(value).to(parameter.device)
+        assert self._optimizer is not None
+        (group,) = (g for g in self._optimizer.param_groups if any(parameter is p for p in g["params"]))
+        on_device = group.get("fused") or group.get("capturable")
+        return _copied(value).to(parameter.device if on_device else "cpu")
 
     def _add(self, new: list[Tensor]) -> None:
         if self._optimizer is not None:
@@ -172,7 +361,38 @@ class Fused(PyroOptim):
         norms = torch.stack(torch._foreach_norm(grads))
         # SVI hands over a set: sorted, the sum does not depend on its order.
         total = torch.linalg.vector_norm(norms.sort().values)
-        torch._foreach_mul_(grads, (self.clip_norm / (total + 1e-6)).clamp(max=1.0))
+        assert self.clip_norm is not None
+        torch._foreach_mul_(grads, (self.clip_norm * self.scale / (total + 1e-6)).clamp(max=1.0))
+
+
+def _name(constructor: Any) -> str:
+    return f"{getattr(constructor, '__module__', '')}.{getattr(constructor, '__qualname__', repr(constructor))}"
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _matched(parameters: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[Tensor, str]:
+    """Which saved name is whose: the same one, or the same but for the number of a program."""
+    found = {}
+    for p in parameters:
+        kin = {name for own in names_of(p) for name in shapes if _numberless(name) == _numberless(own)}
+        same = [name for name in names_of(p) if name in shapes] or (sorted(kin) if len(kin) == 1 else [])
+        if not same:
+            continue
+        if list(shapes[same[0]]) != list(p.shape):
+            raise ValueError(
+                f"the state of the optimiser is of another pair: its {same[0]!r} has shape {tuple(shapes[same[0]])}, "
+                f"this one's {tuple(p.shape)}."
+            )
+        found[p] = same[0]
+    return found
+
+
+def _numberless(name: str) -> str:
+    root, dot, rest = name.partition(".")
+    return root.rstrip("0123456789") + dot + rest
 
 
 class Update:
@@ -181,7 +401,7 @@ class Update:
         m <- m + (1 - b1) (g - m),   v <- b2 v + (1 - b2) g^2
         p <- p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
 
-    What changes from step to step (t and the learning rate) enters as a tensor, written
+    What changes from step to step (t, the learning rate, the limit of a clip) enters as a tensor, written
     by `advance` before each step, so that a graph of the operations need not change.
 
     Args:
@@ -195,7 +415,7 @@ class Update:
         self.decoupled = type(optimizer) is torch.optim.AdamW or self.group.get("decoupled_weight_decay", False)
         self.parameters: list[Tensor] = list(self.group["params"])
         self._counters = [optimizer.state[p]["step"] for p in self.parameters]
-        self._numbers = self.parameters[0].detach().new_zeros(3)
+        self._numbers = self.parameters[0].detach().new_zeros(4)
 
     def advance(self, steps: int = 1) -> None:
         """Count a step (or take one back), and write down what the operations need to know of it."""
@@ -203,7 +423,8 @@ class Update:
         torch._foreach_add_(self._counters, steps)
         (first, second), rate, count = self.group["betas"], float(self.group["lr"]), self.owner.count
         if count > 0:
-            numbers = [rate / (1 - first**count), (1 - second**count) ** -0.5, rate]
+            limit = (self.clip_norm or 0.0) * self.owner.scale
+            numbers = [rate / (1 - first**count), (1 - second**count) ** -0.5, rate, limit]
             self._numbers.copy_(torch.tensor(numbers, dtype=self._numbers.dtype), non_blocking=True)
 
     def tensors(self) -> list[Tensor]:
@@ -219,12 +440,12 @@ class Update:
         """
         if {id(p) for p in leaves} != {id(p) for p in self.parameters}:
             raise ValueError("the gradients are not those of the optimiser's parameters")
+        scaled_rate, inverse_root, rate, limit = self._numbers.unbind()
         if self.clip_norm is not None:
             total = sum((g.square().sum() for g in gradients), self._numbers.new_zeros(())).sqrt()
-            factor = (self.clip_norm / (total + 1e-6)).clamp(max=1.0)
+            factor = (limit / (total + 1e-6)).clamp(max=1.0)
             gradients = [g * factor for g in gradients]
         (first, second), decay, eps = self.group["betas"], self.group["weight_decay"], self.group["eps"]
-        scaled_rate, inverse_root, rate = self._numbers.unbind()
         for p, g in zip(leaves, gradients, strict=True):
             m, v = (self.optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq"))
             if decay and self.decoupled:

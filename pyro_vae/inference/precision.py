@@ -4,7 +4,8 @@ Three settings are torch's own (``torch.set_float32_matmul_precision``): "highes
 and "medium" take float32 and give float32, by faster kernels where the hardware has them.
 "bfloat16" rounds what goes into the linear and convolutional layers to 8 significant bits,
 in the forward and in the backward pass, and is two to four times as fast where the
-hardware multiplies them. Everything else, every log-probability included, stays in
+hardware multiplies them; a CPU that has no instructions for it is ten times slower than in
+float32, of which one warning is given. Everything else, every log-probability included, stays in
 float32: a layer's result is float32 again, its bias is added there, and parameters, moments
 and updates are float32 throughout, so that no loss scaling is needed.
 """
@@ -12,6 +13,8 @@ and updates are float32 throughout, so that no loss scaling is needed.
 from __future__ import annotations
 
 import contextlib
+import platform
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +30,7 @@ _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 }  # fmt: skip
 _active = 0
+_said = False
 
 
 @contextlib.contextmanager
@@ -44,6 +48,8 @@ def matmul_precision(name: str | None) -> Iterator[None]:
     """
     if name is not None and name not in PRECISIONS:
         raise ValueError(f"unknown matmul_precision {name!r}, wanted one of {', '.join(PRECISIONS)}.")
+    if name == "bfloat16":
+        _say_if_slow()
     before = torch.get_float32_matmul_precision()
     if name not in (None, "bfloat16"):
         torch.set_float32_matmul_precision(name)
@@ -52,6 +58,27 @@ def matmul_precision(name: str | None) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the products here have instructions for bfloat16: on a GPU, or by this CPU (AVX512-BF16, AMX, SVE)."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return True
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # what others have is not known here, and ARM has had them since 2019
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _say_if_slow() -> None:
+    global _said
+    if _said or multiplies_bfloat16():
+        return
+    _said = True
+    warnings.warn(
+        'got matmul_precision="bfloat16" on a CPU that has no instructions for it (AVX512-BF16 or AMX): its products '
+        'are done piece by piece, about ten times slower than in float32. Use "medium", which is fast on any CPU.',
+        stacklevel=4,
+    )
 
 
 def bfloat16_active() -> bool:

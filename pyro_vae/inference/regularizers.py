@@ -1,8 +1,9 @@
 """Regularizers: what is added to the training loss, and is no part of any bound.
 
 Each is a function of (particles, model, guide) to one number in nats per datum; an
-`Objective` multiplies it by the number of data and adds it to the loss, while the bound that
-it reports stays as it was. They are differentiated along the samples whatever the
+`Objective` multiplies it by the number of data (and their scale, under subsampling) and adds it to
+the loss, while the bound that it reports stays as it was. The densities that they are shown are those
+of the programs, whatever the beta of the objective. They are differentiated along the samples whatever the
 estimator of the bound.
 
 The two that concern the aggregate q(z) = 1/N sum_x q(z | x) estimate it from the
@@ -168,6 +169,11 @@ class FreeBits:
     def __call__(self, particles: Particles, model: Program, guide: Program) -> Tensor:
         total = particles.log_likelihood.new_zeros(())
         for site, log_prior in particles.log_prior.items():
+            if site in particles.partial:
+                raise ValueError(
+                    f"free_bits is about the divergence of each site, and the density of guide site {site!r} lies at "
+                    "an auxiliary site that others share. Use a guide with a density for each site, such as AutoNormal."
+                )
             if self.per == "site":
                 divergence = (particles.log_q[site] - log_prior).mean()
             else:
@@ -188,8 +194,10 @@ def free_bits(nats: float, per: str = "site") -> Regularizer:
         sum_j max(lambda, KL_j) - KL_j,   KL_j = mean over the batch of log q(z_j | x) - log p(z_j)
 
     over sites or over dimensions j. Added to minus the ELBO, it turns each KL_j into
-    max(lambda, KL_j), so that a latent below lambda is not pushed further towards the prior. The
-    divergences are estimated by the samples of the ELBO itself, so that their gradients cancel exactly.
+    max(lambda, KL_j), so that a latent below lambda is not pushed further towards the prior. Beside
+    a tempered divergence beta KL_j it adds the same: with beta < 1 (a warm-up) a latent below lambda
+    is pulled up to it, with beta > 1 what is left pushes on at a rate of beta - 1.
+    The divergences are estimated by the samples of the ELBO itself, so that their gradients cancel exactly.
 
     Args:
         nats: lambda, per site or per dimension.

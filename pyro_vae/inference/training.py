@@ -13,9 +13,9 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,19 +23,27 @@ from pyro_vae.evaluation import evaluating, rests, unmoved
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
-from pyro_vae.inference.compatibility import check
+from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
+from pyro_vae.inference.closed_form import ClosedForm, default_loss
+from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.diagnosis import diagnosis
+from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
+from pyro_vae.inference.per_datum import Counting, Unit, lengths
 from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
+from pyro_vae.inference.starts import before_fit
 from pyro_vae.inference.steps import GraphSteps
+from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
+_SIZES = 10_000  # sizes of batches whose unit is remembered
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
 # Inductor costs up to half a minute and saves at least a quarter of the time of a replay.
 _COMPILER_SECONDS, _SAVED, _TIMED = 20.0, 0.25, 40
@@ -47,7 +55,8 @@ class History:
 
     Attributes:
         records: Per epoch: ``epoch``, ``loss`` (what was minimised, nats per datum),
-            ``bound`` (the untempered bound on the training batches where it is known),
+            ``bound`` (the untempered bound on the training batches where it is known, per
+            datum too: see `pyro_vae.inference.per_datum`),
             ``validation`` (where validation data were given), ``learning_rate``,
             ``beta`` (these two of the epoch's last step), ``seconds`` since the start,
             ``images_per_second``.
@@ -77,11 +86,13 @@ def fit(
     loss: Any = None,
     epochs: int = 20,
     batch_size: int = 128,
-    optimizer: PyroOptim | type[torch.optim.Optimizer] | None = None,
-    learning_rate: float = 1e-3,
+    optimizer: PyroOptim | torch.optim.Optimizer | type[torch.optim.Optimizer] | None = None,
+    learning_rate: float | None = None,
     schedule: str | Schedule = "constant",
     clip_norm: float | None = None,
-    kl_warmup: int = 0,
+    kl_warmup: float = 0,
+    kl_warmup_steps: int | None = None,
+    beta: Beta | None = None,
     validation: Any = None,
     validation_bound: Bound | None = None,
     patience: int | None = None,
@@ -102,21 +113,32 @@ def fit(
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
-        data: A tensor (N, ...); a tuple of them (the programs' positional arguments);
-            anything with ``len`` that an index tensor turns into a batch, such as a
-            `Split`; or an iterable of batches, such as a ``DataLoader``.
-        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given. A `Compiled`
+        data: A tensor or array (N, ...), a frame, a sparse matrix, a list of images; a
+            tuple of them (the programs' positional arguments); a dict of columns; a
+            dataset; anything with ``len`` that an index tensor turns into a batch, such
+            as a `Split`; or an iterable of batches, such as a ``DataLoader``. How numbers
+            are cast, and what is refused, is said in `pyro_vae.inference.batches`.
+        loss: A Pyro ELBO or an `Objective`; ``Trace_ELBO()`` when not given (for a guide that says at
+            which sites the divergence may be in closed form, as the zoo's `Hierarchical`, `ClosedForm`). A `Compiled`
             keeps its graphs for the next fit of the same pair.
         epochs: Passes through the data.
         batch_size: B; an iterable of batches has its own.
-        optimizer: A torch optimiser class (Adam when not given), or a ``PyroOptim``,
-            which then owns learning rate, schedule and clipping.
-        learning_rate: Peak learning rate.
+        optimizer: A torch optimiser class (Adam when not given); an instance, which is taken
+            over with its options, parameter groups, rates and state, and must hold all of the
+            pair's parameters; or a ``PyroOptim``, which then owns learning rate, schedule and
+            clipping. A Pyro scheduler is stepped once an epoch, ``ReduceLROnPlateau`` by the
+            validation bound or else the loss.
+        learning_rate: Peak learning rate of a class, 1e-3 when not given.
         schedule: "constant", "cosine", "one-cycle", or a function of the fraction of
-            steps done that multiplies the learning rate.
-        clip_norm: Upper limit of the joint gradient norm.
-        kl_warmup: Epochs over which the weight of log q - log p(z) rises linearly to 1,
-            or to the beta of the `Objective`.
+            steps done that multiplies the learning rate (every rate of an instance, which
+            gets its own back at the end).
+        clip_norm: Upper limit of the joint gradient norm of the loss summed over a batch, without
+            the scale of a plate (N / B under subsampling), which multiplies loss and limit alike.
+        kl_warmup: Epochs, or fractions of one, over which the weight of log q - log p(z) rises
+            linearly to 1, or to the beta of the `Objective`.
+        kl_warmup_steps: The same in steps; one of the two.
+        beta: That weight itself: a number, or a function of the fraction of steps done, for
+            the elbo and Pyro's ELBOs. Patience waits until it has come to rest.
         validation: Data of the same kind, scored after every epoch at fixed noise.
         validation_bound: The bound to score them by (the `elbo`; `reconstruction` for
             a point guide).
@@ -130,7 +152,8 @@ def fit(
         progress: Show a bar; None shows it on a terminal only.
         callback: Called with each epoch's record.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
-            If it is there already, the fit goes on from it, to the bit.
+            If it is there already, the fit goes on from it, to the bit; and does not if
+            anything that shapes the result is another: the data, the loss, the optimiser, ...
         compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
             Inductor; "auto" captures them in fits of 500 steps or more and compiles them where,
             by the clock, a minute or more of them lies ahead, unless there is a checkpoint: a
@@ -163,43 +186,58 @@ def fit(
     if compiled is not None:
         loss = compiled.inner
     else:
-        loss = copy.copy(Trace_ELBO() if loss is None else loss)  # an ELBO remembers the plates of its pair
-    _check_options(loss, epochs, batch_size, kl_warmup, patience, validation, schedule)
+        loss = copy.copy(default_loss(guide) if loss is None else loss)  # an ELBO remembers the plates of its pair
+    _check_options(loss, epochs, batch_size, patience, validation, schedule)
+    check_tempering(loss, epochs, kl_warmup, kl_warmup_steps, beta)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
         raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
     modules = modules_of(model, guide)
     for module in modules if device is not None else []:
         module.to(device)
     place = device if device is not None else device_of(model, guide)
-    batches = Batches(data, batch_size, place)
-    if not isinstance(optimizer, PyroOptim):
-        optimizer = Fused(optimizer or torch.optim.Adam, {"lr": learning_rate}, clip_norm)
+    optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     history = History()
     with (
-        own_parameters(model, guide), seeded(seed), precision(matmul_precision), reused_memory(), _learning(modules),
+        own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory(),
+        _learning(modules),
     ):  # fmt: skip
+        before_fit(modules, data)
+        batches = Batches(data, batch_size, place, programs=(model, guide))
+        batches.keep_together()
         with unmoved(modules) as met:  # statistics of batches are of the steps alone
             point = check(model, guide, batches.first(), loss)
         modules += [found for reference in met if (found := reference()) is not None]
         validation_bound = validation_bound or (loss.bound if point else elbo)
         if validation is not None:  # what cannot be scored is refused now, not after an epoch
+            validation = Batches(validation, 500, place, shuffle=False, programs=(model, guide))
             with evaluating(model, guide, seed=0):
-                Objective().particles(model, guide, *Batches(validation, 500, place, shuffle=False).first())
+                Objective().particles(model, guide, *validation.first())
         best = _Best(modules)
         steps = epochs * len(batches)
+        tempering = Tempering(
+            loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
+        )
         given = compiled is not None
         if compiled is None:
             compiled = _compiled(loss, compile, steps, checkpoint is not None, len(batches))
-        stepper = _Stepper(model, guide, loss, optimizer, rate, steps, kl_warmup * len(batches), batches, compiled)
+        stepper = _Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
         if checkpoint is not None:
-            # Pyro's losses have no repr of their own.
-            said = repr(loss) if isinstance(loss, Objective) else f"{type(loss).__name__}, {loss.num_particles}"
-            settings = {"epochs": epochs, "batch_size": batch_size, "loss": said, "kl_warmup": kl_warmup}
             with unmoved(modules):
                 tensors = named_tensors(modules, model, guide, batches.first())
+            warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
+            settings: dict[str, Any] = {
+                "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
+                **optimizer_settings(optimizer), "patience": patience, "validation_bound": validation_bound,
+                "matmul_precision": torch.get_float32_matmul_precision() if matmul_precision is None
+                else matmul_precision, "device": torch.device(place or "cpu").type, "data": data,
+                "validation": validation,
+            }  # fmt: skip
+            settings = {key: fingerprint(value) for key, value in settings.items()}
+            settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
+            settings |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
             saved = Checkpoint(checkpoint, tensors, settings)
             started -= _resumed(saved, history, best, stepper)
         quiet = None if progress is None else not progress
@@ -219,7 +257,9 @@ def fit(
                     if callback is not None:
                         callback(record)
                     # While the weight of the divergence rises, a validation bound says nothing about the end.
-                    if patience is not None and stepper.steps >= stepper.warmup:
+                    settled = stepper.steps >= stepper.warmup
+                    end_epoch(optimizer, record, settled)
+                    if patience is not None and settled:
                         best.offer(record["validation"], epoch, stepper.parameters())
                         history.stopped_early = epoch - best.epoch >= patience
                     if checkpoint is not None:
@@ -228,6 +268,8 @@ def fit(
                         break
             except KeyboardInterrupt:
                 history.interrupted = True
+            finally:
+                stepper.release()
         history.best_epoch = len(history)
         if best.epoch and not history.interrupted:
             best.restore()
@@ -306,47 +348,57 @@ def _rest_frozen(module: nn.Module) -> None:
         _rest_frozen(child)
 
 
-class _Tempered(Messenger):
-    """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change."""
-
-    def __init__(self, weight: Callable[[], float | Tensor]) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight()
-
-
 class _Stepper:
     """The inner loop: SVI steps with the schedules of learning rate and beta."""
 
     def __init__(
-        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, total: int, warmup: int,
+        self, model: Program, guide: Program, loss: Any, optimizer: PyroOptim, rate: Schedule, tempering: Tempering,
         batches: Batches, compiled: Compiled | None = None,
     ) -> None:  # fmt: skip
-        self.loss, self.optimizer, self.rate, self.total, self.warmup = loss, optimizer, rate, total, warmup
+        self.loss, self.optimizer, self.rate = loss, optimizer, rate
+        self.tempering, self.total, self.warmup = tempering, tempering.total, tempering.warmup
+        held = rows_held(guide)
         self.steps = 0
-        self.final_beta = float(loss.beta) if isinstance(loss, Objective) else 1.0
+        self.own_beta = loss.beta if isinstance(loss, Objective) else None
+        self.pair = (model, guide)
+        self.choice: tuple[Any, ...] | None = None  # of the latest step
         # As a tensor, the weight is read anew by a captured step; losses that compare scales want a number.
-        self.weight: Tensor | None = None
-        if warmup and not isinstance(loss, Objective):
-            if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
+        self.weight: Tensor | Number | None = None
+        if tempering.active and not isinstance(loss, Objective):
+            if type(loss) in (Trace_ELBO, TraceMeanField_ELBO, ClosedForm):
                 self.weight = torch.ones((), dtype=torch.float64)
             else:
-                compiled = None
-            model, guide = _Tempered(self._live_beta)(model), _Tempered(self._live_beta)(guide)
+                self.weight, compiled = Number(1.0), None
+            model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)
         self.considers, self._timed = False, 0.0
         self.batches = batches
+        if held is not None and len(batches) > 1:
+            raise ValueError(
+                f"the guide holds parameters for each of the {held[1]} rows of latent site {held[0]!r}, whatever data "
+                f"they are, and got the data in {len(batches)} batches. Pass all data in one batch to a new guide "
+                "(batch_size=N), or a guide that is a function of the data."
+            )
+        self.counting = Counting()
+        self.unit = Unit(1)  # what the loss of the step that is taken is a multiple of
+        self._units: dict[tuple[int, ...], Unit] = {}
+        self._sizes: tuple[int, ...] = ()
+        self._captures = 0
         self.svi = SVI(model, guide, optimizer, loss)
+        self.svi.loss_and_grads = self._counted
+        if batches.shuffle and batches.num_data is not None and len(batches) == 1:
+            self._keep_rows(guide)
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def beta(self) -> float:
         """The weight of log q - log p(z) in the step to come."""
-        return self.final_beta * (min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0)
+        return self.tempering(self.steps)
 
-    def _live_beta(self) -> float | Tensor:
-        return self.beta() if self.weight is None else self.weight
+    def release(self) -> None:
+        """Give what was lent for the fit its own numbers back."""
+        if isinstance(self.optimizer, Fused):
+            self.optimizer.release()
+        if self.own_beta is not None:
+            self.loss.beta = self.own_beta
 
     def factor(self) -> float:
         """What multiplies the learning rate in the step to come."""
@@ -358,41 +410,55 @@ class _Stepper:
 
     def epoch(self, bar: tqdm) -> dict[str, Any]:
         """One pass; its averages."""
-        started, count = time.perf_counter(), 0
+        started, count, even = time.perf_counter(), 0, True
         summed: float | Tensor = 0.0
         bound: float | Tensor = 0.0
-        tempered = self.beta() < 1
+        tempered = False
         for choice in self.batches.choices():
-            beta, factor = self.beta(), self.factor()
+            beta = self.beta()
+            tempered = tempered or beta != 1
             value = self._step(choice)
-            size = len(choice[0])
-            summed, count = summed + value, count + size
+            rows, scale = self.unit.rows, self.unit.scale
+            summed, count, even = summed + value / scale, count + rows, even and self.unit.even
             if isinstance(self.loss, Objective):
                 assert self.loss.last_bound is not None
-                bound = bound + self.loss.last_bound.double()
+                bound = bound + self.loss.last_bound.double() / scale
             bar.update(1)
             if self.steps % _LOOK == 0:
                 self._check_finite(summed)
-                bar.set_postfix(loss=f"{float(value) / size:.2f}", refresh=False)
+                bar.set_postfix(loss=f"{float(value) / self.unit.whole:.2f}", refresh=False)
         self._check_finite(summed)
         record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):
             record["bound"] = float(bound) / count
-        elif not tempered:
+        elif even and not tempered:
             record["bound"] = -float(summed) / count
-        if isinstance(self.optimizer, Fused):
-            record["learning_rate"] = self.optimizer.learning_rate * factor
+        rate = rate_of(self.optimizer)
+        if rate is not None:
+            record["learning_rate"] = rate
         seconds = time.perf_counter() - started
         return record | {"beta": beta, "images_per_second": count / seconds}
 
     def _step(self, choice: tuple[Any, ...]) -> float | Tensor:
         if isinstance(self.optimizer, Fused):
             self.optimizer.set_learning_rate(self.factor())
-        if isinstance(self.loss, Objective) and self.warmup:
+        if self.tempering.active and isinstance(self.loss, Objective):
             self.loss.beta = self.beta()
-        if self.weight is not None:
+        if isinstance(self.weight, Tensor):
             self.weight.fill_(self.beta())
+        elif self.weight is not None:
+            self.weight.value = self.beta()
         value: float | Tensor
+        self.choice = choice
+        self._sizes = lengths(choice)
+        if self.graph is not None:
+            # A replay does not run the programs: it is measured as the step was that it replays.
+            if self.graph.compiled.captures != self._captures:
+                self._captures = self.graph.compiled.captures
+                self._units.clear()  # what the programs read may have changed, and the scales with it
+            if self._sizes not in self._units and self._captures:
+                self._measure(choice)
+            self._use(self._units.get(self._sizes, self.unit))
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
@@ -415,6 +481,51 @@ class _Stepper:
         self.steps += 1
         return value
 
+    def _counted(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss with its gradients, and the unit of its value."""
+        with self.counting:
+            value = self.loss.loss_and_grads(*args, **kwargs)
+        self._note()
+        # Refused before the optimiser carries what is wrong with it into all parameters.
+        self._check_finite(float(sum(value) if isinstance(value, tuple | list) else value))
+        return value
+
+    def _note(self) -> None:
+        unit = self.counting.unit(self._sizes)
+        if len(self._units) < _SIZES:
+            self._units[self._sizes] = unit
+        self._use(unit)
+
+    def _use(self, unit: Unit) -> None:
+        self.unit = unit
+        if isinstance(self.optimizer, Fused):
+            self.optimizer.scale = unit.scale
+
+    def _measure(self, choice: tuple[Any, ...]) -> None:
+        """Run the pair for its plates, where a graph of an earlier fit takes the first step of its kind."""
+        with self._aside(), self.counting:
+            batch = self.batches.take(*choice)
+            trace = poutine.trace(self.svi.guide).get_trace(*batch)
+            poutine.replay(self.svi.model, trace=trace)(*batch)
+        self._note()
+
+    def _keep_rows(self, guide: Program) -> None:
+        """Leave rows where they are if a guide has parameters for each: in one batch their order is of no use."""
+        with self._aside(), poutine.trace(param_only=True) as declared:
+            guide(*self.batches.first())
+        for site in declared.trace.nodes.values():
+            declared_value: Any = site["value"]
+            value = declared_value.unconstrained() if site["type"] == "param" else None
+            if isinstance(value, Tensor) and self.batches.num_data in value.shape:
+                network = isinstance(value, nn.Parameter) and not hasattr(guide, "prototype_trace")
+                self.batches.shuffle = self.batches.shuffle and network
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """A run that leaves random state and buffers as they are."""
+        with torch.random.fork_rng(), torch.no_grad(), unmoved(modules_of(self.svi.model, self.svi.guide)):
+            yield
+
     def _consider(self) -> None:
         """Hand the steps to Inductor if, by the time they take, that will pay."""
         if self.steps == _TIMED:
@@ -427,10 +538,9 @@ class _Stepper:
 
     def _check_finite(self, value: float | Tensor) -> None:
         if not math.isfinite(value):
-            raise ValueError(
-                f"the loss became {float(value)} at step {self.steps}. Lower learning_rate, set clip_norm (100 is a "
-                "mild value), or look for a scale that collapses to zero."
-            )
+            assert self.choice is not None
+            batch, index = self.batches.take(*self.choice), None if self.batches.columns is None else self.choice[0]
+            raise ValueError(diagnosis(float(value), self.steps, self.pair, batch, index))
 
 
 class _Best:
@@ -470,13 +580,11 @@ class _Best:
 
 
 def _check_options(
-    loss: Any, epochs: int, batch_size: int, kl_warmup: int, patience: int | None, validation: Any, schedule: Any
+    loss: Any, epochs: int, batch_size: int, patience: int | None, validation: Any, schedule: Any
 ) -> None:
     for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value}.")
-    if kl_warmup < 0 or kl_warmup >= epochs > 0 and kl_warmup:
-        raise ValueError(f"kl_warmup must lie in 0 .. epochs - 1 = {epochs - 1}, got {kl_warmup}.")
     if isinstance(schedule, str) and schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}, wanted one of {', '.join(SCHEDULES)} or a function.")
     if patience is not None and (patience < 1 or validation is None):
@@ -485,6 +593,8 @@ def _check_options(
         raise ValueError(
             f"got loss {loss!r}, wanted a Pyro ELBO such as Trace_ELBO(), or Objective(iwae, num_samples=50)."
         )
-    temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
-    if kl_warmup and not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
-        raise ValueError(f"kl_warmup tempers an ELBO, got {loss!r}. Leave kl_warmup at 0.")
+    if isinstance(loss, TraceTailAdaptive_ELBO):
+        raise ValueError(
+            "TraceTailAdaptive_ELBO gives infinity as its loss, by design, so that no fit can be followed, and ranks "
+            "one weight for the whole batch. Take Objective(renyi(0.5), num_samples=10), which has one for each datum."
+        )

@@ -40,7 +40,9 @@ from tqdm import tqdm
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.judging.densities import Pair
+from pyro_vae.judging.estimates import over_data
 from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
 from pyro_vae.judging.simulations import simulated_batch
@@ -90,13 +92,12 @@ class Annealed:
 
     def __str__(self) -> str:
         text = (
-            f"log p(x) >= {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; data ± {self.data_stderr:.2f}) nats, "
+            f"log p(x) >= {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats, "
             f"annealed from the {self.start} over {self.num_steps} steps, acceptance {self.acceptance.mean():.2f}, "
             f"chain ESS {self.ess.mean():.1f} of {self.num_chains}"
         )
         if self.simulated is not None:
-            width, error = self.simulated.width, self.simulated.width_stderr
-            text += f"; on simulated data the bracket is {width:.2f} ± {error:.2f} wide"
+            text += f"; on simulated data the bracket is {self.simulated.said_width} wide"
         return text
 
 
@@ -136,10 +137,14 @@ class Bracket:
         widths = self.upper_pointwise - self.lower.pointwise
         return widths.std().item() / math.sqrt(len(widths)) if len(widths) > 1 else math.nan
 
+    @property
+    def said_width(self) -> str:
+        """The width with its error, which one datum does not have."""
+        error = self.width_stderr
+        return f"{self.width:.2f}" + (" (one datum)" if math.isnan(error) else f" ± {error:.2f}")
+
     def __str__(self) -> str:
-        return (
-            f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.width:.2f} ± {self.width_stderr:.2f})"
-        )
+        return f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.said_width})"
 
 
 def ais(
@@ -209,10 +214,10 @@ def ais(
     options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
                        target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
-    place, found = _place(model, guide, device), []
+    found = []
     # A trajectory may leave the numbers and is then rejected; validation would raise instead.
     with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
-        batches = Batches(data, _batch_size(model, guide, data, num_chains), place, shuffle=False)
+        batches = _batches(model, guide, data, num_chains, device)
         with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
             for number, batch in enumerate(batches):
                 found.append(_forward(model, guide, batch, options, number, bar)[:-3])
@@ -283,11 +288,10 @@ def bdmc(
     options.check(guide)
     if num_data < 1:
         raise ValueError(f"got num_data={num_data}, wanted at least one datum to simulate.")
-    place = _place(model, guide, device)
     found, backward, simulated = [], [], []
     with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
-        size = min(num_data, _batch_size(model, guide, data, num_chains))
-        batches = Batches(data, size, place, shuffle=False)
+        batches = _batches(model, guide, data, num_chains, device, at_most=num_data)
+        size = batches.batch_size
         count = -(-min(num_data, batches.num_data or num_data) // size)
         with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
             for number, batch in enumerate(_upto(batches, num_data)):
@@ -314,7 +318,7 @@ def bdmc(
         upper_stderr=(spread + shared.square()).sum().sqrt().item() / len(pointwise),
         backward_log_weight=weight,
         backward_acceptance=torch.cat([a.double().cpu() for _, a in backward]),
-        data=_joined(simulated),
+        data=joined(simulated),
     )
 
 
@@ -458,10 +462,13 @@ def _annealed(found: list[tuple[Any, ...]], options: _Options, simulated: Bracke
     )
 
 
-def _batch_size(model: Program, guide: Program | None, data: Any, num_chains: int) -> int:
-    (first, *_) = Batches(data, 1, shuffle=False).first()
-    values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
-    return max(1, _CHUNK // (values * num_chains))
+def _batches(
+    model: Program, guide: Program | None, data: Any, num_chains: int, device: str | torch.device | None,
+    at_most: int | None = None,
+) -> Batches:  # fmt: skip
+    batches = Batches(data, 100, _place(model, guide, device), shuffle=False, programs=_programs(model, guide))
+    size = max(1, _CHUNK // (values(batches.first()) * num_chains))
+    return batches.of(size if at_most is None else min(at_most, size))
 
 
 def _upto(batches: Batches, num_data: int) -> Iterator[tuple[Any, ...]]:
@@ -470,14 +477,11 @@ def _upto(batches: Batches, num_data: int) -> Iterator[tuple[Any, ...]]:
     for batch in batches:
         if left <= 0:
             return
-        size = next(len(x) for x in batch if isinstance(x, Tensor))
-        yield batch if size <= left else tuple(x[:left] if isinstance(x, Tensor) else x for x in batch)
+        size = rows(batch)
+        yield batch if size <= left else at(batch, slice(left))
         left -= size
 
 
-def _joined(batches: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    columns = zip(*batches, strict=True)
-    return tuple(torch.cat(list(c)) if all(isinstance(x, Tensor) for x in c) else c[0] for c in columns)
 
 
 def _programs(model: Program, guide: Program | None) -> tuple[Program, ...]:

@@ -52,7 +52,7 @@ def anomaly_scores(
         raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
     parts = []
     with evaluating(model, guide, seed=seed):
-        for batch in Batches(data, 100, device_of(model, guide), shuffle=False):
+        for batch in Batches(data, 100, device_of(model, guide), shuffle=False, programs=(model, guide)):
             parts.append(-draw(model, guide, batch, {}, num_samples).log_likelihood.mean(0).double().cpu())
     return torch.cat(parts)
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.trees import values
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.simulations import simulated_batch
 from pyro_vae.parameters import device_of
@@ -221,17 +222,15 @@ def sbc(
         calibration, 2018. arXiv:1804.06788
     """
     if num_data < 2:
-        raise ValueError(f"got num_data={num_data}, wanted at least two simulated data.")
+        raise ValueError(f"got num_data={num_data}, wanted at least two simulated data. Raise it.")
     _check(num_draws, level)
     place = device_of(model, guide) if device is None else device
     ranks: list[Tensor] = []
     names: tuple[str, ...] = ()
     done = 0
     with evaluating(model, guide, seed=seed):
-        (first, *_) = Batches(data, 1, shuffle=False).first()
-        values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
-        size = max(1, min(num_data, _CHUNK // (values * max(num_draws, 1))))
-        batches = Batches(data, size, place, shuffle=False)
+        batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
+        batches = batches.of(max(1, min(num_data, _CHUNK // (values(batches.first()) * max(num_draws, 1)))))
         nesting = plate_nesting(model, guide, *batches.first())
         with tqdm(total=num_data, desc="SBC", disable=None if progress is None else not progress, leave=False) as bar:
             while done < num_data:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.latents import DimensionKL, kl_per_dimension
 from pyro_vae.parameters import device_of
@@ -178,7 +179,7 @@ def collapse(
     kl = kl_per_dimension(model, guide, data, num_samples=num_samples, batch_size=batch_size, device=place, seed=seed)
     means, noise = [], []
     with evaluating(model, guide, seed=seed):
-        batches = Batches(data, batch_size, place, shuffle=False)
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         components = Components(model, batches.first())
         nesting = plate_nesting(model, guide, *batches.first())
         for batch in batches:
@@ -188,7 +189,8 @@ def collapse(
     mean, taken = torch.cat(means), torch.cat(noise)
     count = len(mean)
     if count < 2:
-        raise ValueError(f"got {count} datum, wanted at least two, between which a latent could change.")
+        raise ValueError(f"got {count} datum, wanted at least two, between which a latent could change. "
+                         "Give more data.")
     variance = mean.var(0) - taken.mean(0)
     fourth = (mean - mean.mean(0)).pow(4).mean(0)
     stderr = ((fourth - mean.var(0).square()).clamp(min=0) / count).sqrt()
@@ -229,7 +231,7 @@ def linear_optimum(
     place = device_of(model) if device is None else device
     rows = []
     with evaluating(model, seed=0):
-        batches = Batches(data, 500, place, shuffle=False)
+        batches = Batches(data, 500, place, shuffle=False, programs=(model,))
         found = _linear(model, batches.first())
         if found is None:
             return None
@@ -286,7 +288,7 @@ def _log_evidence_of(weight: Tensor, second_moment: Tensor, variance: float) -> 
 
 def _linear(model: Program, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, float, str] | None:
     """W, (X, D), b, (X,), s and the data site of a linear-Gaussian model with a standard normal prior."""
-    args = tuple(x[:2] if isinstance(x, Tensor) else x for x in args)
+    args = at(args, slice(2))
     found = sites(model, *args)
     latent = [site for site in found.values() if not site["is_observed"]]
     seen = [site for site in found.values() if site["is_observed"]]

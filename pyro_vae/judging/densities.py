@@ -26,6 +26,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae.auxiliary import points_among
 from pyro_vae.inference.capture import Uncapturable, capturing
 from pyro_vae.sites import (
     PARTICLES,
@@ -33,7 +34,7 @@ from pyro_vae.sites import (
     common_scale,
     data_frame,
     depth,
-    is_point,
+    deterministic,
     kind,
     plates,
     sample_sites,
@@ -150,7 +151,7 @@ class Latents:
     def __init__(self, scorer: Scorer) -> None:
         self.sites: list[Site] = []
         for name, site in scorer.sites.items():
-            if site["is_observed"]:
+            if site["is_observed"] or deterministic(site):
                 continue
             _continuous(name, site)
             transform, event = _transform(name, site)
@@ -270,8 +271,9 @@ class Pair:
 
     def _check_guide(self, guide: Program, args: tuple[Any, ...]) -> None:
         scorer = Scorer(guide, args)
+        points = points_among(guide, scorer.sites.values(), args, {})
         for name, site in scorer.sites.items():
-            if is_point(site["fn"]) and not site["is_observed"]:
+            if name in points:
                 raise ValueError(
                     f"guide site {name!r} is a point (Delta) without a density, so chains cannot start from it. Give "
                     'the site a distribution, or anneal from the prior: ais(model, None, data, start="prior").'

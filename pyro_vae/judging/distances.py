@@ -98,9 +98,8 @@ def guide_distances(
     halves = [half.flatten(0, 1).double() for half in reference.unconstrained[: chains // 2 * 2].chunk(2)]
     place = device_of(model, guide) if device is None else device
     with evaluating(model, guide, seed=seed), validation_enabled(False):
-        draws = torch.cat(
-            [Pair(model, guide, b).from_guide(len(halves[0])).cpu() for b in Batches(data, 20, place, shuffle=False)], 1
-        ).double()
+        batches = Batches(data, 20, place, shuffle=False, programs=(model, guide))
+        draws = torch.cat([Pair(model, guide, b).from_guide(len(halves[0])).cpu() for b in batches], 1).double()
         if draws.shape[1] != count:
             raise ValueError(f"got {draws.shape[1]} data and a reference of {count}, wanted the same data.")
         directions = torch.randn(num_directions, draws.shape[-1], dtype=torch.float64)

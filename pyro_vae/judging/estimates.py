@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,10 +26,12 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.capture import capturing, fast_matmul
 from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.per_datum import lengths
 from pyro_vae.inference.replays import Replayed
+from pyro_vae.inference.trees import leaves, rows, values
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
 from pyro_vae.parameters import device_of
-from pyro_vae.traces import Particles, Program, draw, plate_nesting
+from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
 _CHUNK = 3 * 2**19
@@ -66,7 +69,8 @@ class Estimate:
         mc_stderr: Monte Carlo standard error of the value, given these data.
         data_stderr: Standard error of the value for the population of the data.
         bias: Jackknife estimate of the bias of the value (negative: it is too low).
-        pointwise: log 1/K sum_k w_k per datum, (N,).
+        pointwise: log 1/K sum_k w_k per datum, (N,); where the guide has one density for all data
+            (``AutoDiagonalNormal``), one number for all of them, over N.
         ess: Effective number of samples per datum, (sum w)^2 / sum w^2, (N,).
         pareto_k: k-hat per datum, (N,).
         num_samples: K.
@@ -157,7 +161,7 @@ class Estimate:
         return (self.pareto_k < khat_limit(self.num_samples)).double().mean().item()
 
     def __str__(self) -> str:
-        text = f"log p(x) = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; data ± {self.data_stderr:.2f}) nats"
+        text = f"log p(x) = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats"
         if math.isnan(self.khat_ok):
             return f"{text}, k̂ unknown at K = {self.num_samples}"
         text += f", k̂ ok for {100 * self.khat_ok:.1f} %"
@@ -176,7 +180,7 @@ class ElboTerms:
         kl: KL(q(z | x) || p(z)), as E_q[log q(z | x) - log p(z)].
         mc_stderr: Monte Carlo standard error of the value, given these data.
         data_stderr: Standard error of the value for the population of the data.
-        pointwise: The ELBO per datum, (N,).
+        pointwise: The ELBO per datum, (N,); where the guide has one density for all data, (1,).
         num_samples: K.
     """
 
@@ -190,9 +194,19 @@ class ElboTerms:
 
     def __str__(self) -> str:
         return (
-            f"ELBO = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; data ± {self.data_stderr:.2f}) nats "
+            f"ELBO = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats "
             f"= reconstruction {self.reconstruction:.2f} - KL {self.kl:.2f}"
         )
+
+
+def over_data(data_stderr: float) -> str:
+    """The error for the population in words; a single datum says nothing of others.
+
+    Example:
+        >>> over_data(0.24), over_data(float("nan"))
+        ('data ± 0.24', 'one datum')
+    """
+    return "one datum" if math.isnan(data_stderr) else f"data ± {data_stderr:.2f}"
 
 
 def log_likelihood(
@@ -247,9 +261,9 @@ def log_likelihood(
     parts, steps = [], _steps(num_samples)
     totals = torch.zeros(2, len(steps), dtype=torch.float64)
     with evaluating(model, guide, seed=seed), reused_memory():
-        for log_weight, _ in _tables(model, guide, data, num_samples, device, progress, "log p(x)", compile):
-            parts.append(_summary(log_weight))
-            totals += _at_steps(log_weight.double().cpu(), steps)
+        for log_weight, _, joint in _tables(model, guide, data, num_samples, device, progress, "log p(x)", compile):
+            parts.append(_per_datum(_summary(log_weight), joint))
+            totals += _at_steps(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
     pointwise, variance, bias, ess, k, smoothed, spread = (torch.cat(column) for column in zip(*parts, strict=True))
     count = len(pointwise)
     return Estimate(
@@ -298,8 +312,8 @@ def elbo_terms(
     """
     parts = []
     with evaluating(model, guide, seed=seed), reused_memory():
-        for tables in _tables(model, guide, data, num_samples, device, progress, "ELBO", compile):
-            weight, likelihood = (table.double().cpu() for table in tables)
+        for *tables, joint in _tables(model, guide, data, num_samples, device, progress, "ELBO", compile):
+            weight, likelihood = (table.double().cpu() / joint for table in tables)
             variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
             parts.append((weight.mean(0), likelihood.mean(0), variance))
     pointwise, likelihood, variance = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -332,6 +346,12 @@ def _summary(log_weight: Tensor) -> tuple[Tensor, ...]:
     ess = 1 / share.square().sum(0)
     smooth = torch.logsumexp(smoothed, 0) - math.log(count)
     return total - math.log(count), variance, bias, ess, k, smooth, _variance(smoothed)
+
+
+def _per_datum(summary: tuple[Tensor, ...], joint: int) -> tuple[Tensor, ...]:
+    """A summary of one column that stands for several data, spread over them."""
+    value, variance, bias, ess, k, smooth, spread = summary
+    return value / joint, variance / joint**2, bias / joint, ess, k, smooth / joint, spread / joint**2
 
 
 def _variance(log_weight: Tensor) -> Tensor:
@@ -378,12 +398,13 @@ def particle_batches(
     title: str,
 ) -> Iterator[Iterator[Particles]]:
     """For each batch of data, its K particles in chunks, of programs as they are: to be run while `evaluating`."""
-    for batch, sizes, nesting, _ in _batches(model, guide, data, num_samples, device, progress, title):
+    for batch, sizes, found, _ in _batches(model, guide, data, num_samples, device, progress, title):
+        nesting = plate_nesting(model, guide, *batch) if found.joint else found.nesting  # refuses it
         yield (_drawn(model, guide, batch, size, nesting) for size in sizes)
 
 
 def _drawn(model: Program, guide: Program, batch: tuple[Any, ...], size: int, nesting: int) -> Particles:
-    with fast_matmul(all(x.device.type == "cpu" for x in batch if isinstance(x, Tensor))):
+    with fast_matmul(all(x.device.type == "cpu" for _, x in leaves(batch) if isinstance(x, Tensor))):
         return draw(model, guide, batch, {}, size, max_plate_nesting=nesting)
 
 
@@ -396,10 +417,11 @@ def _tables(
     progress: bool | None,
     title: str,
     compile: bool | str,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each batch of data, its log weights and log likelihoods, (K, B) each."""
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """For each batch of data, its log weights and log likelihoods, (K, B) each, and the data of each column."""
     chunks: dict[int, Replayed] = {}
-    for batch, sizes, nesting, count in _batches(model, guide, data, num_samples, device, progress, title):
+    told = _batches(model, guide, data, num_samples, device, progress, title)
+    for batch, sizes, (nesting, joint, _), count in told:
         tensors = all(isinstance(x, Tensor) for x in batch)
         parts: list[tuple[Tensor, ...]] = []
         for size in sizes:
@@ -412,7 +434,7 @@ def _tables(
                 chunks[size] = Replayed(function, programs=(model, guide), calls=calls, compile=compile)
             parts.append(chunks[size](*batch))
         weight, likelihood = (torch.cat(column) for column in zip(*parts, strict=True))
-        yield weight, likelihood
+        yield weight, likelihood, joint or 1
 
 
 def _chunk(model: Program, guide: Program, size: int, nesting: int, *batch: Any) -> tuple[Tensor, Tensor]:
@@ -429,33 +451,49 @@ def _batches(
     device: str | torch.device | None,
     progress: bool | None,
     title: str,
-) -> Iterator[tuple[tuple[Any, ...], list[int], int, int]]:
-    """Batches of data, the sizes of their chunks of samples, the pair's plate nesting, and the number of batches."""
+) -> Iterator[tuple[tuple[Any, ...], list[int], Layout, int]]:
+    """Batches of data, the sizes of their chunks of samples, the pair's layout, and the number of batches."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
     place = device_of(model, guide) if device is None else device
-    rows = max(1, _CHUNK // _values(Batches(data, 1, place, shuffle=False).first()))
+    batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
+    at_once = max(1, _CHUNK // values(batches.first()))
     # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
-    size = max(1, min(100, rows // min(num_samples, 80), _HELD // num_samples))
-    batches = Batches(data, size, place, shuffle=False)
-    nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
+    batches = batches.of(max(1, min(100, at_once // min(num_samples, 80), _HELD // num_samples)))
+    batches, found = _laid_out(model, guide, data, batches)
     count = len(batches)
     for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):
-        yield batch, chunk_sizes(batch, num_samples), nesting, count
+        yield batch, chunk_sizes(batch, num_samples), found, count
+
+
+def _laid_out(model: Program, guide: Program, data: Any, batches: Batches) -> tuple[Batches, Layout]:
+    """The pair's layout; and all data in one batch, where the pair is of just these data."""
+    whole = batches
+    if batches.num_data is not None and batches.num_data > batches.batch_size:
+        whole = Batches(data, batches.num_data, batches.device, shuffle=False)
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:  # it is made for the data that it sees first
+        with torch.random.fork_rng():
+            guide(*whole.first())
+    batch = batches.first()
+    try:
+        found = layout(model, guide, *batch)
+    except (RuntimeError, ValueError, IndexError) as error:
+        try:
+            found, batch, batches = layout(model, guide, *whole.first()), whole.first(), whole
+        except (RuntimeError, ValueError, IndexError):
+            raise error from None
+    if found.subsampled and found.subsampled not in lengths(batch):
+        raise ValueError(
+            f"the data plate picks {found.subsampled} rows at random in each run, so that two runs are of different "
+            "data and samples cannot be put together. Give the batches as arguments: "
+            'pyro.plate("data", N, subsample=x).'
+        )
+    return batches, found
 
 
 def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:
     """The sizes of the chunks in which K samples of one batch are drawn: who takes the same gets the same draws."""
-    return _sizes(num_samples, max(1, _CHUNK // _values(batch) // _length(batch)))
-
-
-def _values(batch: tuple[Any, ...]) -> int:
-    """Numbers in one datum; of decoder output and hidden layers there may be more."""
-    return max(sum(x.numel() for x in batch if isinstance(x, Tensor)) // _length(batch), 512)
-
-
-def _length(batch: tuple[Any, ...]) -> int:
-    return next((max(len(x), 1) for x in batch if isinstance(x, Tensor) and x.dim()), 1)
+    return _sizes(num_samples, max(1, _CHUNK // values(batch) // max(rows(batch), 1)))
 
 
 def _sizes(num_samples: int, most: int) -> list[int]:

@@ -35,6 +35,7 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.capture import fast_matmul
 from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.trees import numbers, values
 from pyro_vae.judging.local import (
     LocalForm,
     Optimum,
@@ -275,9 +276,9 @@ def gaps(
         evaluating(*programs, *named.values(), seed=seed), validation_enabled(False), fast_matmul(on_cpu),
         reused_memory(),
     ):  # fmt: skip
-        sample = Batches(data, 2, place, shuffle=False).first()
+        batches = Batches(data, 2, place, shuffle=False, programs=programs)
+        sample = batches.first()
         _ = draw(model, guide, sample, {}).log_weight  # refused: no density, or a scale of one site
-        sizes = [sum(x[0].numel() for x in sample if isinstance(x, Tensor) and x.dim()), 512]
         families = {name: _family(name, value, model, guide, sample) for name, value in named.items()}
         reasons: dict[str, str] = {}
         width = 1
@@ -288,8 +289,8 @@ def gaps(
                 if not _is_guide(family):
                     raise
                 reasons[name] = f"no local form, since {error}"
-        chunk = max(1, min(250, _FREE // width, _STEP // (max(sizes) * step_samples)))
-        batches = Batches(data, chunk, place, shuffle=False)
+        chunk = max(1, min(250, _FREE // width, _STEP // (values(sample) * step_samples)))
+        batches = batches.of(chunk)
         nesting = {name: plate_nesting(model, value, *sample) for name, value in guides.items()}
         unscaled = Unscaled()(model)
         pooled: list[str] = []
@@ -351,9 +352,9 @@ class _Climb(NamedTuple):
 def _climb(model: Program, form: LocalForm, best: Optimum, args: tuple[Any, ...], num_samples: int) -> _Climb:
     """What remains of each datum's climb, at one noise for all three places."""
     nesting = plate_nesting(model, form.guide(best.rows), *args)
-    values = max(sum(x.numel() for x in args if isinstance(x, Tensor)), 512)
+    size_of_batch = max(numbers(args), 512)
     count = max(2, min(num_samples, 200))
-    size = max(1, min(count, 2**21 // values))
+    size = max(1, min(count, 2**21 // size_of_batch))
     seed = int(torch.randint(2**31, ()).item())
     weights = []
     for rows in best.path:

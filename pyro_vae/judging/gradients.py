@@ -36,6 +36,7 @@ from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.per_datum import Counting, Unit, lengths
 from pyro_vae.parameters import device_of, trainable
 from pyro_vae.traces import Program
 
@@ -221,7 +222,6 @@ def gradient_lab(
     place = device_of(model, guide) if device is None else device
     args = x if isinstance(x, tuple) else (x,)
     args = tuple(a.to(place) if isinstance(a, Tensor) and place is not None else a for a in args)
-    size = next(len(a) for a in args if isinstance(a, Tensor))
     far = 4 * repeats if reference_repeats is None else reference_repeats
     rows: list[GradientQuality] = []
     skipped: list[tuple[str, int, str]] = []
@@ -229,18 +229,19 @@ def gradient_lab(
     with evaluating(model, guide, seed=seed):
         with seeded(0):
             parts = {name: _Part(p, max_parameters) for name, p in _parts(model, guide, args).items()}
+            unit = _unit(model, guide, args)
         with tqdm(
             total=len(num_samples) * (len(estimators) * repeats + far), desc="gradients",
             disable=None if progress is None else not progress, leave=False,
         ) as bar:  # fmt: skip
             for count in num_samples:
-                truth, expected = _reference(model, guide, args, bound, count, truth, parts, far, seed, bar)
+                truth, expected = _reference(model, guide, args, bound, count, truth, parts, far, seed, bar, unit)
                 drawn: dict[str, tuple[dict[str, Tensor], float]] = {}
                 for estimator in estimators:
                     try:
                         objective = Objective(bound, count, estimator=estimator)
                         with seeded(seed):
-                            drawn[estimator] = _draws(objective, model, guide, args, parts, repeats, bar)
+                            drawn[estimator] = _draws(objective, model, guide, args, parts, repeats, bar, unit)
                     except ValueError as error:
                         skipped.append((estimator, count, str(error)))
                 base = drawn["reparameterized"][1] if "reparameterized" in drawn else math.nan
@@ -259,7 +260,7 @@ def gradient_lab(
         repeats=repeats,
         reference=truth,
         reference_repeats=far,
-        num_data=size,
+        num_data=unit.rows,
         num_parameters={name: part.size for name, part in parts.items()},
         seed=seed,
     )
@@ -332,6 +333,13 @@ def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, l
     return parts
 
 
+def _unit(model: Program, guide: Program, args: tuple[Any, ...]) -> Unit:
+    """What a loss of this batch is a multiple of."""
+    with torch.random.fork_rng(), torch.no_grad(), Counting() as counting:
+        poutine.replay(model, trace=poutine.trace(guide).get_trace(*args))(*args)
+    return counting.unit(lengths(args))
+
+
 def _declared(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
     with torch.random.fork_rng(), torch.no_grad(), poutine.trace(param_only=True) as capture:
         program(*args)
@@ -352,6 +360,7 @@ def _reference(
     repeats: int,
     seed: int | None,
     bar: Any,
+    unit: Unit,
 ) -> tuple[str, dict[str, Tensor]]:
     """The unbiased estimator, and its gradients under a seed of their own."""
     reason = ""
@@ -359,7 +368,7 @@ def _reference(
         try:
             objective = Objective(bound, count, estimator=name)
             with seeded(None if seed is None else seed + 1_000_003):
-                return name, _draws(objective, model, guide, args, parts, repeats, bar)[0]
+                return name, _draws(objective, model, guide, args, parts, repeats, bar, unit)[0]
         except ValueError as error:
             reason = reason or str(error)
     raise ValueError(f"no unbiased reference gradient exists for this bound and pair: {reason}")
@@ -373,9 +382,9 @@ def _draws(
     parts: dict[str, _Part],
     repeats: int,
     bar: Any,
+    unit: Unit,
 ) -> tuple[dict[str, Tensor], float]:
     """Gradients of the bound per datum, (R, P) by part, and the median time of one."""
-    size = next(len(a) for a in args if isinstance(a, Tensor))
     leaves = [p for part in parts.values() for p in part.parameters]
     found: dict[str, list[Tensor]] = {name: [] for name in parts}
     times = []
@@ -387,7 +396,7 @@ def _draws(
         given = iter(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True))
         for name, part in parts.items():
             # Bounds go up and losses down; the copy to the CPU waits for the device.
-            found[name].append(part.pick([next(given) for _ in part.parameters]) / -size)
+            found[name].append(part.pick([next(given) for _ in part.parameters]) / -unit.whole)
         times.append(time.perf_counter() - start)
         bar.update()
     return {name: torch.stack(rows) for name, rows in found.items()}, sorted(times)[len(times) // 2]

@@ -71,7 +71,7 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
     for owner in modules_of(model, guide) if place is not None else []:
         owner.to(place)
     place = device_of(model, guide) if place is None else place
-    batch = Batches(data, min(options.get("batch_size", 128), 8), place, shuffle=False).first()
+    batch = Batches(data, min(options.get("batch_size", 128), 8), place, shuffle=False, programs=(model, guide)).first()
     with frozen(model, guide, batch):
         return fit(model, guide, data, loss=loss, **options)
 
@@ -292,7 +292,7 @@ def compare_guides(
     own: dict[str, list[Scored]] = {name: [] for name in guides}
     mixed = []
     with evaluating(model, *guides.values(), seed=seed):
-        batches = Batches(data, 100, place, shuffle=False)
+        batches = Batches(data, 100, place, shuffle=False, programs=(model, *guides.values()))
         first = batches.first()
         pooled = [name for name, guide in guides.items() if scores_strangers(model, guide, first)]
         nesting = {name: plate_nesting(model, guide, *first) for name, guide in guides.items()}

@@ -36,7 +36,9 @@ from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.columns import rows as row_count
 from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.densities import FixedScorer, Scorer
 from pyro_vae.judging.estimates import particle_batches
@@ -220,13 +222,14 @@ def mutual_information(
     """
     with evaluating(model, guide, seed=seed):
         place = device_of(model, guide) if device is None else device
-        args, draws, rates = _collected(model, guide, Batches(data, batch_size, place, shuffle=False), num_data,
-                                        num_samples)  # fmt: skip
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
+        args, draws, rates = _collected(model, guide, batches, num_data, num_samples)
         components = Components(model, args[0])
         sizes = [len(rate) for rate in rates]
         count = sum(sizes)
         if count < 3:
-            raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one.")
+            raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one. "
+                             "Give more data.")
         scorers = [_scorer(guide, batch, drawn) for batch, drawn in zip(args, draws, strict=True)]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         terms = torch.zeros(2, count, dtype=torch.float64)  # of lower and upper, per datum
@@ -272,9 +275,9 @@ def _collected(
     for batch in batches:
         if left <= 0:
             break
-        size = next(len(x) for x in batch if isinstance(x, Tensor))
+        size = row_count(batch)
         if size > left:
-            batch = tuple(x[:left] if isinstance(x, Tensor) and len(x) == size else x for x in batch)
+            batch = at(batch, slice(left))
         particles = draw(model, guide, batch, {}, num_samples, max_plate_nesting=nesting)
         rate = particles.log_likelihood - particles.log_weight  # refuses points
         extra = [name for name in particles.log_q if name not in particles.log_prior]

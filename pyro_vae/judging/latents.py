@@ -35,6 +35,8 @@ class ActiveUnits:
     threshold: float
 
     def __str__(self) -> str:
+        if bool(self.variance.isnan().any()):
+            return "units active: unknown of one datum, between which and others their means could vary"
         return f"{self.count} of {self.latent_dim} units active (variance of the posterior mean > {self.threshold:g})"
 
 
@@ -68,10 +70,12 @@ class DimensionKL:
 
     def __str__(self) -> str:
         shown = self.value.argsort(descending=True).tolist()
-        each = ", ".join(f"{self.names[i]} {self.value[i]:.3f} ± {self.data_stderr[i]:.3f}" for i in shown[:20])
+        errors = ["" if math.isnan(e) else f" ± {e:.3f}" for e in self.data_stderr.tolist()]  # one datum has none
+        each = ", ".join(f"{self.names[i]} {self.value[i]:.3f}{errors[i]}" for i in shown[:20])
         more = f", and {len(shown) - 20} more" if len(shown) > 20 else ""
         how = "closed form" if all(self.exact) else f"{self.num_samples} samples where no closed form is known"
-        return f"KL = {self.total:.3f} nats over {self.num_data} data ({how}; ± of the data): {each}{more}"
+        over = "one datum" if self.num_data == 1 else f"{self.num_data} data"
+        return f"KL = {self.total:.3f} nats over {over} ({how}{'; ± of the data' * (self.num_data > 1)}): {each}{more}"
 
 
 def kl_per_dimension(
@@ -121,7 +125,8 @@ def kl_per_dimension(
     """
     parts: list[dict[str, tuple[Tensor, bool]]] = []
     with evaluating(model, guide, seed=seed):
-        batches = Batches(data, batch_size, device_of(model, guide) if device is None else device, shuffle=False)
+        place = device_of(model, guide) if device is None else device
+        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         components = Components(model, batches.first())
         nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
         for batch in batches:
@@ -240,7 +245,7 @@ def _moments(guide: Program, data: Any, site: str, num_samples: int, seed: int) 
     """E_q[z | x], and the Monte Carlo variance of that estimate, (N, *event) each."""
     means, variances = [], []
     with evaluating(guide, seed=seed):
-        for batch in Batches(data, 500, device_of(guide), shuffle=False):
+        for batch in Batches(data, 500, device_of(guide), shuffle=False, programs=(guide,)):
             mean, variance = _run(guide, batch, site), torch.zeros(())
             # The mean of a layer above another changes with the draw of that other, from run to run.
             if not torch.equal(mean, _run(guide, batch, site)):
@@ -287,5 +292,7 @@ def active_units(guide: Program, data: Any, threshold: float = 0.01, *, site: st
     Reference: Burda et al., Importance Weighted Autoencoders, 2016, section 5. arXiv:1509.00519
     """
     means, noise = _moments(guide, data, site, num_samples=64, seed=0)
-    variance = means.reshape(len(means), -1).var(0) - noise.reshape(len(noise), -1).mean(0)
+    means = means.reshape(len(means), -1)
+    spread = means.var(0) if len(means) > 1 else torch.full_like(means[0], torch.nan)  # one datum has none
+    variance = spread - noise.reshape(len(noise), -1).mean(0)
     return ActiveUnits(int((variance > threshold).sum()), len(variance), variance, threshold)

@@ -32,8 +32,9 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_vae.inference.trees import at
 from pyro_vae.reach import modules_of
-from pyro_vae.sites import Frame, data_frame, depth, is_point, kind, sample_sites
+from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Free, Local, free_parameters
 
@@ -252,10 +253,7 @@ def optimise(
 
 def taken(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
     """Some of the data of a batch."""
-    size = len(index)
-    return tuple(
-        x[index.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in args
-    )  # fmt: skip
+    return at(args, index)
 
 
 class Unscaled(Messenger):
@@ -291,7 +289,7 @@ def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
 
 def _check(site: Any) -> None:
     name, found = site["name"], kind(site["fn"])
-    if is_point(site["fn"]) or found == "Delta":
+    if found == "Delta":
         raise ValueError(f"guide site {name!r} is a Delta, which is not a family of distributions")
     if not getattr(site["fn"], "has_rsample", False):
         raise ValueError(f"guide site {name!r} ({found}) is not reparameterised")

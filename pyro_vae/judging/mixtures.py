@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.inference.trees import numbers
 from pyro_vae.judging.psis import pareto_k
 from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program, draw, log_q
@@ -80,8 +81,7 @@ def score(
     Returns:
         Each proposal's own scores; those of the pooled weights, None without any.
     """
-    values = max(sum(x.numel() for x in args if isinstance(x, Tensor)), 512)
-    size = min(num_samples, max(1, _CHUNK // values))
+    size = min(num_samples, max(1, _CHUNK // max(numbers(args), 512)))
     own: dict[str, list[Tensor]] = {name: [] for name in proposals}
     mixed: list[Tensor] = []
     with torch.no_grad():

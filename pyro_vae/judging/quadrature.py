@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
@@ -92,9 +93,9 @@ def quadrature(
     place = device_of(model, guide) if device is None else device
     parts = []
     with evaluating(model, guide, seed=seed), validation_enabled(False):
-        (first, *_) = Batches(data, 1, shuffle=False).first()
-        values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
-        for batch in Batches(data, 50, place, shuffle=False):
+        batches = Batches(data, 50, place, shuffle=False, programs=(model, guide))
+        numbers = values(batches.first())
+        for batch in batches:
             pair = Pair(model, guide, batch)
             if pair.latents.size > 2:
                 raise ValueError(
@@ -103,7 +104,7 @@ def quadrature(
                 )
             draws = pair.from_guide(256).double()
             mean, covariance = draws.mean(0), _covariance(draws)
-            chunk = max(1, _CHUNK // (values * draws.shape[1]))
+            chunk = max(1, _CHUNK // (numbers * draws.shape[1]))
             for step in range(refinements + 1):
                 reach = width * (2 if step == 0 else 1)
                 evidence, mean, covariance, rim = _integrate(pair, mean, covariance, reach, num_points, chunk)

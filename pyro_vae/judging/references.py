@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.hamiltonian import Adaptation, State, transition
 from pyro_vae.parameters import device_of
@@ -129,9 +130,8 @@ def reference(
     parts = []
     # A trajectory may leave the numbers and is then rejected; validation would raise instead.
     with evaluating(model, guide, seed=seed), validation_enabled(False):
-        (first, *_) = Batches(data, 1, shuffle=False).first()
-        values = max(first.numel() if isinstance(first, Tensor) else 1, 512)
-        batches = Batches(data, max(1, _CHUNK // (values * num_chains)), place, shuffle=False)
+        batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
+        batches = batches.of(max(1, _CHUNK // (values(batches.first()) * num_chains)))
         hide = None if progress is None else not progress
         with tqdm(total=len(batches) * (num_warmup + num_samples), desc="HMC", disable=hide, leave=False) as bar:
             for batch in batches:

@@ -45,7 +45,8 @@ def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: 
     """
     if len(samples) < 2 or len(data) < 4 or samples.shape[1:] != data.shape[1:]:
         raise ValueError(
-            f"got sets of shapes {tuple(samples.shape)} and {tuple(data.shape)}, wanted at least 2 and 4 of one shape."
+            f"got sets of shapes {tuple(samples.shape)} and {tuple(data.shape)}, wanted at least 2 and 4 of one shape. "
+            "Draw more samples, or give more data."
         )
     x, y = (s.detach().cpu().flatten(1).double() for s in (samples, data))
     generator = torch.Generator().manual_seed(seed)

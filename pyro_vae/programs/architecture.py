@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyro_vae.parts import names, networks
+from pyro_vae.parts.standardize import Standardize
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
 
@@ -38,6 +39,10 @@ class Architecture:
         likelihood: A name of `pyro_vae.parts.names`.
         likelihood_options: Its keyword arguments.
         scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
+        standardize: Of the normal likelihood: whether guide and likelihood work on (x - m) / s, m and s the mean and
+            standard deviation of the training data, column by column; densities stay those of x (see
+            `pyro_vae.parts.standardize`). None does so for vectors of which a column is far from size one, when
+            they are first fitted, and says it.
     Raises:
         ValueError: An unknown name, or parts that do not fit together.
     """
@@ -54,6 +59,7 @@ class Architecture:
     posterior_options: dict[str, Any] = field(default_factory=dict)
     prior_options: dict[str, Any] = field(default_factory=dict)
     likelihood_options: dict[str, Any] = field(default_factory=dict)
+    standardize: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x_shape", tuple(self.x_shape))
@@ -69,6 +75,11 @@ class Architecture:
         if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
             raise ValueError(f"hidden must be one or more positive widths, got {self.hidden}.")
         names.check_supports(self.posterior, self.prior)
+        if self.standardize and self.likelihood != "normal":
+            raise ValueError(
+                f"got standardize=True with the likelihood {self.likelihood!r}, wanted 'normal': the values of the "
+                "others lie in sets that (x - m) / s leaves. Take the normal likelihood, or leave standardize out."
+            )
 
     @classmethod
     def of(cls, x_shape: Sequence[int], **options: Any) -> Architecture:
@@ -115,9 +126,12 @@ class Architecture:
 
         The two share the encoder where the prior is a mixture of posteriors ("vamp").
         """
-        options = self.likelihood_options
+        options, standardize = self.likelihood_options, None
         if self.likelihood == "normal":
-            options = {"scale": self.scale, "x_shape": self.x_shape} | options
+            # Images have one scale for all pixels, which their range says; columns have each its own.
+            if self.standardize or self.standardize is None and len(self.x_shape) == 1:
+                standardize = Standardize(self.x_shape, automatic=not self.standardize)
+            options = {"scale": self.scale, "x_shape": self.x_shape, "standardize": standardize} | options
         # How many channels the decoder has is the likelihood's to say.
         likelihood = names.build("likelihood", self.likelihood, [nn.Identity()], options)
         likelihood.decoder = self.decoder(getattr(likelihood, "parameters_per_pixel", 1))
@@ -128,4 +142,4 @@ class Architecture:
             prior = names.build("prior", "vamp", [posterior, pseudo_inputs], options)
         else:
             prior = names.build("prior", self.prior, [self.latent_dim], self.prior_options)
-        return Model(prior, likelihood), Guide(posterior)
+        return Model(prior, likelihood), Guide(posterior, standardize=standardize)

@@ -8,11 +8,10 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae.programs.missing import filled, full_mask
-from pyro_vae.programs.model import renamed_deepcopy, unique_name
+from pyro_vae.programs.named import Named
 
 
 def data_check(x: Tensor | None) -> Tensor:
@@ -34,7 +33,7 @@ def batch_check(posterior: TorchDistribution, size: int) -> None:
         )
 
 
-class Guide(PyroModule):
+class Guide(Named):
     """q(z | x), over a plate "data" of the site "z".
 
     Takes what `Model` takes, and no data is an error: a posterior needs something to
@@ -46,6 +45,8 @@ class Guide(PyroModule):
         show_mask: Whether the posterior also gets the mask (ones where there is none),
             appended to x along the first dimension of a datum: (B, 2 C, *rest). It then
             tells a missing pixel from a black one.
+        standardize: x, (B, *x_shape), to what the posterior gets in its place, of the same shape, such as a
+            `Standardize`. Missing pixels are zeros after it: the mean of their column.
     Raises:
         ValueError: Called without data, or the posterior's batch_shape is not (B,).
     Example:
@@ -54,12 +55,16 @@ class Guide(PyroModule):
         torch.Size([3, 2])
     """
 
-    def __init__(self, posterior: Callable[[Tensor], TorchDistribution], show_mask: bool = False) -> None:
-        super().__init__(unique_name(type(self).__name__))
+    def __init__(
+        self,
+        posterior: Callable[[Tensor], TorchDistribution],
+        show_mask: bool = False,
+        standardize: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
         self.posterior = posterior
         self.show_mask = show_mask
-
-    __deepcopy__ = renamed_deepcopy
+        self.standardize = standardize
 
     def forward(self, x: Tensor | None = None, mask: Tensor | None = None, **_: Any) -> Tensor:
         """Draw z ~ q(z | x).
@@ -79,6 +84,8 @@ class Guide(PyroModule):
 
     def visible(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the posterior gets to see of the data: (B, *x_shape), or with the mask beside it."""
+        if self.standardize is not None:
+            x = self.standardize(x)
         if mask is not None:
             x = filled(x, mask)
         if self.show_mask:

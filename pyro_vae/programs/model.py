@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import pyro
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae.programs.missing import observed_part
-
-_count = itertools.count(1)
-_Self = TypeVar("_Self", bound=PyroModule)
-
-
-def unique_name(kind: str) -> str:
-    """A name that no other program of this process has: Pyro keys parameters by it."""
-    return f"{kind}{next(_count)}"
-
-
-def renamed_deepcopy(module: _Self, memo: dict[int, Any]) -> _Self:
-    """A deepcopy under a name of its own, since a copy of the name would share parameters."""
-    result = module.__class__.__new__(module.__class__)
-    memo[id(module)] = result
-    for key, value in module.__dict__.items():
-        result.__dict__[key] = copy.deepcopy(value, memo)
-    result._pyro_name = unique_name(module.__class__.__name__)
-    for child in result.children():
-        if isinstance(child, PyroModule):
-            child._pyro_name = ""  # named anew, from its parent, when next used
-    return result
+from pyro_vae.programs.named import Named
 
 
 def event_check(site: str, distribution: TorchDistribution, x: Tensor) -> None:
@@ -52,7 +28,7 @@ def event_check(site: str, distribution: TorchDistribution, x: Tensor) -> None:
     )
 
 
-class Model(PyroModule):
+class Model(Named):
     """p(x, z) = p(z) p(x | z), over a plate "data" of sites "z" and "x".
 
     A plain Pyro program: with data it observes them, without it draws. With a mask, too,
@@ -74,11 +50,9 @@ class Model(PyroModule):
     def __init__(
         self, prior: Callable[[], TorchDistribution], likelihood: Callable[[Tensor], TorchDistribution]
     ) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.prior = prior
         self.likelihood = likelihood
-
-    __deepcopy__ = renamed_deepcopy
 
     def forward(self, x: Tensor | None = None, mask: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Run the program.
@@ -100,5 +74,3 @@ class Model(PyroModule):
                 if mask is not None:
                     given_z, x = observed_part(given_z, x, mask)
             return pyro.sample("x", given_z, obs=x)
-
-

@@ -15,12 +15,11 @@ from typing import Any
 
 import pyro
 from pyro import poutine
-from pyro.nn import PyroModule
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_plates
 
-from pyro_vae.programs.model import renamed_deepcopy, unique_name
+from pyro_vae.programs.named import Named
 from pyro_vae.sites import kind, sample_sites
 from pyro_vae.traces import Program
 
@@ -46,7 +45,7 @@ def hidden(frames: tuple[Any, ...] = ()) -> Iterator[None]:
         yield
 
 
-class Refined(PyroModule):
+class Refined(Named):
     """A guide that improves on another one; abstract.
 
     With no steps it is its base guide. The model is not a submodule: its parameters are
@@ -61,14 +60,12 @@ class Refined(PyroModule):
     """
 
     def __init__(self, guide: Program, model: Program, steps: int) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         if steps < 0:
             raise ValueError(f"got steps={steps}, wanted 0 (the base guide itself) or more.")
         self.guide = guide
         self.steps = steps
         self._held = (model,)  # in a tuple, where nn.Module does not look
-
-    __deepcopy__ = renamed_deepcopy
 
     @property
     def model(self) -> Program:

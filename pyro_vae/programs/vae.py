@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from pyro_vae.parameters import plain_name
 from pyro_vae.parts import posteriors
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.guide import Guide
@@ -62,15 +63,21 @@ class VAE(nn.Module):
         architecture = Architecture.of(x_shape, **options)
         return cls(*architecture.pair(), architecture)
 
-    def encode(self, x: Tensor) -> TorchDistribution:
-        """q(z | x): a distribution over the latent for each datum.
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> TorchDistribution:
+        """q(z | x): a distribution over the latent for each datum, of what the guide sees of it.
 
         Args:
             x: Data, (B, *x_shape).
+            mask: True where a pixel is observed, broadcastable to x; None for all.
         Returns:
             A distribution with batch_shape (B,).
+        Raises:
+            ValueError: A mask that is not boolean or does not fit x.
         """
-        return self.guide.posterior(x)
+        weight = next((p for p in self.guide.parameters() if p.is_floating_point()), x)
+        # Pixels are float32, whatever the default dtype is; the networks need not be.
+        x = x.to(weight.dtype) if x.is_floating_point() else x
+        return self.guide.posterior(self.guide.visible(x, mask))
 
     def decode(self, z: Tensor) -> TorchDistribution:
         """p(x | z): a distribution over data for each latent.
@@ -83,9 +90,9 @@ class VAE(nn.Module):
         return self.model.likelihood(z)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x' | z] at z = E_q[z | x], (B, *x_shape)."""
-        return self.decode(posteriors.mean(self.encode(x))).mean
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """E[x' | z] at z = E_q[z | x], of the observed pixels where there is a mask, (B, *x_shape)."""
+        return self.decode(posteriors.mean(self.encode(x, mask))).mean
 
     @torch.no_grad()
     def sample(self, size: int = 1, *, pixels: str = "mean") -> Tensor:
@@ -140,7 +147,7 @@ class VAE(nn.Module):
         metadata = {_METADATA: json.dumps(asdict(self.architecture))} if self.architecture else {}
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
-            save_model(self, str(partial), metadata=metadata)
+            save_model(_Plain(self), str(partial), metadata=metadata)  # type: ignore[arg-type]
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -164,7 +171,7 @@ class VAE(nn.Module):
                 "vae.load_weights(path)."
             )
         try:
-            options = json.loads(text)
+            options = {"standardize": False} | json.loads(text)  # none had it before the field was there
             architecture = Architecture.of(options.pop("x_shape"), **options)
             for name in architecture.foreign:
                 if name not in trust:
@@ -193,11 +200,27 @@ class VAE(nn.Module):
         _metadata(path)
         before = {name: value.clone() for name, value in self.state_dict().items()}
         try:
-            load_model(self, str(path))
+            load_model(_Plain(self), str(path))  # type: ignore[arg-type]
         except (RuntimeError, SafetensorError) as error:
             self.load_state_dict(before)
             lines = [line.strip() for line in str(error).splitlines()]
             raise ValueError(f"the weights in {path} do not fit this VAE: {' '.join(lines[1:2] or lines)}") from error
+
+
+class _Plain:
+    """The state of a module under plain names, whether or not parts of it are under ``torch.compile``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {plain_name(name): value for name, value in self.module.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> tuple[list[str], list[str]]:
+        here = {plain_name(name): name for name in self.module.state_dict()}
+        given = {plain_name(name): value for name, value in state.items()}
+        self.module.load_state_dict({here[name]: value for name, value in given.items() if name in here}, strict=False)
+        return [name for name in here if name not in given], [name for name in given if name not in here]
 
 
 def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -1,8 +1,15 @@
-"""The likelihood of continuous pixels."""
+"""The likelihood of continuous data.
+
+A learned standard deviation is a minimum plus a positive function of an unconstrained number l: exp(l) for |l| <= 15,
+where every fit of data of a sane size stays, continued by its tangent above, e^15 (1 + l - 15), and by the reciprocal
+of that below. So the scale has the meaning of a logarithm, never overflows, whatever the network returns, and has a
+gradient everywhere: it is bounded smoothly and not cut off.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -10,24 +17,43 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae.parts.likelihoods.likelihood import Likelihood
+from pyro_vae.parts.standardize import Standardize
+
+_LIMIT = 15.0
+
+
+def bounded_exp(l: Tensor) -> Tensor:  # noqa: E741 (as in the formula)
+    """exp(l) for |l| <= 15; e^15 (1 + l - 15) above, and its reciprocal at -l below: once differentiable, never inf.
+
+    Example:
+        >>> bounded_exp(torch.tensor([0.0, 1.0, 1000.0])).log()
+        tensor([ 0.0000,  1.0000, 21.8937])
+    """
+    above = (l - (_LIMIT - 1)).clamp(min=1)
+    below = (-l - (_LIMIT - 1)).clamp(min=1)
+    return l.clamp(-_LIMIT, _LIMIT).exp() * above / below
 
 
 class Normal(Likelihood):
     """p(x | z) = prod_i N(x_i; mu_i(z), sigma_i^2): continuous data.
 
+    With `standardize` that is p(u | z) of u = (x - m) / s, and what it returns is the density of x by the change of
+    variables, prod_i N(x_i; m_i + s_i mu_i(z), (s_i sigma_i)^2): every scale here is then in units of s.
+
     Args:
         decoder: z, (..., D), to mu, (..., *x_shape); with scale="network" to mu and
-            log sigma, twice as many along the channel dimension (the first of x_shape).
+            l, twice as many along the channel dimension (the first of x_shape).
         scale: A number (fixed), "learned" (one for all pixels), "per-pixel" (one for
-            each, shared by all data) or "network" (a function of z).
+            each, shared by all data) or "network" (a function of z). Unless fixed it is sigma =
+            minimum_scale + f(l), f(l) = exp(l) for |l| <= 15 and bounded beyond (see `bounded_exp`).
         x_shape: Shape of one datum; needed for "per-pixel".
         initial_scale: Where a learned scale starts.
         minimum_scale: Lower limit of a learned scale, without which a constant pixel
             has an unbounded density.
+        standardize: Has `loc` m and `scale` s, (*x_shape); None for u = x.
     Raises:
         ValueError: An unknown or non-positive scale, or "per-pixel" without x_shape.
     Example:
-        >>> import torch
         >>> Normal(nn.Linear(2, 6), scale=0.1)(torch.zeros(5, 2)).event_shape
         torch.Size([6])
     """
@@ -39,10 +65,12 @@ class Normal(Likelihood):
         x_shape: tuple[int, ...] | None = None,
         initial_scale: float = 1.0,
         minimum_scale: float = 1e-3,
+        standardize: Standardize | None = None,
     ) -> None:
         super().__init__(decoder)
         self.scale = scale
         self.minimum_scale = minimum_scale
+        self.standardize = standardize
         self.parameters_per_pixel = 2 if scale == "network" else 1
         start = math.log(max(initial_scale - minimum_scale, 1e-6))
         if isinstance(scale, int | float):
@@ -57,10 +85,14 @@ class Normal(Likelihood):
         elif scale != "network":
             raise ValueError(f'got scale={scale!r}, wanted a number, "learned", "per-pixel" or "network".')
 
+    def learned_scale(self, l: Tensor) -> Tensor:  # noqa: E741
+        """sigma at l, of the same shape."""
+        return self.minimum_scale + bounded_exp(l)
+
     def family(self, *parameters: Tensor) -> TorchDistribution:
         loc = parameters[0]
         if self.scale == "network":
-            scale = self.minimum_scale + parameters[1].exp()
+            scale = self.learned_scale(parameters[1])
         elif isinstance(self.scale, str):
             shape = self.log_scale.shape
             if shape and shape != loc.shape[loc.dim() - len(shape) :]:
@@ -68,7 +100,45 @@ class Normal(Likelihood):
                     f'scale="per-pixel" was built for x_shape {tuple(shape)}, but the decoder returned data of shape '
                     f"{tuple(loc.shape[loc.dim() - len(shape) :])}. Give both the shape of one datum."
                 )
-            scale = (self.minimum_scale + self.log_scale.exp()).expand_as(loc)
+            scale = self.learned_scale(self.log_scale).expand_as(loc)
         else:
             scale = loc.new_full((), self.scale).expand_as(loc)
-        return dist.Normal(loc, scale, validate_args=False)
+        if self.standardize is None:
+            return dist.Normal(loc, scale, validate_args=False)
+        return StandardizedNormal(loc, scale, self.standardize.loc, self.standardize.scale)
+
+
+class StandardizedNormal(dist.Normal):
+    """N(x; m + s mu, (s sigma)^2), scored in the units of u = (x - m) / s.
+
+        log p(x) = log N(u; mu, sigma^2) - log s
+
+    The same number as that of the Normal with these moments, but for rounding: where m is large, x - (m + s mu) has
+    lost the digits that u - mu still has.
+
+    Args:
+        loc: mu, (...).
+        scale: sigma > 0, (...).
+        shift: m, broadcastable to mu.
+        stretch: s > 0, broadcastable to mu.
+    Example:
+        >>> StandardizedNormal(torch.zeros(()), torch.ones(()), torch.tensor(5.0), torch.tensor(2.0)).mean
+        tensor(5.)
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, shift: Tensor, stretch: Tensor) -> None:
+        self._unit, self._moved = (loc, scale), (shift, stretch)
+        super().__init__(shift + stretch * loc, stretch * scale, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> StandardizedNormal:
+        loc, scale = self._unit
+        expanded = StandardizedNormal(loc.expand(batch_shape), scale.expand(batch_shape), *self._moved)
+        expanded._validate_args = self._validate_args
+        return expanded
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        (loc, scale), (shift, stretch) = self._unit, self._moved
+        white = ((value - shift) / stretch - loc) / scale
+        return -0.5 * white.square() - scale.log() - stretch.log() - 0.5 * math.log(2 * math.pi)

@@ -15,7 +15,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -23,9 +22,11 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.guide import batch_check, data_check
-from pyro_vae.programs.model import event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.model import event_check
+from pyro_vae.programs.named import Named
 from pyro_vae.programs.zoo import assembly
 from pyro_vae.programs.zoo.assembly import pixel_likelihood, pixels_of
+from pyro_vae.programs.zoo.labels import class_check, is_class_numbers, one_hot, rows_of
 
 
 class Joined(nn.Module):
@@ -42,7 +43,7 @@ class Joined(nn.Module):
         num_classes: C where y holds class labels 0, ..., C - 1, (...), which become
             one-hot; None where y is (..., C) itself.
     Raises:
-        ValueError: a or y has fewer dimensions than that.
+        ValueError: a or y has fewer dimensions than that; one vector y beside many a; a class number that is none.
     Example:
         >>> part = Joined(DiagonalNormal(nn.Linear(2 + 3, 8), 4), num_classes=3)
         >>> part(torch.zeros(7, 5, 2), torch.tensor([0, 1, 2, 0, 1])).batch_shape
@@ -60,7 +61,18 @@ class Joined(nn.Module):
     def forward(self, a: Tensor, y: Tensor) -> TorchDistribution:
         """The distribution given a, (..., *event), and y, (..., C), or class labels (...)."""
         if self.num_classes is not None:
-            y = y.unsqueeze(-1) == torch.arange(self.num_classes, device=y.device)  # one_hot would look at the values
+            if not is_class_numbers(y):
+                raise ValueError(
+                    f"got labels of dtype {y.dtype} and shape {tuple(y.shape)}, wanted class numbers, integers from 0 "
+                    f"to {self.num_classes - 1}. Of one-hot labels take y.argmax(-1), of whole numbers y.long()."
+                )
+            y = one_hot(y, self.num_classes)
+        elif y.dim() == 1 and a.dim() > self.event_dim:
+            raise ValueError(
+                f"got y of shape {tuple(y.shape)} beside {tuple(a.shape)}, wanted a row for each, (..., C): a vector "
+                "would be one row for all. For class labels pass num_classes to Joined; for one row that all share "
+                "y.expand(len(x), -1)."
+            )
         if a.dim() < self.event_dim or y.dim() < 1:
             raise ValueError(
                 f"got tensors of shapes {tuple(a.shape)} and {tuple(y.shape)}, wanted {self.event_dim} dimensions or "
@@ -71,27 +83,37 @@ class Joined(nn.Module):
         return self.part(torch.cat([a.expand(*leading, -1), y.to(a).expand(*leading, -1)], -1))
 
 
-class ConditionalModel(PyroModule):
+class ConditionalModel(Named):
     """p(x, z | y), over a plate "data" of the sites "z" and "x".
 
     Args:
         prior: () to p(z), batch_shape (); or, with conditional_prior, y to p(z | y), batch_shape (B,).
         likelihood: (z, y) to p(x | z, y).
         conditional_prior: Whether the prior takes y.
+        y_dim: C where all three take y as rows (B, C); class numbers (B,) then become one-hot. None where y is
+            theirs to read.
     """
 
     def __init__(
-        self, prior: assembly.Conditional, likelihood: assembly.Conditional, conditional_prior: bool = False
+        self,
+        prior: assembly.Conditional,
+        likelihood: assembly.Conditional,
+        conditional_prior: bool = False,
+        y_dim: int | None = None,
     ) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.prior = prior
         self.likelihood = likelihood
         self.conditional_prior = conditional_prior
+        self.y_dim = y_dim
 
-    __deepcopy__ = renamed_deepcopy
+    def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
+        """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""
+        _data_check(y, self.y_dim, self.likelihood)
 
     def given_y(self, y: Tensor) -> TorchDistribution:
         """p(z | y), batch_shape (B,)."""
+        y = _rows(self, y)
         return self.prior(y) if self.conditional_prior else self.prior().expand([len(y)])
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
@@ -99,11 +121,13 @@ class ConditionalModel(PyroModule):
 
         Args:
             x: Data, (B, *x_shape), to observe; None draws them.
-            y: What is known of each datum, (B, ...).
+            y: What is known of each datum, (B, ...); of a pair that was built for C columns rows (B, C), or class
+                numbers (B,).
         Returns:
             x, observed or drawn.
         """
         _rows_check(x, y)
+        y = _rows(self, y, None if x is None else len(x))
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", self.given_y(y))
             given_z = self.likelihood(z, y)
@@ -112,23 +136,28 @@ class ConditionalModel(PyroModule):
             return pyro.sample("x", given_z, obs=x)
 
 
-class ConditionalGuide(PyroModule):
+class ConditionalGuide(Named):
     """q(z | x, y), over a plate "data" of the site "z".
 
     Args:
         posterior: (x, y) to q(z | x, y), batch_shape (B,).
+        y_dim: As for `ConditionalModel`.
     """
 
-    def __init__(self, posterior: assembly.Conditional) -> None:
-        super().__init__(unique_name(type(self).__name__))
+    def __init__(self, posterior: assembly.Conditional, y_dim: int | None = None) -> None:
+        super().__init__()
         self.posterior = posterior
+        self.y_dim = y_dim
 
-    __deepcopy__ = renamed_deepcopy
+    def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
+        """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""
+        _data_check(y, self.y_dim, self.posterior)
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
         """Draw z ~ q(z | x, y), (B, D)."""
         x = data_check(x)
         _rows_check(x, y)
+        y = _rows(self, y, len(x))
         with pyro.plate("data", len(x)):
             posterior = self.posterior(x, y)
             batch_check(posterior, len(x))
@@ -143,6 +172,7 @@ class Conditional(nn.Module):
         likelihood: (z, y) to p(x | z, y); `Joined` makes one of any likelihood.
         posterior: (x, y) to q(z | x, y), batch_shape (B,); `Joined` makes one of any posterior.
         conditional_prior: Whether the prior takes y.
+        y_dim: C where all three take y as rows (B, C): class numbers (B,) are then taken too, and become one-hot.
     Example:
         >>> pair = Conditional.build((1, 8, 8), 10, latent_dim=2, hidden=(16,))
         >>> pair.sample(torch.eye(10)).shape
@@ -158,10 +188,11 @@ class Conditional(nn.Module):
         likelihood: assembly.Conditional,
         posterior: assembly.Conditional,
         conditional_prior: bool = False,
+        y_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.model = ConditionalModel(prior, likelihood, conditional_prior)
-        self.guide = ConditionalGuide(posterior)
+        self.model = ConditionalModel(prior, likelihood, conditional_prior, y_dim)
+        self.guide = ConditionalGuide(posterior, y_dim)
 
     @classmethod
     def build(
@@ -180,7 +211,7 @@ class Conditional(nn.Module):
 
         Args:
             x_shape: Shape of one datum.
-            y_dim: C; y is (B, C), one-hot for labels.
+            y_dim: C; y is (B, C), or class numbers 0, ..., C - 1, (B,).
             latent_dim: D.
             hidden: Widths of the hidden layers, from the data to the latent.
             activation: Name of the activation.
@@ -193,15 +224,15 @@ class Conditional(nn.Module):
         encoder = MLP(features + y_dim, hidden, None, activation)
         prior = DiagonalNormal(MLP(y_dim, (), None), latent_dim) if conditional_prior else StandardNormal(latent_dim)
         joined = Joined(posterior(encoder, latent_dim), event_dim=len(x_shape))
-        return cls(prior, Joined(decoder), joined, conditional_prior)
+        return cls(prior, Joined(decoder), joined, conditional_prior, y_dim)
 
     def encode(self, x: Tensor, y: Tensor) -> TorchDistribution:
         """q(z | x, y), batch_shape (B,)."""
-        return self.guide.posterior(x, y)
+        return self.guide.posterior(x, _rows(self.guide, y, len(x)))
 
     def decode(self, z: Tensor, y: Tensor) -> TorchDistribution:
         """p(x | z, y), batch_shape (...)."""
-        return self.model.likelihood(z, y)
+        return self.model.likelihood(z, _rows(self.model, y))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
@@ -213,7 +244,7 @@ class Conditional(nn.Module):
         """New data, one for each y: z ~ p(z | y), then x from p(x | z, y).
 
         Args:
-            y: (B, C).
+            y: (B, C), or class numbers (B,).
             pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
         Returns:
             (B, *x_shape).
@@ -224,6 +255,28 @@ class Conditional(nn.Module):
 
 
 def _rows_check(x: Tensor | None, y: Tensor | None) -> None:
-    if y is None or x is not None and len(x) != len(y):
-        sizes = f"{None if x is None else len(x)} data and {None if y is None else len(y)} labels"
+    if y is None or x is not None and (not len(y.shape) or len(x) != len(y)):
+        labels = None if y is None else len(y) if len(y.shape) else "no row of"
+        sizes = f"{None if x is None else len(x)} data and {labels} labels"
         raise ValueError(f"got {sizes}, wanted one y for each x. Pass both: model(x, y), and fit(..., (x, y)).")
+
+
+def _rows(program: ConditionalModel | ConditionalGuide, y: Tensor, count: int | None = None) -> Tensor:
+    """y as the program's parts take it: rows of their dtype where it was built for C columns."""
+    if program.y_dim is None:
+        return y
+    like = next((p for p in program.parameters() if p.is_floating_point()), None)
+    y = rows_of(y, program.y_dim, count)
+    return y if like is None else y.to(like.dtype)
+
+
+def _data_check(y: Any, y_dim: int | None, part: Any) -> None:
+    if not isinstance(y, Tensor):
+        return  # the programs say what is missing
+    if y_dim is not None:
+        if y.dim() == 1 and is_class_numbers(y) and y_dim > 1:
+            class_check(y, y_dim)
+        else:
+            rows_of(y, y_dim, len(y))
+    elif isinstance(part, Joined) and part.num_classes is not None and is_class_numbers(y):
+        class_check(y, part.num_classes)

@@ -7,7 +7,10 @@ The guide climbs, the model comes down. The weight of one sample of all layers i
 
     log w = log p(x | z_1) + sum_l [log p(z_l | z_{l+1}) - log q(z_l | z_{l-1})],
 
-so every bound and every estimate holds unchanged. The exact posterior has the guide's
+so every bound and every estimate holds unchanged. At the last layer, and only there, the
+expectation of log q - log p may be taken in closed form, KL(q(z_L | z_{L-1}) || p(z_L)): below it
+p(z_l | z_{l+1}) depends on what the guide drew from z_l. By default `fit` does so, which leaves the ELBO what it is
+and takes the noise of z_L's divergence out. The exact posterior has the guide's
 form: z_2 and x are independent given z_1.
 """
 
@@ -19,7 +22,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -27,11 +29,12 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.guide import batch_check, data_check
-from pyro_vae.programs.model import event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.model import event_check
+from pyro_vae.programs.named import Named
 from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
 
 
-class HierarchicalModel(PyroModule):
+class HierarchicalModel(Named):
     """p(x, z_1, ..., z_L), over a plate "data" of the sites "z1", ..., "zL" and "x".
 
     Args:
@@ -41,14 +44,12 @@ class HierarchicalModel(PyroModule):
     """
 
     def __init__(self, prior: Conditional, conditionals: Sequence[Conditional], likelihood: Conditional) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.prior = prior
         self.num_layers = 1 + len(conditionals)
         for layer, conditional in enumerate(conditionals, start=1):  # attributes, since a function is no module
             setattr(self, f"z{layer}_given_z{layer + 1}", conditional)
         self.likelihood = likelihood
-
-    __deepcopy__ = renamed_deepcopy
 
     def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Run the program.
@@ -69,7 +70,7 @@ class HierarchicalModel(PyroModule):
             return pyro.sample("x", given_z, obs=x)
 
 
-class HierarchicalGuide(PyroModule):
+class HierarchicalGuide(Named):
     """q(z_1, ..., z_L | x), over a plate "data" of the sites "z1", ..., "zL".
 
     Args:
@@ -78,12 +79,12 @@ class HierarchicalGuide(PyroModule):
     """
 
     def __init__(self, posteriors: Sequence[Conditional]) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.num_layers = len(posteriors)
+        # The last layer is drawn from all others and is the first of the model: `fit` may integrate its divergence.
+        self.closed_form = (f"z{self.num_layers}",)
         for layer, posterior in enumerate(posteriors, start=1):
             setattr(self, f"z{layer}_given_{f'z{layer - 1}' if layer > 1 else 'x'}", posterior)
-
-    __deepcopy__ = renamed_deepcopy
 
     def forward(self, x: Tensor | None = None, **_: Any) -> Tensor:
         """Draw z_1 ~ q(z_1 | x), z_2 ~ q(z_2 | z_1), ...

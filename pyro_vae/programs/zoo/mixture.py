@@ -23,14 +23,14 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
 from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model, event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.model import Model, event_check
+from pyro_vae.programs.named import Named
 from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
 
 
@@ -89,7 +89,7 @@ class ClusterPrior(nn.Module):
         return log_joint.softmax(-1)
 
 
-class MixtureModel(PyroModule):
+class MixtureModel(Named):
     """p(x, z, c), over a plate "data" of the sites "c", "z" and "x"; "c" is to be enumerated.
 
     Args:
@@ -98,11 +98,9 @@ class MixtureModel(PyroModule):
     """
 
     def __init__(self, prior: ClusterPrior, likelihood: Conditional) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.prior = prior
         self.likelihood = likelihood
-
-    __deepcopy__ = renamed_deepcopy
 
     def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Run the program.

@@ -32,7 +32,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -40,9 +39,11 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.guide import batch_check, data_check
-from pyro_vae.programs.model import event_check, renamed_deepcopy, unique_name
+from pyro_vae.programs.model import event_check
+from pyro_vae.programs.named import Named
 from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
 from pyro_vae.programs.zoo.conditional import Joined
+from pyro_vae.programs.zoo.labels import class_check, is_class_numbers, readable
 
 
 class Labels(nn.Module):
@@ -85,7 +86,7 @@ class Classifier(nn.Module):
         return dist.Categorical(logits=self.network(x))
 
 
-class SemiSupervisedModel(PyroModule):
+class SemiSupervisedModel(Named):
     """p(x, y, z), over a plate "data" of the sites "y", "z" and "x", and "label" where labels are given.
 
     Args:
@@ -95,12 +96,16 @@ class SemiSupervisedModel(PyroModule):
     """
 
     def __init__(self, labels: Conditional, prior: Conditional, likelihood: Conditional) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         self.labels = labels
         self.prior = prior
         self.likelihood = likelihood
 
-    __deepcopy__ = renamed_deepcopy
+    def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
+        """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""
+        if isinstance(y, Tensor):
+            label_check(None, y)
+            class_check(y, self.labels().logits.shape[-1], unknown=True)
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Run the program.
@@ -112,9 +117,9 @@ class SemiSupervisedModel(PyroModule):
         Returns:
             x, observed or drawn.
         """
-        label_check(x, y)
+        labels = self.labels()
+        label_check(x, y, labels)
         with pyro.plate("data", size if x is None else len(x)):
-            labels = self.labels()
             drawn = pyro.sample("y", labels)
             if y is not None:  # a known label is seen without error: p(label | y) = 1 where they agree, else 0
                 agree = (drawn == y) | (y < 0)
@@ -126,7 +131,7 @@ class SemiSupervisedModel(PyroModule):
             return pyro.sample("x", given_z, obs=x)
 
 
-class SemiSupervisedGuide(PyroModule):
+class SemiSupervisedGuide(Named):
     """q(y | x) q(z | x, y), over a plate "data" of the sites "y" and "z"; q(y | x) a point where y is known.
 
     Args:
@@ -136,14 +141,12 @@ class SemiSupervisedGuide(PyroModule):
     """
 
     def __init__(self, classifier: Conditional, posterior: Conditional, alpha: float = 1.0) -> None:
-        super().__init__(unique_name(type(self).__name__))
+        super().__init__()
         if alpha < 0:
             raise ValueError(f"alpha must be zero or positive, got {alpha}.")
         self.classifier = classifier
         self.posterior = posterior
         self.alpha = alpha
-
-    __deepcopy__ = renamed_deepcopy
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, **_: Any) -> Tensor:
         """Draw y ~ q(y | x) where it is not known, and z ~ q(z | x, y).
@@ -159,6 +162,7 @@ class SemiSupervisedGuide(PyroModule):
         with pyro.plate("data", len(x)):
             given_x = self.classifier(x)
             batch_check(given_x, len(x))
+            label_check(x, y, given_x)
             if y is not None:
                 if self.alpha:
                     known = torch.where(y < 0, 0.0, given_x.log_prob(y.clamp(min=0)))
@@ -274,15 +278,17 @@ class SemiSupervised(nn.Module):
         return pixels_of(self.decode(self.model.prior().expand([len(y)]).sample(), y), pixels)
 
 
-def label_check(x: Tensor | None, y: Tensor | None) -> None:
-    """Refuse labels that are not one integer for each datum."""
+def label_check(x: Tensor | None, y: Tensor | None, among: TorchDistribution | None = None) -> None:
+    """Refuse labels that are not one integer for each datum, and, where values can be read, one of the classes."""
     if y is None:
         return
-    if y.is_floating_point() or y.dim() != 1 or x is not None and len(x) != len(y):
+    if not is_class_numbers(y) or y.dim() != 1 or x is not None and len(x) != len(y):
         raise ValueError(
             f"got labels of shape {tuple(y.shape)} and dtype {y.dtype}, wanted one integer for each datum"
             f"{'' if x is None else f', ({len(x)},)'}, -1 where it is unknown. Of one-hot labels take y.argmax(-1)."
         )
+    if among is not None and readable(y):
+        class_check(y, among.logits.shape[-1], unknown=True)
 
 
 def _pinned(given_x: TorchDistribution, y: Tensor) -> TorchDistribution:

@@ -1,0 +1,135 @@
+"""Guides that draw in other coordinates: a density at an auxiliary site, and a ``Delta`` for the latent.
+
+Pyro's automatic guides draw u from a distribution on all of R^D, at a site that is marked as
+auxiliary, and write the latent z = T(u) as a ``Delta`` with
+
+    log q(z) = log q(u) - log |det dT / du|,
+
+where the second term is the log density of the ``Delta``. It is 0 wherever T is the
+identity, as for every ``Delta`` that is nothing but a point: what tells them apart is not a number
+but whether z is a function of u. `feeds` finds that out by changing u alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from pyro_vae.sites import delta, is_point
+
+_TRIES = 3  # other draws of a discrete site may happen to be the same
+
+_known: weakref.WeakKeyDictionary[Any, dict[Any, dict[str, tuple[str, ...]]]] = weakref.WeakKeyDictionary()
+
+
+def auxiliary_among(sites: Iterable[Any]) -> list[str]:
+    """The random sites of a guide that are no latents of the model."""
+    return [
+        site["name"]
+        for site in sites
+        if not site["is_observed"] and (site["infer"] or {}).get("is_auxiliary") and delta(site["fn"]) is None
+    ]
+
+
+def feeds(
+    guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Per ``Delta`` site of a guide, the auxiliary sites that its value is a function of.
+
+    It is found out once for each guide, by running it again under the same noise with another
+    draw of one auxiliary site at a time; random state and buffers stay as they are.
+
+    Args:
+        guide: A Pyro program for q(z | x), as the user gave it.
+        sites: Its sample sites, as a trace gave them.
+        args: What it takes.
+        kwargs: Keyword arguments that it takes.
+    Returns:
+        The names; a ``Delta`` that no auxiliary site feeds is left out.
+    """
+    sites = list(sites)
+    names = auxiliary_among(sites)
+    points = [s["name"] for s in sites if not s["is_observed"] and delta(s["fn"]) is not None]
+    if not names or not points:
+        return {}
+    owner = getattr(guide, "__self__", guide)
+    key = (getattr(guide, "__func__", None), tuple(names), tuple(points))
+    try:
+        known = _known.setdefault(owner, {})
+    except TypeError:  # an object that cannot be referred to weakly
+        known = {}
+    if key not in known:
+        known[key] = _found(guide, names, points, args, kwargs)
+    return known[key]
+
+
+def points_among(
+    guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The sites of a guide that are points: neither the ``Delta`` nor what it is a function of has a density."""
+    sites = list(sites)
+    found = [site for site in sites if not site["is_observed"] and delta(site["fn"]) is not None]
+    if not found:
+        return ()
+    fed = feeds(guide, sites, args, kwargs)
+    return tuple(site["name"] for site in found if site["name"] not in fed and is_point(site["fn"]))
+
+
+def _found(
+    guide: Any, names: list[str], points: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    fed: dict[str, tuple[str, ...]] = {name: () for name in points}
+    with disable_proxy_modes_tracing(), torch.no_grad(), torch.random.fork_rng(), _untouched(guide):
+
+        def values(changed: str | None, seed: int) -> dict[str, Tensor]:
+            torch.manual_seed(0)
+            with poutine.trace() as outer, _Another(changed, seed):
+                guide(*args, **kwargs)
+            nodes: dict[str, Any] = outer.trace.nodes
+            return {name: nodes[name]["value"] for name in points}
+
+        before = values(None, 0)
+        for name in names:
+            for seed in range(1, 1 + _TRIES):
+                after = values(name, seed)
+                moved = [point for point in points if not torch.equal(before[point], after[point])]
+                if moved:
+                    fed |= {point: (*fed[point], name) for point in moved}
+                    break
+    return {name: sources for name, sources in fed.items() if sources}
+
+
+class _Another(Messenger):
+    """Another draw at one site, while the noise of all others stays the same."""
+
+    def __init__(self, name: str | None, seed: int) -> None:
+        super().__init__()
+        self.name, self.seed = name, seed
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] != self.name:
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+
+
+@contextmanager
+def _untouched(program: Any) -> Iterator[None]:
+    """Put back the buffers of the module that a program is, or is a method of."""
+    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+    buffers = list(owner.buffers()) if isinstance(owner, nn.Module) else []
+    copies = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, copied in zip(buffers, copies, strict=True):
+            buffer.copy_(copied)

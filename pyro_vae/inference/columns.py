@@ -1,0 +1,399 @@
+"""What people hold their data in, as columns: a length, and rows by an index tensor.
+
+A column has N rows, and ``column[index]`` is a batch of them: a tensor (B, ...), or a dict or tuple of such. Tensors
+are columns as they are; all else is wrapped by `column`, and nothing is converted before its rows are asked for, so a
+memory map or a sparse matrix is never copied whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
+
+from pyro_vae.inference.rehearsal import undisturbed
+from pyro_vae.inference.trees import described, mapped, rows
+
+# What numpy and torch both hold; all other numbers are converted to one of these.
+_SHARED = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
+
+
+def tensor_of(array: Any) -> Tensor:
+    """A NumPy array of any numbers as a tensor of its own: values kept, of the nearest type that torch computes with.
+
+    16-bit and 32-bit unsigned integers become wider signed ones, long doubles 64-bit floats.
+
+    Raises:
+        ValueError: Not numbers (strings, dates, records, complex numbers), or integers beyond 64 bits.
+    Example:
+        >>> tensor_of(np.array([1, 65535], dtype=">u2"))
+        tensor([    1, 65535], dtype=torch.int32)
+    """
+    array = np.asarray(array)
+    if array.dtype.kind == "O":
+        array = _numbers(array)
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind not in "biuf":
+        raise ValueError(
+            f"got data of dtype {array.dtype}, wanted integers, booleans or floats. Convert or leave out what is no "
+            "number: array.astype('float32')."
+        )
+    if kind == "u" and size == 8 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(
+            f"got the integer {array.max()}, wanted at most 2**63 - 1. Convert with array.astype('float32')."
+        )
+    wider = {"u2": "i4", "u4": "i8", "u8": "i8"}.get(f"{kind}{size}", "f8" if kind == "f" and size > 8 else None)
+    target = np.dtype(wider or array.dtype.newbyteorder("="))
+    with np.errstate(over="ignore"):  # a long double beyond float64 becomes inf, which the check of the data names
+        return torch.from_numpy(np.array(array, dtype=target, order="C"))
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """An object array as one of numbers: of numbers, or of arrays of one shape."""
+    try:
+        if array.ndim == 1 and array.size and all(isinstance(x, np.ndarray | Tensor) for x in array):
+            return np.stack([np.asarray(x) for x in array])
+        return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"got an object array that is not of numbers ({error}), wanted integers, booleans or floats. Leave out "
+            "what is no number, and make arrays of different shapes one shape."
+        ) from error
+
+
+class _Array:
+    """Rows of anything indexed like an array: memory maps, foreign byte orders, HDF5 datasets, sparse matrices."""
+
+    settled = True
+
+    def __init__(self, array: Any, shape: tuple[int, ...] | None = None) -> None:
+        self.array = array
+        self.shape = tuple(array.shape) if shape is None else shape
+        self.nbytes = int(np.prod(self.shape)) * 4
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        # On disk rows are read in their order, and once each.
+        order, inverse = np.unique(index.cpu().numpy(), return_inverse=True)
+        part = self.array[order]
+        part = part.toarray() if hasattr(part, "toarray") else np.asarray(part)
+        return tensor_of(part[inverse]).reshape(len(inverse), *self.shape[1:])
+
+
+class _Taken:
+    """Some rows of another column."""
+
+    def __init__(self, inner: Any, indices: Sequence[int]) -> None:
+        self.inner, self.indices = inner, torch.as_tensor(indices, dtype=torch.int64)
+        self.settled = settled(inner)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Tensor) -> Any:
+        return self.inner[self.indices[index.cpu()]]
+
+
+class _Fields:
+    """A dict of columns: its rows are dicts."""
+
+    def __init__(self, fields: Mapping[Any, Any]) -> None:
+        self.fields = {name: column(value) for name, value in fields.items()}
+        sizes = {name: len(value) for name, value in self.fields.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"got a dict of columns of different lengths, {sizes}; wanted one row each per datum.")
+        self.settled = all(settled(value) for value in self.fields.values())
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    def __getitem__(self, index: Tensor) -> dict[Any, Any]:
+        return {name: value[index.cpu()] for name, value in self.fields.items()}
+
+
+class _Items:
+    """A map-style dataset, or a list of single data: items by their number, collated as a ``DataLoader`` does."""
+
+    settled = False
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Tensor) -> Any:
+        numbers = index.tolist()
+        fetch = getattr(self.items, "__getitems__", None)
+        return collated(fetch(numbers) if fetch is not None else [self.items[i] for i in numbers])
+
+
+def collated(items: Sequence[Any]) -> Any:
+    """Single data as one batch.
+
+    Raises:
+        ValueError: They cannot be stacked.
+    """
+    items = [mapped(lambda _, x: tensor_of(x) if isinstance(x, np.ndarray) else x, item) for item in items]
+    try:
+        return default_collate(items)
+    except (TypeError, RuntimeError, ValueError, KeyError) as error:
+        shapes = list(dict.fromkeys(described(item) for item in items))[:2]
+        raise ValueError(
+            f"the items of the dataset cannot be made one batch: got {' and '.join(shapes)}, wanted tensors, arrays or "
+            "numbers of one shape. Convert them in the dataset (of pictures ToTensor() does), or pass "
+            "DataLoader(dataset, collate_fn=...)."
+        ) from error
+
+
+def settled(column: Any) -> bool:
+    """Whether a column's rows are the same at every look, and cheap to look at all at once."""
+    if isinstance(column, Tensor):
+        return True
+    if isinstance(getattr(column, "pixels", None), Tensor):
+        return not drawn(column)
+    return bool(getattr(column, "settled", False)) and getattr(column, "nbytes", 0) < 2**32
+
+
+def drawn(column: Any) -> bool:
+    """Whether a column is a split whose zeros and ones are drawn at each look: right by construction."""
+    dynamic = getattr(column, "binarization", None) == "dynamic" or getattr(column, "dequantize", False)
+    return isinstance(getattr(column, "pixels", None), Tensor) and dynamic and not getattr(column, "fixed", False)
+
+
+def column(data: Any) -> Any:
+    """One column of whatever holds it.
+
+    Args:
+        data: A tensor (dense or sparse), array, frame, sparse matrix, AnnData, HDF5 dataset, map-style dataset, a dict
+            of columns, or anything with ``len`` that an index tensor turns into a batch.
+    Raises:
+        ValueError: Nothing that has rows of numbers.
+    Example:
+        >>> column(np.arange(3, dtype=">i2")[::-1])[torch.tensor([0, 2])]
+        tensor([2, 0], dtype=torch.int16)
+    """
+    if isinstance(data, Tensor):
+        return _tensor_column(data)
+    if isinstance(data, np.ndarray):
+        return _array_column(data)
+    if isinstance(data, np.generic | int | float | complex | bool | str | bytes) or data is None:
+        raise _unknown(data)
+    if isinstance(data, Mapping):
+        if not data:
+            raise ValueError("the data are empty; wanted at least one column in the dict.")
+        return _Fields(data)
+    if hasattr(data, "X") and (hasattr(data, "obs") or hasattr(data, "n_obs")):
+        if data.X is None:
+            raise ValueError("got annotated data whose X is None, wanted numbers. Pass a layer: adata.layers['name'].")
+        return column(data.X)
+    if hasattr(data, "to_numpy"):
+        return _frame_column(data)
+    if hasattr(data, "tocsr") and hasattr(data, "toarray"):
+        return _sparse_column(data)
+    if isinstance(data, list):
+        return _listed_column(data)
+    if isinstance(data, Dataset):
+        return _dataset_column(data)
+    if hasattr(data, "shape") and hasattr(data, "dtype") and hasattr(data, "__getitem__"):
+        if not tuple(data.shape):
+            raise _unknown(data)
+        return _Array(data)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, tuple | set | frozenset):
+        return _indexed_column(data)
+    if hasattr(data, "__array__"):
+        return _array_column(np.asarray(data))
+    raise _unknown(data)
+
+
+def frame_names(data: Any) -> list[str] | None:
+    """The names of a frame's columns; None of anything else."""
+    names = getattr(data, "columns", None) if hasattr(data, "to_numpy") else None
+    return None if names is None else [str(name) for name in names]
+
+
+def _unknown(data: Any) -> ValueError:
+    shape = ", 0-dimensional" if isinstance(data, Tensor | np.ndarray) else ""
+    return ValueError(
+        f"got data of type {type(data).__name__}{shape}, wanted a tensor, a tuple of tensors, a dataset indexed "
+        "by tensors, or an iterable of batches that can be run through again (not a generator)."
+    )
+
+
+def _tensor_column(data: Tensor) -> Any:
+    if not data.is_nested and not data.dim():
+        raise _unknown(data)
+    kinds = {"nested": data.is_nested, "quantized": data.is_quantized, "meta": data.is_meta}
+    kinds["complex"] = data.is_complex()
+    what = next((name for name, found in kinds.items() if found), None)
+    if what is not None:
+        raise ValueError(
+            f"got a {what} tensor of dtype {data.dtype}, wanted a dense or sparse one of real numbers. Convert it: "
+            "torch.nested.to_padded_tensor, data.dequantize(), torch.view_as_real."
+        )
+    if data.layout == torch.strided:
+        wider = {torch.uint16: torch.int32, torch.uint32: torch.int64}.get(data.dtype)
+        if data.dtype == torch.uint64:
+            return _array_column(data.cpu().numpy())
+        return data if wider is None else data.to(wider)
+    coo = data.detach().cpu().to_sparse() if data.layout != torch.sparse_coo else data.detach().cpu()
+    coo = coo.coalesce()
+    if coo.dense_dim():
+        return coo.to_dense()
+    import scipy.sparse
+
+    indices, numbers = coo.indices().numpy(), coo.values()
+    numbers = numbers.float() if numbers.dtype == torch.bfloat16 else numbers
+    shape = tuple(coo.shape)
+    width = int(np.prod(shape[1:]))
+    place = np.ravel_multi_index(tuple(indices[1:]), shape[1:]) if len(shape) > 1 else np.zeros(indices.shape[1], int)
+    matrix = scipy.sparse.coo_matrix((numbers.numpy(), (indices[0], place)), shape=(shape[0], width)).tocsr()
+    return _Array(matrix, shape)
+
+
+def _array_column(data: np.ndarray) -> Any:
+    if not data.ndim:
+        raise _unknown(data)
+    if isinstance(data, np.ma.MaskedArray):
+        if np.ma.getmaskarray(data).any():
+            raise ValueError(
+                f"got a masked array with {int(np.ma.getmaskarray(data).sum())} masked entries, wanted their mask as a "
+                "column of its own, True where a value was observed: pass (x.filled(0), ~x.mask) to a pair that takes "
+                "(x, mask), as a VAE does, or fill them with what they may count as."
+            )
+        data = data.data
+    if data.dtype.kind == "O":
+        data = _numbers(data)
+    if data.dtype.kind not in "biuf" or not data.size:
+        return tensor_of(data)
+    shared = f"{data.dtype.kind}{data.dtype.itemsize}" in _SHARED and data.dtype.isnative
+    if shared and all(s >= 0 and s % data.itemsize == 0 for s in data.strides):
+        with warnings.catch_warnings():  # a read-only array makes a tensor that nobody writes to
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(np.asarray(data))
+    return _Array(np.asarray(data))
+
+
+def _sparse_column(data: Any) -> Any:
+    if len(data.shape) == 1:
+        data = data.reshape(1, -1)
+        return _Array(data.tocsr().T.tocsr(), (data.shape[1],))
+    if len(data.shape) > 2:
+        shape = tuple(data.shape)
+        return _Array(data.reshape(shape[0], -1).tocsr(), shape)
+    return _Array(data.tocsr())
+
+
+def _frame_column(data: Any) -> Any:
+    types: Any = getattr(data, "dtypes", None)
+    if hasattr(types, "items"):  # a frame of pandas
+        wrong = [(str(name), str(kind)) for name, kind in types.items() if not _numeric(kind)]
+        if wrong:
+            names = ", ".join(repr(name) for name, _ in wrong)
+            raise ValueError(
+                f"got a {type(data).__name__} whose columns {names} are not numeric "
+                f"({', '.join(sorted({kind for _, kind in wrong}))}), wanted numbers. Drop or encode them: "
+                "df.select_dtypes('number'), pd.get_dummies(df)."
+            )
+        if not len(types):
+            raise ValueError(f"got a {type(data).__name__} without columns, wanted at least one of numbers.")
+        array = _plain(data, all_of=list(types))
+    elif hasattr(data, "dtype"):
+        if not _numeric(data.dtype) and not hasattr(data, "dims"):
+            raise ValueError(
+                f"got a {type(data).__name__} of dtype {data.dtype}, wanted numbers. Encode it first: "
+                "series.astype('category').cat.codes."
+            )
+        array = _plain(data, all_of=[data.dtype])
+    else:
+        array = np.asarray(data.to_numpy())
+    return _array_column(array)
+
+
+def _plain(data: Any, all_of: list[Any]) -> np.ndarray:
+    """A frame or series as an array; where it has the nullable types of pandas, what is missing as NaN."""
+    if all(isinstance(kind, np.dtype) for kind in all_of):
+        return np.asarray(data.to_numpy())
+    try:
+        if not bool(np.asarray(data.isna()).any()):
+            kinds = [getattr(kind, "numpy_dtype", getattr(kind, "subtype", np.dtype("float64"))) for kind in all_of]
+            return np.asarray(data.to_numpy(dtype=np.result_type(*kinds)))
+        return np.asarray(data.to_numpy(dtype="float64", na_value=np.nan))
+    except (TypeError, ValueError, AttributeError):
+        return np.asarray(data.to_numpy())
+
+
+def _numeric(kind: Any) -> bool:
+    kind = getattr(kind, "subtype", kind)  # of a sparse column
+    numeric = getattr(kind, "_is_numeric", None)
+    if isinstance(kind, np.dtype):
+        return kind.kind in "biuf"
+    if numeric is not None:
+        return bool(numeric) or bool(getattr(kind, "_is_boolean", False))
+    named = getattr(kind, "is_numeric", None)  # polars
+    return bool(named()) if callable(named) else False
+
+
+def _listed_column(data: list[Any]) -> Any:
+    """A list of numbers, of lists of them, or of arrays of one shape, as one column."""
+    if data and all(isinstance(x, Tensor | np.ndarray) or hasattr(x, "__array__") for x in data):
+        singles = [x if isinstance(x, Tensor) else tensor_of(x) for x in data]
+        shapes = {tuple(x.shape): i for i, x in reversed(list(enumerate(singles)))}
+        if len(shapes) > 1:
+            (one, i), (other, j) = sorted(shapes.items(), key=lambda found: found[1])[:2]
+            raise ValueError(
+                f"got a list of arrays of different shapes, {one} at {i} and {other} at {j}; wanted one shape. Resize "
+                "or pad them, or pass DataLoader(list, collate_fn=...)."
+            )
+        if len({x.dtype for x in singles}) > 1:
+            kind = torch.float64 if any(x.dtype == torch.float64 for x in singles) else torch.get_default_dtype()
+            singles = [x.to(kind) for x in singles]
+        return _tensor_column(torch.stack([x.to(singles[0].device) for x in singles]))
+    try:
+        array = np.array(data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"got a list that is not of one shape ({error}), wanted numbers, or arrays of one shape."
+        ) from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"got a list of {type(data[0]).__name__} that makes an array of dtype {array.dtype}, wanted numbers, or "
+            "arrays of one shape. Encode what is no number."
+        )
+    return _array_column(array)
+
+
+def _dataset_column(data: Any) -> Any:
+    if isinstance(data, Subset):
+        inner = data.dataset
+        if isinstance(inner, TensorDataset) and len(inner.tensors) == 1:
+            return _Taken(column(inner.tensors[0]), data.indices)
+        if not isinstance(inner, Dataset) and not isinstance(inner, list | tuple):
+            return _Taken(column(inner), data.indices)
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise ValueError(
+            f"got a dataset of type {type(data).__name__} without a length, wanted one whose items have numbers. Pass "
+            "DataLoader(dataset, batch_size=...)."
+        )
+    return _Items(data)
+
+
+def _indexed_column(data: Any) -> Any:
+    """Something with a length: rows by an index tensor where it takes one, else items by their number."""
+    if not len(data):
+        return data
+    with undisturbed():
+        try:
+            two = data[torch.tensor([0, 0])]
+            if rows(two) == 2:
+                return data
+        except Exception:  # noqa: BLE001 - whatever a stranger raises for an index that it does not take
+            pass
+    return _Items(data)

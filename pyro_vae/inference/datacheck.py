@@ -1,0 +1,326 @@
+"""Whether data can have been drawn from the model: every row, before it enters a number.
+
+A Bernoulli scores 255 as it scores 1, and the "bound" that comes of it is above zero and means nothing. So each batch
+is compared with the support of the site that observes it, and looked through for NaN and infinities. What looks wrong
+is only suspected: a model may mask it, or replace it. Where the site itself does not say (a mask, a value that is not
+the column), the pair is run on the suspected rows, and its own densities decide.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, constraints
+
+from pyro_vae.inference.rehearsal import Rehearsal, rehearse
+from pyro_vae.inference.trees import Path, at, leaves
+from pyro_vae.sites import kind
+from pyro_vae.traces import Program
+
+_WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one column must be, since a site observes it.
+
+    Attributes:
+        site: Name of the site.
+        kind: Its distribution.
+        support: Where that has a density.
+        masked: Whether the site leaves some of it out.
+    """
+
+    site: str
+    kind: str
+    support: Any
+    masked: bool
+
+    @property
+    def binary(self) -> bool:
+        """Whether it is a Bernoulli, which scores grey values and gives them no density."""
+        return self.kind in ("Bernoulli", "BernoulliLogits")
+
+    def outside(self, value: Tensor) -> Tensor:
+        """Where a value lies outside, of its shape; of vectors whole ones."""
+        support, depth = self.support, 0
+        try:
+            ok = support.check(value)
+        except Exception:  # noqa: BLE001 - a support for other shapes says nothing of this value
+            return torch.zeros_like(value, dtype=torch.bool)
+        while ok.dim() + depth < value.dim():
+            depth += 1
+        return ~ok.reshape(*ok.shape, *[1] * depth).expand_as(value)
+
+    def within(self, low: float, high: float) -> bool:
+        """Whether all between two numbers is inside, as far as can be told from them."""
+        support = self.support
+        if support is constraints.real or support is constraints.real_vector:
+            return True
+        if isinstance(support, type(constraints.unit_interval)):
+            return low >= float(support.lower_bound) and high <= float(support.upper_bound)
+        if isinstance(support, type(constraints.positive)):
+            return low > float(support.lower_bound)
+        return False  # as far as can be told: all values are compared
+
+
+def unwrapped(fn: Any) -> tuple[Any, bool]:
+    """The distribution of one element, and whether a mask is around it."""
+    masked = False
+    while type(fn).__name__ in _WRAPPERS:
+        masked = masked or type(fn).__name__ == "MaskedDistribution"
+        fn = fn.base_dist
+    return fn, masked
+
+
+def rules(shown: Rehearsal, batch: tuple[Any, ...]) -> dict[Path, Rule]:
+    """Which leaves of a batch are observed, and what their sites allow.
+
+    A leaf is a site's value where it is that tensor, or the only one that equals it up to shape.
+    """
+    found: dict[Path, Rule] = {}
+    tensors = [(path, leaf) for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    for name, site in shown.sites.items():
+        value = site["value"]
+        if not site["is_observed"] or not isinstance(value, Tensor) or not value.numel():
+            continue
+        same = [path for path, leaf in tensors if leaf is value]
+        fn, masked = unwrapped(site["fn"])
+        masked = masked or (site["mask"] is not None and site["mask"] is not True)
+        if not same:
+            # What a mask leaves out may have been replaced, and a constant equals much.
+            shares = {path: _share(leaf, value) for path, leaf in tensors if leaf.dtype != torch.bool}
+            least = max([*shares.values(), 0.25]) if masked else 1.0
+            same = [path for path, share in shares.items() if share >= least]
+        support = _support(fn)
+        if len(same) == 1 and support is not None:
+            leaf = dict(tensors)[same[0]]
+            exact = leaf is value or leaf.shape == value.shape
+            if exact or not support.event_dim:
+                found[same[0]] = Rule(name, kind(fn), support, masked)
+    return found
+
+
+def _share(leaf: Tensor, value: Tensor) -> float:
+    """The share of a site's value that is a leaf's."""
+    if leaf.numel() != value.numel() or leaf.device != value.device:
+        return 0.0
+    leaf, value = leaf.flatten(), value.flatten()
+    return float(((leaf == value) | (leaf.isnan() & value.isnan())).double().mean())
+
+
+def _support(fn: Any) -> Any:
+    """The support of an element, as far as it is the same for all data."""
+    if isinstance(fn, Bernoulli):
+        return constraints.unit_interval  # grey values are scored, with a warning
+    try:
+        support = fn.support
+    except (NotImplementedError, AttributeError):
+        return None
+    while isinstance(support, constraints.independent | constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    if support is None or type(support).__name__.strip("_").lower() in ("dependent", "dependentproperty"):
+        return None
+    bounds = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
+    varying = [isinstance(b, Tensor) and b.numel() > 1 and bool((b != b.flatten()[0]).any()) for b in bounds]
+    if not any(varying):
+        wide = any(isinstance(b, Tensor) and b.numel() > 1 for b in bounds)
+        return _between(support, bounds) if wide else support
+    return _between(support, [None if v else b for v, b in zip(varying, bounds, strict=True)])
+
+
+def _between(support: Any, bounds: Sequence[Any]) -> Any:
+    """Those bounds of a support that all data share."""
+    lower, upper = (_number(b) for b in bounds)
+    if support.is_discrete:
+        return constraints.integer_interval(-math.inf if lower is None else lower, math.inf if upper is None else upper)
+    if lower is None and upper is None:
+        return constraints.real
+    return constraints.interval(-math.inf if lower is None else lower, math.inf if upper is None else upper)
+
+
+def _number(bound: Any) -> float | None:
+    if bound is None:
+        return None
+    return float(bound.flatten()[0]) if isinstance(bound, Tensor) else float(bound)
+
+
+class DataCheck:
+    """Looks at batches, and refuses what the model cannot have drawn.
+
+    Args:
+        programs: The pair.
+        shown: What one run of it showed.
+        batch: The batch of that run.
+        masks: Positions of columns that are masks of the first.
+        names: Names of the columns of a table, by leaf.
+    """
+
+    def __init__(
+        self, programs: Sequence[Program], shown: Rehearsal | None, batch: tuple[Any, ...],
+        masks: frozenset[int] = frozenset(), names: Mapping[Path, Sequence[str]] | None = None,
+    ) -> None:  # fmt: skip
+        self.programs = programs
+        self.rules = {} if shown is None or shown.error is not None else rules(shown, batch)
+        self.masks, self.names = masks, names or {}
+        known = dict(leaves(batch))
+        # Where the first batch is binary, a later grey value is no choice.
+        self.binary = {p for p, rule in self.rules.items() if rule.binary and bool((known[p] % 1 == 0).all())}
+
+    def __call__(self, batch: tuple[Any, ...], where: Callable[[int], str], at_once: int = 128) -> None:
+        """Look at one batch.
+
+        Args:
+            batch: As the programs will get it.
+            where: How to name a row.
+            at_once: Suspected rows that the pair is run on together.
+        Raises:
+            ValueError: A value outside its support, NaN or infinite, with row, column, value and remedy.
+        """
+        for path, leaf in leaves(batch):
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.numel() and leaf.dtype != torch.bool:
+                self._leaf(batch, path, leaf, where, at_once)
+
+    def _leaf(
+        self, batch: tuple[Any, ...], path: Path, leaf: Tensor, where: Callable[[int], str], at_once: int
+    ) -> None:
+        rule = self.rules.get(path)
+        floating = leaf.is_floating_point()
+        if not floating and rule is None:
+            return
+        low, high = (float(end) for end in torch.aminmax(leaf))
+        if math.isfinite(low) and math.isfinite(high) and (rule is None or rule.within(low, high)):
+            if rule is not None and path in self.binary:
+                self._grey(leaf, path, rule, where)
+            return
+        bad = ~torch.isfinite(leaf) if floating else torch.zeros_like(leaf, dtype=torch.bool)
+        if rule is not None:
+            bad |= rule.outside(leaf)
+        shown = [batch[i] for i in self.masks if i < len(batch) and path == (0,)]
+        for mask in shown:
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+                bad &= mask.expand_as(leaf)
+        if not bool(bad.any()):
+            return
+        suspects = bad.flatten(1).any(1).nonzero().flatten() if bad.dim() > 1 else bad.nonzero().flatten()
+        certain = bool(shown) or (rule is not None and not rule.masked and bool(rule.outside(leaf)[suspects[0]].any()))
+        if certain and not bool(leaf[suspects].isnan().any()):
+            self._refuse(leaf, bad, int(suspects[0]), path, rule, where)
+        for group in suspects.split(at_once):
+            if not self._stands(batch, group):
+                worst = next((int(i) for i in group if not self._stands(batch, i[None])), int(group[0]))
+                self._refuse(leaf, bad, worst, path, rule, where)
+
+    def _grey(self, leaf: Tensor, path: Path, rule: Rule, where: Callable[[int], str]) -> None:
+        grey = leaf % 1 != 0
+        if bool(grey.any()):
+            self.binary.discard(path)
+            row = int((grey.flatten(1).any(1) if grey.dim() > 1 else grey).nonzero()[0])
+            spot: tuple[int, ...] = tuple(int(i) for i in grey[row].nonzero()[0]) if grey.dim() > 1 else ()
+            warnings.warn(
+                f"site {rule.site!r} is Bernoulli, and {where(row)}{self._column(path, spot)} of the data is "
+                f"{float(leaf[row][spot] if spot else leaf[row]):.4g}, a grey value between 0 and 1 among zeros and "
+                "ones, which has no Bernoulli density. Binarise the data.",
+                stacklevel=2,
+            )
+
+    def _stands(self, batch: tuple[Any, ...], index: Tensor) -> bool:
+        """Whether the pair itself has finite densities of some rows, inside its supports wherever it scores them."""
+        shown = rehearse(self.programs, at(batch, index))
+        if not shown.finite():
+            return False
+        for site in shown.sites.values():
+            fn, _ = unwrapped(site["fn"])
+            support = _support(fn) if site["is_observed"] and isinstance(site["value"], Tensor) else None
+            if support is None or not site["value"].numel():
+                continue
+            value = site["value"]
+            outside = Rule(site["name"], kind(fn), support, True).outside(value) | ~torch.isfinite(value)
+            if bool((outside & scored(site, value)).any()):
+                return False
+        return True
+
+    def _refuse(
+        self, leaf: Tensor, bad: Tensor, row: int, path: Path, rule: Rule | None, where: Callable[[int], str]
+    ) -> None:
+        spot: tuple[int, ...] = tuple(int(i) for i in bad[row].nonzero()[0]) if bad.dim() > 1 else ()
+        value = float(leaf[row][spot] if spot else leaf[row])
+        column = self._column(path, spot)
+        finite = leaf[torch.isfinite(leaf)] if leaf.is_floating_point() else leaf
+        low, high = (float(e) for e in torch.aminmax(finite)) if finite.numel() else (math.nan, math.nan)
+        shown = f"{value:.6g}"
+        if rule is None or not math.isfinite(value):
+            place = f"{where(row)}{column}"
+            raise ValueError(f"{place} of the data is {shown}; wanted a finite number. {_not_finite(value)}")
+        wanted = "[0, 1]" if rule.support is constraints.unit_interval else str(rule.support)
+        raise ValueError(
+            f"{where(row)}{column} of the data is {shown}, outside the support of the likelihood ({rule.kind}, site "
+            f"{rule.site!r}); wanted {wanted}. {_remedy(rule, value, low, high, finite)}"
+        )
+
+    def _column(self, path: Path, spot: tuple[int, ...]) -> str:
+        named = "".join(f", field {key!r}" for key in path if isinstance(key, str))
+        named += f", argument {path[0]}" if path and path[0] not in (0,) and isinstance(path[0], int) else ""
+        if not spot:
+            return named
+        names = self.names.get(path)
+        if names is not None and len(spot) == 1:
+            return f"{named}, column {names[spot[0]]!r}"
+        return f"{named}, column {spot[0] if len(spot) == 1 else spot}"
+
+
+def scored(site: Any, value: Tensor) -> Tensor:
+    """Where a site's value counts, of the value's shape."""
+    counts = torch.ones_like(value, dtype=torch.bool)
+    fn, event = site["fn"], 0
+    masks = [site["mask"]] if isinstance(site["mask"], Tensor) else []
+    depths = [site["fn"].event_dim for _ in masks]
+    while type(fn).__name__ in _WRAPPERS:
+        if type(fn).__name__ == "MaskedDistribution" and isinstance(fn._mask, Tensor):
+            masks.append(fn._mask)
+            depths.append(fn.event_dim)
+        fn = fn.base_dist
+    for mask, event in zip(masks, depths, strict=True):
+        counts = counts & mask.reshape(*mask.shape, *[1] * event)
+    return counts
+
+
+def _not_finite(value: float) -> str:
+    if math.isnan(value):
+        return (
+            "If NaN stands for a missing value, pass (x, mask) with mask = ~x.isnan() to a pair that takes a mask (a "
+            "VAE does), or drop or impute it."
+        )
+    return "Clip or drop it, or, where a number was too large for the model's floats, scale the data or take float64."
+
+
+def _remedy(rule: Rule, value: float, low: float, high: float, finite: Tensor) -> str:
+    another = "Or take another likelihood, such as normal."
+    missing = "If it stands for a missing value, pass a mask beside the data."
+    support = rule.support
+    counts = "count" in str(support).lower() or support.is_discrete and getattr(support, "lower_bound", None) == 0
+    levels = getattr(support, "levels", None)
+    top = getattr(support, "upper_bound", None)
+    grey = levels is not None or (not support.is_discrete and _number(top) == 1)
+    if grey:
+        if value < 0:
+            scaled = " Images normalised to [-1, 1] are brought back by (x + 1) / 2." if -1 <= low and high <= 1 else ""
+            return f"The data here lie in [{low:.4g}, {high:.4g}].{scaled} {missing} {another}"
+        scale = 255 if high > 16 and high <= 255 else high
+        if value > 1:
+            return (
+                f"The data here lie in [{low:.4g}, {high:.4g}]: divide them by {scale:.6g} (x / {scale:.6g})"
+                f"{', then binarize grey values' if rule.binary else ''}. {another}"
+            )
+        return f"Pass the grey levels v / 255 as they are, without dequantisation. {another}"
+    if counts:
+        if value < 0:
+            return f"{missing} {another}"
+        return "Pass raw counts, neither normalised nor log-transformed, or take another likelihood, such as normal."
+    return f"{missing} Or rescale the data, or take another likelihood."

@@ -1,0 +1,159 @@
+"""One run of a pair that leaves no trace: what it observes, what it is made of, or why it fails.
+
+Modules run in evaluation mode, whoever owns them; random states, the parameter store and the mode of every module are
+put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_vae.parameters import own_parameters
+from pyro_vae.sites import sample_sites
+from pyro_vae.traces import Program
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put the random states of torch, NumPy and Python and the parameter store back afterwards."""
+    store: Any = pyro.get_param_store()
+    tables = (store._params, store._constraints, store._param_to_name)
+    held = [dict(table) for table in tables]
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for table, before in zip(tables, held, strict=True):
+            if list(table) != list(before):
+                table.clear()
+                table.update(before)
+
+
+class _Parameters(Messenger):
+    """Notes the parameters that programs ask for."""
+
+    def __init__(self, found: list[Tensor]) -> None:
+        super().__init__()
+        self.found = found
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        if isinstance(msg["value"], Tensor):
+            self.found.append(msg["value"])
+
+
+@dataclass
+class Rehearsal:
+    """What one run of a pair showed.
+
+    Attributes:
+        sites: The first program's sample sites by name; empty where it failed.
+        latents: The other programs' sample sites by name.
+        parameters: Parameters that the programs asked for or own, and those of the modules that ran.
+        modules: Modules that ran.
+        error: What a program raised, None if nothing.
+    """
+
+    sites: Mapping[str, Any] = field(default_factory=dict)
+    latents: dict[str, Any] = field(default_factory=dict)
+    parameters: list[Tensor] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of the first floating parameter."""
+        return next((p.dtype for p in self.parameters if p.is_floating_point()), None)
+
+    def finite(self) -> bool:
+        """Whether all draws and all log densities are finite numbers."""
+        if self.error is not None:
+            return False
+        for site in (*self.sites.values(), *self.latents.values()):
+            if isinstance(site["value"], Tensor) and not site["is_observed"] and not _finite(site["value"]):
+                return False
+            if not _finite(_log_prob(site)):
+                return False
+        return True
+
+
+def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
+    """Run a pair once on a batch, the first program at the draws of the second.
+
+    Args:
+        programs: A model and its guides, or any one program.
+        batch: The arguments of all.
+    Returns:
+        What it showed, whether it succeeded or not.
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(pyro.param("rehearsed", torch.zeros(())), 1.0), obs=x)
+        >>> shown = rehearse([model], (torch.zeros(3),))
+        >>> list(shown.sites), shown.dtype, "rehearsed" in pyro.get_param_store()
+        (['x'], torch.float32, False)
+    """
+    shown = Rehearsal()
+    owners = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
+    for owner in owners:
+        if isinstance(owner, nn.Module):
+            shown.parameters += [p for p in owner.parameters() if not isinstance(p, nn.UninitializedParameter)]
+    asked: list[Tensor] = []
+    ran: dict[int, tuple[nn.Module, bool]] = {}
+
+    def quiet(module: nn.Module, _: Any) -> None:
+        if id(module) not in ran:
+            ran[id(module)] = module, module.training
+            module.training = False
+
+    hook = register_module_forward_pre_hook(quiet)
+    try:
+        with undisturbed(), pyro.validation_enabled(False), own_parameters(*programs), _Parameters(asked):
+            drawn: Trace | None = None
+            for guide in programs[1:]:
+                trace = poutine.trace(guide).get_trace(*batch)
+                drawn = trace if drawn is None else drawn
+                shown.latents |= {site["name"]: site for site in sample_sites(trace)}
+            model = programs[0] if drawn is None else poutine.replay(programs[0], trace=drawn)
+            trace = poutine.trace(model).get_trace(*batch)
+            shown.sites = {site["name"]: site for site in sample_sites(trace)}
+    except Exception as error:  # noqa: BLE001 - the programs' own, which the caller may raise
+        shown.error = error
+    finally:
+        hook.remove()
+        for module, training in ran.values():
+            module.training = training
+    shown.modules = [module for module, _ in ran.values()]
+    shown.parameters += asked
+    shown.parameters += [p for module in shown.modules for p in module.parameters(recurse=False)]
+    return shown
+
+
+def _log_prob(site: Any) -> Tensor:
+    try:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except Exception:  # noqa: BLE001 - a site that cannot say its density says nothing against the data
+        return torch.zeros(())
+    mask = site["mask"]
+    return torch.where(mask, value, torch.zeros(())) if isinstance(mask, Tensor) else value
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
