@@ -62,7 +62,7 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
         (True, 0)
     """
     given = [program for program in programs if program is not None]
-    with _settings_kept(), _store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given), noise(seed):
+    with _settings_kept(), store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given), noise(seed):
         with torch.no_grad():
             yield
 
@@ -128,12 +128,19 @@ def noise(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    with noise_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+
+
+@contextlib.contextmanager
+def noise_kept() -> Iterator[None]:
+    """Put the states of torch's, Python's and NumPy's global generators back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
             yield
         finally:
             random.setstate(python)
@@ -277,7 +284,7 @@ def _meeting(standing: _Standing, meet: Callable[[nn.Module], Any]) -> Iterator[
 
 
 @contextlib.contextmanager
-def _store_kept() -> Iterator[None]:
+def store_kept() -> Iterator[None]:
     """Pyro's parameter store: the names that it holds, their order, their tensors and constraints, their values."""
     store = pyro.get_param_store()
     kept = [(name, getattr(store, name)) for name in ("_params", "_param_to_name", "_constraints")]

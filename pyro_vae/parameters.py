@@ -83,8 +83,8 @@ class _OwnParameters(Messenger):
                 if _updates_module() and _loaded(held):
                     own = _taken_up(name, held, own)
             self.owner[name] = own
-            if self._keeps:
-                self.store.put(name, own)
+        if self._keeps:  # each time, since a run that leaves no trace takes it out again
+            self.store.put(name, own)
         known = getattr(own, "unconstrained", None)
         if not isinstance(known, _Itself) or known() is not own or known.name != name:
             known = _Itself(own)

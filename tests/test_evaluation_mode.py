@@ -692,7 +692,7 @@ def test_a_device_moves_all_networks():
         model, guide, encoder, decoder = pair(kind)
         moved = []
         for net in (encoder, decoder):
-            net.to = lambda *args, net=net: moved.append(net) or net
+            net.to = lambda *args, net=net, moved=moved: moved.append(net) or net
         if kind in ("closures", "partials"):
             with pytest.raises(ValueError, match="nothing to train"):
                 fit(model, guide, X, epochs=1, device="cpu", progress=False)
