@@ -169,9 +169,9 @@ class Reach:
                 return number
         return None
 
-    def _is_leaf(self, module: str | None) -> bool:
-        """Whether the code of a Python module is none that is walked."""
-        return _is_trusted(module) or (self._owned and _top(module) not in self._ours and _is_installed(_top(module)))
+    def _is_others(self, module: str | None) -> bool:
+        """Whether a Python module is of an installed package in which nobody looks for networks."""
+        return self._owned and _top(module) not in self._ours and _is_installed(_top(module))
 
     def _place(self, get: Callable[[Any], Any], key: Any, said: str) -> None:
         if self._owned:
@@ -293,7 +293,7 @@ class Reach:
 
     def _python_module(self, module: types.ModuleType, said: str) -> None:
         """A module that the code may read by any name it knows."""
-        if self._owned and self._is_leaf(module.__name__):
+        if self._is_others(module.__name__):
             return
         self._kept.append(module)
         for name in sorted(self._names):
@@ -403,7 +403,9 @@ class Reach:
 
     def _class(self, kind: type, said: str, making: bool = True) -> None:
         """What instances of a class can run and read of it; to make one, too, where the class itself is at hand."""
-        if self._is_leaf(kind.__module__):
+        if self._is_others(kind.__module__):
+            return
+        if _is_trusted(kind.__module__):
             name = f"{kind.__module__}.{kind.__qualname__}"
             if _is_denied(kind.__module__, name) or kind is torch.Generator:
                 self._doubt(name)
@@ -442,7 +444,7 @@ class Reach:
 
     def _function(self, function: types.FunctionType, said: str) -> None:
         module, trusted = function.__globals__.get("__name__", ""), is_trusted(function)
-        trusted = trusted or (self._owned and self._is_leaf(module))
+        trusted = trusted or self._is_others(module)
         if trusted and (_is_denied(module, f"{module}.{function.__name__}")):
             self._doubt(f"{module}.{function.__name__}")
             return

@@ -171,7 +171,8 @@ def test_a_vae_shared_parameters_and_seeds():
             pyro.sample("z", dist.Normal(mean + x @ pair.matrix.T, 1.0).to_event(1))
 
     lab = gradient_lab(pair.model, shared, (pair.x,), estimators=(LANDING,), num_samples=(2,), repeats=10)
-    assert lab.num_parameters.keys() == {"decoder", "shared"} or lab.num_parameters == {"shared": 2}
+    # Both programs hold the module: what neither declares is of both, as of two methods of one module.
+    assert lab.num_parameters == {"shared": 2 + 4 + 2}
 
 
 def test_what_is_refused():

@@ -204,11 +204,17 @@ def test_information_stops_at_log_n():
 
 def test_information_refuses_what_it_cannot_score():
     model, _ = small_pair()
-    drop = Guide(FullNormal(nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Dropout(0.5)), 3))
-    with pytest.raises(ValueError, match=r"random beyond its draw \(dropout\?\)\. Call \.eval\(\)"):
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Dropout(0.5))
+    drop = Guide(FullNormal(layers, 3))
+    assert mutual_information(model, drop, binary()).num_data == 12 and layers.training
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5, training=True)
+
+    layers[2] = Noisy()
+    with pytest.raises(ValueError, match="differently a second time, though its networks are in evaluation mode.*site"):
         mutual_information(model, drop, binary())
-    drop.eval()
-    assert mutual_information(model, drop, binary()).num_data == 12
     torch.manual_seed(0)
     point = autoencoder((1, 4, 4), latent_dim=2, hidden=(8,))
     for function in (kl_per_dimension, mutual_information, rate_distortion, collapse):

@@ -291,3 +291,67 @@ def test_a_pair_can_be_pickled_after_it_was_used():
     log_likelihood(vae.model, vae.guide, data(), num_samples=2)
     again = pickle.loads(pickle.dumps(vae))
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters(), strict=True))
+
+
+def plain_pair():
+    """Functions whose parameters live in the store; the evidence is N(m, 1 + s^2), and the posterior is in reach."""
+
+    def model(x):
+        m = pyro.param("m", torch.tensor(0.0))
+        s = pyro.param("s", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, s), obs=x)
+
+    def guide(x):
+        g, b = pyro.param("g", torch.tensor(0.5)), pyro.param("b", torch.tensor(0.0))
+        t = pyro.param("t", torch.tensor(0.7), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(g * x + b, t))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_scopes_of_the_store_keep_two_fits_apart(compile):
+    model, guide = plain_pair()
+    net = shared_names(0)
+    store, scopes = pyro.get_param_store(), []
+    generator = torch.Generator().manual_seed(0)
+    for mean in (4.0, -3.0):
+        x = 2 * torch.randn(300, generator=generator) + mean
+        with store.scope() as scope:
+            fit(model, guide, x, epochs=120, batch_size=100, learning_rate=0.05, seed=0, progress=False, compile=compile)
+            fit(*net[:2], data(), epochs=1, seed=0, progress=False, compile=compile)
+        scopes.append((scope, x))
+    assert not store
+    for scope, x in scopes:
+        assert scope["params"].keys() >= {"m", "s", "g", "b", "t", "enc$$$weight"}
+        with store.scope(scope):
+            assert pyro.param("m").item() == pytest.approx(x.mean().item(), abs=0.15)
+            best = dist.Normal(x.mean(), x.std(unbiased=False)).log_prob(x).mean().item()
+            assert log_likelihood(model, guide, x, num_samples=200).value == pytest.approx(best, abs=0.03)
+    assert not store
+
+
+def test_a_cell_that_is_run_again_with_another_size_starts_afresh():
+    def cell(size, seed=0):
+        torch.manual_seed(seed)
+        enc, dec = nn.Linear(2, 2 * size), nn.Linear(size, 2)
+
+        def model(x):
+            pyro.module("decoder", dec, update_module_params=True)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(dec(z), 0.5).to_event(1), obs=x)
+
+        def guide(x):
+            pyro.module("encoder", enc, update_module_params=True)
+            loc, log_scale = enc(x).chunk(2, -1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+        return fit(model, guide, data(), epochs=3, learning_rate=1e-2, seed=0, progress=False)["loss"]
+
+    first = cell(2)
+    assert cell(3) != first and cell(2) == first

@@ -852,3 +852,31 @@ def test_a_frozen_model_stays_as_it_is_and_in_evaluation_mode():
         warnings.simplefilter("error")  # Pyro would warn of each frozen parameter in training mode
         fit(model, guide, binary(), epochs=2, progress=False, seed=0, callback=lambda _: modes.append(model.training))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and modes == [False, False]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
+@pytest.mark.parametrize("name", ["Trace_ELBO", "TraceMeanField_ELBO", "TraceGraph_ELBO"])
+def test_pyros_compiled_losses_take_the_steps_of_the_plain_ones(name):
+    ends = []
+    for make in (getattr(pyro.infer, name), lambda: getattr(pyro.infer, "Jit" + name)(ignore_jit_warnings=True)):
+        torch.manual_seed(0)
+        enc, dec = nn.Linear(3, 2).double(), nn.Linear(2, 3).double()
+        start = weights(enc, dec)
+
+        def model(x, dec=dec):
+            pyro.module("dec", dec)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(dec(z), 1.0).to_event(1), obs=x)
+
+        def guide(x, enc=enc):  # hardly any noise, since tracing draws some of its own
+            pyro.module("enc", enc)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(enc(x), 1e-9).to_event(1))
+
+        x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        options = {"optimizer": torch.optim.SGD, "epochs": 3, "batch_size": 20, "learning_rate": 1e-2, "seed": 1}
+        fit(model, guide, x, loss=make(), progress=False, **options)
+        ends.append(weights(enc, dec))
+        assert distance(start, weights(enc, dec)) > 0.01
+    assert distance(*ends) < 1e-6

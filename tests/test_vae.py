@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pyro_vae.programs.vae
+from pyro_vae.inference.training import fit
+from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import MLP, set_output_mean
 from pyro_vae.parts.posteriors import DiagonalNormal
@@ -491,3 +493,25 @@ def test_pixels_of_the_usual_type_go_into_a_model_of_doubles():
     x = torch.rand(3, 6)
     assert torch.equal(vae.encode(x).mean, vae.encode(x.double()).mean)
     assert vae.reconstruct(x).dtype == vae.interpolate(x, x, 2).dtype == torch.float64
+
+
+@pytest.fixture
+def doubles():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", "flow"])
+def test_under_a_default_of_doubles_all_is_double(doubles, tmp_path, prior):
+    torch.manual_seed(0)
+    vae, x = VAE.build((6,), latent_dim=2, hidden=(8,), prior=prior), binary(24).reshape(24, 16)[:, :6].double()
+    assert {p.dtype for p in vae.parameters()} == {torch.float64}
+    history = fit(vae.model, vae.guide, x, epochs=4, batch_size=6, kl_warmup_steps=5, seed=0, compile=True, progress=False)
+    assert all(math.isfinite(loss) for loss in history["loss"])
+    vae.save(tmp_path / "vae.safetensors")
+    again = VAE.load(tmp_path / "vae.safetensors")
+    assert {p.dtype for p in again.parameters()} == {torch.float64}
+    ours, theirs = (log_likelihood(v.model, v.guide, x, num_samples=20) for v in (vae, again))
+    assert ours.value == theirs.value and ours.pointwise.dtype == torch.float64
+    assert vae.sample(2).dtype == vae.reconstruct(x.float()).dtype == torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,9 +38,6 @@ class Whole:
     def advance(self, steps: int) -> None:
         if self.update is not None:
             self.update.advance(steps)
-
-    def tensors(self) -> list[Tensor]:
-        return [] if self.update is None else self.update.tensors()
 
 
 class Step(NamedTuple):
@@ -118,6 +116,12 @@ class _Site(NamedTuple):
         )  # fmt: skip
 
 
+# A hook that appears changes gradients; those that are there are among what the programs can read.
+_conditions = operator.attrgetter(
+    "requires_grad", "dtype", "device", "shape", "_backward_hooks", "_post_accumulate_grad_hooks"
+)
+
+
 def _known(*_: Any, **__: Any) -> None:
     """What a param statement would call, had it no value yet."""
 
@@ -131,10 +135,11 @@ class Entry:
         self.capture, self.watched, self.sites, self.beta, self.with_bound = capture, watched, sites, beta, with_bound
         self.replays, self.unchecked, self.tried = 0, False, False
         self.whole: Whole | None = None
+        self.trained: list[Tensor] = []
         self._tensors = self._now()
 
     def _now(self) -> list[Any]:
-        return [(c.requires_grad, c.dtype, c.device, c.shape) for c in self.capture.constants]
+        return [_conditions(c) for c in self.capture.constants]
 
     def fresh(self) -> bool:
         return self._tensors == self._now() and self.watched.fresh()

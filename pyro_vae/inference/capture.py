@@ -29,12 +29,20 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 _FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_")
 _LIKES = ("rand_like", "randn_like", "randint_like")
 _FACTORIES = ("rand", "randn", "randint", "randperm")
-_READS = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "numpy", "__array__")
+_READS = (
+    "item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__",
+    "__dlpack__",
+    "__repr__", "__format__",
+)  # fmt: skip
+# Which make a tensor of numbers, and read them out of tensors that stand among these.
+_MAKERS = ("tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor", "sparse_coo_tensor")
 
 # Where a tensor becomes a number that is only reported, and where one is only checked.
 _REPORTERS = ("pyro.infer.", "pyro_vae.inference.objectives")
@@ -77,7 +85,7 @@ class Capture:
         compiled: Whether Inductor has compiled the graph.
     Raises:
         Uncapturable: The function reads numbers out of tensors, or draws in a way that
-            cannot be written down.
+            cannot be written down. Whatever is raised, every tensor that was there before is as it was.
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
         >>> def function(x):
@@ -96,15 +104,27 @@ class Capture:
         self.results: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self.compiled = False
+        operations = _Operations()
+        try:
+            self._write_down(function, args, finish, operations)
+        except BaseException:
+            operations.take_back()
+            raise
 
+    def _write_down(
+        self, function: Callable[..., list[Tensor]], args: Sequence[Tensor],
+        finish: Callable[[list[Tensor], list[Tensor]], None] | None, operations: _Operations,
+    ) -> None:  # fmt: skip
         def recorded(*tensors: Tensor) -> list[Tensor]:
-            with _noting_forks(), _Recording() as recording:
+            with _noting_forks(), operations, _Recording(operations) as recording:
                 results = function(*tensors)
             self.leaves = [leaf for leaf, _ in recording.gradients.values()]
+            if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in self.leaves):
+                raise Uncapturable("a hook runs after the gradient of a parameter has been added")
             gradients = [gradient for _, gradient in recording.gradients.values()]
             if finish is not None:
                 results = _owned(results, results)
-                with torch.no_grad():
+                with torch.no_grad(), operations:
                     finish(self.leaves, gradients)
                 self.results = results
                 return results
@@ -206,8 +226,9 @@ class _Recording(TorchFunctionMode):
 
     active = 0
 
-    def __init__(self) -> None:
+    def __init__(self, operations: _Operations) -> None:
         super().__init__()
+        self.operations = operations
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> _Recording:
@@ -229,12 +250,17 @@ class _Recording(TorchFunctionMode):
             if name == "item" and module.startswith(_REPORTERS):
                 return args[0].detach()  # it stays a tensor, and alive
             if name == "__bool__" and module in _CHECKERS:
-                with disable_proxy_modes_tracing():  # it is made in the step that is captured, and in no replay
+                # It is made in the step that is captured, and in no replay.
+                with disable_proxy_modes_tracing(), self.operations.allowed():
                     return func(*args, **kwargs)
             where = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
             if module.startswith(("torch.", "pyro.")):
                 raise Uncapturable(f"{module} depends on the values of tensors (at {where})")
             raise Uncapturable(f"a number is read out of a tensor at {where}")
+        if name in _MAKERS and any(_holds_tensor(a) for a in (*args, *kwargs.values())):
+            raise Uncapturable(f"torch.{name} reads numbers out of tensors")
+        if name == "__set__" and getattr(func, "__self__", None) == Tensor.data:
+            raise Uncapturable("a tensor is given other data by an assignment")
         return func(*args, **kwargs)
 
     def _backward(
@@ -250,6 +276,65 @@ class _Recording(TorchFunctionMode):
             self.gradients[id(leaf)] = (leaf, value.detach() if before is None else before[1] + value.detach())
 
 
+class _Operations(TorchDispatchMode):
+    """Sees every operation: also on tensors that are no arguments, and those that C++ makes of a call.
+
+    Refuses those that read a value into Python or C++, and keeps what is written over.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: set[int] = set()  # storages that the run itself made
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._allowed = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.data_dependent_output in func.tags and not self._allowed:
+            raise Uncapturable(f"{func} reads the value of a tensor")
+        given = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(value)
+            for value in kwargs.values() if "out" in kwargs else ():
+                self._keep(value)
+        results = func(*args, **kwargs)
+        self._made |= {_storage(t) for t in pytree.tree_leaves(results) if isinstance(t, Tensor)} - given
+        return results
+
+    def _keep(self, values: Any) -> None:
+        for tensor in pytree.tree_leaves(values):
+            if isinstance(tensor, Tensor) and id(tensor) not in self._before and _storage(tensor) not in self._made:
+                with disable_proxy_modes_tracing(), torch.no_grad():
+                    self._before[id(tensor)] = tensor, tensor.detach().clone()
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        self._allowed += 1
+        try:
+            yield
+        finally:
+            self._allowed -= 1
+
+    def take_back(self) -> None:
+        """Write back what stood in the tensors that were there before; of one seen twice, the earliest."""
+        with torch.no_grad():
+            for tensor, before in reversed(self._before.values()):
+                tensor.copy_(before)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # one without a storage, such as a sparse one
+        return -1
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(v, Tensor) or _holds_tensor(v) for v in value)
+
+
 @contextlib.contextmanager
 def _noting_forks() -> Iterator[None]:
     """Marks what is recorded inside ``torch.random.fork_rng``: its draws do not move the stream of noise."""
@@ -259,11 +344,13 @@ def _noting_forks() -> Iterator[None]:
     def noted(*args: Any, **kwargs: Any) -> Iterator[None]:
         mode = get_proxy_mode()
         before = 0 if mode is None else len(mode.tracer.graph.nodes)
-        with original(*args, **kwargs):
-            yield
-        if mode is not None:
-            for node in itertools.islice(mode.tracer.graph.nodes, before, None):
-                node.meta["forked"] = True
+        try:
+            with original(*args, **kwargs):
+                yield
+        finally:  # torch.utils.checkpoint leaves its fork by an exception
+            if mode is not None:
+                for node in itertools.islice(mode.tracer.graph.nodes, before, None):
+                    node.meta["forked"] = True
 
     torch.random.fork_rng = noted
     try:

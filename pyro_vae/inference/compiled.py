@@ -37,6 +37,7 @@ from pyro_vae.inference.watching import (
     Watched,
     first_line,
     forked,
+    python_noise,
     random_state,
     set_random_state,
     unproven,
@@ -133,6 +134,11 @@ class Compiled(ELBO):
     def beta(self, value: float) -> None:
         self.inner.beta = value
 
+    def _beta(self) -> float:
+        """Its weight, where that is a number: as a tensor, it may change between steps."""
+        beta = vars(self.inner).get("beta", 1)
+        return beta if isinstance(beta, int | float) else 1
+
     @property
     def last_bound(self) -> Tensor | None:
         """That of the `Objective` inside."""
@@ -162,9 +168,9 @@ class Compiled(ELBO):
         Says nothing to Pyro's handlers and does not read the loss.
 
         Returns:
-            The loss, and the parameters whose ``.grad`` it added to (none where the
-            optimiser's step was part of the graph); None, with nothing done, where there is
-            no graph for such a step yet: take an ordinary step.
+            The loss, and those that train of the parameters whose ``.grad`` it added to (none where the
+            optimiser's step was part of the graph; what no param statement names does not train); None, with
+            nothing done, where there is no graph for such a step yet: take an ordinary step.
         """
         step = Step.of(model, guide, tuple(tensors), {}, whole)
         entry = self._ready(step)
@@ -193,7 +199,7 @@ class Compiled(ELBO):
         entry = self._entries.get(step.key)
         if entry is None or not _neutral_handlers():
             return None
-        beta = getattr(self.inner, "beta", 1)
+        beta = self._beta()
         if entry.fresh() and (beta == 1 or entry.beta is not None):
             if entry.beta is not None:
                 entry.beta.fill_(beta)
@@ -213,7 +219,7 @@ class Compiled(ELBO):
         doubted = bool(entry.watched.unproven)
         if entry.replays in CHECKS or entry.unchecked or (doubted and entry.replays % self.check_every == 0):
             written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
-            expected = self._expected(step, written)
+            expected = self._expected(step, entry, written)
             entry.unchecked = False
         if step.whole is not None:
             step.whole.advance(1)
@@ -228,7 +234,7 @@ class Compiled(ELBO):
         if entry.with_bound:
             self.inner.last_bound, offset = results[1], 2
         if len(results) > offset:
-            self._leaves = entry.capture.leaves
+            self._leaves = entry.trained
             _add_gradients(entry.capture.leaves, results[offset:])
         self.reason = None
         return loss
@@ -247,12 +253,20 @@ class Compiled(ELBO):
         self._say(f"a captured loss was not that of the programs ({numbers}) although nothing that they read had "
                   "changed. The steps since are not captured; compile=False avoids it from the start", always=True)
 
-    def _expected(self, step: Step, written: list[tuple[Tensor, Tensor]]) -> float | None:
+    def _expected(self, step: Step, entry: Entry, written: list[tuple[Tensor, Tensor]]) -> float | None:
         """The loss of the programs themselves, from the noise that the replay will draw."""
         bound = getattr(self.inner, "last_bound", None)
-        with forked(step.tensors), pyro.validation_enabled(False), own_parameters(step.model, step.guide):
-            args, kwargs = step.rebuilt(step.tensors)
-            value = self.inner.loss(step.model, step.guide, *args, **kwargs)
+        gradients = [(leaf, leaf.grad) for leaf in entry.capture.leaves]
+        for leaf, _ in gradients:
+            leaf.grad = None
+        try:
+            with forked(step.tensors), pyro.validation_enabled(False), own_parameters(step.model, step.guide):
+                args, kwargs = step.rebuilt(step.tensors)
+                # Not by `loss`, which an ELBO of the user's need not have made its own.
+                value = self.inner.loss_and_grads(step.model, step.guide, *args, **kwargs)
+        finally:
+            for leaf, gradient in gradients:
+                leaf.grad = gradient
         if bound is not None:
             self.inner.last_bound = bound
         _put_back(written)
@@ -342,11 +356,7 @@ class Compiled(ELBO):
         watched = Watched((step.model, step.guide), self.inner)
         if watched.unproven and not self._accepted(step, watched):
             return None
-        beta, state = getattr(self.inner, "beta", 1), random_state(step.tensors)
-        changing = [buffer for module in watched.modules for buffer in module.buffers()]
-        if step.whole is not None:
-            changing += step.whole.tensors()
-        written = [(tensor, tensor.detach().clone()) for tensor in changing]
+        beta, state, drawn = self._beta(), random_state(step.tensors), python_noise()
         live = None if beta == 1 else torch.tensor(float(beta), dtype=torch.float64)
         sites: dict[str, Any] = {}
         with_bound = False
@@ -373,8 +383,7 @@ class Compiled(ELBO):
             with pyro.validation_enabled(False):
                 capture = Capture(function, step.tensors, None if step.whole is None else step.whole.update)
         except Exception as error:
-            set_random_state(state)
-            _put_back(written)
+            set_random_state(state)  # the capture itself has put the tensors back
             if step.whole is not None:
                 step.whole.advance(-1)
             failure: Exception | None = error
@@ -389,15 +398,19 @@ class Compiled(ELBO):
             return None
         self.captures += 1
         entry = Entry(capture, watched, [_Site.of(site) for site in sites.values()], live, with_bound)
+        trained = {id(site.unconstrained) for site in entry.sites}
+        entry.trained = [leaf for leaf in capture.leaves if id(leaf) in trained]
         if watched.changed():
             self._refuse(step, f"{watched.changed()} changes while the programs run")
+        elif drawn != python_noise():
+            self._refuse(step, "the programs draw random numbers of Python or NumPy")
         else:
             self._entries[step.key] = entry
             entry.whole = step.whole  # what its key names by identity must live
         results = capture.results
         if with_bound:
             self.inner.last_bound = results[1]
-        self._leaves = capture.leaves
+        self._leaves = entry.trained
         if len(results) > 1 + with_bound:
             _add_gradients(capture.leaves, results[1 + with_bound :])
         self.reason = "it was being captured"

@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.capture import Capture, Uncapturable, fast_matmul
-from pyro_vae.inference.watching import CHECKS, Watched, first_line, random_state, set_random_state, unproven, why
+from pyro_vae.inference.watching import (
+    CHECKS,
+    Watched,
+    first_line,
+    python_noise,
+    random_state,
+    set_random_state,
+    unproven,
+    why,
+)
 from pyro_vae.reach import is_trusted
 from pyro_vae.traces import Program
 
@@ -153,24 +162,26 @@ class Replayed:
                 self._once(said + "So they run for every call; compile=True captures them all the same.")
                 return self._plainly(tensors, self._refused[key])
             self._once(said + f"Every {_CHECK_EVERY} calls they are run as well, and a difference raises.")
-        written = [(buffer, buffer.clone()) for module in watched.modules for buffer in module.buffers()]
+        drawn = python_noise()
         inputs = [t.detach() for t in tensors]
         try:
             with pyro.validation_enabled(False), fast_matmul(all(t.device.type == "cpu" for t in tensors)):
-                capture = Capture(lambda *given: list(self.function(*given)), inputs)
-            if capture.leaves:
-                raise Uncapturable("it calls backward")
+                capture = Capture(lambda *given: list(self.function(*given)), inputs, _no_gradients)
             if watched.changed():
-                raise Uncapturable(f"{watched.changed()} changes while the programs run")
+                reason = f"{watched.changed()} changes while the programs run"
+            elif drawn != python_noise():
+                reason = "the programs draw random numbers of Python or NumPy"
+            else:
+                reason = None
         except Exception as error:  # whatever it is, the function itself is there
-            set_random_state(state)
-            with torch.no_grad():
-                for buffer, before in written:
-                    buffer.copy_(before)
+            set_random_state(state)  # the capture itself has put the tensors back
             return self._refuse(key, tensors, why(error))
         self.captures += 1
-        self._graphs[key] = _Graph(capture, watched)
         self.reason = "it was being captured"
+        if reason is None:
+            self._graphs[key] = _Graph(capture, watched)
+        else:
+            self._refused[key] = reason
         results, capture.results = tuple(capture.results), []
         return results
 
@@ -237,6 +248,11 @@ class Replayed:
             if self.compile is True:
                 said = first_line(error)
                 warnings.warn(f"the graph is replayed uncompiled, since Inductor failed ({said}).", stacklevel=5)
+
+
+def _no_gradients(leaves: list[Tensor], _: list[Tensor]) -> None:
+    if leaves:
+        raise Uncapturable("it calls backward")
 
 
 class _Graph:

@@ -7,9 +7,11 @@ compare later, the programs are *unproven*: by default they are not captured.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from pyro_vae.reach import SCALARS, Reach
 from pyro_vae.traces import Program
 
 __all__ = [
-    "CHECKS", "SCALARS", "Watched", "first_line", "forked", "random_state", "set_random_state", "unproven", "why"
+    "CHECKS", "SCALARS", "Watched", "first_line", "forked", "python_noise", "random_state", "set_random_state",
+    "unproven", "why",
 ]  # fmt: skip
 
 CHECKS = frozenset(10**n for n in range(9))  # replays at which the programs are run, too
@@ -71,6 +74,11 @@ def forked(tensors: Sequence[Tensor]) -> Any:
 
 def random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
     return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in _cuda(tensors)}
+
+
+def python_noise() -> Any:
+    """Where Python's and NumPy's own streams of random numbers stand: code that is trusted may draw from them."""
+    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]  # type: ignore[index]
 
 
 def set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
