@@ -252,6 +252,8 @@ def own_parameters(*programs: Any, keep: bool = False) -> Iterator[None]:
     if not keep:
         store.undo_all()
         return
+    for name, tensor in own.owner.items():  # what was first met in a run that left no trace is not there yet
+        store.put(name, tensor)
     for tensor in (*own.owner.values(), *(store.store._params[name] for name in mine)):
         _others[id(tensor)] = tensor
     double = sorted({name.rstrip("'") for name in own.owner if name.endswith("'")})

@@ -37,7 +37,8 @@ _FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geom
 _LIKES = ("rand_like", "randn_like", "randint_like")
 _FACTORIES = ("rand", "randn", "randint", "randperm")
 _READS = (
-    "item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__", "__dlpack__",
+    "item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__",
+    "__dlpack__",
     "__repr__", "__format__",
 )  # fmt: skip
 # Which make a tensor of numbers, and read them out of tensors that stand among these.

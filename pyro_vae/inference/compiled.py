@@ -169,8 +169,8 @@ class Compiled(ELBO):
 
         Returns:
             The loss, and those that train of the parameters whose ``.grad`` it added to (none where the
-            optimiser's step was part of the graph; what no param statement names does not train); None, with nothing done, where there is
-            no graph for such a step yet: take an ordinary step.
+            optimiser's step was part of the graph; what no param statement names does not train); None, with
+            nothing done, where there is no graph for such a step yet: take an ordinary step.
         """
         step = Step.of(model, guide, tuple(tensors), {}, whole)
         entry = self._ready(step)

@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.capture import Capture, Uncapturable, fast_matmul
-from pyro_vae.inference.watching import CHECKS, Watched, first_line, python_noise, random_state, set_random_state, unproven, why
+from pyro_vae.inference.watching import (
+    CHECKS,
+    Watched,
+    first_line,
+    python_noise,
+    random_state,
+    set_random_state,
+    unproven,
+    why,
+)
 from pyro_vae.reach import is_trusted
 from pyro_vae.traces import Program
 

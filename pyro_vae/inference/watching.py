@@ -21,7 +21,8 @@ from pyro_vae.reach import SCALARS, Reach
 from pyro_vae.traces import Program
 
 __all__ = [
-    "CHECKS", "SCALARS", "Watched", "first_line", "forked", "python_noise", "random_state", "set_random_state", "unproven", "why"
+    "CHECKS", "SCALARS", "Watched", "first_line", "forked", "python_noise", "random_state", "set_random_state",
+    "unproven", "why",
 ]  # fmt: skip
 
 CHECKS = frozenset(10**n for n in range(9))  # replays at which the programs are run, too
@@ -77,7 +78,7 @@ def random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
 
 def python_noise() -> Any:
     """Where Python's and NumPy's own streams of random numbers stand: code that is trusted may draw from them."""
-    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]  # type: ignore[index,union-attr]
+    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]  # type: ignore[index]
 
 
 def set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
