@@ -62,9 +62,11 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
         (True, 0)
     """
     given = [program for program in programs if program is not None]
-    with _settings_kept(), store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given), noise(seed):
-        with torch.no_grad():
-            yield
+    with (
+        _settings_kept(), store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given, aside=True),
+        noise(seed), torch.no_grad(),
+    ):  # fmt: skip
+        yield
 
 
 @contextlib.contextmanager

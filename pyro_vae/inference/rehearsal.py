@@ -110,8 +110,8 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
     hook = register_module_forward_pre_hook(met)
     try:
         with (
-            at_rest(owned, others=True), undisturbed(), pyro.validation_enabled(False), own_parameters(*programs),
-            _Parameters(asked),
+            at_rest(owned, others=True), undisturbed(), pyro.validation_enabled(False),
+            own_parameters(*programs, aside=True), _Parameters(asked),
         ):  # fmt: skip
             drawn: Trace | None = None
             for guide in programs[1:]:
