@@ -29,7 +29,8 @@ from pyro_vae.traces import Program
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Put the random states of torch, NumPy and Python and the parameter store back afterwards."""
-    with store_kept(), noise_kept(), torch.no_grad():
+    # Handlers outside, such as the `own_parameters` of a fit, do not hear of parameters that are taken out again.
+    with store_kept(), noise_kept(), torch.no_grad(), poutine.block():
         yield
 
 
