@@ -233,7 +233,7 @@ def fit(
                 **optimizer_settings(optimizer), "patience": patience, "validation_bound": validation_bound,
                 "matmul_precision": torch.get_float32_matmul_precision() if matmul_precision is None
                 else matmul_precision, "device": torch.device(place or "cpu").type, "data": data,
-                "validation": validation,
+                "validation": None if validation is None else validation.origin,
             }  # fmt: skip
             settings = {key: fingerprint(value) for key, value in settings.items()}
             settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
