@@ -149,6 +149,18 @@ def noise_kept() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Look at something: no gradients, and random states and the parameter store as they were afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with _store_kept(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
 class _Part:
     """One module as it was: its mode, and which tensors it held where."""
 
