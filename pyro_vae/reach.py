@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_modules
@@ -102,6 +103,8 @@ _PLAIN_BASES = (object, nn.Module, PyroModule)
 _DISTRIBUTION = frozenset(name for name in dir(TorchDistribution) if not name.startswith("__"))
 _FUNCTION_PARTS = tuple(operator.attrgetter(name) for name in ("__code__", "__defaults__", "__kwdefaults__"))
 _FUNCTION_TEXTS = ("__doc__", "__annotations__", "__name__", "__qualname__")
+# What these make anew in every run, before they read it.
+_ANEW = {torch.distributions.Transform: ("_cache", "_inv", "_inter"), AutoGuide: ("plates",)}
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 _ENOUGH = 3  # doubts, after which the library of Python is not walked any further
 _DEEPEST = 40  # values on the way to another, before it is put off
@@ -246,7 +249,7 @@ class Reach:
             self._value(value.__self__, f"{said}.__self__" if not isinstance(value.__self__, nn.Module) else said)
             self._value(value.__func__, said)
         elif isinstance(value, _C_CALLABLES):
-            self._computed = self._computed or value.__name__ in _COMPUTED_NAMES
+            self._computed = self._computed or getattr(value, "__name__", "") in _COMPUTED_NAMES
         elif self._in_parts(value, kind, said):
             if getattr(value, "__dict__", None) or self._is_foreign(kind):
                 self._attributes(value, said)
@@ -424,7 +427,10 @@ class Reach:
         """The attributes of an object that anybody may read; of the others its code alone."""
         space, kind = vars(value), type(value)
         foreign = self._is_foreign(kind)
+        anew = tuple(name for base, names in _ANEW.items() if isinstance(value, base) for name in names)
         for name, held in attributes.items():
+            if name.startswith(anew):
+                continue
             private = name.startswith("_")
             plain = not private or isinstance(held, (*SCALARS, Tensor, np.ndarray)) or _is_list_of_scalars(held)
             if self._wanted(name, kind) or (plain and not foreign):
@@ -452,8 +458,6 @@ class Reach:
         space = getattr(value, "__dict__", None)
         if isinstance(space, dict):
             self._place(len, space, said)
-            if isinstance(value, torch.distributions.Transform):  # which makes its caches anew in every run
-                space = {n: v for n, v in space.items() if not n.startswith(("_cached", "_inv", "_inter"))}
             self._held(value, dict(space), said)
         for owner in kind.__mro__:
             slots = vars(owner).get("__slots__", ())
