@@ -152,13 +152,9 @@ def noise_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Look at something: no gradients, and random states and the parameter store as they were afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with _store_kept(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    # Handlers outside, such as the `own_parameters` of a fit, do not hear of parameters that are taken out again.
+    with store_kept(), noise_kept(), torch.no_grad(), poutine.block():
+        yield
 
 
 class _Part:

@@ -218,15 +218,27 @@ class Compiled(ELBO):
             self._compile(entry, step)
         elif entry.replays == _RECORD_AFTER and not entry.recorded:
             self._record(entry, step.tensors)
-        expected, written = None, []
+        expected, written, state = None, [], None
         doubted = bool(entry.watched.unproven)
         if entry.replays in CHECKS or entry.unchecked or (doubted and entry.replays % self.check_every == 0):
             written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
             expected = self._expected(step, entry, written)
-            entry.unchecked = False
+            state, entry.unchecked = random_state(step.tensors), False
         if step.whole is not None:
             step.whole.advance(1)
-        results = entry.capture(step.tensors)
+        try:
+            results = entry.capture(step.tensors)
+        except Exception as error:
+            if state is None:
+                raise
+            # An operation need not take what it gave: the step is still to be taken, by the programs themselves.
+            _put_back(written)
+            set_random_state(state)
+            if step.whole is not None:
+                step.whole.advance(-1)
+            del self._entries[step.key]
+            self._refuse(step, f"its graph cannot be replayed ({first_line(error)})")
+            return None
         loss, offset = results[0], 1
         if expected is not None and abs(loss.item() - expected) > 1e-3 * max(abs(expected), 1.0):
             _put_back(written)
