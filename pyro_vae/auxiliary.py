@@ -13,16 +13,17 @@ but whether z is a function of u. `feeds` finds that out by changing u alone.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from pyro_vae.evaluation import unmoved
+from pyro_vae.reach import modules_of
 from pyro_vae.sites import delta, is_point
 
 _TRIES = 3  # other draws of a discrete site may happen to be the same
@@ -87,7 +88,7 @@ def _found(
     guide: Any, names: list[str], points: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, tuple[str, ...]]:
     fed: dict[str, tuple[str, ...]] = {name: () for name in points}
-    with disable_proxy_modes_tracing(), torch.no_grad(), torch.random.fork_rng(), _untouched(guide):
+    with disable_proxy_modes_tracing(), torch.no_grad(), torch.random.fork_rng(), unmoved(modules_of(guide)):
 
         def values(changed: str | None, seed: int) -> dict[str, Tensor]:
             torch.manual_seed(0)
@@ -120,16 +121,3 @@ class _Another(Messenger):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
-
-
-@contextmanager
-def _untouched(program: Any) -> Iterator[None]:
-    """Put back the buffers of the module that a program is, or is a method of."""
-    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-    buffers = list(owner.buffers()) if isinstance(owner, nn.Module) else []
-    copies = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, copied in zip(buffers, copies, strict=True):
-            buffer.copy_(copied)

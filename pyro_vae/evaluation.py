@@ -63,7 +63,7 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
     """
     given = [program for program in programs if program is not None]
     with (
-        _settings_kept(), _store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given, aside=True),
+        _settings_kept(), store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given, aside=True),
         noise(seed), torch.no_grad(),
     ):  # fmt: skip
         yield
@@ -130,16 +130,31 @@ def noise(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    with noise_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+
+
+@contextlib.contextmanager
+def noise_kept() -> Iterator[None]:
+    """Put the states of torch's, Python's and NumPy's global generators back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Look at something: no gradients, and random states and the parameter store as they were afterwards."""
+    # Handlers outside, such as the `own_parameters` of a fit, do not hear of parameters that are taken out again.
+    with store_kept(), noise_kept(), torch.no_grad(), poutine.block():
+        yield
 
 
 class _Part:
@@ -279,7 +294,7 @@ def _meeting(standing: _Standing, meet: Callable[[nn.Module], Any]) -> Iterator[
 
 
 @contextlib.contextmanager
-def _store_kept() -> Iterator[None]:
+def store_kept() -> Iterator[None]:
     """Pyro's parameter store: the names that it holds, their order, their tensors and constraints, their values."""
     store = pyro.get_param_store()
     kept = [(name, getattr(store, name)) for name in ("_params", "_param_to_name", "_constraints")]

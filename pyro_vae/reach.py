@@ -22,12 +22,14 @@ constants); where it computes names (``getattr``, ``vars``) all of them are.
 
 from __future__ import annotations
 
+import abc
 import builtins
 import collections
 import collections.abc
 import dis
 import enum
 import functools
+import gc
 import numbers
 import operator
 import os
@@ -43,7 +45,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.nn.modules import module as _torch_modules
 
 SCALARS = (bool, int, float, str, type(None))
 
@@ -56,10 +62,14 @@ _TRUSTED = frozenset(
 _DENIED_MODULES = (
     "torch.random", "torch.cuda", "torch.hub", "torch.serialization", "torch.utils.data", "torch.distributed",
     "torch.multiprocessing", "torch.profiler", "torch.autograd.profiler", "torch.utils.tensorboard", "torch.backends",
-    "torch.package", "numpy.random", "numpy.lib._npyio_impl", "numpy.lib.npyio", "pyro.contrib.examples",
+    "torch.package", "torchvision.io", "torchvision.datasets", "numpy.random", "numpy.lib._npyio_impl",
+    "numpy.lib.npyio", "pyro.contrib.examples",
 )  # fmt: skip
 _DENIED = frozenset(
-    "torch.from_file numpy.load numpy.loadtxt numpy.genfromtxt numpy.fromfile numpy.memmap numpy.fromregex numpy.save "
+    "torch.get_num_threads torch.get_num_interop_threads torch.get_float32_matmul_precision torch.get_default_device "
+    "torch.are_deterministic_algorithms_enabled torch.is_anomaly_enabled numpy.geterr numpy.get_printoptions "
+    "numpy.datetime64 torch.from_file numpy.load numpy.loadtxt numpy.genfromtxt numpy.fromfile numpy.memmap "
+    "numpy.fromregex numpy.save "
     "pyro.util.set_rng_seed pyro.util.get_rng_state pyro.util.set_rng_state pyro.settings.get "
     "builtins.open builtins.input builtins.print builtins.globals builtins.locals builtins.eval builtins.exec "
     "builtins.compile builtins.__import__ builtins.breakpoint torch._C.Generator torch.Generator".split()
@@ -67,27 +77,43 @@ _DENIED = frozenset(
 # Whose instances are code, whatever they hold.
 _OPAQUE = ("torch._dynamo", "torch._inductor", "torch._ops", "torch.fx", "torch.autograd", "torch._C", "torch.library")
 _COMPUTED_NAMES = frozenset(
-    "getattr setattr delattr vars dir __dict__ __getattribute__ attrgetter methodcaller inspect asdict astuple".split()
+    "getattr setattr delattr vars dir __dict__ __getattribute__ __getstate__ __reduce__ __reduce_ex__ attrgetter "
+    "methodcaller inspect asdict astuple format format_map vformat Formatter".split()
 )
 _IMMUTABLE: tuple[type, ...] = (
     bool, int, float, complex, str, bytes, type(None), range, slice, type(Ellipsis), type(NotImplemented), torch.Size,
     torch.dtype, torch.device, torch.layout, torch.memory_format, np.generic, np.dtype, np.ufunc, pathlib.PurePath,
-    re.Pattern, enum.Enum, numbers.Number, types.GenericAlias, types.UnionType, types.CodeType, np.random.SeedSequence,
+    re.Pattern, enum.Enum, numbers.Number, types.GenericAlias, types.UnionType, types.CodeType,
 )  # fmt: skip
 _C_CALLABLES = (
     types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType, types.MemberDescriptorType,
+    types.GetSetDescriptorType, types.MemberDescriptorType, type(vars(collections.namedtuple("_", "x"))["x"]),
 )  # fmt: skip
+# What a class keeps about itself, and nobody reads who does not name it.
 _NO_VALUE = frozenset(
     "__dict__ __weakref__ __doc__ __module__ __qualname__ __name__ __annotations__ __annotate__ __annotate_func__ "
-    "__annotations_cache__ __firstlineno__ __static_attributes__ __slots__ __match_args__ __parameters__ "
-    "__orig_bases__ __abstractmethods__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __del__ __sizeof__ __dir__ "
-    "__copy__ __deepcopy__ __init_subclass__ __subclasshook__ __class_getitem__ __set_name__ __replace__ _abc_impl "
-    "__dataclass_params__ __dataclass_fields__ __classdictcell__ __wrapped__".split()
+    "__annotations_cache__ __firstlineno__ __static_attributes__ __slots__ __parameters__ __orig_bases__ "
+    "__abstractmethods__ _abc_impl __dataclass_params__ __dataclass_fields__ __classdictcell__ __wrapped__".split()
 )
-_MAKING = frozenset(("__init__", "__new__", "__post_init__"))
+_MAKING = frozenset(("__init__", "__new__", "__post_init__", "__init_subclass__", "__set_name__"))
+# C classes whose instances hold nothing but what is looked at here.
+_TRANSPARENT = frozenset(
+    (object, type, dict, list, tuple, set, frozenset, int, float, complex, str, bytes, bool, collections.deque,
+     collections.OrderedDict, collections.defaultdict, functools.partial, property, staticmethod, classmethod,
+     weakref.ref, types.ModuleType, types.SimpleNamespace, np.ndarray, torch._C.TensorBase)
+)  # fmt: skip
+# Bases that read what they name through hooks of their own, which are looked at apart.
+_PLAIN_BASES = (object, nn.Module, PyroModule)
+_DISTRIBUTION = frozenset(name for name in dir(TorchDistribution) if not name.startswith("__"))
+_FUNCTION_PARTS = tuple(operator.attrgetter(name) for name in ("__code__", "__defaults__", "__kwdefaults__"))
+_FUNCTION_TEXTS = ("__doc__", "__annotations__", "__name__", "__qualname__")
+# What these make anew in every run, before they read it.
+_ANEW = {torch.distributions.Transform: ("_cache", "_inv", "_inter"), AutoGuide: ("plates",)}
+_ENOUGH = 3  # doubts, after which the library of Python is not walked any further
+_DEEPEST = 40  # values on the way to another, before it is put off
 _CODE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _LARGEST_ARRAY, _LARGEST_CONTAINER = 2**16, 10_000
 _MISSING = object()
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -130,6 +156,9 @@ class Reach:
                 self._value(root, _named(root))
             if settings_of is not None:
                 self._settings(settings_of)
+            while self._later:
+                self._where, value, said = self._later.pop()
+                self._value(value, said)
             if (len(self._names), self._computed) == known:
                 break
         inside = {id(part) for module in self._met for part in module.modules() if part is not module}
@@ -145,6 +174,9 @@ class Reach:
         self._seen: set[int] = set()
         self._kept: list[Any] = []  # objects made on the way, whose id must stay theirs
         self._classes: dict[type, bool] = {}  # whether with what makes an instance
+        self._foreign: dict[type, bool] = {}
+        self._depth = 0
+        self._later: list[tuple[str, Any, str]] = []
         self._where = ""
 
     def fresh(self) -> bool:
@@ -189,6 +221,10 @@ class Reach:
         if sentence not in self.unproven:
             self.unproven.append(sentence)
 
+    def _settled(self, module: str | None) -> bool:
+        """Whether more of Python's own library could change nothing: what is in doubt is so already."""
+        return len(self.unproven) >= _ENOUGH and (module or "").partition(".")[0] in sys.stdlib_module_names
+
     def _first_time(self, thing: Any) -> bool:
         if id(thing) in self._seen:
             return False
@@ -202,28 +238,47 @@ class Reach:
         kind = type(value)
         if kind in SCALARS or (isinstance(value, _IMMUTABLE) and _is_trusted(kind.__module__)):
             return
-        if isinstance(value, type):
-            self._class(value, said)
+        if self._depth > _DEEPEST:  # Python's stack has an end
+            self._later.append((self._where, value, said))
             return
-        if not self._first_time(value):
-            return
-        if isinstance(value, Tensor):
-            if not _is_trusted(kind.__module__):
-                self._attributes(value, said)
+        self._depth += 1
+        try:
+            if isinstance(value, type):
+                self._class(value, said)
+            elif self._first_time(value):
+                self._new_value(value, kind, said)
+        finally:
+            self._depth -= 1
+
+    def _new_value(self, value: Any, kind: type, said: str) -> None:
+        if kind in weakref.ProxyTypes:  # which hides its own class
+            self._doubt(f"{said}, a weak proxy")
         elif isinstance(value, nn.Module):
             self._module(value, said)
         elif isinstance(value, types.FunctionType):
             self._function(value, said)
+        elif isinstance(value, types.ModuleType):
+            self._python_module(value, said)
+        elif isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
+            self._builtin(value, said)
         elif isinstance(value, types.MethodType):
             self._value(value.__self__, f"{said}.__self__" if not isinstance(value.__self__, nn.Module) else said)
             self._value(value.__func__, said)
+        elif isinstance(value, _C_CALLABLES):
+            self._computed = self._computed or getattr(value, "__name__", "") in _COMPUTED_NAMES
+        elif self._in_parts(value, kind, said):
+            if getattr(value, "__dict__", None) or self._is_foreign(kind):
+                self._attributes(value, said)
+        else:
+            self._object(value, said)
+
+    def _in_parts(self, value: Any, kind: type, said: str) -> bool:
+        """Of a value of a well-known kind, what it is made of; whether it is of such a kind."""
+        if isinstance(value, Tensor):
+            self._tensor(value, said)
         elif isinstance(value, functools.partial):
             for name in ("func", "args", "keywords"):
                 self._value(getattr(value, name), f"{said}.{name}")
-        elif isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
-            self._builtin(value, said)
-        elif isinstance(value, types.ModuleType):
-            self._python_module(value, said)
         elif isinstance(value, np.ndarray):
             self._array(value, said)
         elif isinstance(value, (dict, list, tuple, set, frozenset, collections.deque, types.MappingProxyType)):
@@ -234,12 +289,34 @@ class Reach:
                     self._value(getattr(value, name), said)
         elif isinstance(value, weakref.ref):
             self._value(value(), said)
-        elif isinstance(value, _C_CALLABLES):
-            pass
         elif kind is functools._lru_cache_wrapper:
-            self._value(value.__wrapped__, said)
+            self._cache(value, said)
         else:
-            self._object(value, said)
+            return False
+        return True
+
+    def _tensor(self, value: Tensor, said: str) -> None:
+        """Not its numbers, but the hooks of its gradient, and that attributes may appear."""
+        if value._backward_hooks is not None:
+            self._code_in(value._backward_hooks, f"the hooks of {said}")
+        self._place(len, vars(value), said)
+
+    def _cache(self, value: Any, said: str) -> None:
+        """What ``functools.lru_cache`` wraps, and what it remembers: a result is read where it was made."""
+        self._value(value.__wrapped__, said)
+        if _is_trusted(getattr(value, "__module__", None)):
+            return
+        held = gc.get_referents(value)
+        caches = [d for d in held if type(d) is dict and d is not vars(value)]
+        if value.cache_info().maxsize is not None and value.cache_info().currsize:
+            caches = [d for d in caches if d and all(type(v).__name__ == "_lru_list_elem" for v in d.values())]
+        if len(caches) != 1 or len(caches[0]) > _LARGEST_CONTAINER:
+            self._doubt(f"{said}, a cache")
+            return
+        self._place(_remembered, caches[0], f"the cache of {said}")
+        for result in (*held, *(v for v in caches[0].values() if type(v).__name__ != "_lru_list_elem")):
+            if all(result is not d for d in (caches[0], vars(value))) and type(result) is not object:
+                self._value(result, f"what {said} remembers")
 
     def _container(self, value: Any, said: str) -> None:
         if value is sys.modules:
@@ -255,7 +332,7 @@ class Reach:
                 self._value(key, said)
                 self._value(item, f"{said}[{key!r}]")
         elif isinstance(value, set | frozenset):
-            self._place(frozenset, value, said)
+            self._place(tuple, value, said)  # in its order, which code may go by
             for item in list(value):
                 self._value(item, said)
         else:
@@ -265,18 +342,15 @@ class Reach:
                 if not isinstance(value, tuple):
                     self._place(value.__getitem__, index, f"{said}[{index}]")
                 self._value(item, f"{said}[{index}]")
-        if hasattr(value, "__dict__") or not _is_trusted(type(value).__module__):
-            self._attributes(value, said)
 
     def _array(self, value: np.ndarray, said: str) -> None:
         if value.dtype.hasobject or value.nbytes > _LARGEST_ARRAY:
             self._doubt(f"{said}, a NumPy array of {value.nbytes:,} bytes, too many to compare in every step")
             return
         self._place(_bytes_of, value, said)
-        if not _is_trusted(type(value).__module__):
-            self._attributes(value, said)
 
     def _builtin(self, value: Any, said: str) -> None:
+        self._computed = self._computed or value.__name__ in _COMPUTED_NAMES
         owner = getattr(value, "__self__", None)
         if owner is None or isinstance(owner, types.ModuleType | type):
             module = getattr(value, "__module__", None) or getattr(owner, "__module__", None)
@@ -296,6 +370,11 @@ class Reach:
         if self._is_others(module.__name__):
             return
         self._kept.append(module)
+        if self._settled(module.__name__):
+            return
+        if self._is_foreign(type(module)):
+            self._place(type, module, said)
+            self._class(type(module), said, making=False)
         for name in sorted(self._names):
             self._attribute_of(module, name, said)
 
@@ -306,8 +385,9 @@ class Reach:
         value = space.get(name, _MISSING)
         if value is _MISSING and "__getattr__" in space:
             self._doubt(f"{said}.{name}, which the module may compute")
-        if not _is_trusted(module.__name__):
-            self._place(space.get, name, f"{said}.{name}")
+        if value is _MISSING and type(module) is not types.ModuleType:
+            self._value(module, said)
+        self._place(space.get, name, f"{said}.{name}")
         if value is not _MISSING:
             if _is_denied(module.__name__, f"{module.__name__}.{name}"):
                 self._doubt(f"{module.__name__}.{name}")
@@ -320,7 +400,9 @@ class Reach:
     def _object(self, value: Any, said: str) -> None:
         kind = type(value)
         module = kind.__module__ or ""
-        if isinstance(value, torch.Generator | random.Random | np.random.RandomState | np.random.Generator):
+        if isinstance(value, BaseException):
+            self._doubt(f"{said}, an exception")
+        elif isinstance(value, torch.Generator | random.Random | np.random.RandomState | np.random.Generator):
             self._doubt(f"{said}, a generator of random numbers")
         elif module.startswith(_OPAQUE) or module in ("typing", "typing_extensions"):
             pass
@@ -332,109 +414,158 @@ class Reach:
             self._attributes(value, said)
 
     def _module(self, module: nn.Module, said: str) -> None:
+        if not self._met:
+            for name in _GLOBAL_HOOKS:
+                self._code_in(vars(_torch_modules)[name], f"torch.nn.modules.module.{name}")
         self._met.append(module)
         for path, part in module.named_modules():
             self._seen.add(id(part))
             self._module_part(part, f"{said}.{path}" if path else said)
 
     def _module_part(self, part: nn.Module, said: str) -> None:
-        space, foreign = vars(part), not _is_trusted(type(part).__module__)
+        space, kind = vars(part), type(part)
         if isinstance(part, torch.jit.ScriptModule):
             self._doubt(f"{said}, a compiled TorchScript module")
             return
+        self._place(type, part, said)
         self._place(len, space, said)
-        for name, value in list(space.items()):
-            if name in _CODE_ATTRIBUTES:
-                continue
-            if not foreign and name.startswith("_") and not isinstance(value, (*SCALARS, Tensor)):
-                self._code_in(value, f"{said}.{name}")
-            elif not foreign or self._wanted(name):
-                self._place(space.get, name, f"{said}.{name}")
-                self._value(value, f"{said}.{name}")
+        self._held(part, {name: value for name, value in space.items() if name not in _CODE_ATTRIBUTES}, said)
         for slots in (part._parameters, part._buffers, part._modules):
             self._place(len, slots, said)
-            for name in slots:
+            for name, value in slots.items():
                 self._place(slots.get, name, f"{said}.{name}")
+                if isinstance(value, Tensor) and (value._backward_hooks or vars(value).keys() - {"unconstrained"}):
+                    self._value(value, f"{said}.{name}")
         for name in _HOOKS:
             self._code_in(space.get(name), f"{said}.{name}")
-        if foreign:
-            self._class(type(part), said, making=False)
+        if self._is_foreign(kind):
+            self._class(kind, said, making=False)
+
+    def _held(self, value: Any, attributes: dict[str, Any], said: str) -> None:
+        """The attributes of an object that anybody may read; of the others its code alone."""
+        space, kind = vars(value), type(value)
+        foreign = self._is_foreign(kind)
+        anew = tuple(name for base, names in _ANEW.items() if isinstance(value, base) for name in names)
+        for name, held in attributes.items():
+            if name.startswith(anew):
+                continue
+            private = name.startswith("_")
+            plain = not private or isinstance(held, (*SCALARS, Tensor, np.ndarray)) or _is_list_of_scalars(held)
+            if self._wanted(name, kind) or (plain and not foreign):
+                self._place(space.get, name, f"{said}.{name}")
+                self._value(held, f"{said}.{name}")
+            elif not foreign or name.startswith("_pyro_"):
+                self._code_in(held, f"{said}.{name}")
 
     def _code_in(self, value: Any, said: str) -> None:
-        """Only the code that a trusted object keeps for itself: hooks, priors of PyroSample."""
+        """Of what a trusted object keeps for itself the code (hooks, priors of PyroSample) and its numbers."""
         if isinstance(value, Mapping):
             self._place(tuple if value else len, value, said)
             for key, item in list(value.items()):
                 self._code_in(item, f"{said}[{key!r}]")
-        elif isinstance(value, tuple | list):
+        elif isinstance(value, tuple | list) and not _is_list_of_scalars(value):
             for item in value:
                 self._code_in(item, said)
-        elif isinstance(value, types.FunctionType | types.MethodType | functools.partial | nn.Module):
-            self._value(value, said)
-        elif callable(value) and not isinstance(value, type):
+        elif isinstance(value, list | np.ndarray) or (callable(value) and not isinstance(value, type)):
             self._value(value, said)
 
     def _attributes(self, value: Any, said: str) -> None:
         """Of an object that is no module: its attributes, and the methods of its class."""
         kind = type(value)
-        foreign = not _is_trusted(kind.__module__) or kind is types.SimpleNamespace
+        foreign = self._is_foreign(kind)
         space = getattr(value, "__dict__", None)
         if isinstance(space, dict):
             self._place(len, space, said)
-            for name, held in list(space.items()):
-                if isinstance(value, torch.distributions.Transform) and name.startswith(("_cached", "_inv", "_inter")):
-                    continue  # made anew by every run
-                if not foreign and name.startswith("_"):
-                    self._code_in(held, f"{said}.{name}")
-                elif not foreign or self._wanted(name):
-                    self._place(space.get, name, f"{said}.{name}")
-                    self._value(held, f"{said}.{name}")
+            self._held(value, dict(space), said)
         for owner in kind.__mro__:
             slots = vars(owner).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
-                if name not in ("__dict__", "__weakref__") and (not foreign or self._wanted(name)):
+                if name not in ("__dict__", "__weakref__") and (not foreign or self._wanted(name, kind)):
                     self._place(functools.partial(_attribute, value), name, f"{said}.{name}")
                     self._value(getattr(value, name, None), f"{said}.{name}")
         if foreign:
+            self._place(type, value, said)
+            if any(not _made_in_python(c) and c not in _TRANSPARENT for c in kind.__mro__):
+                self._doubt(f"{said}, a {_type_name(kind)}")
             self._class(kind, said, making=False)
 
-    def _wanted(self, name: str) -> bool:
-        return self._computed or name in self._names
+    def _wanted(self, name: str, kind: type) -> bool:
+        """Whether code may name an attribute of instances of a class: what was met, and the trusted bases' own."""
+        if self._computed or name in self._names:
+            return True
+        if not self._is_foreign(kind):
+            return False
+        if name in _DISTRIBUTION and not issubclass(kind, nn.Module | Tensor):
+            return True  # Pyro asks no base of a distribution
+        for base in kind.__mro__:
+            if base is not object and hasattr(base, name) and _is_trusted(base.__module__):
+                return True
+            if base not in _PLAIN_BASES and self._is_owned(base):
+                names = _names_of(base)
+                if names is None or name in names:
+                    return True
+        return False
+
+    def _is_foreign(self, kind: type) -> bool:
+        """Whether there is anything in a class that is not of a trusted package."""
+        known = self._foreign.get(kind)
+        if known is None:
+            known = kind is types.SimpleNamespace or not all(self._is_owned(c) for c in kind.__mro__)
+            self._foreign[kind] = known
+        return known
+
+    def _is_owned(self, kind: type) -> bool:
+        """Whether a class is what a trusted package made it: its name alone can be borrowed, its methods replaced."""
+        module = kind.__module__
+        if not _is_trusted(module):
+            return False
+        if not _made_in_python(kind):
+            return True
+        if any(isinstance(v, types.FunctionType) and not is_trusted(v) for v in vars(kind).values()):
+            return False
+        return module not in ("types", "builtins") or getattr(sys.modules[module], kind.__name__, None) is kind
 
     def _class(self, kind: type, said: str, making: bool = True) -> None:
         """What instances of a class can run and read of it; to make one, too, where the class itself is at hand."""
         if self._is_others(kind.__module__):
             return
-        if _is_trusted(kind.__module__):
+        if not self._is_foreign(kind):
             name = f"{kind.__module__}.{kind.__qualname__}"
+            self._computed = self._computed or kind.__name__ in _COMPUTED_NAMES
             if _is_denied(kind.__module__, name) or kind is torch.Generator:
                 self._doubt(name)
             return
-        if kind in self._classes and self._classes[kind] >= making:
+        if (kind in self._classes and self._classes[kind] >= making) or self._settled(kind.__module__):
             return
         self._classes[kind] = making
-        trusted = [c for c in kind.__mro__ if _is_trusted(c.__module__) and c is not object]
         if not _made_in_python(kind):
-            self._doubt(f"{said}, a {_type_name(kind)}")
+            if kind is not types.SimpleNamespace:
+                self._doubt(f"{said}, a {_type_name(kind)}")
             return
-        for owner in (type(kind), *kind.__mro__):
-            if _is_trusted(owner.__module__):
+        if isinstance(kind, abc.ABCMeta):  # what has been registered with it
+            self._place(_registrations, kind, f"the classes registered with {kind.__qualname__}")
+        for owner in [*type(kind).mro(type(kind)), *kind.__mro__]:
+            if self._is_owned(owner):
                 continue
             space, name_of = vars(owner), owner.__qualname__
             self._place(len, space, name_of)
+            self._names.update(_texts([space.get("__match_args__")]))
             for name, value in list(space.items()):
-                if name in _NO_VALUE or (name in _MAKING and not (making or "__class__" in self._names)):
+                if name in _NO_VALUE and name not in self._names:
                     continue
-                special = name.startswith("__") and name.endswith("__")
-                if special or self._wanted(name) or any(hasattr(c, name) for c in trusted):
+                if name in _MAKING and not (making or "__class__" in self._names):
+                    continue
+                if (name.startswith("__") and name.endswith("__")) or self._wanted(name, kind):
                     self._place(space.get, name, f"{name_of}.{name}")
                     self._value(value, f"{name_of}.{name}")
 
     def _settings(self, loss: Any) -> None:
-        foreign = not _is_trusted(type(loss).__module__)
+        foreign = self._is_foreign(type(loss))
         for name, value in list(vars(loss).items()):
-            if name in ("last_bound", "beta") or (name.startswith("_") and not foreign):
+            if name.startswith("_") and not foreign:
                 continue
+            if name == "last_bound" or (name == "beta" and isinstance(value, int | float)):
+                continue  # a weight that is a number is handed to the graph
             self._place(vars(loss).get, name, f"{name} of {type(loss).__name__}")
             self._value(value, f"{name} of {type(loss).__name__}")
         if foreign:
@@ -456,14 +587,20 @@ class Reach:
         if trusted:
             self._value(space.get("__wrapped__"), said)
             return
-        self._place(functools.partial(_attribute, function), "__defaults__", f"the defaults of {said}")
+        if self._settled(module):
+            return
+        for part in _FUNCTION_PARTS:
+            self._place(part, function, f"the code of {said}")
+        for name in self._names.intersection(_FUNCTION_TEXTS):
+            self._place(operator.attrgetter(name), function, f"{said}.{name}")
+            self._value(getattr(function, name), f"{said}.{name}")
         for value in function.__defaults__ or ():
             self._value(value, f"a default of {said}")
         if function.__kwdefaults__:
             self._container(function.__kwdefaults__, f"the defaults of {said}")
         self._place(len, space, said)
         for name, value in list(space.items()):
-            if name == "__wrapped__" or self._wanted(name):
+            if name == "__wrapped__" or self._computed or name in self._names:
                 self._place(space.get, name, f"{said}.{name}")
                 self._value(value, f"{said}.{name}")
         self._code(function.__code__, function.__globals__)
@@ -496,9 +633,10 @@ class Reach:
 
     def _global(self, space: dict[str, Any], name: str) -> Any:
         held = space.get(name, _MISSING)
-        if held is _MISSING:
-            return getattr(builtins, name, _MISSING)
         self._place(space.get, name, name)
+        if held is _MISSING:
+            held = getattr(builtins, name, _MISSING)
+            self._place(vars(builtins).get, name, name)
         return held
 
     def _chain(self, value: Any, said: str, following: Iterable[Any]) -> None:
@@ -560,7 +698,10 @@ def is_trusted(function: Any) -> bool:
     if isinstance(function, types.FunctionType):
         module = function.__globals__.get("__name__", "")
         # A name alone can be borrowed, as by a doctest or an exec.
-        return _is_trusted(module) and vars(sys.modules.get(module, builtins)) is function.__globals__
+        return _is_trusted(module) and any(
+            vars(sys.modules.get(name, builtins)) is function.__globals__
+            for name in (module, getattr(function.__globals__.get("__spec__"), "name", module))
+        )
     return _is_trusted(type(function).__module__)
 
 
@@ -633,6 +774,34 @@ def _texts(constants: Iterable[Any]) -> set[str]:
     return found
 
 
+@functools.cache
+def _names_of(kind: type) -> frozenset[str] | None:
+    """What the methods of a trusted class name; None where they compute names."""
+    found: set[str] = set()
+    stack: list[Any] = [getattr(v, "fget", None) or getattr(v, "__func__", v) for v in vars(kind).values()]
+    while stack:
+        value = stack.pop()
+        code = value if isinstance(value, types.CodeType) else getattr(value, "__code__", None)
+        if isinstance(code, types.CodeType):
+            if not _COMPUTED_NAMES.isdisjoint(code.co_names):
+                return None
+            found.update(code.co_names, _texts(code.co_consts))
+            stack += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return frozenset(found)
+
+
+def _is_list_of_scalars(value: Any) -> bool:
+    return type(value) is list and bool(value) and all(type(item) in SCALARS for item in value)
+
+
+def _remembered(cache: dict[Any, Any]) -> tuple[Any, ...]:
+    return tuple(cache.values())
+
+
+def _registrations(_: type) -> Any:
+    return abc.get_cache_token()
+
+
 def _line_of(instruction: Any, line: int) -> int:
     number = getattr(instruction, "line_number", None)  # from Python 3.13 on, where starts_line is a switch
     return number if number is not None else instruction.starts_line if instruction.starts_line else line
@@ -650,7 +819,9 @@ def _same(old: Any, new: Any) -> bool:
         return old == new
     if isinstance(old, np.generic):
         return bool(old == new)
-    return isinstance(old, frozenset) and old == new
+    if type(old) is frozenset:
+        return {(type(item), item) for item in old} == {(type(item), item) for item in new}
+    return False
 
 
 def _tried(get: Callable[[Any], Any], key: Any) -> Any:

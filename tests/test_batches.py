@@ -323,7 +323,7 @@ def test_the_first_column_may_be_the_labels():
     second = elbo_terms(lambda x, y: model({"x": x}), lambda x, y: guide({"x": x}), (x, y), num_samples=50)
     assert first.value == second.value and torch.equal(first.pointwise, second.pointwise)
     assert values((y, x)) == values((x, y)) == 512 and rows((torch.tensor(3), y, {"x": x})) == 20
-    assert values((torch.zeros(2), torch.zeros(2, 3, 32, 32))) == 3073
+    assert values((torch.zeros(2), torch.zeros(2, 3, 32, 32))) == 3073 and rows((torch.zeros(2, 9), y, x)) == 20
 
 
 def test_a_list_is_of_single_data_or_of_batches_or_it_is_refused():
@@ -384,7 +384,7 @@ def test_what_holds_no_numbers_is_refused_by_name(data, text):
 def test_rows_of_another_shape_are_refused_with_what_was_got():
     with pytest.raises(ValueError, match=r"does not run on a batch of the data, float32 \(20, 4\).*Wanted rows of the shape"):
         fit(five, Normalised(), X[:, :4], epochs=1, progress=False)
-    with pytest.raises(ValueError, match=r"event_shape \(6,\).*one datum of the batch has shape \(5,\)"):
+    with pytest.raises(ValueError, match=r"does not run on a batch of the data, float32 \(20, 5\).*Wanted rows of the shape"):
         fit(*pair_of((6,)), X, epochs=1, progress=False)
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "pyro_vae"
 GROUND = {"traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version"}
 MAY_IMPORT = {
     "traces": {"auxiliary", "sites", "parameters", "reach"},
-    "auxiliary": {"sites"},
+    "auxiliary": {"sites", "evaluation", "reach"},
     "sites": set(),
     "parameters": {"reach"},
     "reach": set(),

@@ -443,7 +443,7 @@ def test_a_poisson_vae_of_8_bit_images_is_the_commands_or_says_how(tmp_path):
 
     digits = pv.load("digits", binarization="none", dequantize=False)
     plain = VAE.build(digits.x_shape, likelihood="poisson", latent_dim=2, hidden=(8,))
-    remedy = r"got the value 0\.\d+, wanted counts.*v / 255.*likelihood_options=\{'levels': 256\}"
+    remedy = r"is 0\.\d+, outside the support.*wanted counts.*v / 255 of whole v.*likelihood_options=\{'levels': 256\}"
     with pytest.raises(ValueError, match=remedy):
         pv.fit(plain.model, plain.guide, digits.train, epochs=1, progress=False)
     options = {"latent_dim": 2, "hidden": (8,), "likelihood": "poisson", "likelihood_options": {"levels": 256}}

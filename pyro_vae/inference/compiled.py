@@ -48,6 +48,7 @@ from pyro_vae.traces import Program
 
 _MEMORY = 64  # kinds of step that are remembered
 _UNSTABLE = 3  # steps of a kind between which something may change before the kind is given up
+_RECORD_AFTER = 3  # replays on a GPU after which the launches of a graph that is not compiled are recorded
 _LIMIT = 8  # captures of one kind of step, and kinds of step, before giving up
 
 
@@ -215,15 +216,29 @@ class Compiled(ELBO):
         often = entry.replays * 10 >= self._replays
         if self.compile_after is not None and entry.replays >= max(self.compile_after, 1) and often:
             self._compile(entry, step)
-        expected, written = None, []
+        elif entry.replays == _RECORD_AFTER and not entry.recorded:
+            self._record(entry, step.tensors)
+        expected, written, state = None, [], None
         doubted = bool(entry.watched.unproven)
         if entry.replays in CHECKS or entry.unchecked or (doubted and entry.replays % self.check_every == 0):
             written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
             expected = self._expected(step, entry, written)
-            entry.unchecked = False
+            state, entry.unchecked = random_state(step.tensors), False
         if step.whole is not None:
             step.whole.advance(1)
-        results = entry.capture(step.tensors)
+        try:
+            results = entry.capture(step.tensors)
+        except Exception as error:
+            if state is None:
+                raise
+            # An operation need not take what it gave: the step is still to be taken, by the programs themselves.
+            _put_back(written)
+            set_random_state(state)
+            if step.whole is not None:
+                step.whole.advance(-1)
+            del self._entries[step.key]
+            self._refuse(step, f"its graph cannot be replayed ({first_line(error)})")
+            return None
         loss, offset = results[0], 1
         if expected is not None and abs(loss.item() - expected) > 1e-3 * max(abs(expected), 1.0):
             _put_back(written)
@@ -281,14 +296,16 @@ class Compiled(ELBO):
         try:
             entry.capture.compile(step.tensors)
             entry.unchecked = True
-            if any(t.device.type == "cuda" for t in entry.capture.constants):
-                self._record(entry.capture, step.tensors)
+            self._record(entry, step.tensors)
         except Exception as error:  # whatever the compiler lacks, the graph is there already
             self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({first_line(error)})")
 
-    def _record(self, capture: Capture, tensors: Sequence[Tensor]) -> None:
-        """Play the compiled graph's launches back as one CUDA graph, where all of it is on one GPU."""
-        noise = [draw() for draw in capture.draws]
+    def _record(self, entry: Entry, tensors: Sequence[Tensor]) -> None:
+        """Play the graph's launches back as one CUDA graph, where all of it is on one GPU."""
+        capture = entry.capture
+        if capture.on_cpu or capture.live_noise:
+            return
+        entry.recorded = entry.unchecked = True
         with torch.no_grad(), forked([*tensors, *capture.constants]):
             noise = [draw() for draw in capture.draws]
             inputs = [*tensors, *capture.constants, *noise]

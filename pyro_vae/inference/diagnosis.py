@@ -13,11 +13,12 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.inference.datacheck import unwrapped
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.trees import leaves, rows
+from pyro_vae.reach import modules_of
 from pyro_vae.sites import kind
 from pyro_vae.traces import Program
 
@@ -81,11 +82,9 @@ def diagnosis(
 def _broken(programs: Sequence[Program]) -> list[str]:
     """Names of parameters that are not finite, in the order of the programs: the model's, the guide's, the store's."""
     named: dict[int, tuple[str, Tensor]] = {}
-    for program in programs:
-        owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-        if isinstance(owner, nn.Module):
-            for name, parameter in owner.named_parameters():
-                named.setdefault(id(parameter), (name, parameter))
+    for owner in modules_of(*programs):
+        for name, parameter in owner.named_parameters():
+            named.setdefault(id(parameter), (name, parameter))
     store: Any = pyro.get_param_store()
     for name, parameter in store._params.items():
         named.setdefault(id(parameter), (name, parameter))

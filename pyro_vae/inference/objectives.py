@@ -246,11 +246,11 @@ def mean_bound(
     """
     objective = Objective(bound, num_samples)
     place = device_of(model, guide) if device is None else device
-    batches = data
-    if not isinstance(data, Batches):
-        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
     total, count = 0.0, 0
     with evaluating(model, guide, seed=seed):
+        batches = data
+        if not isinstance(data, Batches):
+            batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
         for batch in batches:
             particles = objective.particles(model, guide, *batch)
             total += bound(particles).double().sum().item()

@@ -291,8 +291,8 @@ class Fused(PyroOptim):
         lacking = [next(iter(names_of(p)), f"one of shape {tuple(p.shape)}") for p in new if id(p) not in held]
         if lacking:
             raise ValueError(
-                f"{len(lacking)} of the pair's {len(new)} parameters are not in the optimiser, {min(lacking)!r} for "
-                "one. Add them to it, freeze them by requires_grad_(False), or pass the class, "
+                f"{len(lacking)} of the pair's {len(new)} parameters are not in the optimiser ({min(lacking)!r}). "
+                f"Add them to it, freeze them by requires_grad_(False), or pass the class, "
                 f"optimizer=torch.optim.{self.constructor.__name__}, which takes all."
             )
 

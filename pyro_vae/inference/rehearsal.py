@@ -6,13 +6,10 @@ put back.
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -21,29 +18,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.parameters import own_parameters
+from pyro_vae.evaluation import evaluating, undisturbed
+from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
 from pyro_vae.traces import Program
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Put the random states of torch, NumPy and Python and the parameter store back afterwards."""
-    store: Any = pyro.get_param_store()
-    tables = (store._params, store._constraints, store._param_to_name)
-    held = [dict(table) for table in tables]
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        for table, before in zip(tables, held, strict=True):
-            # One table has tensors for keys, which are no keys to compare by value.
-            if [id(key) for key in table] != [id(key) for key in before]:
-                table.clear()
-                table.update(before)
 
 
 class _Parameters(Messenger):
@@ -111,21 +89,13 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
         (['x'], torch.float32, False)
     """
     shown = Rehearsal()
-    owners = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
-    for owner in owners:
-        if isinstance(owner, nn.Module):
-            shown.parameters += [p for p in owner.parameters() if not isinstance(p, nn.UninitializedParameter)]
+    for owner in modules_of(*programs):
+        shown.parameters += [p for p in owner.parameters() if not isinstance(p, nn.UninitializedParameter)]
     asked: list[Tensor] = []
-    ran: dict[int, tuple[nn.Module, bool]] = {}
-
-    def quiet(module: nn.Module, _: Any) -> None:
-        if id(module) not in ran:
-            ran[id(module)] = module, module.training
-            module.training = False
-
-    hook = register_module_forward_pre_hook(quiet)
+    ran: dict[int, nn.Module] = {}
+    hook = register_module_forward_pre_hook(lambda module, _: ran.update({id(module): module}))
     try:
-        with undisturbed(), pyro.validation_enabled(False), own_parameters(*programs, aside=True), _Parameters(asked):
+        with undisturbed(), evaluating(*programs), pyro.validation_enabled(False), _Parameters(asked):
             drawn: Trace | None = None
             for guide in programs[1:]:
                 trace = poutine.trace(guide).get_trace(*batch)
@@ -138,9 +108,7 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
         shown.error = error
     finally:
         hook.remove()
-        for module, training in ran.values():
-            module.training = training
-    shown.modules = [module for module, _ in ran.values()]
+    shown.modules = list(ran.values())
     shown.parameters += asked
     shown.parameters += [p for module in shown.modules for p in module.parameters(recurse=False)]
     return shown

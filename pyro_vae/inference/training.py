@@ -380,7 +380,8 @@ class _Stepper:
         self.weight: Tensor | Number | None = None
         if tempering.active and not isinstance(loss, Objective):
             if type(loss) in (Trace_ELBO, TraceMeanField_ELBO, ClosedForm):
-                self.weight = torch.ones((), dtype=torch.float64)
+                on_gpu = torch.device(batches.device or "cpu").type == "cuda"
+                self.weight = torch.ones((), dtype=torch.float64, device=batches.device if on_gpu else "cpu")
             else:
                 self.weight, compiled = Number(1.0), None
             model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)

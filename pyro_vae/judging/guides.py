@@ -87,7 +87,7 @@ def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[No
     """
     mine, theirs = modules_of(model), _parts(modules_of(guide))
     tensors: dict[int, Tensor] = {id(p): p for module in mine if id(module) not in theirs for p in module.parameters()}
-    with unmoved(mine), unmoved([]) as ran, own_parameters(model, guide), torch.random.fork_rng():
+    with at_rest(mine), unmoved([]) as ran, own_parameters(model, guide), torch.random.fork_rng():
         tensors |= {id(leaf): leaf for leaf in _leaves(model, args)}
     flags = [(tensor, tensor.requires_grad) for tensor in tensors.values()]
     try:
