@@ -62,9 +62,11 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
         (True, 0)
     """
     given = [program for program in programs if program is not None]
-    with _settings_kept(), _store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given), noise(seed):
-        with torch.no_grad():
-            yield
+    with (
+        _settings_kept(), store_kept(), at_rest(modules_of(*given), others=True), own_parameters(*given, aside=True),
+        noise(seed), torch.no_grad(),
+    ):  # fmt: skip
+        yield
 
 
 @contextlib.contextmanager
@@ -128,23 +130,18 @@ def noise(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    with noise_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Look at something: no gradients, and random states and the parameter store as they were afterwards."""
+def noise_kept() -> Iterator[None]:
+    """Put the states of torch's, Python's and NumPy's global generators back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
-    with _store_kept(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:
@@ -289,7 +286,7 @@ def _meeting(standing: _Standing, meet: Callable[[nn.Module], Any]) -> Iterator[
 
 
 @contextlib.contextmanager
-def _store_kept() -> Iterator[None]:
+def store_kept() -> Iterator[None]:
     """Pyro's parameter store: the names that it holds, their order, their tensors and constraints, their values."""
     store = pyro.get_param_store()
     kept = [(name, getattr(store, name)) for name in ("_params", "_param_to_name", "_constraints")]

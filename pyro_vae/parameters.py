@@ -40,6 +40,10 @@ _FRESH = 64  # parameters offered under one name, none of them a second time: ea
 _others: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
+# Where loaded values are noted down, while somebody collects them.
+_collecting: list[list[tuple[Tensor, Tensor]]] = []
+
+
 class _Itself(weakref.ref):
     """The ``unconstrained`` of a module's own parameter, with the name that a program gives it."""
 
@@ -51,13 +55,14 @@ class _OwnParameters(Messenger):
 
     Args:
         keeps: Enter the parameters in the store as they are met, as Pyro does.
+        aside: What runs inside is an estimate, which those that keep, around it, take no note of.
     """
 
-    def __init__(self, keeps: bool = False) -> None:
+    def __init__(self, keeps: bool = False, aside: bool = False) -> None:
         super().__init__()
         self.store = _Store()
         self.owner: dict[str, Tensor] = {}
-        self._keeps = keeps
+        self._keeps, self._aside = keeps, aside
         self._repeated: set[str] = set()
 
     def _pyro_param(self, msg: Any) -> None:
@@ -65,8 +70,11 @@ class _OwnParameters(Messenger):
         constraint = msg["kwargs"].get("constraint", constraints.real)
         if not isinstance(offered, nn.Parameter) or constraint is not constraints.real:
             return
-        asked = msg["name"]
-        own: Tensor = offered
+        if self._keeps and msg.get("aside"):
+            return
+        if self._aside:
+            msg["aside"] = True
+        own, asked = offered, msg["name"]
         name = asked
         while self.owner.get(name, own) is not own:
             name += "'"
@@ -81,10 +89,10 @@ class _OwnParameters(Messenger):
                 )
             if name == asked and "$$$" in name and (held := self.store.other(name, own)) is not None:
                 if _updates_module() and _loaded(held):
-                    own = _taken_up(name, held, own)
+                    _take_up(name, held, own)
             self.owner[name] = own
-            if self._keeps:
-                self.store.put(name, own)
+        if self._keeps:  # at every sight: an estimate in between may have put the store back
+            self.store.put(name, own)
         known = getattr(own, "unconstrained", None)
         if not isinstance(known, _Itself) or known() is not own or known.name != name:
             known = _Itself(own)
@@ -169,18 +177,34 @@ def _loaded(held: Tensor) -> bool:
     return True
 
 
-def _taken_up(name: str, held: Tensor, own: Tensor) -> Tensor:
-    """The tensor that a module has from now on, with the value that the store holds."""
+def _take_up(name: str, held: Tensor, own: Tensor) -> None:
+    """Give a module's own parameter the value that the store holds."""
     if held.shape != own.shape:
         raise ValueError(
             f"the param store holds {name!r} of shape {tuple(held.shape)}, and the module's has shape "
             f"{tuple(own.shape)}. Build the networks as they were saved, or call pyro.clear_param_store()."
         )
-    if isinstance(held, nn.Parameter) and (held.dtype, held.device) == (own.dtype, own.device):
-        return held  # Pyro puts it into the module
     with torch.no_grad():
         own.copy_(held)
-    return own
+    for taken in _collecting:
+        taken.append((own, held.detach().clone()))
+
+
+@contextmanager
+def loaded_values() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Note down which of the modules' parameters take which values that were loaded into the store."""
+    found: list[tuple[Tensor, Tensor]] = []
+    _collecting.append(found)
+    try:
+        yield found
+    finally:
+        _collecting.remove(found)
+
+
+def holds_loaded() -> bool:
+    """Whether the store holds a value for a module that ``get_param_store().load`` may have brought."""
+    held = pyro.get_param_store().named_parameters()
+    return any("$$$" in name and _others.get(id(tensor)) is not tensor for name, tensor in held)
 
 
 def _constrained_parameters(program: Any) -> dict[str, tuple[Tensor, Any]]:
@@ -197,7 +221,7 @@ def _constrained_parameters(program: Any) -> dict[str, tuple[Tensor, Any]]:
 
 
 @contextmanager
-def own_parameters(*programs: Any, keep: bool = False) -> Iterator[None]:
+def own_parameters(*programs: Any, keep: bool = False, aside: bool = False) -> Iterator[None]:
     """Run programs on their own parameters, untouched by what the param store holds of others.
 
     Parameters of modules are used in place and leave no trace in the store, unless they
@@ -209,6 +233,7 @@ def own_parameters(*programs: Any, keep: bool = False) -> Iterator[None]:
         programs: The model, the guide, or both.
         keep: Leave the parameters in the store, under the names that Pyro gives them, in
             place of those of other pairs; unless an exception ends it.
+        aside: An estimate, of this pair or another one: contexts around that keep take no note of it.
     Raises:
         ValueError: Two of the programs own different constrained parameters
             (``PyroParam``) under one name, which Pyro cannot tell apart; a value that was
@@ -234,14 +259,13 @@ def own_parameters(*programs: Any, keep: bool = False) -> Iterator[None]:
                     "train one tensor for both. Give each root module a name of its own: "
                     "PyroModule.__init__(self, name='guide')."
                 )
-    own = _OwnParameters(keep)
+    own = _OwnParameters(keep, aside)
     store = own.store
-    taken = set()
     for name, (tensor, constraint) in mine.items():
         held = store.other(name, tensor)
-        if held is not None and _loaded(held) and _taken_up(name, held, tensor) is held:
-            taken.add(name)  # Pyro puts it into the module when that is read
-        elif keep or held is not None or name not in store.store:
+        if held is not None and _loaded(held):
+            _take_up(name, held, tensor)
+        if keep or held is not None or name not in store.store:
             store.put(name, tensor if keep else None, constraint)
     try:
         with own:
@@ -252,9 +276,11 @@ def own_parameters(*programs: Any, keep: bool = False) -> Iterator[None]:
     if not keep:
         store.undo_all()
         return
-    for name, tensor in own.owner.items():  # what was first met in a run that left no trace is not there yet
+    for name, tensor in own.owner.items():  # what was first met in a run that put the store back is not there yet
         store.put(name, tensor)
-    for tensor in (*own.owner.values(), *(store.store._params[name] for name in mine)):
+    for name, (tensor, constraint) in mine.items():
+        store.put(name, tensor, constraint)
+    for tensor in (*own.owner.values(), *(tensor for tensor, _ in mine.values())):
         _others[id(tensor)] = tensor
     double = sorted({name.rstrip("'") for name in own.owner if name.endswith("'")})
     if double:

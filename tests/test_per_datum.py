@@ -93,11 +93,21 @@ class Dicts(torch.utils.data.Dataset):
         return {"label": i % 3, "image": X[i]}
 
 
+class Loader:
+    """Batches as they are, in an iterable of one's own."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 BATCHES = {
     "dict": (torch.utils.data.DataLoader(Dicts(), batch_size=20), lambda batch: batch["image"]),
     "labels first": ((torch.arange(N), X), lambda y, x: x),
-    "a number first": ([(torch.tensor(3.0), X[i : i + 20]) for i in range(0, N, 20)], lambda t, x: x),
-    "transposed": ([(X[i : i + 20].T,) for i in range(0, N, 20)], lambda x: x.T),
+    "a number first": (Loader(*((torch.tensor(3.0), X[i : i + 20]) for i in range(0, N, 20))), lambda t, x: x),
+    "transposed": (Loader(*((X[i : i + 20].T,) for i in range(0, N, 20))), lambda x: x.T),
 }
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pyro_vae.programs.vae
+from pyro_vae import load
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
@@ -442,7 +443,7 @@ def test_a_poisson_vae_of_8_bit_images_is_the_commands_or_says_how(tmp_path):
 
     digits = pv.load("digits", binarization="none", dequantize=False)
     plain = VAE.build(digits.x_shape, likelihood="poisson", latent_dim=2, hidden=(8,))
-    remedy = r"got the value 0\.\d+, wanted counts.*v / 255.*likelihood_options=\{'levels': 256\}"
+    remedy = r"is 0\.\d+, outside the support.*wanted counts.*v / 255 of whole v.*likelihood_options=\{'levels': 256\}"
     with pytest.raises(ValueError, match=remedy):
         pv.fit(plain.model, plain.guide, digits.train, epochs=1, progress=False)
     options = {"latent_dim": 2, "hidden": (8,), "likelihood": "poisson", "likelihood_options": {"levels": 256}}
@@ -515,3 +516,13 @@ def test_under_a_default_of_doubles_all_is_double(doubles, tmp_path, prior):
     ours, theirs = (log_likelihood(v.model, v.guide, x, num_samples=20) for v in (vae, again))
     assert ours.value == theirs.value and ours.pointwise.dtype == torch.float64
     assert vae.sample(2).dtype == vae.reconstruct(x.float()).dtype == torch.float64
+
+
+def test_pixels_of_a_dataset_meet_doubles_halfway(doubles):
+    torch.manual_seed(0)
+    digits = load("digits")
+    vae = VAE.build(digits.x_shape, latent_dim=2, hidden=(8,))
+    train, held_out = digits.train.subset(slice(0, 200)), digits.test.frozen(0).subset(slice(0, 20))
+    history = fit(vae.model, vae.guide, train, epochs=2, validation=held_out, seed=0, progress=False)
+    assert history["loss"][-1] < history["loss"][0] and history["validation"][-1] < 0
+    assert log_likelihood(vae.model, vae.guide, held_out, num_samples=20).pointwise.dtype == torch.float64

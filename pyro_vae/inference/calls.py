@@ -133,7 +133,7 @@ class Entry:
         self, capture: Capture, watched: Watched, sites: list[_Site], beta: Tensor | None, with_bound: bool
     ) -> None:
         self.capture, self.watched, self.sites, self.beta, self.with_bound = capture, watched, sites, beta, with_bound
-        self.replays, self.unchecked, self.tried = 0, False, False
+        self.replays, self.unchecked, self.tried, self.recorded = 0, False, False, False
         self.whole: Whole | None = None
         self.trained: list[Tensor] = []
         self._tensors = self._now()

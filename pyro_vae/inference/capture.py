@@ -140,6 +140,7 @@ class Capture:
         _drop_forked(graph)
         self.draws, self.live_noise = _hoisted(graph)
         graph.eliminate_dead_code()
+        self._drop_unread(graph)
         if not self._takes_args:
             graph.erase_node(next(iter(graph.nodes)))
         _disowned(graph, self.results, [*args, *self.constants])
@@ -152,6 +153,15 @@ class Capture:
         """Results and gradients for new arguments, new noise, and the tensors as they are now."""
         with torch.no_grad(), fast_matmul(self.on_cpu):
             return self._run(*args, *self.constants, *[draw() for draw in self.draws])
+
+    def _drop_unread(self, graph: fx.Graph) -> None:
+        """Leave out tensors that nothing reads any more: one on another device would stand in a GPU's way."""
+        read = [bool(node.users) for node in self._constant_nodes]
+        for node, used in zip(self._constant_nodes, read, strict=True):
+            if not used:
+                graph.erase_node(node)
+        self.constants = [c for c, used in zip(self.constants, read, strict=True) if used]
+        self._constant_nodes = [node for node, used in zip(self._constant_nodes, read, strict=True) if used]
 
     def compile(self, args: Sequence[Tensor]) -> None:
         """Hand the graph to Inductor; what it raises comes through, and the graph stays replayable."""

@@ -48,6 +48,7 @@ from pyro_vae.traces import Program
 
 _MEMORY = 64  # kinds of step that are remembered
 _UNSTABLE = 3  # steps of a kind between which something may change before the kind is given up
+_RECORD_AFTER = 3  # replays on a GPU after which the launches of a graph that is not compiled are recorded
 _LIMIT = 8  # captures of one kind of step, and kinds of step, before giving up
 
 
@@ -215,6 +216,8 @@ class Compiled(ELBO):
         often = entry.replays * 10 >= self._replays
         if self.compile_after is not None and entry.replays >= max(self.compile_after, 1) and often:
             self._compile(entry, step)
+        elif entry.replays == _RECORD_AFTER and not entry.recorded:
+            self._record(entry, step.tensors)
         expected, written = None, []
         doubted = bool(entry.watched.unproven)
         if entry.replays in CHECKS or entry.unchecked or (doubted and entry.replays % self.check_every == 0):
@@ -281,14 +284,16 @@ class Compiled(ELBO):
         try:
             entry.capture.compile(step.tensors)
             entry.unchecked = True
-            if any(t.device.type == "cuda" for t in entry.capture.constants):
-                self._record(entry.capture, step.tensors)
+            self._record(entry, step.tensors)
         except Exception as error:  # whatever the compiler lacks, the graph is there already
             self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({first_line(error)})")
 
-    def _record(self, capture: Capture, tensors: Sequence[Tensor]) -> None:
-        """Play the compiled graph's launches back as one CUDA graph, where all of it is on one GPU."""
-        noise = [draw() for draw in capture.draws]
+    def _record(self, entry: Entry, tensors: Sequence[Tensor]) -> None:
+        """Play the graph's launches back as one CUDA graph, where all of it is on one GPU."""
+        capture = entry.capture
+        if capture.on_cpu or capture.live_noise:
+            return
+        entry.recorded = entry.unchecked = True
         with torch.no_grad(), forked([*tensors, *capture.constants]):
             noise = [draw() for draw in capture.draws]
             inputs = [*tensors, *capture.constants, *noise]

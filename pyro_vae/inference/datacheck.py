@@ -322,5 +322,10 @@ def _remedy(rule: Rule, value: float, low: float, high: float, finite: Tensor) -
     if counts:
         if value < 0:
             return f"{missing} {another}"
+        if high <= 1 and bool(((255 * finite - (255 * finite).round()).abs() < 0.01).all()):
+            return (
+                "All are v / 255 of whole v, as 8-bit images are given: to count the v, as the command does, build the "
+                "likelihood with levels=256: VAE.build(..., likelihood_options={'levels': 256})."
+            )
         return "Pass raw counts, neither normalised nor log-transformed, or take another likelihood, such as normal."
     return f"{missing} Or rescale the data, or take another likelihood."

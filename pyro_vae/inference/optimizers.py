@@ -291,7 +291,7 @@ class Fused(PyroOptim):
         lacking = [next(iter(names_of(p)), f"one of shape {tuple(p.shape)}") for p in new if id(p) not in held]
         if lacking:
             raise ValueError(
-                f"{len(lacking)} of the pair's {len(new)} parameters are not in the optimiser, {lacking[0]!r} for one. "
+                f"{len(lacking)} of the pair's {len(new)} parameters are not in the optimiser, {min(lacking)!r} for one. "
                 f"Add them to it, freeze them by requires_grad_(False), or pass the class, "
                 f"optimizer=torch.optim.{self.constructor.__name__}, which takes all."
             )
@@ -304,7 +304,7 @@ class Fused(PyroOptim):
         unused = set(pending["shapes"]) - set(found.values())
         lacking = [next(iter(names_of(p)), f"one of shape {tuple(p.shape)}") for p in joined if p not in found]
         if lacking or (unused and pending["even"]):
-            which = f"has nothing for {lacking[0]!r}" if lacking else f"is for {min(unused)!r}, which had no gradient"
+            which = f"has nothing for {min(lacking)!r}" if lacking else f"is for {min(unused)!r}, which had no gradient"
             raise ValueError(
                 f"the state of the optimiser {which}: it is that of another pair. It holds {len(pending['shapes'])} "
                 f"parameters, {min(pending['shapes'])!r} for one."

@@ -6,7 +6,8 @@ put back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,18 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.evaluation import evaluating, undisturbed
+from pyro_vae.evaluation import at_rest, noise_kept, store_kept
+from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
 from pyro_vae.traces import Program
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put the random states of torch, NumPy and Python and the parameter store back afterwards."""
+    with store_kept(), noise_kept(), torch.no_grad():
+        yield
 
 
 class _Parameters(Messenger):
@@ -89,13 +98,21 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
         (['x'], torch.float32, False)
     """
     shown = Rehearsal()
-    for owner in modules_of(*programs):
-        shown.parameters += [p for p in owner.parameters() if not isinstance(p, nn.UninitializedParameter)]
+    owned = modules_of(*programs)
+    for module in owned:
+        shown.parameters += [p for p in module.parameters() if not isinstance(p, nn.UninitializedParameter)]
     asked: list[Tensor] = []
     ran: dict[int, nn.Module] = {}
-    hook = register_module_forward_pre_hook(lambda module, _: ran.update({id(module): module}))
+
+    def met(module: nn.Module, _: Any) -> None:
+        ran.setdefault(id(module), module)
+
+    hook = register_module_forward_pre_hook(met)
     try:
-        with undisturbed(), evaluating(*programs), pyro.validation_enabled(False), _Parameters(asked):
+        with (
+            at_rest(owned, others=True), undisturbed(), pyro.validation_enabled(False),
+            own_parameters(*programs, aside=True), _Parameters(asked),
+        ):  # fmt: skip
             drawn: Trace | None = None
             for guide in programs[1:]:
                 trace = poutine.trace(guide).get_trace(*batch)

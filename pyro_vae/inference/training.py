@@ -38,7 +38,7 @@ from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program
 
@@ -205,6 +205,7 @@ def fit(
         before_fit(modules, data)
         batches = Batches(data, batch_size, place, programs=(model, guide))
         batches.keep_together()
+        _take_up_loaded(model, guide, batches)
         with unmoved(modules) as met:  # statistics of batches are of the steps alone
             point = check(model, guide, batches.first(), loss)
         modules += [found for reference in met if (found := reference()) is not None]
@@ -275,6 +276,19 @@ def fit(
             best.restore()
             history.best_epoch = best.epoch
     return history
+
+
+def _take_up_loaded(model: Program, guide: Program, batches: Batches) -> None:
+    """Start from what was loaded into the param store, where the programs ask for it."""
+    if not holds_loaded():
+        return
+    with loaded_values() as found, evaluating(model, guide, seed=0):
+        batch = batches.first()
+        guide_trace = poutine.trace(guide).get_trace(*batch)
+        poutine.replay(model, trace=guide_trace)(*batch)
+    with torch.no_grad():
+        for own, value in found:
+            own.copy_(value)
 
 
 def _compiled(loss: Any, compile: bool | str, steps: int, resumable: bool, per_epoch: int) -> Compiled | None:
@@ -366,7 +380,8 @@ class _Stepper:
         self.weight: Tensor | Number | None = None
         if tempering.active and not isinstance(loss, Objective):
             if type(loss) in (Trace_ELBO, TraceMeanField_ELBO, ClosedForm):
-                self.weight = torch.ones((), dtype=torch.float64)
+                on_gpu = torch.device(batches.device or "cpu").type == "cuda"
+                self.weight = torch.ones((), dtype=torch.float64, device=batches.device if on_gpu else "cpu")
             else:
                 self.weight, compiled = Number(1.0), None
             model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)

@@ -56,40 +56,6 @@ class Counts(constraints.Constraint):
         return f"counts v / {self.levels - 1} with v in 0, 1, 2, ...: binarization='none' without dequantisation"
 
 
-class CountsDistribution(TorchDistribution):
-    """What distributions of counts have in common: data that are none are refused in words."""
-
-    def _validate_sample(self, value: Tensor) -> None:
-        try:
-            super()._validate_sample(value)
-        except ValueError as error:
-            text = told(value)
-            if text is None:
-                raise
-            raise ValueError(text) from error
-
-
-def told(value: Tensor) -> str | None:
-    """What is wrong with data that are no counts, and what to do; None where that is something else.
-
-    Example:
-        >>> told(torch.tensor([0.0, 51 / 255, 1.0]))[:73]
-        'got the value 0.2, wanted counts 0, 1, 2, .... All data are v / 255 of wh'
-    """
-    wrong = value[~Counts().check(value)]
-    if not wrong.numel():
-        return None
-    text = f"got the value {wrong[0].item():.4g}, wanted counts 0, 1, 2, .... "
-    if bool(GreyLevels(256).check(value).all()):
-        return text + (
-            "All data are v / 255 of whole v, as 8-bit images are given: to count the v, build the likelihood with "
-            "levels=256, VAE.build(..., likelihood_options={'levels': 256}), as the command does."
-        )
-    return text + (
-        "Counts that were normalised are counts no more: give the raw ones, or take another likelihood, such as normal."
-    )
-
-
 class LevelsAsCounts(TorchDistribution):
     """Grey levels x = v / (L - 1) whose v is a count, such as of photons: P(x) is the probability of v.
 
@@ -133,7 +99,7 @@ class LevelsAsCounts(TorchDistribution):
         return self.counts.variance / (self.levels - 1) ** 2
 
 
-class PoissonLogRate(CountsDistribution):
+class PoissonLogRate(TorchDistribution):
     """p(x) = m^x e^-m / x!,   m = exp(log_rate).
 
     Args:
@@ -172,7 +138,7 @@ class PoissonLogRate(CountsDistribution):
         return self.mean
 
 
-class NegativeBinomialLogMean(CountsDistribution):
+class NegativeBinomialLogMean(TorchDistribution):
     """Counts of mean m and variance m + m^2 / r: a Poisson whose rate is Gamma(r, r / m).
 
         p(x) = Gamma(r + x) / (Gamma(r) x!)  (r / (r + m))^r  (m / (r + m))^x
