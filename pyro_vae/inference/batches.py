@@ -25,11 +25,11 @@ from torch.distributions import Categorical
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from pyro_vae.evaluation import evaluating, undisturbed
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import collated, column, drawn, frame_names, settled, tensor_of
 from pyro_vae.inference.datacheck import DataCheck, rules, unwrapped
-from pyro_vae.inference.rehearsal import Rehearsal, rehearse
+from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
 from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
 from pyro_vae.traces import Program, draw
 

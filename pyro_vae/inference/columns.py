@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from pyro_vae.evaluation import undisturbed
+from pyro_vae.inference.rehearsal import undisturbed
 from pyro_vae.inference.trees import described, mapped, rows
 
 # What numpy and torch both hold; all other numbers are converted to one of these.
