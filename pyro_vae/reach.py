@@ -352,7 +352,8 @@ class Reach:
     def _builtin(self, value: Any, said: str) -> None:
         self._computed = self._computed or value.__name__ in _COMPUTED_NAMES
         owner = getattr(value, "__self__", None)
-        if owner is None or isinstance(owner, types.ModuleType | type):
+        bound = type(owner).__module__ or ""
+        if owner is None or isinstance(owner, types.ModuleType | type) or bound.startswith("pybind11"):
             module = getattr(value, "__module__", None) or getattr(owner, "__module__", None)
             module = module or getattr(owner, "__name__", "builtins")
             name = f"{module}.{value.__name__}"

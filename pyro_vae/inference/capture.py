@@ -303,12 +303,8 @@ class _Operations(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and not self._allowed:
             raise Uncapturable(f"{func} reads the value of a tensor")
         given = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._keep(value)
-            for value in kwargs.values() if "out" in kwargs else ():
-                self._keep(value)
+        for value in _written(func._schema, args, kwargs):
+            self._keep(value)
         results = func(*args, **kwargs)
         self._made |= {_storage(t) for t in pytree.tree_leaves(results) if isinstance(t, Tensor)} - given
         return results
@@ -503,13 +499,22 @@ def _is_empty(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) in (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
 
 
+def _written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation writes to: those that it declares, and the running averages of batch norm."""
+    for number, argument in enumerate(schema.arguments):
+        declared = argument.alias_info is not None and argument.alias_info.is_write
+        if declared or argument.name in ("running_mean", "running_var"):
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            if value is not None:
+                yield value
+
+
 def _mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> list[Tensor]:
     """The constants that the graph writes to, such as running averages."""
     written = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
-            for argument, value in zip(schema.arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written.add(value)
+        if node.op == "call_function" and schema is not None:
+            for value in _written(schema, node.args, node.kwargs):
+                written.update(v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node))
     return [constant for node, constant in zip(nodes, constants, strict=True) if node in written]

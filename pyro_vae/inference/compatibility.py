@@ -154,9 +154,12 @@ def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -
     seen: list[list[nn.Module]] = [[], []]
     found: list[dict[str, Any]] = []
     for program, ran in zip((model, guide), seen, strict=True):
-        hook = register_module_forward_pre_hook(lambda module, _, ran=ran: ran.append(module))
+        # Dynamo would trace a hook into a network that is compiled already, and cannot trace this one.
+        hook = register_module_forward_pre_hook(torch.compiler.disable(lambda module, _, ran=ran: ran.append(module)))
         try:
-            found.append(sites(program, *batch))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Using .torch.compile")  # of such hooks
+                found.append(sites(program, *batch))
         finally:
             hook.remove()
     with own_parameters(guide):
