@@ -261,10 +261,11 @@ KINDS: dict[str, tuple[str, str, str]] = {
         "def get():\n    with M, poutine.block():\n        return pyro.sample('u', dist.Normal(0.0, 1.0))", "get()", "D['w'] = v",
     ),
     "distribution without a base": (
-        "D = {'w': 1.0}\nclass Duck:\n    has_rsample = has_enumerate_support = False\n"
+        "D = {'w': 1.0}\nclass Duck:\n    has_rsample = has_enumerate_support = False\n    support = dist.constraints.real\n"
         "    batch_shape = event_shape = torch.Size()\n    def __call__(self, *_):\n        return torch.ones(())\n"
         "    def log_prob(self, x):\n        return -x * D['w']\nQ = Duck()\ndef get():\n"
-        "    t = poutine.trace(lambda: pyro.sample('u', Q)).get_trace()\n    return -t.log_prob_sum()", "get()", "D['w'] = v",
+        "    with poutine.block():\n        t = poutine.trace(lambda: pyro.sample('u', Q)).get_trace()\n"
+        "    return -t.log_prob_sum()", "get()", "D['w'] = v",
     ),
     "PyroSample": (
         "D = {'w': 1.0}\nclass Net(PyroModule):\n    def __init__(self):\n        super().__init__()\n"

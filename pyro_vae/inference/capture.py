@@ -511,7 +511,7 @@ def _written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterat
 
 def _mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> list[Tensor]:
     """The constants that the graph writes to, such as running averages."""
-    written: set[fx.Node] = set()
+    written: set[Any] = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op == "call_function" and schema is not None:
