@@ -209,7 +209,10 @@ class DataCheck:
         if not bool(bad.any()):
             return
         suspects = bad.flatten(1).any(1).nonzero().flatten() if bad.dim() > 1 else bad.nonzero().flatten()
-        certain = bool(shown) or (rule is not None and not rule.masked and bool(rule.outside(leaf)[suspects[0]].any()))
+        # An upper bound may be made of the batch, such as the length of a document: then the pair has the last word.
+        fixed = rule is not None and not rule.masked and getattr(rule.support, "upper_bound", None) is None
+        fixed = fixed or (rule is not None and rule.support is constraints.unit_interval and not rule.masked)
+        certain = bool(shown) or (rule is not None and fixed and bool(rule.outside(leaf)[suspects[0]].any()))
         if certain and not bool(leaf[suspects].isnan().any()):
             self._refuse(leaf, bad, int(suspects[0]), path, rule, where)
         for group in suspects.split(at_once):
