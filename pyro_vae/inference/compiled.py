@@ -70,7 +70,7 @@ class Compiled(ELBO):
         check_every: Replays of unproven programs between two comparisons with the programs themselves.
     Attributes:
         reason: Why the most recent step ran uncaptured, or None.
-        captures: Number of captures so far.
+        captures: Number of captures so far, of those that could be kept.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -413,7 +413,6 @@ class Compiled(ELBO):
         if failure is not None:
             self._refuse(step, why(failure))
             return None
-        self.captures += 1
         entry = Entry(capture, watched, [_Site.of(site) for site in sites.values()], live, with_bound)
         trained = {id(site.unconstrained) for site in entry.sites}
         entry.trained = [leaf for leaf in capture.leaves if id(leaf) in trained]
@@ -422,6 +421,7 @@ class Compiled(ELBO):
         elif drawn != python_noise():
             self._refuse(step, "the programs draw random numbers of Python or NumPy")
         else:
+            self.captures += 1
             self._entries[step.key] = entry
             entry.whole = step.whole  # what its key names by identity must live
         results = capture.results

@@ -176,9 +176,9 @@ class Replayed:
         except Exception as error:  # whatever it is, the function itself is there
             set_random_state(state)  # the capture itself has put the tensors back
             return self._refuse(key, tensors, why(error))
-        self.captures += 1
         self.reason = "it was being captured"
         if reason is None:
+            self.captures += 1
             self._graphs[key] = _Graph(capture, watched)
         else:
             self._refused[key] = reason
