@@ -243,6 +243,10 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "parameter attribute": ("M = nn.Linear(1, 1); M.weight.w = 1.0", "M.weight.w", "M.weight.w = v"),
     "torch.equal": ("T = torch.ones(()); U = torch.ones(())", "1.0 if torch.equal(T, U) else 2.0", "T.fill_(float(v))"),
     "index by a tensor": ("T = torch.zeros((), dtype=torch.long); A = torch.arange(1.0, 11.0)", "A[T]", "T.fill_(int(v) % 9)"),
+    "mask of a coupling": (
+        "T = torch.tensor([True, False, True]); A = torch.arange(3.0)", "A.index_select(0, T.nonzero().squeeze(-1)).sum() / 2",
+        "T.fill_(v < 1.5)",
+    ),
     "slice by a tensor": ("T = torch.ones((), dtype=torch.long); A = torch.ones(10)", "A[:T].sum()", "T.fill_(1 + int(v) % 9)"),
     "a scalar argument": ("T = torch.ones(())", "torch.add(torch.zeros(()), torch.ones(()), alpha=T)", "T.fill_(float(v))"),
     "torch.tensor of tensors": ("T = torch.ones(())", "torch.tensor([T, 1.0])[0]", "T.fill_(float(v))"),

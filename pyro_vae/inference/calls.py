@@ -142,7 +142,7 @@ class Entry:
         return [_conditions(c) for c in self.capture.constants]
 
     def fresh(self) -> bool:
-        return self._tensors == self._now() and self.watched.fresh()
+        return self._tensors == self._now() and self.watched.fresh() and self.capture.holds()
 
     def announce(self) -> None:
         if _PYRO_STACK:

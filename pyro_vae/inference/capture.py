@@ -48,6 +48,8 @@ _MAKERS = ("tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor", "spa
 _REPORTERS = ("pyro.infer.", "pyro_vae.inference.objectives")
 _CHECKERS = ("pyro.util", "pyro_vae.sites", "torch.distributions.distribution")
 
+_SMALL = 4096  # numbers of a mask that are compared before each replay
+
 
 class Uncapturable(Exception):
     """Why a program cannot be captured."""
@@ -132,6 +134,7 @@ class Capture:
             return list(self.results)
 
         graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
+        self._read = _folded(graph)
         _check_shapes(graph)
         self._takes_args = bool(args)
         # A graph module returns a flat list and takes flat arguments without pytree's code.
@@ -162,6 +165,10 @@ class Capture:
                 graph.erase_node(node)
         self.constants = [c for c, used in zip(self.constants, read, strict=True) if used]
         self._constant_nodes = [node for node, used in zip(self._constant_nodes, read, strict=True) if used]
+
+    def holds(self) -> bool:
+        """Whether the tensors whose values gave a shape hold them still."""
+        return all(torch.equal(tensor, before) for tensor, before in self._read)
 
     def compile(self, args: Sequence[Tensor]) -> None:
         """Hand the graph to Inductor; what it raises comes through, and the graph stays replayable."""
@@ -301,7 +308,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.data_dependent_output in func.tags and not self._allowed:
-            raise Uncapturable(f"{func} reads the value of a tensor")
+            raise Uncapturable(f"{func} depends on the values of tensors")
         given = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for value in _written(func._schema, args, kwargs):
             self._keep(value)
@@ -374,6 +381,38 @@ def _drop_forked(graph: fx.Graph) -> None:
             graph.erase_node(node)
     if any(_is_random(node) and node.meta.get("forked") for node in graph.nodes):
         raise Uncapturable("noise is drawn in a fork of the random state, such as by a seed of its own")
+
+
+def _folded(graph: fx.Graph) -> list[tuple[Tensor, Tensor]]:
+    """Compute beforehand where a mask that is no argument is not zero, as in a coupling; the masks, and as they are."""
+    owner: Any = graph.owning_module
+    changed = {id(getattr(owner, str(n.target))) for n in _changed(graph) if n.op == "get_attr"}
+    known: dict[fx.Node, Tensor] = {}
+    masks: dict[int, tuple[Tensor, Tensor]] = {}
+    roots: dict[fx.Node, list[Tensor]] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            tensor = getattr(owner, node.target)
+            if isinstance(tensor, Tensor) and tensor.numel() <= _SMALL and id(tensor) not in changed:
+                known[node], roots[node] = tensor, [tensor]
+            continue
+        if node.op != "call_function" or not node.all_input_nodes or not all(n in known for n in node.all_input_nodes):
+            continue
+        if node.target not in (_aten.nonzero.default, _aten.bitwise_not.default, _aten.logical_not.default):
+            continue
+        with torch.no_grad():
+            known[node] = node.target(*(known.get(a, a) for a in node.args))
+        roots[node] = [tensor for n in node.all_input_nodes for tensor in roots[n]]
+        if node.target is _aten.nonzero.default:
+            masks.update({id(tensor): (tensor, tensor.detach().clone()) for tensor in roots[node]})
+            name = f"_folded_{len(known)}"
+            setattr(owner, name, known[node])
+            with graph.inserting_before(node):
+                constant = graph.get_attr(name)
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+            graph.erase_node(node)
+    return list(masks.values())
 
 
 def _check_shapes(graph: fx.Graph) -> None:
@@ -509,12 +548,18 @@ def _written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterat
                 yield value
 
 
-def _mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> list[Tensor]:
-    """The constants that the graph writes to, such as running averages."""
-    written: set[Any] = set()
+def _changed(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose tensors an operation writes to."""
+    written: set[fx.Node] = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op == "call_function" and schema is not None:
             for value in _written(schema, node.args, node.kwargs):
                 written.update(v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node))
+    return written
+
+
+def _mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> list[Tensor]:
+    """The constants that the graph writes to, such as running averages."""
+    written = _changed(graph)
     return [constant for node, constant in zip(nodes, constants, strict=True) if node in written]

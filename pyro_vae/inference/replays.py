@@ -276,7 +276,7 @@ class _Graph:
         return [(c.dtype, c.device, c.shape) for c in self.capture.constants]
 
     def fresh(self) -> bool:
-        return self._tensors == self._now() and self.watched.fresh()
+        return self._tensors == self._now() and self.watched.fresh() and self.capture.holds()
 
 
 def _key(tensors: tuple[Tensor, ...]) -> Any:
