@@ -509,6 +509,8 @@ class Reach:
 
     def _is_foreign(self, kind: type) -> bool:
         """Whether there is anything in a class that is not of a trusted package."""
+        if self._owned:  # whose code it is matters for a proof, not for finding networks
+            return not _is_trusted(kind.__module__) or kind is types.SimpleNamespace
         known = self._foreign.get(kind)
         if known is None:
             known = kind is types.SimpleNamespace or not all(self._is_owned(c) for c in kind.__mro__)

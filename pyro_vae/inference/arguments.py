@@ -89,12 +89,12 @@ class Arguments:
             return not isinstance(x, Tensor) and not isinstance(mask, str | list)
         if mask.dtype != torch.bool:
             return mask.shape == x.shape and x.dim() > 1  # of x's shape: the program says that it wants booleans
-        fits = mask.dim() == x.dim() and all(m in (1, n) for m, n in zip(mask.shape[1:], x.shape[1:], strict=True))
+        fits = mask.shape == x.shape
         if not fits:
             raise ValueError(
                 f"got a boolean column of shape {tuple(mask.shape)} beside data of shape {tuple(x.shape)}, which the "
                 f"pair would take as its {self.names[i]!r}; wanted a mask of the shape of the data. Labels: "
-                "leave them out; a mask of whole data needs the dimensions of a datum: mask[:, None]."
+                "leave them out; a mask that broadcasts: mask.expand_as(x)."
             )
         return True
 

@@ -186,6 +186,8 @@ def column(data: Any) -> Any:
         return _array_column(data)
     if isinstance(data, np.generic | int | float | complex | bool | str | bytes) or data is None:
         raise _unknown(data)
+    if hasattr(data, "tocsr") and hasattr(data, "toarray"):
+        return _sparse_column(data.tocsr() if len(data.shape) == 2 else data)
     if isinstance(data, Mapping):
         if not data:
             raise ValueError("the data are empty; wanted at least one column in the dict.")
@@ -196,8 +198,6 @@ def column(data: Any) -> Any:
         return column(data.X)
     if hasattr(data, "to_numpy"):
         return _frame_column(data)
-    if hasattr(data, "tocsr") and hasattr(data, "toarray"):
-        return _sparse_column(data)
     if isinstance(data, list):
         return _listed_column(data)
     if isinstance(data, Dataset):

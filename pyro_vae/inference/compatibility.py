@@ -173,7 +173,11 @@ def rows_held(guide: Program) -> tuple[str, int] | None:
     None for one that has seen no data yet, for global latents, and for a plate of which it sees a part by index.
     """
     trace = getattr(guide, "prototype_trace", None) if isinstance(guide, AutoGuide) else None
-    for name, site in () if trace is None else trace.iter_stochastic_nodes():
+    # Some of Pyro's guides keep nodes in it that are no sites.
+    nodes = () if trace is None else [(n, s) for n, s in trace.nodes.items() if s.get("type") == "sample"]
+    for name, site in nodes:
+        if site["is_observed"] or type(site["fn"]).__name__ == "_Subsample":
+            continue
         for frame in site["cond_indep_stack"]:
             if frame.vectorized and frame.full_size in (None, -1, frame.size):
                 return name, int(frame.size)

@@ -118,7 +118,9 @@ def _share(leaf: Tensor, value: Tensor) -> float:
 def _support(fn: Any) -> Any:
     """The support of an element, as far as it is the same for all data."""
     if isinstance(fn, Bernoulli):
-        return constraints.unit_interval  # grey values are scored, with a warning
+        # Pyro's own refuses grey values; one that scores them, such as the package's, gets them with a warning.
+        strict = type(fn).__module__.startswith(("torch.", "pyro."))
+        return constraints.boolean if strict else constraints.unit_interval
     try:
         support = fn.support
     except (NotImplementedError, AttributeError):
@@ -262,6 +264,7 @@ class DataCheck:
             place = f"{where(row)}{column}"
             raise ValueError(f"{place} of the data is {shown}; wanted a finite number. {_not_finite(value)}")
         wanted = "[0, 1]" if rule.support is constraints.unit_interval else str(rule.support)
+        wanted = "0 or 1" if rule.support is constraints.boolean else wanted
         raise ValueError(
             f"{where(row)}{column} of the data is {shown}, outside the support of the likelihood ({rule.kind}, site "
             f"{rule.site!r}); wanted {wanted}. {_remedy(rule, value, low, high, finite)}"
@@ -310,7 +313,13 @@ def _remedy(rule: Rule, value: float, low: float, high: float, finite: Tensor) -
     counts = "count" in str(support).lower() or support.is_discrete and getattr(support, "lower_bound", None) == 0
     levels = getattr(support, "levels", None)
     top = getattr(support, "upper_bound", None)
-    grey = levels is not None or (not support.is_discrete and _number(top) == 1)
+    binary = support is constraints.boolean
+    grey = levels is not None or binary or (not support.is_discrete and _number(top) == 1)
+    if binary and 0 < value < 1:
+        return (
+            f"Binarize grey values (pyro_vae.data.binarize, or x > 0.5), which have no Bernoulli density. {missing} "
+            f"{another}"
+        )
     if grey:
         if value < 0:
             scaled = " Images normalised to [-1, 1] are brought back by (x + 1) / 2." if -1 <= low and high <= 1 else ""
@@ -319,7 +328,7 @@ def _remedy(rule: Rule, value: float, low: float, high: float, finite: Tensor) -
         if value > 1:
             return (
                 f"The data here lie in [{low:.4g}, {high:.4g}]: divide them by {scale:.6g} (x / {scale:.6g})"
-                f"{', then binarize grey values' if rule.binary else ''}. {another}"
+                f"{', then binarize grey values' if rule.binary or binary else ''}. {another}"
             )
         return f"Pass the grey levels v / 255 as they are, without dequantisation. {another}"
     if counts:

@@ -27,8 +27,10 @@ class _Pass:
         self.data = data
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        batches = self.data.of(_ROWS) if isinstance(self.data, Batches) else Batches(self.data, _ROWS)
+        batches.shuffle = False
         with torch.random.fork_rng():
-            yield from Batches(self.data, _ROWS, shuffle=False)
+            yield from batches
 
 
 def _whole(data: Any) -> Iterable[tuple[Any, ...]]:
@@ -37,21 +39,32 @@ def _whole(data: Any) -> Iterable[tuple[Any, ...]]:
     return [columns] if columns is not None and all(isinstance(c, Tensor) for c in columns) else _Pass(data)
 
 
-def before_fit(modules: Sequence[nn.Module], data: Any) -> None:
-    """Let the programs of a pair check the data, and its parts see them.
+def check_data(modules: Sequence[nn.Module], data: Any) -> None:
+    """Let the programs of a pair check the data, before anything is run on them.
 
     Args:
         modules: The pair's, from outside.
         data: As for `fit`.
     Raises:
-        ValueError: What a program or a part says against the data.
+        ValueError: What a program says against the data.
     """
     checks = [check for module in modules if callable(check := getattr(module, "check_data", None))]
     for batch in _whole(data) if checks else ():
         for check in checks:
             check(*batch)
+
+
+def before_fit(modules: Sequence[nn.Module], batches: Batches) -> None:
+    """Let the parts of a pair see the data, once it is known that the pair takes them.
+
+    Args:
+        modules: The pair's, from outside.
+        batches: As the pair gets them.
+    Raises:
+        ValueError: What a part says against the data.
+    """
     parts = {id(part): part for module in modules for part in module.modules()}
     for part in parts.values():
         look = getattr(part, "before_fit", None)
         if callable(look):
-            look(_Pass(data))
+            look(_Pass(batches))

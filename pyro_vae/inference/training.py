@@ -35,7 +35,7 @@ from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting, Unit, lengths
 from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
-from pyro_vae.inference.starts import before_fit
+from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
@@ -202,9 +202,10 @@ def fit(
         own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory(),
         _learning(modules),
     ):  # fmt: skip
-        before_fit(modules, data)
+        check_data(modules, data)
         batches = Batches(data, batch_size, place, programs=(model, guide))
         batches.keep_together()
+        before_fit(modules, batches)
         _take_up_loaded(model, guide, batches)
         with unmoved(modules) as met:  # statistics of batches are of the steps alone
             point = check(model, guide, batches.first(), loss)
@@ -398,6 +399,7 @@ class _Stepper:
         self._units: dict[tuple[int, ...], Unit] = {}
         self._sizes: tuple[int, ...] = ()
         self._captures = 0
+        self._tempered = False
         self.svi = SVI(model, guide, optimizer, loss)
         self.svi.loss_and_grads = self._counted
         if batches.shuffle and batches.num_data is not None and len(batches) == 1:
@@ -466,6 +468,9 @@ class _Stepper:
         value: float | Tensor
         self.choice = choice
         self._sizes = lengths(choice)
+        if self.tempering.active and (self.beta() != 1) is not self._tempered:
+            self._tempered = not self._tempered
+            self._units.clear()  # whether all sites carry one scale was said of another weight
         if self.graph is not None:
             # A replay does not run the programs: it is measured as the step was that it replays.
             if self.graph.compiled.captures != self._captures:

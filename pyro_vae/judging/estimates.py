@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -265,6 +266,7 @@ def log_likelihood(
             parts.append(_per_datum(_summary(log_weight), joint))
             totals += _at_steps(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
     pointwise, variance, bias, ess, k, smoothed, spread = (torch.cat(column) for column in zip(*parts, strict=True))
+    _say_not_finite(pointwise, "log p(x)")
     count = len(pointwise)
     return Estimate(
         value=pointwise.mean().item(),
@@ -317,6 +319,7 @@ def elbo_terms(
             variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
             parts.append((weight.mean(0), likelihood.mean(0), variance))
     pointwise, likelihood, variance = (torch.cat(column) for column in zip(*parts, strict=True))
+    _say_not_finite(pointwise, "the ELBO")
     count = len(pointwise)
     return ElboTerms(
         value=pointwise.mean().item(),
@@ -327,6 +330,18 @@ def elbo_terms(
         pointwise=pointwise,
         num_samples=num_samples,
     )
+
+
+def _say_not_finite(pointwise: Tensor, what: str) -> None:
+    """One line where an estimate is no number: which rows, and what to look at."""
+    bad = (~torch.isfinite(pointwise)).nonzero().flatten()
+    if len(bad):
+        rows = ", ".join(str(int(row)) for row in bad[:3]) + (", ..." if len(bad) > 3 else "")
+        warnings.warn(
+            f"{what} is not finite for {len(bad)} of {len(pointwise)} data (row {rows}): a density there has left the "
+            "range of its floats, or a scale has become 0. Look at these rows, scale the data, or take float64.",
+            stacklevel=3,
+        )
 
 
 def _summary(log_weight: Tensor) -> tuple[Tensor, ...]:
