@@ -235,9 +235,10 @@ def test_a_mask_is_boolean_and_of_the_datas_shape():
     x, mask = torch.tensor(X), torch.tensor(X) > 0
     taken = Batches((x.masked_fill(~mask, float("nan")), mask), 6, programs=(model, guide)).first()
     assert len(taken) == 2 and taken[1].dtype == torch.bool
-    assert len(Batches((x, mask[:, :1]), 6, programs=(model, guide)).first()) == 2
-    with pytest.raises(ValueError, match=r"boolean column of shape \(6,\) beside data of shape \(6, 5\).*mask\[:, None\]"):
-        Batches((x, mask[:, 0]), 6, programs=(model, guide))
+    assert len(Batches((x, mask[:, :1].expand_as(x)), 6, programs=(model, guide)).first()) == 2
+    for labels in (mask[:, 0], mask[:, :1]):  # a column of labels is no mask, however it stands
+        with pytest.raises(ValueError, match=r"boolean column of shape .* beside data of shape \(6, 5\).*expand_as"):
+            Batches((x, labels), 6, programs=(model, guide))
     with pytest.raises(ValueError, match="got a mask of dtype torch.float32, wanted torch.bool"):
         fit(model, guide, (x, mask.float()), epochs=1, progress=False)
     missing = np.ma.masked_array(X, X > 0)

@@ -313,3 +313,27 @@ def test_the_parameter_that_blew_up_first_is_named():
     with pytest.raises(ValueError, match=r"became (nan|inf) at step [1-9]\. Lower learning_rate"):
         fit(*pair_of("normal", standardize=False), torch.randn(20, 4), optimizer=torch.optim.SGD, learning_rate=1e8, batch_size=10, epochs=5,
             seed=0, loss=Objective(iwae, 5), progress=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [0, 5, 39])
+def test_grey_values_under_pyros_bernoulli_are_refused_wherever_they_stand(row):
+    decoder, encoder = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        loc, log_scale = encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    x = torch.bernoulli(torch.full((40, 3), 0.5), generator=torch.Generator().manual_seed(0))
+    x[row, 1] = 0.5
+    for run in (lambda: fit(model, guide, x, epochs=1, batch_size=4, seed=0, progress=False),
+                lambda: log_likelihood(model, guide, x, num_samples=5)):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"row {row}, column 1 of the data is 0\.5, .*wanted 0 or 1\. Binarize"):
+            run()

@@ -19,7 +19,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating, rests, unmoved
+from pyro_vae.evaluation import evaluating, rests, undisturbed, unmoved
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
@@ -398,7 +398,6 @@ class _Stepper:
         self.unit = Unit(1)  # what the loss of the step that is taken is a multiple of
         self._units: dict[tuple[int, ...], Unit] = {}
         self._sizes: tuple[int, ...] = ()
-        self._captures = 0
         self._tempered = False
         self.svi = SVI(model, guide, optimizer, loss)
         self.svi.loss_and_grads = self._counted
@@ -473,10 +472,7 @@ class _Stepper:
             self._units.clear()  # whether all sites carry one scale was said of another weight
         if self.graph is not None:
             # A replay does not run the programs: it is measured as the step was that it replays.
-            if self.graph.compiled.captures != self._captures:
-                self._captures = self.graph.compiled.captures
-                self._units.clear()  # what the programs read may have changed, and the scales with it
-            if self._sizes not in self._units and self._captures:
+            if self._sizes not in self._units and self.graph.compiled.captures:
                 self._measure(choice)
             self._use(self._units.get(self._sizes, self.unit))
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
@@ -543,7 +539,7 @@ class _Stepper:
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """A run that leaves random state and buffers as they are."""
-        with torch.random.fork_rng(), torch.no_grad(), unmoved(modules_of(self.svi.model, self.svi.guide)):
+        with undisturbed(), unmoved(modules_of(self.svi.model, self.svi.guide)):
             yield
 
     def _consider(self) -> None:
