@@ -422,6 +422,16 @@ def test_a_default_fit_is_the_eager_fit_when_state_changes_between_steps(name, u
     assert default[1] == pytest.approx(eager[1], abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_three_hundred_default_steps_are_the_eager_ones(name, user_settings, monkeypatch):
+    monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
+    eager = trained(name, user_settings, False, 300, compile=False)
+    default = trained(name, user_settings, False, 300)
+    assert default[0] == pytest.approx(eager[0], rel=1e-5, abs=1e-5)
+    assert default[1] == pytest.approx(eager[1], abs=1e-5)
+
+
 @pytest.mark.parametrize("name", BY_SPEED)
 def test_a_default_fit_is_the_eager_fit_when_the_guide_changes_state(name, user_settings, monkeypatch):
     monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
