@@ -143,7 +143,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "NumPy array in a dict": ("D = {'a': np.ones((2, 2))}", "float(D['a'][0, 1])", "D['a'][0, 1] = v"),
     "NumPy array, large": ("A = np.ones(100_000)", "float(A[99_999])", "A[99_999] = v"),
     "array.array": ("A = array.array('d', [1.0])", "A[0]", "A[0] = v"),
-    "bytearray": ("A = bytearray(b'\\x64')", "A[0] / 100", "A[0] = int(40 * v)"),
+    "bytearray": ("A = bytearray(b'\\x64')", "A[0] / 100", "A[0] = int(40 * v) % 256"),
     "memoryview": ("A = bytearray(8)\nV = memoryview(A).cast('d'); V[0] = 1.0", "V[0]", "V[0] = v"),
     "ctypes": ("C = ctypes.c_double(1.0)", "C.value", "C.value = v"),
     "closure": (
