@@ -20,7 +20,7 @@ from torch.distributions import Bernoulli, constraints
 
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.trees import Path, at, leaves
-from pyro_vae.sites import kind
+from pyro_vae.sites import kind, plates
 from pyro_vae.traces import Program
 
 _WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
@@ -98,6 +98,13 @@ def rules(shown: Rehearsal, batch: tuple[Any, ...]) -> dict[Path, Rule]:
             shares = {path: _share(leaf, value) for path, leaf in tensors if leaf.dtype != torch.bool}
             least = max([*shares.values(), 0.25]) if masked else 1.0
             same = [path for path, share in shares.items() if share >= least]
+        event = tuple(site["fn"].event_shape)
+        if same and event and value.dim() < len(event) + max((-dim for dim in plates(site)), default=0):
+            # Broadcast over the plate, one datum would be scored as so many data.
+            raise ValueError(
+                f"site {name!r} observes data of shape {tuple(value.shape)}, and one datum has the shape {event}; "
+                f"wanted (number of data, {', '.join(map(str, event))}). For a single datum pass x[None]."
+            )
         support = _support(fn)
         if len(same) == 1 and support is not None:
             leaf = dict(tensors)[same[0]]
@@ -118,9 +125,7 @@ def _share(leaf: Tensor, value: Tensor) -> float:
 def _support(fn: Any) -> Any:
     """The support of an element, as far as it is the same for all data."""
     if isinstance(fn, Bernoulli):
-        # Pyro's own refuses grey values; one that scores them, such as the package's, gets them with a warning.
-        strict = type(fn).__module__.startswith(("torch.", "pyro."))
-        return constraints.boolean if strict else constraints.unit_interval
+        return constraints.unit_interval  # grey values are scored, with a warning
     try:
         support = fn.support
     except (NotImplementedError, AttributeError):
