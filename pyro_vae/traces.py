@@ -41,6 +41,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.auxiliary import feeds, points_among
+from pyro_vae.options import checked, integer
 from pyro_vae.parameters import own_parameters
 from pyro_vae.sites import (
     PARTICLES,
@@ -191,6 +192,7 @@ class Cut(Messenger):
         return total
 
 
+@checked
 def particles(
     model: Program,
     guide: Program,
@@ -251,8 +253,7 @@ def draw(
 
     With a `Cut`, the log densities are functions of detached samples.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
+    num_samples = integer("num_samples", num_samples)
     if num_samples == 1:
         return _one_pass(model, guide, args, kwargs, 1, 0, cut)
     if vectorize is not False:
@@ -277,6 +278,7 @@ def draw(
     return _stack(singles)
 
 
+@checked
 def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """log p(x, z_k) of given latents.
 
@@ -296,6 +298,7 @@ def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwarg
         return sum((site_log_prob(site, frame) for site in sample_sites(trace)), torch.zeros(()))
 
 
+@checked
 def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """log q(z_k | x) of given latents, also of samples that the guide did not draw.
 
@@ -337,6 +340,7 @@ def _refuse_deltas(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
             )
 
 
+@checked
 def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
     """Draw latents and data from a model, whatever it was observing.
 

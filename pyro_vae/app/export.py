@@ -40,6 +40,7 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.judging.densities import Scorer
 from pyro_vae.judging.estimates import chunk_sizes
 from pyro_vae.judging.psis import pareto_k, pareto_smoothed
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.sites import plates
 from pyro_vae.traces import Particles, Program, draw, plate_nesting, predict, simulate
@@ -52,6 +53,7 @@ LOO_IS_INVALID = (
 _EVENTS = {1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
 
 
+@checked
 def to_arviz(
     model: Program,
     guide: Program,
@@ -180,6 +182,7 @@ def to_arviz(
     return _assembled(groups, about)
 
 
+@checked
 def save_arviz(tree: Any, path: str | os.PathLike[str]) -> None:
     """Write ArviZ data to a netCDF file, atomically; `az.from_netcdf` reads it back.
 

@@ -18,52 +18,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, de
 
 from pyro_vae.inference.rehearsal import undisturbed
 from pyro_vae.inference.trees import described, mapped, rows
+from pyro_vae.tensors import numbers_of, tensor_of
 
 # What numpy and torch both hold; all other numbers are converted to one of these.
 _SHARED = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
-
-
-def tensor_of(array: Any) -> Tensor:
-    """A NumPy array of any numbers as a tensor of its own: values kept, of the nearest type that torch computes with.
-
-    16-bit and 32-bit unsigned integers become wider signed ones, long doubles 64-bit floats.
-
-    Raises:
-        ValueError: Not numbers (strings, dates, records, complex numbers), or integers beyond 64 bits.
-    Example:
-        >>> tensor_of(np.array([1, 65535], dtype=">u2"))
-        tensor([    1, 65535], dtype=torch.int32)
-    """
-    array = np.asarray(array)
-    if array.dtype.kind == "O":
-        array = _numbers(array)
-    kind, size = array.dtype.kind, array.dtype.itemsize
-    if kind not in "biuf":
-        raise ValueError(
-            f"got data of dtype {array.dtype}, wanted integers, booleans or floats. Convert or leave out what is no "
-            "number: array.astype('float32')."
-        )
-    if kind == "u" and size == 8 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(
-            f"got the integer {array.max()}, wanted at most 2**63 - 1. Convert with array.astype('float32')."
-        )
-    wider = {"u2": "i4", "u4": "i8", "u8": "i8"}.get(f"{kind}{size}", "f8" if kind == "f" and size > 8 else None)
-    target = np.dtype(wider or array.dtype.newbyteorder("="))
-    with np.errstate(over="ignore"):  # a long double beyond float64 becomes inf, which the check of the data names
-        return torch.from_numpy(np.array(array, dtype=target, order="C"))
-
-
-def _numbers(array: np.ndarray) -> np.ndarray:
-    """An object array as one of numbers: of numbers, or of arrays of one shape."""
-    try:
-        if array.ndim == 1 and array.size and all(isinstance(x, np.ndarray | Tensor) for x in array):
-            return np.stack([np.asarray(x) for x in array])
-        return array.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"got an object array that is not of numbers ({error}), wanted integers, booleans or floats. Leave out "
-            "what is no number, and make arrays of different shapes one shape."
-        ) from error
 
 
 class _Array:
@@ -270,7 +228,7 @@ def _array_column(data: np.ndarray) -> Any:
             )
         data = data.data
     if data.dtype.kind == "O":
-        data = _numbers(data)
+        data = numbers_of(data)
     if data.dtype.kind not in "biuf" or not data.size:
         return tensor_of(data)
     shared = f"{data.dtype.kind}{data.dtype.itemsize}" in _SHARED and data.dtype.isnative

@@ -37,6 +37,7 @@ from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.per_datum import Counting, Unit, lengths
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, trainable
 from pyro_vae.traces import Program
 
@@ -159,6 +160,7 @@ class GradientLab:
         return "\n".join(lines)
 
 
+@checked
 def gradient_lab(
     model: Program,
     guide: Program,

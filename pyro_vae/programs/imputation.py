@@ -19,6 +19,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evaluation import evaluating
+from pyro_vae.options import checked
 from pyro_vae.programs.missing import full_mask
 from pyro_vae.traces import Program, particles, plate_nesting, sites
 
@@ -38,6 +39,7 @@ class Imputation(NamedTuple):
     ess: Tensor
 
 
+@checked
 def impute(
     model: Program, guide: Program, x: Tensor, mask: Tensor, *, num_samples: int = 1, proposals: int = 1000
 ) -> Imputation:
@@ -69,8 +71,6 @@ def impute(
         >>> draws.shape, abs(draws[:, 0, 1].mean().item() - 3) < 0.1
         (torch.Size([500, 1, 2]), True)
     """
-    if num_samples < 1 or proposals < 1:
-        raise ValueError(f"got num_samples={num_samples} and proposals={proposals}, wanted both positive integers.")
     mask = full_mask(mask, x)
     with evaluating(model, guide):
         observed = [name for name, site in sites(model, x, mask).items() if site["is_observed"]]

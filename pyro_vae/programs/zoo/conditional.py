@@ -17,6 +17,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
@@ -50,6 +51,7 @@ class Joined(nn.Module):
         torch.Size([7, 5])
     """
 
+    @checked
     def __init__(
         self, part: Callable[[Tensor], TorchDistribution], event_dim: int = 1, num_classes: int | None = None
     ) -> None:

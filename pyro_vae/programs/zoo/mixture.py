@@ -25,6 +25,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
@@ -145,6 +146,7 @@ class Mixture(nn.Module):
         q(c | x) is a fixed function of samples of z; here c is summed out exactly.
     """
 
+    @checked
     def __init__(
         self, num_clusters: int, components: Conditional, likelihood: Conditional, posterior: Conditional
     ) -> None:

@@ -34,6 +34,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
@@ -140,6 +141,7 @@ class SemiSupervisedGuide(Named):
         alpha: Weight of log q(y | x) of each labelled datum, in the gradient only.
     """
 
+    @checked
     def __init__(self, classifier: Conditional, posterior: Conditional, alpha: float = 1.0) -> None:
         super().__init__()
         if alpha < 0:
