@@ -33,7 +33,8 @@ Rule = Callable[[str, Any], Any]
 # The least that a whole number may be, by its name.
 LEAST = dict.fromkeys(
     ("batch_size", "epochs", "halvings", "images", "most", "num_groups", "num_neighbours", "num_samples",
-     "num_directions", "proposals", "num_components"), 1
+     "num_directions", "proposals", "num_components",
+     "x_shape", "hidden", "latent_dim", "latent_dims", "y_dim", "num_clusters"), 1
 ) | dict.fromkeys(("seed", "pilot_seed", "num_simulated", "pilot_steps", "max_plate_nesting", "size"), 0)  # fmt: skip
 # What is not among all the whole numbers that there are, in words that say more.
 WORDS = {"kl_warmup_steps": "a number of steps"}
@@ -73,8 +74,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             args = (*found, *args[len(found) :])
         return function(*args, **kwargs)
 
-    looked_at.option_rules = rules
-    return looked_at  # type: ignore[return-value]
+    looked_at.option_rules = rules  # type: ignore[attr-defined]
+    return looked_at
 
 
 def integer(name: str, value: Any, optional: bool = False) -> Any:
@@ -161,10 +162,30 @@ def _flag(name: str, value: Any, optional: bool = False) -> Any:
     raise ValueError(f"{name} must be True or False{' or None' * optional}, got {_shown(value)}.")
 
 
-def _integers(name: str, value: Any, optional: bool = False) -> Any:
-    if isinstance(value, str | bytes) or not hasattr(value, "__iter__") or not _has_length(value):
-        raise ValueError(f"{name} must be a sequence of integers, got {_shown(value)}. Pass {name}=(1, 10).")
-    return tuple(integer(name, each) for each in value)
+def integers(name: str, value: Any, optional: bool = False, one: Callable[[str, Any], Any] = integer) -> Any:
+    """Whole numbers as a tuple of Python's.
+
+    Raises:
+        ValueError: No sequence, or one of it is not what its name allows.
+    Example:
+        >>> integers("hidden", np.array([400, 200]))
+        (400, 200)
+    """
+    try:
+        if not isinstance(value, str | bytes | dict | set):
+            return tuple(one(name, each) for each in tuple(value))
+    except (TypeError, ValueError):
+        pass
+    least = LEAST.get(name)
+    wanted, many = f"a list of {'positive ' * (least == 1)}integers", (8, 4) if type(value) is not int else (value,)
+    shown: Any = many if least is None or min(many) >= least else (8, 4)
+    if one is not integer:
+        wanted, shown = f"lists of {'positive ' * (least == 1)}integers", ((8, 8), (4,))
+    raise ValueError(f"{name} must be {wanted}, got {_shown(value)}. Pass {name}={shown}, say.")
+
+
+def _nested(name: str, value: Any, optional: bool = False) -> Any:
+    return integers(name, value, optional, integers)
 
 
 def _path(name: str, value: Any, optional: bool = False) -> Any:
@@ -180,7 +201,8 @@ _KINDS: dict[frozenset[str], Kind] = {
     frozenset({"Program"}): function_of,
     frozenset({"Bound"}): function_of,
     frozenset({"str", "torch.device"}): device,
-    frozenset({"Sequence[int]"}): _integers,
+    frozenset({"Sequence[int]"}): integers,
+    frozenset({"Sequence[Sequence[int]]"}): _nested,
     frozenset({"str", "os.PathLike[str]"}): _path,
 }
 
@@ -205,13 +227,6 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, Tensor) and not value.dim() and not value.is_meta:
         return value.detach().item()
     return value[()] if isinstance(value, np.ndarray) and not value.ndim else value
-
-
-def _has_length(value: Any) -> bool:
-    try:
-        return len(value) >= 0
-    except TypeError:
-        return False
 
 
 def _shown(value: Any) -> str:
