@@ -116,6 +116,11 @@ class Batches:
         tensors = [isinstance(c, Tensor) or isinstance(getattr(c, "pixels", None), Tensor) for c in held]
         self._plain = bool(tensors) and all(tensors) and not self._each
 
+    @property
+    def tolerated(self) -> bool:
+        """Whether some values lie outside a support and are left out by the pair."""
+        return self._check is not None and self._check.tolerated
+
     def of(self, batch_size: int) -> Batches:
         """The same data in batches of another size; an iterable of batches keeps its own."""
         other = copy.copy(self)

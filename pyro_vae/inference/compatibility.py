@@ -27,12 +27,11 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, constraints
+from torch.distributions import constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.auxiliary import auxiliary_among, points_among
-from pyro_vae.inference.datacheck import scored, unwrapped
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
@@ -410,21 +409,6 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
 )
 
 
-def _grey(case: Case) -> str | None:
-    for name, site in case.model_sites.items():
-        base, masked = unwrapped(site["fn"])
-        if not site["is_observed"] or not isinstance(base, Bernoulli):
-            continue
-        grey = site["value"] % 1 != 0
-        # What a mask leaves out may be anything: a stand-in inside the support is no grey value.
-        if bool((grey & scored(site, grey) if masked or isinstance(site["mask"], Tensor) else grey).any()):
-            return (
-                f"site {name!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli "
-                "density: the ELBO is not comparable with any published one. Binarise the data."
-            )
-    return None
-
-
 def _slow(case: Case) -> str | None:
     loss = case.loss
     if not isinstance(loss, Objective) or not needs_cut(loss.bound, loss.estimator) or case.rescoring != "D passes":
@@ -480,7 +464,6 @@ def _one_weight(case: Case) -> str | None:
 
 
 NOTES: tuple[Callable[[Case], str | None], ...] = (
-    _grey,
     _slow,
     _many_components,
     _one_sample,

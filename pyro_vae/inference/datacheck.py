@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, constraints
 
-from pyro_vae.inference.rehearsal import Rehearsal, rehearse
+from pyro_vae.inference.rehearsal import Rehearsal, lenient, rehearse
 from pyro_vae.inference.trees import Path, at, leaves
 from pyro_vae.sites import kind, plates
 from pyro_vae.traces import Program
 
+_SCORED = (
+    "site {!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli density: the ELBO "
+    "is not comparable with any published one."
+)
 _WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
 
 
@@ -44,8 +48,8 @@ class Rule:
 
     @property
     def binary(self) -> bool:
-        """Whether it is a Bernoulli, which scores grey values and gives them no density."""
-        return self.kind in ("Bernoulli", "BernoulliLogits")
+        """Whether it is a Bernoulli that scores grey values, which have no density."""
+        return self.kind in ("Bernoulli", "BernoulliLogits") and self.support is constraints.unit_interval
 
     def outside(self, value: Tensor) -> Tensor:
         """Where a value lies outside, of its shape; of vectors whole ones."""
@@ -124,7 +128,7 @@ def _share(leaf: Tensor, value: Tensor) -> float:
 
 def _support(fn: Any) -> Any:
     """The support of an element, as far as it is the same for all data."""
-    if isinstance(fn, Bernoulli):
+    if isinstance(fn, Bernoulli) and lenient(fn):
         return constraints.unit_interval  # grey values are scored, with a warning
     try:
         support = fn.support
@@ -167,6 +171,8 @@ class DataCheck:
         batch: The batch of that run.
         masks: Positions of columns that are masks of the first.
         names: Names of the columns of a table, by leaf.
+    Attributes:
+        tolerated: Whether values outside a support were seen that the pair leaves out, which Pyro's validation refuses.
     """
 
     def __init__(
@@ -176,9 +182,11 @@ class DataCheck:
         self.programs = programs
         self.rules = {} if shown is None or shown.error is not None else rules(shown, batch)
         self.masks, self.names = masks, names or {}
-        known = dict(leaves(batch))
-        # Where the first batch is binary, a later grey value is no choice.
-        self.binary = {p for p, rule in self.rules.items() if rule.binary and bool((known[p] % 1 == 0).all())}
+        self.tolerated = False
+        self.binary = {path for path, rule in self.rules.items() if rule.binary}  # so far
+        if shown is not None and shown.error is None:
+            covered = {rule.site for rule in self.rules.values()}
+            self._made({name: site for name, site in shown.sites.items() if site["is_observed"]}, covered)
 
     def __call__(self, batch: tuple[Any, ...], where: Callable[[int], str], at_once: int = 128) -> None:
         """Look at one batch.
@@ -204,7 +212,7 @@ class DataCheck:
         low, high = (float(end) for end in torch.aminmax(leaf))
         if math.isfinite(low) and math.isfinite(high) and (rule is None or rule.within(low, high)):
             if rule is not None and path in self.binary:
-                self._grey(leaf, path, rule, where)
+                self._grey(batch, path, leaf, rule, where, at_once)
             return
         bad = ~torch.isfinite(leaf) if floating else torch.zeros_like(leaf, dtype=torch.bool)
         if rule is not None:
@@ -226,23 +234,59 @@ class DataCheck:
             if not self._stands(batch, group):
                 worst = next((int(i) for i in group if not self._stands(batch, i[None])), int(group[0]))
                 self._refuse(leaf, bad, worst, path, rule, where)
+        self.tolerated = True
 
-    def _grey(self, leaf: Tensor, path: Path, rule: Rule, where: Callable[[int], str]) -> None:
+    def _made(self, sites: Mapping[str, Any], covered: Collection[str]) -> None:
+        """What a program makes of the data before it observes it: of the first batch, without the row."""
+        for name, site in sites.items():
+            fn, _ = unwrapped(site["fn"])
+            support = _support(fn) if name not in covered and isinstance(site["value"], Tensor) else None
+            if support is None or not site["value"].numel():
+                continue
+            value, rule = site["value"], Rule(name, kind(fn), support, True)
+            wrong = rule.outside(value) & scored(site, value) & torch.isfinite(value)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"site {name!r} ({rule.kind}) observes {float(value[wrong][0]):.6g}, made of the data, which is "
+                    f"outside its support; wanted {_wanted(support)}. "
+                    f"{_remedy(rule, float(value[wrong][0]), *(float(e) for e in torch.aminmax(value)), value)}"
+                )
+            if rule.binary and bool(((value % 1 != 0) & scored(site, value)).any()):
+                warnings.warn(f"{_SCORED.format(name)} Binarise the data.", stacklevel=2)
+
+    def _grey(
+        self, batch: tuple[Any, ...], path: Path, leaf: Tensor, rule: Rule, where: Callable[[int], str], at_once: int
+    ) -> None:
+        """Say once that values are scored which have no density."""
         grey = leaf % 1 != 0
-        if bool(grey.any()):
+        if not bool(grey.any()):
+            return
+        for group in (grey.flatten(1).any(1) if grey.dim() > 1 else grey).nonzero().flatten().split(at_once):
+            # What a mask leaves out may be anything: a stand-in inside the support is no grey value.
+            site = self._run(batch, group).sites.get(rule.site)
+            among = torch.ones(len(group)) if site is None else (site["value"] % 1 != 0) & scored(site, site["value"])
+            among = among.flatten(1).any(1) if among.dim() > 1 else among
+            if not bool(among.any()):
+                continue
             self.binary.discard(path)
-            row = int((grey.flatten(1).any(1) if grey.dim() > 1 else grey).nonzero()[0])
+            first = int(among.nonzero()[0])
+            row = int(group[first]) if len(among) == len(group) else first if len(among) == len(leaf) else int(group[0])
             spot: tuple[int, ...] = tuple(int(i) for i in grey[row].nonzero()[0]) if grey.dim() > 1 else ()
             warnings.warn(
-                f"site {rule.site!r} is Bernoulli, and {where(row)}{self._column(path, spot)} of the data is "
-                f"{float(leaf[row][spot] if spot else leaf[row]):.4g}, a grey value between 0 and 1 among zeros and "
-                "ones, which has no Bernoulli density. Binarise the data.",
+                f"{_SCORED.format(rule.site)} Binarise the data ({where(row)}{self._column(path, spot)} of the data is "
+                f"{float(leaf[row][spot] if spot else leaf[row]):.4g}).",
                 stacklevel=2,
             )
+            return
+
+    def _run(self, batch: tuple[Any, ...], index: Tensor) -> Rehearsal:
+        """The pair on some rows; on all of the batch, where it has been written for so many."""
+        shown = rehearse(self.programs, at(batch, index))
+        return shown if shown.error is None else rehearse(self.programs, batch)
 
     def _stands(self, batch: tuple[Any, ...], index: Tensor) -> bool:
         """Whether the pair itself has finite densities of some rows, inside its supports wherever it scores them."""
-        shown = rehearse(self.programs, at(batch, index))
+        shown = self._run(batch, index)
         if not shown.finite():
             return False
         for site in shown.sites.values():
@@ -268,11 +312,9 @@ class DataCheck:
         if rule is None or not math.isfinite(value):
             place = f"{where(row)}{column}"
             raise ValueError(f"{place} of the data is {shown}; wanted a finite number. {_not_finite(value)}")
-        wanted = "[0, 1]" if rule.support is constraints.unit_interval else str(rule.support)
-        wanted = "0 or 1" if rule.support is constraints.boolean else wanted
         raise ValueError(
             f"{where(row)}{column} of the data is {shown}, outside the support of the likelihood ({rule.kind}, site "
-            f"{rule.site!r}); wanted {wanted}. {_remedy(rule, value, low, high, finite)}"
+            f"{rule.site!r}); wanted {_wanted(rule.support)}. {_remedy(rule, value, low, high, finite)}"
         )
 
     def _column(self, path: Path, spot: tuple[int, ...]) -> str:
@@ -302,6 +344,12 @@ def scored(site: Any, value: Tensor) -> Tensor:
     return counts
 
 
+def _wanted(support: Any) -> str:
+    if support is constraints.boolean:
+        return "0 or 1"
+    return "[0, 1]" if support is constraints.unit_interval else str(support)
+
+
 def _not_finite(value: float) -> str:
     if math.isnan(value):
         return (
@@ -322,8 +370,8 @@ def _remedy(rule: Rule, value: float, low: float, high: float, finite: Tensor) -
     grey = levels is not None or binary or (not support.is_discrete and _number(top) == 1)
     if binary and 0 < value < 1:
         return (
-            f"Binarize grey values (pyro_vae.data.binarize, or x > 0.5), which have no Bernoulli density. {missing} "
-            f"{another}"
+            f"Binarize grey values (pyro_vae.data.binarize, or x > 0.5), which have no Bernoulli density; with "
+            f"validate_args=False the distribution scores them by the same formula all the same. {missing} {another}"
         )
     if grey:
         if value < 0:

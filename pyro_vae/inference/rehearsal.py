@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.evaluation import evaluating, undisturbed
@@ -34,6 +35,24 @@ class _Parameters(Messenger):
     def _pyro_post_param(self, msg: Any) -> None:
         if isinstance(msg["value"], Tensor):
             self.found.append(msg["value"])
+
+
+# False to all who ask, and not the False that a distribution was given: after the run one can tell which it was.
+_UNSAID: Any = 0
+
+
+def lenient(fn: Any) -> bool:
+    """Whether a distribution that a rehearsal made was told to score what lies outside of its support.
+
+    Args:
+        fn: The fn of a site.
+    Example:
+        >>> import pyro.distributions as dist
+        >>> model = lambda x: pyro.sample("x", dist.Bernoulli(0.5, validate_args=False), obs=x)
+        >>> lenient(rehearse([model], (torch.ones(()),)).sites["x"]["fn"])
+        True
+    """
+    return fn._validate_args is False
 
 
 @dataclass
@@ -96,6 +115,7 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
     hook = register_module_forward_pre_hook(lambda module, _: ran.update({id(module): module}))
     try:
         with undisturbed(), evaluating(*programs), pyro.validation_enabled(False), _Parameters(asked):
+            Distribution.set_default_validate_args(_UNSAID)
             drawn: Trace | None = None
             for guide in programs[1:]:
                 trace = poutine.trace(guide).get_trace(*batch)

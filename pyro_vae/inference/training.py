@@ -480,8 +480,8 @@ class _Stepper:
             self._use(self._units.get(self._sizes, self.unit))
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
-            # Pyro's checks of shapes and supports cost a good part of a step: once is enough.
-            with pyro.validation_enabled(self.steps == 0):
+            # Pyro's checks of shapes and supports cost a good part of a step: once is enough. They come before masks.
+            with pyro.validation_enabled(self.steps == 0 and not self.batches.tolerated):
                 result = self.svi.step(*(batch or self.batches.take(*choice)))
             value = float(sum(result) if isinstance(result, tuple | list) else result)
         elif replayed.device.type == "cpu":
