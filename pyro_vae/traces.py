@@ -39,10 +39,12 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_vae.auxiliary import feeds, points_among
 from pyro_vae.options import checked, integer
 from pyro_vae.parameters import own_parameters
+from pyro_vae.refusals import in_words, wrong_site
 from pyro_vae.sites import (
     PARTICLES,
     Frame,
@@ -236,7 +238,21 @@ def particles(
         True
     """
     with own_parameters(model, guide):
-        return draw(model, guide, args, kwargs, num_samples, vectorize, max_plate_nesting)
+        try:
+            found = draw(model, guide, args, kwargs, num_samples, vectorize, max_plate_nesting)
+        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+            if vectorize or isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+                raise
+            got = ", ".join(_shape(x) for x in args) or "no data"
+            raise ValueError(
+                f"the pair does not run on {got}: {' '.join(str(error).split())[:200]} ({type(error).__name__}). "
+                "Wanted what model and guide take, such as a tensor (B, *x_shape) of their type."
+            ) from error
+        if get_proxy_mode() is None and not torch.compiler.is_compiling():
+            if bool(found.log_likelihood.isnan().any()) or any(bool(v.isnan().any()) for v in found.log_q.values()):
+                reason = wrong_site((guide, model), args, kwargs)
+                raise ValueError(reason or "a log density of the pair is nan. Look at its data and its weights.")
+        return found
 
 
 def draw(
@@ -415,8 +431,9 @@ def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Ma
 def _traced(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Trace, Trace]:
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    with in_words((guide, model), args, kwargs):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
 
 
 class Layout(NamedTuple):
@@ -455,7 +472,7 @@ def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
 
 def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The sample sites of a program by name, as Pyro's trace holds them, from one run."""
-    with own_parameters(program), torch.random.fork_rng(), torch.no_grad():
+    with own_parameters(program), torch.random.fork_rng(), torch.no_grad(), in_words((program,), args, kwargs):
         return {site["name"]: site for site in sample_sites(poutine.trace(program).get_trace(*args, **kwargs))}
 
 
@@ -474,6 +491,19 @@ def _one_pass(
     num_samples: int,
     nesting: int,
     cut: Cut | None = None,
+) -> Particles:
+    with in_words((guide, model), args, kwargs):
+        return _scored(model, guide, args, kwargs, num_samples, nesting, cut)
+
+
+def _scored(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    nesting: int,
+    cut: Cut | None,
 ) -> Particles:
     given = guide
     if num_samples > 1:
@@ -526,6 +556,12 @@ def _one_pass(
         joint=frame.data_size if frame.joint else 0,
         partial=partial,
     )
+
+
+def _shape(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}"
+    return f"a {type(x).__name__}"
 
 
 def missing_values(name: str) -> str:

@@ -20,6 +20,7 @@ from torch.distributions import Bernoulli, constraints
 
 from pyro_vae.inference.rehearsal import Rehearsal, lenient, rehearse
 from pyro_vae.inference.trees import Path, at, leaves
+from pyro_vae.refusals import wrong_site
 from pyro_vae.sites import kind, plates
 from pyro_vae.traces import Program
 
@@ -27,6 +28,8 @@ _SCORED = (
     "site {!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli density: the ELBO "
     "is not comparable with any published one."
 )
+# From here on a square may leave the floats, so that a row has no density: the pair is asked.
+_FAR = 1e15
 _WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
 
 
@@ -213,6 +216,8 @@ class DataCheck:
         if math.isfinite(low) and math.isfinite(high) and (rule is None or rule.within(low, high)):
             if rule is not None and path in self.binary:
                 self._grey(batch, path, leaf, rule, where, at_once)
+            if floating and max(-low, high) > _FAR:
+                self._far(batch, path, leaf, where, at_once)
             return
         bad = ~torch.isfinite(leaf) if floating else torch.zeros_like(leaf, dtype=torch.bool)
         if rule is not None:
@@ -235,6 +240,30 @@ class DataCheck:
                 worst = next((int(i) for i in group if not self._stands(batch, i[None])), int(group[0]))
                 self._refuse(leaf, bad, worst, path, rule, where)
         self.tolerated = True
+
+    def _far(
+        self, batch: tuple[Any, ...], path: Path, leaf: Tensor, where: Callable[[int], str], at_once: int
+    ) -> None:
+        """Refuse rows so far out that a density of the pair leaves the floats there."""
+        far = leaf.abs() > _FAR
+        suspects = far.flatten(1).any(1).nonzero().flatten() if far.dim() > 1 else far.nonzero().flatten()
+        if len(suspects) == len(leaf):
+            return  # no row among others: the first step says that the data are unscaled
+        for group in suspects.split(at_once):
+            row = next((int(i) for i in group if self._loses(at(batch, i[None]))), None)
+            if row is None:
+                continue
+            spot: tuple[int, ...] = tuple(int(i) for i in far[row].nonzero()[0]) if far.dim() > 1 else ()
+            said = wrong_site(self.programs[::-1], at(batch, torch.tensor([row], device=leaf.device)), {})
+            site = "a density of the pair" if said is None else said.split(")", 1)[0] + ")"
+            raise ValueError(
+                f"{where(row)}{self._column(path, spot)} of the data is {float(leaf[row][spot]):.6g}, "
+                f"so large that {site} leaves the floats; wanted data near one in size. Standardise them, "
+                "(x - x.mean(0)) / x.std(0), or drop the row."
+            )
+
+    def _loses(self, batch: tuple[Any, ...]) -> bool:
+        return not rehearse(self.programs, batch).finite()
 
     def _made(self, sites: Mapping[str, Any], covered: Collection[str]) -> None:
         """What a program makes of the data before it observes it: of the first batch, without the row."""

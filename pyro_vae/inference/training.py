@@ -42,6 +42,7 @@ from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, chec
 from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
 from pyro_vae.reach import modules_of
+from pyro_vae.refusals import reworded
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
@@ -481,8 +482,15 @@ class _Stepper:
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough. They come before masks.
+            batch = batch or self.batches.take(*choice)
             with pyro.validation_enabled(self.steps == 0 and not self.batches.tolerated):
-                result = self.svi.step(*(batch or self.batches.take(*choice)))
+                try:
+                    result = self.svi.step(*batch)
+                except ValueError as error:
+                    said = reworded(error, self.pair[::-1], batch, {})
+                    if said is None:
+                        raise
+                    raise said from error
             value = float(sum(result) if isinstance(result, tuple | list) else result)
         elif replayed.device.type == "cpu":
             value = replayed.item()

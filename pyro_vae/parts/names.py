@@ -13,8 +13,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 PARTS: dict[str, dict[str, str]] = {
     "posterior": {
         "diagonal": "posteriors.normal:DiagonalNormal",
@@ -104,8 +102,9 @@ def family(kind: str, given: Any) -> Any:
     """
     if isinstance(given, str):
         return find(kind, given)
-    if isinstance(given, nn.Module) or not callable(given):
-        shown = f"a {type(given).__name__} that is made already" if isinstance(given, nn.Module) else repr(given)
+    made_already = hasattr(given, "forward") and not isinstance(given, type)
+    if made_already or not callable(given):
+        shown = f"a {type(given).__name__} that is made already" if made_already else repr(given)
         takes = "decoder" if kind == "likelihood" else "encoder and latent_dim"
         raise ValueError(
             f"got {shown} as the {kind}, wanted its class, a function of {takes}, or a name: one of "

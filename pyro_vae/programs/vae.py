@@ -178,7 +178,10 @@ class VAE(nn.Module):
             )
         try:
             options = {"standardize": False} | json.loads(text)  # none had it before the field was there
-            architecture = Architecture.of(options.pop("x_shape"), **options)
+            try:
+                architecture = Architecture.of(options.pop("x_shape"), **options)
+            except ValueError as error:
+                raise TypeError(str(error)) from error
             for name in architecture.foreign:
                 if name not in trust:
                     raise ValueError(

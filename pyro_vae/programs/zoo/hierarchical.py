@@ -176,8 +176,10 @@ class Hierarchical(nn.Module):
                 "least two layers, as in latent_dims=(100, 50), hidden=((200, 200), (100, 100))."
             )
         shapes = [tuple(x_shape), *((d,) for d in latent_dims)]
-        encoders = [MLP(s, w, None, activation) for s, w in zip(shapes, hidden, strict=False)]
-        up = [names.made("posterior", posterior, e, d) for e, d in zip(encoders, latent_dims, strict=True)]
+        up = [
+            names.made("posterior", posterior, MLP(shape, widths, None, activation), dim)
+            for shape, widths, dim in zip(shapes, hidden, latent_dims, strict=False)
+        ]
         down = [
             DiagonalNormal(MLP(above, widths[::-1], None, activation), below)
             for below, above, widths in zip(latent_dims, latent_dims[1:], hidden[1:], strict=False)

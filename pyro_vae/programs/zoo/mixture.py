@@ -181,8 +181,8 @@ class Mixture(nn.Module):
         """
         decoder = pixel_likelihood(likelihood, latent_dim, hidden[::-1], x_shape, activation)
         encoder = MLP(x_shape, hidden, None, activation)
-        amortized = names.made("posterior", posterior, encoder, latent_dim)
-        return cls(num_clusters, Clusters(num_clusters, latent_dim), decoder, amortized)
+        clusters = Clusters(num_clusters, latent_dim)
+        return cls(num_clusters, clusters, decoder, names.made("posterior", posterior, encoder, latent_dim))
 
     @property
     def marginal(self) -> Model:
