@@ -45,11 +45,39 @@ class _Array:
         return tensor_of(part[inverse]).reshape(len(inverse), *self.shape[1:])
 
 
+def indices_of(indices: Sequence[int], size: int) -> Tensor:
+    """The indices of a ``Subset``, as numbers of rows.
+
+    Raises:
+        ValueError: One of no row.
+    """
+    try:
+        found = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"got a Subset with indices that are no whole numbers ({error}), wanted numbers of rows."
+        ) from error
+    if found.dim() != 1 or found.is_floating_point() and len(found) or found.dtype == torch.bool or found.is_complex():
+        raise ValueError(
+            f"got a Subset with indices of shape {tuple(found.shape)} and dtype {found.dtype}, wanted numbers of rows. "
+            "Of a mask take mask.nonzero()[:, 0]."
+        )
+    found = found.long()
+    outside = (found < -size) | (found >= size)
+    if bool(outside.any()):
+        first = int(outside.nonzero()[0])
+        raise ValueError(
+            f"got a Subset whose index {first} is {int(found[first])}, of a dataset of {size} items; wanted numbers "
+            f"from 0 to {size - 1}. Make it from range(len(dataset))."
+        )
+    return found
+
+
 class _Taken:
     """Some rows of another column."""
 
     def __init__(self, inner: Any, indices: Sequence[int]) -> None:
-        self.inner, self.indices = inner, torch.as_tensor(indices, dtype=torch.int64)
+        self.inner, self.indices = inner, indices_of(indices, len(inner))
         self.settled = settled(inner)
 
     def __len__(self) -> int:
@@ -90,7 +118,36 @@ class _Items:
     def __getitem__(self, index: Tensor) -> Any:
         numbers = index.tolist()
         fetch = getattr(self.items, "__getitems__", None)
-        return collated(fetch(numbers) if fetch is not None else [self.items[i] for i in numbers])
+        try:
+            if fetch is not None:
+                return collated(fetch(numbers))
+            items = []
+            for i in numbers:
+                items.append(self.items[i])
+        except Unreadable:
+            raise
+        except Exception as error:
+            last = f"item {numbers[len(items)]}" if fetch is None else f"an item of {_few(numbers)}"
+            raise Unreadable(f"{last} of the dataset", self.items, error) from error
+        return collated(items)
+
+
+class Unreadable(ValueError):
+    """What a dataset or a loader of somebody else's raises, with where it did."""
+
+    def __init__(self, what: str, source: Any, error: Exception) -> None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = lines[-1] if lines else "without a word"  # of a worker's, which is a whole traceback
+        name = type(error).__name__
+        super().__init__(
+            f"{what} ({type(source).__name__}) cannot be read: {said if said.startswith(name) else f'{name}: {said}'}. "
+            "Wanted a dataset whose items can all be read; look at that item by itself."
+        )
+
+
+def _few(numbers: Sequence[int]) -> str:
+    more = "..." if len(numbers) > 5 else ""
+    return ", ".join(map(str, numbers[:5])) + more
 
 
 def collated(items: Sequence[Any]) -> Any:
@@ -335,6 +392,8 @@ def _dataset_column(data: Any) -> Any:
             return _Taken(column(inner.tensors[0]), data.indices)
         if not isinstance(inner, Dataset) and not isinstance(inner, list | tuple):
             return _Taken(column(inner), data.indices)
+        if hasattr(inner, "__len__"):
+            indices_of(data.indices, len(inner))
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
         raise ValueError(
             f"got a dataset of type {type(data).__name__} without a length, wanted one whose items have numbers. Pass "
