@@ -39,6 +39,7 @@ LEAST = dict.fromkeys(
 # What is not among all the whole numbers that there are, in words that say more.
 WORDS = {"kl_warmup_steps": "a number of steps"}
 FINITE = {"learning_rate", "beta"}
+FILLED = {"x_shape"}
 _MOST = 2**63
 
 
@@ -173,7 +174,9 @@ def integers(name: str, value: Any, optional: bool = False, one: Callable[[str, 
     """
     try:
         if not isinstance(value, str | bytes | dict | set):
-            return tuple(one(name, each) for each in tuple(value))
+            found = tuple(one(name, each) for each in tuple(value))
+            if found or name not in FILLED:
+                return found
     except (TypeError, ValueError):
         pass
     least = LEAST.get(name)
@@ -191,7 +194,7 @@ def _nested(name: str, value: Any, optional: bool = False) -> Any:
 def _path(name: str, value: Any, optional: bool = False) -> Any:
     if isinstance(value, str | os.PathLike):
         return value
-    raise ValueError(f"{name} must be a path{' or None' * optional}, got {_shown(value)}. Pass a string or a Path.")
+    raise ValueError(f"{name} must be a path, got {_shown(value)}. Pass a string or a Path{', or None' * optional}.")
 
 
 _KINDS: dict[frozenset[str], Kind] = {

@@ -30,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
@@ -238,16 +238,8 @@ def particles(
         True
     """
     with own_parameters(model, guide):
-        try:
+        with contextlib.nullcontext() if vectorize else _taking(args):
             found = draw(model, guide, args, kwargs, num_samples, vectorize, max_plate_nesting)
-        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
-            if vectorize or isinstance(error, torch.OutOfMemoryError | NotImplementedError):
-                raise
-            got = ", ".join(_shape(x) for x in args) or "no data"
-            raise ValueError(
-                f"the pair does not run on {got}: {' '.join(str(error).split())[:200]} ({type(error).__name__}). "
-                "Wanted what model and guide take, such as a tensor (B, *x_shape) of their type."
-            ) from error
         if get_proxy_mode() is None and not torch.compiler.is_compiling():
             if bool(found.log_likelihood.isnan().any()) or any(bool(v.isnan().any()) for v in found.log_q.values()):
                 reason = wrong_site((guide, model), args, kwargs)
@@ -308,7 +300,7 @@ def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwarg
     Raises:
         ValueError: A latent site has no value, or the sites carry different scales.
     """
-    with own_parameters(model):
+    with own_parameters(model), _taking(args), in_words((model,), args, kwargs):
         trace, frame = _replayed(model, latents, args, kwargs)
         common_scale([trace])
         return sum((site_log_prob(site, frame) for site in sample_sites(trace)), torch.zeros(()))
@@ -329,7 +321,7 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
         ValueError: A latent has no value, the guide has a point site, its distribution cannot
             score a sample that it did not draw, or the sites carry different scales.
     """
-    with own_parameters(guide):
+    with own_parameters(guide), _taking(args), in_words((guide,), args, kwargs):
         look = functools.partial(_refuse_deltas, guide, args, kwargs)
         trace, frame = _replayed(guide, latents, args, kwargs, look=look)
         common_scale([trace])
@@ -370,7 +362,7 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
     Returns:
         The latent and the observed sites.
     """
-    with own_parameters(model), torch.no_grad():
+    with own_parameters(model), torch.no_grad(), _taking(args), in_words((model,), args, kwargs):
         observed = poutine.trace(model).get_trace(*args, **kwargs)
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     # Run as a prior, a model that takes no data says which site is the data by its name.
@@ -556,6 +548,21 @@ def _scored(
         joint=frame.data_size if frame.joint else 0,
         partial=partial,
     )
+
+
+@contextlib.contextmanager
+def _taking(args: tuple[Any, ...]) -> Iterator[None]:
+    """Say of what programs raise from inside torch that they do not run on such arguments."""
+    try:
+        yield
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+            raise
+        got = ", ".join(_shape(x) for x in args) or "no data"
+        raise ValueError(
+            f"the programs do not run on {got}: {' '.join(str(error).split())[:200]} ({type(error).__name__}). Wanted "
+            "what they take, such as a tensor (B, *x_shape) of their type."
+        ) from error
 
 
 def _shape(x: Any) -> str:

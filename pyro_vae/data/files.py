@@ -122,7 +122,7 @@ def _rows_first(arrays: Mapping[str, np.ndarray], x: Keys, y: Keys, where: str) 
     turned = dict(arrays)
     for part, key in x.items():
         data, labels = arrays[key], arrays.get(y.get(part, ""))
-        count = None if labels is None or not labels.size else len(labels.reshape(-1))
+        count = 0 if labels is None else labels.size
         if data.ndim in (3, 4) and count == data.shape[-1] != len(data) and count > 4:
             turned[key] = np.moveaxis(data, -1, 0)
             warnings.warn(f"{where}: {key or 'the array'} has shape {data.shape} and {count} labels, so its data lie "

@@ -188,6 +188,10 @@ class DataCheck:
         self.tolerated = False
         self._ran = None if shown is None or shown.error is not None or not _has_rows(batch) else at(batch, slice(1))
         self._range: dict[Path, tuple[float, float]] = {}  # of whole numbers that the pair has run on
+        for path, leaf in leaves(batch) if self._ran is not None else ():
+            if isinstance(leaf, Tensor) and leaf.numel() and leaf.dtype != torch.bool and not leaf.is_floating_point():
+                low, high = torch.aminmax(leaf)
+                self._range[path] = float(low), float(high)
         self.binary = {path for path, rule in self.rules.items() if rule.binary}  # so far
         if shown is not None and shown.error is None:
             covered = {rule.site for rule in self.rules.values()}

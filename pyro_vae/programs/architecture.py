@@ -64,8 +64,6 @@ class Architecture:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x_shape", integers("x_shape", self.x_shape))
-        if not self.x_shape:
-            raise ValueError("got x_shape=(), wanted the shape of one datum, such as (1, 28, 28), or (D,) for vectors.")
         object.__setattr__(self, "hidden", _widths(self.hidden))
         object.__setattr__(self, "latent_dim", integer("latent_dim", self.latent_dim))
         if self.network not in names.NETWORKS:
