@@ -385,3 +385,8 @@ def test_what_a_program_makes_of_the_data_is_looked_at_too(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RUNS[run](bernoulli_pair(lambda x: (x > 127).float()), x)
+
+
+def test_truth_values_of_a_wrong_shape_are_refused_for_their_shape():
+    with pytest.raises(ValueError, match="got data of shape|does not run on a batch of the data"):
+        fit(*pair_of("normal", 3), torch.ones(3, 4, dtype=torch.bool), epochs=1, progress=False)

@@ -282,3 +282,54 @@ def test_pseudo_inputs_start_at_the_data_as_the_guide_sees_them(tmp_path):
     vae = Run.load(tmp_path / "run").vae()
     assert vae.model.prior.pseudo_inputs.abs().max() < 35
     assert particles(vae.model, vae.guide, people(5)).log_weight.isfinite().all()
+
+
+def large_counts() -> torch.Tensor:
+    """Transcripts: columns of mean 0.5, 30, 800 and none, at another depth each."""
+    generator = torch.Generator().manual_seed(0)
+    depth = 0.5 + torch.rand(400, 1, generator=generator)
+    return torch.poisson(torch.tensor([0.5, 30.0, 800.0, 0.0]) * depth, generator=generator)
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", "negative-binomial"])
+def test_large_counts_fit_out_of_the_box_and_are_scored_as_they_are(likelihood, tmp_path):
+    x = large_counts()
+    vae = pv.VAE.build((4,), latent_dim=1, hidden=(32,), likelihood=likelihood)
+    with pytest.warns(UserWarning, match=r"the counts are large .*log\(1 \+ x.*standardize=False\) leaves it out"):
+        history = pv.fit(vae.model, vae.guide, x, epochs=40, batch_size=100, learning_rate=1e-2, seed=0, progress=False)
+    assert torch.allclose(vae.guide.standardize.scale, torch.where(x.mean(0) > 0, x.mean(0), 1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is settled: a second fit neither says nor moves it
+        pv.fit(vae.model, vae.guide, x[:50], epochs=1, seed=0, progress=False)
+    # Independent columns, each a Poisson of its mean, are what a model without z would come to.
+    alone = torch.distributions.Poisson(x.mean(0).clamp(min=1e-6)).log_prob(x).sum(-1).mean()
+    assert history["bound"][-1] > alone + 10
+    z = torch.zeros(5, 1)
+    with torch.no_grad():
+        given_z = vae.model.likelihood(z)
+        mean = torch.nn.functional.softplus(vae.model.likelihood.decoder(z)) * vae.guide.standardize.scale
+        if likelihood == "poisson":
+            wanted = torch.distributions.Poisson(mean)
+        else:
+            r = vae.model.likelihood.log_concentration.exp()
+            wanted = torch.distributions.NegativeBinomial(r, logits=(mean / r).log())
+        assert torch.allclose(given_z.log_prob(x[:5]), wanted.log_prob(x[:5]).sum(-1), rtol=1e-4)
+        assert torch.allclose(given_z.mean, mean, rtol=1e-5)
+    vae.save(tmp_path / "w.safetensors")
+    again = pv.VAE.load(tmp_path / "w.safetensors")
+    assert again.guide.standardize is again.model.likelihood.size
+    assert torch.equal(again.guide.standardize.scale, vae.guide.standardize.scale)
+
+
+def test_small_counts_and_levels_are_left_as_they_are():
+    x = torch.poisson(torch.full((50, 4), 2.0), generator=torch.Generator().manual_seed(0))
+    history = {}
+    for standardize in (None, False):
+        torch.manual_seed(0)
+        vae = pv.VAE.build((4,), latent_dim=2, hidden=(8,), likelihood="poisson", standardize=standardize)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            history[standardize] = pv.fit(vae.model, vae.guide, x, epochs=3, seed=0, progress=False)["loss"]
+    assert history[None] == history[False]
+    levels = pv.VAE.build((4,), likelihood="poisson", likelihood_options={"levels": 256})
+    assert levels.guide.standardize is None and levels.model.likelihood.size is None

@@ -126,7 +126,8 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     )  # fmt: skip
     if options.standardize is None:
         table = len(dataset.x_shape) == 1 and dataset.train.pixels.is_floating_point() and dataset.testbed is None
-        options = dataclasses.replace(options, standardize=table and options.likelihood == "normal")
+        if options.likelihood not in COUNTS:  # of which the size is found when they are fitted
+            options = dataclasses.replace(options, standardize=table and options.likelihood == "normal")
     if options.standardize and options.likelihood != "normal":
         raise ValueError(
             f"got --standardize with --likelihood {options.likelihood}, wanted normal: the values of the others lie in "

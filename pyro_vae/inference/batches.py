@@ -405,7 +405,8 @@ class Batches:
             if found.error is None or isinstance(found.error, ValueError) and not isinstance(shown.error, ValueError):
                 self._casts |= cast
                 return found
-        return shown
+        # Truth values that torch cannot subtract say nothing of what else is wrong with them.
+        return found if isinstance(shown.error, NotImplementedError) else shown
 
     def _rehearsed(self, batch: tuple[Any, ...], casts: Mapping[Path, torch.dtype]) -> Rehearsal:
         return rehearse(self.programs, _cast(batch, casts))

@@ -306,10 +306,10 @@ class DataCheck:
             value, rule = site["value"], Rule(name, kind(fn), support, True)
             wrong = rule.outside(value) & scored(site, value) & torch.isfinite(value)
             if bool(wrong.any()):
+                first, low, high = (float(v) for v in (value[wrong][0], value.min(), value.max()))
                 raise ValueError(
-                    f"site {name!r} ({rule.kind}) observes {float(value[wrong][0]):.6g}, made of the data, which is "
-                    f"outside its support; wanted {_wanted(support)}. "
-                    f"{_remedy(rule, float(value[wrong][0]), *(float(e) for e in torch.aminmax(value)), value)}"
+                    f"site {name!r} ({rule.kind}) observes {first:.6g}, made of the data, which is outside its "
+                    f"support; wanted {_wanted(support)}. {_remedy(rule, first, low, high, value)}"
                 )
             if rule.binary and bool(((value % 1 != 0) & scored(site, value)).any()):
                 warnings.warn(f"{_SCORED.format(name)} Binarise the data.", stacklevel=2)

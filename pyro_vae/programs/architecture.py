@@ -11,11 +11,12 @@ from torch import nn
 
 from pyro_vae.options import integer, integers
 from pyro_vae.parts import names, networks
-from pyro_vae.parts.standardize import Standardize
+from pyro_vae.parts.standardize import CountScale, Standardize
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
 
 PSEUDO_INPUTS = 500
+_COUNTS = ("poisson", "negative-binomial")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Architecture:
         standardize: Of the normal likelihood: whether guide and likelihood work on (x - m) / s, m and s the mean and
             standard deviation of the training data, column by column; densities stay those of x (see
             `pyro_vae.parts.standardize`). None does so for vectors of which a column is far from size one, when
-            they are first fitted, and says it.
+            they are first fitted, and says it; it starts the networks of large counts at their size likewise.
     Raises:
         ValueError: An unknown name, or parts that do not fit together.
     """
@@ -132,12 +133,16 @@ class Architecture:
 
         The two share the encoder where the prior is a mixture of posteriors ("vamp").
         """
-        options, standardize = self.likelihood_options, None
+        options: dict[str, Any] = self.likelihood_options
+        standardize: Standardize | None = None
         if self.likelihood == "normal":
             # Images have one scale for all pixels, which their range says; columns have each its own.
             if self.standardize or self.standardize is None and len(self.x_shape) == 1:
                 standardize = Standardize(self.x_shape, automatic=not self.standardize)
             options = {"scale": self.scale, "x_shape": self.x_shape, "standardize": standardize} | options
+        elif self.likelihood in _COUNTS and self.standardize is None and options.get("levels") is None:
+            standardize = CountScale(self.x_shape)  # with levels the data are of size one as they are
+            options = {"size": standardize} | options
         # How many channels the decoder has is the likelihood's to say.
         likelihood = names.build("likelihood", self.likelihood, [nn.Identity()], options)
         likelihood.decoder = self.decoder(getattr(likelihood, "parameters_per_pixel", 1))

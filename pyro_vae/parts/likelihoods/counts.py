@@ -1,10 +1,10 @@
 """Likelihoods of counts x in 0, 1, 2, ...: photons, words, transcripts.
 
-The mean is softplus(l) or exp(l) of the decoder's output l. Both go in as logarithms, log softplus(l) = l for
-l -> -infinity, so that a count where the decoder expected none has a finite log density and a gradient that does
-not vanish. With `levels` x is a grey level v / (L - 1) whose v is the count, and the mean is that many times larger:
-the decoder's output stays of the size of x. The exponential is the canonical link, and overflows float32 at l = 88;
-softplus grows no faster than l.
+The mean is softplus(l) or exp(l) of the decoder's output l, times the size of the column where that was measured. Both
+go in as logarithms, log softplus(l) = l for l -> -infinity: a count where the decoder expected none has a finite log
+density and a gradient that does not vanish. With `levels` x is a grey level v / (L - 1) whose v is the count, and
+the mean is that many times larger: the decoder's output stays of the size of x. The exponential is the canonical link,
+and overflows float32 at l = 88; softplus grows no faster than l.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyro_vae.parts.distributions.counts import LevelsAsCounts, NegativeBinomialLogMean, PoissonLogRate
 from pyro_vae.parts.distributions.levels import GreyLevels
 from pyro_vae.parts.likelihoods.likelihood import Likelihood
+from pyro_vae.parts.standardize import CountScale
 
 _LINKS = ("softplus", "exp")
 
@@ -33,11 +34,12 @@ def _check_levels(levels: int | None) -> int | None:
     return None if levels is None else GreyLevels(levels).levels
 
 
-def _log_mean(link: str, output: Tensor, levels: int | None) -> Tensor:
+def _log_mean(link: str, output: Tensor, levels: int | None, size: CountScale | None) -> Tensor:
     # softplus(l) = -logsigmoid(-l) underflows far out, where its logarithm is l to 1e-13.
     if link == "softplus":
         output = torch.where(output < -30, output, torch.log(-F.logsigmoid(-output.clamp(min=-30))))
-    return output if levels is None else output + math.log(levels - 1)
+    output = output if levels is None else output + math.log(levels - 1)
+    return output if size is None else output + size.scale.log()
 
 
 def _as_data(counts: TorchDistribution, levels: int | None) -> TorchDistribution:
@@ -51,6 +53,7 @@ class Poisson(Likelihood):
         decoder: z, (..., D), to l, (..., *x_shape).
         link: "softplus" for m = log(1 + e^l), "exp" for m = e^l.
         levels: L, for data x = v / (L - 1) with counts v (256 for 8-bit images), of mean (L - 1) m; None for x itself.
+        size: Has `scale` s, (*x_shape), such as a `CountScale`: the mean is s m; None for m.
     Raises:
         ValueError: Another link, fewer than two levels.
     Example:
@@ -58,13 +61,15 @@ class Poisson(Likelihood):
         torch.Size([6])
     """
 
-    def __init__(self, decoder: nn.Module, link: str = "softplus", levels: int | None = None) -> None:
+    def __init__(
+        self, decoder: nn.Module, link: str = "softplus", levels: int | None = None, size: CountScale | None = None
+    ) -> None:
         super().__init__(decoder)
-        self.link, self.levels = _check_link(link), _check_levels(levels)
+        self.link, self.levels, self.size = _check_link(link), _check_levels(levels), size
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         (output,) = parameters
-        return _as_data(PoissonLogRate(_log_mean(self.link, output, self.levels)), self.levels)
+        return _as_data(PoissonLogRate(_log_mean(self.link, output, self.levels, self.size)), self.levels)
 
 
 class NegativeBinomial(Likelihood):
@@ -79,6 +84,7 @@ class NegativeBinomial(Likelihood):
         initial_concentration: Where a learned r starts.
         link: "softplus" for m = log(1 + e^l), "exp" for m = e^l.
         levels: L, for data x = v / (L - 1) with counts v (256 for 8-bit images), of mean (L - 1) m; None for x itself.
+        size: Has `scale` s, (*x_shape), such as a `CountScale`: the mean is s m; None for m.
     Raises:
         ValueError: An unknown or non-positive concentration, "per-pixel" without x_shape, another link.
     Example:
@@ -94,9 +100,10 @@ class NegativeBinomial(Likelihood):
         initial_concentration: float = 1.0,
         link: str = "softplus",
         levels: int | None = None,
+        size: CountScale | None = None,
     ) -> None:
         super().__init__(decoder)
-        self.link, self.levels = _check_link(link), _check_levels(levels)
+        self.link, self.levels, self.size = _check_link(link), _check_levels(levels), size
         self.concentration = concentration
         self.parameters_per_pixel = 2 if concentration == "network" else 1
         if not initial_concentration > 0:
@@ -117,7 +124,7 @@ class NegativeBinomial(Likelihood):
             )
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
-        log_mean = _log_mean(self.link, parameters[0], self.levels)
+        log_mean = _log_mean(self.link, parameters[0], self.levels, self.size)
         if self.concentration == "network":
             return _as_data(NegativeBinomialLogMean(log_mean, parameters[1]), self.levels)
         if isinstance(self.concentration, int | float):
