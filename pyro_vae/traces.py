@@ -30,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
@@ -39,9 +39,12 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_vae.auxiliary import feeds, points_among
+from pyro_vae.options import checked, integer
 from pyro_vae.parameters import own_parameters
+from pyro_vae.refusals import in_words, wrong_site
 from pyro_vae.sites import (
     PARTICLES,
     Frame,
@@ -191,6 +194,7 @@ class Cut(Messenger):
         return total
 
 
+@checked
 def particles(
     model: Program,
     guide: Program,
@@ -234,7 +238,13 @@ def particles(
         True
     """
     with own_parameters(model, guide):
-        return draw(model, guide, args, kwargs, num_samples, vectorize, max_plate_nesting)
+        with contextlib.nullcontext() if vectorize else _taking(args):
+            found = draw(model, guide, args, kwargs, num_samples, vectorize, max_plate_nesting)
+        if get_proxy_mode() is None and not torch.compiler.is_compiling():
+            if bool(found.log_likelihood.isnan().any()) or any(bool(v.isnan().any()) for v in found.log_q.values()):
+                reason = wrong_site((guide, model), args, kwargs)
+                raise ValueError(reason or "a log density of the pair is nan. Look at its data and its weights.")
+        return found
 
 
 def draw(
@@ -251,8 +261,7 @@ def draw(
 
     With a `Cut`, the log densities are functions of detached samples.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
+    num_samples = integer("num_samples", num_samples)
     if num_samples == 1:
         return _one_pass(model, guide, args, kwargs, 1, 0, cut)
     if vectorize is not False:
@@ -277,6 +286,7 @@ def draw(
     return _stack(singles)
 
 
+@checked
 def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """log p(x, z_k) of given latents.
 
@@ -290,12 +300,13 @@ def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwarg
     Raises:
         ValueError: A latent site has no value, or the sites carry different scales.
     """
-    with own_parameters(model):
+    with own_parameters(model), _taking(args), in_words((model,), args, kwargs):
         trace, frame = _replayed(model, latents, args, kwargs)
         common_scale([trace])
         return sum((site_log_prob(site, frame) for site in sample_sites(trace)), torch.zeros(()))
 
 
+@checked
 def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """log q(z_k | x) of given latents, also of samples that the guide did not draw.
 
@@ -310,7 +321,7 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
         ValueError: A latent has no value, the guide has a point site, its distribution cannot
             score a sample that it did not draw, or the sites carry different scales.
     """
-    with own_parameters(guide):
+    with own_parameters(guide), _taking(args), in_words((guide,), args, kwargs):
         look = functools.partial(_refuse_deltas, guide, args, kwargs)
         trace, frame = _replayed(guide, latents, args, kwargs, look=look)
         common_scale([trace])
@@ -337,6 +348,7 @@ def _refuse_deltas(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
             )
 
 
+@checked
 def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
     """Draw latents and data from a model, whatever it was observing.
 
@@ -350,7 +362,7 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
     Returns:
         The latent and the observed sites.
     """
-    with own_parameters(model), torch.no_grad():
+    with own_parameters(model), torch.no_grad(), _taking(args), in_words((model,), args, kwargs):
         observed = poutine.trace(model).get_trace(*args, **kwargs)
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     # Run as a prior, a model that takes no data says which site is the data by its name.
@@ -411,8 +423,9 @@ def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Ma
 def _traced(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Trace, Trace]:
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    with in_words((guide, model), args, kwargs):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
 
 
 class Layout(NamedTuple):
@@ -451,7 +464,7 @@ def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
 
 def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The sample sites of a program by name, as Pyro's trace holds them, from one run."""
-    with own_parameters(program), torch.random.fork_rng(), torch.no_grad():
+    with own_parameters(program), torch.random.fork_rng(), torch.no_grad(), in_words((program,), args, kwargs):
         return {site["name"]: site for site in sample_sites(poutine.trace(program).get_trace(*args, **kwargs))}
 
 
@@ -470,6 +483,19 @@ def _one_pass(
     num_samples: int,
     nesting: int,
     cut: Cut | None = None,
+) -> Particles:
+    with in_words((guide, model), args, kwargs):
+        return _scored(model, guide, args, kwargs, num_samples, nesting, cut)
+
+
+def _scored(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    nesting: int,
+    cut: Cut | None,
 ) -> Particles:
     given = guide
     if num_samples > 1:
@@ -522,6 +548,27 @@ def _one_pass(
         joint=frame.data_size if frame.joint else 0,
         partial=partial,
     )
+
+
+@contextlib.contextmanager
+def _taking(args: tuple[Any, ...]) -> Iterator[None]:
+    """Say of what programs raise from inside torch that they do not run on such arguments."""
+    try:
+        yield
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+            raise
+        got = ", ".join(_shape(x) for x in args) or "no data"
+        raise ValueError(
+            f"the programs do not run on {got}: {' '.join(str(error).split())[:200]} ({type(error).__name__}). Wanted "
+            "what they take, such as a tensor (B, *x_shape) of their type."
+        ) from error
+
+
+def _shape(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}"
+    return f"a {type(x).__name__}"
 
 
 def missing_values(name: str) -> str:

@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version"}
+GROUND = {"traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals"}
 MAY_IMPORT = {
-    "traces": {"auxiliary", "sites", "parameters", "reach"},
+    "traces": {"auxiliary", "sites", "parameters", "reach", "options", "refusals"},
     "auxiliary": {"sites", "evaluation", "reach"},
     "sites": set(),
     "parameters": {"reach"},
     "reach": set(),
     "evaluation": {"parameters", "reach"},
     "unconstrained": set(),
+    "options": set(),
+    "refusals": {"sites"},
+    "tensors": set(),
     "version": set(),
     "parts": GROUND,
     "data": GROUND,

@@ -313,7 +313,7 @@ def test_a_mask_that_is_none_is_refused():
         guide(x, torch.ones_like(x))
     with pytest.raises(ValueError, match=r"mask of shape \(3,\) for data of shape \(3, 1, 4, 4\).*None, None, None"):
         model(x, torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="num_samples=0"):
+    with pytest.raises(ValueError, match="num_samples must be a positive integer, got 0"):
         impute(model, guide, x, x > 0, num_samples=0)
 
 

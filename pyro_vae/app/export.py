@@ -25,6 +25,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,9 +38,11 @@ from torch import Tensor
 
 from pyro_vae.app.runs import written
 from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
 from pyro_vae.judging.densities import Scorer
 from pyro_vae.judging.estimates import chunk_sizes
 from pyro_vae.judging.psis import pareto_k, pareto_smoothed
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.sites import plates
 from pyro_vae.traces import Particles, Program, draw, plate_nesting, predict, simulate
@@ -52,6 +55,7 @@ LOO_IS_INVALID = (
 _EVENTS = {1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
 
 
+@checked
 def to_arviz(
     model: Program,
     guide: Program,
@@ -112,7 +116,9 @@ def to_arviz(
     """
     _check_sizes(num_samples, num_chains, num_prior, num_predictive)
     place = device_of(model, guide)
-    if place is not None:
+    if args and not kwargs:
+        args = Batches(args, sys.maxsize, place, shuffle=False, programs=(model, guide)).first()
+    elif place is not None:
         args = tuple(x.to(place) if isinstance(x, Tensor) else x for x in args)
     with evaluating(model, guide, seed=seed):
         layout = _Layout(Scorer(model, args, kwargs), coords or {})
@@ -180,6 +186,7 @@ def to_arviz(
     return _assembled(groups, about)
 
 
+@checked
 def save_arviz(tree: Any, path: str | os.PathLike[str]) -> None:
     """Write ArviZ data to a netCDF file, atomically; `az.from_netcdf` reads it back.
 

@@ -35,6 +35,7 @@ from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likeliho
 from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.psis import khat_limit
+from pyro_vae.options import checked
 from pyro_vae.parts.posteriors.normal import FullNormal
 from pyro_vae.traces import Program
 
@@ -105,6 +106,7 @@ class Judgement:
         return "\n".join(f"{name:{width}}  {text}" for name, text in self.lines())
 
 
+@checked
 def judge(
     model: Program,
     guide: Program,

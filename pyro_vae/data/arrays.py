@@ -18,6 +18,7 @@ together, so that train, validation and test are always on one scale:
 Byte order and memory order do not matter; everything ends as uint8 or float32.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,14 @@ def _integers(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pix
     if images and all(array.dtype.kind == "u" and array.dtype.itemsize == 2 for array in arrays.values()):
         deep = {part: torch.from_numpy(np.ascontiguousarray(array, np.float32) / np.float32(65535))
                 for part, array in arrays.items()}
-        return Pixels(deep, False, False, {"levels": "v / 65535 of 16 bits"})
+        scale = "v / 65535 of 16 bits"
+        if high < 2**14:
+            bits = high.bit_length()
+            scale += f", of which at most {bits} are used"
+            warnings.warn(f"{' and '.join(names.values())}: uint16 levels up to {high} are scaled by 1 / 65535, as all "
+                          f"16-bit data, and lie in [0, {high / 65535:.4g}]. For {bits}-bit data on [0, 1] save "
+                          f"(a / {2**bits - 1}).astype(numpy.float32).", stacklevel=7)
+        return Pixels(deep, False, False, {"levels": scale})
     part = max(arrays, key=lambda part: max(abs(int(arrays[part].min())), abs(int(arrays[part].max()))))
     got = f"{names[part]} has dtype {arrays[part].dtype} and whole numbers in [{low}, {high}]"
     if images:

@@ -89,6 +89,7 @@ def _source(loaded: Arrays, path: Path, seed: int, images: str | None, labels: s
                          "wanted x_test beside it. Add it, or name the one array x to have it split.")
     if unread:
         warnings.warn(f"{where}: left out what is not read: {unread}.", stacklevel=5)
+    arrays = _rows_first(arrays, x, y, where)
     named = {key: f"{where}[{key!r}]" if loaded.keys and key else where for key in arrays}
     told = {str(part): arrays[key] for part, key in x.items()}
     counts = {part: len(array) for part, array in told.items() if array.ndim}
@@ -114,6 +115,19 @@ def _source(loaded: Arrays, path: Path, seed: int, images: str | None, labels: s
         binarization="threshold" if pixels.binary else "none", zeros_and_ones=pixels.zeros_and_ones,
         dequantize=not pixels.binary and next(iter(pixels.parts.values())).dtype == torch.uint8, notes=notes,
     )
+
+
+def _rows_first(arrays: Mapping[str, np.ndarray], x: Keys, y: Keys, where: str) -> dict[str, np.ndarray]:
+    """Images along the last axis, as their labels say, with the data along the first."""
+    turned = dict(arrays)
+    for part, key in x.items():
+        data, labels = arrays[key], arrays.get(y.get(part, ""))
+        count = 0 if labels is None else labels.size
+        if data.ndim in (3, 4) and count == data.shape[-1] != len(data) and count > 4:
+            turned[key] = np.moveaxis(data, -1, 0)
+            warnings.warn(f"{where}: {key or 'the array'} has shape {data.shape} and {count} labels, so its data lie "
+                          f"along the last axis; taken as {turned[key].shape}.", stacklevel=6)
+    return turned
 
 
 def _rows(x: Keys, parts: Mapping[str, Tensor], where: str, seed: int, keyed: bool, origin: str

@@ -136,6 +136,8 @@ def _read_npy(path: Path) -> Arrays:
             raise ValueError(f"{path} holds an object array, which would be unpickled and could run any code; "
                              "wanted numbers. Save it as uint8 or float32, all rows of one shape.") from None
         reason = str(error) or type(error).__name__
+        if "pickle" in reason:  # what NumPy takes any other file for, with an advice that nobody should follow
+            reason = "it does not begin like one"
         raise ValueError(f"{path} is truncated or no NumPy file ({reason}), wanted one. Save it again with numpy.save "
                          "or numpy.savez.") from error
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):

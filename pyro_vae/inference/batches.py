@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.arguments import Arguments, arguments_of
-from pyro_vae.inference.columns import collated, column, drawn, frame_names, settled, tensor_of
+from pyro_vae.inference.columns import Unreadable, collated, column, drawn, frame_names, settled, tensor_of
 from pyro_vae.inference.datacheck import DataCheck, rules, unwrapped
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
 from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
@@ -146,7 +146,7 @@ class Batches:
         if self.columns is None:
             assert self.loader is not None
             seen = 0
-            for number, given in enumerate(self.loader):
+            for number, given in enumerate(self._loaded()):
                 batch = self._cast(self._arguments(given))
                 size = rows(batch)
                 self._look(batch, _of_batch(number, seen), size)
@@ -162,6 +162,22 @@ class Batches:
             parts[-2:] = [torch.cat(parts[-2:])]
         for index in parts:
             yield (index,)
+
+    def _loaded(self) -> Iterator[Any]:
+        """What the loader gives; what it raises instead, with the batch and whose it is."""
+        assert self.loader is not None
+        source = getattr(self.loader, "dataset", self.loader)
+        number, batches = 0, None
+        while True:
+            try:
+                batches = iter(self.loader) if batches is None else batches
+                given = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise Unreadable(f"batch {number} of the dataset", source, error) from error
+            yield given
+            number += 1
 
     def take(self, *choice: Any) -> tuple[Any, ...]:
         """The batch of a choice."""
@@ -314,7 +330,7 @@ class Batches:
         if self.columns is None:
             assert self.loader is not None
             with undisturbed():
-                given = next(iter(self.loader), None)
+                given = next(self._loaded(), None)
             if given is None:
                 return
             batch = self._arguments(given)

@@ -29,6 +29,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pyro_vae.options import checked
 from pyro_vae.traces import Particles
 
 Bound: TypeAlias = Callable[[Particles], Tensor]
@@ -111,6 +112,7 @@ def iwae(particles: Particles) -> Tensor:
     return torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
 
 
+@checked
 def renyi(alpha: float) -> Bound:
     """Variational Renyi bound of order alpha, per datum.
 
@@ -163,6 +165,7 @@ def vr_max(particles: Particles) -> Tensor:
     return particles.log_weight.amax(0)
 
 
+@checked
 def miwae(num_groups: int) -> Bound:
     """Mean of M importance-weighted bounds of K / M samples each, per datum.
 
@@ -185,8 +188,6 @@ def miwae(num_groups: int) -> Bound:
     Reference: Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
         arXiv:1802.04537
     """
-    if num_groups < 1:
-        raise ValueError(f"num_groups must be a positive integer, got {num_groups}.")
     return WeightBound(
         f"miwae({num_groups})",
         partial(_grouped, num_groups, _log_mean, False),
@@ -195,6 +196,7 @@ def miwae(num_groups: int) -> Bound:
     )
 
 
+@checked
 def ciwae(beta: float) -> Bound:
     """Convex combination of the ELBO and the importance-weighted bound, per datum.
 

@@ -57,7 +57,7 @@ def chosen(
             warnings.warn(
                 "a torch scheduler is attached to the optimiser, and fit does not step it: step it in callback=, or "
                 'use schedule="cosine" or a Pyro scheduler.',
-                stacklevel=3,
+                stacklevel=4,
             )
         result = Fused.taking(optimizer, clip_norm)
     elif isinstance(optimizer, LRScheduler | ReduceLROnPlateau):
@@ -73,7 +73,7 @@ def chosen(
     given = [f"{name}={value}" for name, value in unused.items() if value is not None]
     if given:
         own = "learning rate, clipping and schedule" if isinstance(optimizer, PyroOptim) else "learning rates"
-        warnings.warn(f"{', '.join(given)} has no effect, since the optimiser has its own {own}.", stacklevel=3)
+        warnings.warn(f"{', '.join(given)} has no effect, since the optimiser has its own {own}.", stacklevel=4)
     return result
 
 
@@ -119,6 +119,11 @@ def optimizer_settings(optimizer: PyroOptim) -> dict[str, Any]:
 
 
 def _check_closure(constructor: type[torch.optim.Optimizer]) -> None:
+    if issubclass(constructor, torch.optim.SparseAdam):
+        raise ValueError(
+            f"got optimizer={constructor.__name__}, which takes sparse gradients only, and the networks of a pair have "
+            "dense ones. Take torch.optim.Adam."
+        )
     closure = inspect.signature(constructor.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
@@ -141,5 +146,5 @@ def _check_one_cycle(optimizer: PyroOptim, epochs: int) -> None:
         warnings.warn(
             f"OneCycleLR is made for {total} steps, and is stepped once an epoch, {epochs} times: it will not get to "
             'its end. Say total_steps=epochs, or schedule="one-cycle", which is stepped with every batch.',
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -18,52 +18,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, de
 
 from pyro_vae.inference.rehearsal import undisturbed
 from pyro_vae.inference.trees import described, mapped, rows
+from pyro_vae.tensors import numbers_of, tensor_of
 
 # What numpy and torch both hold; all other numbers are converted to one of these.
 _SHARED = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
-
-
-def tensor_of(array: Any) -> Tensor:
-    """A NumPy array of any numbers as a tensor of its own: values kept, of the nearest type that torch computes with.
-
-    16-bit and 32-bit unsigned integers become wider signed ones, long doubles 64-bit floats.
-
-    Raises:
-        ValueError: Not numbers (strings, dates, records, complex numbers), or integers beyond 64 bits.
-    Example:
-        >>> tensor_of(np.array([1, 65535], dtype=">u2"))
-        tensor([    1, 65535], dtype=torch.int32)
-    """
-    array = np.asarray(array)
-    if array.dtype.kind == "O":
-        array = _numbers(array)
-    kind, size = array.dtype.kind, array.dtype.itemsize
-    if kind not in "biuf":
-        raise ValueError(
-            f"got data of dtype {array.dtype}, wanted integers, booleans or floats. Convert or leave out what is no "
-            "number: array.astype('float32')."
-        )
-    if kind == "u" and size == 8 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(
-            f"got the integer {array.max()}, wanted at most 2**63 - 1. Convert with array.astype('float32')."
-        )
-    wider = {"u2": "i4", "u4": "i8", "u8": "i8"}.get(f"{kind}{size}", "f8" if kind == "f" and size > 8 else None)
-    target = np.dtype(wider or array.dtype.newbyteorder("="))
-    with np.errstate(over="ignore"):  # a long double beyond float64 becomes inf, which the check of the data names
-        return torch.from_numpy(np.array(array, dtype=target, order="C"))
-
-
-def _numbers(array: np.ndarray) -> np.ndarray:
-    """An object array as one of numbers: of numbers, or of arrays of one shape."""
-    try:
-        if array.ndim == 1 and array.size and all(isinstance(x, np.ndarray | Tensor) for x in array):
-            return np.stack([np.asarray(x) for x in array])
-        return array.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"got an object array that is not of numbers ({error}), wanted integers, booleans or floats. Leave out "
-            "what is no number, and make arrays of different shapes one shape."
-        ) from error
 
 
 class _Array:
@@ -87,11 +45,39 @@ class _Array:
         return tensor_of(part[inverse]).reshape(len(inverse), *self.shape[1:])
 
 
+def indices_of(indices: Sequence[int], size: int) -> Tensor:
+    """The indices of a ``Subset``, as numbers of rows.
+
+    Raises:
+        ValueError: One of no row.
+    """
+    try:
+        found = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"got a Subset with indices that are no whole numbers ({error}), wanted numbers of rows."
+        ) from error
+    if found.dim() != 1 or found.is_floating_point() and len(found) or found.dtype == torch.bool or found.is_complex():
+        raise ValueError(
+            f"got a Subset with indices of shape {tuple(found.shape)} and dtype {found.dtype}, wanted numbers of rows. "
+            "Of a mask take mask.nonzero()[:, 0]."
+        )
+    found = found.long()
+    outside = (found < -size) | (found >= size)
+    if bool(outside.any()):
+        first = int(outside.nonzero()[0])
+        raise ValueError(
+            f"got a Subset whose index {first} is {int(found[first])}, of a dataset of {size} items; wanted numbers "
+            f"from 0 to {size - 1}. Make it from range(len(dataset))."
+        )
+    return found
+
+
 class _Taken:
     """Some rows of another column."""
 
     def __init__(self, inner: Any, indices: Sequence[int]) -> None:
-        self.inner, self.indices = inner, torch.as_tensor(indices, dtype=torch.int64)
+        self.inner, self.indices = inner, indices_of(indices, len(inner))
         self.settled = settled(inner)
 
     def __len__(self) -> int:
@@ -132,7 +118,36 @@ class _Items:
     def __getitem__(self, index: Tensor) -> Any:
         numbers = index.tolist()
         fetch = getattr(self.items, "__getitems__", None)
-        return collated(fetch(numbers) if fetch is not None else [self.items[i] for i in numbers])
+        try:
+            if fetch is not None:
+                return collated(fetch(numbers))
+            items = []
+            for i in numbers:
+                items.append(self.items[i])
+        except Unreadable:
+            raise
+        except Exception as error:
+            last = f"item {numbers[len(items)]}" if fetch is None else f"an item of {_few(numbers)}"
+            raise Unreadable(f"{last} of the dataset", self.items, error) from error
+        return collated(items)
+
+
+class Unreadable(ValueError):
+    """What a dataset or a loader of somebody else's raises, with where it did."""
+
+    def __init__(self, what: str, source: Any, error: Exception) -> None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = lines[-1] if lines else "without a word"  # of a worker's, which is a whole traceback
+        name = type(error).__name__
+        super().__init__(
+            f"{what} ({type(source).__name__}) cannot be read: {said if said.startswith(name) else f'{name}: {said}'}. "
+            "Wanted a dataset whose items can all be read; look at that item by itself."
+        )
+
+
+def _few(numbers: Sequence[int]) -> str:
+    more = "..." if len(numbers) > 5 else ""
+    return ", ".join(map(str, numbers[:5])) + more
 
 
 def collated(items: Sequence[Any]) -> Any:
@@ -270,7 +285,7 @@ def _array_column(data: np.ndarray) -> Any:
             )
         data = data.data
     if data.dtype.kind == "O":
-        data = _numbers(data)
+        data = numbers_of(data)
     if data.dtype.kind not in "biuf" or not data.size:
         return tensor_of(data)
     shared = f"{data.dtype.kind}{data.dtype.itemsize}" in _SHARED and data.dtype.isnative
@@ -377,6 +392,8 @@ def _dataset_column(data: Any) -> Any:
             return _Taken(column(inner.tensors[0]), data.indices)
         if not isinstance(inner, Dataset) and not isinstance(inner, list | tuple):
             return _Taken(column(inner), data.indices)
+        if hasattr(inner, "__len__"):
+            indices_of(data.indices, len(inner))
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
         raise ValueError(
             f"got a dataset of type {type(data).__name__} without a length, wanted one whose items have numbers. Pass "

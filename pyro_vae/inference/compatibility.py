@@ -116,7 +116,7 @@ def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> 
     for note in NOTES:
         text = note(case)
         if text is not None:
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, stacklevel=4)
     return case.point is not None
 
 

@@ -43,6 +43,7 @@ from pyro_vae.inference.watching import (
     unproven,
     why,
 )
+from pyro_vae.options import checked
 from pyro_vae.parameters import _OwnParameters, own_parameters
 from pyro_vae.traces import Program
 
@@ -85,6 +86,7 @@ class Compiled(ELBO):
         3.0
     """
 
+    @checked
     def __init__(
         self, loss: ELBO, *, compile_after: int | None = 10, quiet: bool = False, unproven: bool = True,
         check_every: int = 100,

@@ -20,6 +20,7 @@ from torch.distributions import Bernoulli, constraints
 
 from pyro_vae.inference.rehearsal import Rehearsal, lenient, rehearse
 from pyro_vae.inference.trees import Path, at, leaves
+from pyro_vae.refusals import wrong_site
 from pyro_vae.sites import kind, plates
 from pyro_vae.traces import Program
 
@@ -27,6 +28,8 @@ _SCORED = (
     "site {!r} is Bernoulli but its data have grey values between 0 and 1, which have no Bernoulli density: the ELBO "
     "is not comparable with any published one."
 )
+# From here on a square may leave the floats, so that a row has no density: the pair is asked.
+_FAR = 1e15
 _WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
 
 
@@ -183,6 +186,12 @@ class DataCheck:
         self.rules = {} if shown is None or shown.error is not None else rules(shown, batch)
         self.masks, self.names = masks, names or {}
         self.tolerated = False
+        self._ran = None if shown is None or shown.error is not None or not _has_rows(batch) else at(batch, slice(1))
+        self._range: dict[Path, tuple[float, float]] = {}  # of whole numbers that the pair has run on
+        for path, leaf in leaves(batch) if self._ran is not None else ():
+            if isinstance(leaf, Tensor) and leaf.numel() and leaf.dtype != torch.bool and not leaf.is_floating_point():
+                low, high = torch.aminmax(leaf)
+                self._range[path] = float(low), float(high)
         self.binary = {path for path, rule in self.rules.items() if rule.binary}  # so far
         if shown is not None and shown.error is None:
             covered = {rule.site for rule in self.rules.values()}
@@ -207,12 +216,16 @@ class DataCheck:
     ) -> None:
         rule = self.rules.get(path)
         floating = leaf.is_floating_point()
-        if not floating and rule is None:
-            return
         low, high = (float(end) for end in torch.aminmax(leaf))
+        if not floating:
+            self._indices(batch, path, leaf, (low, high), where)
+            if rule is None:
+                return
         if math.isfinite(low) and math.isfinite(high) and (rule is None or rule.within(low, high)):
             if rule is not None and path in self.binary:
                 self._grey(batch, path, leaf, rule, where, at_once)
+            if floating and max(-low, high) > _FAR:
+                self._far(batch, path, leaf, where, at_once)
             return
         bad = ~torch.isfinite(leaf) if floating else torch.zeros_like(leaf, dtype=torch.bool)
         if rule is not None:
@@ -235,6 +248,53 @@ class DataCheck:
                 worst = next((int(i) for i in group if not self._stands(batch, i[None])), int(group[0]))
                 self._refuse(leaf, bad, worst, path, rule, where)
         self.tolerated = True
+
+    def _indices(
+        self, batch: tuple[Any, ...], path: Path, leaf: Tensor, ends: tuple[float, float], where: Callable[[int], str]
+    ) -> None:
+        """Whole numbers may be looked up in a table: the pair is run on the least and the largest so far."""
+        low, high = self._range.get(path, (math.inf, -math.inf))
+        self._range[path] = min(low, ends[0]), max(high, ends[1])
+        if self._ran is None:
+            return
+        for end, new in zip(ends, (ends[0] < low, ends[1] > high), strict=True):
+            if not new:
+                continue
+            hit = leaf == end
+            row = int((hit.flatten(1).any(1) if hit.dim() > 1 else hit).nonzero()[0])
+            error = rehearse(self.programs, at(batch, slice(row, row + 1))).error
+            tables = isinstance(error, IndexError | RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+            if tables and rehearse(self.programs, self._ran).error is None:
+                spot = tuple(int(i) for i in hit[row].nonzero()[0]) if hit.dim() > 1 else ()
+                raise ValueError(
+                    f"{where(row)}{self._column(path, spot)} of the data is {int(end)}, on which the pair does not run "
+                    f"({' '.join(str(error).split())[:100]}); wanted whole numbers that it has a place for, such as "
+                    "ids below the size of its embedding. Enlarge the table, or map other ids to one for unknowns."
+                ) from error
+
+    def _far(
+        self, batch: tuple[Any, ...], path: Path, leaf: Tensor, where: Callable[[int], str], at_once: int
+    ) -> None:
+        """Refuse rows so far out that a density of the pair leaves the floats there."""
+        far = leaf.abs() > _FAR
+        suspects = far.flatten(1).any(1).nonzero().flatten() if far.dim() > 1 else far.nonzero().flatten()
+        if len(suspects) == len(leaf):
+            return  # no row among others: the first step says that the data are unscaled
+        for group in suspects.split(at_once):
+            row = next((int(i) for i in group if self._loses(at(batch, i[None]))), None)
+            if row is None:
+                continue
+            spot: tuple[int, ...] = tuple(int(i) for i in far[row].nonzero()[0]) if far.dim() > 1 else ()
+            said = wrong_site(self.programs[::-1], at(batch, torch.tensor([row], device=leaf.device)), {})
+            site = "a density of the pair" if said is None else said.split(")", 1)[0] + ")"
+            raise ValueError(
+                f"{where(row)}{self._column(path, spot)} of the data is {float(leaf[row][spot]):.6g}, "
+                f"so large that {site} leaves the floats; wanted data near one in size. Standardise them, "
+                "(x - x.mean(0)) / x.std(0), or drop the row."
+            )
+
+    def _loses(self, batch: tuple[Any, ...]) -> bool:
+        return not rehearse(self.programs, batch).finite()
 
     def _made(self, sites: Mapping[str, Any], covered: Collection[str]) -> None:
         """What a program makes of the data before it observes it: of the first batch, without the row."""
@@ -326,6 +386,10 @@ class DataCheck:
         if names is not None and len(spot) == 1:
             return f"{named}, column {names[spot[0]]!r}"
         return f"{named}, column {spot[0] if len(spot) == 1 else spot}"
+
+
+def _has_rows(batch: tuple[Any, ...]) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) for _, leaf in leaves(batch))
 
 
 def scored(site: Any, value: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, ne
 from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.sleep import dream
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
+from pyro_vae.options import checked, number
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Cut, Particles, Program, draw, nesting_of
 
@@ -73,18 +74,18 @@ class Objective(ELBO):
         Objective(iwae, num_samples=50, estimator='doubly-reparameterized')
     """
 
+    @checked
     def __init__(
         self,
         bound: Bound = elbo,
         num_samples: int = 1,
         *,
         estimator: str = "reparameterized",
-        beta: float = 1.0,
+        beta: float | Tensor = 1.0,
         regularizers: Sequence[Regularizer] = (),
         max_plate_nesting: int | None = None,
     ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
+        number("beta", beta)
         for factory, example in _EXAMPLES:
             if bound is factory:
                 raise ValueError(f"got the function {factory.__name__}, wanted what it returns, such as {example}.")
@@ -219,6 +220,7 @@ def _log_q(particles: Particles) -> Tensor:
     return functools.reduce(torch.add, particles.log_q.values(), particles.log_likelihood.new_zeros(()))
 
 
+@checked
 def mean_bound(
     model: Program,
     guide: Program,

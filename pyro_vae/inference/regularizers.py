@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pyro_vae.options import checked
 from pyro_vae.sites import kind
 from pyro_vae.traces import Particles, Program
 
@@ -81,6 +82,7 @@ class MMD:
         return self.weight * (within / (size * (size - 1)) - 2 * kernel(_squared(z, drawn), dim).mean())
 
 
+@checked
 def mmd(weight: float, kernel: str | Kernel = "imq", site: str | None = None) -> Regularizer:
     """Maximum mean discrepancy between the batch's posterior samples and the prior, squared.
 
@@ -132,6 +134,7 @@ class TotalCorrelation:
         return self.weight * (joint - each.sum(-1)).mean()
 
 
+@checked
 def total_correlation(weight: float, site: str | None = None) -> Regularizer:
     """Total correlation of the aggregate posterior, by minibatch weighting.
 
@@ -188,6 +191,7 @@ class FreeBits:
         return total
 
 
+@checked
 def free_bits(nats: float, per: str = "site") -> Regularizer:
     """No reward for a divergence below a given number of nats.
 

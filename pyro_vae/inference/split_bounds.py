@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.bounds import IWAE, OfWeights, WeightBound, miwae, renyi
+from pyro_vae.options import checked
 from pyro_vae.traces import Particles
 
 
@@ -71,6 +72,7 @@ class SplitBound:
         return self.name
 
 
+@checked
 def piwae(num_groups: int) -> SplitBound:
     """The model climbs the importance-weighted bound, the guide M bounds of K / M samples.
 
@@ -97,6 +99,7 @@ def piwae(num_groups: int) -> SplitBound:
     return SplitBound(f"piwae({num_groups})", IWAE, IWAE, groups)
 
 
+@checked
 def cubo(n: float = 2.0) -> SplitBound:
     """Chi upper bound on log p(x), per datum, for the guide to lower.
 
@@ -139,6 +142,7 @@ def cubo(n: float = 2.0) -> SplitBound:
     return SplitBound(f"cubo({n:g})", power, None, power, upper=True, at_least=least, reason=reason)
 
 
+@checked
 def wake_sleep(sleep: float = 0.0) -> SplitBound:
     """Reweighted wake-sleep with weights per datum.
 

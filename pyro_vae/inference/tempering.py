@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_vae.inference.bounds import elbo
 from pyro_vae.inference.objectives import Objective
+from pyro_vae.options import integer, number
 
 Beta: TypeAlias = float | Callable[[float], float]
 
@@ -104,11 +105,7 @@ class Tempering:
     def __call__(self, step: int) -> float:
         """beta in a step, from 0."""
         if self.function is not None:
-            value = float(self.function(step / self.total))
-            if not (math.isfinite(value) and value >= 0):
-                done = step / self.total
-                raise ValueError(f"beta({done:g}) is {value}, wanted a finite number that is not negative.")
-            return value
+            return value_of("beta", self.function, step / self.total)
         return self.last * (min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0)
 
     def _settled(self) -> int:
@@ -120,6 +117,31 @@ class Tempering:
         return 0
 
 
+def value_of(name: str, function: Callable[[float], Any], done: float) -> float:
+    """What a function of the fraction of steps done says.
+
+    Args:
+        name: Its name, for the message.
+        function: A schedule of a weight or a rate.
+        done: The fraction.
+    Raises:
+        ValueError: No number, or one that is negative or not finite.
+    Example:
+        >>> value_of("beta", lambda done: None, 0.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: beta(0.5) is None, wanted a finite number that is not negative.
+    """
+    value = function(done)
+    try:
+        found = number(name, value)
+    except ValueError:
+        found = math.nan
+    if not (math.isfinite(found) and found >= 0):
+        raise ValueError(f"{name}({done:g}) is {value!r}, wanted a finite number that is not negative.")
+    return float(found)
+
+
 def check_tempering(
     loss: Any, epochs: int, kl_warmup: float, kl_warmup_steps: int | None, beta: Beta | None
 ) -> None:
@@ -127,17 +149,24 @@ def check_tempering(
     given = [
         name
         for name, value in (("kl_warmup", kl_warmup), ("kl_warmup_steps", kl_warmup_steps), ("beta", beta))
-        if value is not None and (value or name == "beta")
+        if value is not None and (name == "beta" or value)
     ]
     if kl_warmup < 0 or kl_warmup >= epochs > 0 and kl_warmup:
         raise ValueError(
             f"kl_warmup must lie in 0 .. epochs - 1 = {epochs - 1}, got {kl_warmup} (fractions of an epoch, too, as "
             "long as it ends before the fit does)."
         )
-    if kl_warmup_steps is not None and (kl_warmup_steps < 0 or kl_warmup_steps != int(kl_warmup_steps)):
+    if kl_warmup_steps is not None and integer("kl_warmup_steps", kl_warmup_steps) < 0:
         raise ValueError(f"kl_warmup_steps must be a number of steps, got {kl_warmup_steps}.")
-    if beta is not None and not callable(beta) and not (math.isfinite(beta) and beta >= 0):
-        raise ValueError(f"beta must be a finite number that is not negative, or a function, got {beta}.")
+    if callable(beta):
+        value_of("beta", beta, 0.0)  # one that gives no numbers is told before the data are looked at
+    elif beta is not None:
+        try:
+            negative = number("beta", beta) < 0
+        except ValueError:
+            negative = True
+        if negative:
+            raise ValueError(f"beta must be a finite number that is not negative, or a function, got {beta!r}.")
     if not given:
         return
     own = isinstance(loss, Objective) and float(loss.beta) != 1 and beta is not None

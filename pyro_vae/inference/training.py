@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import os
 import time
@@ -37,9 +38,11 @@ from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps
-from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering
+from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering, value_of
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
 from pyro_vae.reach import modules_of
+from pyro_vae.refusals import reworded
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
@@ -78,6 +81,7 @@ class History:
         return len(self.records)
 
 
+@checked
 def fit(
     model: Program,
     guide: Program,
@@ -187,7 +191,7 @@ def fit(
         loss = compiled.inner
     else:
         loss = copy.copy(default_loss(guide) if loss is None else loss)  # an ELBO remembers the plates of its pair
-    _check_options(loss, epochs, batch_size, patience, validation, schedule)
+    _check_options(loss, patience, validation, schedule)
     check_tempering(loss, epochs, kl_warmup, kl_warmup_steps, beta)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
         raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
@@ -196,7 +200,7 @@ def fit(
         module.to(device)
     place = device if device is not None else device_of(model, guide)
     optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
-    rate = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    rate = SCHEDULES[schedule] if isinstance(schedule, str) else functools.partial(value_of, "schedule", schedule)
     history = History()
     with (
         own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory(),
@@ -478,8 +482,15 @@ class _Stepper:
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough. They come before masks.
+            batch = batch or self.batches.take(*choice)
             with pyro.validation_enabled(self.steps == 0 and not self.batches.tolerated):
-                result = self.svi.step(*(batch or self.batches.take(*choice)))
+                try:
+                    result = self.svi.step(*batch)
+                except ValueError as error:
+                    said = reworded(error, self.pair[::-1], batch, {})
+                    if said is None:
+                        raise
+                    raise said from error
             value = float(sum(result) if isinstance(result, tuple | list) else result)
         elif replayed.device.type == "cpu":
             value = replayed.item()
@@ -595,17 +606,15 @@ class _Best:
                 tensor.copy_(copied)
 
 
-def _check_options(
-    loss: Any, epochs: int, batch_size: int, patience: int | None, validation: Any, schedule: Any
-) -> None:
-    for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value}.")
-    if isinstance(schedule, str) and schedule not in SCHEDULES:
+def _check_options(loss: Any, patience: int | None, validation: Any, schedule: Any) -> None:
+    """What the types of the options (see `pyro_vae.options`) do not say."""
+    if not callable(schedule) and not (isinstance(schedule, str) and schedule in SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}, wanted one of {', '.join(SCHEDULES)} or a function.")
+    if callable(schedule):
+        value_of("schedule", schedule, 0.0)
     if patience is not None and (patience < 1 or validation is None):
         raise ValueError(f"patience (got {patience}) needs validation data, and must be a positive integer.")
-    if not hasattr(loss, "loss_and_grads"):
+    if not hasattr(loss, "loss_and_grads") or isinstance(loss, type):
         raise ValueError(
             f"got loss {loss!r}, wanted a Pyro ELBO such as Trace_ELBO(), or Objective(iwae, num_samples=50)."
         )

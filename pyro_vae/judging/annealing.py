@@ -46,6 +46,7 @@ from pyro_vae.judging.estimates import over_data
 from pyro_vae.judging.hamiltonian import Density, Moves, State
 from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
 from pyro_vae.judging.simulations import simulated_batch
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
@@ -147,6 +148,7 @@ class Bracket:
         return f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.said_width})"
 
 
+@checked
 def ais(
     model: Program,
     guide: Program | None,
@@ -232,6 +234,7 @@ def ais(
     return _annealed(found, options, simulated)
 
 
+@checked
 def bdmc(
     model: Program,
     guide: Program | None,

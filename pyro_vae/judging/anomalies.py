@@ -10,12 +10,14 @@ from torch import Tensor
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
 from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw
 
 SCORES = ("log-likelihood", "reconstruction")
 
 
+@checked
 def anomaly_scores(
     model: Program,
     guide: Program,

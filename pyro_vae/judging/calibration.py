@@ -39,6 +39,7 @@ from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import values
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.simulations import simulated_batch
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw, plate_nesting
 
@@ -174,6 +175,7 @@ class Calibration:
         return f"{head}: not calibrated, {len(worst)} of {which}: {listed}{more}"
 
 
+@checked
 def sbc(
     model: Program,
     guide: Program,
@@ -254,6 +256,7 @@ def sbc(
     return calibration(names, torch.cat(ranks), num_draws, level=level, seed=seed)
 
 
+@checked
 def calibration(
     names: tuple[str, ...], ranks: Tensor, num_draws: int, *, level: float = 0.95, seed: int | None = None
 ) -> Calibration:

@@ -31,6 +31,7 @@ from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.latents import DimensionKL, kl_per_dimension
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw, plate_nesting, sites
 
@@ -136,6 +137,7 @@ class Collapse:
         return text if self.optimum is None else f"{text}; {self.optimum}"
 
 
+@checked
 def collapse(
     model: Program,
     guide: Program,
@@ -211,6 +213,7 @@ def collapse(
     )
 
 
+@checked
 def linear_optimum(
     model: Program, data: Any, *, threshold: float = 0.01, device: str | torch.device | None = None
 ) -> LinearOptimum | None:

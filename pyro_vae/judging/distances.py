@@ -22,6 +22,7 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.references import Reference
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
@@ -64,6 +65,7 @@ class GuideDistances:
         return "guide to reference: " + ", ".join(f"{name} {value:.3g} (null {null:.3g})" for name, value, null in rows)
 
 
+@checked
 def guide_distances(
     model: Program,
     guide: Program,
@@ -143,6 +145,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     return (total / len(directions)).sqrt()
 
 
+@checked
 def squared_mmd(x: Tensor, y: Tensor, most: int = 500) -> Tensor:
     """Unbiased squared maximum mean discrepancy with the kernel exp(-|a - b|^2 / (2 U)), per datum.
 

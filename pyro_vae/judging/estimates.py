@@ -31,6 +31,7 @@ from pyro_vae.inference.per_datum import lengths
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.trees import leaves, rows, values
 from pyro_vae.judging.psis import khat_limit, pareto_smoothed
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
 
@@ -210,6 +211,7 @@ def over_data(data_stderr: float) -> str:
     return "one datum" if math.isnan(data_stderr) else f"data ± {data_stderr:.2f}"
 
 
+@checked
 def log_likelihood(
     model: Program,
     guide: Program,
@@ -283,6 +285,7 @@ def log_likelihood(
     )
 
 
+@checked
 def elbo_terms(
     model: Program,
     guide: Program,
@@ -468,8 +471,6 @@ def _batches(
     title: str,
 ) -> Iterator[tuple[tuple[Any, ...], list[int], Layout, int]]:
     """Batches of data, the sizes of their chunks of samples, the pair's layout, and the number of batches."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
     place = device_of(model, guide) if device is None else device
     batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
     at_once = max(1, _CHUNK // values(batches.first()))

@@ -47,6 +47,7 @@ from pyro_vae.judging.local import (
 )
 from pyro_vae.judging.mixtures import Scored, given_estimate, pool, score, scores_strangers
 from pyro_vae.judging.psis import khat_limit
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program, draw, plate_nesting
 
@@ -188,6 +189,7 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
     return [line("set", "family", titles)] + [line(c[0], c[1], parts) for c, parts in zip(cells, text, strict=True)]
 
 
+@checked
 def gaps(
     model: Program,
     guide: Program,

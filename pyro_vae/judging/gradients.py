@@ -21,6 +21,7 @@ arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 201
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +33,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.per_datum import Counting, Unit, lengths
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, trainable
 from pyro_vae.traces import Program
 
@@ -159,6 +161,7 @@ class GradientLab:
         return "\n".join(lines)
 
 
+@checked
 def gradient_lab(
     model: Program,
     guide: Program,
@@ -221,7 +224,8 @@ def gradient_lab(
     _check(estimators, num_samples, repeats, reference)
     place = device_of(model, guide) if device is None else device
     args = x if isinstance(x, tuple) else (x,)
-    args = tuple(a.to(place) if isinstance(a, Tensor) and place is not None else a for a in args)
+    batches = Batches(args, sys.maxsize, place, shuffle=False, programs=(model, guide))
+    args = batches.first()
     far = 4 * repeats if reference_repeats is None else reference_repeats
     rows: list[GradientQuality] = []
     skipped: list[tuple[str, int, str]] = []

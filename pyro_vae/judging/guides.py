@@ -27,6 +27,7 @@ from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.training import History, fit
 from pyro_vae.judging.mixtures import Scored, given_estimate, pool, score, scores_strangers
 from pyro_vae.judging.psis import khat_limit
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
@@ -241,6 +242,7 @@ class Comparison:
         return "\n".join(lines)
 
 
+@checked
 def compare_guides(
     model: Program,
     guides: Mapping[str, Program],

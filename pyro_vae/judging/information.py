@@ -42,6 +42,7 @@ from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.densities import FixedScorer, Scorer
 from pyro_vae.judging.estimates import particle_batches
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Particles, Program, draw, log_q, plate_nesting
 
@@ -132,6 +133,7 @@ class MutualInformation:
         return text
 
 
+@checked
 def rate_distortion(
     model: Program,
     guide: Program,
@@ -174,6 +176,7 @@ def rate_distortion(
     return RateDistortion(rate, distortion, mc[0], mc[1], population[0], population[1], count, num_samples)
 
 
+@checked
 def mutual_information(
     model: Program,
     guide: Program,

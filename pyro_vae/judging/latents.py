@@ -13,6 +13,7 @@ from torch.distributions import kl_divergence
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.judging.components import Components
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.sites import plates
 from pyro_vae.traces import Particles, Program, draw, plate_nesting, sites
@@ -78,6 +79,7 @@ class DimensionKL:
         return f"KL = {self.total:.3f} nats over {over} ({how}{'; ± of the data' * (self.num_data > 1)}): {each}{more}"
 
 
+@checked
 def kl_per_dimension(
     model: Program,
     guide: Program,
@@ -223,6 +225,7 @@ def _constant_over_samples(p: Any, value: Tensor) -> bool:
     return torch.equal(score, score[:1].expand_as(score))
 
 
+@checked
 def posterior_means(guide: Program, data: Any, *, site: str = "z", num_samples: int = 64, seed: int = 0) -> Tensor:
     """E_q[z | x] per datum, (N, *event), or (N, *inner plates, *event).
 
@@ -271,6 +274,7 @@ def _run(guide: Program, batch: tuple[Any, ...], site: str) -> Tensor:
     return value.movedim(value.dim() - given["fn"].event_dim + min(shared)[0], 0) if shared else value
 
 
+@checked
 def active_units(guide: Program, data: Any, threshold: float = 0.01, *, site: str = "z") -> ActiveUnits:
     """Count the latent dimensions that the guide uses.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.judging.latents import posterior_means
+from pyro_vae.options import checked
 from pyro_vae.traces import Program
 
 METHODS = ("knn", "linear")
@@ -42,6 +43,7 @@ class Accuracy:
         )
 
 
+@checked
 def probe(
     guide: Program,
     train: Any,

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.options import checked
+
 
 def pareto_k(log_weight: Tensor) -> Tensor:
     """Shape k of the generalised Pareto tail of each datum's weights.
@@ -73,6 +75,7 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     return smooth, k
 
 
+@checked
 def khat_limit(num_samples: int) -> float:
     """min(1 - 1 / log10 K, 0.7): above it, K weights are too few for their tail."""
     return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)

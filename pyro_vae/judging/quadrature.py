@@ -20,6 +20,7 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
@@ -43,6 +44,7 @@ class Quadrature(NamedTuple):
     rim: Tensor
 
 
+@checked
 def quadrature(
     model: Program,
     guide: Program,

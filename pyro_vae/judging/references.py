@@ -29,6 +29,7 @@ from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.hamiltonian import Adaptation, State, transition
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
@@ -74,6 +75,7 @@ class Reference:
         )
 
 
+@checked
 def reference(
     model: Program,
     guide: Program,

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.options import checked
+
 
 class Distance(NamedTuple):
     """A distance between two sets, and the spread of what halves of the second give.
@@ -21,6 +23,7 @@ class Distance(NamedTuple):
     null: float
 
 
+@checked
 def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: int = 0) -> Distance:
     """Energy distance between two sets, in the units of the data.
 

@@ -69,12 +69,69 @@ def check(kind: str, name: str) -> None:
     Raises:
         ValueError: Neither.
     """
+    if not isinstance(name, str):
+        own = f" For this class pass {_path(name)!r}." if isinstance(name, type) else ""
+        raise ValueError(
+            f"got {kind}={name!r}, wanted a name: one of {', '.join(PARTS[kind])}, or module:Class.{own}"
+        )
     module, colon, attribute = name.partition(":")
     if name in PARTS[kind] or colon and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
         return
     close = difflib.get_close_matches(name, PARTS[kind], n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"unknown {kind} {name!r}, wanted one of {', '.join(PARTS[kind])}, or module:Class.{hint}")
+
+
+def _path(family: type) -> str:
+    """What a class is called by: its name here, or where it lies."""
+    where = f"{family.__module__}:{family.__qualname__}"
+    return next((n for parts in PARTS.values() for n, p in parts.items() if f"pyro_vae.parts.{p}" == where), where)
+
+
+def family(kind: str, given: Any) -> Any:
+    """What makes a part: a class or function as it is, the class that a name stands for.
+
+    Args:
+        kind: "posterior" or "likelihood".
+        given: A class, a function, or a name.
+    Raises:
+        ValueError: Anything else, also a part that is made already.
+    Example:
+        >>> family("likelihood", "bernoulli").__name__
+        'Bernoulli'
+    """
+    if isinstance(given, str):
+        return find(kind, given)
+    made_already = hasattr(given, "forward") and not isinstance(given, type)
+    if made_already or not callable(given):
+        shown = f"a {type(given).__name__} that is made already" if made_already else repr(given)
+        takes = "decoder" if kind == "likelihood" else "encoder and latent_dim"
+        raise ValueError(
+            f"got {shown} as the {kind}, wanted its class, a function of {takes}, or a name: one of "
+            f"{', '.join(PARTS[kind])}."
+        )
+    return given
+
+
+def made(kind: str, given: Any, *arguments: Any) -> Any:
+    """A part of a class, function or name, on its networks.
+
+    Raises:
+        ValueError: It is none, or does not take such networks.
+    """
+    maker = family(kind, given)
+    try:
+        part = maker(*arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"got {getattr(maker, '__name__', maker)!r} as the {kind}, which is not made like one ({error}); wanted a "
+            f"class of pyro_vae.parts.{'likelihoods' if kind == 'likelihood' else 'posteriors'}, or one of the names "
+            f"{', '.join(PARTS[kind])}."
+        ) from error
+    if not callable(part):
+        raise ValueError(f"got {getattr(maker, '__name__', maker)!r} as the {kind}, which makes a "
+                         f"{type(part).__name__}; wanted one that makes a module that returns a distribution.")
+    return part
 
 
 def check_supports(posterior: str, prior: str) -> None:

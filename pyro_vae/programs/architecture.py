@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from pyro_vae.options import integer, integers
 from pyro_vae.parts import names, networks
 from pyro_vae.parts.standardize import CountScale, Standardize
 from pyro_vae.programs.guide import Guide
@@ -63,14 +64,18 @@ class Architecture:
     standardize: bool | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "x_shape", tuple(self.x_shape))
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        if self.latent_dim < 1:
-            raise ValueError(f"latent_dim must be a positive integer, got {self.latent_dim}.")
+        object.__setattr__(self, "x_shape", integers("x_shape", self.x_shape))
+        object.__setattr__(self, "hidden", _widths(self.hidden))
+        object.__setattr__(self, "latent_dim", integer("latent_dim", self.latent_dim))
         if self.network not in names.NETWORKS:
             raise ValueError(f"unknown network {self.network!r}, wanted one of {', '.join(names.NETWORKS)}.")
         for kind in names.PARTS:
             names.check(kind, getattr(self, kind))
+            options = getattr(self, f"{kind}_options")
+            if not isinstance(options, Mapping):
+                raise ValueError(f"{kind}_options must be a dict of its keyword arguments, got {options!r}.")
+        if self.standardize not in (None, True, False):
+            raise ValueError(f"got standardize={self.standardize!r}, wanted True, False or None.")
         if isinstance(self.scale, str) and self.scale not in ("learned", "per-pixel", "network"):
             raise ValueError(f'got scale={self.scale!r}, wanted a number, "learned", "per-pixel" or "network".')
         if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
@@ -93,7 +98,7 @@ class Architecture:
         for name in options:
             if name not in known:
                 raise ValueError(f"unknown option {name!r}, wanted some of {', '.join(known[1:])}.")
-        return cls(tuple(x_shape), **options)
+        return cls(x_shape, **options)  # type: ignore[arg-type]
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -112,6 +117,7 @@ class Architecture:
 
     def decoder(self, parameters_per_pixel: int = 1) -> nn.Module:
         """Latents to the parameters of the likelihood."""
+        parameters_per_pixel = integer("parameters_per_pixel", parameters_per_pixel)
         out_shape = (parameters_per_pixel * self.x_shape[0], *self.x_shape[1:])
         hidden = self.hidden[::-1] if self.network != "linear" else ()
         if self.network == "conv":
@@ -143,8 +149,16 @@ class Architecture:
         posterior = names.build("posterior", self.posterior, [self.encoder(), self.latent_dim], self.posterior_options)
         if self.prior == "vamp":
             options = dict(self.prior_options)
-            pseudo_inputs = torch.rand(int(options.pop("num_components", PSEUDO_INPUTS)), *self.x_shape)
+            count = integer("num_components", options.pop("num_components", PSEUDO_INPUTS))
+            pseudo_inputs = torch.rand(count, *self.x_shape)
             prior = names.build("prior", "vamp", [posterior, pseudo_inputs], options)
         else:
             prior = names.build("prior", self.prior, [self.latent_dim], self.prior_options)
         return Model(prior, likelihood), Guide(posterior, standardize=standardize)
+
+
+def _widths(hidden: Any) -> tuple[int, ...]:
+    try:
+        return integers("hidden", hidden)
+    except ValueError:
+        raise ValueError(f"hidden must be one or more positive widths, got {hidden!r}. Pass (400, 400), say.") from None

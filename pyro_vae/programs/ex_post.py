@@ -19,12 +19,15 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae.evaluation import evaluating, noise
+from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.parts.priors.mixture import NormalMixture
 from pyro_vae.programs.model import Model
+from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, particles
 
 
+@checked
 def ex_post(
     model: Model,
     guide: Program,
@@ -83,6 +86,7 @@ def ex_post(
     return Model(fitted.requires_grad_(False).eval(), model.likelihood)
 
 
+@checked
 def aggregated_posterior(model: Program, guide: Program, data: Any, batch_size: int = 500) -> Tensor:
     """One draw z ~ q(z | x) for each datum, of the networks in evaluation mode, (N, D).
 
@@ -132,12 +136,18 @@ class Standardized(nn.Module):
 
 
 def _batches(data: Any, batch_size: int) -> Iterator[Tensor]:
+    if data is None or isinstance(data, str | bytes) or not hasattr(data, "__iter__") and not hasattr(data, "__len__"):
+        raise ValueError(f"got data of type {type(data).__name__}, wanted a tensor, a split or batches.")
+    if isinstance(data, tuple) and data and not isinstance(data[0], list | tuple | dict):
+        data = data[0]
+    if hasattr(data, "__array__") and not isinstance(data, Tensor):
+        data = data_of(data)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, list | tuple):
         found: Iterable[Any] = (data[part] for part in torch.arange(len(data)).split(batch_size))
     else:
         found = data
     for batch in found:
-        yield batch[0] if isinstance(batch, list | tuple) else batch
+        yield data_of(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
 @torch.enable_grad()

@@ -36,6 +36,7 @@ from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, hidden
 from pyro_vae.sites import kind, sample_sites
 from pyro_vae.traces import Program
@@ -102,6 +103,7 @@ class Hamiltonian(Refined):
     Reference: Caterini et al., Hamiltonian Variational Auto-Encoder, 2018. arXiv:1805.11328
     """
 
+    @checked
     def __init__(
         self,
         guide: Program,

@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.evaluation import evaluating
+from pyro_vae.options import checked
 from pyro_vae.programs.missing import full_mask
+from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, particles, plate_nesting, sites
 
 _CHUNK = 2**22  # floats per tensor of decoder output
@@ -38,6 +40,7 @@ class Imputation(NamedTuple):
     ess: Tensor
 
 
+@checked
 def impute(
     model: Program, guide: Program, x: Tensor, mask: Tensor, *, num_samples: int = 1, proposals: int = 1000
 ) -> Imputation:
@@ -69,9 +72,8 @@ def impute(
         >>> draws.shape, abs(draws[:, 0, 1].mean().item() - 3) < 0.1
         (torch.Size([500, 1, 2]), True)
     """
-    if num_samples < 1 or proposals < 1:
-        raise ValueError(f"got num_samples={num_samples} and proposals={proposals}, wanted both positive integers.")
-    mask = full_mask(mask, x)
+    x = data_of(x, guide if isinstance(guide, nn.Module) else None)
+    mask = full_mask(data_of(mask, name="mask").to(x.device), x)
     with evaluating(model, guide):
         observed = [name for name, site in sites(model, x, mask).items() if site["is_observed"]]
         if len(observed) != 1:
@@ -80,6 +82,12 @@ def impute(
             )
         log_weight, latents = _proposals(model, guide, x, mask, proposals)
         weight = torch.softmax(log_weight.double(), 0)
+        if not bool(torch.isfinite(weight).all()):
+            row = int((~torch.isfinite(weight)).any(0).nonzero()[0])
+            raise ValueError(
+                f"row {row} has no density at any of the {proposals} proposals, wanted data that the model can have "
+                "drawn. Look at what is observed of it."
+            )
         chosen = torch.multinomial(weight.T, num_samples, replacement=True).T  # (S, B)
         data = torch.arange(len(x), device=chosen.device)
         draws = []

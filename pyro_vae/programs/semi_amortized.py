@@ -23,6 +23,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import kind
@@ -76,6 +77,7 @@ class SemiAmortized(Refined):
     Reference: Kim et al., Semi-Amortized Variational Autoencoders, 2018. arXiv:1802.02550
     """
 
+    @checked
     def __init__(
         self,
         guide: Program,

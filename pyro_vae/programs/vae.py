@@ -19,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
 from pyro_vae.parts import posteriors
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
+from pyro_vae.tensors import data_of, running
 
 _METADATA = "pyro_vae.architecture"
 
@@ -63,38 +65,40 @@ class VAE(nn.Module):
         architecture = Architecture.of(x_shape, **options)
         return cls(*architecture.pair(), architecture)
 
-    def encode(self, x: Tensor, mask: Tensor | None = None) -> TorchDistribution:
+    def encode(self, x: Any, mask: Any = None) -> TorchDistribution:
         """q(z | x): a distribution over the latent for each datum, of what the guide sees of it.
 
         Args:
-            x: Data, (B, *x_shape).
+            x: Data, (B, *x_shape), a tensor or an array, cast as `fit` casts them.
             mask: True where a pixel is observed, broadcastable to x; None for all.
         Returns:
             A distribution with batch_shape (B,).
         Raises:
-            ValueError: A mask that is not boolean or does not fit x.
+            ValueError: Data that are none, or of another shape; a mask that is not boolean or does not fit x.
         """
-        weight = next((p for p in self.guide.parameters() if p.is_floating_point()), x)
-        # Pixels are float32, whatever the default dtype is; the networks need not be.
-        x = x.to(weight.dtype) if x.is_floating_point() else x
-        return self.guide.posterior(self.guide.visible(x, mask))
+        x = data_of(x, self.guide)
+        mask = None if mask is None else data_of(mask, name="mask").to(x.device)
+        return running(lambda x: self.guide.posterior(self.guide.visible(x, mask)), x, network=self.guide)
 
-    def decode(self, z: Tensor) -> TorchDistribution:
+    def decode(self, z: Any) -> TorchDistribution:
         """p(x | z): a distribution over data for each latent.
 
         Args:
-            z: Latents, (..., D).
+            z: Latents, (..., D), a tensor or an array.
         Returns:
             A distribution with batch_shape (...).
+        Raises:
+            ValueError: Latents that are none, or of another shape.
         """
-        return self.model.likelihood(z)
+        return running(self.model.likelihood, data_of(z, self.model, "z"), network=self.model)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Any, mask: Any = None) -> Tensor:
         """E[x' | z] at z = E_q[z | x], of the observed pixels where there is a mask, (B, *x_shape)."""
         return self.decode(posteriors.mean(self.encode(x, mask))).mean
 
     @torch.no_grad()
+    @checked
     def sample(self, size: int = 1, *, pixels: str = "mean") -> Tensor:
         """New data: z ~ p(z), then x from p(x | z).
 
@@ -113,7 +117,8 @@ class VAE(nn.Module):
         return given_z.mean if pixels == "mean" else given_z.sample()
 
     @torch.no_grad()
-    def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
+    @checked
+    def interpolate(self, start: Any, end: Any, steps: int = 10) -> Tensor:
         """E[x | z] along straight lines between the posterior means of two batches.
 
         Args:
@@ -125,6 +130,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: Fewer than two steps, or batches of different shape.
         """
+        start, end = data_of(start, name="start"), data_of(end, name="end")
         if steps < 2 or start.shape != end.shape:
             raise ValueError(
                 f"got {steps} steps between data of shapes {tuple(start.shape)} and {tuple(end.shape)}, wanted at "
@@ -172,7 +178,10 @@ class VAE(nn.Module):
             )
         try:
             options = {"standardize": False} | json.loads(text)  # none had it before the field was there
-            architecture = Architecture.of(options.pop("x_shape"), **options)
+            try:
+                architecture = Architecture.of(options.pop("x_shape"), **options)
+            except ValueError as error:
+                raise TypeError(str(error)) from error
             for name in architecture.foreign:
                 if name not in trust:
                     raise ValueError(

@@ -58,6 +58,6 @@ def activation(name: str) -> nn.Module:
         >>> activation("tanh")
         Tanh()
     """
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}, wanted one of {', '.join(ACTIVATIONS)}.")
     return _ACTIVATIONS[name]()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from pyro_vae.options import integers
 from pyro_vae.parts.networks.activations import activation as make_activation
 from pyro_vae.parts.networks.shapes import Shape, as_shape, leading_shape
 
@@ -35,7 +36,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.in_shape = as_shape(in_shape)
-        widths = [math.prod(self.in_shape), *hidden]
+        widths = [math.prod(self.in_shape), *integers("hidden", hidden)]
         layers: list[nn.Module] = []
         for before, after in zip(widths[:-1], widths[1:], strict=True):
             layers += [nn.Linear(before, after), make_activation(activation)]

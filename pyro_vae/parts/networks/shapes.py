@@ -7,12 +7,17 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from pyro_vae.options import integers
+
 Shape: TypeAlias = int | Sequence[int]
 
 
 def as_shape(shape: Shape) -> tuple[int, ...]:
     """A number is the shape of a vector."""
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+    found = integers("shape", shape if hasattr(shape, "__len__") else (shape,))
+    if not all(size > 0 for size in found):
+        raise ValueError(f"got shape {found}, wanted positive sizes.")
+    return found
 
 
 def leading_shape(x: Tensor, shape: tuple[int, ...], name: str) -> tuple[int, ...]:

@@ -8,25 +8,31 @@ from typing import Any, TypeAlias
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import integer
+from pyro_vae.parts import names
 from pyro_vae.parts.networks import MLP
 
 Conditional: TypeAlias = Callable[..., TorchDistribution]
 
 
 def pixel_likelihood(
-    family: Callable[[nn.Module], Any], in_shape: int, hidden: Sequence[int], x_shape: Sequence[int], activation: str
+    family: str | Callable[[nn.Module], Any],
+    in_shape: int,
+    hidden: Sequence[int],
+    x_shape: Sequence[int],
+    activation: str,
 ) -> Any:
     """A likelihood on a dense decoder, with as many outputs for each pixel as its family takes.
 
     Args:
-        family: A class of `pyro_vae.parts.likelihoods`, or a function of the decoder.
+        family: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
         in_shape: Dimensions that the decoder gets.
         hidden: Widths of its hidden layers.
         x_shape: Shape of one datum.
         activation: Name of the activation.
     """
-    likelihood = family(nn.Identity())  # how many outputs a pixel has is the family's to say
-    n = getattr(likelihood, "parameters_per_pixel", 1)
+    likelihood = names.made("likelihood", family, nn.Identity())  # how many outputs a pixel has is the family's to say
+    n = integer("parameters_per_pixel", getattr(likelihood, "parameters_per_pixel", 1))
     likelihood.decoder = MLP(in_shape, hidden, (n * x_shape[0], *x_shape[1:]), activation)
     return likelihood
 

@@ -17,6 +17,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
+from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
@@ -50,6 +52,7 @@ class Joined(nn.Module):
         torch.Size([7, 5])
     """
 
+    @checked
     def __init__(
         self, part: Callable[[Tensor], TorchDistribution], event_dim: int = 1, num_classes: int | None = None
     ) -> None:
@@ -195,6 +198,7 @@ class Conditional(nn.Module):
         self.guide = ConditionalGuide(posterior, y_dim)
 
     @classmethod
+    @checked
     def build(
         cls,
         x_shape: Sequence[int],
@@ -203,8 +207,8 @@ class Conditional(nn.Module):
         hidden: Sequence[int] = (400, 400),
         *,
         activation: str = "silu",
-        likelihood: Callable[[nn.Module], Any] = Bernoulli,
-        posterior: Callable[[nn.Module, int], Any] = DiagonalNormal,
+        likelihood: str | Callable[[nn.Module], Any] = Bernoulli,
+        posterior: str | Callable[[nn.Module, int], Any] = DiagonalNormal,
         conditional_prior: bool = False,
     ) -> Conditional:
         """Dense networks with new weights.
@@ -215,15 +219,15 @@ class Conditional(nn.Module):
             latent_dim: D.
             hidden: Widths of the hidden layers, from the data to the latent.
             activation: Name of the activation.
-            likelihood: A class of `pyro_vae.parts.likelihoods`, or a function of the decoder.
-            posterior: A class of `pyro_vae.parts.posteriors`.
+            likelihood: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
+            posterior: A class of `pyro_vae.parts.posteriors`, or its name.
             conditional_prior: p(z | y), a diagonal Gaussian linear in y, instead of p(z).
         """
         features = MLP(x_shape, (), None).out_features
         decoder = pixel_likelihood(likelihood, latent_dim + y_dim, hidden[::-1], x_shape, activation)
         encoder = MLP(features + y_dim, hidden, None, activation)
         prior = DiagonalNormal(MLP(y_dim, (), None), latent_dim) if conditional_prior else StandardNormal(latent_dim)
-        joined = Joined(posterior(encoder, latent_dim), event_dim=len(x_shape))
+        joined = Joined(names.made("posterior", posterior, encoder, latent_dim), event_dim=len(x_shape))
         return cls(prior, Joined(decoder), joined, conditional_prior, y_dim)
 
     def encode(self, x: Tensor, y: Tensor) -> TorchDistribution:

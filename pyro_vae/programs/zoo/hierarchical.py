@@ -24,6 +24,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
+from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
@@ -144,6 +146,7 @@ class Hierarchical(nn.Module):
         self.guide = HierarchicalGuide(posteriors)
 
     @classmethod
+    @checked
     def build(
         cls,
         x_shape: Sequence[int],
@@ -151,8 +154,8 @@ class Hierarchical(nn.Module):
         hidden: Sequence[Sequence[int]] = ((200, 200), (100, 100)),
         *,
         activation: str = "tanh",
-        likelihood: Callable[[nn.Module], Any] = Bernoulli,
-        posterior: Callable[[nn.Module, int], Any] = DiagonalNormal,
+        likelihood: str | Callable[[nn.Module], Any] = Bernoulli,
+        posterior: str | Callable[[nn.Module, int], Any] = DiagonalNormal,
     ) -> Hierarchical:
         """Dense networks with new weights; by default the two-layer model of the reference.
 
@@ -162,8 +165,8 @@ class Hierarchical(nn.Module):
             hidden: Widths of the network between each layer and the one below (the data
                 for the first), in the guide; the model has them in reverse.
             activation: Name of the activation.
-            likelihood: A class of `pyro_vae.parts.likelihoods`, or a function of the decoder.
-            posterior: A class of `pyro_vae.parts.posteriors`, for every q.
+            likelihood: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
+            posterior: A class of `pyro_vae.parts.posteriors`, or its name, for every q.
         Raises:
             ValueError: Not one network per layer, or fewer than two layers.
         """
@@ -173,7 +176,10 @@ class Hierarchical(nn.Module):
                 "least two layers, as in latent_dims=(100, 50), hidden=((200, 200), (100, 100))."
             )
         shapes = [tuple(x_shape), *((d,) for d in latent_dims)]
-        up = [posterior(MLP(s, w, None, activation), d) for s, w, d in zip(shapes, hidden, latent_dims, strict=False)]
+        up = [
+            names.made("posterior", posterior, MLP(shape, widths, None, activation), dim)
+            for shape, widths, dim in zip(shapes, hidden, latent_dims, strict=False)
+        ]
         down = [
             DiagonalNormal(MLP(above, widths[::-1], None, activation), below)
             for below, above, widths in zip(latent_dims, latent_dims[1:], hidden[1:], strict=False)

@@ -25,6 +25,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
+from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
@@ -145,6 +147,7 @@ class Mixture(nn.Module):
         q(c | x) is a fixed function of samples of z; here c is summed out exactly.
     """
 
+    @checked
     def __init__(
         self, num_clusters: int, components: Conditional, likelihood: Conditional, posterior: Conditional
     ) -> None:
@@ -153,6 +156,7 @@ class Mixture(nn.Module):
         self.guide = Guide(posterior)
 
     @classmethod
+    @checked
     def build(
         cls,
         x_shape: Sequence[int],
@@ -161,8 +165,8 @@ class Mixture(nn.Module):
         hidden: Sequence[int] = (400, 400),
         *,
         activation: str = "silu",
-        likelihood: Callable[[nn.Module], Any] = Bernoulli,
-        posterior: Callable[[nn.Module, int], Any] = DiagonalNormal,
+        likelihood: str | Callable[[nn.Module], Any] = Bernoulli,
+        posterior: str | Callable[[nn.Module, int], Any] = DiagonalNormal,
     ) -> Mixture:
         """Dense networks and Gaussian clusters with new weights.
 
@@ -172,12 +176,13 @@ class Mixture(nn.Module):
             latent_dim: D.
             hidden: Widths of the hidden layers, from the data to the latent.
             activation: Name of the activation.
-            likelihood: A class of `pyro_vae.parts.likelihoods`, or a function of the decoder.
-            posterior: A class of `pyro_vae.parts.posteriors`.
+            likelihood: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
+            posterior: A class of `pyro_vae.parts.posteriors`, or its name.
         """
         decoder = pixel_likelihood(likelihood, latent_dim, hidden[::-1], x_shape, activation)
         encoder = MLP(x_shape, hidden, None, activation)
-        return cls(num_clusters, Clusters(num_clusters, latent_dim), decoder, posterior(encoder, latent_dim))
+        clusters = Clusters(num_clusters, latent_dim)
+        return cls(num_clusters, clusters, decoder, names.made("posterior", posterior, encoder, latent_dim))
 
     @property
     def marginal(self) -> Model:

@@ -34,6 +34,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import checked
+from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
@@ -140,6 +142,7 @@ class SemiSupervisedGuide(Named):
         alpha: Weight of log q(y | x) of each labelled datum, in the gradient only.
     """
 
+    @checked
     def __init__(self, classifier: Conditional, posterior: Conditional, alpha: float = 1.0) -> None:
         super().__init__()
         if alpha < 0:
@@ -214,6 +217,7 @@ class SemiSupervised(nn.Module):
         self.guide = SemiSupervisedGuide(classifier, posterior, alpha)
 
     @classmethod
+    @checked
     def build(
         cls,
         x_shape: Sequence[int],
@@ -223,8 +227,8 @@ class SemiSupervised(nn.Module):
         *,
         alpha: float = 1.0,
         activation: str = "silu",
-        likelihood: Callable[[nn.Module], Any] = Bernoulli,
-        posterior: Callable[[nn.Module, int], Any] = DiagonalNormal,
+        likelihood: str | Callable[[nn.Module], Any] = Bernoulli,
+        posterior: str | Callable[[nn.Module, int], Any] = DiagonalNormal,
     ) -> SemiSupervised:
         """Dense networks with new weights, p(y) uniform and p(z) standard normal.
 
@@ -235,8 +239,8 @@ class SemiSupervised(nn.Module):
             hidden: Widths of the hidden layers, from the data to the latent; the classifier has the same.
             alpha: Weight of log q(y | x) of each labelled datum, in the gradient only.
             activation: Name of the activation.
-            likelihood: A class of `pyro_vae.parts.likelihoods`, or a function of the decoder.
-            posterior: A class of `pyro_vae.parts.posteriors`.
+            likelihood: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
+            posterior: A class of `pyro_vae.parts.posteriors`, or its name.
         """
         features = MLP(x_shape, (), None).out_features
         decoder = pixel_likelihood(likelihood, latent_dim + num_classes, hidden[::-1], x_shape, activation)
@@ -246,7 +250,7 @@ class SemiSupervised(nn.Module):
             StandardNormal(latent_dim),
             Joined(decoder, num_classes=num_classes),
             Classifier(MLP(x_shape, hidden, num_classes, activation)),
-            Joined(posterior(encoder, latent_dim), len(x_shape), num_classes),
+            Joined(names.made("posterior", posterior, encoder, latent_dim), len(x_shape), num_classes),
             alpha,
         )
 

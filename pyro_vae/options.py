@@ -1,0 +1,239 @@
+"""Options are what their annotations say, or are refused before any time is spent.
+
+    whole numbers   ``int``: Python's, NumPy's, a tensor of one integer; no bool, no 2.0
+    numbers         ``float``: these, and floats of all three; no nan
+    switches        ``bool``: True and False, Python's or NumPy's
+    functions       ``Callable[...]`` and ``Program``: whatever can be called
+    devices         ``str | torch.device``: one that is here and takes a tensor
+
+each with ``| None`` where None is an answer. `checked` reads this off a signature once, when the function is made, and
+looks at what is given in each call; whole numbers, and floats of NumPy, reach the function as Python's own. The ranges
+that hold wherever a name occurs are in one table below; what depends on the function is the function's to say.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+import os
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Kind = Callable[[str, Any, bool], Any]
+Rule = Callable[[str, Any], Any]
+
+# The least that a whole number may be, by its name.
+LEAST = dict.fromkeys(
+    ("batch_size", "epochs", "halvings", "images", "most", "num_groups", "num_neighbours", "num_samples",
+     "num_directions", "proposals", "num_components",
+     "x_shape", "hidden", "latent_dim", "latent_dims", "y_dim", "num_clusters"), 1
+) | dict.fromkeys(("seed", "pilot_seed", "num_simulated", "pilot_steps", "max_plate_nesting", "size"), 0)  # fmt: skip
+# What is not among all the whole numbers that there are, in words that say more.
+WORDS = {"kl_warmup_steps": "a number of steps"}
+FINITE = {"learning_rate", "beta"}
+FILLED = {"x_shape"}
+_MOST = 2**63
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose options are looked at before it runs (see the module).
+
+    Args:
+        function: One with annotations.
+    Returns:
+        The function, which raises a ValueError that names the option, what was got and what is wanted.
+    Example:
+        >>> @checked
+        ... def draw(data: Any, num_samples: int = 1, seed: int | None = 0) -> int:
+        ...     return num_samples
+        >>> draw(None, np.int64(3)), draw(None, seed=None)
+        (3, 1)
+        >>> draw(None, num_samples=1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_samples must be a positive integer, got 1.5. Pass a whole number, such as num_samples=1.
+    """
+    given = inspect.signature(function).parameters.values()
+    rules = {p.name: rule for p in given if (rule := _rule(p)) is not None}
+    places = [p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    @functools.wraps(function)
+    def looked_at(*args: Any, **kwargs: Any) -> R:
+        for name in kwargs:
+            if name in rules:
+                kwargs[name] = rules[name](name, kwargs[name])
+        if any(name in rules for name in places[: len(args)]):
+            found = [rules[n](n, a) if n in rules else a for n, a in zip(places, args, strict=False)]
+            args = (*found, *args[len(found) :])
+        return function(*args, **kwargs)
+
+    looked_at.option_rules = rules  # type: ignore[attr-defined]
+    return looked_at
+
+
+def integer(name: str, value: Any, optional: bool = False) -> Any:
+    """A whole number as Python's.
+
+    Raises:
+        ValueError: Another type, or less than its name allows.
+    Example:
+        >>> integer("epochs", torch.tensor(3))
+        3
+    """
+    found = _scalar(value)
+    least = LEAST.get(name)
+    if isinstance(found, numbers.Integral) and not isinstance(found, bool | np.bool_):
+        whole = int(found)
+        if (least is None or whole >= least) and abs(whole) < _MOST:
+            return whole
+    wanted = {None: "an integer", 1: "a positive integer", 0: "an integer that is not negative"}[least]
+    wanted = WORDS.get(name, wanted)
+    raise ValueError(
+        f"{name} must be {wanted}, got {_shown(value)}. Pass a whole number, such as "
+        f"{name}={1 if least is None else least}{', or None' * optional}."
+    )
+
+
+def number(name: str, value: Any, optional: bool = False) -> Any:
+    """A number as Python's.
+
+    Raises:
+        ValueError: Another type, nan, or infinite where its name does not allow it.
+    Example:
+        >>> number("tolerance", np.float32(0.5))
+        0.5
+    """
+    found = _scalar(value)
+    if isinstance(found, numbers.Real) and not isinstance(found, bool | np.bool_):
+        if not math.isnan(found) and not (name in FINITE and math.isinf(found)):
+            # A tensor stays one: it may be a weight that changes in place.
+            return value if isinstance(value, int | float | Tensor) else float(found)
+    finite = "finite " if name in FINITE else ""
+    raise ValueError(
+        f"{name} must be a {finite}number, got {_shown(value)}. Pass one, such as {name}=0.1{', or None' * optional}."
+    )
+
+
+def function_of(name: str, value: Any, optional: bool = False) -> Any:
+    """Something that can be called.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    if callable(value):
+        return value
+    wanted = "a Pyro program, a function or module of the data" if name in _PROGRAMS else "a function"
+    raise ValueError(f"{name} must be {wanted}, got {_shown(value)}. Pass what can be called{', or None' * optional}.")
+
+
+_PROGRAMS = ("model", "guide")
+
+
+def device(name: str, value: Any, optional: bool = False) -> Any:
+    """A device that is here.
+
+    Raises:
+        ValueError: No name of one, or one that this machine or this torch does not have.
+    """
+    reason = "which is none that torch knows"
+    try:
+        found = torch.device(value)
+        reason = "which is not on this machine"
+        if found.type == "meta":
+            reason = "which holds no numbers"
+        elif found.type == "cpu" or torch.empty(0, device=found) is not None:
+            return value if isinstance(value, str | torch.device) else found
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError, ImportError):
+        pass
+    known = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+    raise ValueError(f"got {name}={_shown(value)}, {reason}; wanted one of {known}{', or None' * optional}.")
+
+
+def _flag(name: str, value: Any, optional: bool = False) -> Any:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(f"{name} must be True or False{' or None' * optional}, got {_shown(value)}.")
+
+
+def integers(name: str, value: Any, optional: bool = False, one: Callable[[str, Any], Any] = integer) -> Any:
+    """Whole numbers as a tuple of Python's.
+
+    Raises:
+        ValueError: No sequence, or one of it is not what its name allows.
+    Example:
+        >>> integers("hidden", np.array([400, 200]))
+        (400, 200)
+    """
+    try:
+        if not isinstance(value, str | bytes | dict | set):
+            found = tuple(one(name, each) for each in tuple(value))
+            if found or name not in FILLED:
+                return found
+    except (TypeError, ValueError):
+        pass
+    least = LEAST.get(name)
+    wanted, many = f"a list of {'positive ' * (least == 1)}integers", (8, 4) if type(value) is not int else (value,)
+    shown: Any = many if least is None or min(many) >= least else (8, 4)
+    if one is not integer:
+        wanted, shown = f"lists of {'positive ' * (least == 1)}integers", ((8, 8), (4,))
+    raise ValueError(f"{name} must be {wanted}, got {_shown(value)}. Pass {name}={shown}, say.")
+
+
+def _nested(name: str, value: Any, optional: bool = False) -> Any:
+    return integers(name, value, optional, integers)
+
+
+def _path(name: str, value: Any, optional: bool = False) -> Any:
+    if isinstance(value, str | os.PathLike):
+        return value
+    raise ValueError(f"{name} must be a path, got {_shown(value)}. Pass a string or a Path{', or None' * optional}.")
+
+
+_KINDS: dict[frozenset[str], Kind] = {
+    frozenset({"int"}): integer,
+    frozenset({"float"}): number,
+    frozenset({"bool"}): _flag,
+    frozenset({"Program"}): function_of,
+    frozenset({"Bound"}): function_of,
+    frozenset({"str", "torch.device"}): device,
+    frozenset({"Sequence[int]"}): integers,
+    frozenset({"Sequence[Sequence[int]]"}): _nested,
+    frozenset({"str", "os.PathLike[str]"}): _path,
+}
+
+
+def _rule(parameter: inspect.Parameter) -> Rule | None:
+    """What an annotation asks for; None for what it does not tell."""
+    text = parameter.annotation
+    text = text if isinstance(text, str) else inspect.formatannotation(text)
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return None
+    optional = text.endswith(" | None")
+    text = text.removesuffix(" | None")
+    called = text.startswith("Callable[") and "] | " not in text
+    kind = function_of if called else _KINDS.get(frozenset(text.split(" | ")))
+    if kind is None:
+        return None
+    return lambda name, value: None if optional and value is None else kind(name, value, optional)
+
+
+def _scalar(value: Any) -> Any:
+    """A tensor or array without dimensions as the number that it holds."""
+    if isinstance(value, Tensor) and not value.dim() and not value.is_meta:
+        return value.detach().item()
+    return value[()] if isinstance(value, np.ndarray) and not value.ndim else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    if isinstance(value, Tensor | np.ndarray) and value.ndim:
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
