@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyro_vae import evaluation
-from pyro_vae.app.export import to_arviz
 from pyro_vae.app.judge import judge
 from pyro_vae.evaluation import at_rest, evaluating, noise, unmoved
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.anomalies import anomaly_scores
+from pyro_vae.judging.arviz import to_arviz
 from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.collapse import collapse, linear_optimum
 from pyro_vae.judging.distances import guide_distances

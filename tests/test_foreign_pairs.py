@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from pyro_vae.app import html
-from pyro_vae.app.export import to_arviz
 from pyro_vae.app.judge import SHARES, judge
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.annealing import ais, bdmc
+from pyro_vae.judging.arviz import to_arviz
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.gaps import gaps
 from pyro_vae.judging.quadrature import quadrature

@@ -11,7 +11,6 @@ from PIL import Image
 import pyro_vae as pv
 from pyro_vae.app.cli import main
 from pyro_vae.app.judge import judge
-from pyro_vae.app.plots import plane
 from pyro_vae.app.runs import Run
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.anomalies import anomaly_scores
@@ -20,6 +19,7 @@ from pyro_vae.judging.gaps import gaps
 from pyro_vae.judging.information import mutual_information
 from pyro_vae.judging.latents import kl_per_dimension
 from pyro_vae.judging.samples import energy_distance
+from pyro_vae.plots._pictures import plane
 
 
 @pytest.fixture(autouse=True)

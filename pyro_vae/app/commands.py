@@ -13,11 +13,13 @@ import click
 import torch
 from torch import Tensor
 
-from pyro_vae.app import evaluation, plots, report
+from pyro_vae import plots
+from pyro_vae.app import evaluation, pictures, report
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import read, the_device
-from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json, written
+from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json
+from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.framing import Framing, grey_level
 from pyro_vae.data.photographs import read_image
@@ -118,9 +120,9 @@ def judge_run(
     said |= {"run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions()}
     said |= {"budget_seconds": budget, "seconds": round(time.monotonic() - started, 3)}
     text = found.to_json()
-    written(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+    write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)
-    written(folder / "judgement.html", lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_file(folder / "judgement.html", lambda partial: partial.write_text(page, encoding="utf-8"))
     if as_json:
         click.echo(text)
     else:
@@ -150,9 +152,9 @@ def sample_run(
             with partial.open("wb") as file:
                 np.save(file, x.numpy())
 
-        written(path, write)
+        write_file(path, write)
     elif path.suffix == ".png":
-        plots.save(plots.samples(x, f"{number} samples from the prior, seed {seed}"), path)
+        pictures.save(plots.samples(x, f"{number} samples from the prior, seed {seed}"), path)
     elif path.suffix:
         raise ValueError(f"got --out {path}, wanted a .png, a .npy, or a folder.")
     else:
@@ -190,7 +192,7 @@ def reconstruct_images(
     rows += [(path.name, *(f"{float(term[i]):.2f}" for term in terms)) for i, path in enumerate(images)]
     _print_table(rows)
     path = out or Path("reconstructions.png")
-    plots.save(picture, path)
+    pictures.save(picture, path)
     click.echo(path)
     return path
 
@@ -246,7 +248,7 @@ def rank_anomalies(
         click.echo(out)
     path = picture or run / FIGURES / "anomalies.png"
     captions = [" ".join([*name(i), f"{scores[i]:.1f}"]) for i in shown.tolist()]
-    plots.save(plots.gallery(test[shown], captions, f"Most anomalous test data, {unit} in nats"), path)
+    pictures.save(plots.gallery(test[shown], captions, f"Most anomalous test data, {unit} in nats"), path)
     click.echo(path)
     return result
 
@@ -317,7 +319,7 @@ def _image_folder(x: Tensor, folder: Path) -> None:
     for i, datum in enumerate(x):
         levels = (datum.clamp(0, 1) * 255).round().to(torch.uint8)
         picture = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
-        written(folder / f"{i:0{width}}.png", functools.partial(picture.save, format="png"))
+        write_file(folder / f"{i:0{width}}.png", functools.partial(picture.save, format="png"))
 
 
 def _write_csv(path: Path, test: Split, scores: Tensor, order: Tensor, outside: Tensor | None) -> None:
@@ -332,7 +334,7 @@ def _write_csv(path: Path, test: Split, scores: Tensor, order: Tensor, outside: 
             for i, value in enumerate([] if outside is None else outside.tolist()):
                 table.writerow(["outliers", i, "", f"{value:.6f}"])
 
-    written(path, write)
+    write_file(path, write)
 
 
 def _label_names(dataset: Dataset, test: Split) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pyro_vae.app import judging_plots
+from pyro_vae import plots
 from pyro_vae.app.judge import TITLES, Judgement
 from pyro_vae.app.verdicts import nats
 
@@ -120,10 +120,10 @@ def _draw(judgement: Judgement) -> Iterator[tuple[str, Figure, str]]:
         row = {"guide": "guide", "total": gaps["inference"], "total_stderr": gaps["inference_stderr"]}
         row |= {k: gaps.get(k) for part in ("approximation", "amortization") for k in (part, f"{part}_stderr")}
         caption = "What the guide loses: its family's part, and its encoder's. Bars of error are two standard errors."
-        yield "gaps", judging_plots.gap_bars([row]), caption
+        yield "gaps", plots.gap_bars([row]), caption
     if bounds and bounds.get("curve"):
         curve = bounds["curve"]
-        figure = judging_plots.bounds_by_samples(
+        figure = plots.bounds_by_samples(
             curve["num_samples"], {"importance-weighted bound": curve["value"]},
             {"importance-weighted bound": curve["stderr"]}, *((gaps["log_p"], gaps["log_p_stderr"]) if gaps and
             gaps["images"] == bounds["images"] else (None, 0.0)),
@@ -132,10 +132,10 @@ def _draw(judgement: Judgement) -> Iterator[tuple[str, Figure, str]]:
     if "pareto_k" in arrays and bool(arrays["pareto_k"].isfinite().any()):
         x = arrays["images"]
         images = x.float().clamp(0, 1).cpu() if getattr(x, "dim", lambda: 0)() == 4 and x.shape[1] in (1, 3) else None
-        figure = judging_plots.khat_against_log_p(arrays["pareto_k"], arrays["log_p"], arrays["khat_limit"], images)
+        figure = plots.khat_against_log_p(arrays["pareto_k"], arrays["log_p"], arrays["khat_limit"], images)
         yield "khat", figure, "Which data have weights that cannot be relied upon."
     if "bracket_lower" in arrays:
-        figure = judging_plots.bracket(
+        figure = plots.bracket(
             arrays["bracket_lower"], arrays["bracket_upper"], lower_stderr=arrays.get("bracket_lower_stderr")
         )
         yield "bracket", figure, "On data simulated from the model log p(x) lies between both bounds, on average."
@@ -145,7 +145,7 @@ def _draw(judgement: Judgement) -> Iterator[tuple[str, Figure, str]]:
             "A valley says that the guide is too narrow there, a hump too wide, a slope biased; the worst come first.",
         )  # fmt: skip
     if latents and latents.get("kl"):
-        figure = judging_plots.kl_by_dimension(
+        figure = plots.kl_by_dimension(
             list(latents["kl"].values()), latents["kl_data_stderr"], names=list(latents["kl"])
         )
         yield "kl", figure, "How many nats each latent carries, on average over the data."
@@ -155,7 +155,7 @@ def _ranks(arrays: Mapping[str, Any], calibration: Mapping[str, Any]) -> Figure:
     """The latents of smallest p-value, which are the ones to look at, in their order."""
     ranks, names = arrays["ranks"], calibration.get("names") or []
     order = sorted(range(ranks.shape[1]), key=lambda d: (calibration.get("p_value") or {d: d})[d])
-    return judging_plots.rank_histogram(
+    return plots.rank_histogram(
         ranks[:, order], arrays["num_draws"], names=[names[d] for d in order] if names else []
     )
 
