@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": GROUND,
     "inference": GROUND,
     "programs": GROUND | {"parts"},
-    "judging": GROUND | {"inference"},
+    "judging": GROUND | {"inference", "parts"},
     "app": GROUND | {"parts", "programs", "data", "inference", "judging", "plots"},
     "testing": GROUND,
     "__main__": {"app"},

@@ -61,10 +61,9 @@ WRONG = {
 def wrong_values():
     """(function, option, value) for every option of every public estimate and diagnostic, and of `fit`."""
     modules = [importlib.import_module(f"pyro_vae.judging.{m.name}") for m in pkgutil.iter_modules(pv.judging.__path__)]
-    homes = [*modules, importlib.import_module("pyro_vae.app.judge"), importlib.import_module("pyro_vae.judging.arviz")]
     found = {
         f"{module.__name__}.{name}": function
-        for module in homes
+        for module in modules
         for name, function in vars(module).items()
         if hasattr(function, "option_rules") and function.__module__ == module.__name__
     }

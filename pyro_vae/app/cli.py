@@ -280,7 +280,7 @@ def evaluate(**options: Any) -> None:
 @commands.command()
 @_run
 @_trust
-@click.option("--images", metavar="N", type=click.IntRange(2), default=100, help="Test images looked at, at most. "
+@click.option("--num-data", metavar="N", type=click.IntRange(2), default=100, help="Test data looked at, at most. "
               "[default: 100]")  # fmt: skip
 @click.option("--budget", metavar="SECONDS", type=click.FloatRange(1), default=110.0, help="From the start of the "
               "command; it takes no more. What does not fit is left out, and said to be. [default: 110]")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import time
@@ -77,7 +78,7 @@ def evaluate_run(
 
 def judge_run(
     run: Path,
-    images: int = 100,
+    num_data: int = 100,
     budget: float = 110.0,
     num_samples: int | None = None,
     seed: int | None = None,
@@ -92,7 +93,7 @@ def judge_run(
     started = time.monotonic() if started is None else started
     folder = run if out is None else out
     from pyro_vae.app import html
-    from pyro_vae.app.judge import judge
+    from pyro_vae.judging.judgement import judge
 
     loaded = Run.load(run)
     options, vae = options_of(loaded), loaded.vae(trust).to(the_device(device))
@@ -108,17 +109,17 @@ def judge_run(
             raise ValueError(f"got --out {out}, wanted a folder to write to: {error.strerror}.") from error
     seed = options.seed if seed is None else seed
     _, dataset = _data(options, vae, data_dir, images=None)
-    test = evaluation.test_data(dataset, seed, images)
+    test = evaluation.test_data(dataset, seed, num_data)
     # Loading has its time already, and the pictures are to have theirs.
     left = budget - (time.monotonic() - started) - min(15.0, 0.15 * budget)
     found = judge(
-        vae.model, vae.guide, test, budget=max(left, 0.01), images=images, seed=seed,
+        vae.model, vae.guide, test, budget=max(left, 0.01), num_data=num_data, seed=seed,
         num_samples=options.evaluation_samples if num_samples is None else num_samples,
-        say=None if as_json else lambda title: click.echo(f"{title} ...", err=True),
+        progress=False if as_json else None,
     )  # fmt: skip
-    said = found.numbers["protocol"]
-    said |= {"run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions()}
-    said |= {"budget_seconds": budget, "seconds": round(time.monotonic() - started, 3)}
+    about: dict[str, Any] = {"run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions()}
+    about |= {"budget_seconds": budget, "seconds": round(time.monotonic() - started, 3)}
+    found = dataclasses.replace(found, protocol=found.protocol | about)
     text = found.to_json()
     write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)
