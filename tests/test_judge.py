@@ -19,7 +19,7 @@ from pyro_vae.app.commands import judge_run
 from pyro_vae.judging.calibration import calibration
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.judgement import Judgement, judge
-from pyro_vae.judging.measured import Measured
+from pyro_vae.judging.nats import Nats
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, GapSplit, Latents, Remedy, Stages
 from pyro_vae.judging.verdicts import Finding, verdict
 from tests.pairs import binary, linear_pair, small_pair
@@ -46,7 +46,7 @@ def said(**stages):
 
 def split(approximation, amortization, error=0.02, spread=(math.nan, math.nan, math.nan), remaining=0.0):
     parts = (approximation + amortization, approximation, amortization)
-    total, family, encoder = (Measured(v, error, s) for v, s in zip(parts, spread, strict=True))
+    total, family, encoder = (Nats(v, error, s) for v, s in zip(parts, spread, strict=True))
     return GapSplit(
         status="done", num_data=50, inference=total, approximation=family, amortization=encoder, remaining=remaining,
         stopped=1.0,
@@ -54,8 +54,8 @@ def split(approximation, amortization, error=0.02, spread=(math.nan, math.nan, m
 
 
 BOUNDS = Bounds(
-    status="done", num_samples=10, log_p=Measured(-80.0, 0.1), missing=Measured(0.4, 0.05), enough=500,
-    better_samples=1000, better_khat_ok=1.0, elbo=Measured(-81.0, 0.02), better=Measured(-79.6, 0.02),
+    status="done", num_samples=10, log_p=Nats(-80.0, 0.1), missing=Nats(0.4, 0.05), enough=500,
+    better_samples=1000, better_khat_ok=1.0, elbo=Nats(-81.0, 0.02), better=Nats(-79.6, 0.02),
 )  # fmt: skip
 NAMES = ("z[0]", "z[1]", "z[2]")
 ALIVE = Latents(status="done", variance=dict.fromkeys(NAMES, 1.0), rate=5.0)
@@ -63,10 +63,10 @@ DEAD = Latents(status="done", variance=dict.fromkeys(NAMES, 0.0), rate=0.0)
 
 
 def test_a_number_counts_when_it_is_above_its_error_and_of_a_size_that_matters():
-    assert Measured(0.2, 0.05).material() and not Measured(0.2, 0.11).material() and not Measured(0.04, 0.001).material()
-    assert not Measured(0.2).material() and not Measured(0.2, math.nan).material() and not Measured().material()
-    assert not Measured(math.nan, 0.1).material()
-    assert [str(Measured(*v)) for v in ((1.234, 0.05), (1.23456, 0.002), ())] == ["1.23 ± 0.05", "1.235 ± 0.002", "unknown"]
+    assert Nats(0.2, 0.05).material() and not Nats(0.2, 0.11).material() and not Nats(0.04, 0.001).material()
+    assert not Nats(0.2).material() and not Nats(0.2, math.nan).material() and not Nats().material()
+    assert not Nats(math.nan, 0.1).material()
+    assert [str(Nats(*v)) for v in ((1.234, 0.05), (1.23456, 0.002), ())] == ["1.23 ± 0.05", "1.235 ± 0.002", "unknown"]
 
 
 def test_the_gap_is_the_familys_the_encoders_or_both():
@@ -89,7 +89,7 @@ def test_a_fault_is_one_of_the_pair_and_not_of_the_few_data_at_hand():
 
 
 def test_what_could_not_be_split_is_said_to_be():
-    gaps = GapSplit(status="done", num_data=5, inference=Measured(0.7, 0.1), unsplit="it is a Delta")
+    gaps = GapSplit(status="done", num_data=5, inference=Nats(0.7, 0.1), unsplit="it is a Delta")
     assert "cannot be told apart: it is a Delta" in said(gaps=gaps) and "0.70 ± 0.10" in said(gaps=gaps)
     assert "Whose fault that is was not found out" in said(bounds=BOUNDS)
     assert said() == "Nothing could be judged: see the stages for the reasons."
@@ -98,9 +98,9 @@ def test_what_could_not_be_split_is_said_to_be():
 
 
 def test_the_remedy_is_what_was_tried():
-    gained = Remedy(status="done", gain=Measured(0.48, 0.02), approximation_before=0.5)
+    gained = Remedy(status="done", gain=Nats(0.48, 0.02), approximation_before=0.5)
     assert "Try FullNormal." in said(gaps=split(0.5, 0.0), remedy=gained)
-    less, none = (replace(gained, gain=Measured(gain, 0.02)) for gain in (0.2, 0.01))
+    less, none = (replace(gained, gain=Nats(gain, 0.02)) for gain in (0.2, 0.01))
     assert "Try a flow (IAF, NSF), which bends" in said(gaps=split(0.5, 0.0), remedy=less)
     assert "0.01 ± 0.02 nats only" in said(gaps=split(0.5, 0.0), remedy=none)
     assert "FullNormal or IAF" in said(gaps=split(0.5, 0.0))
@@ -113,7 +113,7 @@ def test_a_dead_encoder_and_a_collapsed_optimum_are_told_apart():
     assert culprits(gaps=split(0.0, 0.0), latents=DEAD) == {"collapse"}
     assert "makes no use of z" in said(gaps=split(0.0, 0.0), latents=DEAD)
     assert culprits(bounds=BOUNDS, latents=DEAD) == {"dead encoder"}
-    close = replace(BOUNDS, better=Measured(-81.0, 0.02), missing=Measured(0.0, 0.05))
+    close = replace(BOUNDS, better=Nats(-81.0, 0.02), missing=Nats(0.0, 0.05))
     assert culprits(bounds=close, latents=DEAD) == {"collapse"} and "could not be told" in said(latents=DEAD)
     assert "within the errors" in said(gaps=split(0.1, 0.1, error=0.4), latents=DEAD)
     some = said(latents=replace(ALIVE, variance=ALIVE.variance | {"z[1]": 0.0}))
@@ -122,17 +122,17 @@ def test_a_dead_encoder_and_a_collapsed_optimum_are_told_apart():
 
 def test_the_estimator_is_at_fault_where_more_samples_would_mend_it():
     def lacking(value, error=0.05, **more):
-        return replace(BOUNDS, missing=Measured(value, error), **more)
+        return replace(BOUNDS, missing=Nats(value, error), **more)
 
     assert culprits(bounds=BOUNDS) == {"estimator"}
     assert "0.40 ± 0.05 short of that at K = 1000: K = 10 is too small. Increase it to K = 500." in said(bounds=BOUNDS)
     assert "tenfold" in said(bounds=replace(BOUNDS, enough=None))
     heavy = replace(BOUNDS, better_khat_ok=0.6, enough=None)
     assert "too large for 40 %" in said(bounds=heavy) and culprits(bounds=heavy) == {"estimator"}
-    found = replace(heavy, missing=Measured(0.0, 0.05))
+    found = replace(heavy, missing=Nats(0.0, 0.05))
     assert culprits(bounds=found) == set() and "may be too low" in said(bounds=found)
     assert "can be relied upon" in said(bounds=lacking(0.01))
-    assert "not known" in said(bounds=replace(BOUNDS, missing=Measured()))
+    assert "not known" in said(bounds=replace(BOUNDS, missing=Nats()))
     noisy = lacking(0.09, 0.06)
     assert culprits(bounds=noisy) == set() and "0.09 ± 0.06 nats, is within the errors" in said(bounds=noisy)
     assert culprits(bounds=BOUNDS, gaps=split(0.0, 0.9), latents=DEAD) == {"dead encoder"}
@@ -140,12 +140,12 @@ def test_the_estimator_is_at_fault_where_more_samples_would_mend_it():
 
 
 def test_bracket_and_calibration_in_words():
-    tight = Bracketed(status="done", num_data=30, width=Measured(0.03, 0.01), below_lower=Measured(0.0, 0.01),
-                      below_upper=Measured(0.02, 0.01))  # fmt: skip
-    fine = replace(BOUNDS, missing=Measured(0.0, 0.05))
+    tight = Bracketed(status="done", num_data=30, width=Nats(0.03, 0.01), below_lower=Nats(0.0, 0.01),
+                      below_upper=Nats(0.02, 0.01))  # fmt: skip
+    fine = replace(BOUNDS, missing=Nats(0.0, 0.05))
     assert "brackets log p(x) to 0.03 ± 0.01" in said(bounds=fine, bracket=tight)
-    assert "too wide" in said(bounds=fine, bracket=replace(tight, width=Measured(0.5, 0.01)))
-    low = replace(tight, below_lower=Measured(0.3, 0.01))
+    assert "too wide" in said(bounds=fine, bracket=replace(tight, width=Nats(0.5, 0.01)))
+    low = replace(tight, below_lower=Nats(0.3, 0.01))
     assert "at least 0.30 ± 0.01 nats too low" in said(bounds=fine, bracket=low)
     ranks = Calibrated(status="done", num_data=100, names=("a", "b"), verdicts=("too narrow", "calibrated"),
                        coverage_90=(0.7, 0.9))  # fmt: skip

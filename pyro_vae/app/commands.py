@@ -117,8 +117,10 @@ def judge_run(
         num_samples=options.evaluation_samples if num_samples is None else num_samples,
         progress=False if as_json else None,
     )  # fmt: skip
-    about: dict[str, Any] = {"run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions()}
-    about |= {"budget_seconds": budget, "seconds": round(time.monotonic() - started, 3)}
+    about: dict[str, Any] = {
+        "run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions(),
+        "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
+    }  # fmt: skip
     found = dataclasses.replace(found, protocol=found.protocol | about)
     text = found.to_json()
     write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
@@ -285,7 +287,7 @@ def _outliers(
 
 
 def _as_data(path: Path, shape: tuple[int, ...], options: FitOptions, seed: int) -> Tensor:
-    """An image file as one datum of a run, (C, H, W); what had to be changed is said."""
+    """An image file as one datum of a run, (C, H, W); what had to be changed is printed."""
     image = read_image(path, Framing(background=grey_level(options.background)))
     fitted = Framing(channels=shape[0])(image[None], name=str(path))
     size = (shape[1], shape[2])

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from pyro_vae import plots
 from pyro_vae.judging.judgement import Judgement
-from pyro_vae.judging.measured import Measured
+from pyro_vae.judging.nats import Nats
 from pyro_vae.judging.psis import khat_limit
 from pyro_vae.judging.stages import Bounds, Calibrated, GapSplit, Stages
 from pyro_vae.judging.verdicts import Finding
@@ -60,7 +60,7 @@ def page(
         judgement: What `judge` found.
         title: What was judged.
         pictures: Those of `draw` if omitted.
-        late: Asked before each picture; once it is, the rest is left out, and said to be.
+        late: Asked before each picture; once it is, the rest is left out, and the page says so.
     """
     figures = ""
     for picture in draw(judgement.stages) if pictures is None else pictures:
@@ -196,7 +196,7 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _over_data(number: Measured) -> str:
+def _over_data(number: Nats) -> str:
     return f"data ± {number.data_stderr:.2f}" if math.isfinite(number.data_stderr) else "data ± ?"
 
 

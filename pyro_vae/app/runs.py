@@ -81,12 +81,12 @@ class Run:
             raise ValueError(f"{path} has a damaged architecture entry ({error}). Fit again.") from error
         assert vae.architecture is not None
         built = {key: getattr(vae.architecture, key) for key in BUILT if key in self.config}
-        told = {key: tuple(v) if isinstance(v := self.config[key], list) else v for key in built}
-        if built != told:
-            key = next(key for key in built if built[key] != told[key])
+        configured = {key: tuple(v) if isinstance(v := self.config[key], list) else v for key in built}
+        if built != configured:
+            key = next(key for key in built if built[key] != configured[key])
             raise ValueError(
-                f"{path} was built with {key} = {built[key]}, but {self.path / CONFIG} says {told[key]}: the two files "
-                "are of different runs."
+                f"{path} was built with {key} = {built[key]}, but {self.path / CONFIG} says {configured[key]}: the two "
+                "files are of different runs."
             )
         return vae
 

@@ -25,7 +25,7 @@ from pyro_vae.judging.components import Components
 from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.gaps import Part
 from pyro_vae.judging.latents import active_units, kl_per_dimension
-from pyro_vae.judging.measured import RELEVANT, Measured
+from pyro_vae.judging.nats import RELEVANT, Nats
 from pyro_vae.judging.psis import khat_limit
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, Latents, Stages
 from pyro_vae.traces import Program
@@ -111,7 +111,7 @@ class Examination:
 class Pooled:
     """One estimate of the data of several pieces, of the same K."""
 
-    log_p: Measured
+    log_p: Nats
     bias: float
     pointwise: Tensor
     pareto_k: Tensor
@@ -163,12 +163,12 @@ def weighted(parts: Sequence[Any], values: Sequence[Any], errors: bool = False) 
     return sum(n * v for n, v in zip(sizes, values, strict=True)) / sum(sizes)
 
 
-def pooled(parts: Sequence[Any]) -> Measured:
+def pooled(parts: Sequence[Any]) -> Nats:
     """The value of all pieces, with its errors."""
     pointwise = torch.cat([part.pointwise for part in parts])
     count = len(pointwise)
     spread = pointwise.std().item() / math.sqrt(count) if count > 1 else math.nan
-    return Measured(pointwise.mean().item(), weighted(parts, [p.mc_stderr for p in parts], errors=True), spread)
+    return Nats(pointwise.mean().item(), weighted(parts, [p.mc_stderr for p in parts], errors=True), spread)
 
 
 def examine_bounds(pair: Examination, stages: Stages) -> Bounds:
@@ -250,14 +250,14 @@ def with_missing(pair: Examination, bounds: Bounds) -> Bounds:
         difference = best.pointwise[:size] - judged.pointwise[:size]
         spread = difference.std().item() / math.sqrt(size) if size > 1 else math.nan
         noise = best.pointwise_stderr[:size].square().sum().sqrt().item() / size
-        missing, compared = Measured(difference.mean().item(), math.hypot(spread, noise)), "best q"
+        missing, compared = Nats(difference.mean().item(), math.hypot(spread, noise)), "best q"
     elif better.num_samples == judged.num_samples:
-        missing, compared = Measured(-judged.bias, judged.log_p.mc_stderr), "jackknife"
+        missing, compared = Nats(-judged.bias, judged.log_p.mc_stderr), "jackknife"
     else:
         # One draw of few samples is noisy: what they lack on average, the blocks of the larger K know.
         value, noise = better.at(judged.num_samples)
         short = better.curve[-1].item() - value + abs(better.bias)
-        missing = Measured(short, math.hypot(noise, better.log_p.mc_stderr))
+        missing = Nats(short, math.hypot(noise, better.log_p.mc_stderr))
     enough = None
     if better.khat_ok >= 0.9:
         # What the curve lacks at K', from its own end, whose bias the jackknife tells.
@@ -293,7 +293,7 @@ def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
     budget = pair.budget
     found, start = _bracket(pair)
     lower, count = found.lower, len(found.upper_pointwise)
-    importance, low, high = math.nan, Measured(), Measured()
+    importance, low, high = math.nan, Nats(), Nats()
     if pair.judged is not None:
         with contextlib.suppress(OutOfTime), budget.piece():
             num_samples = pair.judged.num_samples
@@ -302,8 +302,8 @@ def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
             low, high = (_mean(bound - there.pointwise) for bound in (lower.pointwise, found.upper_pointwise))
     return Bracketed(
         status="done", num_data=count, num_steps=lower.num_steps, num_chains=lower.num_chains, start=start,
-        lower=Measured(lower.value, lower.mc_stderr), upper=Measured(found.upper, found.upper_stderr),
-        width=Measured(found.width, found.width_stderr), importance=importance, below_lower=low, below_upper=high,
+        lower=Nats(lower.value, lower.mc_stderr), upper=Nats(found.upper, found.upper_stderr),
+        width=Nats(found.width, found.width_stderr), importance=importance, below_lower=low, below_upper=high,
         found=found,
     )  # fmt: skip
 
@@ -336,10 +336,10 @@ def _bracket(pair: Examination) -> tuple[Bracket, str]:
     return found, start
 
 
-def _mean(pointwise: Tensor) -> Measured:
+def _mean(pointwise: Tensor) -> Nats:
     count = len(pointwise)
     error = pointwise.std().item() / math.sqrt(count) if count > 1 else math.nan
-    return Measured(pointwise.mean().item(), error)
+    return Nats(pointwise.mean().item(), error)
 
 
 def examine_calibration(pair: Examination, stages: Stages) -> Calibrated:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae.judging.budget import OutOfTime
 from pyro_vae.judging.examinations import Examination, weighted
 from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
-from pyro_vae.judging.measured import Measured
+from pyro_vae.judging.nats import Nats
 from pyro_vae.judging.psis import khat_limit
 from pyro_vae.judging.stages import GapSplit, Remedy, Stages
 from pyro_vae.parts.posteriors.normal import FullNormal
@@ -108,8 +108,8 @@ def _whole(parts: Sequence[Part | None], climbed: Sequence[FamilyGaps] = ()) -> 
     return Part.of(torch.cat([part.pointwise for part in known]), variance, remaining)
 
 
-def _measured(part: Part | None) -> Measured:
-    return Measured() if part is None else Measured(part.value, part.stderr, part.data_stderr)
+def _measured(part: Part | None) -> Nats:
+    return Nats() if part is None else Nats(part.value, part.stderr, part.data_stderr)
 
 
 def _average(values: Sequence[Tensor | None]) -> float:

@@ -36,7 +36,7 @@ from pyro_vae.judging.examinations import (
     with_missing,
 )
 from pyro_vae.judging.gap_examinations import examine_gaps, examine_remedy
-from pyro_vae.judging.measured import plain
+from pyro_vae.judging.nats import plain
 from pyro_vae.judging.stages import Stage, Stages
 from pyro_vae.judging.verdicts import Culprit, Finding, verdict
 from pyro_vae.options import checked

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vae.judging.annealing import Bracket
 from pyro_vae.judging.calibration import Calibration
 from pyro_vae.judging.estimates import over_data
-from pyro_vae.judging.measured import Measured, plain, typed
+from pyro_vae.judging.nats import Nats, plain, typed
 
 Status = Literal["done", "left out", "not possible"]
 Comparison = Literal["larger K", "best q", "jackknife"]
@@ -108,20 +108,20 @@ class Bounds(Stage):
 
     num_samples: int = 0
     num_samples_asked: int = 0
-    elbo: Measured = Measured()
+    elbo: Nats = Nats()
     reconstruction: float = math.nan
     kl: float = math.nan
-    log_p: Measured = Measured()
+    log_p: Nats = Nats()
     bias: float = math.nan
     khat_ok: float = math.nan
-    better: Measured = Measured()
+    better: Nats = Nats()
     better_samples: int = 0
     better_bias: float = math.nan
     better_khat_ok: float = math.nan
     curve_samples: tuple[int, ...] = ()
     curve: tuple[float, ...] = ()
     curve_mc_stderr: tuple[float, ...] = ()
-    missing: Measured = Measured()
+    missing: Nats = Nats()
     compared_with: Comparison = "larger K"
     enough: int | None = None
     pareto_k: Tensor | None = _tensor()
@@ -216,11 +216,11 @@ class GapSplit(Stage):
     share = 0.35
 
     num_samples: int = 0
-    inference: Measured = Measured()
-    approximation: Measured = Measured()
-    amortization: Measured = Measured()
+    inference: Nats = Nats()
+    approximation: Nats = Nats()
+    amortization: Nats = Nats()
     unsplit: str = ""
-    log_p: Measured = Measured()
+    log_p: Nats = Nats()
     source: str = ""
     bias: float = math.nan
     khat_ok: float = math.nan
@@ -257,7 +257,7 @@ class Remedy(Stage):
     share = 0.1
 
     family: str = "FullNormal"
-    gain: Measured = Measured()
+    gain: Nats = Nats()
     approximation_before: float = math.nan
     approximation: float = math.nan
 
@@ -288,12 +288,12 @@ class Bracketed(Stage):
     num_steps: int = 0
     num_chains: int = 0
     start: str = ""
-    lower: Measured = Measured()
-    upper: Measured = Measured()
-    width: Measured = Measured()
+    lower: Nats = Nats()
+    upper: Nats = Nats()
+    width: Nats = Nats()
     importance: float = math.nan
-    below_lower: Measured = Measured()
-    below_upper: Measured = Measured()
+    below_lower: Nats = Nats()
+    below_upper: Nats = Nats()
     found: Bracket | None = _tensor()
 
     def summary(self) -> str:

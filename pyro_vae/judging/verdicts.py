@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pyro_vae.judging.measured import RELEVANT, Measured
+from pyro_vae.judging.nats import RELEVANT, Nats
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Remedy, Stages
 
 About = Literal["posterior", "latents", "estimate", "calibration", "protocol"]
@@ -54,8 +54,8 @@ def verdict(stages: Stages) -> tuple[Finding, ...]:
         stages: What was found; any of them may be left out.
     Example:
         >>> from pyro_vae.judging.stages import GapSplit
-        >>> gaps = GapSplit(status="done", num_data=50, inference=Measured(0.61, 0.02),
-        ...                 approximation=Measured(0.6, 0.02), amortization=Measured(0.01, 0.02))
+        >>> gaps = GapSplit(status="done", num_data=50, inference=Nats(0.61, 0.02),
+        ...                 approximation=Nats(0.6, 0.02), amortization=Nats(0.01, 0.02))
         >>> [finding.culprit for finding in verdict(Stages(gaps=gaps)) if finding.culprit]
         ['family']
     """
@@ -68,7 +68,7 @@ def verdict(stages: Stages) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def dead_encoder(stages: Stages) -> Measured | None:
+def dead_encoder(stages: Stages) -> Nats | None:
     """What a q fitted to each datum would gain where the encoder ignores x and should not; else None."""
     if not stages.latents.done or not stages.latents.none_active:
         return None
@@ -77,7 +77,7 @@ def dead_encoder(stages: Stages) -> Measured | None:
     return gain if gain.material() else None
 
 
-def _posterior(stages: Stages, dead: Measured | None) -> Iterator[Finding]:
+def _posterior(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     """Whose fault it is that the ELBO is below log p(x)."""
     gaps = stages.gaps
     if not gaps.done or not gaps.split:
@@ -102,7 +102,7 @@ def _posterior(stages: Stages, dead: Measured | None) -> Iterator[Finding]:
         yield _dead(stages, dead)
 
 
-def _parts(stages: Stages, dead: Measured | None) -> Iterator[Finding]:
+def _parts(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     """Family or encoder, where both parts of a gap that matters are known."""
     gaps = stages.gaps
     yield Finding(
@@ -134,7 +134,7 @@ def _parts(stages: Stages, dead: Measured | None) -> Iterator[Finding]:
         )
 
 
-def _dead(stages: Stages, gain: Measured) -> Finding:
+def _dead(stages: Stages, gain: Nats) -> Finding:
     rate = stages.latents.rate
     paid = f" (and pays a KL of {rate:.2f} nats)" if rate > RELEVANT else " (KL about 0)"
     return Finding(
@@ -162,7 +162,7 @@ def _family(remedy: Remedy) -> Finding:
     return Finding("posterior", f"{text} {gained}, {100 * share:.0f} %.", "family", advice)
 
 
-def _latents(stages: Stages, dead: Measured | None) -> Iterator[Finding]:
+def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     """What the latents are used for: collapse, and latents that carry nothing."""
     latents, gaps = stages.latents, stages.gaps
     if not latents.done or not latents.latent_dim or latents.active is None:
@@ -198,7 +198,7 @@ def _latents(stages: Stages, dead: Measured | None) -> Iterator[Finding]:
         yield Finding("latents", text, None, _DATA_OR_TIME)
 
 
-def _estimate(stages: Stages, dead: Measured | None) -> Iterator[Finding]:
+def _estimate(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     """Whether the estimate of log p(x) at the K that was asked for can be relied upon."""
     bounds = stages.bounds
     if not bounds.done:
@@ -227,7 +227,7 @@ def _estimate(stages: Stages, dead: Measured | None) -> Iterator[Finding]:
         yield _bracketed(stages.bracket)
 
 
-def _too_low(bounds: Bounds, text: str, heavy: str, dead: Measured | None) -> Finding:
+def _too_low(bounds: Bounds, text: str, heavy: str, dead: Nats | None) -> Finding:
     """Why an estimate is too low."""
     if dead is not None:
         return Finding("estimate", f"{text}: a consequence of the dead encoder.")
@@ -280,7 +280,7 @@ def _failing(found: Calibrated) -> str:
     return text
 
 
-def _below_better(bounds: Bounds) -> Measured:
+def _below_better(bounds: Bounds) -> Nats:
     return bounds.better.minus(bounds.elbo)
 
 

@@ -13,7 +13,7 @@ RELEVANT = 0.05
 
 
 @dataclass(frozen=True)
-class Measured:
+class Nats:
     """A mean over data in nats, with its errors; nan where it, or an error, is not known.
 
     Attributes:
@@ -21,7 +21,7 @@ class Measured:
         mc_stderr: Monte Carlo standard error, given these data.
         data_stderr: Standard error for the population of the data.
     Example:
-        >>> str(Measured(1.23456, 0.002)), Measured(0.2, 0.05).material(), Measured(0.2, 0.11).material()
+        >>> str(Nats(1.23456, 0.002)), Nats(0.2, 0.05).material(), Nats(0.2, 0.11).material()
         ('1.235 ± 0.002', True, False)
     """
 
@@ -38,15 +38,15 @@ class Measured:
         """Whether it is above twice its error and of a size that matters; an unknown error is none to rely on."""
         return self.known and self.value > 2 * self.mc_stderr and self.value > size
 
-    def of_population(self) -> Measured:
+    def of_population(self) -> Nats:
         """The same number as an answer for all data of the kind: both errors in one, where both are known."""
         if not math.isfinite(self.data_stderr):
             return self
-        return Measured(self.value, math.hypot(self.mc_stderr, self.data_stderr))
+        return Nats(self.value, math.hypot(self.mc_stderr, self.data_stderr))
 
-    def minus(self, other: Measured) -> Measured:
+    def minus(self, other: Nats) -> Nats:
         """The difference of two independent numbers."""
-        return Measured(self.value - other.value, math.hypot(self.mc_stderr, other.mc_stderr))
+        return Nats(self.value - other.value, math.hypot(self.mc_stderr, other.mc_stderr))
 
     def __str__(self) -> str:
         if not self.known:
@@ -71,8 +71,8 @@ def plain(value: Any) -> Any:
 
 def typed(kind: Any, value: Any) -> Any:
     """What `plain` made, as the field's type again."""
-    if kind is Measured:
-        return Measured(**{name: typed(float, item) for name, item in value.items()})
+    if kind is Nats:
+        return Nats(**{name: typed(float, item) for name, item in value.items()})
     if kind is float:
         return math.nan if value is None else float(value)
     if typing.get_origin(kind) in (tuple, dict):
