@@ -59,8 +59,10 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
 
 def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     """What a normal of full covariance would gain, where the family is at fault."""
+    if not stages.gaps.split:
+        return Remedy(reason="the family's part of the gap is not known")
     if not stages.gaps.approximation.material():
-        return Remedy(reason="not needed, as far as is known")
+        return Remedy(reason="not needed, since the family costs nothing that matters")
     size, least = min(16, stages.gaps.num_data), min(4, stages.gaps.num_data)
     both, took = None, 0.0
     for stop in dict.fromkeys((least, size)):
