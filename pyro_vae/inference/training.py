@@ -570,8 +570,8 @@ class _Stepper:
             said = diagnosis(float(value), self.steps, self.pair, batch, index)
             if self.batches.tolerated:
                 said += (
-                    " A mask leaves out values of the data that are NaN or have no density: their gradient is NaN all the "
-                    "same where the model computes with them. Put a number in their place, x.where(mask, 0)."
+                    " A mask leaves out values of the data that are NaN or have no density: their gradient is NaN all "
+                    "the same where the model computes with them. Put a number in their place, x.where(mask, 0)."
                 )
             raise ValueError(said)
 
