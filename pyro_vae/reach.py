@@ -40,7 +40,7 @@ import sys
 import sysconfig
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,8 @@ _FUNCTION_PARTS = tuple(operator.attrgetter(name) for name in ("__code__", "__de
 _FUNCTION_TEXTS = ("__doc__", "__annotations__", "__name__", "__qualname__")
 # What these make anew in every run, before they read it.
 _ANEW = {torch.distributions.Transform: ("_cache", "_inv", "_inter"), AutoGuide: ("plates",)}
-_ENOUGH = 3  # doubts, after which the library of Python is not walked any further
+_ENOUGH = 3  # doubts, after which installed packages are not walked any further
+_MOST_PLACES = 20_000  # to look at in each step; an eager step costs less
 _DEEPEST = 40  # values on the way to another, before it is put off
 _CODE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -117,6 +118,10 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _LARGEST_ARRAY, _LARGEST_CONTAINER = 2**16, 10_000
 _MISSING = object()
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+class _TooMuch(Exception):
+    """More is reached than can be looked at in each step."""
 
 
 class Reach:
@@ -146,24 +151,31 @@ class Reach:
 
     def __init__(self, *roots: Any, settings_of: Any = None, owned: bool = False) -> None:
         self._owned = owned
-        self._ours = {_top(module) for root in roots for module in _modules_named(root)} if owned else set()
+        self._ours = {_top(module) for root in roots for module in _modules_named(root)}
         self._names: set[str] = set()
         self._computed = False
         while True:  # a name met late may open an attribute that was passed over early
             known = len(self._names), self._computed
             self._start()
-            for root in roots:
-                self._value(root, _named(root))
-            if settings_of is not None:
-                self._settings(settings_of)
-            while self._later:
-                self._where, value, said = self._later.pop()
-                self._value(value, said)
+            try:
+                self._walk(roots, settings_of)
+            except _TooMuch as reason:
+                self.unproven.append(str(reason))
+                break
             if (len(self._names), self._computed) == known:
                 break
         inside = {id(part) for module in self._met for part in module.modules() if part is not module}
         self.modules = [module for module in self._met if id(module) not in inside]
         self.before = self._now()
+
+    def _walk(self, roots: Sequence[Any], settings_of: Any) -> None:
+        for root in roots:
+            self._value(root, _named(root))
+        if settings_of is not None:
+            self._settings(settings_of)
+        while self._later:
+            self._where, value, said = self._later.pop()
+            self._value(value, said)
 
     def _start(self) -> None:
         self.unproven: list[str] = []
@@ -212,6 +224,8 @@ class Reach:
         if mark in self._noted:
             return
         self._noted.add(mark)
+        if len(self._places) >= _MOST_PLACES:
+            raise _TooMuch(f"more than {_MOST_PLACES:,} places of Python are read, among them {said}")
         self._kept.append(key)
         self._places.append((get, key))
         self._said.append(said)
@@ -222,8 +236,9 @@ class Reach:
             self.unproven.append(sentence)
 
     def _settled(self, module: str | None) -> bool:
-        """Whether more of Python's own library could change nothing: what is in doubt is so already."""
-        return len(self.unproven) >= _ENOUGH and (module or "").partition(".")[0] in sys.stdlib_module_names
+        """Whether more of an installed package could change nothing: what is in doubt is so already."""
+        top = _top(module)
+        return len(self.unproven) >= _ENOUGH and top not in self._ours and _is_installed(top)
 
     def _first_time(self, thing: Any) -> bool:
         if id(thing) in self._seen:

@@ -413,7 +413,7 @@ def trained(name: str, folder: str, inside: bool, steps: int, **options) -> tupl
     return history["loss"], pyro.param("a").item(), [str(w.message) for w in said]
 
 
-@pytest.mark.parametrize("name", BY_SPEED)
+@pytest.mark.parametrize("name", CORE)
 def test_a_default_fit_is_the_eager_fit_when_state_changes_between_steps(name, user_settings, monkeypatch):
     monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
     eager = trained(name, user_settings, False, STEPS, compile=False)

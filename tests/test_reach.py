@@ -15,6 +15,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae import reach
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.programs.zoo import Conditional, Hierarchical, SemiSupervised
 from pyro_vae.reach import Reach, modules_of
@@ -238,3 +239,17 @@ def test_an_equal_tensor_is_another_place():
     assert reach.fresh()
     held["w"] = held["w"].clone()
     assert not reach.fresh()
+
+
+def test_what_reaches_too_much_is_given_up_and_not_walked_for_ever():
+    chain = None
+    for _ in range(reach._MOST_PLACES):
+        chain = types.SimpleNamespace(after=chain, weight=[1.0])
+
+    def program(x):
+        return chain.after.weight[0] * x
+
+    found = Reach(program)
+    assert len(found._places) <= reach._MOST_PLACES
+    assert "more than 20,000 places of Python are read" in found.unproven[-1]
+    assert Reach(lambda x: x).unproven == []
