@@ -36,6 +36,7 @@ from typing import Any, NamedTuple, TypeAlias
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -53,11 +54,13 @@ from pyro_vae.sites import (
     delta,
     depth,
     deterministic,
+    is_subsample,
     kind,
     plates,
     sample_sites,
     site_log_prob,
     site_value,
+    unwrapped,
 )
 
 Program: TypeAlias = Callable[..., Any]
@@ -153,7 +156,7 @@ class Cut(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         drawn_already = msg["done"] or msg["is_observed"] or msg["value"] is not None
-        if drawn_already or type(msg["fn"]).__name__ == "_Subsample":
+        if drawn_already or is_subsample(msg["fn"]):
             return
         live = msg["fn"](*msg["args"], **msg["kwargs"])
         msg["value"] = live.detach()
@@ -457,7 +460,7 @@ def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
         for site in (*sample_sites(guide_trace), *sample_sites(model_trace)):
             site_log_prob(site, frame)  # what was drawn for other data shows here
     fns: list[Any] = [site.get("fn") for site in guide_trace.nodes.values()]
-    picks = [fn for fn in fns if type(fn).__name__ == "_Subsample"]
+    picks = [fn for fn in fns if is_subsample(fn)]
     random = any(fn.subsample_size == frame.data_size < fn.size for fn in picks)
     return Layout(nesting, frame.data_size if frame.joint else 0, frame.data_size if random else 0)
 
@@ -601,7 +604,7 @@ def _log_q_of(site: Any, frame: Frame, cut: Cut | None) -> Tensor:
     """log q of a guide's site; where the graph is cut, of a sample that its distribution does not know."""
     if cut is None:
         return site_log_prob(site, frame)
-    if kind(site["fn"]) == "Delta":
+    if isinstance(unwrapped(site["fn"]), Delta):
         raise ValueError(
             f"guide site {site['name']!r} is a Delta that carries the density of its own draw, so it cannot score a "
             "sample. Use estimator='reparameterized', which scores as it draws."

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
@@ -39,6 +40,7 @@ from pyro_vae.sites import (
     plates,
     sample_sites,
     site_log_prob,
+    unwrapped,
 )
 from pyro_vae.traces import Program, draw
 
@@ -310,8 +312,8 @@ class Pair:
         drawn = draw(self.model, self.guide, self.args, {}, 2)
         remedy = 'Anneal from the prior (start="prior"), or use a guide with an inverse, such as a coupling flow.'
         kinds = {name: kind(site["fn"]) for name, site in self._guide_sites.items()}
-        for name, found in kinds.items():
-            if found == "Delta":
+        for name, site in self._guide_sites.items():
+            if isinstance(unwrapped(site["fn"]), Delta):
                 raise ValueError(
                     f"guide site {name!r} is a Delta that carries the density of its own draw, so it cannot score "
                     f"another. {remedy}"

@@ -38,6 +38,7 @@ from torch.distributions import constraints
 
 from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, hidden
+from pyro_vae.protocols import Rescoring
 from pyro_vae.sites import kind, sample_sites
 from pyro_vae.traces import Program
 
@@ -129,7 +130,7 @@ class Hamiltonian(Refined):
             self.free_cooling = nn.Parameter(start.new_full((steps,), beta ** (0.5 / max(steps, 1))).logit())
 
     @property
-    def rescoring(self) -> str:
+    def rescoring(self) -> Rescoring:
         """ "impossible", except at 0 steps."""
         return "impossible" if self.steps else super().rescoring
 

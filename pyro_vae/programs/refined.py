@@ -15,12 +15,14 @@ from typing import Any
 
 import pyro
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_plates
 
 from pyro_vae.programs.named import Named
-from pyro_vae.sites import kind, sample_sites
+from pyro_vae.protocols import Rescoring, rescoring
+from pyro_vae.sites import kind, sample_sites, unwrapped
 from pyro_vae.traces import Program
 
 Sites = dict[str, Any]
@@ -73,10 +75,9 @@ class Refined(Named):
         return self._held[0]
 
     @property
-    def rescoring(self) -> str:
+    def rescoring(self) -> Rescoring:
         """What it takes to score a sample that the guide did not draw, as of a posterior."""
-        said = (getattr(owner, "rescoring", None) for owner in (self.guide, getattr(self.guide, "posterior", None)))
-        return next((answer for answer in said if answer), "one pass")
+        return rescoring(self.guide, getattr(self.guide, "posterior", None))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Draw z; the arguments are those of the base guide and of the model."""
@@ -95,7 +96,7 @@ class Refined(Named):
         found = {site["name"]: site for site in sample_sites(trace) if not site["is_observed"]}
         for name, site in found.items():
             got = f"{type(self).__name__} cannot refine guide site {name!r} ({kind(site['fn'])})"
-            if kind(site["fn"]) == "Delta":
+            if isinstance(unwrapped(site["fn"]), Delta):
                 raise ValueError(f"{got}: a point has no density. Take a guide such as Guide(DiagonalNormal(...)).")
             if not getattr(site["fn"], "has_rsample", False):
                 raise ValueError(f"{got}: its sampler is not reparameterised. Take a guide whose sites all are.")

@@ -52,6 +52,7 @@ class Pushforward(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
     has_rsample = True
+    knows_its_draw = True
 
     def __init__(self, base: Distribution, push: Map, pull: Map | None = None) -> None:
         self.base, self.push, self.pull = base, push, pull

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+
+from pyro_vae.parts.standardize import Standardize
 
 
 class Likelihood(nn.Module, ABC):
@@ -18,16 +21,20 @@ class Likelihood(nn.Module, ABC):
         decoder: z, (..., D), to parameters, (..., n * C, *rest) for data (C, *rest).
     Attributes:
         parameters_per_pixel: n.
+        values: What data it is a distribution of: "binary", "continuous", "levels" or "counts".
+        standardize: What the guide is shown of the data in their place; None for the data.
     Raises:
         ValueError: The decoder drops the leading dimensions of z, or its channels are
             no multiple of n.
     """
 
     parameters_per_pixel: int = 1
+    values: ClassVar[str] = "continuous"
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, standardize: Standardize | None = None) -> None:
         super().__init__()
         self.decoder = decoder
+        self.standardize = standardize
 
     def forward(self, z: Tensor) -> TorchDistribution:
         """p(x | z): latents (..., D) to a distribution of batch_shape (...), event_shape x_shape."""

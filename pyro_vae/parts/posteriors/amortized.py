@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from pyro_vae.unconstrained import Local
+from pyro_vae.protocols import Local, Rescoring
 
 
 class Amortized(nn.Module, ABC):
@@ -25,6 +27,7 @@ class Amortized(nn.Module, ABC):
     Attributes:
         rescoring: What it takes to score a sample that the distribution did not draw:
             "one pass", "D passes", or "impossible".
+        support: Where z lies, a constraint of torch.
     Raises:
         ValueError: The number of features is unknown, or a size is not positive.
     Example:
@@ -40,7 +43,8 @@ class Amortized(nn.Module, ABC):
         torch.Size([2])
     """
 
-    rescoring: str = "one pass"
+    rescoring: Rescoring = "one pass"
+    support: ClassVar[Any] = constraints.real_vector
 
     def __init__(self, encoder: nn.Module, latent_dim: int, num_parameters: int, features: int | None = None) -> None:
         super().__init__()

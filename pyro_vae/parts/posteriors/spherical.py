@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -38,6 +38,8 @@ class VonMisesFisher(Amortized):
 
     Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891
     """
+
+    support = constraints.sphere
 
     def __init__(
         self, encoder: nn.Module, latent_dim: int, features: int | None = None, minimum_concentration: float = 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
 from pyro_vae.parts.distributions import spherical
@@ -27,6 +27,7 @@ class HypersphericalUniform(nn.Module):
     Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891
     """
 
+    support = constraints.sphere
     like: Tensor
 
     def __init__(self, latent_dim: int) -> None:

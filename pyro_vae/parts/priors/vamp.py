@@ -9,14 +9,18 @@ on N.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import integer
 from pyro_vae.parts.distributions.shared_mixture import SharedMixture
+from pyro_vae.protocols import rescoring, support
+
+PSEUDO_INPUTS = 500
 
 
 class VampPrior(nn.Module):
@@ -56,7 +60,7 @@ class VampPrior(nn.Module):
         learned_weights: bool = False,
     ) -> None:
         super().__init__()
-        if getattr(posterior, "rescoring", "one pass") == "impossible":
+        if rescoring(posterior) == "impossible":
             raise ValueError(
                 f"{type(posterior).__name__} cannot score a sample that it did not draw, and a VampPrior is a mixture "
                 "of such scores. Take a posterior that can, such as DiagonalNormal, FullNormal or a spline flow."
@@ -69,6 +73,7 @@ class VampPrior(nn.Module):
         start = start if start.is_floating_point() else start.to(torch.get_default_dtype())
         if bounds is not None:
             start = _free(start, *bounds)
+        self.support = support(posterior)
         self.posterior = posterior
         self.bounds = bounds
         self.free_inputs = nn.Parameter(start)
@@ -77,6 +82,27 @@ class VampPrior(nn.Module):
             self.logits = nn.Parameter(logits)
         else:
             self.register_buffer("logits", logits, persistent=False)
+
+    @classmethod
+    def for_posterior(
+        cls,
+        posterior: Callable[[Tensor], TorchDistribution],
+        x_shape: Sequence[int],
+        num_components: int = PSEUDO_INPUTS,
+        bounds: tuple[float, float] | None = None,
+        learned_weights: bool = False,
+    ) -> VampPrior:
+        """Pseudo-inputs that start at uniform noise: how a standard VAE builds it, before it has seen data.
+
+        Args:
+            posterior: As for the class.
+            x_shape: Shape of one datum.
+            num_components: C.
+            bounds: As for the class.
+            learned_weights: As for the class.
+        """
+        count = integer("num_components", num_components)
+        return cls(posterior, torch.rand(count, *x_shape), bounds, learned_weights)
 
     @classmethod
     def from_data(
