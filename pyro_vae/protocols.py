@@ -1,6 +1,6 @@
 """What parts and programs say of themselves. Read this first to write a part of your own.
 
-A part is any callable that returns a distribution; it need not inherit anything. K samples, B data, D latent dimensions:
+A part is any callable that returns a distribution; it need not inherit anything. K samples, B data, D latents:
 
     prior        ()  -> p(z)          batch_shape (),     event_shape (D,)
     likelihood   z, (..., D) -> p(x | z)     batch_shape (...),  event_shape x_shape
@@ -54,9 +54,11 @@ class Posterior(Protocol):
     Attributes:
         rescoring: What it takes to score a sample that the distribution did not draw (see `rescoring`).
         support: Where z lies, a constraint of torch over (D,) (see `support`).
+        passes: As of `Family`.
     """
 
     rescoring: Rescoring
+    passes: ClassVar[int]
     support: ClassVar[Any]
 
     def __call__(self, x: Tensor) -> TorchDistribution:
@@ -122,7 +124,7 @@ class Likelihood(Protocol):
     """
 
     parameters_per_pixel: int
-    values: ClassVar[str]
+    values: ClassVar[str | None]
     standardize: Any
 
     def __call__(self, z: Tensor) -> TorchDistribution:
@@ -210,6 +212,11 @@ def same_support(one: object, other: object) -> bool:
     return type(_plain(support(one))) is type(_plain(support(other)))
 
 
+def support_name(part: object) -> str:
+    """Where a part lies, in a word: "real", "sphere"."""
+    return type(_plain(support(part))).__name__.strip("_").lower()
+
+
 def _plain(constraint: Any) -> Any:
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
@@ -229,7 +236,7 @@ def values(likelihood: object) -> str | None:
 def default_options(
     likelihood: Any, x_shape: tuple[int, ...], scale: float | str, standardize: bool | None, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a standard VAE hands a class of likelihoods that the user does not give; nothing to one without the trait."""
+    """What a standard VAE hands a class of likelihoods beside what the user gives; nothing to one without the trait."""
     if isinstance(likelihood, OfArchitecture):
         return likelihood.default_options(x_shape, scale, standardize, given)
     return {}
@@ -251,7 +258,7 @@ def has_start(part: object) -> bool:
 
 
 def passes(distribution: object) -> int:
-    """How many networks look at a value to score it; 0 for a distribution that does not say."""
+    """How many networks look at a value to score it; 0 for a distribution or posterior that does not say."""
     return getattr(distribution, "passes", 0)
 
 

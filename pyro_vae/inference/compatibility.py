@@ -425,7 +425,7 @@ def _many_components(case: Case) -> str | None:
         looks = passes(site["fn"])
         samples = getattr(case.loss, "num_samples", getattr(case.loss, "num_particles", 1))
         data = site["value"].shape[0] if site["value"].dim() else 1
-        if looks * samples * data >= _MANY_PASSES:
+        if looks > 1 and looks * samples * data >= _MANY_PASSES:
             return (
                 f"the prior of site {name!r} is a mixture of {looks} flows, so that the {samples * data} samples of a "
                 f"step are scored {looks * samples * data:,} times. It will train slowly: take fewer components "

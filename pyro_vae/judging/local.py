@@ -378,7 +378,8 @@ def _dependent(guide: Program, pieces: list[_Piece], outputs: Heads) -> LocalFor
     """Sites that depend on earlier draws: what is free is added to what the guide gives."""
     by_head = all(piece.head is not None for piece in pieces)
     if by_head:  # of a flow the numbers of the head only
-        pieces = [p._replace(local=Local({"parameters": outputs.returned[p.head or ""]}, p.local.build)) for p in pieces]
+        found = outputs.returned
+        pieces = [p._replace(local=Local({"parameters": found[p.head or ""]}, p.local.build)) for p in pieces]
     widths = [sum(math.prod(shape) for shape in piece.shapes.values()) for piece in pieces]
 
     def local(rows: Tensor, still: Tensor | None = None) -> Program:

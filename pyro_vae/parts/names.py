@@ -171,8 +171,8 @@ def check_same_support(posterior: str, prior: str, q: Any, p: Any) -> None:
     plain = protocols.same_support(q, object())
     remedy = _on("posterior", p) if plain else _on("prior", q)
     raise ValueError(
-        f"got posterior {posterior!r} with prior {prior!r}, wanted two on the same space: one lies on "
-        f"{protocols.support(q)}, the other on {protocols.support(p)}, and KL(q || p) is infinite. {remedy}"
+        f"got posterior {posterior!r} with prior {prior!r}, wanted two on the same space: their supports are "
+        f"{protocols.support_name(q)!r} and {protocols.support_name(p)!r}, and KL(q || p) is infinite. {remedy}"
     )
 
 
@@ -187,6 +187,20 @@ def prior_for(posterior: str) -> str:
         return "normal"
     q = find("posterior", posterior)
     return next(iter(_same("prior", q)), "normal")
+
+
+def values_of(likelihood: str | None) -> str | None:
+    """What data a likelihood of this package is for, such as "counts"; None for none, and for other packages' parts.
+
+    Example:
+        >>> values_of("poisson"), values_of("mymodule:Mine")
+        ('counts', None)
+    """
+    if likelihood is None or is_foreign(likelihood):
+        return None
+    from pyro_vae.protocols import values
+
+    return values(find("likelihood", likelihood))
 
 
 def _same(kind: str, part: Any) -> list[str]:

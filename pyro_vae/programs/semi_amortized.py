@@ -182,7 +182,12 @@ class SemiAmortized(Refined):
         return moved(changes)(*args, **kwargs)
 
     def _changes(
-        self, guide: Callable[[dict[_Key, Tensor]], Program], like: Mapping[_Key, Tensor], args: Any, kwargs: Any, through: bool
+        self,
+        guide: Callable[[dict[_Key, Tensor]], Program],
+        like: Mapping[_Key, Tensor],
+        args: Any,
+        kwargs: Any,
+        through: bool,
     ) -> dict[_Key, Tensor]:
         """What the steps add to the parameters."""
         with torch.enable_grad(), hidden(), self._noise():

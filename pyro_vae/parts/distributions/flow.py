@@ -53,6 +53,7 @@ class Pushforward(TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
     knows_its_draw = True
+    passes = 1
 
     def __init__(self, base: Distribution, push: Map, pull: Map | None = None) -> None:
         self.base, self.push, self.pull = base, push, pull

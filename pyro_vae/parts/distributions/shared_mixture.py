@@ -31,7 +31,7 @@ from torch import Size, Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
-from pyro_vae.parts.distributions.flow import Pushforward
+from pyro_vae.protocols import passes
 
 # Numbers drawn at a time where the components have to be drawn before one of them is chosen.
 _CHUNK = 2**24
@@ -100,7 +100,7 @@ class SharedMixture(TorchDistribution):
     @property
     def passes(self) -> int:
         """How many networks look at a value to score it: one for each component that is a flow, or none."""
-        return len(self.log_weights) if isinstance(self.components, Pushforward) else 0
+        return len(self.log_weights) * passes(self.components)
 
     def _one_by_one(self, value: Tensor) -> Tensor:
         """log p(z) of components that have to look at every value, in parts."""

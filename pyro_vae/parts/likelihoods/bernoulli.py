@@ -20,6 +20,8 @@ class Bernoulli(Likelihood):
         torch.Size([6])
     """
 
+    values = "binary"
+
     def family(self, *parameters: Tensor) -> TorchDistribution:
         (logits,) = parameters
         return BernoulliLogits(logits)

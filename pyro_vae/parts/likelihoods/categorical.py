@@ -26,6 +26,8 @@ class Categorical(Likelihood):
         torch.Size([6])
     """
 
+    values = "levels"
+
     def __init__(self, decoder: nn.Module, levels: int = 256) -> None:
         super().__init__(decoder)
         self.parameters_per_pixel = GreyLevels(levels).levels

@@ -25,6 +25,8 @@ class ContinuousBernoulli(Likelihood):
     Reference: Loaiza-Ganem and Cunningham, The continuous Bernoulli, 2019. arXiv:1907.06845
     """
 
+    values = "continuous"
+
     def family(self, *parameters: Tensor) -> TorchDistribution:
         (logits,) = parameters
         return ContinuousBernoulliLogits(logits)

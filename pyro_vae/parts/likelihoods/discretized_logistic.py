@@ -51,6 +51,7 @@ class DiscretizedLogistic(Likelihood):
     """
 
     parameters_per_pixel = 2
+    values = "levels"
 
     def __init__(
         self, decoder: nn.Module, levels: int = 256, initial_scale: float = 0.1, minimum_scale: float = 5e-4
@@ -86,6 +87,8 @@ class MixtureOfDiscretizedLogistics(Likelihood):
 
     Reference: Salimans et al., PixelCNN++, 2017. arXiv:1701.05517
     """
+
+    values = "levels"
 
     def __init__(
         self,

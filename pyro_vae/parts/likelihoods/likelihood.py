@@ -21,7 +21,7 @@ class Likelihood(nn.Module, ABC):
         decoder: z, (..., D), to parameters, (..., n * C, *rest) for data (C, *rest).
     Attributes:
         parameters_per_pixel: n.
-        values: What data it is a distribution of: "binary", "continuous", "levels" or "counts".
+        values: What data it is a distribution of: "binary", "continuous", "levels" or "counts"; None if unsaid.
         standardize: What the guide is shown of the data in their place; None for the data.
     Raises:
         ValueError: The decoder drops the leading dimensions of z, or its channels are
@@ -29,7 +29,7 @@ class Likelihood(nn.Module, ABC):
     """
 
     parameters_per_pixel: int = 1
-    values: ClassVar[str] = "continuous"
+    values: ClassVar[str | None] = None
 
     def __init__(self, decoder: nn.Module, standardize: Standardize | None = None) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ class Amortized(nn.Module, ABC):
         rescoring: What it takes to score a sample that the distribution did not draw:
             "one pass", "D passes", or "impossible".
         support: Where z lies, a constraint of torch.
+        passes: Networks that look at a z to score it.
     Raises:
         ValueError: The number of features is unknown, or a size is not positive.
     Example:
@@ -45,6 +46,7 @@ class Amortized(nn.Module, ABC):
 
     rescoring: Rescoring = "one pass"
     support: ClassVar[Any] = constraints.real_vector
+    passes: ClassVar[int] = 0
 
     def __init__(self, encoder: nn.Module, latent_dim: int, num_parameters: int, features: int | None = None) -> None:
         super().__init__()

@@ -31,6 +31,8 @@ _MANY = 16  # latents from which D passes a draw hurt
 class _AmortizedFlow(Amortized):
     """What the flows below have in common. Not a posterior by itself: use `Flow`."""
 
+    passes = 1
+
     def __init__(
         self,
         flow: Callable[..., nn.Module],

@@ -55,7 +55,7 @@ class Planar(Amortized):
     Reference: Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015. arXiv:1505.05770
     """
 
-    rescoring = "one pass"
+    passes = 1
 
     def __init__(self, encoder: nn.Module, latent_dim: int, num_flows: int = 8, features: int | None = None) -> None:
         if num_flows < 1:

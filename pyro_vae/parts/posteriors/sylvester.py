@@ -65,6 +65,7 @@ class Sylvester(Amortized):
     """
 
     rescoring = "D passes"
+    passes = 1
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.options import integer
 from pyro_vae.parts import names
 from pyro_vae.parts.networks import MLP
+from pyro_vae.protocols import parameters_per_pixel
 
 Conditional: TypeAlias = Callable[..., TorchDistribution]
 
@@ -32,7 +33,7 @@ def pixel_likelihood(
         activation: Name of the activation.
     """
     likelihood = names.made("likelihood", family, nn.Identity())  # how many outputs a pixel has is the family's to say
-    n = integer("parameters_per_pixel", getattr(likelihood, "parameters_per_pixel", 1))
+    n = integer("parameters_per_pixel", parameters_per_pixel(likelihood))
     likelihood.decoder = MLP(in_shape, hidden, (n * x_shape[0], *x_shape[1:]), activation)
     return likelihood
 
