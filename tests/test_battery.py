@@ -32,7 +32,7 @@ POSTERIORS = {
     "MAF": lambda: posteriors.MAF(encoder(), 2, transforms=2, hidden_features=(8,), context=4),
     "NSF": lambda: posteriors.NSF(encoder(), 2, transforms=2, bins=4, hidden_features=(8,), context=4),
     "Coupling": lambda: posteriors.Coupling(encoder(), 2, transforms=2, hidden_features=(8,), context=4),
-    "Flow": lambda: posteriors.Flow(zuko.flows.SOSPF, encoder(), 2, context=4, transforms=1, hidden_features=(8,)),
+    "Flow": lambda: posteriors.Flow(encoder(), 2, zuko.flows.SOSPF, context=4, transforms=1, hidden_features=(8,)),
     "VonMisesFisher": lambda: posteriors.VonMisesFisher(encoder(), 3),
 }
 PRIORS = {

@@ -82,12 +82,12 @@ def hierarchical():
 
 def semi_amortized(seed=0):
     model, guide = small_pair()
-    return model, SemiAmortized(guide, model, steps=2, seed=seed)
+    return model, SemiAmortized(model, guide, steps=2, seed=seed)
 
 
 def hamiltonian():
     model, guide = small_pair()
-    return model, Hamiltonian(guide, model)
+    return model, Hamiltonian(model, guide)
 
 
 def enumerated():

@@ -462,7 +462,7 @@ def test_any_flow_of_zuko_is_a_posterior_in_either_direction(name, fast):
     flow, options, exact = ZUKO[name]
     torch.manual_seed(0)
     options = options | ({} if name == "CNF" else {"transforms": 2})
-    posterior = moved(Flow(flow, nn.Linear(3, 4), 3, context=4, fast=fast, hidden_features=(8, 8), **options), by=0.05)
+    posterior = moved(Flow(nn.Linear(3, 4), 3, flow, context=4, fast=fast, hidden_features=(8, 8), **options), by=0.05)
     x, noise = random(2, 3), 0.5 * random(2, 3, seed=1)
     q = posterior(x)
     for j in range(2):
@@ -530,11 +530,11 @@ except ValueError:
         (lambda e: Sylvester(e, 2, num_ortho=3), "got num_ortho=3 with kind='orthogonal' and 2 latents, wanted 1 to 2"),
         (lambda e: Sylvester(e, 2, kind="triangular", num_ortho=1), "the other kinds bend all latents"),
         (lambda e: Sylvester(e, 2, num_householder=2), "num_householder=2 with kind='orthogonal'"),
-        (lambda e: Flow(zuko.flows.NSF, e, 2, fast="both"), "got fast='both', wanted \"sampling\" or \"scoring\""),
-        (lambda e: Flow(zuko.flows.NSF, e, 2, context=0), "context must be a positive number of features, got 0"),
-        (lambda e: Flow(zuko.flows.NCSF, e, 2), r"got NCSF with a base of event_shape \(2,\) on .* all of R\^2"),
-        (lambda e: Flow(zuko.flows.GMM, e, 2), "got GMM, wanted a normalizing flow .* use NormalMixture"),
-        (lambda e: Flow(lambda **_: zuko.flows.MAF(3, 4), e, 2), r"MAF with a base of event_shape \(3,\) .* R\^2"),
+        (lambda e: Flow(e, 2, zuko.flows.NSF, fast="both"), "got fast='both', wanted \"sampling\" or \"scoring\""),
+        (lambda e: Flow(e, 2, zuko.flows.NSF, context=0), "context must be a positive number of features, got 0"),
+        (lambda e: Flow(e, 2, zuko.flows.NCSF), r"got NCSF with a base of event_shape \(2,\) on .* all of R\^2"),
+        (lambda e: Flow(e, 2, zuko.flows.GMM), "got GMM, wanted a normalizing flow .* use NormalMixture"),
+        (lambda e: Flow(e, 2, lambda **_: zuko.flows.MAF(3, 4)), r"MAF with a base of event_shape \(3,\) .* R\^2"),
         (lambda e: FlowPrior(0), "latent_dim must be a positive integer, got 0"),
         (lambda e: FlowPrior(zuko.flows.NCSF(2)), r"got NCSF with a base .* R\^D"),
         (lambda e: FlowPrior(zuko.flows.MAF(2), transforms=2), "got a ready MAF and options to build one, wanted either"),

@@ -82,8 +82,8 @@ class Hamiltonian(Refined):
     one for each sample and datum.
 
     Args:
-        guide: The base guide: one latent site or more, each over R^D and reparameterised.
         model: The model.
+        guide: The base guide: one latent site or more, each over R^D and reparameterised.
         steps: T; at 0 the guide is its base guide.
         step_size: e at the start: one number, or a tensor (D,) for one per dimension.
         tempering: "none" (beta = 1), "fixed" (1 / sqrt(beta_k) falls with k^2 from
@@ -98,7 +98,7 @@ class Hamiltonian(Refined):
         >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
         ...               lambda z: dist.Normal(z, 1.0).to_event(1))
         >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
-        >>> Hamiltonian(base, model, steps=3)(torch.zeros(5, 2)).shape
+        >>> Hamiltonian(model, base, steps=3)(torch.zeros(5, 2)).shape
         torch.Size([5, 2])
 
     Reference: Caterini et al., Hamiltonian Variational Auto-Encoder, 2018. arXiv:1805.11328
@@ -107,14 +107,14 @@ class Hamiltonian(Refined):
     @checked
     def __init__(
         self,
-        guide: Program,
         model: Program,
+        guide: Program,
         steps: int = 5,
         step_size: float | Tensor = 0.05,
         tempering: str = "fixed",
         beta: float = 0.5,
     ) -> None:
-        super().__init__(guide, model, steps)
+        super().__init__(model, guide, steps)
         start = torch.as_tensor(step_size, dtype=None if isinstance(step_size, Tensor) else torch.get_default_dtype())
         if not bool((start > 0).all()):
             raise ValueError(f"got step_size={step_size}, wanted positive numbers.")

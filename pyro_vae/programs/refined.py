@@ -15,7 +15,7 @@ from typing import Any
 
 import pyro
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_plates
@@ -54,14 +54,14 @@ class Refined(Named):
     its own, and the guide neither lists, moves nor saves them.
 
     Args:
-        guide: The base guide, reparameterised at every site.
         model: The model that both are guides of.
+        guide: The base guide, reparameterised at every site.
         steps: How many steps of improvement.
     Raises:
         ValueError: A negative number of steps.
     """
 
-    def __init__(self, guide: Program, model: Program, steps: int) -> None:
+    def __init__(self, model: Program, guide: Program, steps: int) -> None:
         super().__init__()
         if steps < 0:
             raise ValueError(f"got steps={steps}, wanted 0 (the base guide itself) or more.")
@@ -93,6 +93,12 @@ class Refined(Named):
         """The sites of one hidden run of the base guide, if they can be refined."""
         with hidden(frames):
             trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        seen = [s["name"] for s in sample_sites(trace) if s["is_observed"] and not isinstance(s["fn"], Unit)]
+        if seen:
+            raise ValueError(
+                f"{type(self).__name__} got a guide that observes {seen[0]!r}, as models do. The order is "
+                f"{type(self).__name__}(model, guide)."
+            )
         found = {site["name"]: site for site in sample_sites(trace) if not site["is_observed"]}
         for name, site in found.items():
             got = f"{type(self).__name__} cannot refine guide site {name!r} ({kind(site['fn'])})"

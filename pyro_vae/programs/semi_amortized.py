@@ -52,8 +52,8 @@ class SemiAmortized(Refined):
     captures the program has to leave it as it is.
 
     Args:
-        guide: The base guide, reparameterised.
         model: The model.
+        guide: The base guide, reparameterised.
         steps: How many; at 0 the guide is its base guide.
         step_size: e.
         momentum: Share of the last change that is added to the next, in [0, 1).
@@ -72,7 +72,7 @@ class SemiAmortized(Refined):
         >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
         ...               lambda z: dist.Normal(z, 1.0).to_event(1))
         >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
-        >>> SemiAmortized(base, model, steps=3)(torch.zeros(5, 2)).shape
+        >>> SemiAmortized(model, base, steps=3)(torch.zeros(5, 2)).shape
         torch.Size([5, 2])
 
     Reference: Kim et al., Semi-Amortized Variational Autoencoders, 2018. arXiv:1802.02550
@@ -81,8 +81,8 @@ class SemiAmortized(Refined):
     @checked
     def __init__(
         self,
-        guide: Program,
         model: Program,
+        guide: Program,
         steps: int = 10,
         step_size: float = 0.02,
         momentum: float = 0.5,
@@ -91,7 +91,7 @@ class SemiAmortized(Refined):
         differentiate: bool = True,
         seed: int | None = 0,
     ) -> None:
-        super().__init__(guide, model, steps)
+        super().__init__(model, guide, steps)
         limited = max_change is None or max_change > 0
         if not step_size > 0 or not 0 <= momentum < 1 or num_samples < 1 or not limited:
             raise ValueError(

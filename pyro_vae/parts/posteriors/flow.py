@@ -35,9 +35,9 @@ class _AmortizedFlow(Amortized):
 
     def __init__(
         self,
-        flow: Callable[..., nn.Module],
         encoder: nn.Module,
         latent_dim: int,
+        flow: Callable[..., nn.Module],
         context: int,
         fast: str,
         features: int | None,
@@ -89,10 +89,10 @@ class Flow(_AmortizedFlow):
     """q(z | x) of any flow of zuko: z = mu(x) + sigma(x) f(u; c(x)).
 
     Args:
-        flow: A class of zuko, or any callable that takes ``features`` and ``context`` and
-            returns a flow.
         encoder: x, (..., *x_shape), to features, (..., F).
         latent_dim: D.
+        flow: A class of zuko, or any callable that takes ``features`` and ``context`` and
+            returns a flow.
         context: Number of features C that the flow reads.
         fast: The direction that takes one pass. "sampling" takes f in the direction in
             which zuko scores, "scoring" as zuko means it.
@@ -106,7 +106,7 @@ class Flow(_AmortizedFlow):
         ValueError: Not a flow, or one that does not live on R^D, such as the circular NCSF.
     Example:
         >>> import torch, zuko
-        >>> q = Flow(zuko.flows.NSF, nn.Linear(3, 4), latent_dim=2, transforms=2, bins=4)(torch.zeros(5, 3))
+        >>> q = Flow(nn.Linear(3, 4), 2, zuko.flows.NSF, transforms=2, bins=4)(torch.zeros(5, 3))
         >>> q.batch_shape, q.event_shape
         (torch.Size([5]), torch.Size([2]))
 
@@ -115,15 +115,15 @@ class Flow(_AmortizedFlow):
 
     def __init__(
         self,
-        flow: Callable[..., nn.Module],
         encoder: nn.Module,
         latent_dim: int,
+        flow: Callable[..., nn.Module],
         context: int = 32,
         fast: str = "sampling",
         features: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(flow, encoder, latent_dim, context, fast, features, **options)
+        super().__init__(encoder, latent_dim, flow, context, fast, features, **options)
 
 
 class IAF(_AmortizedFlow):
@@ -156,7 +156,7 @@ class IAF(_AmortizedFlow):
         features: int | None = None,
     ) -> None:
         options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(zuko_flows().MAF, encoder, latent_dim, context, "sampling", features, **options)
+        super().__init__(encoder, latent_dim, zuko_flows().MAF, context, "sampling", features, **options)
 
 
 class MAF(_AmortizedFlow):
@@ -190,7 +190,7 @@ class MAF(_AmortizedFlow):
         features: int | None = None,
     ) -> None:
         options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(zuko_flows().MAF, encoder, latent_dim, context, "scoring", features, **options)
+        super().__init__(encoder, latent_dim, zuko_flows().MAF, context, "scoring", features, **options)
 
 
 class NSF(_AmortizedFlow):
@@ -232,7 +232,7 @@ class NSF(_AmortizedFlow):
     ) -> None:
         options: dict[str, Any] = {"transforms": transforms, "hidden_features": tuple(hidden_features)}
         options |= {"bins": bins, "passes": passes, "activation": nn.SiLU}
-        super().__init__(zuko_flows().NSF, encoder, latent_dim, context, "sampling", features, **options)
+        super().__init__(encoder, latent_dim, zuko_flows().NSF, context, "sampling", features, **options)
 
 
 class Coupling(_AmortizedFlow):
@@ -265,4 +265,4 @@ class Coupling(_AmortizedFlow):
         features: int | None = None,
     ) -> None:
         options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(zuko_flows().RealNVP, encoder, latent_dim, context, "sampling", features, **options)
+        super().__init__(encoder, latent_dim, zuko_flows().RealNVP, context, "sampling", features, **options)
