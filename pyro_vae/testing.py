@@ -49,7 +49,7 @@ def check(battery: Any) -> list[str]:
     Raises:
         AssertionError: The first law that does not.
     Example:
-        >>> from pyro_vae.parts.priors.normal import StandardNormal
+        >>> from pyro_vae.parts.priors.standard import StandardNormal
         >>> class TestNormal(PriorLaws):
         ...     def make(self):
         ...         return StandardNormal(2)

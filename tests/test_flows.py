@@ -21,15 +21,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import pyro_vae as pv
 from pyro_vae.parts.distributions.flow import Pushforward
-from pyro_vae.parts.distributions.roots import invert_tanh_step
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.parts.posteriors.flow import IAF, MAF, NSF, Coupling, Flow
-from pyro_vae.parts.posteriors.planar import Planar
-from pyro_vae.parts.posteriors.sylvester import Sylvester, orthonormal, reflection_core
+from pyro_vae.parts.posteriors.planar import Planar, Sylvester, invert_tanh_step, orthonormal, reflection_core
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.parts.priors.flow import Flow as FlowPrior
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.parts.priors.standard import Flow as FlowPrior
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.traces import log_q, particles
 
 SMALL = {"hidden_features": (8, 8), "context": 5}
@@ -510,7 +507,7 @@ def test_importing_zuko_leaves_the_validation_of_distributions_on():
     code = """
 import pyro, torch
 from pyro_vae.parts.posteriors.flow import IAF
-from pyro_vae.parts.priors.flow import Flow
+from pyro_vae.parts.priors.standard import Flow
 IAF(torch.nn.Linear(3, 4), 2)(torch.zeros(5, 3)).sample(); Flow(2)().sample()
 try:
     torch.distributions.Normal(0.0, -1.0)

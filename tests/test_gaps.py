@@ -20,14 +20,12 @@ from pyro_vae.judging.gaps import gap_table, gaps
 from pyro_vae.judging.guides import compare_guides, fit_guide
 from pyro_vae.judging.local import local_form, optimise, remaining
 from pyro_vae.judging.mixtures import given_estimate, pool, score, scores_strangers
-from pyro_vae.parts.posteriors.amortized import Amortized
+from pyro_vae.parts.posteriors.amortized import Amortized, NormalMixture
 from pyro_vae.parts.posteriors.flow import IAF, NSF, Coupling
-from pyro_vae.parts.posteriors.mixture import NormalMixture
 from pyro_vae.parts.posteriors.normal import DiagonalNormal, FullNormal
-from pyro_vae.parts.posteriors.planar import Planar
-from pyro_vae.parts.posteriors.sylvester import Sylvester
-from pyro_vae.programs.guide import Guide
+from pyro_vae.parts.posteriors.planar import Planar, Sylvester
 from pyro_vae.programs.hamiltonian import Hamiltonian
+from pyro_vae.programs.pair import Guide
 from pyro_vae.traces import draw
 from tests.pairs import LinearPair, binary, linear_pair, small_pair
 

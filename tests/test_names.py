@@ -14,7 +14,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.programs.named import Named
+from pyro_vae.programs.pair import Named
 from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.zoo.hierarchical import Hierarchical
 from tests.pairs import binary, small_pair

@@ -16,9 +16,8 @@ from pyro_vae.inference.training import fit
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.parts.posteriors import Amortized, DiagonalNormal
 from pyro_vae.parts.posteriors import Delta as Point
-from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.hamiltonian import Hamiltonian, tempered_leapfrog
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import log_joint, log_q, particles
@@ -498,6 +497,8 @@ def test_what_cannot_be_refined_is_refused_by_name():
             kind(model, discrete)(X)
         with pytest.raises(ValueError, match="carries a scale, as of a plate that subsamples"):
             kind(model, subsampling)(X)
+        with pytest.raises(ValueError, match=rf"observes 'x', as models do. The order is {kind.__name__}\(model, guide\)"):
+            kind(bad_guide, model)(X)
         with pytest.raises(ValueError, match="steps=-1, wanted 0"):
             kind(model, bad_guide, -1)
     with pytest.raises(ValueError, match="step_size=0, momentum=0.5.*wanted a positive step_size"):

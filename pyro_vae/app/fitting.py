@@ -23,7 +23,7 @@ from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
 from pyro_vae.parts.priors import VampPrior
-from pyro_vae.parts.priors.vamp import PSEUDO_INPUTS
+from pyro_vae.parts.priors.mixture import PSEUDO_INPUTS
 from pyro_vae.programs.vae import VAE
 from pyro_vae.protocols import passes, values
 from pyro_vae.protocols import standardize as standardize_of

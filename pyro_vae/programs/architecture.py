@@ -10,8 +10,7 @@ from torch import nn
 
 from pyro_vae.options import integer, integers
 from pyro_vae.parts import names
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.protocols import PriorOfPosterior, default_options, parameters_per_pixel, standardize
 
 

@@ -20,7 +20,7 @@ from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_plates
 
-from pyro_vae.programs.named import Named
+from pyro_vae.programs.pair import Named
 from pyro_vae.protocols import Rescoring, rescoring
 from pyro_vae.sites import kind, sample_sites, unwrapped
 from pyro_vae.traces import Program

@@ -20,8 +20,14 @@ from typing import Any
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.parts.distributions.flow import check_flow, pushforward, start_near_identity, zuko_flows
-from pyro_vae.parts.distributions.weights import own_weights, with_weights
+from pyro_vae.parts.distributions.flow import (
+    check_flow,
+    own_weights,
+    pushforward,
+    start_near_identity,
+    with_weights,
+    zuko_flows,
+)
 from pyro_vae.parts.posteriors.amortized import Amortized
 from pyro_vae.unconstrained import Free, Local
 
