@@ -193,34 +193,31 @@ def rescoring(*things: object) -> Rescoring:
 
 
 def support(part: object) -> Any:
-    """Where the z of a posterior or prior (or a class of them) lies; R^D for one that does not say.
+    """Where the z of a posterior or prior (or a class of them) lies; None for one that does not say.
 
     Example:
-        >>> support(nn.Linear(1, 1)) is constraints.real_vector
+        >>> support(nn.Linear(1, 1)) is None
         True
     """
-    return getattr(part, "support", constraints.real_vector)
-
-
-def same_support(one: object, other: object) -> bool:
-    """Whether a posterior and a prior (or classes of them) say that they lie in the same set.
-
-    Example:
-        >>> same_support(nn.Linear(1, 1), nn.Linear(1, 1))
-        True
-    """
-    return type(_plain(support(one))) is type(_plain(support(other)))
+    found = getattr(part, "support", None)
+    while isinstance(found, constraints.independent):
+        found = found.base_constraint
+    return found
 
 
 def support_name(part: object) -> str:
-    """Where a part lies, in a word: "real", "sphere"."""
-    return type(_plain(support(part))).__name__.strip("_").lower()
+    """The same in a word: "real", "sphere"; "" for a part that does not say."""
+    found = support(part)
+    return "" if found is None else type(found).__name__.strip("_").lower()
 
 
-def _plain(constraint: Any) -> Any:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint
+def same_support(one: object, other: object) -> bool:
+    """Whether a posterior and a prior may lie in the same set: they say the same, or one of them says nothing.
+
+    What they do not say shows when they are run: `fit` compares their distributions.
+    """
+    names = {support_name(one), support_name(other)} - {""}
+    return len(names) < 2
 
 
 def parameters_per_pixel(likelihood: object) -> int:

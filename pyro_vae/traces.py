@@ -656,17 +656,36 @@ def _replayed(
     if missing:
         raise ValueError(f"no value for latent site {missing[0]!r}; got values for {list(latents)}.")
     num_samples = len(latents[wanted[0]["name"]]) if wanted else 1
+    trace = run_at(program, {site["name"]: site for site in wanted}, latents, nesting, args, kwargs)
+    return trace, data_frame([trace], num_samples, nesting)
+
+
+def run_at(
+    program: Program,
+    wanted: Mapping[str, Any],
+    latents: Mapping[str, Tensor],
+    nesting: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Trace:
+    """One run of a program at given values of its sites, under a particle plate where there are several samples.
+
+    Args:
+        program: A model or a guide.
+        wanted: The sites that are given, of a plain run, by name.
+        latents: Their values, (K, *plates, *event) each; of other sites they are left alone.
+        nesting: Batch dimensions of all plates.
+        args: What the program takes.
+        kwargs: Keyword arguments that it takes.
+    """
+    num_samples = max((len(latents[name]) for name in wanted if name in latents), default=1)
     given = Trace()
-    for site in wanted:
-        value = latents[site["name"]]
-        deepest = max((-dim for dim in plates(site)), default=0)
-        filler = (1,) * (nesting - deepest) if num_samples > 1 else ()
-        head = (num_samples,) if num_samples > 1 else ()
-        given.add_node(
-            site["name"], name=site["name"], type="sample", is_observed=False, infer={},
-            value=value.reshape(head + filler + tuple(value.shape[1:])),
-        )  # fmt: skip
+    for name, site in wanted.items():
+        if name in latents:
+            deepest = max((-dim for dim in plates(site)), default=0)
+            head = (num_samples,) + (1,) * (nesting - deepest) if num_samples > 1 else ()
+            value = latents[name].reshape(head + tuple(latents[name].shape[1:]))
+            given.add_node(name, name=name, type="sample", is_observed=False, infer={}, value=value)
     plate = pyro.plate(PARTICLES, num_samples, dim=-1 - nesting) if num_samples > 1 else contextlib.nullcontext()
     with plate:
-        trace = poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
-    return trace, data_frame([trace], num_samples, nesting)
+        return poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)

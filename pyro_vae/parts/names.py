@@ -166,10 +166,9 @@ def check_same_support(posterior: str, prior: str, q: Any, p: Any) -> None:
     """
     from pyro_vae import protocols  # here, as it brings torch
 
-    if (isinstance(p, type) and isinstance(p, protocols.PriorOfPosterior)) or protocols.same_support(q, p):
+    if protocols.same_support(q, p):
         return
-    plain = protocols.same_support(q, object())
-    remedy = _on("posterior", p) if plain else _on("prior", q)
+    remedy = _on("posterior", p) if protocols.support_name(q) == "real" else _on("prior", q)
     raise ValueError(
         f"got posterior {posterior!r} with prior {prior!r}, wanted two on the same space: their supports are "
         f"{protocols.support_name(q)!r} and {protocols.support_name(p)!r}, and KL(q || p) is infinite. {remedy}"
@@ -204,9 +203,9 @@ def values_of(likelihood: str | None) -> str | None:
 
 
 def _same(kind: str, part: Any) -> list[str]:
-    from pyro_vae.protocols import same_support
+    from pyro_vae.protocols import support_name
 
-    return [name for name in PARTS[kind] if same_support(find(kind, name), part)]
+    return [name for name in PARTS[kind] if support_name(find(kind, name)) == support_name(part)]
 
 
 def _on(kind: str, part: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
 from pyro_vae.options import integer
@@ -47,6 +47,8 @@ class NormalMixture(nn.Module):
     Reference: Dilokthanakul et al., Deep Unsupervised Clustering with Gaussian Mixture
         Variational Autoencoders, 2016. arXiv:1611.02648
     """
+
+    support = constraints.real_vector
 
     def __init__(
         self, latent_dim: int, num_components: int = 10, covariance: str = "diagonal", spread: float = 0.5

@@ -24,6 +24,7 @@ class StandardNormal(nn.Module):
         tensor(-1.8379)
     """
 
+    support = constraints.real_vector
     loc: Tensor
 
     def __init__(self, latent_dim: int) -> None:
@@ -98,6 +99,8 @@ class Flow(nn.Module):
 
     Reference: Chen et al., Variational Lossy Autoencoder, 2017. arXiv:1611.02731
     """
+
+    support = constraints.real_vector
 
     def __init__(
         self, latent_dim: int | nn.Module, flow: Callable[..., nn.Module] | None = None, **options: Any
