@@ -39,13 +39,13 @@ class Local(NamedTuple):
     Attributes:
         free: Unconstrained tensors by name, the batch shape of the distribution in front.
         build: From such tensors to the distribution.
-        pace: The learning rate of a tensor relative to the others, where it is not 1
+        rates: The learning rate of a tensor relative to the others, where it is not 1
             (weights of a network want smaller steps than a mean).
     """
 
     free: Free
     build: Build
-    pace: Mapping[str, float] = {}
+    rates: Mapping[str, float] = {}
 
 
 class Posterior(Protocol):
@@ -87,7 +87,7 @@ class Unamortized(Protocol):
     def local(self, parameters: Tensor) -> Local:
         """The same family at free parameters for each datum, which start at these, (B, P)."""
 
-    def around(self, loc: Tensor, scale: Tensor) -> Tensor:
+    def parameters_near(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Parameters, (..., P), of a member near N(loc, diag scale^2), both (..., D)."""
 
 

@@ -207,7 +207,7 @@ def test_local_forms_start_as_the_guide_and_keep_data_apart(number):
     rows = form.start.clone().requires_grad_()
     draw(model, form.guide(rows), (x,), {}, 4).log_weight[:, 2].sum().backward()
     assert rows.grad[[0, 1, 3, 4]].abs().max() == 0 and (rows.grad[2] != 0).double().mean() > 0.5
-    near = posterior.around(torch.full((5, 3), 2.0), torch.full((5, 3), 0.5))
+    near = posterior.parameters_near(torch.full((5, 3), 2.0), torch.full((5, 3), 0.5))
     draws = posterior.family(near).rsample((4000,))
     assert (draws.mean(0) - 2).abs().max() < 0.5 and (draws.std(0) - 0.5).abs().max() < 0.3
 

@@ -111,7 +111,7 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
     """The local form of a family that no encoder was trained for, at a batch.
 
     Args:
-        posterior: It has ``local`` and ``around``, as `Amortized`.
+        posterior: It has ``local`` and ``parameters_near``, as `Amortized`.
         model: The model, of a single latent site in the data plate alone.
         args: The batch.
         loc: Where it starts, (B, D).
@@ -127,7 +127,7 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
                 f"got a family for a model of latent sites {[s['name'] for s in sites]}, wanted one "
                 "site of event_shape (D,). Give a guide of all its sites instead, fitted by fit_guide."
             )
-        local = posterior.local(posterior.around(loc, scale))
+        local = posterior.local(posterior.parameters_near(loc, scale))
     return _independent([_Piece(sites[0], local, 0, frame.data_dim, posterior)])
 
 
@@ -322,7 +322,7 @@ class _Piece(NamedTuple):
     def pace(self) -> Tensor:
         some = next(iter(self.local.free.values()))
         return torch.cat([
-            some.new_full((math.prod(shape),), self.local.pace.get(k, 1.0)) for k, shape in self.shapes.items()
+            some.new_full((math.prod(shape),), self.local.rates.get(k, 1.0)) for k, shape in self.shapes.items()
         ])  # fmt: skip
 
     def fresh(self) -> _Piece:
@@ -330,7 +330,7 @@ class _Piece(NamedTuple):
             return self._replace(local=self.local._replace(free={k: v * 0 for k, v in self.local.free.items()}))
         parameters = self.local.free["parameters"]
         loc = parameters.new_zeros(*parameters.shape[:-1], self.posterior.latent_dim)
-        return self._replace(local=self.posterior.local(self.posterior.around(loc, loc + 1)))
+        return self._replace(local=self.posterior.local(self.posterior.parameters_near(loc, loc + 1)))
 
 
 def _pieces(sites: list[Any], outputs: Heads, frame: Frame) -> list[_Piece]:

@@ -85,7 +85,7 @@ class Amortized(nn.Module, ABC):
         """
         return Local({"parameters": parameters}, lambda free: self.family(free["parameters"]))
 
-    def around(self, loc: Tensor, scale: Tensor) -> Tensor:
+    def parameters_near(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Parameters of a member near N(loc, diag scale^2): where a local fit starts that no encoder starts.
 
         The first numbers are taken for the mean and the next for log sigma, as in all
@@ -192,8 +192,8 @@ class NormalMixture(Amortized):
         loc, log_scale, logits = parameters.split([C * D, C * D, C], -1)
         return DiagonalNormalMixture(loc.unflatten(-1, (C, D)), log_scale.unflatten(-1, (C, D)).exp(), logits)
 
-    def around(self, loc: Tensor, scale: Tensor) -> Tensor:
-        """Components scattered about loc: see `Amortized.around`."""
+    def parameters_near(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Components scattered about loc: see `Amortized.parameters_near`."""
         C = self.num_components
         scatter = 0.5 * torch.randn(*loc.shape[:-1], C, loc.shape[-1], dtype=loc.dtype, device=loc.device)
         means = (loc.unsqueeze(-2) + scale.unsqueeze(-2) * scatter).flatten(-2)
