@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import Unreadable, collated, column, drawn, frame_names, settled, tensor_of
-from pyro_vae.inference.datacheck import DataCheck, rules, unwrapped
+from pyro_vae.inference.datacheck import DataCheck, rules
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
 from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
+from pyro_vae.sites import unwrapped
 from pyro_vae.traces import Program, draw
 
 _AT_ONCE = 2**22  # numbers that are looked through together
@@ -415,7 +416,7 @@ class Batches:
     def _observed_numbers(self, shown: Rehearsal, batch: tuple[Any, ...]) -> list[Path]:
         """Leaves that a density of numbers observes, not of classes."""
         found = rules(shown, _cast(batch, self._casts)).items()
-        each = [(path, unwrapped(shown.sites[rule.site]["fn"])[0]) for path, rule in found]
+        each = [(path, unwrapped(shown.sites[rule.site]["fn"])) for path, rule in found]
         return [path for path, fn in each if not isinstance(fn, Categorical)]
 
     def _look_through(self) -> None:
