@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging.anomalies import anomaly_scores
     from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
     from pyro_vae.judging.latents import active_units
-    from pyro_vae.programs.guide import Guide
-    from pyro_vae.programs.model import Model
+    from pyro_vae.programs.pair import Guide, Model
     from pyro_vae.programs.vae import VAE
     from pyro_vae.programs.zoo import autoencoder
     from pyro_vae.traces import Particles, log_joint, log_q, particles, simulate
@@ -36,8 +35,7 @@ _HOME = {
     "judging.anomalies": ("anomaly_scores",),
     "judging.estimates": ("Estimate", "elbo_terms", "log_likelihood"),
     "judging.latents": ("active_units",),
-    "programs.guide": ("Guide",),
-    "programs.model": ("Model",),
+    "programs.pair": ("Guide", "Model"),
     "programs.vae": ("VAE",),
     "programs.zoo": ("autoencoder",),
     "traces": ("Particles", "log_joint", "log_q", "particles", "simulate"),
