@@ -129,11 +129,11 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     if options.limit is not None:
         train = dataset.train.subset(slice(0, options.limit))
         dataset = dataclasses.replace(dataset, train=train, protocol=dataset.protocol | {"limit": options.limit})
-    return _settled(options, dataset), dataset
+    return _settled(options, dataset, kind), dataset
 
 
-def _settled(options: FitOptions, dataset: Dataset) -> FitOptions:
-    """The options that only the data can settle.
+def _settled(options: FitOptions, dataset: Dataset, kind: str | None) -> FitOptions:
+    """The options that only the data can settle, for a likelihood of that kind of values.
 
     Raises:
         ValueError: The data do not fit the likelihood, or the network.
