@@ -12,7 +12,7 @@ from pyro_vae.parts.posteriors import Delta
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.parts.priors.flow import Flow
 from pyro_vae.parts.priors.mixture import NormalMixture
-from pyro_vae.programs.ex_post import aggregated_posterior, ex_post
+from pyro_vae.programs._ex_post import aggregated_posterior, ex_post
 from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.model import Model
 

@@ -1,4 +1,4 @@
-"""The amortised variational distribution q(z | x) as a plain Pyro program."""
+"""The amortized variational distribution q(z | x) as a plain Pyro program."""
 
 from __future__ import annotations
 
