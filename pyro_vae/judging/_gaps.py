@@ -167,6 +167,10 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
 
     Each line is one family of one result; the columns are those of Cremer et al., Table 2.
 
+    Args:
+        results: Name of a set of data -> its gaps.
+    Returns:
+        The lines, all of one length.
     Example:
         >>> gap_table({})
         ['set  family  log p(x)  L[q*]  L[q]  approximation  amortization  inference gap']
