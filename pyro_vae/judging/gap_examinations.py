@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.judging._gaps import FamilyGaps, Gaps, Part, gaps
 from pyro_vae.judging.budget import OutOfTime
 from pyro_vae.judging.examinations import Examination, weighted
-from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
 from pyro_vae.judging.nats import Nats
 from pyro_vae.judging.psis import khat_limit
 from pyro_vae.judging.stages import GapSplit, Remedy, Stages
