@@ -1,6 +1,6 @@
 """A pair's draws as ArviZ data: `InferenceData` (ArviZ 0.x) or `DataTree` (1.x), for any pair.
 
-An amortised guide has a posterior per datum, so every group has the dimensions
+An amortized guide has a posterior per datum, so every group has the dimensions
 
     posterior          z_k ~ q(z | x)           chain, draw, datum, latent
     prior              z ~ p(z)                 chain, draw, datum, latent
