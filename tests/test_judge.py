@@ -283,7 +283,7 @@ def test_the_page_is_well_formed_escaped_and_needs_nothing_else():
     assert "log p(x)" in text and "Verdict" in text
     asked = iter([False, False, True])
     short = html.page(found, "x", late=lambda: next(asked))
-    assert short.count("<img") == 2 and "left out for want of time" in short and "left out" not in text
+    assert short.count("<img") == 2 and "left out for want of time" in short and "left out for want of time" not in text
     assert "torch" not in html.page(replace(found, protocol={"seed": 0}), "x", ())
     protocol = {"num_samples": 5, "versions": {"torch": "2.0"}}
     assert "num samples 5, torch 2.0." in html.page(replace(found, protocol=protocol), "x", ())
