@@ -18,7 +18,7 @@ from pyro_vae.judging.latents import active_units
 from pyro_vae.judging.samples import energy_distance
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import VAE
-from pyro_vae.protocols import standardize
+from pyro_vae.protocols import has_density, standardize
 from pyro_vae.version import __version__
 
 ELBO_SAMPLES = 100
@@ -136,7 +136,7 @@ def versions() -> dict[str, str]:
 
 def is_autoencoder(vae: VAE) -> bool:
     """Whether the guide is a point, so that there is no density over z."""
-    return vae.architecture is not None and vae.architecture.posterior == "point"
+    return not has_density(vae.guide.posterior)
 
 
 def standardized(vae: VAE) -> bool:

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Delta, TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.inference.trees import at
 from pyro_vae.protocols import Free, Local, Rescoring, knows_its_draw, rescoring
-from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites
+from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites, unwrapped
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of, local_of
 
@@ -288,7 +288,7 @@ def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
 
 def _check(site: Any) -> None:
     name, found = site["name"], kind(site["fn"])
-    if found == "Delta":
+    if isinstance(unwrapped(site["fn"]), Delta):
         raise ValueError(f"guide site {name!r} is a Delta, which is not a family of distributions")
     if not getattr(site["fn"], "has_rsample", False):
         raise ValueError(f"guide site {name!r} ({found}) is not reparameterised")
