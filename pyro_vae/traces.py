@@ -284,7 +284,7 @@ def draw(
             f"drawing {num_samples} samples one by one, since the pair does not broadcast over a leading "
             f"dimension ({reason}). Write networks and programs for (..., D) instead of (B, D), "
             "or pass vectorize=False to silence this.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return _stack(singles)
 

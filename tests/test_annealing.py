@@ -10,8 +10,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.judging import annealing
+from pyro_vae.judging._quadrature import quadrature
 from pyro_vae.judging.annealing import ais, bdmc
-from pyro_vae.judging.quadrature import quadrature
 from pyro_vae.judging.schedules import schedule
 from pyro_vae.judging.simulations import simulated_batch
 from tests.pairs import LinearPair, linear_pair, small_pair

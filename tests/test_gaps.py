@@ -15,8 +15,8 @@ from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
+from pyro_vae.judging._gaps import gap_table, gaps
 from pyro_vae.judging.estimates import log_likelihood
-from pyro_vae.judging.gaps import gap_table, gaps
 from pyro_vae.judging.guides import compare_guides, fit_guide
 from pyro_vae.judging.local import local_form, optimise, remaining
 from pyro_vae.judging.mixtures import given_estimate, pool, score, scores_strangers
@@ -72,7 +72,7 @@ def test_a_mean_field_guide_at_its_best_has_an_approximation_gap_only():
     assert "guide (local)" in found.source and row.stopped.all()
 
 
-def test_a_bad_encoder_of_the_right_family_has_an_amortisation_gap_only():
+def test_a_bad_encoder_of_the_right_family_has_an_amortization_gap_only():
     pair, x = correlated()
     posterior = pair.bed.posterior(x)
     shift = torch.tensor([0.4, -0.3]).double()
@@ -338,7 +338,7 @@ def test_an_estimate_from_elsewhere_is_taken_with_its_errors():
 
 
 def test_chunks_seeds_and_the_model_left_as_it_was(monkeypatch):
-    import pyro_vae.judging.gaps as module
+    import pyro_vae.judging._gaps as module
 
     model, guide = small_pair()
     x = binary(7)
@@ -386,7 +386,7 @@ def test_tables_and_refusals():
     lines = gap_table({"train": found, "test": found})
     assert [line.split()[:2] for line in lines[1:]] == [
         ["train", "guide"], ["train", "full"], ["test", "guide"], ["test", "full"]]  # fmt: skip
-    assert "approximation  amortisation  inference gap" in lines[0] and len({len(line) for line in lines}) == 1
+    assert "approximation  amortization  inference gap" in lines[0] and len({len(line) for line in lines}) == 1
     for wrong, text in [
         ({"start": "zero"}, "start='zero', wanted 'amortized' or 'fresh'"),
         ({"num_samples": 1}, "num_samples=1, wanted at least 2"),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from pyro_vae.data.testbeds import LinearGaussian
-from pyro_vae.judging.collapse import collapse, linear_optimum
+from pyro_vae.judging._collapse import collapse, linear_optimum
 from pyro_vae.judging.information import mutual_information, rate_distortion
 from pyro_vae.judging.latents import kl_per_dimension
 from pyro_vae.judging.probes import probe

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from scipy.stats import binom, multivariate_normal
 
 from pyro_vae.app import judging_plots, plots
-from pyro_vae.judging.calibration import calibration
+from pyro_vae.judging._calibration import calibration
 
 
 def line(axes, label):
@@ -89,7 +89,7 @@ def test_gap_bars_stack_and_leave_the_total_alone():
     bars = sorted((round(b.get_x() + b.get_width() / 2, 6), round(b.get_y(), 6), b.get_height()) for b in axes.patches)
     assert_allclose(bars, [(-0.2, 0, 1.5), (-0.2, 1.5, 0.5), (0.2, 0, 1.5), (0.2, 1.5, 0.9), (1.2, 0, 3.0)])
     assert_allclose(sorted(map(tuple, whiskers(axes))), sorted([(1.3, 1.7), (1.6, 2.4), (1.3, 1.7), (2.0, 2.8)]))
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["approximation", "amortisation", "total only"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["approximation", "amortization", "total only"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["train", "test", "test"]
     hatches = {bar.get_hatch() for bar in axes.patches}
     assert len(hatches) == 3  # told apart without colour

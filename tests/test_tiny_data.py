@@ -13,10 +13,10 @@ from pyro_vae.app.cli import main
 from pyro_vae.app.judge import judge
 from pyro_vae.app.plots import plane
 from pyro_vae.app.runs import Run
+from pyro_vae.judging._calibration import sbc
+from pyro_vae.judging._gaps import gaps
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.anomalies import anomaly_scores
-from pyro_vae.judging.calibration import sbc
-from pyro_vae.judging.gaps import gaps
 from pyro_vae.judging.information import mutual_information
 from pyro_vae.judging.latents import kl_per_dimension
 from pyro_vae.judging.samples import energy_distance

@@ -96,8 +96,7 @@ def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     whose = {"inference": "log p(x) - ELBO", "approximation": "the family's", "amortization": "the encoder's"}
     for name, said in whose.items():
         if gaps.get(name) is not None:
-            title = {"amortization": "amortisation"}.get(name, name)
-            rows.append((f"{title} gap", nats(gaps[name], gaps[f"{name}_stderr"]),
+            rows.append((f"{name} gap", nats(gaps[name], gaps[f"{name}_stderr"]),
                          f"{said}; {gaps['images']} data; data {_error(gaps.get(f'{name}_data_stderr'))}"))  # fmt: skip
     if bracket:
         rows.append(("bracket width", nats(bracket["width"], bracket["width_stderr"]),

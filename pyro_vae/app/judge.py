@@ -28,11 +28,11 @@ from pyro_vae.app.verdicts import Finding, material, nats, verdict
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.trees import at, joined, rows
+from pyro_vae.judging._calibration import sbc
+from pyro_vae.judging._gaps import FamilyGaps, Gaps, Part, gaps
 from pyro_vae.judging.annealing import bdmc
-from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood, over_data
-from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.psis import khat_limit
 from pyro_vae.options import checked
@@ -41,7 +41,7 @@ from pyro_vae.traces import Program
 
 SHARES = {"bounds": 0.25, "latents": 0.05, "gaps": 0.35, "remedy": 0.1, "bracket": 0.15, "calibration": 0.1}
 TITLES = {
-    "bounds": "ELBO and log p(x)", "latents": "use of the latents", "gaps": "approximation and amortisation gap",
+    "bounds": "ELBO and log p(x)", "latents": "use of the latents", "gaps": "approximation and amortization gap",
     "remedy": "another family", "bracket": "bracket on simulated data", "calibration": "simulation-based calibration",
 }  # fmt: skip
 _LADDER = (5000, 2000, 1000, 500, 200, 100, 50, 25, 10, 5, 2)

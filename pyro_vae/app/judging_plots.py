@@ -134,7 +134,7 @@ def bracket(
 
 
 def gap_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """What each guide loses, approximation and amortisation gap stacked, train beside test.
+    """What each guide loses, approximation and amortization gap stacked, train beside test.
 
         log p(x) - ELBO = (log p(x) - ELBO of the best q for x) + (that - ELBO)
 
@@ -156,7 +156,7 @@ def gap_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
         named.add(name)
         axes.bar(at, value, 0.88 * width, bottom=base, edgecolor="black", lw=0.7, label=label, **style)
         # The two stacked bars' errors stand side by side, or they would cover each other.
-        shift = {"approximation": -0.15, "amortisation": 0.15}.get(name, 0.0) * width
+        shift = {"approximation": -0.15, "amortization": 0.15}.get(name, 0.0) * width
         if error is not None and np.isfinite(error):
             axes.errorbar(at + shift, base + value, 2 * error, color="black", lw=1.1, capsize=3)
 
@@ -166,7 +166,7 @@ def gap_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
         if row.get("approximation") is not None:
             first = float(row["approximation"])
             bar(at, first, 0.0, row.get("approximation_stderr"), "approximation", color=DARK)
-            bar(at, float(row["amortization"]), first, row.get("amortization_stderr"), "amortisation",
+            bar(at, float(row["amortization"]), first, row.get("amortization_stderr"), "amortization",
                 color=LIGHT, hatch="///")  # fmt: skip
         else:
             bar(at, float(row["total"]), 0.0, row.get("total_stderr"), "total only", color="#cbd5e0", hatch="...")

@@ -65,6 +65,8 @@ def roc_auc(inliers: Tensor, outliers: Tensor) -> float:
     Args:
         inliers: Scores of ordinary data.
         outliers: Scores of strange data.
+    Returns:
+        A share, one half where the scores tell nothing.
     Example:
         >>> roc_auc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
         0.875

@@ -222,6 +222,8 @@ def posterior_means(guide: Program, data: Any, *, site: str = "z", num_samples: 
         site: Name of the latent site.
         num_samples: Samples per datum where the mean is not known.
         seed: Seed of those samples, and of a binarisation drawn on the way.
+    Returns:
+        The means, on the device of the guide.
     Raises:
         ValueError: The guide has no such site.
     """

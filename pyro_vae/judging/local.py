@@ -1,4 +1,4 @@
-"""Unamortised posteriors: the best member of a family for each datum, by gradient steps.
+"""Unamortized posteriors: the best member of a family for each datum, by gradient steps.
 
     q*(z | x_n) = q(z; lambda_n),   lambda_n = argmax ELBO(x_n; lambda)
 

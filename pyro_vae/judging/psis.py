@@ -77,7 +77,16 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @checked
 def khat_limit(num_samples: int) -> float:
-    """min(1 - 1 / log10 K, 0.7): above it, K weights are too few for their tail."""
+    """min(1 - 1 / log10 K, 0.7): above it, K weights are too few for their tail.
+
+    Args:
+        num_samples: K.
+    Returns:
+        The limit of k-hat.
+    Example:
+        >>> khat_limit(100)
+        0.5
+    """
     return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)
 
 

@@ -1,7 +1,7 @@
 """Guides that finish what the encoder began, by gradient steps for each datum.
 
 An encoder has to give good parameters lambda(x) for every x at once, and what it misses
-is the amortisation gap. A few steps on each datum's own ELBO close most of it:
+is the amortization gap. A few steps on each datum's own ELBO close most of it:
 
     lambda_0 = encoder(x),   lambda_{t+1} = lambda_t + e * grad ELBO(x; lambda_t)
 

@@ -37,7 +37,7 @@ class VAE(nn.Module):
 
     Args:
         model: The generative model.
-        guide: The amortised posterior.
+        guide: The amortized posterior.
         architecture: How the two were built, if by `VAE.build`; saved with the weights.
     Example:
         >>> vae = VAE.build((1, 8, 8), latent_dim=2, hidden=(32,))

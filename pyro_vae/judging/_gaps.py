@@ -1,12 +1,12 @@
 """Whose fault the gap is: the family's or the encoder's.
 
     log p(x) - L[q]   =   (log p(x) - L[q*])   +   (L[q*] - L[q])
-    inference gap     =   approximation gap    +   amortisation gap
+    inference gap     =   approximation gap    +   amortization gap
 
 L is the ELBO of a datum, q what the guide says of it, and q* the best member of the same
 family *for that datum*, found by gradient steps on its own parameters (`local`). A family
 that cannot bend as the posterior does has an approximation gap; an encoder that does not
-find the best member has an amortisation gap.
+find the best member has an amortization gap.
 
 Three errors are in such a split, and all are reported per datum. log p(x) is estimated: by
 importance sampling from the guide and the local optima together (`mixtures`), or by
@@ -105,7 +105,7 @@ class FamilyGaps:
         slope: How much it rose over the last window, per datum, (N,).
         steps: Steps taken, per datum, (N,).
         stopped: Whether the bound had stopped rising before the steps were used up, (N,).
-        reason: Why there is no q*, or no amortised value.
+        reason: Why there is no q*, or no amortized value.
     """
 
     amortized: Part | None
@@ -168,9 +168,13 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
 
     Each line is one family of one result; the columns are those of Cremer et al., Table 2.
 
+    Args:
+        results: Name of a set of data -> its gaps.
+    Returns:
+        The lines, all of one length.
     Example:
         >>> gap_table({})
-        ['set  family  log p(x)  L[q*]  L[q]  approximation  amortisation  inference gap']
+        ['set  family  log p(x)  L[q*]  L[q]  approximation  amortization  inference gap']
     """
     cells = [
         (name, family, result.log_likelihood, r.optimum, r.amortized, r.approximation, r.amortization, r.inference)
@@ -179,7 +183,7 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
     ]
     first = max([len(c[0]) for c in cells] + [3]) if not cells or any(c[0] for c in cells) else 0
     second = max([len(c[1]) for c in cells] + [6])
-    titles = ["log p(x)", "L[q*]", "L[q]", "approximation", "amortisation", "inference gap"]
+    titles = ["log p(x)", "L[q*]", "L[q]", "approximation", "amortization", "inference gap"]
     text = [[str(part) if part is not None else "-" for part in c[2:]] for c in cells]
     widths = [max([len(line[i]) for line in text] + [len(title)]) for i, title in enumerate(titles)]
 
@@ -332,7 +336,7 @@ def gaps(
     for name in named:
         why = reasons.get(name)
         if name not in guides:
-            why = "a family without an encoder, so without an amortisation gap"
+            why = "a family without an encoder, so without an amortization gap"
         rows[name] = _row(
             log_p, variance, scores.get(name), scores.get(f"{name} (local)"), _Climb.joined(climbs[name]), why
         )

@@ -95,6 +95,8 @@ def aggregated_posterior(model: Program, guide: Program, data: Any, batch_size: 
         guide: The guide; a point guide gives its points.
         data: As for `ex_post`.
         batch_size: Data at a time.
+    Returns:
+        The draws, one row per datum.
     Raises:
         ValueError: No data; several latents, or one that is not a vector per datum.
     """
