@@ -1,6 +1,7 @@
 """The README and the pages of docs/ are true: code runs, commands and options exist, messages are raised, numbers are kept."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,8 +58,9 @@ def test_each_error_is_met_as_the_page_says(title, program, message, tmp_path, m
     assert re.match(pattern, str(met.value), re.DOTALL), f"got: {met.value}"
 
 
-def test_the_two_lines_that_are_no_errors_are_printed_so(tmp_path, monkeypatch):
-    # By the programs' own words: of the estimate, and of a pair that reads the clock.
+@pytest.mark.slow
+def test_the_two_lines_that_are_no_errors_are_printed(tmp_path, monkeypatch):
+    # Of a guide that misses the posterior, and of a pair that reads the clock. Slow: it calls the compiler.
     import time
 
     import pyro
@@ -81,14 +83,13 @@ def test_the_two_lines_that_are_no_errors_are_printed_so(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    x = torch.randn(64, 4)
-    heading, printed = re.findall(r"^## It is no error: \"(.*?)\"|`k̂ ok for 77.8 % \((.*?)\)`", WORDS["errors.md"], re.MULTILINE)[1:]
-    with pytest.warns(UserWarning, match="the programs can read what a captured step cannot watch"):
-        pv.fit(model, guide, x, epochs=1, compile=True)
-    assert "the programs can read what a captured step cannot watch" in WORDS["errors.md"]
-    assert printed == heading or "(unreliable: read it as a lower bound, and raise num_samples or enrich the guide)" in str(
-        pv.log_likelihood(model, guide, x, num_samples=100, compile=False)
-    )
+    x = torch.randn(500, 4)
+    words = "the programs can read what a captured step cannot watch"
+    with pytest.warns(UserWarning, match=words):
+        pv.fit(model, guide, x, epochs=2, compile=True)
+    verdict = "(unreliable: read it as a lower bound, and raise num_samples or enrich the guide)"
+    assert verdict in str(pv.log_likelihood(model, guide, x[:50], num_samples=100, compile=False))
+    assert words in WORDS["errors.md"] and verdict in WORDS["errors.md"]
 
 
 def test_links_and_pictures_lead_somewhere():
@@ -117,8 +118,9 @@ def test_options_of_every_command_exist():
     seen = set()
     for page, command in commands("pyro-vae"):
         name, *rest = command.split()[1:]
-        if name not in group().commands if callable(group) and not hasattr(group, "commands") else name not in group.commands:
-            raise AssertionError(f"{page}: {command}")
+        if name == "--help":
+            continue
+        assert name in group.commands, f"{page}: {command}"
         text = CliRunner().invoke(group, [name, "--help"]).output
         missing = [word for word in re.findall(r"(?<=\s)--?[a-z][a-z-]*", " " + " ".join(rest)) if word not in text]
         assert missing == [], f"{page}: {command}"
@@ -151,7 +153,7 @@ def test_the_commands_of_the_front_page_run_as_they_are_written_but_smaller(tmp_
             if (tmp_path / "runs" / "digits").exists():
                 continue
         run = [sys.executable, "-m", "pyro_vae", *words, *small.get(words[0], [])]
-        subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
+        subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         done.append(words[0])
     assert set(done) >= {"fit", "evaluate", "sample", "judge"}
 
