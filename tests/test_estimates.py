@@ -18,7 +18,7 @@ from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.judging.psis import khat_limit, pareto_k, pareto_smoothed
 from pyro_vae.judging.samples import energy_distance
-from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.pair import Guide
 from pyro_vae.programs.zoo import autoencoder
 from tests.pairs import binary, linear_pair, small_pair
 

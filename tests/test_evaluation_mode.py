@@ -38,7 +38,7 @@ from pyro_vae.judging.probes import probe
 from pyro_vae.judging.references import reference
 from pyro_vae.parameters import device_of, trainable
 from pyro_vae.programs._ex_post import aggregated_posterior
-from pyro_vae.programs.imputation import impute
+from pyro_vae.programs.missing import impute
 from pyro_vae.reach import modules_of
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals", "_lazy"}
+GROUND = {"protocols", "traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals", "_lazy"}
 MAY_IMPORT = {
     "traces": {"auxiliary", "sites", "parameters", "reach", "options", "refusals"},
     "auxiliary": {"sites", "evaluation", "reach"},
@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "parameters": {"reach"},
     "reach": set(),
     "evaluation": {"parameters", "reach"},
-    "unconstrained": set(),
+    "protocols": set(),
+    "unconstrained": {"protocols", "reach"},
     "options": set(),
     "refusals": {"sites"},
     "tensors": set(),

@@ -16,7 +16,7 @@ from pyro_vae.judging.latents import kl_per_dimension
 from pyro_vae.judging.probes import probe
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import NSF, FullNormal
-from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.pair import Guide
 from pyro_vae.programs.zoo import autoencoder
 from tests.pairs import LinearPair, binary, linear_pair, small_pair
 

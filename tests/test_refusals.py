@@ -23,7 +23,7 @@ from pyro_vae.inference.split_bounds import cubo, piwae
 from pyro_vae.parts import likelihoods, posteriors
 from pyro_vae.programs import zoo
 from pyro_vae.programs._ex_post import ex_post
-from pyro_vae.programs.imputation import impute
+from pyro_vae.programs.missing import impute
 from pyro_vae.programs.semi_amortized import SemiAmortized
 
 NAN = math.nan

@@ -19,7 +19,7 @@ from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import read, the_device
 from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json, written
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
-from pyro_vae.data.framing import Framing, grey_level
+from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.anomalies import anomaly_scores, roc_auc

@@ -25,7 +25,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ from torch import Tensor
 
 from pyro_vae.app.runs import written
 from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.batches import whole
 from pyro_vae.judging.densities import Scorer
 from pyro_vae.judging.estimates import chunk_sizes
 from pyro_vae.judging.psis import pareto_k, pareto_smoothed
@@ -117,7 +116,7 @@ def to_arviz(
     _check_sizes(num_samples, num_chains, num_prior, num_predictive)
     place = device_of(model, guide)
     if args and not kwargs:
-        args = Batches(args, sys.maxsize, place, shuffle=False, programs=(model, guide)).first()
+        args = whole((model, guide), args, place)
     elif place is not None:
         args = tuple(x.to(place) if isinstance(x, Tensor) else x for x in args)
     with evaluating(model, guide, seed=seed):

@@ -49,6 +49,7 @@ from pyro_vae.judging.mixtures import Scored, given_estimate, pool, score, score
 from pyro_vae.judging.psis import khat_limit
 from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
+from pyro_vae.protocols import has_start
 from pyro_vae.traces import Program, draw, plate_nesting
 
 # Floats of free parameters, and of decoder output per step, that are held at once.
@@ -398,7 +399,7 @@ def _named(guide: Program, families: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_guide(value: Any) -> bool:
-    return callable(value) and not _is_class(value) and not callable(getattr(value, "around", None))
+    return callable(value) and not _is_class(value) and not has_start(value)
 
 
 def _is_class(value: Any) -> bool:
@@ -422,7 +423,7 @@ def _family(name: str, value: Any, model: Program, guide: Program, args: tuple[A
         return value
     z = next(iter(draw(model, guide, args, {}).latents.values()))
     posterior = value(_NoEncoder(), z.shape[-1])
-    if not (callable(getattr(posterior, "local", None)) and callable(getattr(posterior, "around", None))):
+    if not has_start(posterior):
         raise ValueError(
             f"families[{name!r}] makes a {type(posterior).__name__}, which has no local form. Derive it from "
             "Amortized, or give a guide fitted by fit_guide."

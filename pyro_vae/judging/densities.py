@@ -12,24 +12,21 @@ chains and data together.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
+from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.auxiliary import points_among
 from pyro_vae.inference.capture import Uncapturable, capturing
 from pyro_vae.sites import (
-    PARTICLES,
     Frame,
     common_scale,
     data_frame,
@@ -39,8 +36,9 @@ from pyro_vae.sites import (
     plates,
     sample_sites,
     site_log_prob,
+    unwrapped,
 )
-from pyro_vae.traces import Program, draw
+from pyro_vae.traces import Program, draw, run_at
 
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]  # u, (C, B, U), to (J, C, B) and (J, C, B, U)
 
@@ -102,19 +100,7 @@ class Scorer:
         return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
 
     def _score(self, latents: Mapping[str, Tensor], chains: int) -> dict[str, Tensor]:
-        given = Trace()
-        for name, value in latents.items():
-            if name not in self.sites:
-                continue
-            deepest = max((-dim for dim in plates(self.sites[name])), default=0)
-            head = (chains,) + (1,) * (self.nesting - deepest) if chains > 1 else ()
-            given.add_node(
-                name, name=name, type="sample", is_observed=False, infer={},
-                value=value.reshape(head + tuple(value.shape[1:])),
-            )  # fmt: skip
-        plate = pyro.plate(PARTICLES, chains, dim=-1 - self.nesting) if chains > 1 else contextlib.nullcontext()
-        with plate:
-            trace = poutine.trace(poutine.replay(self.program, trace=given)).get_trace(*self.args, **self.kwargs)
+        trace = run_at(self.program, self.sites, latents, self.nesting, self.args, self.kwargs)
         dim = -1 - self.nesting if chains > 1 else None
         frame = Frame(chains, dim, self.frame.data_dim, self.frame.data_size)
         return {site["name"]: site_log_prob(site, frame) for site in sample_sites(trace)}
@@ -310,8 +296,8 @@ class Pair:
         drawn = draw(self.model, self.guide, self.args, {}, 2)
         remedy = 'Anneal from the prior (start="prior"), or use a guide with an inverse, such as a coupling flow.'
         kinds = {name: kind(site["fn"]) for name, site in self._guide_sites.items()}
-        for name, found in kinds.items():
-            if found == "Delta":
+        for name, site in self._guide_sites.items():
+            if isinstance(unwrapped(site["fn"]), Delta):
                 raise ValueError(
                     f"guide site {name!r} is a Delta that carries the density of its own draw, so it cannot score "
                     f"another. {remedy}"

@@ -343,7 +343,7 @@ def _say_not_finite(pointwise: Tensor, what: str) -> None:
         warnings.warn(
             f"{what} is not finite for {len(bad)} of {len(pointwise)} data (row {rows}): a density there has left the "
             "range of its floats, or a scale has become 0. Look at these rows, scale the data, or take float64.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -21,7 +21,6 @@ arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 201
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.batches import seeded, whole
 from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
@@ -224,8 +223,7 @@ def gradient_lab(
     _check(estimators, num_samples, repeats, reference)
     place = device_of(model, guide) if device is None else device
     args = x if isinstance(x, tuple) else (x,)
-    batches = Batches(args, sys.maxsize, place, shuffle=False, programs=(model, guide))
-    args = batches.first()
+    args = whole((model, guide), args, place)
     far = 4 * repeats if reference_repeats is None else reference_repeats
     rows: list[GradientQuality] = []
     skipped: list[tuple[str, int, str]] = []

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pyro_vae.inference.trees import numbers
 from pyro_vae.judging.psis import pareto_k
-from pyro_vae.reach import modules_of
+from pyro_vae.protocols import rescoring
+from pyro_vae.reach import parts_of
 from pyro_vae.traces import Program, draw, log_q
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
@@ -104,9 +105,7 @@ def score(
 
 def scores_strangers(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
     """Whether a guide scores, in one pass, draws that it did not make."""
-    parts = [part for module in modules_of(proposal) for part in module.modules()]
-    said = [getattr(item, "rescoring", "one pass") for item in [proposal, *parts]]
-    if any(answer != "one pass" for answer in said):
+    if rescoring(proposal, *parts_of(proposal)) != "one pass":
         return False
     try:
         with torch.no_grad(), torch.random.fork_rng():

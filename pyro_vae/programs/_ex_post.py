@@ -22,7 +22,7 @@ from pyro_vae.evaluation import evaluating, noise
 from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.parts.priors.mixture import NormalMixture
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Model
 from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, particles
 

@@ -23,8 +23,7 @@ from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
 from pyro_vae.parts import posteriors
 from pyro_vae.programs.architecture import Architecture
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.tensors import data_of, running
 
 _METADATA = "pyro_vae.architecture"
