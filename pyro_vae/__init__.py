@@ -28,10 +28,8 @@ from pyro_vae.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pyro_vae import data as data
+    from pyro_vae import plots as plots
     from pyro_vae import testing as testing
-    from pyro_vae.app import judging_plots as plots  # noqa: F401
-    from pyro_vae.app.export import to_arviz as to_arviz
-    from pyro_vae.app.judge import judge as judge
     from pyro_vae.data import Dataset as Dataset
     from pyro_vae.data import LinearGaussian as LinearGaussian
     from pyro_vae.data import Split as Split
@@ -70,6 +68,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging import gaps as gaps
     from pyro_vae.judging import gradient_lab as gradient_lab
     from pyro_vae.judging import guide_distances as guide_distances
+    from pyro_vae.judging import judge as judge
     from pyro_vae.judging import kl_per_dimension as kl_per_dimension
     from pyro_vae.judging import log_likelihood as log_likelihood
     from pyro_vae.judging import mutual_information as mutual_information
@@ -79,6 +78,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging import reference as reference
     from pyro_vae.judging import roc_auc as roc_auc
     from pyro_vae.judging import sbc as sbc
+    from pyro_vae.judging import to_arviz as to_arviz
     from pyro_vae.parts import distributions as distributions
     from pyro_vae.parts import likelihoods as likelihoods
     from pyro_vae.parts import networks as networks

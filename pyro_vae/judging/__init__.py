@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging.annealing import bdmc as bdmc
     from pyro_vae.judging.anomalies import anomaly_scores as anomaly_scores
     from pyro_vae.judging.anomalies import roc_auc as roc_auc
+    from pyro_vae.judging.arviz import to_arviz as to_arviz
     from pyro_vae.judging.distances import GuideDistances as GuideDistances
     from pyro_vae.judging.distances import guide_distances as guide_distances
     from pyro_vae.judging.estimates import ElboTerms as ElboTerms
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from pyro_vae.judging.information import RateDistortion as RateDistortion
     from pyro_vae.judging.information import mutual_information as mutual_information
     from pyro_vae.judging.information import rate_distortion as rate_distortion
+    from pyro_vae.judging.judgement import Judgement as Judgement
+    from pyro_vae.judging.judgement import judge as judge
     from pyro_vae.judging.latents import ActiveUnits as ActiveUnits
     from pyro_vae.judging.latents import DimensionKL as DimensionKL
     from pyro_vae.judging.latents import active_units as active_units
