@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference.compiled import Compiled
     from pyro_vae.inference.objectives import Objective
     from pyro_vae.inference.training import History, fit
-    from pyro_vae.judging.anomalies import anomaly_scores
-    from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
+    from pyro_vae.judging.estimates import Estimate, anomaly_scores, elbo_terms, log_likelihood
     from pyro_vae.judging.latents import active_units
     from pyro_vae.programs.guide import Guide
     from pyro_vae.programs.model import Model
@@ -33,8 +32,7 @@ _HOME = {
     "inference.compiled": ("Compiled",),
     "inference.objectives": ("Objective",),
     "inference.training": ("History", "fit"),
-    "judging.anomalies": ("anomaly_scores",),
-    "judging.estimates": ("Estimate", "elbo_terms", "log_likelihood"),
+    "judging.estimates": ("Estimate", "anomaly_scores", "elbo_terms", "log_likelihood"),
     "judging.latents": ("active_units",),
     "programs.guide": ("Guide",),
     "programs.model": ("Model",),

@@ -177,8 +177,8 @@ def test_an_untrained_vae_and_seeds():
 
 def test_what_is_refused():
     pair, x = linear_pair()
-    with pytest.raises(ValueError, match=r"got num_draws=100, wanted an odd number such as 99"):
-        sbc(pair.model, pair.guide, x, num_draws=100)
+    with pytest.raises(ValueError, match=r"got num_samples=100, wanted an odd number such as 99"):
+        sbc(pair.model, pair.guide, x, num_samples=100)
     with pytest.raises(ValueError, match=r"got level=1.5, wanted a probability such as 0.95"):
         sbc(pair.model, pair.guide, x, level=1.5)
     with pytest.raises(ValueError, match=r"got num_data=1, wanted at least two"):

@@ -31,10 +31,11 @@ from pyro_vae.inference.trees import at, joined, rows
 from pyro_vae.judging.annealing import bdmc
 from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood, over_data
-from pyro_vae.judging.gaps import FamilyGaps, Gaps, Part, gaps
+from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.gaps import STEP_SAMPLES, FamilyGaps, Gaps, gaps
 from pyro_vae.judging.latents import active_units, kl_per_dimension
-from pyro_vae.judging.psis import khat_limit
+from pyro_vae.judging.results import Mean, over_data
+from pyro_vae.judging.weights import khat_limit
 from pyro_vae.options import checked
 from pyro_vae.parts.posteriors.normal import FullNormal
 from pyro_vae.traces import Program
@@ -45,7 +46,7 @@ TITLES = {
     "remedy": "another family", "bracket": "bracket on simulated data", "calibration": "simulation-based calibration",
 }  # fmt: skip
 _LADDER = (5000, 2000, 1000, 500, 200, 100, 50, 25, 10, 5, 2)
-_ELBO_SAMPLES, _GAP_SAMPLES, _STEP_SAMPLES, _WINDOW = 100, 1000, 8, 50
+_ELBO_SAMPLES, _GAP_SAMPLES, _WINDOW = 100, 1000, 50
 _CHAINS = 8
 _UNUSED = 0.01
 
@@ -394,7 +395,9 @@ class _Run:
         with self._piece():
             with seeded(self.seed):
                 components = Components(self.model, self._chunk(0, 2))
-            units = [active_units(self.guide, part, _UNUSED, site=name) for name in components.sites]
+            units = [
+                active_units(self.model, self.guide, part, threshold=_UNUSED, site=name) for name in components.sites
+            ]
             kl = kl_per_dimension(self.model, self.guide, part, device=self.device, seed=self.seed)
         variance = torch.cat([u.variance.double() for u in units])
         labels = components.names
@@ -419,7 +422,7 @@ class _Run:
         parts: list[Gaps] = []
         last, done = 0.0, 0
         for start, stop in self._pieces(4):
-            work = (stop - start - done) * each * (1000 * _STEP_SAMPLES * 3 + 2 * _GAP_SAMPLES)
+            work = (stop - start - done) * each * (1000 * STEP_SAMPLES * 3 + 2 * _GAP_SAMPLES)
             # Many data at once cost less than one by one: at most in proportion, and at least what they compute.
             if parts and not self._fits(min(last * (stop - start) / done, last + max(work, 0.0))):
                 break
@@ -439,12 +442,12 @@ class _Run:
         numbers: dict[str, Any] = {
             "images": size, "num_samples": found.num_samples, "source": found.source, "khat_ok": found.khat_ok,
             "bias": found.bias, "reason": row.reason, "log_p": found.log_likelihood.value,
-            "log_p_stderr": found.log_likelihood.stderr,
+            "log_p_stderr": found.log_likelihood.mc_stderr,
         }  # fmt: skip
         for name in ("inference", "approximation", "amortization"):
             part = getattr(row, name)
             numbers |= {name: None, f"{name}_stderr": None} if part is None else {
-                name: part.value, f"{name}_stderr": part.stderr, f"{name}_data_stderr": part.data_stderr
+                name: part.value, f"{name}_stderr": part.mc_stderr, f"{name}_data_stderr": part.data_stderr
             }  # fmt: skip
         if row.remaining is not None and row.stopped is not None and row.steps is not None:
             numbers |= {"remaining": row.remaining.mean().item(), "stopped": row.stopped.double().mean().item(),
@@ -461,8 +464,8 @@ class _Run:
 
     def _gap_piece(self, args: tuple[Any, ...], families: Mapping[str, Any], **more: Any) -> Gaps:
         return gaps(
-            self.model, self.guide, args, families=families, num_samples=_GAP_SAMPLES, step_samples=_STEP_SAMPLES,
-            max_steps=1000, window=_WINDOW, **(self.options | more),
+            self.model, self.guide, args, families=families, num_samples=_GAP_SAMPLES, num_steps=1000,
+            window=_WINDOW, **(self.options | more),
         )  # fmt: skip
 
     def _remedy(self) -> str:
@@ -489,7 +492,7 @@ class _Run:
             return ""
         gain = full.optimum.pointwise - own.optimum.pointwise
         size = len(gain)
-        error = math.hypot(full.optimum.stderr, own.optimum.stderr)
+        error = math.hypot(full.optimum.mc_stderr, own.optimum.mc_stderr)
         self.numbers["remedy"] = {
             "family": "FullNormal", "images": size, "gain": gain.mean().item(), "gain_stderr": error,
             "approximation_before": own.approximation.value, "approximation": full.approximation.value
@@ -498,7 +501,7 @@ class _Run:
         return f"FullNormal, fitted to each datum, is {nats(gain.mean().item(), error)} nats better; {size} data"
 
     def _bracket(self) -> str:
-        settings: dict[str, Any] = {"num_chains": _CHAINS, "observed": self.observed, **self.options}
+        settings: dict[str, Any] = {"num_samples": _CHAINS, "observed": self.observed, **self.options}
         size = min(8, self.count)
         began = self.clock()
         start = "guide"
@@ -524,19 +527,20 @@ class _Run:
             except _OutOfTime:
                 pass
             break
-        number = len(found.upper_pointwise)
+        number = len(found.upper.pointwise)
         self.numbers["bracket"] = {
-            "num_data": number, "num_steps": found.lower.num_steps, "num_chains": found.lower.num_chains,
-            "start": start, "lower": found.lower.value, "lower_stderr": found.lower.mc_stderr, "upper": found.upper,
-            "upper_stderr": found.upper_stderr, "width": found.width, "width_stderr": found.width_stderr,
+            "num_data": number, "num_steps": found.lower.num_steps, "num_chains": found.lower.num_samples,
+            "start": start, "lower": found.lower.value, "lower_stderr": found.lower.mc_stderr,
+            "upper": found.upper.value, "upper_stderr": found.upper.mc_stderr, "width": found.width.value,
+            "width_stderr": found.width.data_stderr,
         }  # fmt: skip
-        self.arrays |= {"bracket_lower": found.lower.pointwise, "bracket_upper": found.upper_pointwise,
+        self.arrays |= {"bracket_lower": found.lower.pointwise, "bracket_upper": found.upper.pointwise,
                         "bracket_lower_stderr": found.lower.pointwise_stderr}  # fmt: skip
         if self.estimates is not None:
             count = self.estimates[0].num_samples
             with contextlib.suppress(_OutOfTime), self._piece():
                 there = log_likelihood(self.model, self.guide, found.data, num_samples=count, **self.options)
-                low, high = (b - there.pointwise for b in (found.lower.pointwise, found.upper_pointwise))
+                low, high = (b - there.pointwise for b in (found.lower.pointwise, found.upper.pointwise))
                 self.numbers["bracket"] |= {
                     "importance": there.value, "short_of_lower": low.mean().item(),
                     "short_of_upper": high.mean().item(),
@@ -545,7 +549,7 @@ class _Run:
         return f"{found}; {number} simulated data, {found.lower.num_steps} steps, {_CHAINS} chains from the {start}"
 
     def _calibration(self) -> str:
-        settings: dict[str, Any] = {"num_draws": 99, "observed": self.observed, **self.options}
+        settings: dict[str, Any] = {"num_samples": 99, "observed": self.observed, **self.options}
         began = self.clock()
         with self._piece():
             found = sbc(self.model, self.guide, self.args, num_data=100, **settings)
@@ -557,14 +561,14 @@ class _Run:
                 break
         covered, _ = found.covered(0.9)
         self.numbers["calibration"] = {
-            "num_data": len(found.ranks), "num_draws": found.num_draws, "calibrated": found.calibrated,
+            "num_data": len(found.ranks), "num_draws": found.num_samples, "calibrated": found.calibrated,
             "level": found.level, "names": list(found.names), "verdicts": list(found.verdicts),
             "p_value": found.adjusted.tolist(), "coverage_90": covered.tolist(), "coverage_worst": covered.min().item(),
         }  # fmt: skip
-        self.arrays |= {"ranks": found.ranks, "num_draws": found.num_draws}
+        self.arrays |= {"ranks": found.ranks, "num_draws": found.num_samples}
         bad = int((~found.passed).sum())
         said = "uniform ranks" if not bad else f"{bad} of {len(found.names)} latents not calibrated"
-        return f"{said}; {len(found.ranks)} simulated data, {found.num_draws} draws each"
+        return f"{said}; {len(found.ranks)} simulated data, {found.num_samples} draws each"
 
 
 def _taken(data: Any, images: int, seed: int, programs: tuple[Program, ...]) -> tuple[Any, ...]:
@@ -615,7 +619,7 @@ def _joined_gaps(parts: list[Gaps]) -> Gaps:
     if all(r.remaining is not None for r in rows):
         left = torch.cat([r.remaining for r in rows if r.remaining is not None])
 
-    def column(name: str, climbed: bool) -> Part | None:
+    def column(name: str, climbed: bool) -> Mean | None:
         found = [getattr(r, name) for r in rows]
         if any(f is None for f in found):
             return None
@@ -623,7 +627,7 @@ def _joined_gaps(parts: list[Gaps]) -> Gaps:
         remains = left if climbed else None
         if remains is not None:
             variance = (variance - remains.square()).clamp(min=0)
-        return Part.of(torch.cat([f.pointwise for f in found]), variance, remains)
+        return Mean.of(torch.cat([f.pointwise for f in found]), variance, parts[0].num_samples, remains)
 
     def tensors(name: str) -> Tensor | None:
         found = [getattr(r, name) for r in rows]
@@ -639,8 +643,9 @@ def _joined_gaps(parts: list[Gaps]) -> Gaps:
                 tensors("stopped"), rows[0].reason,
             )
         },
-        log_likelihood=Part.of(
-            torch.cat([p.pointwise for p in level]), torch.cat([p.pointwise_stderr.square() for p in level])
+        log_likelihood=Mean.of(
+            torch.cat([p.pointwise for p in level]), torch.cat([p.pointwise_stderr.square() for p in level]),
+            parts[0].num_samples,
         ),
         bias=sum(n * p.bias for n, p in zip(sizes, parts, strict=True)) / sum(sizes),
         pareto_k=torch.cat([p.pareto_k for p in parts]),
@@ -661,8 +666,8 @@ def _at(curve: Curve, count: int) -> tuple[float, float]:
     return low + share * (high - low), math.hypot(noise, (high - low) / 4)
 
 
-def _said(part: Part | None) -> str:
-    return "unknown" if part is None else nats(part.value, part.stderr)
+def _said(part: Mean | None) -> str:
+    return "unknown" if part is None else nats(part.value, part.mc_stderr)
 
 
 def _plain(value: Any) -> Any:
