@@ -364,7 +364,7 @@ def test_refusals_name_the_site_and_the_remedy():
     with pytest.raises(ValueError, match="site .x. of the model .*noise that no site knows of.*latent site"):
         ais(noisy, None, x, start="prior")
     for setting, text in (
-        ({"num_samples": 0}, "num_samples=0, wanted a positive"),
+        ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
         ({"schedule": "cosine"}, "schedule='cosine', wanted one of"),
         ({"start": "posterior"}, "start='posterior', wanted 'guide' or 'prior'"),
         ({"pilot_chains": 1}, "wanted at least 2"),

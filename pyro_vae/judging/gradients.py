@@ -122,15 +122,14 @@ class GradientLab(Result):
         """The SNR of each estimator and part against K, a figure."""
         from pyro_vae.plots import bounds_by_samples
 
-        counts = sorted({each.num_samples for each in self.measured})
-        found = {(each.estimator, each.part, each.num_samples): each for each in self.measured}
-        curves = {f"{e.estimator} ({e.part})": [found.get((e.estimator, e.part, k)) for k in counts]
-                  for e in self.measured}  # fmt: skip
+        curves: dict[str, dict[int, GradientQuality]] = {}
+        for each in self.measured:
+            curves.setdefault(f"{each.estimator} ({each.part})", {})[each.num_samples] = each
+        counts = sorted({count for curve in curves.values() for count in curve})
         values, errors = (
-            {name: [math.nan if each is None else getattr(each, field) for each in curve]
-             for name, curve in curves.items()}
+            {name: [getattr(curve.get(k), field, math.nan) for k in counts] for name, curve in curves.items()}
             for field in ("snr", "snr_stderr")
-        )  # fmt: skip
+        )
         figure = bounds_by_samples(counts, values, errors)
         figure.axes[0].set(ylabel="signal-to-noise ratio", yscale="log")
         figure.axes[0].set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
@@ -321,12 +320,8 @@ def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, l
     ]
     ids = [{id(p) for p in side} for side in own]
     both = ids[0] & ids[1]
-    parts = {
-        "encoder": [p for p in own[0] if id(p) not in both],
-        "decoder": [p for p in own[1] if id(p) not in both],
-        "shared": [p for p in own[0] if id(p) in both],
-    }
-    parts = {name: found for name, found in parts.items() if found}
+    sides = (("encoder", 0, ids[0] - both), ("decoder", 1, ids[1] - both), ("shared", 0, both))
+    parts = {name: [p for p in own[side] if id(p) in which] for name, side, which in sides if which}
     if not parts:
         raise ValueError(
             "neither model nor guide has parameters, so there is no gradient. Declare them with pyro.param or "
@@ -414,10 +409,9 @@ def _quality(table: Tensor, reference: Tensor) -> tuple[float, ...]:
         + 2 * (centred @ away.T).square().mean() / (count * far)
         + _off_diagonal(away @ away.T) / far**2
     )
+    p_value = 1.0 if distance == 0 else 0.0
     if noise > 0 and square > 0:
         p_value = float(chi2.sf((distance * noise / square).item(), (noise.square() / square).item()))
-    else:
-        p_value = 1.0 if distance == 0 else 0.0
     along = (centred @ difference).var() / count + (away @ difference).var() / far
     signal = (expected.square().sum() - trace_far / far).clamp(min=0)
     spread, snr = _bootstrap(table)

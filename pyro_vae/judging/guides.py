@@ -249,7 +249,7 @@ def compare_guides(
     Raises:
         ValueError: No guide, or K < 2; and all that `particles` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import math, pyro, pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -182,7 +182,7 @@ def mutual_information(
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(0 * x, 1.0))
         >>> found = mutual_information(model, guide, torch.zeros(50))
-        >>> found.value, found.upper, found.marginal_kl
+        >>> found.value, found.upper.value, found.marginal_kl.value
         (0.0, 0.0, 0.0)
 
     Reference: Hoffman and Johnson, ELBO surgery, 2016.

@@ -128,8 +128,9 @@ def averaged(pointwise: Tensor, variance: Tensor) -> dict[str, Any]:
     """The fields that every `Measured` has, from values and Monte Carlo variances per datum, (N,).
 
     Example:
-        >>> averaged(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]))
-        {'value': 2.0, 'mc_stderr': 1.0, 'data_stderr': 1.0, 'pointwise': tensor([1., 3.])}
+        >>> import torch
+        >>> averaged(torch.tensor([1.0, 4.0]).double(), torch.tensor([2.0, 2.0]))
+        {'value': 2.5, 'mc_stderr': 1.0, 'data_stderr': 1.5, 'pointwise': tensor([1., 4.], dtype=torch.float64)}
     """
     count = len(pointwise)
     return {
@@ -154,6 +155,7 @@ def table(**columns: Any) -> list[dict[str, Any]]:
     """Rows, from columns of one length.
 
     Example:
+        >>> import torch
         >>> table(latent=("a", "b"), value=torch.tensor([1.0, 2.0]))
         [{'latent': 'a', 'value': 1.0}, {'latent': 'b', 'value': 2.0}]
     """
