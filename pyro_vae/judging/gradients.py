@@ -234,9 +234,6 @@ def gradient_lab(
         >>> lab = gradient_lab(model, guide, torch.ones(3), num_samples=(1, 2), repeats=10)
         >>> lab.row("doubly-reparameterized", 2).part
         'encoder'
-
-    References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
-        arXiv:1802.04537; Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
     """
     _check(estimators, num_samples, repeats, reference)
     far = 4 * repeats if reference_repeats is None else reference_repeats
@@ -260,9 +257,8 @@ def gradient_lab(
             base = drawn["reparameterized"][1] if "reparameterized" in drawn else math.nan
             for estimator, (gradients, seconds) in drawn.items():
                 for part, table in gradients.items():
-                    found = dict(zip(_MEASURED, _quality(table, expected[part]), strict=True))
-                    cost = seconds / base
-                    measured.append(GradientQuality(estimator, count, part, **found, seconds=seconds, cost=cost))
+                    found = _quality(table, expected[part])
+                    measured.append(GradientQuality(estimator, count, part, *found, seconds, seconds / base))
     if not measured:
         raise ValueError(f"none of the estimators goes with this bound and pair. {skipped[0][0]}: {skipped[0][2]}")
     assert truth is not None
@@ -384,15 +380,8 @@ class _Bench:
         return {name: torch.stack(rows) for name, rows in found.items()}, sorted(times)[len(times) // 2]
 
 
-# What `_quality` returns, in its order.
-_MEASURED = (
-    "squared_bias", "squared_bias_stderr", "bias_p_value", "norm", "variance", "variance_stderr", "snr", "snr_stderr",
-    "parameter_snr",
-)  # fmt: skip
-
-
 def _quality(table: Tensor, reference: Tensor) -> tuple[float, ...]:
-    """What gradients (R, P) are beside those of the reference, (R', P)."""
+    """What gradients (R, P) are beside those of the reference, (R', P): fields of `GradientQuality`, in their order."""
     from scipy.stats import chi2
 
     count, far = len(table), len(reference)
