@@ -159,7 +159,7 @@ def test_a_compiled_step_is_the_step(name):
     pair, data, make = CASES[name]
     loss = Compiled(make(), compile_after=2)
     ours, theirs = steps(pair, data, loss), steps(pair, data, make())
-    (entry,) = loss._entries.values()
+    (entry,) = loss._graphs.values()
     assert entry.capture.compiled is not entry.capture.live_noise
     assert_same(ours, theirs)
 
@@ -167,7 +167,7 @@ def test_a_compiled_step_is_the_step(name):
 def test_inductor_gives_the_same_numbers_and_fresh_noise():
     loss = Compiled(Objective(elbo), compile_after=2)
     ours, theirs = steps(small_pair, images, loss), steps(small_pair, images, Objective(elbo))
-    assert [entry.capture.compiled for entry in loss._entries.values()] == [True]
+    assert [entry.capture.compiled for entry in loss._graphs.values()] == [True]
     assert_same(ours, theirs)
     other = steps(small_pair, images, Compiled(Objective(elbo), compile_after=None), seed=2)
     assert not any(a == b for a, b in zip(ours[0], other[0], strict=True))

@@ -38,7 +38,7 @@ def test_a_step_is_one_recording_until_a_parameter_moves():
     loss = Compiled(Trace_ELBO(), compile_after=1)
     options = {"loss": loss, "epochs": 3, "batch_size": 12, "seed": 0, "compile": False}
     fit(model, guide, binary(48), device="cuda", **options)
-    runs = [entry.capture._run for entry in loss._entries.values()]
+    runs = [entry.capture._run for entry in loss._graphs.values()]
     assert [type(run) for run in runs] == [CudaGraph] and runs[0].recordings == 1
     fit(model.cpu(), guide.cpu(), binary(48), device="cpu", **options)
     assert loss.reason is None

@@ -72,8 +72,8 @@ def test_a_whole_step_is_the_step(name, schedule, inside, request):
     ours, theirs = fitted(SPLIT, Trace_ELBO(), None, **options), fitted(SPLIT, Trace_ELBO(), **options)
     assert_the_same(ours, theirs)
     assert ours[4].captures == 2 and ours[4].reason is None  # batches of 12, and the last of 8
-    entries = ours[4]._entries.values()
-    assert all(e.whole.update is not None and e.capture.leaves and not e.capture.live_noise for e in entries)
+    entries = ours[4]._graphs.values()
+    assert all(e.training.update is not None and e.capture.leaves and not e.capture.live_noise for e in entries)
     # On a GPU the graph takes an index, elsewhere the batch.
     found = [node.meta["val"].dtype for e in entries for node in e.capture.module.graph.nodes if node.op == "placeholder"]
     assert (torch.int64 in found) == inside
@@ -93,7 +93,7 @@ def test_inductor_takes_the_whole_step():
     options = {"optimizer": OPTIMIZERS["clipped"]}
     ours, theirs = fitted(SPLIT, Trace_ELBO(), 1, **options), fitted(SPLIT, Trace_ELBO(), **options)
     assert_the_same(ours, theirs)
-    assert [e.capture.compiled for e in ours[4]._entries.values()].count(True) >= 1
+    assert [e.capture.compiled for e in ours[4]._graphs.values()].count(True) >= 1
 
 
 def test_double_precision_equals_the_fused_optimiser_to_rounding():
@@ -135,7 +135,7 @@ def test_where_a_part_cannot_be_captured_the_rest_is(data, optimizer, batches_in
         ours = fitted(data, Objective(iwae, 3), None, optimizer=optimizer)
     assert_the_same(ours, fitted(data, Objective(iwae, 3), optimizer=optimizer))
     assert ours[4].reason is None and ours[4].captures == 2
-    wholes = [e.whole for e in ours[4]._entries.values()]
+    wholes = [e.training for e in ours[4]._graphs.values()]
     assert all((w.update is not None) == (optimizer is None) for w in wholes)
 
 
@@ -168,7 +168,7 @@ def test_a_step_that_turns_out_wrong_is_taken_back(monkeypatch):
     refuse = loss._refuse
 
     def refusing(step, reason):
-        after.append((step.whole.update is not None, svi_state(optimizer)))
+        after.append((step.training.update is not None, svi_state(optimizer)))
         refuse(step, reason)
 
     monkeypatch.setattr(loss, "_refuse", refusing)

@@ -1,8 +1,7 @@
-"""One call of a loss as a captured graph sees it: its kind, its conditions, its graph."""
+"""One call of a loss as a captured graph sees it: its kind, the training step around it, its graph."""
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,19 +14,18 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.optimizers import Update
-from pyro_vae.inference.precision import bfloat16_active
-from pyro_vae.inference.watching import SCALARS, Watched
+from pyro_vae.inference.watching import SCALARS, Graph, Watched, settings
 from pyro_vae.traces import Program
 
 
-class Whole:
+class TrainingStep:
     """What belongs to a training step beside the loss.
 
     Args:
         prepare: From the step's tensors, such as an index, to the arguments of the programs.
         update: The optimiser's step, to be part of the graph; None to leave it out.
         key: What tells such steps apart, as far as they need different graphs.
-        last: Whether nothing less is tried where this cannot be captured, so that a word is due.
+        last: Whether nothing less is tried where this cannot be captured, so that it is the one to give the reason.
     """
 
     def __init__(
@@ -50,12 +48,13 @@ class Step(NamedTuple):
     tensors: list[Tensor]
     key: Any
     reason: str | None
-    whole: Whole | None
+    training: TrainingStep | None
 
     @classmethod
     def of(
-        cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Whole | None = None
-    ) -> Step:
+        cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any],
+        training: TrainingStep | None = None,
+    ) -> Step:  # fmt: skip
         if not kwargs and all(type(a) is Tensor for a in args):  # spares pytree's code, the usual case
             leaves, structure = list(args), None
         else:
@@ -72,17 +71,13 @@ class Step(NamedTuple):
             reason = "gradients are switched off"
         key = None
         if reason is None:
-            shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-            device = tensors[0].device.type if tensors else "cpu"
-            key = (model, guide, structure and str(structure), rest, shapes, torch.is_autocast_enabled(device),
-                   torch.get_autocast_dtype(device), torch.get_default_dtype(), bfloat16_active(),
-                   None if whole is None else whole.key)  # fmt: skip
-        return cls(model, guide, args, kwargs, tensors, key, reason, whole)
+            key = (model, guide, structure and str(structure), rest, settings(tensors), training and training.key)
+        return cls(model, guide, args, kwargs, tensors, key, reason, training)
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The programs' arguments, made of these tensors."""
-        if self.whole is not None:
-            return self.whole.prepare(*tensors), {}
+        if self.training is not None:
+            return self.training.prepare(*tensors), {}
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
         new = iter(tensors)
         return pytree.tree_unflatten([next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
@@ -116,33 +111,29 @@ class _Site(NamedTuple):
         )  # fmt: skip
 
 
-# A hook that appears changes gradients; those that are there are among what the programs can read.
-_conditions = operator.attrgetter(
-    "requires_grad", "dtype", "device", "shape", "_backward_hooks", "_post_accumulate_grad_hooks"
-)
-
-
 def _known(*_: Any, **__: Any) -> None:
     """What a param statement would call, had it no value yet."""
 
 
-class Entry:
-    """A capture and the conditions under which it holds."""
+class LossGraph(Graph):
+    """A captured loss, or training step.
+
+    Args:
+        capture: Of the loss, its bound and its gradients.
+        watched: What the programs read.
+        sites: The param statements to announce.
+        beta: The weight of the KL as the tensor that the graph reads, where it was not 1.
+        with_bound: Whether its second result is the bound.
+    """
 
     def __init__(
         self, capture: Capture, watched: Watched, sites: list[_Site], beta: Tensor | None, with_bound: bool
     ) -> None:
-        self.capture, self.watched, self.sites, self.beta, self.with_bound = capture, watched, sites, beta, with_bound
-        self.replays, self.unchecked, self.tried, self.recorded = 0, False, False, False
-        self.whole: Whole | None = None
-        self.trained: list[Tensor] = []
-        self._tensors = self._now()
-
-    def _now(self) -> list[Any]:
-        return [_conditions(c) for c in self.capture.constants]
-
-    def fresh(self) -> bool:
-        return self._tensors == self._now() and self.watched.fresh() and self.capture.holds()
+        super().__init__(capture, watched)
+        self.sites, self.beta, self.with_bound, self.recorded = sites, beta, with_bound, False
+        self.training: TrainingStep | None = None
+        trained = {id(site.unconstrained) for site in sites}
+        self.trained: list[Tensor] = [leaf for leaf in capture.leaves if id(leaf) in trained]
 
     def announce(self) -> None:
         if _PYRO_STACK:

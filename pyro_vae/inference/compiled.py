@@ -29,11 +29,10 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pyro_vae.inference.calls import Entry, Step, Whole, _Site
+from pyro_vae.inference.calls import LossGraph, Step, TrainingStep, _Site
 from pyro_vae.inference.capture import Capture, Uncapturable
 from pyro_vae.inference.cuda_graphs import CudaGraph
 from pyro_vae.inference.watching import (
-    CHECKS,
     Watched,
     first_line,
     forked,
@@ -106,7 +105,7 @@ class Compiled(ELBO):
     def _forget(self) -> None:
         self.reason: str | None = None
         self.captures = 0
-        self._entries: dict[Any, Entry] = {}
+        self._graphs: dict[Any, LossGraph] = {}
         self._refused: dict[Any, str] = {}
         self._tries: dict[Any, int] = {}
         self._seen: dict[Any, tuple[Watched, int]] = {}
@@ -155,16 +154,16 @@ class Compiled(ELBO):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """The loss as a number; its gradients are added to the parameters' ``.grad``."""
         step = Step.of(model, guide, args, kwargs)
-        entry = self._ready(step)
-        if entry is not None:
-            value = self._replay(entry, step)
+        graph = self._ready(step)
+        if graph is not None:
+            value = self._replay(graph, step)
             if value is not None:
-                entry.announce()
+                graph.announce()
                 return value.item()
         return self._slowly(step)
 
     def train(
-        self, model: Program, guide: Program, tensors: Sequence[Tensor], whole: Whole
+        self, model: Program, guide: Program, tensors: Sequence[Tensor], training: TrainingStep
     ) -> tuple[Tensor, list[Tensor]] | None:
         """A training step as one graph, from the choice of the batch to the optimiser's step.
 
@@ -175,94 +174,93 @@ class Compiled(ELBO):
             optimiser's step was part of the graph; what no param statement names does not train); None, with
             nothing done, where there is no graph for such a step yet: take an ordinary step.
         """
-        step = Step.of(model, guide, tuple(tensors), {}, whole)
-        entry = self._ready(step)
-        if entry is not None:
-            value = self._replay(entry, step)
+        step = Step.of(model, guide, tuple(tensors), {}, training)
+        graph = self._ready(step)
+        if graph is not None:
+            value = self._replay(graph, step)
         elif self._capturable(step):
             value = self._capture(step)
-            entry = self._entries.get(step.key)
+            graph = self._graphs.get(step.key)
         else:
             value = None
         if value is None:
             return None
-        return value, [] if whole.update is not None else self._leaves
+        return value, [] if training.update is not None else self._leaves
 
-    def refused(self, model: Program, guide: Program, tensors: Sequence[Tensor], whole: Whole) -> bool:
+    def refused(self, model: Program, guide: Program, tensors: Sequence[Tensor], training: TrainingStep) -> bool:
         """Whether such a training step was tried as one graph, and cannot be."""
-        step = Step.of(model, guide, tuple(tensors), {}, whole)
+        step = Step.of(model, guide, tuple(tensors), {}, training)
         return step.key is None or step.key in self._refused
 
     def _get_trace(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("Compiled replays graphs; the traces are those of the loss inside.")
 
-    def _ready(self, step: Step) -> Entry | None:
+    def _ready(self, step: Step) -> LossGraph | None:
         if step.key is None:
             return None
-        entry = self._entries.get(step.key)
-        if entry is None or not _neutral_handlers():
+        graph = self._graphs.get(step.key)
+        if graph is None or not _neutral_handlers():
             return None
         beta = self._beta()
-        if entry.fresh() and (beta == 1 or entry.beta is not None):
-            if entry.beta is not None:
-                entry.beta.fill_(beta)
-            return entry
-        del self._entries[step.key]
+        if graph.fresh() and (beta == 1 or graph.beta is not None):
+            if graph.beta is not None:
+                graph.beta.fill_(beta)
+            return graph
+        del self._graphs[step.key]
         self._seen.pop(step.key, None)  # one step of the programs' own first: it may find out about plates anew
         return None
 
-    def _replay(self, entry: Entry, step: Step) -> Tensor | None:
-        entry.replays += 1
+    def _replay(self, graph: LossGraph, step: Step) -> Tensor | None:
+        graph.replays += 1
         self._replays += 1
         # A kind of step that is rare, such as the last batch of an epoch, is not worth a compiler's seconds.
-        often = entry.replays * 10 >= self._replays
-        if self.compile_after is not None and entry.replays >= max(self.compile_after, 1) and often:
-            self._compile(entry, step)
-        elif entry.replays == _RECORD_AFTER and not entry.recorded:
-            self._record(entry, step.tensors)
+        often = graph.replays * 10 >= self._replays
+        if self.compile_after is not None and graph.replays >= max(self.compile_after, 1) and often:
+            self._compile(graph, step)
+        elif graph.replays == _RECORD_AFTER and not graph.recorded:
+            self._record(graph, step.tensors)
         expected, written, state = None, [], None
-        doubted = bool(entry.watched.unproven)
-        if entry.replays in CHECKS or entry.unchecked or (doubted and entry.replays % self.check_every == 0):
-            written = [(tensor, tensor.clone()) for tensor in entry.capture.mutated]
-            expected = self._expected(step, entry, written)
-            state, entry.unchecked = random_state(step.tensors), False
-        if step.whole is not None:
-            step.whole.advance(1)
+        if graph.due(self.check_every):
+            written = [(tensor, tensor.clone()) for tensor in graph.capture.mutated]
+            expected = self._expected(step, graph, written)
+            state, graph.unchecked = random_state(step.tensors), False
+        if step.training is not None:
+            step.training.advance(1)
         try:
-            results = entry.capture(step.tensors)
+            results = graph.capture(step.tensors)
         except Exception as error:
             if state is None:
                 raise
             # An operation need not take what it gave: the step is still to be taken, by the programs themselves.
             _put_back(written)
             set_random_state(state)
-            if step.whole is not None:
-                step.whole.advance(-1)
-            del self._entries[step.key]
+            if step.training is not None:
+                step.training.advance(-1)
+            del self._graphs[step.key]
             self._refuse(step, f"its graph cannot be replayed ({first_line(error)})")
             return None
         loss, offset = results[0], 1
         if expected is not None and abs(loss.item() - expected) > 1e-3 * max(abs(expected), 1.0):
             _put_back(written)
-            if step.whole is not None:
-                step.whole.advance(-1)
-            self._differs(step, entry, loss.item(), expected)
+            if step.training is not None:
+                step.training.advance(-1)
+            self._differs(step, graph, loss.item(), expected)
             return None
-        if entry.with_bound:
+        if graph.with_bound:
             self.inner.last_bound, offset = results[1], 2
         if len(results) > offset:
-            self._leaves = entry.trained
-            _add_gradients(entry.capture.leaves, results[offset:])
+            self._leaves = graph.trained
+            _add_gradients(graph.capture.leaves, results[offset:])
         self.reason = None
         return loss
 
-    def _differs(self, step: Step, entry: Entry, replayed: float, expected: float) -> None:
+    def _differs(self, step: Step, graph: LossGraph, replayed: float, expected: float) -> None:
         """What to do where a replay is not what the programs do: the steps since the last check may be wrong."""
-        numbers = f"{replayed:.6g} replayed, {expected:.6g} by the programs, after {entry.replays} replays"
-        del self._entries[step.key]
-        if entry.watched.unproven:
+        numbers = f"{replayed:.6g} replayed, {expected:.6g} by the programs, after {graph.replays} replays"
+        del self._graphs[step.key]
+        if graph.watched.unproven:
             raise ValueError(
-                f"the captured loss is not that of the programs ({numbers}), which can read {unproven(entry.watched)}. "
+                f"the captured loss is not that of the programs ({numbers}), which can read {unproven(graph.watched)}. "
                 "The steps since the last comparison are of a loss that is not theirs: take compile=False (or "
                 '"auto", which does not capture such programs), or keep what changes in a tensor.'
             )
@@ -270,10 +268,10 @@ class Compiled(ELBO):
         self._say(f"a captured loss was not that of the programs ({numbers}) although nothing that they read had "
                   "changed. The steps since are not captured; compile=False avoids it from the start", always=True)
 
-    def _expected(self, step: Step, entry: Entry, written: list[tuple[Tensor, Tensor]]) -> float | None:
+    def _expected(self, step: Step, graph: LossGraph, written: list[tuple[Tensor, Tensor]]) -> float | None:
         """The loss of the programs themselves, from the noise that the replay will draw."""
         bound = getattr(self.inner, "last_bound", None)
-        gradients = [(leaf, leaf.grad) for leaf in entry.capture.leaves]
+        gradients = [(leaf, leaf.grad) for leaf in graph.capture.leaves]
         for leaf, _ in gradients:
             leaf.grad = None
         try:
@@ -289,25 +287,25 @@ class Compiled(ELBO):
         _put_back(written)
         return float(value) if torch.isfinite(torch.as_tensor(value)).all() else None
 
-    def _compile(self, entry: Entry, step: Step) -> None:
-        if entry.tried:
+    def _compile(self, graph: LossGraph, step: Step) -> None:
+        if graph.tried:
             return
-        entry.tried = True
-        if entry.capture.live_noise:
+        graph.tried = True
+        if graph.capture.live_noise:
             return  # Inductor may draw in another order
         try:
-            entry.capture.compile(step.tensors)
-            entry.unchecked = True
-            self._record(entry, step.tensors)
+            graph.capture.compile(step.tensors)
+            graph.unchecked = True
+            self._record(graph, step.tensors)
         except Exception as error:  # whatever the compiler lacks, the graph is there already
             self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({first_line(error)})")
 
-    def _record(self, entry: Entry, tensors: Sequence[Tensor]) -> None:
+    def _record(self, graph: LossGraph, tensors: Sequence[Tensor]) -> None:
         """Play the graph's launches back as one CUDA graph, where all of it is on one GPU."""
-        capture = entry.capture
+        capture = graph.capture
         if capture.on_cpu or capture.live_noise:
             return
-        entry.recorded = entry.unchecked = True
+        graph.recorded = graph.unchecked = True
         with torch.no_grad(), forked([*tensors, *capture.constants]):
             noise = [draw() for draw in capture.draws]
             inputs = [*tensors, *capture.constants, *noise]
@@ -356,7 +354,7 @@ class Compiled(ELBO):
 
     def _refuse(self, step: Step, reason: str) -> None:
         self._refused[step.key] = self.reason = reason
-        if step.whole is None or step.whole.last:
+        if step.training is None or step.training.last:
             self._say(f"the steps are not compiled, since {reason}")
 
     def _say(self, sentence: str, always: bool = False) -> None:
@@ -370,8 +368,8 @@ class Compiled(ELBO):
         if self._tries[step.key] > _LIMIT:
             self._refuse(step, f"what the programs read outside their arguments has changed {_LIMIT} times")
             return None
-        while len(self._entries) >= _LIMIT:
-            del self._entries[next(iter(self._entries))]
+        while len(self._graphs) >= _LIMIT:
+            del self._graphs[next(iter(self._graphs))]
         watched = Watched((step.model, step.guide), self.inner)
         if watched.unproven and not self._accepted(step, watched):
             return None
@@ -397,14 +395,14 @@ class Compiled(ELBO):
         try:
             if live is not None:
                 self.inner.beta = live
-            if step.whole is not None:
-                step.whole.advance(1)
+            if step.training is not None:
+                step.training.advance(1)
             with pyro.validation_enabled(False):
-                capture = Capture(function, step.tensors, None if step.whole is None else step.whole.update)
+                capture = Capture(function, step.tensors, None if step.training is None else step.training.update)
         except Exception as error:
             set_random_state(state)  # the capture itself has put the tensors back
-            if step.whole is not None:
-                step.whole.advance(-1)
+            if step.training is not None:
+                step.training.advance(-1)
             failure: Exception | None = error
         else:
             failure = None
@@ -415,28 +413,25 @@ class Compiled(ELBO):
         if failure is not None:
             self._refuse(step, why(failure))
             return None
-        entry = Entry(capture, watched, [_Site.of(site) for site in sites.values()], live, with_bound)
-        trained = {id(site.unconstrained) for site in entry.sites}
-        entry.trained = [leaf for leaf in capture.leaves if id(leaf) in trained]
+        graph = LossGraph(capture, watched, [_Site.of(site) for site in sites.values()], live, with_bound)
         if watched.changed():
             self._refuse(step, f"{watched.changed()} changes while the programs run")
         elif drawn != python_noise():
             self._refuse(step, "the programs draw random numbers of Python or NumPy")
         else:
             self.captures += 1
-            self._entries[step.key] = entry
-            entry.whole = step.whole  # what its key names by identity must live
+            self._graphs[step.key] = graph
+            graph.training = step.training  # what its key names by identity must live
         results = capture.results
         if with_bound:
             self.inner.last_bound = results[1]
-        self._leaves = entry.trained
+        self._leaves = graph.trained
         if len(results) > 1 + with_bound:
             _add_gradients(capture.leaves, results[1 + with_bound :])
         self.reason = "it was being captured"
-        if step.whole is None:
-            entry.announce()
+        if step.training is None:
+            graph.announce()
         return results[0]
-
 
     def _accepted(self, step: Step, watched: Watched) -> bool:
         """Whether to capture programs that can read what cannot be watched; either way one line says so."""
@@ -470,8 +465,6 @@ def _add_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> Non
         else:
             with torch.no_grad():
                 leaf.grad.add_(gradient)
-
-
 
 
 def _neutral_handlers() -> bool:

@@ -233,6 +233,7 @@ class DataCheck:
         shown = [batch[i] for i in self.masks if i < len(batch) and path == (0,)]
         for mask in shown:
             if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+                self.tolerated |= bool((bad & ~mask).any())
                 bad &= mask.expand_as(leaf)
         if not bool(bad.any()):
             return

@@ -100,7 +100,8 @@ def _site(programs: Sequence[Program], batch: tuple[Any, ...], index: Tensor | N
     for _ in range(_TRIES):
         torch.randint(2, ())  # another draw
         shown = rehearse(programs, batch)
-        found = _first(shown, rows(batch), index)
+        with torch.no_grad():
+            found = _first(shown, rows(batch), index)
         if found is not None:
             return found
     return None
@@ -120,7 +121,7 @@ def _first(shown: Rehearsal, size: int, index: Tensor | None) -> str | None:
             if isinstance(parameter, Tensor) and not bool(torch.isfinite(parameter).all()):
                 where = _rows(~torch.isfinite(parameter), size, index)
                 return f"{what} has a {name} that is not finite in {where}."
-        with pyro.validation_enabled(False), torch.no_grad():
+        with pyro.validation_enabled(False):
             try:
                 value = site["fn"].log_prob(site["value"])
             except Exception:  # noqa: BLE001 - a site that cannot say its density is not what this looks for

@@ -26,12 +26,13 @@ from torch import Tensor
 
 from pyro_vae.inference.capture import Capture, Uncapturable, fast_matmul
 from pyro_vae.inference.watching import (
-    CHECKS,
+    Graph,
     Watched,
     first_line,
     python_noise,
     random_state,
     set_random_state,
+    settings,
     unproven,
     why,
 )
@@ -88,7 +89,8 @@ class Replayed:
         self.captures = 0
         self.compiled = False
         self._done = 0
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs: dict[Any, Graph] = {}
+        self._seconds: dict[Any, float] = {}  # the fastest replay of a kind so far
         self._seen: dict[Any, int] = {}
         self._refused: dict[Any, str] = {}
         self._said: set[str] = set()
@@ -99,7 +101,7 @@ class Replayed:
         self._done += 1
         if self.compile is False:
             return self._plainly(tensors, "compile is False")
-        key = _key(tensors)
+        key = settings(tensors)
         graph = self._graphs.get(key)
         if graph is not None and not graph.fresh():
             del self._graphs[key]
@@ -179,19 +181,19 @@ class Replayed:
         self.reason = "it was being captured"
         if reason is None:
             self.captures += 1
-            self._graphs[key] = _Graph(capture, watched)
+            self._graphs[key] = Graph(capture, watched)
         else:
             self._refused[key] = reason
         results, capture.results = tuple(capture.results), []
         return results
 
-    def _replay(self, key: Any, graph: _Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _replay(self, key: Any, graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         graph.replays += 1
-        if self._pays(graph):
+        if self._pays(key, graph):
             self._compile(graph, tensors)
         expected = None
         doubted = graph.watched.unproven
-        if graph.replays in CHECKS or graph.unchecked or (doubted and graph.replays % _CHECK_EVERY == 0):
+        if graph.due(_CHECK_EVERY):
             expected, graph.unchecked = self._expected(graph, tensors), False
         start = time.perf_counter()
         try:
@@ -204,7 +206,7 @@ class Replayed:
             set_random_state(expected[1])
             return expected[0]
         seconds = time.perf_counter() - start
-        graph.seconds = min(seconds, graph.seconds)
+        self._seconds[key] = min(seconds, self._seconds.get(key, float("inf")))
         if expected is not None and not _agree(results, expected[0]):
             del self._graphs[key]
             if doubted:
@@ -224,7 +226,7 @@ class Replayed:
         return results
 
     def _expected(
-        self, graph: _Graph, tensors: tuple[Tensor, ...]
+        self, graph: Graph, tensors: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, dict[int, Tensor]]]:
         """What the function itself makes of the noise that the replay will draw, and the random state after it."""
         before = random_state(tensors)
@@ -238,16 +240,16 @@ class Replayed:
                 tensor.copy_(value)
         return found, after
 
-    def _pays(self, graph: _Graph) -> bool:
+    def _pays(self, key: Any, graph: Graph) -> bool:
         """Whether it is time to compile: seconds are known after three replays."""
         if graph.capture.live_noise or graph.tried:
             return False  # Inductor may draw in another order
         if self.compile is True:
             return graph.replays == 2
         cost = _COMPILER_SECONDS + _PER_NODE * len(graph.capture.module.graph.nodes)
-        return graph.replays > 3 and _SAVED * graph.seconds * self._ahead > cost
+        return graph.replays > 3 and _SAVED * self._seconds[key] * self._ahead > cost
 
-    def _compile(self, graph: _Graph, tensors: tuple[Tensor, ...]) -> None:
+    def _compile(self, graph: Graph, tensors: tuple[Tensor, ...]) -> None:
         graph.tried = graph.unchecked = True
         try:
             graph.capture.compile(tensors)
@@ -261,30 +263,6 @@ class Replayed:
 def _no_gradients(leaves: list[Tensor], _: list[Tensor]) -> None:
     if leaves:
         raise Uncapturable("it calls backward")
-
-
-class _Graph:
-    """A capture, and the conditions under which it holds."""
-
-    def __init__(self, capture: Capture, watched: Watched) -> None:
-        self.capture, self.watched = capture, watched
-        self.replays, self.seconds = 0, float("inf")
-        self.unchecked = self.tried = False
-        self._tensors = self._now()
-
-    def _now(self) -> list[Any]:
-        return [(c.dtype, c.device, c.shape) for c in self.capture.constants]
-
-    def fresh(self) -> bool:
-        return self._tensors == self._now() and self.watched.fresh() and self.capture.holds()
-
-
-def _key(tensors: tuple[Tensor, ...]) -> Any:
-    device = tensors[0].device.type if tensors else "cpu"
-    return (
-        tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors), torch.is_grad_enabled(),
-        torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.get_default_dtype(),
-    )  # fmt: skip
 
 
 def _agree(results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

@@ -20,14 +20,14 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.calls import Whole
+from pyro_vae.inference.calls import TrainingStep
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.optimizers import Fused
 from pyro_vae.traces import Program
 
 
 class GraphSteps:
-    """Steps of a pair by a compiled loss, each as whole as it can be.
+    """Steps of a pair by a compiled loss, each as training as it can be.
 
     Args:
         compiled: The loss.
@@ -45,7 +45,7 @@ class GraphSteps:
         self.compiled, self.model, self.guide = compiled, model, guide
         self.optimizer, self.batches = optimizer, batches
         self.chooses = batches.home.type == "cuda"
-        self._ways: list[tuple[bool, Whole]] = []
+        self._ways: list[tuple[bool, TrainingStep]] = []
         self._made_for: Any = "nothing yet"
 
     def __call__(self, choice: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...] | None]:
@@ -57,26 +57,26 @@ class GraphSteps:
         self._update_ways()
         batch: tuple[Any, ...] | None = None
         while self._ways and all(isinstance(x, Tensor) for x in choice):
-            chosen, whole = self._ways[0]
+            chosen, training = self._ways[0]
             if not chosen and batch is None:
                 batch = self.batches.take(*choice)
             tensors = choice if chosen or batch is None else batch
             if not all(isinstance(x, Tensor) for x in tensors):
                 break
-            done = self.compiled.train(self.model, self.guide, tensors, whole)
+            done = self.compiled.train(self.model, self.guide, tensors, training)
             if done is not None:
                 loss, leaves = done
                 if leaves:
                     self.optimizer(leaves)
                     zero_grads(leaves)
                 return loss, batch
-            if not self.compiled.refused(self.model, self.guide, tensors, whole):
+            if not self.compiled.refused(self.model, self.guide, tensors, training):
                 break
             del self._ways[0]
         return None, batch
 
     def _update_ways(self) -> None:
-        """From the whole step down to loss and gradients alone, for the optimiser as it is now."""
+        """From the training step down to loss and gradients alone, for the optimiser as it is now."""
         fused = self.optimizer if isinstance(self.optimizer, Fused) else None
         now = None if fused is None else len(fused.parameters)
         if now == self._made_for:
@@ -90,7 +90,7 @@ class GraphSteps:
             prepare = self.batches.take if chosen else _as_they_are
             for step in (update, None) if update is not None else (None,):
                 key = (source if chosen else None, None if step is None else id(step))
-                self._ways.append((chosen, Whole(prepare, step, key, last=not chosen and step is None)))
+                self._ways.append((chosen, TrainingStep(prepare, step, key, last=not chosen and step is None)))
 
 
 def _as_they_are(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -567,7 +567,13 @@ class _Stepper:
         if not math.isfinite(value):
             assert self.choice is not None
             batch, index = self.batches.take(*self.choice), None if self.batches.columns is None else self.choice[0]
-            raise ValueError(diagnosis(float(value), self.steps, self.pair, batch, index))
+            said = diagnosis(float(value), self.steps, self.pair, batch, index)
+            if self.batches.tolerated:
+                said += (
+                    " A mask leaves out values of the data that are NaN or have no density: their gradient is NaN all "
+                    "the same where the model computes with them. Put a number in their place, x.where(mask, 0)."
+                )
+            raise ValueError(said)
 
 
 class _Best:

@@ -1,4 +1,4 @@
-"""What a captured graph rests on in Python, and the noise that goes through it.
+"""What a captured graph rests on, of a loss (`compiled`) as of anything else (`replays`), and the noise through it.
 
 A graph holds as long as what the programs read in Python is as it was. `Watched` is that:
 what `pyro_vae.reach` finds, and the param store. Where it finds something that it cannot
@@ -7,6 +7,7 @@ compare later, the programs are *unproven*: by default they are not captured.
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +17,14 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.capture import Uncapturable
+from pyro_vae.inference.capture import Capture, Uncapturable
+from pyro_vae.inference.precision import bfloat16_active
 from pyro_vae.reach import SCALARS, Reach
 from pyro_vae.traces import Program
 
 __all__ = [
-    "CHECKS", "SCALARS", "Watched", "first_line", "forked", "python_noise", "random_state", "set_random_state",
-    "unproven", "why",
+    "CHECKS", "SCALARS", "Graph", "Watched", "first_line", "forked", "python_noise", "random_state",
+    "set_random_state", "settings", "unproven", "why",
 ]  # fmt: skip
 
 CHECKS = frozenset(10**n for n in range(9))  # replays at which the programs are run, too
@@ -43,6 +45,49 @@ class Watched(Reach):
         for name in store:
             self._place(store.get, name, f"parameter {name!r} of the param store")
         self.before = self._now()
+
+
+def settings(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What tells two calls apart that need different graphs, beside the programs: kinds of tensors, and of numbers."""
+    device = tensors[0].device.type if tensors else "cpu"
+    return (
+        tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors), torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.get_default_dtype(),
+        bfloat16_active(),
+    )  # fmt: skip
+
+
+# A hook that appears changes gradients; those that are there are among what the programs can read.
+_conditions = operator.attrgetter(
+    "requires_grad", "dtype", "device", "shape", "_backward_hooks", "_post_accumulate_grad_hooks"
+)
+
+
+class Graph:
+    """A capture and the conditions under which it holds.
+
+    Attributes:
+        replays: How often it has been replayed.
+        unchecked: Whether the next replay is to be compared with the programs.
+        tried: Whether a compiler has been tried on it.
+    """
+
+    def __init__(self, capture: Capture, watched: Watched) -> None:
+        self.capture, self.watched = capture, watched
+        self.replays, self.unchecked, self.tried = 0, False, False
+        self._tensors = self._now()
+
+    def _now(self) -> list[Any]:
+        return [_conditions(c) for c in self.capture.constants]
+
+    def fresh(self) -> bool:
+        """Whether all that it rests on is as it was."""
+        return self._tensors == self._now() and self.watched.fresh() and self.capture.holds()
+
+    def due(self, check_every: int) -> bool:
+        """Whether this replay is one of those that are compared with the programs."""
+        doubted = bool(self.watched.unproven) and self.replays % check_every == 0
+        return self.replays in CHECKS or self.unchecked or doubted
 
 
 def unproven(watched: Watched) -> str:
