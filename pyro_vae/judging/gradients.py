@@ -258,7 +258,7 @@ def gradient_lab(
             for estimator, (gradients, seconds) in drawn.items():
                 for part, table in gradients.items():
                     found = _quality(table, expected[part])
-                    measured.append(GradientQuality(estimator, count, part, *found, seconds, seconds / base))
+                    measured.append(GradientQuality(estimator, count, part, *found, seconds=seconds, cost=seconds / base))
     if not measured:
         raise ValueError(f"none of the estimators goes with this bound and pair. {skipped[0][0]}: {skipped[0][2]}")
     assert truth is not None
