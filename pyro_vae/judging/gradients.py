@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pyro import poutine
@@ -43,6 +43,7 @@ from pyro_vae.parameters import trainable
 from pyro_vae.traces import Program
 
 _BOOTSTRAPS = 200
+_NineNumbers: TypeAlias = tuple[float, float, float, float, float, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def gradient_lab(
             for estimator, (gradients, seconds) in drawn.items():
                 for part, table in gradients.items():
                     found = _quality(table, expected[part])
-                    measured.append(GradientQuality(estimator, count, part, *found, seconds=seconds, cost=seconds / base))
+                    measured.append(GradientQuality(estimator, count, part, *found, seconds, seconds / base))
     if not measured:
         raise ValueError(f"none of the estimators goes with this bound and pair. {skipped[0][0]}: {skipped[0][2]}")
     assert truth is not None
@@ -380,7 +381,7 @@ class _Bench:
         return {name: torch.stack(rows) for name, rows in found.items()}, sorted(times)[len(times) // 2]
 
 
-def _quality(table: Tensor, reference: Tensor) -> tuple[float, ...]:
+def _quality(table: Tensor, reference: Tensor) -> _NineNumbers:
     """What gradients (R, P) are beside those of the reference, (R', P): fields of `GradientQuality`, in their order."""
     from scipy.stats import chi2
 
