@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from pyro_vae import Guide, load  # noqa: E402
 from pyro_vae.app.evaluation import versions  # noqa: E402
 from pyro_vae.app.runs import Run  # noqa: E402
+from pyro_vae.atomic import replace_file  # noqa: E402
 from pyro_vae.inference.batches import seeded  # noqa: E402
 from pyro_vae.judging.annealing import Bracket, bdmc  # noqa: E402
 from pyro_vae.judging.gaps import Gaps, gaps  # noqa: E402
@@ -194,9 +194,8 @@ def main() -> None:
                 "seconds": time.perf_counter() - started, "threads": arguments.threads, "seed": arguments.seed,
                 "versions": versions(), "run": arguments.run.name,
             }  # fmt: skip
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=2))
-            os.replace(partial, path)
+            text = json.dumps(result, indent=2)
+            replace_file(path, lambda partial, text=text: partial.write_text(text))
             print(f"{name}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
     paths = {name: arguments.folder / f"{name}.json" for name in PARTS}
     print(table({name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}))

@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +37,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from pyro_vae import VAE, Objective, elbo, elbo_terms, fit, iwae, load, log_likelihood  # noqa: E402
 from pyro_vae.app.evaluation import versions  # noqa: E402
+from pyro_vae.atomic import replace_file  # noqa: E402
 from pyro_vae.inference.batches import seeded  # noqa: E402
 from pyro_vae.judging.latents import active_units  # noqa: E402
 from pyro_vae.parts.networks import set_output_mean  # noqa: E402
@@ -112,11 +112,9 @@ def run(row: Row, arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
     if history.interrupted:
         raise SystemExit(f"{row.name} was interrupted: the same command goes on.")
     if row.name == "diagonal":
-        partial = arguments.folder / f".diagonal-{os.getpid()}.safetensors"
         vae = VAE.build((1, 28, 28), **NETWORK)
         vae.model, vae.guide = model, guide
-        vae.save(partial)
-        os.replace(partial, arguments.folder / "diagonal.vae.safetensors")
+        vae.save(arguments.folder / "diagonal.vae.safetensors")
     started = time.perf_counter()
     test = data.test.frozen(0).subset(slice(arguments.images))
     terms = elbo_terms(model, guide, test, num_samples=100, seed=0)
@@ -221,9 +219,8 @@ def main() -> None:
                 continue
             print(f"{name} ...", file=sys.stderr, flush=True)
             result = run(known[name], arguments, data)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=2))
-            os.replace(partial, path)
+            text = json.dumps(result, indent=2)
+            replace_file(path, lambda partial, text=text: partial.write_text(text))
             seconds = result["train_seconds"], result["evaluation_seconds"]
             print(f"{name}: {result['log_likelihood']:.2f}, {seconds[0]:.0f} + {seconds[1]:.0f} s", file=sys.stderr)
     paths = {name: arguments.folder / f"{name}.json" for name in known}

@@ -17,12 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyro_vae import evaluation
-from pyro_vae.app.export import to_arviz
-from pyro_vae.app.judge import judge
 from pyro_vae.evaluation import at_rest, evaluating, noise, unmoved
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.annealing import ais, bdmc
+from pyro_vae.judging.arviz import to_arviz
 from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.collapse import collapse, linear_optimum
 from pyro_vae.judging.distances import guide_distances
@@ -31,6 +30,7 @@ from pyro_vae.judging.gaps import gaps
 from pyro_vae.judging.gradients import gradient_lab
 from pyro_vae.judging.guides import compare_guides, fit_guide
 from pyro_vae.judging.information import mutual_information, rate_distortion
+from pyro_vae.judging.judgement import judge
 from pyro_vae.judging.latents import active_units, kl_per_dimension, posterior_means
 from pyro_vae.judging.probes import probe
 from pyro_vae.judging.quadrature import quadrature
@@ -236,7 +236,8 @@ def _judged(model, guide):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ticks = iter(range(10**9))
-        return judge(model, guide, X, images=4, num_samples=30, budget=30, clock=lambda: next(ticks) * 0.01).numbers
+        found = judge(model, guide, X, num_data=4, num_samples=30, budget=30, clock=lambda: next(ticks) * 0.01)
+        return found.to_dict()["stages"]
 
 
 QUICK = {"num_steps": 5, "num_samples": 4, "num_leapfrog": 2, "progress": False}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from pyro_vae.app import export
-from pyro_vae.app.export import LOO_IS_INVALID, save_arviz, to_arviz
 from pyro_vae.inference.batches import seeded
+from pyro_vae.judging import arviz as export
+from pyro_vae.judging.arviz import LOO_IS_INVALID, save_arviz, to_arviz
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.sweeps import chunk_sizes
 from pyro_vae.parts.likelihoods import Bernoulli

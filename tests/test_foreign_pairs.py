@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from pyro_vae.app import html
-from pyro_vae.app.export import to_arviz
-from pyro_vae.app.judge import SHARES, judge
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.annealing import ais, bdmc
+from pyro_vae.judging.arviz import to_arviz
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.gaps import gaps
+from pyro_vae.judging.judgement import judge
 from pyro_vae.judging.quadrature import quadrature
 from pyro_vae.traces import simulate, sites
 from tests.test_judge import Strict, Ticks
@@ -216,23 +216,23 @@ def test_gaps_add_up_to_what_the_grid_says(pair):
 
 def test_the_report(pair):
     model, guide, x, truth = pair
-    found = judge(model, guide, x, images=6, budget=60.0, num_samples=1000, clock=Ticks())
-    assert [s["status"] for s in found.numbers["stages"] if s["name"] != "remedy"] == ["done"] * (len(SHARES) - 1)
-    bounds, gap, bracket = (found.numbers[name] for name in ("bounds", "gaps", "bracket"))
-    assert near(bounds["reference_log_p"], truth.mean().item(), bounds["reference_stderr"])
-    assert near(gap["log_p"], truth.mean().item(), gap["log_p_stderr"])
-    assert bracket["width"] < 0.3
+    found = judge(model, guide, x, num_data=6, budget=60.0, num_samples=1000, clock=Ticks())
+    assert [stage.status for stage in found.stages if stage is not found.stages.remedy] == ["done"] * 5
+    bounds, gap, bracket = found.stages.bounds, found.stages.gaps, found.stages.bracket
+    assert near(bounds.better.value, truth.mean().item(), bounds.better.mc_stderr)
+    assert near(gap.log_p.value, truth.mean().item(), gap.log_p.mc_stderr)
+    assert bracket.width.value < 0.3
     names = {
         "latent": ["latent[0]", "latent[1]"], "top": ["top", "low"], "code": ["code[0]", "code[1]"],
         "rate": ["rate", "tilt"],
     }[next(iter(sites(guide, x))) if "top" not in sites(guide, x) else "top"]  # fmt: skip
-    assert list(found.numbers["latents"]["variance"]) == list(found.numbers["latents"]["kl"]) == names
-    assert found.numbers["calibration"]["names"] == names
-    assert "encoder" in found.culprits or "family" in found.culprits or gap["inference"] < 0.1
+    assert list(found.stages.latents.variance) == list(found.stages.latents.kl) == names
+    assert list(found.stages.calibration.names) == names
+    assert "encoder" in found.culprits or "family" in found.culprits or gap.inference.value < 0.1
     page = html.page(found, "Judgement of a stranger")
     parser = Strict()
     parser.feed(page)
-    assert parser.open == [] and len(parser.sources) == 6  # all pictures
+    assert parser.open == [] and len(parser.sources) == 7  # all pictures
     assert str(found.verdict[0])[:40] in page
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals"}
+GROUND = {"traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals", "atomic"}
 MAY_IMPORT = {
     "traces": {"auxiliary", "sites", "parameters", "reach", "options", "refusals"},
     "auxiliary": {"sites", "evaluation", "reach"},
@@ -19,12 +19,14 @@ MAY_IMPORT = {
     "refusals": {"sites"},
     "tensors": set(),
     "version": set(),
+    "atomic": set(),
+    "plots": set(),
     "parts": GROUND,
     "data": GROUND,
     "inference": GROUND,
     "programs": GROUND | {"parts"},
-    "judging": GROUND | {"inference"},
-    "app": GROUND | {"parts", "programs", "data", "inference", "judging"},
+    "judging": GROUND | {"inference", "parts", "plots"},
+    "app": GROUND | {"parts", "programs", "data", "inference", "judging", "plots"},
     "testing": GROUND,
     "__main__": {"app"},
 }

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from scipy.stats import binom, multivariate_normal
+from scipy.stats import binom
 
-from pyro_vae.app import judging_plots, plots
+from pyro_vae import plots
+from pyro_vae.app import pictures
 from pyro_vae.judging.calibration import calibration
 
 
@@ -30,7 +31,7 @@ def whiskers(axes):
 
 
 def test_bounds_by_samples_shows_values_bands_and_log_p():
-    figure = judging_plots.bounds_by_samples(
+    figure = plots.bounds_by_samples(
         [1, 10, 100], {"IWAE": torch.tensor([-9.0, -8.0, -7.5]), "other": [-9.0, None, -8.0]}, {"IWAE": [0.3, 0.2, 0.1]}, -7.0, 0.05
     )
     (axes,) = figure.axes
@@ -46,22 +47,10 @@ def test_bounds_by_samples_shows_values_bands_and_log_p():
     assert "nats" in axes.get_ylabel()
 
 
-def test_bounds_by_steps_shows_both_sides_or_one():
-    (axes,) = judging_plots.bounds_by_steps([10, 1000], [-9.0, -8.0], [-6.0, -7.5], [0.2, 0.1], [0.4, 0.1]).axes
-    assert_allclose(line(axes, "lower bound"), ([10, 1000], [-9, -8]))
-    assert_allclose(line(axes, "upper bound"), ([10, 1000], [-6, -7.5]))
-    between, upper, lower = (band(c)[1] for c in axes.collections)
-    assert_allclose(between, [(-9, -6), (-8, -7.5)])
-    assert_allclose(upper, [(-6.8, -5.2), (-7.7, -7.3)])
-    assert_allclose(lower, [(-9.4, -8.6), (-8.2, -7.8)])
-    (axes,) = judging_plots.bounds_by_steps([10, 1000], [-9.0, -8.0]).axes
-    assert [item.get_label() for item in axes.lines] == ["lower bound"]
-
-
 def test_bracket_orders_data_and_gives_the_width_with_its_error():
     lower, width = np.array([-5.0, -9.0, -7.0]), np.array([0.1, 0.3, -0.1])
     exact, error = lower + 0.05, np.array([0.03, 0.04, 0.0])
-    above, below = judging_plots.bracket(lower, lower + width, exact, error, [0.04, 0.03, 0.0]).axes
+    above, below = plots.bracket(lower, lower + width, exact, error, [0.04, 0.03, 0.0]).axes
     segments = [c for c in above.collections if c.get_label() == "bracket"][0].get_segments()
     assert_allclose([s[:, 1] for s in segments], [(-9, -8.7), (-7, -7.1), (-5, -4.9)])
     # Errors of bounds stand at the bounds.
@@ -85,11 +74,11 @@ def rows():
 
 
 def test_gap_bars_stack_and_leave_the_total_alone():
-    axes = judging_plots.gap_bars(json.loads(json.dumps(rows()))).axes[0]
+    axes = plots.gap_bars(json.loads(json.dumps(rows()))).axes[0]
     bars = sorted((round(b.get_x() + b.get_width() / 2, 6), round(b.get_y(), 6), b.get_height()) for b in axes.patches)
     assert_allclose(bars, [(-0.2, 0, 1.5), (-0.2, 1.5, 0.5), (0.2, 0, 1.5), (0.2, 1.5, 0.9), (1.2, 0, 3.0)])
     assert_allclose(sorted(map(tuple, whiskers(axes))), sorted([(1.3, 1.7), (1.6, 2.4), (1.3, 1.7), (2.0, 2.8)]))
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["approximation", "amortisation", "total only"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["approximation", "amortization", "total only"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["train", "test", "test"]
     hatches = {bar.get_hatch() for bar in axes.patches}
     assert len(hatches) == 3  # told apart without colour
@@ -98,7 +87,7 @@ def test_gap_bars_stack_and_leave_the_total_alone():
 def test_khat_shows_every_datum_and_the_worst_images():
     images = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 1, 4, 4) / 5
     k, x = [0.2, 0.9, -np.inf, 0.75, None], [-80.0, -90.0, -70.0, -60.0, -50.0]
-    figure = judging_plots.khat_against_log_p(k, x, 0.7, images, worst=3)
+    figure = plots.khat_against_log_p(k, x, 0.7, images, worst=3)
     axes, *panels = figure.axes
     points = {c.get_label(): c.get_offsets().data.tolist() for c in axes.collections}
     assert points["reliable (1)"] == [[-80, 0.2]]
@@ -111,48 +100,13 @@ def test_khat_shows_every_datum_and_the_worst_images():
 
 
 def test_khat_of_exact_guides_only():
-    (axes,) = judging_plots.khat_against_log_p([-np.inf] * 3, [-1.0, -2.0, -3.0]).axes
+    (axes,) = plots.khat_against_log_p([-np.inf] * 3, [-1.0, -2.0, -3.0]).axes
     assert len(axes.collections[1].get_offsets()) == 3
-
-
-def test_regions_hold_half_and_nine_tenths_of_the_mass():
-    """Against the ellipses of a normal density, (log p(0) - log p) = -log(1 - mass)."""
-    covariance = np.array([[1.0, 0.6], [0.6, 2.0]])
-    draws = np.random.default_rng(0).multivariate_normal([1.0, -2.0], covariance, 2000)
-    grids = np.meshgrid(np.linspace(-3, 5, 120), np.linspace(-8, 4, 120))
-    density, levels = judging_plots._regions(draws, grids)
-    exact = multivariate_normal([1, -2], covariance).pdf(np.stack(grids, -1))
-    peak = multivariate_normal([0, 0], covariance).pdf([0, 0])
-    cell = (8 / 119) * (12 / 119)
-    for level, mass in zip(levels, (0.9, 0.5), strict=True):
-        assert density[density > level].sum() * cell == pytest.approx(mass, abs=0.05)
-        assert exact[density > level].sum() * cell == pytest.approx(mass, abs=0.05)
-        assert exact[exact > peak * (1 - mass)].sum() * cell == pytest.approx(mass, abs=0.01)
-
-
-def test_guide_against_reference_draws_one_panel_a_datum_with_both_means():
-    torch.manual_seed(0)
-    guide, reference = torch.randn(300, 4, 3), 2 + torch.randn(200, 4, 3)
-    figure = judging_plots.guide_against_reference(guide, reference, dims=(0, 2), names=["a", "b", "c", "d"])
-    panels = [axes for axes in figure.axes if axes.axison]
-    assert [axes.get_title() for axes in panels] == ["a", "b", "c", "d"]
-    for b, axes in enumerate(panels):
-        marks = [np.ravel(item.get_data()) for item in axes.lines]
-        assert_allclose(marks, [reference[:, b, [0, 2]].mean(0), guide[:, b, [0, 2]].mean(0)], rtol=1e-5)
-        assert (axes.get_xlabel(), axes.get_ylabel()) == ("z1", "z3")
-        assert len(axes.collections) == 2
-
-
-def test_guide_against_reference_refuses():
-    with pytest.raises(ValueError, match=r"got draws of shapes \(9, 7, 2\) and \(9, 7, 2\), wanted .* at most 6"):
-        judging_plots.guide_against_reference(torch.zeros(9, 7, 2), torch.zeros(9, 7, 2))
-    with pytest.raises(ValueError, match=r"got dims=\(0, 2\), wanted two of 2 latents"):
-        judging_plots.guide_against_reference(torch.zeros(9, 1, 2), torch.zeros(9, 1, 2), dims=(0, 2))
 
 
 def test_rank_histogram_counts_ranks_in_equal_bars():
     ranks = np.random.default_rng(0).integers(0, 100, (400, 2))
-    figure = judging_plots.rank_histogram(ranks, 99, num_bins=18)  # 20 is the nearest that divides 100
+    figure = plots.rank_histogram(ranks, 99, num_bins=18)  # 20 is the nearest that divides 100
     for d, axes in enumerate(figure.axes[:2]):
         bars = [patch for patch in axes.patches if patch.get_width() == pytest.approx(5)]
         assert [bar.get_height() for bar in bars] == [((ranks[:, d] // 5) == i).sum() for i in range(20)]
@@ -163,38 +117,20 @@ def test_rank_histogram_counts_ranks_in_equal_bars():
 def test_ranks_are_called_by_their_latents_and_those_left_out_are_counted():
     ranks = np.random.default_rng(0).integers(0, 20, (60, 10))
     names = [f"w[{d}]" for d in range(10)]
-    figure = judging_plots.rank_histogram(ranks, 19, names=names)
+    figure = plots.rank_histogram(ranks, 19, names=names)
     assert [axes.get_title() for axes in figure.axes if axes.axison] == names[:8]
     assert figure.get_suptitle().endswith("8 of 10 latents")
-    (axes,) = judging_plots.rank_ecdf(ranks[:, :2], 19, names=names).axes
-    assert [item.get_label() for item in axes.lines[1:]] == ["w[0]", "w[1]"]
-
-
-def test_rank_ecdf_is_the_difference_and_its_band_holds_the_whole_curve():
-    ranks = [0, 0, 1, 3]
-    (axes,) = judging_plots.rank_ecdf(ranks, 3).axes
-    x, y = line(axes, "z1")
-    assert_allclose(x, [0.25, 0.5, 0.75])
-    assert_allclose(y, [0.25, 0.25, 0.0])
-    generator, outside = np.random.default_rng(1), 0
-    xs, edges = band(judging_plots.rank_ecdf(generator.integers(0, 20, 50), 19).axes[0].collections[0])
-    edges = np.array(edges)
-    for _ in range(2000):
-        curve = np.bincount(generator.integers(0, 20, 50), minlength=20).cumsum()[:-1] / 50 - np.array(xs)
-        outside += bool((curve < edges[:, 0] - 1e-12).any() or (curve > edges[:, 1] + 1e-12).any())
-    # The band itself comes from 1,000 simulations.
-    assert abs(outside / 2000 - 0.05) < 4 * (0.05 * 0.95 * (1 / 2000 + 1 / 1000)) ** 0.5
 
 
 def test_coverage_curve_and_its_band():
-    (axes,) = judging_plots.coverage_curve([0.5, 0.9], {"diagonal": [0.4, 0.85], "NSF": torch.tensor([0.5, 0.91])}, 200).axes
+    (axes,) = plots.coverage_curve([0.5, 0.9], {"diagonal": [0.4, 0.85], "NSF": torch.tensor([0.5, 0.91])}, 200).axes
     assert_allclose(line(axes, "diagonal"), ([0.5, 0.9], [0.4, 0.85]))
     assert_allclose(line(axes, "NSF"), ([0.5, 0.9], [0.5, 0.91]), rtol=1e-6)
     xs, edges = band(axes.collections[0])
     middle = int(np.argmin(np.abs(np.array(xs) - 0.5)))
     assert_allclose(edges[middle], binom.ppf([0.025, 0.975], 200, 0.5) / 200)
     bands = calibration(("a",), torch.arange(200)[:, None] % 20, 19).coverage()
-    (axes,) = judging_plots.coverage_curve(
+    (axes,) = plots.coverage_curve(
         bands.nominal, {"a": bands.empirical[:, 0]}, 200, bands.lower, bands.upper, bands.level
     ).axes
     xs, edges = band(axes.collections[0])
@@ -203,32 +139,16 @@ def test_coverage_curve_and_its_band():
     assert axes.collections[0].get_label() == "95 % band, all points"
 
 
-def test_rate_distortion_lines_have_one_elbo_each():
-    (axes,) = judging_plots.rate_distortion(
-        [25.0, 5.0], [70.0, 110.0], ["β = 1", "β = 4"], [0.5, 0.5], [1.0, 1.0], log_p=-88.0
-    ).axes
-    assert_allclose(axes.lines[0].get_data(), ([5, 25], [110, 70]))
-    names = {t.get_text(): t.xy for t in axes.texts}
-    assert names["β = 1"] == (25, 70) and names["β = 4"] == (5, 110)
-    for text, (x, y) in names.items():
-        if text.startswith("ELBO"):
-            assert -(x + y) == pytest.approx(float(text.split()[1].replace("−", "-")))
-            assert -(x + y) <= -88
-    x, y = line(axes, "log p(x) = −88.00 nats")
-    assert_allclose(np.add(x, y), [88, 88])
-    assert_allclose(sorted(map(tuple, whiskers(axes)))[0], (68, 72))
-
-
 def test_kl_by_dimension_falls_and_counts_what_is_used():
-    (axes,) = judging_plots.kl_by_dimension([0.5, 0.001, 2.0], [0.1, 0.0, 0.2]).axes
+    (axes,) = plots.kl_by_dimension([0.5, 0.001, 2.0], [0.1, 0.0, 0.2]).axes
     assert [bar.get_height() for bar in axes.patches] == [2.0, 0.5, 0.001]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["z3", "z1", "z2"]
     assert_allclose(whiskers(axes), [(1.6, 2.4), (0.3, 0.7), (0.001, 0.001)])
     assert axes.get_title(loc="left") == "KL by latent: 2 of 3 carry 0.01 nats or more"
-    (axes,) = judging_plots.kl_by_dimension([0.5, 2.0], names=["z[0]", "w"]).axes
+    (axes,) = plots.kl_by_dimension([0.5, 2.0], names=["z[0]", "w"]).axes
     assert [t.get_text() for t in axes.get_xticklabels()] == ["w", "z[0]"]
 
 
 def test_a_picture_is_written(tmp_path):
-    plots.save(judging_plots.gap_bars(rows()), tmp_path / "gaps.png")
+    pictures.save(plots.gap_bars(rows()), tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").stat().st_size > 5000

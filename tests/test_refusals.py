@@ -61,10 +61,9 @@ WRONG = {
 def wrong_values():
     """(function, option, value) for every option of every public estimate and diagnostic, and of `fit`."""
     modules = [importlib.import_module(f"pyro_vae.judging.{m.name}") for m in pkgutil.iter_modules(pv.judging.__path__)]
-    homes = [*modules, importlib.import_module("pyro_vae.app.judge"), importlib.import_module("pyro_vae.app.export")]
     found = {
         f"{module.__name__}.{name}": function
-        for module in homes
+        for module in modules
         for name, function in vars(module).items()
         if hasattr(function, "option_rules") and function.__module__ == module.__name__
     }
@@ -494,7 +493,7 @@ def test_levels_of_twelve_bits_say_how_they_are_scaled(tmp_path):
 
 
 def test_those_that_take_one_batch_take_arrays_and_refuse_what_is_none():
-    from pyro_vae.app.export import to_arviz
+    from pyro_vae.judging.arviz import to_arviz
     from pyro_vae.judging.gradients import gradient_lab
 
     vae = normal_vae()

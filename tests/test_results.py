@@ -148,6 +148,25 @@ def test_frames_need_pandas_and_say_so(monkeypatch):
         found.to_frame()
 
 
+PLOTS = {
+    "bdmc": "Bracket of log p(x), simulated data", "gaps": "Inference gap by guide", "sbc": None,
+    "compare_guides": "Inference gap by guide", "gradient_lab": "Gradients of iwae by number of samples",
+    "curve": "Bounds on log p(x) by number of samples", "kl_per_dimension": "KL by latent: 1 of 1 carry",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_tables_draw_themselves(name):
+    figure = TABLES[name]().plot()
+    title = PLOTS[name]
+    drawn = [axes.get_title(loc="left") for axes in figure.axes]
+    assert figure.axes and (title is None or any(text.startswith(title) for text in drawn))
+    if name == "gradient_lab":
+        assert figure.axes[0].get_ylabel() == "signal-to-noise ratio" and len(figure.axes[0].lines) >= 4
+    if name == "compare_guides":
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["one", "two"]
+
+
 def test_distances_are_a_table():
     known = reference(model, guide, X, num_samples=40, num_chains=2, num_warmup=20, **QUIET)
     found = guide_distances(model, guide, X, reference=known, num_directions=5)

@@ -10,8 +10,6 @@ from PIL import Image
 
 import pyro_vae as pv
 from pyro_vae.app.cli import main
-from pyro_vae.app.judge import judge
-from pyro_vae.app.plots import plane
 from pyro_vae.app.runs import Run
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.calibration import sbc
@@ -19,7 +17,9 @@ from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import anomaly_scores
 from pyro_vae.judging.gaps import gaps
 from pyro_vae.judging.information import mutual_information
+from pyro_vae.judging.judgement import judge
 from pyro_vae.judging.latents import kl_per_dimension
+from pyro_vae.plots._pictures import plane
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +78,8 @@ def test_what_takes_more_than_one_datum_says_so():
 def test_one_datum_is_judged():
     vae, x = fitted(1)
     found = judge(vae.model, vae.guide, x, budget=8)
-    by_name = {stage["name"]: stage["status"] for stage in found.numbers["stages"]}
-    assert by_name["bounds"] == by_name["latents"] == "done"
-    assert found.numbers["latents"]["active"] is None and "collapse" not in found.culprits
+    assert found.stages.bounds.status == found.stages.latents.status == "done"
+    assert found.stages.latents.active is None and "collapse" not in found.culprits
     assert "nan" not in str(found) and "nan" not in found.to_json().lower()
 
 

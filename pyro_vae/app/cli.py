@@ -231,8 +231,8 @@ def fit(config: Path | None, **given: Any) -> int:
     from pyro_vae.app.defaults import option, resolve
     from pyro_vae.app.runs import free_path, refuse_existing
 
-    told = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
-    values = (read_config(config) if config is not None else {}) | told
+    options_given = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
+    values = (read_config(config) if config is not None else {}) | options_given
     out, quiet = values.pop("out", None), values.pop("quiet", False)
     checkpoint = values.pop("checkpoint", None)
     options = resolve(values)
@@ -280,10 +280,10 @@ def evaluate(**options: Any) -> None:
 @commands.command()
 @_run
 @_trust
-@click.option("--images", metavar="N", type=click.IntRange(2), default=100, help="Test images looked at, at most. "
+@click.option("--num-data", metavar="N", type=click.IntRange(2), default=100, help="Test data looked at, at most. "
               "[default: 100]")  # fmt: skip
 @click.option("--budget", metavar="SECONDS", type=click.FloatRange(1), default=110.0, help="From the start of the "
-              "command; it takes no more. What does not fit is left out, and said to be. [default: 110]")  # fmt: skip
+              "command; it takes no more. What does not fit is left out, with the reason. [default: 110]")  # fmt: skip
 @click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), help="Of the estimate of log p(x) that is "
               "judged. [default: the run's own evaluation samples]")  # fmt: skip
 @_seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import time
@@ -13,11 +14,13 @@ import click
 import torch
 from torch import Tensor
 
-from pyro_vae.app import evaluation, plots, report
+from pyro_vae import plots
+from pyro_vae.app import evaluation, pictures, report
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import read, the_device
-from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json, written
+from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json
+from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.framing import Framing, grey_level
 from pyro_vae.data.photographs import read_image
@@ -74,7 +77,7 @@ def evaluate_run(
 
 def judge_run(
     run: Path,
-    images: int = 100,
+    num_data: int = 100,
     budget: float = 110.0,
     num_samples: int | None = None,
     seed: int | None = None,
@@ -89,7 +92,7 @@ def judge_run(
     started = time.monotonic() if started is None else started
     folder = run if out is None else out
     from pyro_vae.app import html
-    from pyro_vae.app.judge import judge
+    from pyro_vae.judging.judgement import judge
 
     loaded = Run.load(run)
     options, vae = options_of(loaded), loaded.vae(trust).to(the_device(device))
@@ -105,21 +108,23 @@ def judge_run(
             raise ValueError(f"got --out {out}, wanted a folder to write to: {error.strerror}.") from error
     seed = options.seed if seed is None else seed
     _, dataset = _data(options, vae, data_dir, images=None)
-    test = evaluation.test_data(dataset, seed, images)
+    test = evaluation.test_data(dataset, seed, num_data)
     # Loading has its time already, and the pictures are to have theirs.
     left = budget - (time.monotonic() - started) - min(15.0, 0.15 * budget)
     found = judge(
-        vae.model, vae.guide, test, budget=max(left, 0.01), images=images, seed=seed,
+        vae.model, vae.guide, test, budget=max(left, 0.01), num_data=num_data, seed=seed,
         num_samples=options.evaluation_samples if num_samples is None else num_samples,
-        say=None if as_json else lambda title: click.echo(f"{title} ...", err=True),
+        progress=False if as_json else None,
     )  # fmt: skip
-    said = found.numbers["protocol"]
-    said |= {"run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions()}
-    said |= {"budget_seconds": budget, "seconds": round(time.monotonic() - started, 3)}
+    about: dict[str, Any] = {
+        "run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions(),
+        "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
+    }  # fmt: skip
+    found = dataclasses.replace(found, protocol=found.protocol | about)
     text = found.to_json()
-    written(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+    write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)
-    written(folder / "judgement.html", lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_file(folder / "judgement.html", lambda partial: partial.write_text(page, encoding="utf-8"))
     if as_json:
         click.echo(text)
     else:
@@ -149,9 +154,9 @@ def sample_run(
             with partial.open("wb") as file:
                 np.save(file, x.numpy())
 
-        written(path, write)
+        write_file(path, write)
     elif path.suffix == ".png":
-        plots.save(plots.samples(x, f"{number} samples from the prior, seed {seed}"), path)
+        pictures.save(plots.samples(x, f"{number} samples from the prior, seed {seed}"), path)
     elif path.suffix:
         raise ValueError(f"got --out {path}, wanted a .png, a .npy, or a folder.")
     else:
@@ -189,7 +194,7 @@ def reconstruct_images(
     rows += [(path.name, *(f"{float(term[i]):.2f}" for term in terms)) for i, path in enumerate(images)]
     _print_table(rows)
     path = out or Path("reconstructions.png")
-    plots.save(picture, path)
+    pictures.save(picture, path)
     click.echo(path)
     return path
 
@@ -245,7 +250,7 @@ def rank_anomalies(
         click.echo(out)
     path = picture or run / FIGURES / "anomalies.png"
     captions = [" ".join([*name(i), f"{scores[i]:.1f}"]) for i in shown.tolist()]
-    plots.save(plots.gallery(test[shown], captions, f"Most anomalous test data, {unit} in nats"), path)
+    pictures.save(plots.gallery(test[shown], captions, f"Most anomalous test data, {unit} in nats"), path)
     click.echo(path)
     return result
 
@@ -281,7 +286,7 @@ def _outliers(
 
 
 def _as_data(path: Path, shape: tuple[int, ...], options: FitOptions, seed: int) -> Tensor:
-    """An image file as one datum of a run, (C, H, W); what had to be changed is said."""
+    """An image file as one datum of a run, (C, H, W); what had to be changed is printed."""
     image = read_image(path, Framing(background=grey_level(options.background)))
     fitted = Framing(channels=shape[0])(image[None], name=str(path))
     size = (shape[1], shape[2])
@@ -316,7 +321,7 @@ def _image_folder(x: Tensor, folder: Path) -> None:
     for i, datum in enumerate(x):
         levels = (datum.clamp(0, 1) * 255).round().to(torch.uint8)
         picture = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
-        written(folder / f"{i:0{width}}.png", functools.partial(picture.save, format="png"))
+        write_file(folder / f"{i:0{width}}.png", functools.partial(picture.save, format="png"))
 
 
 def _write_csv(path: Path, test: Split, scores: Tensor, order: Tensor, outside: Tensor | None) -> None:
@@ -331,7 +336,7 @@ def _write_csv(path: Path, test: Split, scores: Tensor, order: Tensor, outside: 
             for i, value in enumerate([] if outside is None else outside.tolist()):
                 table.writerow(["outliers", i, "", f"{value:.6f}"])
 
-    written(path, write)
+    write_file(path, write)
 
 
 def _label_names(dataset: Dataset, test: Split) -> Any:

@@ -1,4 +1,4 @@
-"""What `pyro-vae fit` can be told, and what it does for each dataset when it is not told.
+"""The options of `pyro-vae fit`, and their defaults for each dataset.
 
 `FitOptions` is the complete configuration of a run; `resolve` makes one from what the
 user gave and the table of the dataset. This module imports nothing heavy, so that

@@ -55,59 +55,69 @@ def evaluate(
     """
     started = time.perf_counter()
     test = test_data(dataset, seed, images)
-    options: dict[str, Any] = {"seed": seed, "progress": progress}
     numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": _latent_dim(vae)}
     if is_autoencoder(vae):
         numbers["test_reconstruction"] = mean_bound(vae.model, vae.guide, test, reconstruction, seed=seed)
     else:
-        terms = elbo_terms(vae.model, vae.guide, test, num_samples=ELBO_SAMPLES, **options)
-        estimate = log_likelihood(vae.model, vae.guide, test, num_samples=num_samples, **options)
-        numbers |= {
-            "test_elbo": terms.value,
-            "test_elbo_stderr": terms.mc_stderr,
-            "test_elbo_data_stderr": terms.data_stderr,
-            "test_reconstruction": terms.reconstruction,
-            "test_kl": terms.kl,
-            "test_log_likelihood": estimate.value,
-            "test_log_likelihood_stderr": estimate.mc_stderr,
-            "test_log_likelihood_data_stderr": estimate.data_stderr,
-            "test_log_likelihood_bias": estimate.bias,
-            "test_khat_ok": estimate.khat_ok,
-            "test_ess_median": estimate.ess.median().item(),
-        }
-        if test.dequantize:
-            dims = test[:1].numel()
-            numbers["test_bits_per_dimension"] = bits_per_dimension(estimate.value, dims)
-            numbers["bits_per_dimension_by"] = (
-                f"-log p(x) / (D ln 2) + log2(256), D = {dims}: the density of x = (v + u) / 256, u ~ U(0, 1), changed "
-                "to bins v of width one; an upper limit on the bits of the 8-bit levels"
-            )
-        numbers |= _closed_forms(vae, dataset, test, terms.value)
-    left_out = []
+        numbers |= _densities(vae, test, num_samples, {"seed": seed, "progress": progress})
+        numbers |= _closed_forms(vae, dataset, test, numbers["test_elbo"])
     with evaluating(vae, seed=seed):
-        if len(test) >= 2:
-            numbers["active_units"] = active_units(vae.model, vae.guide, test).count
-        else:
-            left_out.append("active units (a variance over the test data, of which there is one)")
-        if len(test) < 4:
-            left_out.append(f"the energy distance of samples (takes 4 test data, got {len(test)})")
-        else:
-            distance = energy_distance(vae.sample(SAMPLES, pixels="draw"), test[:SAMPLES])
-            numbers |= {"sample_energy_distance": distance.value, "sample_energy_distance_null": distance.null}
-    if left_out:
-        numbers["left_out"] = left_out
+        numbers |= _latents_and_samples(vae, test)
     numbers["evaluation_seconds"] = time.perf_counter() - started
     return numbers
+
+
+def _densities(vae: VAE, test: Split, num_samples: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The ELBO and log p(x), with their errors."""
+    terms = elbo_terms(vae.model, vae.guide, test, num_samples=ELBO_SAMPLES, **options)
+    estimate = log_likelihood(vae.model, vae.guide, test, num_samples=num_samples, **options)
+    numbers: dict[str, Any] = {
+        "test_elbo": terms.value,
+        "test_elbo_stderr": terms.mc_stderr,
+        "test_elbo_data_stderr": terms.data_stderr,
+        "test_reconstruction": terms.reconstruction,
+        "test_kl": terms.kl,
+        "test_log_likelihood": estimate.value,
+        "test_log_likelihood_stderr": estimate.mc_stderr,
+        "test_log_likelihood_data_stderr": estimate.data_stderr,
+        "test_log_likelihood_bias": estimate.bias,
+        "test_khat_ok": estimate.khat_ok,
+        "test_ess_median": estimate.ess.median().item(),
+    }
+    if test.dequantize:
+        dims = test[:1].numel()
+        numbers["test_bits_per_dimension"] = bits_per_dimension(estimate.value, dims)
+        numbers["bits_per_dimension_by"] = (
+            f"-log p(x) / (D ln 2) + log2(256), D = {dims}: the density of x = (v + u) / 256, u ~ U(0, 1), changed "
+            "to bins v of width one; an upper limit on the bits of the 8-bit levels"
+        )
+    return numbers
+
+
+def _latents_and_samples(vae: VAE, test: Split) -> dict[str, Any]:
+    """Active units, and how far samples are from the data; what takes more data than there are is left out."""
+    numbers: dict[str, Any] = {}
+    left_out = []
+    if len(test) >= 2:
+        numbers["active_units"] = active_units(vae.model, vae.guide, test).count
+    else:
+        left_out.append("active units (a variance over the test data, of which there is one)")
+    if len(test) >= 4:
+        distance = energy_distance(vae.sample(SAMPLES, pixels="draw"), test[:SAMPLES])
+        numbers |= {"sample_energy_distance": distance.value, "sample_energy_distance_null": distance.null}
+    else:
+        left_out.append(f"the energy distance of samples (takes 4 test data, got {len(test)})")
+    return numbers | ({"left_out": left_out} if left_out else {})
 
 
 def protocol(
     vae: VAE, dataset: Dataset, *, num_samples: int, images: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """What must be said with every number of `evaluate`."""
+    """What belongs to every number of `evaluate`."""
     test = dataset.test
     drawn = test.binarization == "dynamic" or test.dequantize
     noise = "dequantization noise" if test.dequantize else "dynamic binarization"
-    said = dict(dataset.protocol) | {
+    about = dict(dataset.protocol) | {
         "sizes": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
         "test_images": min(len(test), images or len(test)),
         "standardized": standardized(vae),
@@ -119,8 +129,8 @@ def protocol(
         "versions": versions(),
     }
     if not is_autoencoder(vae):
-        said |= {"log_likelihood_samples": num_samples, "elbo_samples": ELBO_SAMPLES}
-    return said
+        about |= {"log_likelihood_samples": num_samples, "elbo_samples": ELBO_SAMPLES}
+    return about
 
 
 def versions() -> dict[str, str]:

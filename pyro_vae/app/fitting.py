@@ -57,13 +57,7 @@ def fit_run(
     failure: Exception | None = None
     with new_run(path) as folder:
         options, dataset = read(options)
-        say(f"{dataset.name}: {len(dataset.train):,} to train, {len(dataset.test):,} to test, of {dataset.x_shape}")
-        if options.standardize:
-            say(
-                f"standardized: the networks see each of {dataset.train[:1].numel()} numbers as (x - mean) / standard "
-                "deviation of the training part; log p(x), ELBO and samples are of the data as they are "
-                "(--no-standardize to leave it out)"
-            )
+        _describe(options, dataset, say)
         vae = build(options, dataset)
         write_json(folder / CONFIG, options.to_json())
         started = time.perf_counter()
@@ -96,6 +90,17 @@ def fit_run(
     return summary
 
 
+def _describe(options: FitOptions, dataset: Dataset, say: Callable[[str], None]) -> None:
+    """Say what the data are, and what the networks see of them."""
+    say(f"{dataset.name}: {len(dataset.train):,} to train, {len(dataset.test):,} to test, of {dataset.x_shape}")
+    if options.standardize:
+        say(
+            f"standardized: the networks see each of {dataset.train[:1].numel()} numbers as (x - mean) / standard "
+            "deviation of the training part; log p(x), ELBO and samples are of the data as they are "
+            "(--no-standardize to leave it out)"
+        )
+
+
 def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     """The data of a configuration, and the configuration with what only the data can settle.
 
@@ -120,6 +125,15 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     if options.limit is not None:
         train = dataset.train.subset(slice(0, options.limit))
         dataset = dataclasses.replace(dataset, train=train, protocol=dataset.protocol | {"limit": options.limit})
+    return _settled(options, dataset), dataset
+
+
+def _settled(options: FitOptions, dataset: Dataset) -> FitOptions:
+    """The options that only the data can settle.
+
+    Raises:
+        ValueError: The data do not fit the likelihood, or the network.
+    """
     options = dataclasses.replace(
         options, binarization=dataset.train.binarization, dequantize=dataset.train.dequantize,
         likelihood=options.likelihood or ("normal" if dataset.train.binarization == "none" else "bernoulli"),
@@ -151,7 +165,7 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         raise ValueError(
             f"got --network {options.network} for data of shape {dataset.x_shape}, wanted images. Use --network mlp."
         )
-    return options, dataset
+    return options
 
 
 def _drawn_afresh(dataset: Dataset) -> Dataset:

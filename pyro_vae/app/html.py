@@ -5,15 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from pyro_vae.app import judging_plots
-from pyro_vae.app.judge import TITLES, Judgement
-from pyro_vae.app.verdicts import nats
+from pyro_vae import plots
+from pyro_vae.judging.judgement import Judgement
+from pyro_vae.judging.nats import Nats
+from pyro_vae.judging.stages import Bounds, Calibrated, GapSplit, Stages
+from pyro_vae.judging.verdicts import Finding
+from pyro_vae.judging.weights import khat_limit
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -29,10 +33,25 @@ figure { margin: 1rem 0; } img { max-width: 100%; } figcaption, .small { color: 
 """
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report.
+
+    Attributes:
+        name: What it is called.
+        figure: The figure.
+        caption: What it shows.
+    """
+
+    name: str
+    figure: Figure
+    caption: str
+
+
 def page(
     judgement: Judgement,
     title: str,
-    pictures: Mapping[str, tuple[Figure, str]] | None = None,
+    pictures: Iterable[Picture] | None = None,
     late: Callable[[], bool] | None = None,
 ) -> str:
     """The judgement as HTML.
@@ -40,145 +59,151 @@ def page(
     Args:
         judgement: What `judge` found.
         title: What was judged.
-        pictures: By name, with a caption each; those of `draw` if omitted.
-        late: Asked before each picture; once it is, the rest is left out, and said to be.
+        pictures: Those of `draw` if omitted.
+        late: Asked before each picture; once it is, the rest is left out, and the page says so.
     """
-    given = _draw(judgement) if pictures is None else ((n, *pair) for n, pair in pictures.items())
     figures = ""
-    for name, figure, caption in given:
+    for picture in draw(judgement.stages) if pictures is None else pictures:
         if late is not None and late():
             figures += '<p class="small">Further pictures were left out for want of time.</p>'
             break
         figures += (
-            f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{_png(figure)}"><figcaption>'
-            f"{escape(caption)}</figcaption></figure>"
+            f'<figure><img alt="{escape(picture.name)}" src="data:image/png;base64,{_png(picture.figure)}"><figcaption>'
+            f"{escape(picture.caption)}</figcaption></figure>"
         )
-    found = "".join(_item(f.text, f.advice, f.culprit) for f in judgement.findings)
+    findings = "".join(_item(finding) for finding in judgement.findings)
     stages = "".join(
-        f"<tr><th>{escape(TITLES.get(s['name'], s['name']))}</th><td>{escape(s['status'])}</td>"
-        f"<td class=\"number\">{s['seconds']:.1f} s</td><td>{escape(s.get('did') or s.get('reason') or '')}</td></tr>"
-        for s in judgement.numbers["stages"]
+        f"<tr><th>{escape(stage.title)}</th><td>{escape(stage.status)}</td>"
+        f'<td class="number">{stage.seconds:.1f} s</td><td>{escape(stage.summary() if stage.done else stage.reason)}'
+        "</td></tr>"
+        for stage in judgement.stages
     )
     rows = "".join(
         f'<tr><th>{escape(name)}</th><td class="number">{escape(value)}</td><td>{escape(note)}</td></tr>'
-        for name, value, note in table(judgement.numbers)
+        for name, value, note in table(judgement.stages)
     )
-    protocol = ", ".join(_protocol(judgement.numbers["protocol"]))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        f'<h1>{escape(title)}</h1><h2>Verdict</h2><ul class="verdict">{found}</ul>'
+        f'<h1>{escape(title)}</h1><h2>Verdict</h2><ul class="verdict">{findings}</ul>'
         f'<h2>Numbers</h2><table>{rows}</table><p class="small">Nats per datum, with Monte Carlo standard errors given '
-        f"these data; data ± is the error for other data of the kind. {escape(protocol)}.</p>"
+        f"these data; data ± is the error for other data of the kind. {escape(_protocol(judgement.protocol))}.</p>"
         f"<h2>What was done</h2><table>{stages}</table>"
         f"<h2>Pictures</h2>{figures}</body></html>\n"
     )
 
 
-def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def table(stages: Stages) -> Iterator[tuple[str, str, str]]:
     """The main numbers as (name, value, note)."""
-    bounds, gaps = numbers.get("bounds") or {}, numbers.get("gaps") or {}
-    latents, bracket = numbers.get("latents") or {}, numbers.get("bracket") or {}
-    rows = []
-    if bounds:
-        rows += [
-            ("ELBO", nats(bounds["elbo"], bounds["elbo_stderr"]), f"{bounds['images']} data"),
-            ("reconstruction", nats(bounds["reconstruction"]), "E log p(x | z)"),
-            ("KL", nats(bounds["kl"]), "KL(q(z | x) || p(z))"),
-            ("log p(x)", nats(bounds["log_p"], bounds["log_p_stderr"]),
-             f"K = {bounds['num_samples']}; data {_error(bounds.get('log_p_data_stderr'))}"),
-        ]  # fmt: skip
-        if bounds.get("short") is not None and math.isfinite(bounds["short"]):
-            rows.append(("it lacks", nats(bounds["short"], bounds["short_stderr"]),
-                         f"the estimator's; beside {bounds['short_source']}"))  # fmt: skip
-    whose = {"inference": "log p(x) - ELBO", "approximation": "the family's", "amortization": "the encoder's"}
-    for name, said in whose.items():
-        if gaps.get(name) is not None:
-            title = {"amortization": "amortisation"}.get(name, name)
-            rows.append((f"{title} gap", nats(gaps[name], gaps[f"{name}_stderr"]),
-                         f"{said}; {gaps['images']} data; data {_error(gaps.get(f'{name}_data_stderr'))}"))  # fmt: skip
-    if bracket:
-        rows.append(("bracket width", nats(bracket["width"], bracket["width_stderr"]),
-                     f"{bracket['num_data']} simulated data, {bracket['num_steps']} steps"))  # fmt: skip
-    if latents:
-        active = f"{latents['active']} of {latents['latent_dim']}"
-        rows.append(("active latents", active, "variance of the mean > 0.01"))
-    return rows
+    bounds, gaps, latents, bracket = stages.bounds, stages.gaps, stages.latents, stages.bracket
+    if bounds.done:
+        yield "ELBO", str(bounds.elbo), f"{bounds.num_data} data; {_over_data(bounds.elbo)}"
+        yield "reconstruction", f"{bounds.reconstruction:.2f}", "E log p(x | z)"
+        yield "KL", f"{bounds.kl:.2f}", "KL(q(z | x) || p(z))"
+        yield "log p(x)", str(bounds.log_p), f"K = {bounds.num_samples}; {_over_data(bounds.log_p)}"
+        if bounds.missing.known:
+            yield "it lacks", str(bounds.missing), f"the estimator's; beside {bounds.comparison}"
+    for name, gap, whose in (
+        ("inference gap", gaps.inference, "log p(x) - ELBO"),
+        ("approximation gap", gaps.approximation, "the family's"),
+        ("amortization gap", gaps.amortization, "the encoder's"),
+    ):
+        if gap.known:
+            yield name, str(gap), f"{whose}; {gaps.num_data} data; {_over_data(gap)}"
+    if bracket.done:
+        yield "bracket width", str(bracket.width), f"{bracket.num_data} simulated data, {bracket.num_steps} steps"
+    if latents.done:
+        active = "unknown" if latents.active is None else f"{latents.active} of {latents.latent_dim}"
+        yield "active latents", active, f"variance of the mean > {latents.threshold:g}"
 
 
-def draw(judgement: Judgement) -> dict[str, tuple[Figure, str]]:
-    """The pictures that the numbers allow, with their captions, by name."""
-    return {name: (figure, caption) for name, figure, caption in _draw(judgement)}
-
-
-def _draw(judgement: Judgement) -> Iterator[tuple[str, Figure, str]]:
-    numbers, arrays = judgement.numbers, judgement.arrays
-    bounds, gaps, latents = (numbers.get(name) for name in ("bounds", "gaps", "latents"))
-    if gaps and gaps.get("inference") is not None:
-        row = {"guide": "guide", "total": gaps["inference"], "total_stderr": gaps["inference_stderr"]}
-        row |= {k: gaps.get(k) for part in ("approximation", "amortization") for k in (part, f"{part}_stderr")}
+def draw(stages: Stages) -> Iterator[Picture]:
+    """The pictures that the numbers allow, one by one, the most telling first."""
+    bounds, gaps, latents = stages.bounds, stages.gaps, stages.latents
+    if gaps.inference.known:
         caption = "What the guide loses: its family's part, and its encoder's. Bars of error are two standard errors."
-        yield "gaps", judging_plots.gap_bars([row]), caption
-    if bounds and bounds.get("curve"):
-        curve = bounds["curve"]
-        figure = judging_plots.bounds_by_samples(
-            curve["num_samples"], {"importance-weighted bound": curve["value"]},
-            {"importance-weighted bound": curve["stderr"]}, *((gaps["log_p"], gaps["log_p_stderr"]) if gaps and
-            gaps["images"] == bounds["images"] else (None, 0.0)),
-        )  # fmt: skip
-        yield "samples", figure, "The estimate of log p(x) at smaller numbers of samples; at K = 1 it is the ELBO."
-    if "pareto_k" in arrays and bool(arrays["pareto_k"].isfinite().any()):
-        x = arrays["images"]
-        images = x.float().clamp(0, 1).cpu() if getattr(x, "dim", lambda: 0)() == 4 and x.shape[1] in (1, 3) else None
-        figure = judging_plots.khat_against_log_p(arrays["pareto_k"], arrays["log_p"], arrays["khat_limit"], images)
-        yield "khat", figure, "Which data have weights that cannot be relied upon."
-    if "bracket_lower" in arrays:
-        figure = judging_plots.bracket(
-            arrays["bracket_lower"], arrays["bracket_upper"], lower_stderr=arrays.get("bracket_lower_stderr")
-        )
-        yield "bracket", figure, "On data simulated from the model log p(x) lies between both bounds, on average."
-    if "ranks" in arrays:
-        yield (
-            "ranks", _ranks(arrays, numbers.get("calibration") or {}),
-            "A valley says that the guide is too narrow there, a hump too wide, a slope biased; the worst come first.",
-        )  # fmt: skip
-    if latents and latents.get("kl"):
-        figure = judging_plots.kl_by_dimension(
-            list(latents["kl"].values()), latents["kl_data_stderr"], names=list(latents["kl"])
-        )
-        yield "kl", figure, "How many nats each latent carries, on average over the data."
+        yield Picture("gaps", plots.gap_bars([_bar(gaps)]), caption)
+    if bounds.curve:
+        caption = "The estimate of log p(x) at smaller numbers of samples; at K = 1 it is the ELBO."
+        yield Picture("samples", _curve(bounds, gaps), caption)
+    if bounds.pareto_k is not None and bool(bounds.pareto_k.isfinite().any()):
+        limit = khat_limit(bounds.better_samples)
+        figure = plots.khat_against_log_p(bounds.pareto_k, bounds.pointwise, limit, _images(bounds.data))
+        yield Picture("khat", figure, "Which data have weights that cannot be relied upon.")
+    bracket = stages.bracket.found
+    if bracket is not None:
+        lower = bracket.lower
+        figure = plots.bracket(lower.pointwise, bracket.upper.pointwise, lower_stderr=lower.pointwise_stderr)
+        caption = "On data simulated from the model log p(x) lies between both bounds, on average."
+        yield Picture("bracket", figure, caption)
+    yield from _calibration(stages.calibration)
+    if latents.kl:
+        figure = plots.kl_by_dimension(list(latents.kl.values()), latents.kl_data_stderr, names=list(latents.kl))
+        yield Picture("kl", figure, "How many nats each latent carries, on average over the data.")
 
 
-def _ranks(arrays: Mapping[str, Any], calibration: Mapping[str, Any]) -> Figure:
-    """The latents of smallest p-value, which are the ones to look at, in their order."""
-    ranks, names = arrays["ranks"], calibration.get("names") or []
-    order = sorted(range(ranks.shape[1]), key=lambda d: (calibration.get("p_value") or {d: d})[d])
-    return judging_plots.rank_histogram(
-        ranks[:, order], arrays["num_draws"], names=[names[d] for d in order] if names else []
+def _bar(gaps: GapSplit) -> dict[str, Any]:
+    """The gaps as a row of `plots.gap_bars`."""
+    row = {"guide": "guide", "total": gaps.inference.value, "total_stderr": gaps.inference.mc_stderr}
+    if gaps.split:
+        row |= {"approximation": gaps.approximation.value, "approximation_stderr": gaps.approximation.mc_stderr}
+        row |= {"amortization": gaps.amortization.value, "amortization_stderr": gaps.amortization.mc_stderr}
+    return row
+
+
+def _curve(bounds: Bounds, gaps: GapSplit) -> Figure:
+    """The estimate against K, and log p(x) where it is known of the same data."""
+    name = "importance-weighted bound"
+    same = gaps.log_p.known and gaps.num_data == bounds.num_data
+    log_p = (gaps.log_p.value, gaps.log_p.mc_stderr) if same else (None, 0.0)
+    return plots.bounds_by_samples(bounds.curve_samples, {name: bounds.curve}, {name: bounds.curve_mc_stderr}, *log_p)
+
+
+def _calibration(stage: Calibrated) -> Iterator[Picture]:
+    """Ranks and coverage of the latents of smallest p-value, which are the ones to look at, in their order."""
+    found = stage.found
+    if found is None:
+        return
+    order = sorted(range(len(stage.names)), key=lambda i: stage.p_value[i])
+    names = [stage.names[i] for i in order]
+    caption = (
+        "A valley says that the guide is too narrow there, a hump too wide, a slope biased; the worst come first."
     )
+    yield Picture("ranks", plots.rank_histogram(found.ranks[:, order], found.num_samples, names=names), caption)
+    bands = found.coverage()
+    curves = {stage.names[i]: bands.empirical[:, i] for i in order[:5]}
+    figure = plots.coverage_curve(bands.nominal, curves, len(found.ranks), bands.lower, bands.upper, bands.level)
+    caption = "How often an interval of each level holds the truth: below the diagonal the guide is too narrow."
+    yield Picture("coverage", figure, caption)
 
 
-def _protocol(protocol: Mapping[str, Any]) -> list[str]:
+def _images(data: Any) -> Any:
+    """The data where they are pictures, as grey levels or colours in [0, 1]."""
+    pictures = getattr(data, "dim", lambda: 0)() == 4 and data.shape[1] in (1, 3)
+    return data.float().clamp(0, 1).cpu() if pictures else None
+
+
+def _protocol(protocol: Mapping[str, Any]) -> str:
     """What the numbers depend on, in words."""
-    said = []
+    words = []
     for name, value in protocol.items():
         if isinstance(value, Mapping):
-            said += [f"{k} {v}" for k, v in value.items()]
+            words += [f"{k} {v}" for k, v in value.items()]
         else:
-            said.append(f"{name.replace('_', ' ')} {value}")
-    return said
+            words.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(words)
 
 
-def _error(value: float | None) -> str:
-    return "± ?" if value is None or not math.isfinite(value) else f"± {value:.2f}"
+def _over_data(number: Nats) -> str:
+    return f"data ± {number.data_stderr:.2f}" if math.isfinite(number.data_stderr) else "data ± ?"
 
 
-def _item(text: str, advice: str, culprit: str | None) -> str:
-    kind = ' class="fault"' if culprit else ""
-    more = f' <span class="advice">{escape(advice)}</span>' if advice else ""
-    return f"<li{kind}>{escape(text)}{more}</li>"
+def _item(finding: Finding) -> str:
+    kind = ' class="fault"' if finding.culprit else ""
+    advice = f' <span class="advice">{escape(finding.advice)}</span>' if finding.advice else ""
+    return f"<li{kind}>{escape(finding.text)}{advice}</li>"
 
 
 def _png(figure: Figure) -> str:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.app import evaluation, plots
+from pyro_vae import plots
+from pyro_vae.app import evaluation
 from pyro_vae.app.defaults import FitOptions
+from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.latents import posterior_means
@@ -46,22 +49,22 @@ def draw(
         if key in numbers
     } or {"test reconstruction": numbers["test_reconstruction"]}
     name = "reconstruction" if point else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
-    plots.save(plots.training_curve(records, finals, name), folder / "training_curve.png")
+    save(plots.training_curve(records, finals, name), folder / "training_curve.png")
     with seeded(options.seed), torch.no_grad():
         x = test[torch.arange(min(20, len(test)))].to(device)
-        plots.save(plots.reconstructions(x, vae.reconstruct(x)), folder / "reconstructions.png")
+        save(plots.reconstructions(x, vae.reconstruct(x)), folder / "reconstructions.png")
         drawn = vae.sample(64)
         title = "Decoded from N(0, I), which this autoencoder knows nothing of" if point else "Samples from the prior"
-        plots.save(plots.samples(drawn, title), folder / "samples.png")
+        save(plots.samples(drawn, title), folder / "samples.png")
         known, labels = test[torch.arange(min(200, len(test)))], test.labels
         if len(test) < 2:  # nothing lies between one datum and itself
             known, labels = torch.cat([dataset.validation[:1], known]), None
         start, end = pairs(known, labels)
         lines = vae.interpolate(start.to(device), end.to(device), steps=10)
-        plots.save(plots.interpolations(lines), folder / "interpolations.png")
+        save(plots.interpolations(lines), folder / "interpolations.png")
         shown = test.subset(slice(0, _LATENT_POINTS))
         means = posterior_means(vae.model, vae.guide, shown, seed=options.seed)
-        plots.save(plots.latent_space(means, shown.labels, dataset.label_names), folder / "latent_space.png")
+        save(plots.latent_space(means, shown.labels, dataset.label_names), folder / "latent_space.png")
 
 
 def pairs(x: Tensor, labels: Tensor | None, count: int = 6) -> tuple[Tensor, Tensor]:
@@ -82,3 +85,9 @@ def pairs(x: Tensor, labels: Tensor | None, count: int = 6) -> tuple[Tensor, Ten
         if len(starts) == count:
             break
     return x[starts], x[ends]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all; its folder is made."""
+    options: dict[str, Any] = {"dpi": 150, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
+    write_file(path, lambda partial: figure.savefig(partial, **options))

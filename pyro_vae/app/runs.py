@@ -17,10 +17,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pyro_vae.atomic import reason_of, write_file
 
 if TYPE_CHECKING:
     from pyro_vae.programs.vae import VAE
@@ -79,12 +81,12 @@ class Run:
             raise ValueError(f"{path} has a damaged architecture entry ({error}). Fit again.") from error
         assert vae.architecture is not None
         built = {key: getattr(vae.architecture, key) for key in BUILT if key in self.config}
-        told = {key: tuple(v) if isinstance(v := self.config[key], list) else v for key in built}
-        if built != told:
-            key = next(key for key in built if built[key] != told[key])
+        configured = {key: tuple(v) if isinstance(v := self.config[key], list) else v for key in built}
+        if built != configured:
+            key = next(key for key in built if built[key] != configured[key])
             raise ValueError(
-                f"{path} was built with {key} = {built[key]}, but {self.path / CONFIG} says {told[key]}: the two files "
-                "are of different runs."
+                f"{path} was built with {key} = {built[key]}, but {self.path / CONFIG} says {configured[key]}: the two "
+                "files are of different runs."
             )
         return vae
 
@@ -125,7 +127,7 @@ def new_run(path: Path) -> Iterator[Path]:
         try:
             (partial / FIGURES).mkdir(parents=True)
         except OSError as error:
-            raise ValueError(f"got --out {path}, wanted a place to write to: {_reason(error)}.") from error
+            raise ValueError(f"got --out {path}, wanted a place to write to: {reason_of(error)}.") from error
         yield partial
         refuse_existing(path)
         partial.rename(path)
@@ -156,34 +158,13 @@ def free_path(data: str) -> Path:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write plain data as JSON, atomically; numbers that are not finite become null."""
     text = json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    written(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write one line of JSON for each record, atomically."""
     text = "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
-    written(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def written(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have a file written beside its place and renamed, so that it is there whole or not at all.
-
-    Args:
-        path: The file; its folder is made.
-        write: Writes to the path that it is given, which has the same suffix.
-    Raises:
-        ValueError: Nothing can be written there.
-    """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise ValueError(f"got {path}, wanted a file to write to: {_reason(error)}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -202,7 +183,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

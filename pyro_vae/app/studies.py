@@ -126,8 +126,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     counts = {result: sum(o.result == result for o in outcomes) for result in ("trains", "refused", "fails")}
     lines += ["", *(f"[{number}] {reason}" for reason, number in reasons.items())]
     lines += [""] * bool(reasons)
-    said = f"{counts['trains']} of {len(outcomes)} train, {counts['refused']} are refused, {counts['fails']} fail."
-    return "\n".join([*lines, said])
+    summary = f"{counts['trains']} of {len(outcomes)} train, {counts['refused']} are refused, {counts['fails']} fail."
+    return "\n".join([*lines, summary])
 
 
 def as_records(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

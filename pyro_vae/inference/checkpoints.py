@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pyro_vae.atomic import replace_file
 from pyro_vae.parameters import plain_name
 from pyro_vae.traces import Program
 
@@ -103,12 +104,7 @@ class Checkpoint:
         for device in {t.device for t in self.tensors.values() if t.device.type == "cuda"}:
             content[f"random/{device}"] = torch.cuda.get_rng_state(device)
         header = {_METADATA: json.dumps({"settings": self.settings, "progress": dict(progress)})}
-        partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
-        try:
-            save_file(content, str(partial), metadata=header)
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(self.path, lambda partial: save_file(content, str(partial), metadata=header))
 
     def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
         """Put tensors and random state back; what else was written, or None where there is no file.

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from pyro_vae.atomic import replace_file
 from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
 from pyro_vae.parts import posteriors
@@ -151,12 +152,7 @@ class VAE(nn.Module):
         if not path.parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}. Make it first.")
         metadata = {_METADATA: json.dumps(asdict(self.architecture))} if self.architecture else {}
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            save_model(_Plain(self), str(partial), metadata=metadata)  # type: ignore[arg-type]
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(path, lambda partial: save_model(_Plain(self), str(partial), metadata=metadata))  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> VAE:

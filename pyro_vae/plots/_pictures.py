@@ -1,4 +1,4 @@
-"""Pictures of a fitted pair: tensors in, matplotlib figures out, nothing global touched.
+"""Figures of a fitted pair: tensors in, matplotlib figures out, nothing global touched.
 
 Images are (N, C, H, W) in [0, 1], grey or RGB; vectors, (N, D), are shown as the rows
 of a heat map.
@@ -7,20 +7,18 @@ of a heat map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
-_INCHES = 7.0
+from pyro_vae.plots._canvas import BLUE, GREY, INCHES, ORANGE, canvas, pixels
+
 _MAX_LABELS = 20
 
 
@@ -34,7 +32,7 @@ def training_curve(
         finals: Numbers to compare with, by name, as dotted lines.
         name: What the bound is called.
     """
-    figure, axes = _figure(_INCHES, 3.8)
+    figure, axes = _figure(INCHES, 3.8)
     epochs = [record["epoch"] for record in records]
     shown: list[float] = []
     for key, label, colour in (("bound", "training", BLUE), ("validation", "validation", ORANGE)):
@@ -125,8 +123,8 @@ def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
     columns = min(len(x), 8)
     lines = -(-len(x) // columns)
     height, width = x.shape[-2:]
-    cell = _INCHES / columns
-    figure = canvas(_INCHES if columns == 8 else max(3.5, cell / 2 * columns), 0)
+    cell = INCHES / columns
+    figure = canvas(INCHES if columns == 8 else max(3.5, cell / 2 * columns), 0)
     cell = figure.get_figwidth() / columns
     figure.set_figheight(lines * (cell * height / width + 0.28) + 0.4)
     grid = figure.subplots(lines, columns, squeeze=False)
@@ -194,20 +192,6 @@ def plane(z: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
     return (u[:, :2] * s[:2]).numpy(), (names[0], names[1])
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
-    from pyro_vae.app.runs import written
-
-    written(path, lambda partial: figure.savefig(partial, dpi=150, format="png", bbox_inches="tight", pad_inches=0.1))
-
-
-def canvas(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that needs no display."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = canvas(width, height)
     return figure, figure.subplots()
@@ -215,12 +199,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _is_vector(x: Tensor) -> bool:
     return x.dim() == 2
-
-
-def pixels(x: Tensor) -> np.ndarray:
-    """One image, (C, H, W), as (H, W) or (H, W, 3) in [0, 1]."""
-    image = x.detach().float().cpu().clamp(0, 1).numpy()
-    return image[0] if image.shape[0] != 3 else image.transpose(1, 2, 0)
 
 
 def _show(axes: Axes, image: np.ndarray) -> None:
@@ -243,7 +221,7 @@ def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_afte
             image = np.stack([image] * 3, -1) if image.ndim == 2 else image
             top, left = r * high + breaks[r], c * wide
             picture[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
-    inches = min(_INCHES, max(3.2, 0.75 * columns))
+    inches = min(INCHES, max(3.2, 0.75 * columns))
     figure, axes = _figure(inches, inches * picture.shape[0] / picture.shape[1] + 0.4)
     axes.imshow(picture, interpolation="antialiased")
     axes.set_xticks([])
@@ -258,7 +236,7 @@ def _heatmaps(panels: Mapping[str, Tensor], title: str, captions: Sequence[str] 
     """Vectors as rows of heat maps that share one colour scale."""
     arrays = {name: x.detach().float().cpu().numpy() for name, x in panels.items()}
     limit = max(float(np.abs(a).max()) for a in arrays.values()) or 1.0
-    figure = canvas(_INCHES if len(panels) > 1 else 5.0, 4.2)
+    figure = canvas(INCHES if len(panels) > 1 else 5.0, 4.2)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for i, (axes, (name, a)) in enumerate(zip(grid, arrays.items(), strict=True)):
         shown = axes.imshow(a, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")

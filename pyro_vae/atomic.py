@@ -1,0 +1,53 @@
+"""Files that are there whole or not at all: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Have a file written beside its place and renamed, so that readers never see half of it.
+
+    Args:
+        path: The file, replaced if it is there; its folder must exist.
+        write: Writes to the path that it is given, which has the same suffix.
+    Raises:
+        OSError: Nothing can be written there; an older file is then as it was.
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_file(Path(folder, "a.txt"), lambda partial: partial.write_text("whole"))
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['a.txt']
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """As `replace_file`, for a user who named the file: its folder is made, and what goes wrong is a ValueError.
+
+    Raises:
+        ValueError: Nothing can be written there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, write)
+    except OSError as error:
+        raise ValueError(f"got {path}, wanted a file to write to: {reason_of(error)}.") from error
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says, in lower case."""
+    return (error.strerror or str(error)).lower()

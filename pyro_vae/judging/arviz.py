@@ -1,0 +1,388 @@
+"""A pair's draws as ArviZ data: `InferenceData` (ArviZ 0.x) or `DataTree` (1.x), for any pair.
+
+An amortised guide has a posterior per datum, so every group has the dimensions
+
+    posterior          z_k ~ q(z | x)           chain, draw, datum, latent
+    prior              z ~ p(z)                 chain, draw, datum, latent
+    *_predictive       x ~ p(x | z)             chain, draw, datum, the data's own
+    log_likelihood     log p(x | z_k)           chain, draw, datum
+    sample_stats       log p(x, z_k), log q(z_k | x), log w_k per draw; k-hat, ESS, log p(x) per datum
+    observed_data      x                        datum, the data's own
+
+Draws of a guide are independent, so "chains" are but a partition of them: R-hat is defined
+and equals 1 up to noise, and says nothing of how far q(z | x) is from p(z | x); k-hat does.
+Resampled by their importance weights, each chain from its own weights only, they are draws
+from p(z | x) as far as the weights carry it, and there R-hat does tell: where few weights
+dominate, the chains disagree.
+
+ArviZ's leave-one-out score is invalid here. It needs parameters that all data share; with
+one latent per datum, leaving x out leaves the prior. Held-out log p(x) is the score.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.atomic import write_file
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
+from pyro_vae.judging.components import Scorer
+from pyro_vae.judging.sweeps import chunk_sizes
+from pyro_vae.judging.weights import pareto_k, pareto_smoothed
+from pyro_vae.options import checked
+from pyro_vae.parameters import device_of
+from pyro_vae.sites import plates
+from pyro_vae.traces import Particles, Program, draw, plate_nesting, predict, simulate
+from pyro_vae.version import __version__
+
+LOO_IS_INVALID = (
+    "az.loo and az.waic are invalid here: every datum has a latent of its own, so leaving x out leaves the prior. "
+    "Compare models by log p(x) of held-out data: pyro_vae.log_likelihood(model, guide, x_test)."
+)
+_EVENTS = {1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
+
+
+@checked
+def to_arviz(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_samples: int = 1000,
+    num_chains: int = 4,
+    num_prior: int = 100,
+    num_predictive: int = 100,
+    resample: bool = False,
+    smooth: bool = True,
+    seed: int | None = 0,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Draws and log densities of a pair as ArviZ data.
+
+    Of as many data as `log_likelihood` takes at a time (38 of 512 numbers or fewer, with 80
+    samples or more), the draws are its own under the same seed. Predictive draws belong to the
+    first posterior draws of each chain.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        guide: A Pyro program for q(z | x).
+        args: What both take, usually the batch. Memory grows with its size times K.
+        num_samples: K, guide draws per datum in all chains together.
+        num_chains: Chains that the K draws are laid out in; a divisor of K.
+        num_prior: Draws from the prior, and of data from it, for each datum.
+        num_predictive: Data drawn given posterior draws, in all chains together: as many as fit into it.
+        resample: Posterior draws resampled with replacement by their importance weights,
+            each chain from its own, instead of draws from the guide.
+        smooth: Resample by Pareto-smoothed weights instead of raw ones.
+        seed: Seed of everything drawn; None goes on with torch's random state.
+        coords: Coordinates of dimensions, such as {"datum": names}.
+        protocol: What the numbers depend on (data, split, binarisation), kept as an attribute.
+        kwargs: Keyword arguments that both take.
+    Returns:
+        InferenceData (ArviZ 0.x) or DataTree (1.x). Dimensions are datum; latent (of several
+        vector latents ``<site>_latent``); channel, row, column of images, feature of vectors; inner
+        plates by their names. One that a site is called like gets the ending ``_index``.
+    Raises:
+        ValueError: A size out of range, coordinates of the wrong length, a guide without
+            density, and all that `particles` refuses.
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+        >>> tree = to_arviz(model, guide, torch.zeros(3, 2), num_samples=8, num_prior=5)
+        >>> dict(tree["posterior"]["z"].sizes)
+        {'chain': 4, 'draw': 2, 'datum': 3, 'latent': 2}
+
+    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
+    """
+    _check_sizes(num_samples, num_chains, num_prior, num_predictive)
+    place = device_of(model, guide)
+    if args and not kwargs:
+        args = Batches(args, sys.maxsize, place, shuffle=False, programs=(model, guide)).first()
+    elif place is not None:
+        args = tuple(x.to(place) if isinstance(x, Tensor) else x for x in args)
+    with evaluating(model, guide, seed=seed):
+        layout = _Layout(Scorer(model, args, kwargs), coords or {})
+        sizes = chunk_sizes((*args, *kwargs.values()), num_samples)
+        table, observed = _drawn(model, guide, args, kwargs, sizes, layout)
+        weight = table.log_weight.double().cpu()
+        stats = {
+            "lp": table.log_joint,
+            "log_q": torch.stack(list(table.log_q.values())).sum(0),
+            "log_weight": table.log_weight,
+        }
+        index = _resampled(weight, num_chains, smooth) if resample else None
+        latents = {name: layout.chained(name, table.latents[name], num_chains, index) for name in layout.latents}
+        kept = min(max(1, num_predictive // num_chains), num_samples // num_chains)
+        shown = {name: z[:, :kept].flatten(0, 1).to(place) for name, z in latents.items()}
+        predicted = _predicted(model, shown, args, kwargs, sizes[0])
+        simulations = [simulate(model, *args, **kwargs) for _ in range(num_prior)]
+    scores = {name: layout.chained(None, s, num_chains, index) for name, s in observed.items()}
+    posterior = {name: z.cpu() for name, z in latents.items()}
+    groups = {
+        "posterior": layout.dataset("posterior", posterior),
+        "posterior_predictive": layout.dataset(
+            "posterior_predictive", {name: x.unflatten(0, (num_chains, kept)) for name, x in predicted.items()}
+        ),
+        "log_likelihood": layout.dataset("log_likelihood", scores, per_datum=True),
+        "sample_stats": layout.dataset(
+            "sample_stats", {n: layout.chained(None, s, num_chains, index) for n, s in stats.items()}, per_datum=True
+        ),
+        "prior": layout.dataset(
+            "prior", {n: torch.stack([s.latents[n] for s in simulations])[None] for n in layout.latents}
+        ),
+        "prior_predictive": layout.dataset(
+            "prior_predictive", {n: torch.stack([s.observations[n] for s in simulations])[None] for n in layout.data}
+        ),
+        "observed_data": layout.dataset("observed_data", {n: layout.sites[n]["value"] for n in layout.data}),
+    }
+    share = weight.softmax(0)
+    for name, values, text in (
+        ("pareto_k", pareto_k(table.log_weight), "Pareto k-hat of the guide's importance weights"),
+        ("ess", 1 / share.square().sum(0), "effective number of guide draws, (sum w)^2 / sum w^2"),
+        ("log_evidence", weight.logsumexp(0) - math.log(num_samples), "log p(x) by importance sampling, nats"),
+    ):
+        groups["sample_stats"][name] = (layout.datum, values.numpy(), {"long_name": text})
+    groups["log_likelihood"].attrs["note"] = LOO_IS_INVALID
+    groups["posterior"].attrs["draws"] = (
+        "guide q(z | x), independent: chains are a partition of them"
+        if not resample
+        else f"guide draws resampled by their {'Pareto-smoothed ' if smooth else ''}importance weights, per chain"
+    )
+    about = {
+        "inference_library": "pyro_vae",
+        "inference_library_version": __version__,
+        "versions": json.dumps(
+            {
+                "pyro_vae": __version__, "pyro": pyro.__version__, "torch": torch.__version__,
+                "arviz": _arviz().__version__,
+            }
+        ),  # fmt: skip
+        "protocol": json.dumps(dict(protocol or {}), default=str),
+        "num_samples": num_samples,
+        "resampled": int(resample),
+        "seed": "none" if seed is None else seed,
+        "units": "nats",
+    }
+    return _assembled(groups, about)
+
+
+@checked
+def save_arviz(tree: Any, path: str | os.PathLike[str]) -> None:
+    """Write ArviZ data to a netCDF file, atomically; `az.from_netcdf` reads it back.
+
+    Args:
+        tree: What `to_arviz` gave.
+        path: The file, replaced if it is there.
+    Raises:
+        ValueError: No netCDF library is installed, or nothing can be written there.
+    """
+    # h5netcdf installs without h5py, and cannot work so.
+    engines = {"h5netcdf": ("h5netcdf", "h5py"), "netcdf4": ("netCDF4",)}
+    engine = next((n for n, needs in engines.items() if all(map(importlib.util.find_spec, needs))), None)
+    if engine is None:
+        raise ValueError(
+            "saving ArviZ data needs a netCDF library, and neither h5netcdf with h5py nor netCDF4 is installed. "
+            "Install one: pip install h5netcdf h5py."
+        )
+    write_file(path, lambda partial: tree.to_netcdf(str(partial), engine=engine))
+
+
+class _Layout:
+    """Which axis of which site is which dimension, and what it is called."""
+
+    def __init__(self, scorer: Scorer, coords: Mapping[str, Sequence[Any]]) -> None:
+        self.scorer, self.sites, self.size = scorer, scorer.sites, scorer.frame.data_size
+        # A factor has no value to show.
+        shown = [name for name, site in self.sites.items() if site["value"].numel()]
+        self.latents = [name for name in shown if not self.sites[name]["is_observed"]]
+        self.data = [name for name in shown if self.sites[name]["is_observed"]]
+        self._known: dict[str, int] = {}
+        self.datum = self._name("", "datum", self.size)
+        vectors = [name for name in self.latents if self.sites[name]["fn"].event_dim == 1]
+        self.dims: dict[str, list[str]] = {}
+        self.axis: dict[str, int] = {}  # that of the data in (*plates, *event)
+        for name in self.latents + self.data:
+            site = self.sites[name]
+            count, shape = site["fn"].event_dim, site["value"].shape
+            event = shape[len(shape) - count :]
+            deepest = max(-dim for dim in plates(site))
+            batch = shape[len(shape) - count - deepest : len(shape) - count]
+            found = []
+            for dim, size in zip(range(-deepest, 0), batch, strict=True):
+                frame = plates(site).get(dim)
+                wanted = f"{name}_plate_{-dim}" if frame is None else frame.name
+                found.append(self.datum if dim == scorer.frame.data_dim else self._name(name, wanted, size))
+            if name in vectors:
+                events: tuple[str, ...] = ("latent",) if len(vectors) == 1 else (f"{name}_latent",)
+            else:
+                default = tuple(f"{name}_dim_{i}" for i in range(count))
+                events = _EVENTS.get(count, default) if name in self.data else default
+            self.axis[name] = deepest + scorer.frame.data_dim
+            self.dims[name] = found + [self._name(name, e, n) for e, n in zip(events, event, strict=True)]
+        self.coords = self._checked(coords)
+
+    def _name(self, site: str, wanted: str, size: int) -> str:
+        """A name for a dimension that no variable has, and no dimension of another size."""
+        if wanted in self.sites or wanted in ("chain", "draw"):
+            wanted += "_index"
+        if self._known.get(wanted, size) != size:
+            wanted = f"{site}_{wanted}"
+        self._known[wanted] = size
+        return wanted
+
+    def _checked(self, coords: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        for name, values in coords.items():
+            if name not in self._known:
+                raise ValueError(f"got coordinates of {name!r}, wanted one of the dimensions {list(self._known)}.")
+            if len(values) != self._known[name]:
+                raise ValueError(
+                    f"got {len(values)} coordinates of {name!r}, which has {self._known[name]} places. Give one each."
+                )
+        return {name: np.asarray(values) for name, values in coords.items()}
+
+    def chained(self, name: str | None, values: Tensor, num_chains: int, index: Tensor | None) -> Tensor:
+        """(K, ...) as (C, S, ...), on the CPU, resampled where there is an index (C, S, B)."""
+        values = values.cpu().unflatten(0, (num_chains, -1))
+        if index is None:
+            return values
+        axis = 2 + (0 if name is None else self.axis[name])
+        moved = values.movedim(axis, 2)
+        rest = moved.shape[3:]
+        chosen = moved.gather(1, index.reshape(*index.shape, *(1 for _ in rest)).expand(*index.shape, *rest))
+        return chosen.movedim(2, axis)
+
+    def dataset(self, group: str, values: Mapping[str, Tensor], per_datum: bool = False) -> Any:
+        """One group, by ArviZ's own `from_dict`."""
+        az = _arviz()
+        arrays = {name: _array(x) for name, x in values.items()}
+        dims = {name: [self.datum] if per_datum else self.dims[name] for name in values}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="More chains")  # as was asked for
+            if _has_inference_data(az):
+                found = az.from_dict(**{group: arrays}, dims=dims, coords=self.coords)[group]
+            else:
+                found = az.from_dict({group: arrays}, dims=dims, coords=self.coords)[group].to_dataset()
+        if per_datum:
+            for name in arrays:
+                found[name].attrs["units"] = "nats"
+        return found
+
+
+def _drawn(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: list[int], layout: _Layout
+) -> tuple[Particles, dict[str, Tensor]]:
+    """All particles, and log p(x | z_k) per observed site, in chunks of K."""
+    nesting = plate_nesting(model, guide, *args, **kwargs) if sum(sizes) > 1 else 0
+    tables, scores = [], []
+    for size in sizes:
+        table = draw(model, guide, args, kwargs, size, max_plate_nesting=nesting)
+        if len(layout.data) == 1:
+            scores.append({layout.data[0]: table.log_likelihood})
+        else:
+            found = layout.scorer({name: table.latents[name] for name in table.log_prior})
+            scores.append({name: found[name] for name in layout.data})
+        tables.append(table)
+    first = tables[0]
+    joined = first._replace(
+        log_likelihood=torch.cat([t.log_likelihood for t in tables]),
+        log_prior={name: torch.cat([t.log_prior[name] for t in tables]) for name in first.log_prior},
+        log_q={name: torch.cat([t.log_q[name] for t in tables]) for name in first.log_q},
+        latents={name: torch.cat([t.latents[name] for t in tables]) for name in first.latents},
+    )
+    return joined, {name: torch.cat([s[name] for s in scores]) for name in layout.data}
+
+
+def _predicted(
+    model: Program, latents: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int
+) -> dict[str, Tensor]:
+    """x_k ~ p(x | z_k), (K, *plates, *event) per observed site, on the CPU."""
+    count = len(next(iter(latents.values())))
+    try:
+        parts = list(_predictions(model, latents, args, kwargs, size, count))
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+        # It does not broadcast over a leading dimension, as drawing from the guide has said already.
+        parts = list(_predictions(model, latents, args, kwargs, 1, count))
+    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+
+def _predictions(
+    model: Program,
+    latents: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    size: int,
+    count: int,
+) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, count, size):
+        yield predict(model, {name: z[start : start + size] for name, z in latents.items()}, *args, **kwargs)
+
+
+def _resampled(log_weight: Tensor, num_chains: int, smooth: bool) -> Tensor:
+    """For each chain, draw and datum, which draw of that chain, (C, S, B)."""
+    found = []
+    for weight in log_weight.chunk(num_chains):
+        share = (pareto_smoothed(weight)[0] if smooth else weight).log_softmax(0)
+        found.append(torch.multinomial(share.exp().T, len(weight), replacement=True).T)
+    return torch.stack(found)
+
+
+def _check_sizes(num_samples: int, num_chains: int, num_prior: int, num_predictive: int) -> None:
+    for name, value in (
+        ("num_samples", num_samples), ("num_chains", num_chains), ("num_prior", num_prior),
+        ("num_predictive", num_predictive),
+    ):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"got {name}={value}, wanted a positive integer.")
+    if num_samples % num_chains:
+        raise ValueError(
+            f"got num_samples={num_samples} in num_chains={num_chains} chains, wanted a multiple of {num_chains}."
+        )
+
+
+def _assembled(groups: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
+    for dataset in groups.values():
+        dataset.attrs.update(about)
+    az = _arviz()
+    if _has_inference_data(az):
+        return az.InferenceData(attrs=dict(about), **groups)
+    import xarray
+
+    tree = xarray.DataTree.from_dict(dict(groups))
+    tree.attrs.update(about)
+    return tree
+
+
+def _array(x: Tensor) -> np.ndarray:
+    x = x.detach().cpu()
+    # netCDF has neither.
+    return x.to({torch.bool: torch.uint8, torch.bfloat16: torch.float32}.get(x.dtype, x.dtype)).numpy()
+
+
+def _has_inference_data(az: Any) -> bool:
+    return int(az.__version__.split(".")[0]) < 1  # 1.x still answers to the name, with a warning
+
+
+def _arviz() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # announcements at import
+        import arviz
+    return arviz

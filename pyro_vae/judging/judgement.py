@@ -1,0 +1,216 @@
+"""One judgement of a pair within a budget of time: stages in order of importance, and a verdict.
+
+Each stage works in pieces of a fixed schedule, so that a seed gives the same numbers wherever the same pieces were
+done, and what was done is reported. A piece is begun only where what was measured so far says that it fits, and is
+broken off, and left out, where that was wrong: the clock is looked at whenever a sample statement of model or guide
+runs. So the budget holds for any pair, also on a machine that is busy with other things.
+
+A stage that a pair does not allow (a discrete latent cannot be annealed, a point has no density) says
+why, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pyro_vae.inference.batches import seeded
+from pyro_vae.judging.budget import Budget, OutOfTime
+from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.judging.examinations import (
+    Examination,
+    examine_bounds,
+    examine_bracket,
+    examine_calibration,
+    examine_latents,
+    with_missing,
+)
+from pyro_vae.judging.gap_examinations import examine_gaps, examine_remedy
+from pyro_vae.judging.nats import plain
+from pyro_vae.judging.stages import Stage, Stages
+from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.verdicts import Culprit, Finding, verdict
+from pyro_vae.options import checked
+from pyro_vae.traces import Program
+
+VERSION = 2  # of the JSON
+_EXAMINE: dict[str, Callable[[Examination, Stages], Stage]] = {
+    "bounds": examine_bounds, "latents": examine_latents, "gaps": examine_gaps, "remedy": examine_remedy,
+    "bracket": examine_bracket, "calibration": examine_calibration,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was found out about a pair, with its protocol and verdict.
+
+    Attributes:
+        stages: What each stage found, or why it did not: ``stages.gaps.approximation``, say. Nats per datum.
+        findings: The verdict, sentence by sentence.
+        protocol: What the numbers depend on.
+    """
+
+    stages: Stages
+    findings: tuple[Finding, ...]
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def culprits(self) -> tuple[Culprit, ...]:
+        """Who is at fault: of "family", "encoder", "dead encoder", "collapse", "estimator"; none if empty."""
+        return tuple(dict.fromkeys(f.culprit for f in self.findings if f.culprit is not None))
+
+    @property
+    def verdict(self) -> tuple[str, ...]:
+        """The findings as sentences."""
+        return tuple(str(finding) for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; numbers that are not finite are None. Tensors are left out."""
+        return {
+            "version": VERSION,
+            "protocol": plain(self.protocol),
+            "stages": {name: stage.to_dict() for name, stage in self.stages._asdict().items()},
+            "findings": plain(self.findings),
+            "culprits": list(self.culprits),
+        }
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Judgement:
+        """From what `to_json` gave.
+
+        Raises:
+            ValueError: Another version wrote it, or something else.
+        """
+        values = json.loads(text)
+        version = values.get("version") if isinstance(values, dict) else None
+        if version != VERSION:
+            raise ValueError(f"got a judgement of version {version}, wanted {VERSION}. Judge the pair again.")
+        kinds = Stages._field_defaults
+        stages = {name: type(kinds[name]).from_dict(stage) for name, stage in values["stages"].items()}
+        findings = tuple(Finding(**finding) for finding in values["findings"])
+        return cls(Stages(**stages), findings, values["protocol"])
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The report as (what, text) pairs; the verdict comes last."""
+        found = [(stage.title, str(stage)) for stage in self.stages]
+        return found + [("" if index else "verdict", text) for index, text in enumerate(self.verdict)]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.lines())
+        return "\n".join(f"{name:{width}}  {text}" for name, text in self.lines())
+
+
+@checked
+def judge(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    budget: float = 120.0,
+    num_data: int = 100,
+    num_samples: int = 1000,
+    observed: Mapping[str, int] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Judgement:
+    """Judge a pair: how far its ELBO is from log p(x), whose fault that is, and what to try next.
+
+    Args:
+        model: A Pyro program for p(x, z), with any sites.
+        guide: A Pyro program for q(z | x).
+        data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches.
+        budget: Seconds; more than that is not taken, and what does not fit is left out.
+        num_data: How many data are looked at, at most: the first.
+        num_samples: K of the estimate of log p(x) that is judged.
+        observed: Which argument each observed site is, by position, as {"x": 0}, where simulated data need it.
+        seed: Of everything. The same pieces give the same numbers.
+        device: Where the batches go; where the modules are when not given.
+        progress: Show which stage is at work; None shows it on a terminal only.
+        clock: Gives seconds.
+    Returns:
+        What each stage found, verdict and protocol.
+    Raises:
+        ValueError: No data, or an option out of range.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):   # the mean is right, the scale three times what it should be
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 3 * 0.5**0.5))
+        >>> judge(model, guide, torch.linspace(-1, 1, 8), num_data=4, budget=60).culprits  # doctest: +SKIP
+        ('encoder',)
+    """
+    for name, value in (("num_data", num_data), ("num_samples", num_samples)):
+        if value < 2:
+            raise ValueError(f"got {name}={value}, wanted at least 2.")
+    if not budget > 0:
+        raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
+    with sweep(model, guide, data=data, batch_size=num_data, num_data=num_data, whole=True, seed=seed, device=device,
+               progress=progress, title="judge") as run:  # fmt: skip
+        with seeded(seed):
+            first = run.whole()  # drawn once for all stages
+        options = {"device": device, "seed": seed, "progress": False}
+        pair = Examination(model, guide, first, num_samples, observed, options, Budget(budget, clock))
+        stages = _examined(pair, run)
+    protocol = {
+        "num_data": pair.num_data,
+        "num_samples": num_samples,
+        "seed": seed,
+        "budget_seconds": budget,
+        "seconds": round(clock() - pair.budget.started, 3),
+    }
+    return Judgement(stages, verdict(stages), protocol)
+
+
+def _examined(pair: Examination, run: Sweep) -> Stages:
+    """All stages, one after the other."""
+    # Imports, and first runs, are slow on a busy machine, and no fault of the first stage. What a pair does not allow,
+    # the stages say.
+    with contextlib.suppress(OutOfTime, Exception), pair.budget.piece():
+        log_likelihood(pair.model, pair.guide, pair.part(0, 2), num_samples=25, **pair.options)
+    stages = Stages()
+    run.expect(len(stages))
+    for name in Stages._fields:
+        run.tick(stage=getattr(stages, name).title)
+        stages = Stages(**stages._asdict() | {name: _one_stage(pair, name, stages)})
+        run.tick()
+    return stages._replace(bounds=with_missing(pair, stages.bounds)) if stages.bounds.done else stages
+
+
+def _one_stage(pair: Examination, name: str, stages: Stages) -> Stage:
+    """One stage within its share of the time that is left: what the later ones are owed is theirs."""
+    budget, kind = pair.budget, type(getattr(stages, name))
+    coming = Stages._fields[Stages._fields.index(name) :]
+    began = budget.clock()
+    try:
+        budget.begin_stage(kind.share / sum(getattr(stages, each).share for each in coming))
+        found = _EXAMINE[name](pair, stages)
+    except OutOfTime:
+        allowed = max(budget.stage_end - began, 0.0)
+        found = kind(late=True, reason=f"it did not fit into the {allowed:.1f} s that were left for it")
+    except (ValueError, NotImplementedError) as error:
+        found = kind(status="not possible", reason=_line(error) or type(error).__name__)
+    except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+        # A user's pair may break anywhere: the other stages are not to suffer.
+        found = kind(status="not possible", reason=f"{type(error).__name__}: {_line(error)}")
+    return dataclasses.replace(found, seconds=round(budget.clock() - began, 3))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,349 @@
+"""What each stage of a judgement found, as typed results: numbers with their errors, a status, and a reason.
+
+A stage is "done", "left out" (no time, or no need) or "not possible" (the pair does not allow it, or broke). Numbers
+that are not known are nan, which no comparison takes for large, so that a verdict can read all fields of all stages.
+Tensors serve the figures; they are no part of the JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from pyro_vae.judging.annealing import Bracket
+from pyro_vae.judging.calibration import Calibration
+from pyro_vae.judging.nats import Nats, plain, typed
+from pyro_vae.judging.results import over_data
+
+Status = Literal["done", "left out", "not possible"]
+Comparison = Literal["larger K", "best q", "jackknife"]
+T = TypeVar("T", bound="Stage")
+
+
+def _tensor() -> Any:
+    return field(default=None, compare=False, repr=False, metadata={"json": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What all stages have.
+
+    Attributes:
+        status: Whether it was done.
+        reason: Why not.
+        late: Whether it was left out for want of time.
+        seconds: What it took.
+        num_data: How many data it looked at.
+    """
+
+    title: ClassVar[str]
+    share: ClassVar[float]  # of the budget of time
+
+    status: Status = "left out"
+    reason: str = ""
+    late: bool = False
+    seconds: float = field(default=0.0, compare=False)
+    num_data: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether it was done."""
+        return self.status == "done"
+
+    def summary(self) -> str:
+        """What was found, in a sentence."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.summary() if self.done else f"{self.status}: {self.reason}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; numbers that are not finite are None."""
+        names = [f.name for f in dataclasses.fields(self) if f.metadata.get("json", True)]
+        return {name: plain(getattr(self, name)) for name in names}
+
+    @classmethod
+    def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+        """From what `to_dict` gave."""
+        kinds = typing.get_type_hints(cls)
+        return cls(**{name: typed(kinds[name], value) for name, value in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds(Stage):
+    """The ELBO and the estimate of log p(x) that is judged, beside a better one.
+
+    Attributes:
+        num_samples: K of the estimate that is judged.
+        num_samples_asked: What was asked for.
+        elbo: The ELBO.
+        reconstruction: E_q[log p(x | z)].
+        kl: KL(q(z | x) || p(z)).
+        log_p: The estimate at K.
+        bias: Its bias, by the jackknife.
+        khat_ok: Share of the data whose k-hat is small enough.
+        better: The estimate at `better_samples`.
+        better_samples: As many as there was time for, K at least.
+        better_bias: Its bias.
+        better_khat_ok: Its share of the data with a small k-hat.
+        curve_samples: K' = 1, 2, 5, ..., `better_samples`.
+        curve: The estimate at each K'.
+        curve_mc_stderr: Its errors.
+        missing: What the estimate at K lacks.
+        compared_with: What that was measured against: the better estimate, one that uses the best q of each datum
+            too, or its own limit, by the jackknife.
+        enough: The smallest K' that lacks no more than `RELEVANT`, where k-hat allows an answer.
+        pareto_k: k-hat per datum of the better estimate.
+        pointwise: The better estimate per datum.
+        data: The data.
+    """
+
+    title = "ELBO and log p(x)"
+    share = 0.25
+
+    num_samples: int = 0
+    num_samples_asked: int = 0
+    elbo: Nats = Nats()
+    reconstruction: float = math.nan
+    kl: float = math.nan
+    log_p: Nats = Nats()
+    bias: float = math.nan
+    khat_ok: float = math.nan
+    better: Nats = Nats()
+    better_samples: int = 0
+    better_bias: float = math.nan
+    better_khat_ok: float = math.nan
+    curve_samples: tuple[int, ...] = ()
+    curve: tuple[float, ...] = ()
+    curve_mc_stderr: tuple[float, ...] = ()
+    missing: Nats = Nats()
+    compared_with: Comparison = "larger K"
+    enough: int | None = None
+    pareto_k: Tensor | None = _tensor()
+    pointwise: Tensor | None = _tensor()
+    data: Any = _tensor()
+
+    @property
+    def comparison(self) -> str:
+        """What the estimate was compared with, in words."""
+        words = {"best q": "one that uses the best q of each datum too", "jackknife": "its limit, by the jackknife"}
+        return words.get(self.compared_with, f"that at K = {self.better_samples}")
+
+    def summary(self) -> str:
+        short = self.num_samples != self.num_samples_asked
+        less = f" (asked for {self.num_samples_asked}, which did not fit)" if short else ""
+        beside = f", beside K = {self.better_samples}" if self.better_samples != self.num_samples else ""
+        return (
+            f"ELBO {self.elbo} = {self.reconstruction:.2f} - KL {self.kl:.2f}; log p(x) {self.log_p} "
+            f"({over_data(self.log_p.data_stderr)}) nats; {self.num_data} data, K = {self.num_samples}{less}{beside}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents(Stage):
+    """What the latents are used for.
+
+    Attributes:
+        variance: Of the posterior mean over the data, by component; nan for one datum.
+        threshold: A component whose variance is no more does not move with the data.
+        rate: KL(q(z | x) || p(z)), over all latents.
+        kl: By component, or by site where its components are not independent.
+        kl_data_stderr: Its errors for the population, in the same order.
+    """
+
+    title = "use of the latents"
+    share = 0.05
+
+    variance: dict[str, float] = field(default_factory=dict)
+    threshold: float = 0.01
+    rate: float = math.nan
+    kl: dict[str, float] = field(default_factory=dict)
+    kl_data_stderr: tuple[float, ...] = ()
+
+    @property
+    def latent_dim(self) -> int:
+        """How many components there are."""
+        return len(self.variance)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The components that do not move with the data."""
+        return tuple(name for name, value in self.variance.items() if value <= self.threshold)
+
+    @property
+    def active(self) -> int | None:
+        """How many move with the data; None for one datum, which cannot say."""
+        if any(math.isnan(value) for value in self.variance.values()):
+            return None
+        return self.latent_dim - len(self.unused)
+
+    @property
+    def none_active(self) -> bool:
+        """Whether no latent moves with the data."""
+        return self.latent_dim > 0 and self.active == 0
+
+    def summary(self) -> str:
+        if self.active is None:
+            return f"rate {self.rate:.2f} nats; of one datum, which cannot say what moves with the data"
+        return f"{self.active} of {self.latent_dim} active, rate {self.rate:.2f} nats; {self.num_data} data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GapSplit(Stage):
+    """What the guide loses, split into the family's and the encoder's part.
+
+    Attributes:
+        num_samples: K of the bounds.
+        inference: log p(x) - ELBO.
+        approximation: The family's part; not known where the guide has no local form.
+        amortization: The encoder's part.
+        unsplit: Why there are no parts.
+        log_p: log p(x).
+        source: Where it is from.
+        bias: Of it, by the jackknife.
+        khat_ok: Share of the data whose k-hat is small enough.
+        remaining: What the search for the best members may still have risen by.
+        stopped: Share of the data for which it ended by itself.
+        num_steps: Steps of the search, on average.
+    """
+
+    title = "approximation and amortization gap"
+    share = 0.35
+
+    num_samples: int = 0
+    inference: Nats = Nats()
+    approximation: Nats = Nats()
+    amortization: Nats = Nats()
+    unsplit: str = ""
+    log_p: Nats = Nats()
+    source: str = ""
+    bias: float = math.nan
+    khat_ok: float = math.nan
+    remaining: float = math.nan
+    stopped: float = math.nan
+    num_steps: float = math.nan
+
+    @property
+    def split(self) -> bool:
+        """Whether both parts are known."""
+        return self.approximation.known and self.amortization.known
+
+    def summary(self) -> str:
+        if not self.split:
+            return f"total {self.inference} nats; {self.num_data} data; {self.unsplit}"
+        return (
+            f"{self.inference} = {self.approximation} (family) + {self.amortization} (encoder) nats; {self.num_data} "
+            f"data, K = {self.num_samples}, {self.num_steps:.0f} steps"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy(Stage):
+    """What another family would gain, where the family is at fault.
+
+    Attributes:
+        family: Its name.
+        gain: Nats, of its best member for each datum over that of the guide's own family.
+        approximation_before: Approximation gap of the guide's family, of the same data.
+        approximation: That of the other one.
+    """
+
+    title = "another family"
+    share = 0.1
+
+    family: str = "FullNormal"
+    gain: Nats = Nats()
+    approximation_before: float = math.nan
+    approximation: float = math.nan
+
+    def summary(self) -> str:
+        return f"{self.family}, fitted to each datum, is {self.gain} nats better; {self.num_data} data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bracketed(Stage):
+    """log p(x) of simulated data from both sides, by annealing.
+
+    Attributes:
+        num_steps: T.
+        num_chains: C.
+        start: Where the chains began, "guide" or "prior".
+        lower: Lower bound.
+        upper: Upper bound.
+        width: Between them; its error is over the simulations.
+        importance: The importance-sampling estimate of the same data.
+        below_lower: What it lacks to the lower bound.
+        below_upper: And to the upper bound.
+        found: All of it.
+    """
+
+    title = "bracket on simulated data"
+    share = 0.15
+
+    num_steps: int = 0
+    num_chains: int = 0
+    start: str = ""
+    lower: Nats = Nats()
+    upper: Nats = Nats()
+    width: Nats = Nats()
+    importance: float = math.nan
+    below_lower: Nats = Nats()
+    below_upper: Nats = Nats()
+    found: Bracket | None = _tensor()
+
+    def summary(self) -> str:
+        error = self.width.mc_stderr
+        width = f"{self.width.value:.2f}" + (" (one datum)" if math.isnan(error) else f" ± {error:.2f}")
+        return (
+            f"[{self.lower.value:.2f}, {self.upper.value:.2f}] nats (width {width}); {self.num_data} simulated data, "
+            f"{self.num_steps} steps, {self.num_chains} chains from the {self.start}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Stage):
+    """Simulation-based calibration of the guide.
+
+    Attributes:
+        num_draws: Draws of the guide that each true latent was ranked among.
+        level: Of the tests.
+        calibrated: Whether no component fails.
+        names: Of the components.
+        verdicts: One for each: "calibrated", or what the guide is there.
+        p_value: After Holm's correction.
+        coverage_90: Share of the central intervals of level 0.9 that hold the truth.
+        found: All of it.
+    """
+
+    title = "simulation-based calibration"
+    share = 0.1
+
+    num_draws: int = 0
+    level: float = math.nan
+    calibrated: bool = False
+    names: tuple[str, ...] = ()
+    verdicts: tuple[str, ...] = ()
+    p_value: tuple[float, ...] = ()
+    coverage_90: tuple[float, ...] = ()
+    found: Calibration | None = _tensor()
+
+    def summary(self) -> str:
+        failing = sum(verdict != "calibrated" for verdict in self.verdicts)
+        ranks = f"{failing} of {len(self.names)} latents not calibrated" if failing else "uniform ranks"
+        return f"{ranks}; {self.num_data} simulated data, {self.num_draws} draws each"
+
+
+class Stages(NamedTuple):
+    """All stages, in the order in which they are done."""
+
+    bounds: Bounds = Bounds()
+    latents: Latents = Latents()
+    gaps: GapSplit = GapSplit()
+    remedy: Remedy = Remedy()
+    bracket: Bracketed = Bracketed()
+    calibration: Calibrated = Calibrated()

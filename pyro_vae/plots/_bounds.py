@@ -1,0 +1,254 @@
+"""Figures of how good an approximation is: plain numbers in, matplotlib figures out.
+
+Every function takes lists, arrays or tensors, so that what a report keeps as JSON can be
+drawn again; missing numbers (None or nan) are left out. Bands and error bars are two
+standard errors unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from torch import Tensor
+
+from pyro_vae.plots._canvas import (
+    DARK,
+    GREY,
+    INCHES,
+    LIGHT,
+    MIDDLE,
+    Numbers,
+    array,
+    canvas,
+    label_axes,
+    number,
+    pixels,
+    show_legend,
+    styles,
+    titled_axes,
+)  # fmt: skip
+
+
+def bounds_by_samples(
+    num_samples: Sequence[int],
+    bounds: Mapping[str, Numbers],
+    stderr: Mapping[str, Numbers] | None = None,
+    log_p: float | None = None,
+    log_p_stderr: float = 0.0,
+) -> Figure:
+    """Bounds on log p(x) against K.
+
+    Args:
+        num_samples: The values of K.
+        bounds: For each name one value per K, nats per datum.
+        stderr: Their standard errors, by the same names.
+        log_p: The best estimate of log p(x), as a line.
+        log_p_stderr: Its standard error.
+    """
+    figure, axes = titled_axes("nats per datum", "Bounds on log p(x) by number of samples", "samples K")
+    _level(axes, log_p, log_p_stderr)
+    for (marker, dash, colour), (name, values) in zip(styles(bounds), bounds.items(), strict=True):
+        _curve(axes, array(num_samples), values, (stderr or {}).get(name), name, marker, dash, colour)
+    _log_ticks(axes, num_samples)
+    show_legend(axes, loc="lower right")
+    return figure
+
+
+def bracket(
+    lower: Numbers,
+    upper: Numbers,
+    log_p: Numbers | None = None,
+    lower_stderr: Numbers | None = None,
+    upper_stderr: Numbers | None = None,
+) -> Figure:
+    """The interval that holds log p(x) of each simulated datum, and its width.
+
+    Above, data are ordered by their lower bound; below stands the width on a scale of its own,
+    since brackets are narrow beside what data differ by. A width may be negative by noise.
+    Errors stand at the bounds and not at the width, since both bounds share their forward chains;
+    the mean width is given with one standard error over the data.
+
+    Args:
+        lower: Lower bound per datum, (N,), nats.
+        upper: Upper bound per datum, (N,).
+        log_p: The exact value or another estimate per datum, (N,).
+        lower_stderr: Standard error per datum, (N,).
+        upper_stderr: Standard error per datum, (N,).
+    """
+    low, high = array(lower), array(upper)
+    order, place = np.argsort(low), np.arange(len(low))
+    figure = canvas(INCHES, 4.8)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    above.vlines(place, low[order], high[order], color=DARK, lw=2.2, label="bracket")
+    bounds = ((low, lower_stderr, "^", DARK, "lower bound"), (high, upper_stderr, "v", MIDDLE, "upper bound"))
+    for values, error, marker, colour, name in bounds:
+        above.plot(place, values[order], marker, color=colour, ms=4, alpha=0.8, label=name)
+        if error is not None:
+            above.errorbar(place, values[order], 2 * array(error)[order], fmt="none", ecolor=colour, lw=0.8)
+    width = high - low
+    below.vlines(place, 0, width[order], color=GREY, lw=0.8)
+    below.plot(place, width[order], "o", color=DARK, ms=3)
+    if log_p is not None:
+        for axes, base in ((above, 0), (below, low[order])):
+            axes.plot(place, array(log_p)[order] - base, "x", color="black", ms=4, mew=0.9, label="log p(x)")
+    mean = float(np.nanmean(width))
+    spread = float(np.nanstd(width, ddof=1) / len(width) ** 0.5) if len(width) > 1 else np.nan
+    below.axhline(0, color=GREY, lw=0.8)
+    below.axhline(mean, color=MIDDLE, lw=1.2, ls="--")
+    label_axes(above, "nats", "Bracket of log p(x), simulated data")
+    label_axes(below, "above lower (nats)", "Width of the bracket", "datum, by lower bound")
+    below.set_title(f"mean {number(mean, 3)} ± {spread:.3f} nats", loc="right", fontsize=9)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    show_legend(above, loc="upper left")
+    return figure
+
+
+def gap_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """What each guide loses, approximation and amortization gap stacked, train beside test.
+
+        log p(x) - ELBO = (log p(x) - ELBO of the best q for x) + (that - ELBO)
+
+    Args:
+        rows: One per guide and split: {"guide", "split", "approximation",
+            "approximation_stderr", "amortization", "amortization_stderr"}, nats per datum, or
+            {"guide", "split", "total", "total_stderr"} where the total alone is known. Errors
+            may be missing.
+    """
+    guides = list(dict.fromkeys(str(row["guide"]) for row in rows))
+    splits = list(dict.fromkeys(str(row.get("split", "")) for row in rows))
+    figure = canvas(max(4.5, min(12.0, 1.4 + 1.3 * len(guides) * max(len(splits), 1) / 1.5)), 4.0)
+    axes = figure.subplots()
+    width = 0.8 / len(splits)
+    ticks, labels, named = [], [], set()
+
+    def bar(at: float, value: float, base: float, error: Any, name: str, **style: Any) -> None:
+        label = "" if name in named else name
+        named.add(name)
+        axes.bar(at, value, 0.88 * width, bottom=base, edgecolor="black", lw=0.7, label=label, **style)
+        # The two stacked bars' errors stand side by side, or they would cover each other.
+        shift = {"approximation": -0.15, "amortization": 0.15}.get(name, 0.0) * width
+        if error is not None and np.isfinite(error):
+            axes.errorbar(at + shift, base + value, 2 * error, color="black", lw=1.1, capsize=3)
+
+    for row in rows:
+        g, s = guides.index(str(row["guide"])), splits.index(str(row.get("split", "")))
+        at = g + (s - (len(splits) - 1) / 2) * width
+        if row.get("approximation") is not None:
+            first = float(row["approximation"])
+            bar(at, first, 0.0, row.get("approximation_stderr"), "approximation", color=DARK)
+            bar(at, float(row["amortization"]), first, row.get("amortization_stderr"), "amortization",
+                color=LIGHT, hatch="///")  # fmt: skip
+        else:
+            bar(at, float(row["total"]), 0.0, row.get("total_stderr"), "total only", color="#cbd5e0", hatch="...")
+        ticks.append(at)
+        labels.append(str(row.get("split", "")))
+    if splits != [""]:
+        axes.set_xticks(ticks, labels, fontsize=8)
+        axes.tick_params(axis="x", length=0)
+        second = axes.secondary_xaxis(-0.075)
+        second.set_xticks(range(len(guides)), guides)
+        second.tick_params(length=0)
+        second.spines[:].set_visible(False)
+    else:
+        axes.set_xticks(range(len(guides)), guides)
+        axes.tick_params(axis="x", length=0)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xlim(-0.6, len(guides) - 0.4)
+    label_axes(axes, "gap (nats per datum)", "Inference gap by guide")
+    axes.grid(axis="x", visible=False)
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.18)
+    axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=9)
+    return figure
+
+
+def khat_against_log_p(
+    pareto_k: Numbers, log_p: Numbers, limit: float = 0.7, images: Tensor | None = None, worst: int = 8
+) -> Figure:
+    """k-hat of each datum against its log p(x), and the data where it is worst.
+
+    Args:
+        pareto_k: k-hat per datum, (N,); -inf (constant weights) stands at the lower edge.
+        log_p: Estimated log p(x) per datum, (N,), nats.
+        limit: Above it weights are unreliable, `khat_limit(K)`.
+        images: The data, (N, C, H, W) in [0, 1]; those of largest k-hat are shown.
+        worst: How many of them.
+    """
+    k, x = array(pareto_k), array(log_p)
+    shown = min(worst, len(k)) if images is not None else 0
+    finite = k[np.isfinite(k)]
+    low = min(float(finite.min()), limit) if len(finite) else limit - 1
+    high = max(float(finite.max()), limit) if len(finite) else limit
+    pad = 0.08 * max(high - low, 0.5)
+    floor = low - 2 * pad
+    order = np.argsort(-np.nan_to_num(k, nan=-np.inf, neginf=-np.inf), kind="stable")[:shown]
+    figure = canvas(INCHES, 4.0 + (1.3 if shown else 0))
+    if shown:
+        grid = figure.add_gridspec(2, shown, height_ratios=(3.6, 1))
+        axes = figure.add_subplot(grid[0, :])
+    else:
+        axes = figure.subplots()
+    good = np.isfinite(k) & (k <= limit)
+    bad = np.isfinite(k) & (k > limit)
+    exact = np.isneginf(k)
+    axes.scatter(x[good], k[good], s=16, color=DARK, alpha=0.7, lw=0, label=f"reliable ({good.sum()})")
+    if bad.any():
+        axes.scatter(
+            x[bad], k[bad], s=26, marker="^", color=MIDDLE, edgecolors="black", lw=0.4,
+            label=f"unreliable ({bad.sum()})",
+        )  # fmt: skip
+    if exact.any():
+        axes.scatter(
+            x[exact], np.full(exact.sum(), floor + pad / 2), s=26, marker="v", color=GREY,
+            label=f"constant weights, k̂ = −∞ ({exact.sum()})",
+        )  # fmt: skip
+    axes.axhline(limit, color="black", lw=1, ls="--", label=f"limit {limit:.2f}")
+    axes.set_ylim(floor, high + 1.5 * pad)
+    label_axes(axes, "k̂", "Reliability of importance weights", "log p(x) (nats)")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.33 if shown else -0.3))
+    halo = [withStroke(linewidth=2, foreground="white")]
+    for i, datum in enumerate(order):
+        axes.annotate(
+            str(i + 1), (x[datum], min(k[datum], high) if np.isfinite(k[datum]) else floor + pad / 2),
+            textcoords="offset points", xytext=(4, 1) if i % 2 else (-4, 1), ha="left" if i % 2 else "right",
+            fontsize=7, path_effects=halo,
+        )  # fmt: skip
+        panel = figure.add_subplot(grid[1, i])
+        assert images is not None
+        panel.imshow(pixels(torch.as_tensor(images[datum])), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.set_title(f"{i + 1}", fontsize=8, pad=2)
+        panel.set_xlabel(f"k̂ {number(k[datum], 2)}", fontsize=7)
+    return figure
+
+
+def _log_ticks(axes: Axes, values: Sequence[int]) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([float(v) for v in values]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{int(v):,}" for v in values], fontsize=9 if len(values) <= 10 else 7)
+
+
+def _curve(
+    axes: Axes, x: np.ndarray, values: Numbers, stderr: Numbers | None, name: str, marker: str, dash: str, colour: str
+) -> None:
+    y = array(values)
+    axes.plot(x, y, color=colour, marker=marker, ls=dash, ms=4.5, lw=1.5, label=name)
+    if stderr is not None:
+        error = 2 * array(stderr)
+        axes.fill_between(x, y - error, y + error, color=colour, alpha=0.22, lw=0)
+
+
+def _level(axes: Axes, log_p: float | None, stderr: float) -> None:
+    if log_p is None:
+        return
+    axes.axhline(log_p, color="black", lw=1.1, ls=(0, (6, 3)), label=f"log p(x): {number(log_p)}")
+    if stderr:
+        axes.axhspan(log_p - 2 * stderr, log_p + 2 * stderr, color=GREY, alpha=0.25, lw=0)

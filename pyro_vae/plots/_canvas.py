@@ -1,0 +1,86 @@
+"""What all figures share: sizes, colours, empty axes, numbers and images as arrays.
+
+Colours differ in lightness, and lines also in dash and marker, so that a grey print can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
+DARK, MIDDLE, LIGHT = "#1a4480", "#dd6b20", "#f6b26b"
+STYLES = (("o", "-", DARK), ("s", "--", MIDDLE), ("^", "-.", "#4a5568"), ("D", ":", "#2f855a"), ("v", "--", "#97266d"))
+INCHES = 7.0
+Numbers = Any  # a list of numbers, an array or a tensor
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def titled_axes(ylabel: str, title: str, xlabel: str) -> tuple[Figure, Axes]:
+    figure = canvas(INCHES, 3.8)
+    axes = figure.subplots()
+    label_axes(axes, ylabel, title, xlabel)
+    return figure, axes
+
+
+def panels_of(count: int) -> tuple[Figure, list[Axes]]:
+    """At most eight small panels."""
+    shown = min(count, 8)
+    columns = min(shown, 4)
+    lines = -(-shown // columns)
+    figure = canvas(4.2 if shown == 1 else 1.9 * columns + 0.4, 0.5 + 1.9 * lines + (1 if shown == 1 else 0))
+    grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    for axes in grid[shown:]:
+        axes.set_axis_off()
+    return figure, grid[:shown]
+
+
+def label_axes(axes: Axes, ylabel: str, title: str, xlabel: str = "") -> None:
+    axes.set_ylabel(ylabel)
+    axes.set_xlabel(xlabel)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def show_legend(axes: Axes, **where: Any) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=9, **where)
+
+
+def styles(names: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    return [STYLES[i % len(STYLES)] for i in range(len(names))]
+
+
+def array(x: Numbers) -> np.ndarray:
+    """Numbers as float64, None as nan."""
+    return np.asarray(x.detach().cpu().numpy() if isinstance(x, Tensor) else x, dtype=float)
+
+
+def pixels(x: Tensor) -> np.ndarray:
+    """One image, (C, H, W), as (H, W) or (H, W, 3) in [0, 1]."""
+    image = x.detach().float().cpu().clamp(0, 1).numpy()
+    return image[0] if image.shape[0] != 3 else image.transpose(1, 2, 0)
+
+
+def number(value: float, digits: int = 2) -> str:
+    if np.isneginf(value):
+        return "−∞"
+    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def latent_name(names: Sequence[str], index: int) -> str:
+    return names[index] if index < len(names) else f"z{index + 1}"
