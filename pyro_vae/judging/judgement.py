@@ -118,8 +118,8 @@ def judge(
     data: Any,
     *,
     budget: float = 120.0,
-    num_data: int = 100,
     num_samples: int = 1000,
+    num_data: int = 100,
     observed: Mapping[str, int] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -133,8 +133,8 @@ def judge(
         guide: A Pyro program for q(z | x).
         data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches.
         budget: Seconds; more than that is not taken, and what does not fit is left out.
-        num_data: How many data are looked at, at most: the first.
         num_samples: K of the estimate of log p(x) that is judged.
+        num_data: How many data are looked at, at most: the first.
         observed: Which argument each observed site is, by position, as {"x": 0}, where simulated data need it.
         seed: Of everything. The same pieces give the same numbers.
         device: Where the batches go; where the modules are when not given.
