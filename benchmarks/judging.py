@@ -8,7 +8,7 @@
 Parts, each timed, each written to FOLDER/NAME.json when it is done and skipped when it is there:
 
 * guide, prior: `bdmc` on 100 images simulated from the model, annealed from the guide and from the prior;
-* flow: `fit_guide`, an amortised inverse autoregressive flow under the same frozen model;
+* flow: `fit_guide`, an amortized inverse autoregressive flow under the same frozen model;
 * train, test: `gaps` of the run's own guide and of that flow, on 1,000 images each.
 """
 
@@ -34,8 +34,8 @@ from pyro_vae.app.evaluation import versions  # noqa: E402
 from pyro_vae.app.runs import Run  # noqa: E402
 from pyro_vae.atomic import replace_file  # noqa: E402
 from pyro_vae.inference.batches import seeded  # noqa: E402
+from pyro_vae.judging._gaps import Gaps, gaps  # noqa: E402
 from pyro_vae.judging.annealing import Bracket, bdmc  # noqa: E402
-from pyro_vae.judging.gaps import Gaps, gaps  # noqa: E402
 from pyro_vae.judging.guides import fit_guide  # noqa: E402
 from pyro_vae.parts.networks import MLP  # noqa: E402
 from pyro_vae.parts.posteriors import IAF  # noqa: E402
@@ -63,7 +63,7 @@ def bracket(run: tuple[Any, Any], data: Any, arguments: argparse.Namespace, star
 
 
 def flow_guide(run: tuple[Any, Any], data: Any, arguments: argparse.Namespace) -> tuple[Guide, dict[str, Any]]:
-    """An amortised flow under the frozen model, from its file where there is one."""
+    """An amortized flow under the frozen model, from its file where there is one."""
     with seeded(arguments.seed):
         guide = Guide(IAF(MLP(data.x_shape, [200, 200], None, "elu"), arguments.latent_dim))
     path = arguments.folder / "flow.safetensors"
@@ -119,7 +119,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             )
     if any(part in results for part in ("train", "test")):
         lines += [
-            "", "| images | family | log p(x) | L[q*] | L[q] | approximation + amortisation = inference gap |",
+            "", "| images | family | log p(x) | L[q*] | L[q] | approximation + amortization = inference gap |",
             "|---|---|---|---|---|---|",
         ]  # fmt: skip
     for part in ("train", "test"):

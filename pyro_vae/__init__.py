@@ -1,82 +1,102 @@
 """Fit, swap and judge variational autoencoders written as Pyro programs.
 
-    model, guide    plain Pyro programs for p(z) p(x | z) and q(z | x)
-    fit             optimises any such pair by stochastic variational inference
-    log_likelihood  says how good the result is, with errors
+    import pyro_vae as pv
 
-All quantities are in nats; bounds and estimates go up, losses go down.
+    pv.fit(model, guide, data)    two plain Pyro programs, p(z) p(x | z) and q(z | x), then the data
+
+    the pair        VAE (holds one made of parts)  Model  Guide  SemiAmortized  Hamiltonian  autoencoder
+    its parts       pv.posteriors  pv.priors  pv.likelihoods  pv.networks  pv.distributions  pv.zoo (ready-made pairs)
+    fit             fit  History  Objective  Compiled  ex_post  fit_guide
+    bounds          elbo  iwae  renyi  vr_max  miwae  ciwae  piwae  cubo  wake_sleep (all in pv.bounds)
+                    reconstruction  map_estimate (for guides that are a point)
+    regularizers    mmd  total_correlation  free_bits
+    how good        log_likelihood  elbo_terms  Estimate  ais  bdmc  quadrature  judge (everything, within a budget)
+    whose fault     gaps  compare_guides  reference  guide_distances  sbc  gradient_lab
+    the latents     active_units  collapse  kl_per_dimension  mutual_information  rate_distortion  probe
+    use             impute  anomaly_scores  roc_auc  energy_distance  to_arviz  pv.plots
+    data            load  Dataset  Split  binarize  dequantize  LinearGaussian (exact answers)  pv.data
+    log densities   particles  Particles  log_joint  log_q  simulate
+    parts of yours  pv.testing (the laws that every part obeys)
+
+All quantities are in nats; bounds and estimates go up, losses go down. A name is imported when it is first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pyro_vae.version import __version__
+from pyro_vae._lazy import attach
+from pyro_vae.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pyro_vae.data.datasets import load
-    from pyro_vae.inference.bounds import elbo, iwae, map_estimate, reconstruction
-    from pyro_vae.inference.compiled import Compiled
-    from pyro_vae.inference.objectives import Objective
-    from pyro_vae.inference.training import History, fit
-    from pyro_vae.judging.estimates import Estimate, anomaly_scores, elbo_terms, log_likelihood
-    from pyro_vae.judging.latents import active_units
-    from pyro_vae.programs.guide import Guide
-    from pyro_vae.programs.model import Model
-    from pyro_vae.programs.vae import VAE
-    from pyro_vae.programs.zoo import autoencoder
-    from pyro_vae.traces import Particles, log_joint, log_q, particles, simulate
-
-_HOME = {
-    "data.datasets": ("load",),
-    "inference.bounds": ("elbo", "iwae", "map_estimate", "reconstruction"),
-    "inference.compiled": ("Compiled",),
-    "inference.objectives": ("Objective",),
-    "inference.training": ("History", "fit"),
-    "judging.estimates": ("Estimate", "anomaly_scores", "elbo_terms", "log_likelihood"),
-    "judging.latents": ("active_units",),
-    "programs.guide": ("Guide",),
-    "programs.model": ("Model",),
-    "programs.vae": ("VAE",),
-    "programs.zoo": ("autoencoder",),
-    "traces": ("Particles", "log_joint", "log_q", "particles", "simulate"),
-}
-
-__all__ = [
-    "VAE",
-    "Compiled",
-    "Estimate",
-    "Guide",
-    "History",
-    "Model",
-    "Objective",
-    "Particles",
-    "__version__",
-    "active_units",
-    "anomaly_scores",
-    "autoencoder",
-    "elbo",
-    "elbo_terms",
-    "fit",
-    "iwae",
-    "load",
-    "log_joint",
-    "log_likelihood",
-    "log_q",
-    "map_estimate",
-    "particles",
-    "reconstruction",
-    "simulate",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used, so that ``pyro-vae --help`` need not wait for torch."""
-    for module, names in _HOME.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"pyro_vae.{module}"), name)
-            return value
-    raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    from pyro_vae import data as data
+    from pyro_vae import plots as plots
+    from pyro_vae import testing as testing
+    from pyro_vae.data import Dataset as Dataset
+    from pyro_vae.data import LinearGaussian as LinearGaussian
+    from pyro_vae.data import Split as Split
+    from pyro_vae.data import binarize as binarize
+    from pyro_vae.data import dequantize as dequantize
+    from pyro_vae.data import load as load
+    from pyro_vae.inference import Compiled as Compiled
+    from pyro_vae.inference import History as History
+    from pyro_vae.inference import Objective as Objective
+    from pyro_vae.inference import bounds as bounds
+    from pyro_vae.inference import ciwae as ciwae
+    from pyro_vae.inference import cubo as cubo
+    from pyro_vae.inference import elbo as elbo
+    from pyro_vae.inference import fit as fit
+    from pyro_vae.inference import free_bits as free_bits
+    from pyro_vae.inference import iwae as iwae
+    from pyro_vae.inference import map_estimate as map_estimate
+    from pyro_vae.inference import miwae as miwae
+    from pyro_vae.inference import mmd as mmd
+    from pyro_vae.inference import piwae as piwae
+    from pyro_vae.inference import reconstruction as reconstruction
+    from pyro_vae.inference import renyi as renyi
+    from pyro_vae.inference import total_correlation as total_correlation
+    from pyro_vae.inference import vr_max as vr_max
+    from pyro_vae.inference import wake_sleep as wake_sleep
+    from pyro_vae.judging import Estimate as Estimate
+    from pyro_vae.judging import active_units as active_units
+    from pyro_vae.judging import ais as ais
+    from pyro_vae.judging import anomaly_scores as anomaly_scores
+    from pyro_vae.judging import bdmc as bdmc
+    from pyro_vae.judging import collapse as collapse
+    from pyro_vae.judging import compare_guides as compare_guides
+    from pyro_vae.judging import elbo_terms as elbo_terms
+    from pyro_vae.judging import energy_distance as energy_distance
+    from pyro_vae.judging import fit_guide as fit_guide
+    from pyro_vae.judging import gaps as gaps
+    from pyro_vae.judging import gradient_lab as gradient_lab
+    from pyro_vae.judging import guide_distances as guide_distances
+    from pyro_vae.judging import judge as judge
+    from pyro_vae.judging import kl_per_dimension as kl_per_dimension
+    from pyro_vae.judging import log_likelihood as log_likelihood
+    from pyro_vae.judging import mutual_information as mutual_information
+    from pyro_vae.judging import probe as probe
+    from pyro_vae.judging import quadrature as quadrature
+    from pyro_vae.judging import rate_distortion as rate_distortion
+    from pyro_vae.judging import reference as reference
+    from pyro_vae.judging import roc_auc as roc_auc
+    from pyro_vae.judging import sbc as sbc
+    from pyro_vae.judging import to_arviz as to_arviz
+    from pyro_vae.parts import distributions as distributions
+    from pyro_vae.parts import likelihoods as likelihoods
+    from pyro_vae.parts import networks as networks
+    from pyro_vae.parts import posteriors as posteriors
+    from pyro_vae.parts import priors as priors
+    from pyro_vae.programs import VAE as VAE
+    from pyro_vae.programs import Guide as Guide
+    from pyro_vae.programs import Hamiltonian as Hamiltonian
+    from pyro_vae.programs import Model as Model
+    from pyro_vae.programs import SemiAmortized as SemiAmortized
+    from pyro_vae.programs import ex_post as ex_post
+    from pyro_vae.programs import impute as impute
+    from pyro_vae.programs import zoo as zoo
+    from pyro_vae.programs.zoo import autoencoder as autoencoder
+    from pyro_vae.traces import Particles as Particles
+    from pyro_vae.traces import log_joint as log_joint
+    from pyro_vae.traces import log_q as log_q
+    from pyro_vae.traces import particles as particles
+    from pyro_vae.traces import simulate as simulate
+else:
+    __getattr__, __dir__, __all__ = attach(__name__, "__version__")

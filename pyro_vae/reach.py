@@ -709,6 +709,22 @@ def modules_of(*programs: Any) -> list[nn.Module]:
     return Reach(*(p for p in programs if p is not None), owned=True).modules
 
 
+def parts_of(*programs: Any) -> list[nn.Module]:
+    """The modules that programs own and all modules inside them, each once.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 1))
+        >>> parts_of(net) == [net, net[0]]
+        True
+    """
+    return parts_in(modules_of(*programs))
+
+
+def parts_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Modules and all that lie inside them, each once."""
+    return list({id(part): part for module in modules for part in module.modules()}.values())
+
+
 def is_trusted(function: Any) -> bool:
     """Whether a callable is code of this package or of one that it trusts, whatever it is called with."""
     while isinstance(function, functools.partial | types.MethodType):

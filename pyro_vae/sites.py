@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import Independent
 
 PARTICLES = "_pyro_vae_particles"
 
@@ -39,7 +42,7 @@ def sample_sites(trace: Trace) -> list[Any]:
         site
         for site in trace.nodes.values()
         if site["type"] == "sample"
-        and type(site["fn"]).__name__ != "_Subsample"
+        and not is_subsample(site["fn"])
         and not (site["infer"] or {}).get("_deterministic", False)
     ]
 
@@ -52,11 +55,36 @@ def depth(trace: Trace) -> int:
     return max((-dim for site in sample_sites(trace) for dim in plates(site)), default=0)
 
 
-def kind(fn: Any) -> str:
-    wrappers = ("Independent", "ExpandedDistribution", "MaskedDistribution")
-    while type(fn).__name__ in wrappers:
+def is_subsample(fn: Any) -> bool:
+    """Whether a site is a plate's choice of rows, and no random variable of the program."""
+    return isinstance(fn, _Subsample)
+
+
+def wrappers(fn: Any) -> list[Any]:
+    """What declares, expands or masks the dimensions of a distribution, from outside."""
+    found = []
+    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        found.append(fn)
         fn = fn.base_dist
-    return type(fn).__name__
+    return found
+
+
+def unwrapped(fn: Any) -> Any:
+    """A distribution without its `wrappers`."""
+    around = wrappers(fn)
+    return around[-1].base_dist if around else fn
+
+
+def kind(fn: Any) -> str:
+    """What a distribution is called in a message."""
+    return type(unwrapped(fn)).__name__
+
+
+def factors(fn: Any) -> Any:
+    """The distribution of the single numbers of a factorised one; None where it is not."""
+    if not fn.event_shape:
+        return fn
+    return fn.base_dist if isinstance(fn, Independent) and not fn.base_dist.event_shape else None
 
 
 def delta(fn: Any) -> Delta | None:

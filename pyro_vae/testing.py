@@ -31,6 +31,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from pyro_vae.parameters import own_parameters
+from pyro_vae.protocols import rescoring
 from pyro_vae.sites import is_point
 from pyro_vae.traces import Program, draw, log_joint, log_q, particles, plate_nesting, simulate
 
@@ -48,7 +49,7 @@ def check(battery: Any) -> list[str]:
     Raises:
         AssertionError: The first law that does not.
     Example:
-        >>> from pyro_vae.parts.priors.normal import StandardNormal
+        >>> from pyro_vae.parts.priors.standard import StandardNormal
         >>> class TestNormal(PriorLaws):
         ...     def make(self):
         ...         return StandardNormal(2)
@@ -222,8 +223,7 @@ class PosteriorLaws(_Densities):
             distribution = self.given(part, (3,), torch.float64)
             value = distribution()
             own = distribution.log_prob(value)
-            declared = getattr(part, "rescoring", "one pass")
-            assert declared in ("one pass", "D passes", "impossible"), f"rescoring = {declared!r}"
+            declared = rescoring(part)
             if is_point(distribution):
                 return
             try:

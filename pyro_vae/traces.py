@@ -36,6 +36,7 @@ from typing import Any, NamedTuple, TypeAlias
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -53,11 +54,13 @@ from pyro_vae.sites import (
     delta,
     depth,
     deterministic,
+    is_subsample,
     kind,
     plates,
     sample_sites,
     site_log_prob,
     site_value,
+    unwrapped,
 )
 
 Program: TypeAlias = Callable[..., Any]
@@ -153,7 +156,7 @@ class Cut(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         drawn_already = msg["done"] or msg["is_observed"] or msg["value"] is not None
-        if drawn_already or type(msg["fn"]).__name__ == "_Subsample":
+        if drawn_already or is_subsample(msg["fn"]):
             return
         live = msg["fn"](*msg["args"], **msg["kwargs"])
         msg["value"] = live.detach()
@@ -281,7 +284,7 @@ def draw(
             f"drawing {num_samples} samples one by one, since the pair does not broadcast over a leading "
             f"dimension ({reason}). Write networks and programs for (..., D) instead of (B, D), "
             "or pass vectorize=False to silence this.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return _stack(singles)
 
@@ -457,7 +460,7 @@ def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
         for site in (*sample_sites(guide_trace), *sample_sites(model_trace)):
             site_log_prob(site, frame)  # what was drawn for other data shows here
     fns: list[Any] = [site.get("fn") for site in guide_trace.nodes.values()]
-    picks = [fn for fn in fns if type(fn).__name__ == "_Subsample"]
+    picks = [fn for fn in fns if is_subsample(fn)]
     random = any(fn.subsample_size == frame.data_size < fn.size for fn in picks)
     return Layout(nesting, frame.data_size if frame.joint else 0, frame.data_size if random else 0)
 
@@ -601,7 +604,7 @@ def _log_q_of(site: Any, frame: Frame, cut: Cut | None) -> Tensor:
     """log q of a guide's site; where the graph is cut, of a sample that its distribution does not know."""
     if cut is None:
         return site_log_prob(site, frame)
-    if kind(site["fn"]) == "Delta":
+    if isinstance(unwrapped(site["fn"]), Delta):
         raise ValueError(
             f"guide site {site['name']!r} is a Delta that carries the density of its own draw, so it cannot score a "
             "sample. Use estimator='reparameterized', which scores as it draws."
@@ -653,17 +656,36 @@ def _replayed(
     if missing:
         raise ValueError(f"no value for latent site {missing[0]!r}; got values for {list(latents)}.")
     num_samples = len(latents[wanted[0]["name"]]) if wanted else 1
+    trace = run_at(program, {site["name"]: site for site in wanted}, latents, nesting, args, kwargs)
+    return trace, data_frame([trace], num_samples, nesting)
+
+
+def run_at(
+    program: Program,
+    wanted: Mapping[str, Any],
+    latents: Mapping[str, Tensor],
+    nesting: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Trace:
+    """One run of a program at given values of its sites, under a particle plate where there are several samples.
+
+    Args:
+        program: A model or a guide.
+        wanted: The sites that are given, of a plain run, by name.
+        latents: Their values, (K, *plates, *event) each; of other sites they are left alone.
+        nesting: Batch dimensions of all plates.
+        args: What the program takes.
+        kwargs: Keyword arguments that it takes.
+    """
+    num_samples = max((len(latents[name]) for name in wanted if name in latents), default=1)
     given = Trace()
-    for site in wanted:
-        value = latents[site["name"]]
-        deepest = max((-dim for dim in plates(site)), default=0)
-        filler = (1,) * (nesting - deepest) if num_samples > 1 else ()
-        head = (num_samples,) if num_samples > 1 else ()
-        given.add_node(
-            site["name"], name=site["name"], type="sample", is_observed=False, infer={},
-            value=value.reshape(head + filler + tuple(value.shape[1:])),
-        )  # fmt: skip
+    for name, site in wanted.items():
+        if name in latents:
+            deepest = max((-dim for dim in plates(site)), default=0)
+            head = (num_samples,) + (1,) * (nesting - deepest) if num_samples > 1 else ()
+            value = latents[name].reshape(head + tuple(latents[name].shape[1:]))
+            given.add_node(name, name=name, type="sample", is_observed=False, infer={}, value=value)
     plate = pyro.plate(PARTICLES, num_samples, dim=-1 - nesting) if num_samples > 1 else contextlib.nullcontext()
     with plate:
-        trace = poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
-    return trace, data_frame([trace], num_samples, nesting)
+        return poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)

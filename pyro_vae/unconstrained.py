@@ -2,36 +2,26 @@
 
 A family of distributions is a map from free tensors, one row per datum, to distributions.
 `Local` holds both: the tensors where they start, and the map. A posterior hands out its
-own (`Amortized.local`); of any other distribution `free_parameters` lifts the constraints.
+own (`local_of`); of any other distribution `free_parameters` lifts the constraints.
+
+Where a site depends on the draw of an earlier one, the guide runs, and something is added to what it gives: to what
+the heads of its posteriors return (`Heads`), or to the free parameters at its sites (`Moved`).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from pyro.distributions import MaskedDistribution, TorchDistribution
-from torch import Tensor
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, transform_to
 
-Free = dict[str, Tensor]
-Build = Callable[[Free], TorchDistribution]
-
-
-class Local(NamedTuple):
-    """A family without its encoder: free parameters per datum, and what they mean.
-
-    Attributes:
-        free: Unconstrained tensors by name, the batch shape of the distribution in front.
-        build: From such tensors to the distribution.
-        pace: The learning rate of a tensor relative to the others, where it is not 1
-            (weights of a network want smaller steps than a mean).
-    """
-
-    free: Free
-    build: Build
-    pace: Mapping[str, float] = {}
+from pyro_vae.protocols import Build, Free, Headed, Local, Unamortized, has_head
+from pyro_vae.reach import modules_of, parts_in
 
 
 def free_parameters(distribution: TorchDistribution) -> tuple[Free, Build]:
@@ -69,3 +59,76 @@ def free_parameters(distribution: TorchDistribution) -> tuple[Free, Build]:
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(f"{family.__name__} has parameters whose constraints cannot be lifted ({error})") from error
     return free, lambda given: family(**{name: ways[name](given[name]) for name in names}, **options)
+
+
+class Moved(Messenger):
+    """Adds changes to the free parameters of the distributions at a program's sites.
+
+    Args:
+        changes: By site, and then by the name of the parameter.
+    """
+
+    def __init__(self, changes: Mapping[str, Free]) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def _pyro_sample(self, msg: Any) -> None:
+        change = self.changes.get(msg["name"])
+        if change is not None:
+            free, build = free_parameters(msg["fn"])
+            msg["fn"] = build({key: value + change[key] for key, value in free.items()})
+
+
+def local_of(posterior: Headed, parameters: Tensor) -> Local:
+    """A posterior's family at free parameters for each datum; of one without a `local` the head's numbers are free.
+
+    Args:
+        posterior: One that `has_head`.
+        parameters: Where they start, (B, P), such as what the head returns.
+    """
+    if isinstance(posterior, Unamortized):
+        return posterior.local(parameters)
+    return Local({"parameters": parameters}, lambda free: posterior.family(free["parameters"]))
+
+
+def heads_of(guide: Any) -> dict[str, Headed]:
+    """The posteriors among a guide's modules that have a head, numbered."""
+    parts = parts_in([guide] if isinstance(guide, nn.Module) else modules_of(guide))
+    return {str(number): part for number, part in enumerate(parts) if has_head(part)}
+
+
+class Heads:
+    """What the heads of posteriors return, recorded while it is entered, and changed where changes are given.
+
+    Args:
+        posteriors: Of `heads_of`.
+        changes: What is added to it, by the same names; None for nothing.
+    Attributes:
+        runs: How many times a head has run.
+        returned: What each returned last, with gradients, before it was changed.
+    """
+
+    def __init__(self, posteriors: Mapping[str, Headed], changes: Mapping[str, Tensor] | None = None) -> None:
+        self.posteriors, self.changes = posteriors, changes
+        self.runs = 0
+        self.returned: Free = {}
+
+    def cover(self, sites: Any) -> bool:
+        """Whether as many heads ran as there are sites, once each."""
+        return self.runs == len(self.returned) == len(sites)
+
+    def __enter__(self) -> Heads:
+        self._hooks = [
+            posterior.head.register_forward_hook(functools.partial(self._hook, name))
+            for name, posterior in self.posteriors.items()
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, name: str, _: nn.Module, __: Any, out: Tensor) -> Tensor | None:
+        self.runs += 1
+        self.returned[name] = out
+        return None if self.changes is None else out + self.changes[name]

@@ -7,7 +7,7 @@ import torch
 import zuko
 from torch import nn
 
-from pyro_vae.parts import likelihoods, posteriors, priors
+from pyro_vae.parts import likelihoods, names, posteriors, priors
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.testing import LikelihoodLaws, PairLaws, PosteriorLaws, PriorLaws, check
@@ -32,7 +32,7 @@ POSTERIORS = {
     "MAF": lambda: posteriors.MAF(encoder(), 2, transforms=2, hidden_features=(8,), context=4),
     "NSF": lambda: posteriors.NSF(encoder(), 2, transforms=2, bins=4, hidden_features=(8,), context=4),
     "Coupling": lambda: posteriors.Coupling(encoder(), 2, transforms=2, hidden_features=(8,), context=4),
-    "Flow": lambda: posteriors.Flow(zuko.flows.SOSPF, encoder(), 2, context=4, transforms=1, hidden_features=(8,)),
+    "Flow": lambda: posteriors.Flow(encoder(), 2, zuko.flows.SOSPF, context=4, transforms=1, hidden_features=(8,)),
     "VonMisesFisher": lambda: posteriors.VonMisesFisher(encoder(), 3),
 }
 PRIORS = {
@@ -73,6 +73,16 @@ def battery(laws, parts):
         globals()[f"Test{laws.__name__[:5]}{name}"] = type(f"Test{name}", (laws,), {"make": lambda self, m=make: m()})
 
 
+def registered(kind, parts, make):
+    """The parts, and those that have a name (`pyro_vae.parts.names`) and none of their own settings here."""
+    made = {type(part()) for part in parts.values()}
+    missing = {family for name in names.PARTS[kind] if (family := names.find(kind, name)) not in made}
+    return parts | {family.__name__: lambda family=family: make(family) for family in missing}
+
+
+POSTERIORS = registered("posterior", POSTERIORS, lambda family: family(encoder(), 3))
+PRIORS = registered("prior", PRIORS, lambda family: family(3))
+LIKELIHOODS = registered("likelihood", LIKELIHOODS, lambda family: family(decoder(family.parameters_per_pixel)))
 battery(PosteriorLaws, POSTERIORS)
 battery(PriorLaws, PRIORS)
 battery(LikelihoodLaws, LIKELIHOODS)

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_vae.judging.calibration import calibration, sbc
+from pyro_vae.judging._calibration import calibration, sbc
 from pyro_vae.judging.components import Components
 from pyro_vae.programs.zoo import autoencoder
 from tests.pairs import binary, linear_pair, small_pair

@@ -21,8 +21,7 @@ from pyro_vae.inference.split_bounds import cubo, piwae, wake_sleep
 from pyro_vae.inference.training import fit
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import Delta
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.programs.vae import VAE
 from tests.pairs import binary, named, small_pair
 

@@ -20,8 +20,7 @@ from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from tests.pairs import binary, small_pair
 
 

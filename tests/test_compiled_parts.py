@@ -15,9 +15,8 @@ from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP, ConvDecoder, ConvEncoder, GatedMLP, ResidualDecoder, ResidualEncoder
 from pyro_vae.parts.posteriors import DiagonalNormal, VonMisesFisher
 from pyro_vae.parts.priors import HypersphericalUniform, StandardNormal
-from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.hamiltonian import Hamiltonian
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.zoo import Conditional, Hierarchical, Mixture
 from tests.pairs import binary, small_pair
@@ -82,12 +81,12 @@ def hierarchical():
 
 def semi_amortized(seed=0):
     model, guide = small_pair()
-    return model, SemiAmortized(guide, model, steps=2, seed=seed)
+    return model, SemiAmortized(model, guide, steps=2, seed=seed)
 
 
 def hamiltonian():
     model, guide = small_pair()
-    return model, Hamiltonian(guide, model)
+    return model, Hamiltonian(model, guide)
 
 
 def enumerated():

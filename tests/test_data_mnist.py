@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_vae.data import load, mnist
-from pyro_vae.data.idx import read_idx
+from pyro_vae.data.mnist import read_idx
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (120, 5, 4), dtype=np.uint8)
 LABELS = np.arange(120, dtype=np.uint8) % 10

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pyro_vae.data import load, photographs
-from pyro_vae.data.framing import Framing
+from pyro_vae.data.decoding import Framing
 from pyro_vae.data.photographs import read_image
 
 RANDOM = np.random.default_rng(0)

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from pyro_vae.data import load
-from pyro_vae.data.decoding import frames_of
-from pyro_vae.data.framing import Framing, grey_level
+from pyro_vae.data.decoding import Framing, frames_of, grey_level
 from pyro_vae.data.photographs import read_image
 
 RANDOM = np.random.default_rng(0)

@@ -18,8 +18,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from pyro_vae.data import load
-from pyro_vae.data.decoding import read_frames, read_image
-from pyro_vae.data.framing import Framing
+from pyro_vae.data.decoding import Framing, read_frames, read_image
 
 DTYPES = ("?", "u1", "i1", "u2", "i2", ">u2", "i4", ">i4", "u8", "i8", "f2", "f4", ">f4", "f8", ">f8", "g", "c8", "U3", "S2",
           "M8[D]", "m8[s]", "O", [("a", "i4"), ("b", "f4")])

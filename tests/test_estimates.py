@@ -17,7 +17,7 @@ from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import Estimate, anomaly_scores, elbo_terms, log_likelihood, roc_auc
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.judging.weights import khat_limit, pareto_k, pareto_smoothed
-from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.pair import Guide
 from pyro_vae.programs.zoo import autoencoder
 from tests.pairs import binary, linear_pair, small_pair
 

@@ -25,8 +25,7 @@ from pyro_vae.parts import posteriors
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import HypersphericalUniform, StandardNormal
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.traces import Cut, Particles, draw
 from tests.pairs import binary, linear_pair, named, small_pair
 

@@ -10,11 +10,10 @@ from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.parts.posteriors import Delta
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.parts.priors.flow import Flow
 from pyro_vae.parts.priors.mixture import NormalMixture
-from pyro_vae.programs.ex_post import aggregated_posterior, ex_post
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.parts.priors.standard import Flow
+from pyro_vae.programs._ex_post import aggregated_posterior, ex_post
+from pyro_vae.programs.pair import Guide, Model
 
 MEANS = torch.tensor([[6.0, 0.0], [-2.0, 3.0]], dtype=torch.float64)
 

@@ -20,8 +20,7 @@ from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.traces import log_joint, log_q, particles, predict
 from tests.pairs import binary, linear_pair, small_pair
 

@@ -21,15 +21,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import pyro_vae as pv
 from pyro_vae.parts.distributions.flow import Pushforward
-from pyro_vae.parts.distributions.roots import invert_tanh_step
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.parts.posteriors.flow import IAF, MAF, NSF, Coupling, Flow
-from pyro_vae.parts.posteriors.planar import Planar
-from pyro_vae.parts.posteriors.sylvester import Sylvester, orthonormal, reflection_core
+from pyro_vae.parts.posteriors.planar import Planar, Sylvester, invert_tanh_step, orthonormal, reflection_core
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.parts.priors.flow import Flow as FlowPrior
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.parts.priors.standard import Flow as FlowPrior
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.traces import log_q, particles
 
 SMALL = {"hidden_features": (8, 8), "context": 5}
@@ -462,7 +459,7 @@ def test_any_flow_of_zuko_is_a_posterior_in_either_direction(name, fast):
     flow, options, exact = ZUKO[name]
     torch.manual_seed(0)
     options = options | ({} if name == "CNF" else {"transforms": 2})
-    posterior = moved(Flow(flow, nn.Linear(3, 4), 3, context=4, fast=fast, hidden_features=(8, 8), **options), by=0.05)
+    posterior = moved(Flow(nn.Linear(3, 4), 3, flow, context=4, fast=fast, hidden_features=(8, 8), **options), by=0.05)
     x, noise = random(2, 3), 0.5 * random(2, 3, seed=1)
     q = posterior(x)
     for j in range(2):
@@ -510,7 +507,7 @@ def test_importing_zuko_leaves_the_validation_of_distributions_on():
     code = """
 import pyro, torch
 from pyro_vae.parts.posteriors.flow import IAF
-from pyro_vae.parts.priors.flow import Flow
+from pyro_vae.parts.priors.standard import Flow
 IAF(torch.nn.Linear(3, 4), 2)(torch.zeros(5, 3)).sample(); Flow(2)().sample()
 try:
     torch.distributions.Normal(0.0, -1.0)
@@ -530,11 +527,11 @@ except ValueError:
         (lambda e: Sylvester(e, 2, num_ortho=3), "got num_ortho=3 with kind='orthogonal' and 2 latents, wanted 1 to 2"),
         (lambda e: Sylvester(e, 2, kind="triangular", num_ortho=1), "the other kinds bend all latents"),
         (lambda e: Sylvester(e, 2, num_householder=2), "num_householder=2 with kind='orthogonal'"),
-        (lambda e: Flow(zuko.flows.NSF, e, 2, fast="both"), "got fast='both', wanted \"sampling\" or \"scoring\""),
-        (lambda e: Flow(zuko.flows.NSF, e, 2, context=0), "context must be a positive number of features, got 0"),
-        (lambda e: Flow(zuko.flows.NCSF, e, 2), r"got NCSF with a base of event_shape \(2,\) on .* all of R\^2"),
-        (lambda e: Flow(zuko.flows.GMM, e, 2), "got GMM, wanted a normalizing flow .* use NormalMixture"),
-        (lambda e: Flow(lambda **_: zuko.flows.MAF(3, 4), e, 2), r"MAF with a base of event_shape \(3,\) .* R\^2"),
+        (lambda e: Flow(e, 2, zuko.flows.NSF, fast="both"), "got fast='both', wanted \"sampling\" or \"scoring\""),
+        (lambda e: Flow(e, 2, zuko.flows.NSF, context=0), "context must be a positive number of features, got 0"),
+        (lambda e: Flow(e, 2, zuko.flows.NCSF), r"got NCSF with a base of event_shape \(2,\) on .* all of R\^2"),
+        (lambda e: Flow(e, 2, zuko.flows.GMM), "got GMM, wanted a normalizing flow .* use NormalMixture"),
+        (lambda e: Flow(e, 2, lambda **_: zuko.flows.MAF(3, 4)), r"MAF with a base of event_shape \(3,\) .* R\^2"),
         (lambda e: FlowPrior(0), "latent_dim must be a positive integer, got 0"),
         (lambda e: FlowPrior(zuko.flows.NCSF(2)), r"got NCSF with a base .* R\^D"),
         (lambda e: FlowPrior(zuko.flows.MAF(2), transforms=2), "got a ready MAF and options to build one, wanted either"),

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_vae.parts.posteriors.amortized import NormalMixture
 from pyro_vae.parts.posteriors.flow import IAF, MAF, NSF, Coupling
-from pyro_vae.parts.posteriors.mixture import NormalMixture
 from pyro_vae.parts.posteriors.normal import DiagonalNormal
-from pyro_vae.parts.posteriors.planar import Planar
-from pyro_vae.parts.posteriors.sylvester import Sylvester
-from pyro_vae.programs.guide import Guide
+from pyro_vae.parts.posteriors.planar import Planar, Sylvester
+from pyro_vae.programs.pair import Guide
 from pyro_vae.traces import particles
 
 # What is seen of two latents, how noisily, and the datum: two modes at z_1 = +-1.5, and a crescent.

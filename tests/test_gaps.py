@@ -15,20 +15,18 @@ from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
+from pyro_vae.judging._gaps import gap_table, gaps
 from pyro_vae.judging.climbs import optimise, remaining
 from pyro_vae.judging.estimates import log_likelihood
-from pyro_vae.judging.gaps import gap_table, gaps
 from pyro_vae.judging.guides import compare_guides, fit_guide
 from pyro_vae.judging.local import local_form
 from pyro_vae.judging.weights import given_estimate, pool, score, scores_strangers
-from pyro_vae.parts.posteriors.amortized import Amortized
+from pyro_vae.parts.posteriors.amortized import Amortized, NormalMixture
 from pyro_vae.parts.posteriors.flow import IAF, NSF, Coupling
-from pyro_vae.parts.posteriors.mixture import NormalMixture
 from pyro_vae.parts.posteriors.normal import DiagonalNormal, FullNormal
-from pyro_vae.parts.posteriors.planar import Planar
-from pyro_vae.parts.posteriors.sylvester import Sylvester
-from pyro_vae.programs.guide import Guide
+from pyro_vae.parts.posteriors.planar import Planar, Sylvester
 from pyro_vae.programs.hamiltonian import Hamiltonian
+from pyro_vae.programs.pair import Guide
 from pyro_vae.traces import draw
 from tests.pairs import LinearPair, binary, linear_pair, small_pair
 
@@ -75,7 +73,7 @@ def test_a_mean_field_guide_at_its_best_has_an_approximation_gap_only():
     assert "guide (local)" in found.source and row.stopped.all()
 
 
-def test_a_bad_encoder_of_the_right_family_has_an_amortisation_gap_only():
+def test_a_bad_encoder_of_the_right_family_has_an_amortization_gap_only():
     pair, x = correlated()
     posterior = pair.bed.posterior(x)
     shift = torch.tensor([0.4, -0.3]).double()
@@ -210,7 +208,7 @@ def test_local_forms_start_as_the_guide_and_keep_data_apart(number):
     rows = form.start.clone().requires_grad_()
     draw(model, form.guide(rows), (x,), {}, 4).log_weight[:, 2].sum().backward()
     assert rows.grad[[0, 1, 3, 4]].abs().max() == 0 and (rows.grad[2] != 0).double().mean() > 0.5
-    near = posterior.around(torch.full((5, 3), 2.0), torch.full((5, 3), 0.5))
+    near = posterior.parameters_near(torch.full((5, 3), 2.0), torch.full((5, 3), 0.5))
     draws = posterior.family(near).rsample((4000,))
     assert (draws.mean(0) - 2).abs().max() < 0.5 and (draws.std(0) - 0.5).abs().max() < 0.3
 
@@ -272,7 +270,7 @@ def test_inner_plates_and_a_plate_of_the_whole_set():
 def test_what_has_no_local_form_has_its_total_gap_and_the_reason():
     pair, x = correlated(4)
     base = gaussian_guide(pair.bed, 0.3, full=False)
-    found = gaps(pair.model, Hamiltonian(base, pair.model, steps=2, step_size=0.1), x, num_samples=500, **QUICK)
+    found = gaps(pair.model, Hamiltonian(pair.model, base, steps=2, step_size=0.1), x, num_samples=500, **QUICK)
     row = found.families["guide"]
     assert row.approximation is None and row.amortization is None and row.optimum is None
     assert "Delta" in row.reason and row.reason in str(found)
@@ -389,7 +387,7 @@ def test_tables_and_refusals():
     lines = gap_table({"train": found, "test": found})
     assert [line.split()[:2] for line in lines[1:]] == [
         ["train", "guide"], ["train", "full"], ["test", "guide"], ["test", "full"]]  # fmt: skip
-    assert "approximation  amortisation  inference gap" in lines[0] and len({len(line) for line in lines}) == 1
+    assert "approximation  amortization  inference gap" in lines[0] and len({len(line) for line in lines}) == 1
     for wrong, text in [
         ({"start": "zero"}, "start='zero', wanted 'guide' or 'fresh'"),
         ({"num_samples": 1}, "num_samples=1, wanted at least 2"),

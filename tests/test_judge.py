@@ -16,7 +16,7 @@ from torch import nn
 from pyro_vae.app import html
 from pyro_vae.app.cli import main
 from pyro_vae.app.commands import judge_run
-from pyro_vae.judging.calibration import calibration
+from pyro_vae.judging._calibration import calibration
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.judgement import Judgement, judge
 from pyro_vae.judging.nats import Nats

@@ -10,7 +10,7 @@ from scipy.stats import binom
 
 from pyro_vae import plots
 from pyro_vae.app import pictures
-from pyro_vae.judging.calibration import calibration
+from pyro_vae.judging._calibration import calibration
 
 
 def line(axes, label):

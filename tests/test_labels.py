@@ -8,7 +8,7 @@ from pyro.infer import TraceEnum_ELBO
 import pyro_vae as pv
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.programs.zoo import Conditional, Joined, SemiSupervised
-from pyro_vae.programs.zoo.labels import class_check
+from pyro_vae.programs.zoo.assembly import class_check
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,7 @@ def test_a_number_of_each_datum_is_a_row_of_one():
 def test_where_values_cannot_be_read_a_label_that_is_no_class_is_nan_and_not_no_class():
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from pyro_vae.programs.zoo.labels import one_hot
+    from pyro_vae.programs.zoo.assembly import one_hot
 
     graph = make_fx(lambda y: one_hot(y, 3) * 1.0)(torch.tensor([0, 1]))
     assert torch.equal(graph(torch.tensor([2, 0])), torch.tensor([[0.0, 0, 1], [1, 0, 0]]))

@@ -14,18 +14,15 @@ from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.parts.likelihoods import Bernoulli
-from pyro_vae.parts.likelihoods.categorical import Categorical
-from pyro_vae.parts.likelihoods.continuous_bernoulli import ContinuousBernoulli
 from pyro_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.parts.likelihoods.discretized_logistic import DiscretizedLogistic, MixtureOfDiscretizedLogistics
+from pyro_vae.parts.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
+from pyro_vae.parts.likelihoods.likelihood import ContinuousBernoulli
 from pyro_vae.parts.likelihoods.normal import Normal
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.imputation import impute
-from pyro_vae.programs.missing import filled, full_mask, observed_part
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.missing import filled, full_mask, impute, observed_part
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.traces import particles
 from tests.pairs import binary, small_pair
 
@@ -298,7 +295,7 @@ def test_the_effective_number_of_proposals_is_all_of_them_with_the_exact_posteri
 
 def test_proposals_in_chunks_are_proposals(monkeypatch):
     bed = Bed()
-    monkeypatch.setattr("pyro_vae.programs.imputation._CHUNK", 7 * bed.x.numel())
+    monkeypatch.setattr("pyro_vae.programs.missing._CHUNK", 7 * bed.x.numel())
     _, ess = impute(bed.model, bed.guide(), bed.damaged(), bed.mask, proposals=50)
     assert torch.allclose(ess, torch.full_like(ess, 50.0), rtol=1e-9)
 

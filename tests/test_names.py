@@ -14,7 +14,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.programs.named import Named
+from pyro_vae.programs.pair import Named
 from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.zoo.hierarchical import Hierarchical
 from tests.pairs import binary, small_pair
@@ -83,7 +83,7 @@ def test_tensors_that_a_pair_shares_stay_shared(again):
     vae = again(pv.VAE.build((4,), latent_dim=2, hidden=(4,), prior="vamp"))
     assert vae.model.prior.posterior is vae.guide.posterior
     model, guide = small_pair()
-    refined = again((model, SemiAmortized(guide, model, steps=1)))
+    refined = again((model, SemiAmortized(model, guide, steps=1)))
     assert refined[1].model is refined[0]
     assert refined[1].guide._pyro_name == f"{refined[1]._pyro_name}.guide"
 

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.parts.networks.gated import GatedLinear, GatedMLP
-from pyro_vae.parts.networks.residual import ResidualBlock, ResidualDecoder, ResidualEncoder, group_norm
-from pyro_vae.parts.networks.start import set_output_mean
+from pyro_vae.parts.networks.convolutional import ResidualBlock, ResidualDecoder, ResidualEncoder, group_norm
+from pyro_vae.parts.networks.dense import GatedLinear, GatedMLP, set_output_mean
 
 SHAPES = [(1, 28, 28), (1, 7, 5), (3, 32, 32), (3, 64, 64), (2, 1, 1)]
 LEADING = [(), (1,), (3,), (2, 2), (0,), (3, 0)]

@@ -16,15 +16,13 @@ from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
 from pyro_vae.parameters import own_parameters
-from pyro_vae.parts.distributions import shared_mixture
-from pyro_vae.parts.distributions.shared_mixture import SharedMixture, normals
+from pyro_vae.parts.distributions import mixture as mixtures
+from pyro_vae.parts.distributions.mixture import SharedMixture, normals
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import NSF, Amortized, Delta, DiagonalNormal, FullNormal
-from pyro_vae.parts.priors.mixture import NormalMixture
-from pyro_vae.parts.priors.vamp import VampPrior
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.parts.priors.mixture import NormalMixture, VampPrior
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 from tests.pairs import binary
@@ -184,7 +182,7 @@ def test_parts_of_a_table_give_its_value_and_first_and_second_derivatives(monkey
     wanted = [*prior.parameters(), z]
     found = []
     for pairs in (10**6, 20):  # all at once, and four values at a time
-        monkeypatch.setattr(shared_mixture, "_PAIRS", pairs)
+        monkeypatch.setattr(mixtures, "_PAIRS", pairs)
         value = prior().log_prob(z)
         first = torch.autograd.grad(value.square().sum(), wanted, create_graph=True)
         second = torch.autograd.grad(first[-1].square().sum(), wanted)
@@ -206,8 +204,8 @@ def test_many_values_under_a_mixture_of_splines_fit_into_memory(monkeypatch):
         return tensor
 
     found = []
-    for pairs in (shared_mixture._PAIRS, 10**9):
-        monkeypatch.setattr(shared_mixture, "_PAIRS", pairs)
+    for pairs in (mixtures._PAIRS, 10**9):
+        monkeypatch.setattr(mixtures, "_PAIRS", pairs)
         kept = 0
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             prior().log_prob(z).sum()
@@ -216,7 +214,7 @@ def test_many_values_under_a_mixture_of_splines_fit_into_memory(monkeypatch):
 
 
 def test_an_objective_over_parts_is_captured_if_they_are_few(monkeypatch):
-    monkeypatch.setattr(shared_mixture, "_PAIRS", 45)  # two parts
+    monkeypatch.setattr(mixtures, "_PAIRS", 45)  # two parts
     torch.manual_seed(0)
     prior = VampPrior(FullNormal(MLP(4, [4], None), 2).double(), torch.randn(5, 4, dtype=torch.float64))
     model = Model(prior, Bernoulli(MLP(2, [4], 4).double()))
@@ -235,7 +233,7 @@ def test_an_objective_over_parts_is_captured_if_they_are_few(monkeypatch):
     assert replayed.captures == 1 and replayed.reason is None
     for eager, again in zip(*results, strict=True):
         assert torch.allclose(eager.double(), again.double(), rtol=1e-9, atol=1e-11)
-    monkeypatch.setattr(shared_mixture, "_PAIRS", 5)
+    monkeypatch.setattr(mixtures, "_PAIRS", 5)
     many = Compiled(loss, compile_after=None)
     with own_parameters(model, guide), pytest.warns(UserWarning, match="parts of a mixture of 5.*down takes longer than it saves"):
         assert [math.isfinite(many.loss_and_grads(model, guide, x)) for _ in range(3)] == [True] * 3 and not many.captures

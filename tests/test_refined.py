@@ -16,9 +16,8 @@ from pyro_vae.inference.training import fit
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.parts.posteriors import Amortized, DiagonalNormal
 from pyro_vae.parts.posteriors import Delta as Point
-from pyro_vae.programs.guide import Guide
 from pyro_vae.programs.hamiltonian import Hamiltonian, tempered_leapfrog
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import log_joint, log_q, particles
@@ -98,7 +97,7 @@ def assert_the_weights_average_to_the_evidence(model, guide, x, evidence, num_sa
 def test_the_jacobian_is_that_of_the_whole_map(tempering):
     """(z_0, rho_0) to (z_T, rho_T) in a potential that is nowhere quadratic, step sizes per dimension."""
     step_size = torch.tensor([0.11, 0.23, 0.07], dtype=torch.float64)
-    guide = Hamiltonian(bad_guide, PAIR.model, 4, step_size, tempering, beta=0.3).double()
+    guide = Hamiltonian(PAIR.model, bad_guide, 4, step_size, tempering, beta=0.3).double()
     cooling = guide.cooling.detach()
 
     def flow(both):
@@ -118,14 +117,14 @@ def test_the_jacobian_is_that_of_the_whole_map(tempering):
 
 
 def test_the_fixed_schedule_is_the_paper_s():
-    cooling = Hamiltonian(bad_guide, PAIR.model, 5, tempering="fixed", beta=0.25).double().cooling
+    cooling = Hamiltonian(PAIR.model, bad_guide, 5, tempering="fixed", beta=0.25).double().cooling
     beta = [1 / ((1 - 2) * (k / 5) ** 2 + 2) ** 2 for k in range(6)]
     assert torch.allclose(cooling, torch.tensor([math.sqrt(a / b) for a, b in zip(beta, beta[1:], strict=False)], dtype=torch.float64))
 
 
 def test_the_density_is_that_of_position_and_momentum_by_change_of_variables():
     """log q from the emitted Delta against slogdet of the program's own map."""
-    guide = Hamiltonian(bad_guide, PAIR.model, 3, torch.tensor(0.08).double(), "fixed", beta=0.4)
+    guide = Hamiltonian(PAIR.model, bad_guide, 3, torch.tensor(0.08).double(), "fixed", beta=0.4)
     x, draws = X[:1], []
     original = torch.randn_like
 
@@ -166,7 +165,7 @@ def test_the_density_is_that_of_position_and_momentum_by_change_of_variables():
 @pytest.mark.parametrize("kind", [Hamiltonian, SemiAmortized])
 def test_with_no_steps_it_is_its_base_guide(kind):
     model, base = small_pair()
-    guide = kind(base, model, 0)
+    guide = kind(model, base, 0)
     for num_samples in (1, 5):
         tables = []
         for each in (guide, base):
@@ -180,7 +179,7 @@ def test_with_no_steps_it_is_its_base_guide(kind):
 
 @pytest.mark.parametrize("tempering", ["none", "fixed", "free"])
 def test_hamiltonian_weights_average_to_the_evidence_and_its_bound_lies_between(tempering):
-    guide = Hamiltonian(bad_guide, PAIR.model, 4, 0.1, tempering, beta=0.7).double()
+    guide = Hamiltonian(PAIR.model, bad_guide, 4, 0.1, tempering, beta=0.7).double()
     log_weight = assert_the_weights_average_to_the_evidence(PAIR.model, guide, X, EVIDENCE)
     bound, stderr = mean_and_stderr(log_weight.mean(1))
     with torch.no_grad():
@@ -190,7 +189,7 @@ def test_hamiltonian_weights_average_to_the_evidence_and_its_bound_lies_between(
 
 
 def test_hamiltonian_moves_every_layer_of_a_layered_guide():
-    guide = Hamiltonian(layered_guide, layered_model, 3, 0.15, "fixed", beta=0.6).double()
+    guide = Hamiltonian(layered_model, layered_guide, 3, 0.15, "fixed", beta=0.6).double()
     assert_the_weights_average_to_the_evidence(layered_model, guide, LAYERED_X, LAYERED_EVIDENCE)
     with torch.no_grad():
         table = particles(layered_model, guide, LAYERED_X, num_samples=3)
@@ -199,7 +198,7 @@ def test_hamiltonian_moves_every_layer_of_a_layered_guide():
 
 def test_hamiltonian_trains_its_guide_steps_and_tempering_up_to_the_evidence():
     model, base = linear_model(), head_guide(DiagonalNormal)
-    guide = Hamiltonian(base, model, 3, 0.05, "fixed").double()
+    guide = Hamiltonian(model, base, 3, 0.05, "fixed").double()
     history = fit(model, guide, X, epochs=200, batch_size=30, learning_rate=0.02, seed=0)
     assert history["loss"][-1] < history["loss"][0]
     torch.manual_seed(0)
@@ -220,7 +219,7 @@ def linear_model():
 
 
 def test_a_hamiltonian_guide_has_no_density_of_z_and_says_so():
-    guide = Hamiltonian(bad_guide, PAIR.model, 2).double()
+    guide = Hamiltonian(PAIR.model, bad_guide, 2).double()
     z = particles(PAIR.model, guide, X).latents
     with pytest.raises(ValueError, match=r"guide site 'z' is a .*Delta"):
         log_q(guide, z, X)
@@ -242,7 +241,7 @@ def test_the_elbo_rises_with_the_steps_to_the_best_of_the_family():
     bounds = []
     for steps in (0, 1, 2, 4, 8, 30):
         with torch.no_grad():
-            bounds.append(exact_elbo(SemiAmortized(bad_guide, PAIR.model, steps, **options), X).mean())
+            bounds.append(exact_elbo(SemiAmortized(PAIR.model, bad_guide, steps, **options), X).mean())
     assert all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
     assert best.mean() - bounds[0] > 0.3
     assert 0 <= best.mean() - bounds[-1] < 0.04
@@ -258,7 +257,7 @@ def test_gradient_steps_leave_the_exact_posterior_where_it_is():
             pyro.sample("z", dist.MultivariateNormal(q.mean, scale_tril=q.scale_tril))
 
     with torch.no_grad():
-        moved = particles(PAIR.model, SemiAmortized(exact, PAIR.model, 1, **options), X).posteriors["z"]
+        moved = particles(PAIR.model, SemiAmortized(PAIR.model, exact, 1, **options), X).posteriors["z"]
     # One step moves the mean by e times the mean of 200 scores, of covariance equal to the precision.
     wanted = 1e-3 * (BED.precision.diagonal() / 200) ** 0.5
     change = (moved.mean - q.mean) / wanted
@@ -282,7 +281,7 @@ def test_the_steps_are_those_taken_by_hand():
         speed = [0.5 * speed[0] + 0.01 * slope, 0.5 * speed[1] + 0.01 * (slope * scale * eps + 1)]
         loc, log_scale = loc + speed[0], log_scale + speed[1]
     with torch.no_grad():
-        guide = SemiAmortized(bad_guide, PAIR.model, 2, 0.01, 0.5, None, seed=5)
+        guide = SemiAmortized(PAIR.model, bad_guide, 2, 0.01, 0.5, None, seed=5)
         q = particles(PAIR.model, guide, X).posteriors["z"]
     assert (q.mean - loc).abs().max() < 1e-10 and (q.base_dist.scale - log_scale.exp()).abs().max() < 1e-10
 
@@ -316,7 +315,7 @@ GUIDES = {name: (lambda family=family: foreign(family)) for name, family in FAMI
 @pytest.mark.parametrize("name", GUIDES)
 def test_every_family_is_refined_and_its_density_is_right(name):
     base = GUIDES[name]()
-    guide = SemiAmortized(base, PAIR.model, 5, 0.01, num_samples=4)
+    guide = SemiAmortized(PAIR.model, base, 5, 0.01, num_samples=4)
     with torch.no_grad():
         before = particles(PAIR.model, base, X, num_samples=2000).log_weight.mean()
         table = particles(PAIR.model, guide, X, num_samples=2000)
@@ -337,7 +336,7 @@ def test_a_distribution_is_rebuilt_from_its_free_parameters(name):
 
 
 def test_a_layered_guide_keeps_the_dependence_between_its_layers():
-    guide = SemiAmortized(layered_guide, layered_model, 8, 0.05, num_samples=4)
+    guide = SemiAmortized(layered_model, layered_guide, 8, 0.05, num_samples=4)
     log_weight = assert_the_weights_average_to_the_evidence(layered_model, guide, LAYERED_X, LAYERED_EVIDENCE, 2000)
     with torch.no_grad():
         base = particles(layered_model, layered_guide, LAYERED_X, num_samples=2000).log_weight.mean()
@@ -354,7 +353,7 @@ def test_the_encoder_s_gradient_is_that_of_the_loss_through_the_steps_or_at_thei
     """By finite differences of the loss, with the change left free or held."""
     guide = head_guide(family)
     model = linear_model()
-    refined = SemiAmortized(guide, model, 3, 0.01, differentiate=differentiate)
+    refined = SemiAmortized(model, guide, 3, 0.01, differentiate=differentiate)
     bias = guide.posterior.head.bias
 
     def loss(program):
@@ -399,7 +398,7 @@ def head_outputs(guide):
 
 def refined_small(kind, **options):
     model, base = small_pair()
-    return model, kind(base, model, 2, **options)
+    return model, kind(model, base, 2, **options)
 
 
 @pytest.mark.parametrize("kind", [Hamiltonian, SemiAmortized])
@@ -440,7 +439,7 @@ def test_pyro_s_elbo_and_ours_are_one_number(kind):
 def test_it_is_judged_without_gradients_outside(kind, step_size):
     # Small steps for the second: on noisy gradients longer ones leave a guide with a k-hat that is not ok, of
     # whose estimate the standard error says nothing.
-    guide = kind(bad_guide, PAIR.model, 3, step_size)
+    guide = kind(PAIR.model, bad_guide, 3, step_size)
     estimate = log_likelihood(PAIR.model, guide, X, num_samples=1000, progress=False)
     assert estimate.khat_ok > 0.9 and abs(estimate.value - EVIDENCE.mean().item()) < 4 * estimate.mc_stderr
     with torch.no_grad():
@@ -452,7 +451,7 @@ def test_it_is_judged_without_gradients_outside(kind, step_size):
 
 @pytest.mark.parametrize("kind", [Hamiltonian, SemiAmortized])
 def test_one_pass_and_one_by_one_are_the_same_law(kind):
-    guide = kind(bad_guide, PAIR.model, 2, 0.05).double()
+    guide = kind(PAIR.model, bad_guide, 2, 0.05).double()
     with torch.no_grad():
         means = []
         for vectorize, count in ((True, 3000), (False, 150)):
@@ -493,28 +492,30 @@ def test_what_cannot_be_refined_is_refused_by_name():
 
     for kind in (Hamiltonian, SemiAmortized):
         with pytest.raises(ValueError, match=f"{kind.__name__} cannot refine guide site 'z' .Delta.*a point has no density"):
-            kind(point, model)(X)
+            kind(model, point)(X)
         with pytest.raises(ValueError, match="'z' .Poisson.: its sampler is not reparameterised"):
-            kind(discrete, model)(X)
+            kind(model, discrete)(X)
         with pytest.raises(ValueError, match="carries a scale, as of a plate that subsamples"):
-            kind(subsampling, model)(X)
+            kind(model, subsampling)(X)
+        with pytest.raises(ValueError, match=rf"observes 'x', as models do. The order is {kind.__name__}\(model, guide\)"):
+            kind(bad_guide, model)(X)
         with pytest.raises(ValueError, match="steps=-1, wanted 0"):
-            kind(bad_guide, model, -1)
+            kind(model, bad_guide, -1)
     with pytest.raises(ValueError, match="step_size=0, momentum=0.5.*wanted a positive step_size"):
-        SemiAmortized(bad_guide, model, step_size=0)
+        SemiAmortized(model, bad_guide, step_size=0)
     with pytest.raises(ValueError, match="step_size=0, wanted positive"):
-        Hamiltonian(bad_guide, model, step_size=0)
+        Hamiltonian(model, bad_guide, step_size=0)
     with pytest.raises(ValueError, match='tempering=\'hot\', wanted "none", "fixed" or "free"'):
-        Hamiltonian(bad_guide, model, tempering="hot")
+        Hamiltonian(model, bad_guide, tempering="hot")
     with pytest.raises(ValueError, match='beta=1.*tempering="none"'):
-        Hamiltonian(bad_guide, model, beta=1)
+        Hamiltonian(model, bad_guide, beta=1)
     with pytest.raises(ValueError, match=r"'z' \(LogNormal\) out of its support"):
-        Hamiltonian(foreign(lambda m, s: dist.LogNormal(m, s).to_event(1)), model)(X)
+        Hamiltonian(model, foreign(lambda m, s: dist.LogNormal(m, s).to_event(1)))(X)
     affine = dist.transforms.AffineTransform(1.0, 2.0)
     guide = foreign(lambda m, s: dist.TransformedDistribution(dist.Normal(m, s), affine).to_event(1))
     with pytest.raises(ValueError, match=r"cannot rebuild the guide's sites, 'z' \(TransformedDistribution\).*Amortized"):
-        SemiAmortized(guide, model)(X)
-    assert SemiAmortized(bad_guide, model, seed=None).rescoring == "impossible"
+        SemiAmortized(model, guide)(X)
+    assert SemiAmortized(model, bad_guide, seed=None).rescoring == "impossible"
 
 
 @pytest.mark.parametrize("name", ["head bias", "log_step_size", "free_beta"])

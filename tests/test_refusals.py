@@ -22,8 +22,8 @@ from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.inference.split_bounds import cubo, piwae
 from pyro_vae.parts import likelihoods, posteriors
 from pyro_vae.programs import zoo
-from pyro_vae.programs.ex_post import ex_post
-from pyro_vae.programs.imputation import impute
+from pyro_vae.programs._ex_post import ex_post
+from pyro_vae.programs.missing import impute
 from pyro_vae.programs.semi_amortized import SemiAmortized
 
 NAN = math.nan
@@ -314,9 +314,9 @@ def plain_pair():
 @pytest.mark.parametrize("pair", ["vae", "plain"])
 @pytest.mark.parametrize("estimate", ["log_likelihood", "elbo_terms", "particles", "fit", "ais", "quadrature", "gaps"])
 def test_a_row_that_is_too_far_out_is_named(pair, estimate):
+    from pyro_vae.judging._gaps import gaps
+    from pyro_vae.judging._quadrature import quadrature
     from pyro_vae.judging.annealing import ais
-    from pyro_vae.judging.gaps import gaps
-    from pyro_vae.judging.quadrature import quadrature
 
     model, guide = plain_pair() if pair == "plain" else (normal_vae().model, normal_vae().guide)
     x = table()[:, :2].clone() if pair == "plain" else table().clone()

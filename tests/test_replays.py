@@ -16,7 +16,7 @@ from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import NSF
-from pyro_vae.programs.guide import Guide
+from pyro_vae.programs.pair import Guide
 from tests.pairs import binary, linear_pair, small_pair
 
 

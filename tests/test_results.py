@@ -9,12 +9,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_vae.judging._calibration import sbc
+from pyro_vae.judging._collapse import collapse
+from pyro_vae.judging._gaps import gaps
 from pyro_vae.judging.annealing import ais, bdmc
-from pyro_vae.judging.calibration import sbc
-from pyro_vae.judging.collapse import collapse
 from pyro_vae.judging.distances import guide_distances
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
-from pyro_vae.judging.gaps import gaps
 from pyro_vae.judging.gradients import gradient_lab
 from pyro_vae.judging.guides import compare_guides
 from pyro_vae.judging.information import mutual_information, rate_distortion

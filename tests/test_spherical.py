@@ -20,9 +20,9 @@ from torch.nn.functional import normalize, softplus
 from pyro_vae.parts.distributions import spherical
 from pyro_vae.parts.distributions.bessel import log_bessel_i, mean_cosine, mean_cosine_complement
 from pyro_vae.parts.distributions.spherical import VonMisesFisher as VMF
-from pyro_vae.parts.posteriors.spherical import VonMisesFisher
-from pyro_vae.parts.priors.hyperspherical import HypersphericalUniform
-from pyro_vae.programs.guide import Guide
+from pyro_vae.parts.posteriors.amortized import VonMisesFisher
+from pyro_vae.parts.priors.standard import HypersphericalUniform
+from pyro_vae.programs.pair import Guide
 from pyro_vae.testing import PosteriorLaws, PriorLaws
 
 CONCENTRATIONS = [1e-3, 1e-2, 0.1, 0.5, 1.0, 3.0, 10.0, 31.6, 100.0, 1e3, 1e4]

@@ -317,7 +317,7 @@ def test_large_counts_fit_out_of_the_box_and_are_scored_as_they_are(likelihood, 
         assert torch.allclose(given_z.mean, mean, rtol=1e-5)
     vae.save(tmp_path / "w.safetensors")
     again = pv.VAE.load(tmp_path / "w.safetensors")
-    assert again.guide.standardize is again.model.likelihood.size
+    assert again.guide.standardize is again.model.likelihood.standardize
     assert torch.equal(again.guide.standardize.scale, vae.guide.standardize.scale)
 
 
@@ -332,4 +332,4 @@ def test_small_counts_and_levels_are_left_as_they_are():
             history[standardize] = pv.fit(vae.model, vae.guide, x, epochs=3, seed=0, progress=False)["loss"]
     assert history[None] == history[False]
     levels = pv.VAE.build((4,), likelihood="poisson", likelihood_options={"levels": 256})
-    assert levels.guide.standardize is None and levels.model.likelihood.size is None
+    assert levels.guide.standardize is None and levels.model.likelihood.standardize is None

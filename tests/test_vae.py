@@ -26,8 +26,7 @@ from pyro_vae.parts.networks import MLP, set_output_mean
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.architecture import Architecture
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.programs.vae import VAE
 from tests.pairs import binary
 

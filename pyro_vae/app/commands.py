@@ -22,7 +22,7 @@ from pyro_vae.app.fitting import read, the_device
 from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
-from pyro_vae.data.framing import Framing, grey_level
+from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.estimates import anomaly_scores, log_likelihood, roc_auc

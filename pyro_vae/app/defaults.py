@@ -18,7 +18,7 @@ from pyro_vae.parts import names
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("constant", "cosine", "one-cycle"),
-    "network": names.NETWORKS,
+    "network": tuple(names.NETWORKS),
     "activation": ("silu", "relu", "gelu", "elu", "tanh", "softplus"),
     "bound": ("elbo", "iwae", "renyi", "vr-max", "miwae", "ciwae", "piwae", "cubo", "wake-sleep"),
     "estimator": ("reparameterized", "sticking-the-landing", "doubly-reparameterized", "score-function"),
@@ -27,10 +27,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "matmul_precision": ("highest", "high", "medium", "bfloat16"),
 }
 REGULARIZERS = ("mmd", "total-correlation", "free-bits")
-CONTINUOUS = ("normal", "continuous-bernoulli")
-COUNTS = ("poisson", "negative-binomial")
-LEVELS = ("discretized-logistic", "logistic-mixture", "categorical", *COUNTS)
-FLOWS = ("planar", "sylvester", "iaf", "maf", "nsf", "coupling")
 SCALES = ("learned", "per-pixel", "network")
 
 
@@ -145,7 +141,6 @@ class FitOptions:
         for kind in names.PARTS:
             if getattr(self, kind) is not None:
                 names.check(kind, getattr(self, kind))
-        names.check_supports(self.posterior, self.prior)
         for name in self.regularizers:
             if name not in REGULARIZERS:
                 raise ValueError(
@@ -249,8 +244,11 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
         values["hidden"] = ()
     if values["bound"] != "elbo" and "num_samples" not in given:
         values["num_samples"] = 50
-    if values["posterior"] in names.SPHERICAL["posterior"] and "prior" not in given:
-        values["prior"] = names.SPHERICAL["prior"][0]
+    names.check("posterior", values["posterior"])
+    if "prior" not in given:
+        values["prior"] = names.prior_for(values["posterior"])
+    names.check("prior", values["prior"])
+    names.check_supports(values["posterior"], values["prior"])
     for name in ("clip_norm", "patience"):
         values[name] = values[name] or None  # 0 turns it off
     if data not in DATASETS and Path(data).expanduser().exists():
@@ -264,18 +262,19 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
 def _binarization(data: str, given: Mapping[str, Any], likelihood: str | None) -> dict[str, Any]:
     """The data that a likelihood is a likelihood of: binary for a Bernoulli, continuous for a normal."""
     wanted, dequantize = given.get("binarization"), given.get("dequantize")
-    if likelihood in (*CONTINUOUS, *LEVELS) and wanted in ("dynamic", "static", "threshold"):
+    kind = names.values_of(likelihood)
+    if kind not in (None, "binary") and wanted in ("dynamic", "static", "threshold"):
         raise ValueError(
             f"got --likelihood {likelihood} with --binarization {wanted}: a density of zeros and ones has no upper "
             "limit, and a distribution of levels needs levels. Use --likelihood bernoulli, or --binarization none."
         )
     if wanted is not None or dequantize is not None:
         return {}
-    if likelihood in CONTINUOUS and data in ("digits", "mnist", "fashion-mnist"):
+    if kind == "continuous" and data in ("digits", "mnist", "fashion-mnist"):
         return {"binarization": "none", "dequantize": True}
-    if likelihood in LEVELS:
+    if kind in ("levels", "counts"):
         return {"binarization": "none", "dequantize": False}
-    if likelihood == "bernoulli" and data in ("frey", "celeba"):
+    if kind == "binary" and data in ("frey", "celeba"):
         return {"binarization": "dynamic"}
     return {}
 

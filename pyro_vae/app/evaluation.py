@@ -18,6 +18,7 @@ from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import VAE
+from pyro_vae.protocols import standardize
 from pyro_vae.version import __version__
 
 ELBO_SAMPLES = 100
@@ -150,8 +151,8 @@ def is_autoencoder(vae: VAE) -> bool:
 
 def standardized(vae: VAE) -> bool:
     """Whether the networks see columns of mean 0 and standard deviation 1; the densities are of the data anyway."""
-    found = getattr(vae.model.likelihood, "standardize", None)
-    return found is not None and not (bool((found.loc == 0).all()) and bool((found.scale == 1).all()))
+    found = standardize(vae.model.likelihood)
+    return found is not None and found.moves and not (bool((found.loc == 0).all()) and bool((found.scale == 1).all()))
 
 
 def fitted_testbed(vae: VAE) -> LinearGaussian | None:

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 
 from pyro_vae.app import evaluation, pictures
-from pyro_vae.app.defaults import CONTINUOUS, COUNTS, FLOWS, LEVELS, FitOptions
+from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, new_run, write_json, write_lines
 from pyro_vae.data import DATASETS, Dataset, Split, load
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import History, fit
+from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
 from pyro_vae.parts.priors import VampPrior
-from pyro_vae.programs.architecture import PSEUDO_INPUTS
+from pyro_vae.parts.priors.mixture import PSEUDO_INPUTS
 from pyro_vae.programs.vae import VAE
+from pyro_vae.protocols import passes, values
+from pyro_vae.protocols import standardize as standardize_of
 
 VALIDATION_IMAGES = 2000
 _READING = ("image_size", "crop", "channels", "background", "images", "labels")
@@ -114,22 +117,23 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     framing = {name: getattr(options, name) for name in _READING}
     binarization, dequantize = options.binarization, options.dequantize
     open_ = binarization is None and dequantize is None and options.data not in DATASETS
-    if open_ and options.likelihood in LEVELS:
+    kind = None if options.likelihood is None else values(names.find("likelihood", options.likelihood))
+    if open_ and kind in ("levels", "counts"):
         binarization, dequantize = "none", False
     dataset = load(
         options.data, options.data_dir, binarization=binarization, dequantize=dequantize, limit=most,  # type: ignore[arg-type]
         seed=options.seed, **framing,
     )  # fmt: skip
-    if open_ and options.likelihood == "bernoulli" and dataset.train.binarization == "none":
+    if open_ and kind == "binary" and dataset.train.binarization == "none":
         dataset = _drawn_afresh(dataset)  # binary files are binary by themselves: these are grey
     if options.limit is not None:
         train = dataset.train.subset(slice(0, options.limit))
         dataset = dataclasses.replace(dataset, train=train, protocol=dataset.protocol | {"limit": options.limit})
-    return _settled(options, dataset), dataset
+    return _settled(options, dataset, kind), dataset
 
 
-def _settled(options: FitOptions, dataset: Dataset) -> FitOptions:
-    """The options that only the data can settle.
+def _settled(options: FitOptions, dataset: Dataset, kind: str | None) -> FitOptions:
+    """The options that only the data can settle, for a likelihood of that kind of values.
 
     Raises:
         ValueError: The data do not fit the likelihood, or the network.
@@ -140,22 +144,23 @@ def _settled(options: FitOptions, dataset: Dataset) -> FitOptions:
     )  # fmt: skip
     if options.standardize is None:
         table = len(dataset.x_shape) == 1 and dataset.train.pixels.is_floating_point() and dataset.testbed is None
-        if options.likelihood not in COUNTS:  # of which the size is found when they are fitted
+        if kind != "counts":  # of which the size is found when they are fitted
             options = dataclasses.replace(options, standardize=table and options.likelihood == "normal")
     if options.standardize and options.likelihood != "normal":
         raise ValueError(
             f"got --standardize with --likelihood {options.likelihood}, wanted normal: the values of the others lie in "
             "sets that (x - mean) / standard deviation leaves. Use --likelihood normal, or --no-standardize."
         )
-    if options.likelihood in COUNTS and not dataset.train.pixels.is_floating_point():
+    if kind == "counts" and not dataset.train.pixels.is_floating_point():
         # Images hold v / 255: the counts are the v. An array of floats holds the counts themselves.
         options = dataclasses.replace(options, likelihood_options={"levels": 256} | options.likelihood_options)
     if options.prior == "vamp" and "num_components" not in options.prior_options:
         # The paper has 500 for 50,000 images. Gaussians are scored together, flows one by one at every sample.
-        most = max(10, len(dataset.train) // 100) if options.posterior in FLOWS else len(dataset.train)
+        one_by_one = passes(names.find("posterior", options.posterior)) > 0
+        most = max(10, len(dataset.train) // 100) if one_by_one else len(dataset.train)
         components = min(PSEUDO_INPUTS, most, len(dataset.train))
         options = dataclasses.replace(options, prior_options={"num_components": components} | options.prior_options)
-    if options.likelihood in (*CONTINUOUS, *LEVELS) and options.binarization != "none":
+    if kind not in (None, "binary") and options.binarization != "none":
         raise ValueError(
             f"got --likelihood {options.likelihood} for binary data ({options.binarization} binarization): a density "
             "of zeros and ones has no upper limit, and a distribution of levels needs levels. Use --likelihood "
@@ -180,8 +185,8 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
     device = the_device(options.device)
     with seeded(options.seed):
         vae = VAE.build(dataset.x_shape, **{name: getattr(options, name) for name in BUILT})
-        standardize = getattr(vae.model.likelihood, "standardize", None)
-        if standardize is not None:
+        standardize = standardize_of(vae.model.likelihood)
+        if standardize is not None and not standardize.automatic:
             standardize.measure(dataset.train[rows] for rows in torch.arange(len(dataset.train)).split(4096))
         if isinstance(prior := vae.model.prior, VampPrior):
             if prior.num_components > len(dataset.train):

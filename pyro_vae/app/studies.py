@@ -79,7 +79,7 @@ def _tried(posterior: str, bound: str, estimator: str) -> Outcome:
     with seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         x = (torch.rand(8, *_SHAPE) < 0.5).float()
-        prior = names.SPHERICAL["prior"][0] if posterior in names.SPHERICAL["posterior"] else "normal"
+        prior = names.prior_for(posterior)
         vae = VAE.build(_SHAPE, latent_dim=3, hidden=(8,), posterior=posterior, prior=prior)
         before = {name: p.detach().clone() for name, p in vae.named_parameters()}
         try:

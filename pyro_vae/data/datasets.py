@@ -27,10 +27,9 @@ import torch
 
 from pyro_vae.data.arrays import as_pixels
 from pyro_vae.data.binarization import BINARIZATIONS, Binarization
-from pyro_vae.data.decoding import suffixes
+from pyro_vae.data.decoding import Framing, grey_level, suffixes
 from pyro_vae.data.files import not_readable, read_array, read_array_folder
 from pyro_vae.data.formats import is_file_of_arrays
-from pyro_vae.data.framing import Framing, grey_level
 from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.sources import SPLITS, Source, divide

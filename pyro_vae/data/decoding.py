@@ -1,4 +1,10 @@
-"""One picture file as levels: what its pixels look like on a page, and nothing that they hide.
+"""Pictures: one file as levels, and crop, scale and colour of images in memory.
+
+One implementation of the latter for photographs in folders and for arrays, so that the same options
+mean the same thing everywhere: first a centre crop, then the shorter side is scaled to
+`image_size` (antialiased bilinear) and the longer one cropped to it, then the channels.
+
+One picture file as levels: what its pixels look like on a page, and nothing that they hide.
 
 Turned as the EXIF tag says; transparent pixels lie on a background, white unless told
 otherwise, so that the colour stored under them never shows; a palette is looked up before
@@ -9,9 +15,12 @@ Only formats whose decoders are plain code are opened: EPS, say, starts Ghostscr
 whatever the file's name says.
 """
 
+from __future__ import annotations
+
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +28,112 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.framing import Framing
+__all__ = ["AS_IT_IS", "Framing", "frames_of", "grey_level", "read_frames", "read_image", "suffixes"]
+
+# ITU-R 601, the weights that Pillow uses for convert("L").
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What to make of images (N, C, H, W): a callable from uint8 to uint8, or float to float.
+
+    Args:
+        crop: Side of a centred square cut out first; None leaves the image whole.
+        image_size: Side of the square that results; None keeps the size.
+        channels: 1 for grey, 3 for colour; None keeps what is there.
+        background: Grey level 0..255 behind the transparent pixels of picture files; a tensor has none.
+    Example:
+        >>> Framing(crop=20, image_size=8, channels=1)(torch.zeros(2, 3, 28, 24, dtype=torch.uint8)).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    crop: int | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    background: int = 255
+
+    def __post_init__(self) -> None:
+        for name, size in (("crop", self.crop), ("image_size", self.image_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"got {name}={size}, wanted a number of pixels >= 1, or None to leave the size alone.")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"got channels={self.channels}, wanted 1 (grey), 3 (colour) or None (as it is).")
+        if not 0 <= self.background <= 255:
+            raise ValueError(f"got background={self.background}, wanted white, black or a grey level 0..255.")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is asked of images in memory."""
+        return self.crop is None and self.image_size is None and self.channels is None
+
+    def __call__(self, images: Tensor, name: str = "images") -> Tensor:
+        if self.is_identity:
+            return images
+        if images.dim() != 4:
+            raise ValueError(f"{name}: got crop, image_size or channels for data of shape {tuple(images.shape[1:])}, "
+                             "wanted images (C, H, W). Leave these options out for vectors.")
+        if self.crop is not None:
+            images = _centre(images, self.crop, name)
+        if self.image_size is not None:
+            images = _centre(_scaled(images, self.image_size), self.image_size, name)
+        return images if self.channels is None else _coloured(images, self.channels, name)
+
+
+def grey_level(background: str | int | None) -> int:
+    """The level 0..255 of a background: white (also if None), black, or a number.
+
+    Example:
+        >>> grey_level("white"), grey_level("128")
+        (255, 128)
+    """
+    named = {"white": 255, "black": 0, None: 255}
+    if background in named:
+        return named[background]
+    text = str(background)
+    if not text.isdecimal() or int(text) > 255:
+        raise ValueError(f"got background={background!r}, wanted white, black or a grey level 0..255.")
+    return int(text)
+
+
+def _centre(images: Tensor, side: int, name: str) -> Tensor:
+    height, width = images.shape[-2:]
+    if side > min(height, width):
+        raise ValueError(f"{name}: got crop={side} for an image of {height}x{width} (height x width), "
+                         f"wanted crop <= {min(height, width)}. Choose a smaller crop.")
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
+def _scaled(images: Tensor, side: int) -> Tensor:
+    height, width = images.shape[-2:]
+    if min(height, width) == side:
+        return images
+    ratio = side / min(height, width)
+    size = (max(side, round(height * ratio)), max(side, round(width * ratio)))
+    return torch.cat([
+        torch.nn.functional.interpolate(part.contiguous(), size=size, mode="bilinear", antialias=True)
+        for part in images.split(4096)
+    ])
+
+
+def _coloured(images: Tensor, channels: int, name: str) -> Tensor:
+    have = images.shape[1]
+    if have == channels:
+        return images
+    if have == 1:
+        return images.expand(-1, channels, -1, -1).contiguous()
+    if have != 3:
+        raise ValueError(
+            f"{name}: got images of {have} channels and channels={channels}, wanted 1 or 3 to convert from."
+        )
+    weights = torch.tensor(LUMA).view(3, 1, 1)
+    grey = torch.cat([(part * weights).sum(1, keepdim=True) for part in images.split(4096)])
+    return grey.round().to(torch.uint8) if images.dtype == torch.uint8 else grey.to(images.dtype)
+
 
 if TYPE_CHECKING:
     from PIL import Image
-
-__all__ = ["AS_IT_IS", "frames_of", "read_frames", "read_image", "suffixes"]
 
 AS_IT_IS = Framing()
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
@@ -108,7 +217,7 @@ class _errors:
                              "Remove the file or save it again.") from error
 
 
-def _opened(path: str | Path) -> "Image.Image":
+def _opened(path: str | Path) -> Image.Image:
     from PIL import Image
 
     Image.init()
@@ -122,7 +231,7 @@ def _opened(path: str | Path) -> "Image.Image":
     return image
 
 
-def _frames(image: "Image.Image") -> list[int]:
+def _frames(image: Image.Image) -> list[int]:
     """The frames that are images: not the thumbnails and masks of a TIFF, nor what a camera puts behind its JPEG."""
     count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if image.format != "TIFF" or count == 1:
@@ -136,7 +245,7 @@ def _frames(image: "Image.Image") -> list[int]:
     return found or [0]
 
 
-def _decoded(image: "Image.Image", path: str | Path, frames: Sequence[int], framing: Framing) -> Iterator[Tensor]:
+def _decoded(image: Image.Image, path: str | Path, frames: Sequence[int], framing: Framing) -> Iterator[Tensor]:
     for frame in frames:
         if getattr(image, "n_frames", 1) > 1:
             image.seek(frame)
@@ -150,7 +259,7 @@ def _decoded(image: "Image.Image", path: str | Path, frames: Sequence[int], fram
         yield framing(pixels.unsqueeze(0), name=str(path)).squeeze(0)
 
 
-def _too_deep(image: "Image.Image", path: str | Path) -> str:
+def _too_deep(image: Image.Image, path: str | Path) -> str:
     """What says that a channel has more than 8 bits, also where Pillow will drop them; else nothing."""
     if image.mode.startswith(("I", "F")):
         return f"Pillow mode {image.mode}"
@@ -169,11 +278,11 @@ def _too_deep(image: "Image.Image", path: str | Path) -> str:
     return ""
 
 
-def _transparent(image: "Image.Image") -> bool:
+def _transparent(image: Image.Image) -> bool:
     return image.mode in ALPHA_MODES or "transparency" in image.info
 
 
-def _levels(image: "Image.Image", background: int) -> np.ndarray:
+def _levels(image: Image.Image, background: int) -> np.ndarray:
     """uint8, (H, W) if the picture is grey, else (H, W, 3)."""
     from PIL import ImageOps
 

@@ -1,7 +1,7 @@
 """From a file of arrays, or a folder in a known layout, to three parts.
 
-Which array is what: `keys`. What its numbers mean: `arrays`. What its labels mean:
-`labels`. Data that are given in parts keep them; one heap is split 80/10/10.
+Which array is what, and what its labels mean: `labels`. What its numbers mean: `arrays`.
+Data that are given in parts keep them; one heap is split 80/10/10.
 """
 
 import warnings
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from pyro_vae.data.arrays import as_parts, one_picture
 from pyro_vae.data.formats import REMEDIES, Arrays, is_file_of_arrays, read_arrays, read_folder_of_arrays
-from pyro_vae.data.keys import Keys, chosen
-from pyro_vae.data.labels import as_labels
+from pyro_vae.data.labels import Keys, as_labels, chosen
 from pyro_vae.data.sources import SPLITS, Source, completed, divide, tenths
 
 __all__ = ["not_readable", "read_array", "read_array_folder"]

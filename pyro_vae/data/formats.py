@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pyro_vae.data.idx import read_idx
-from pyro_vae.data.sources import PART_NAMES
+from pyro_vae.data.labels import PART_NAMES
+from pyro_vae.data.mnist import read_idx
 
 __all__ = ["REMEDIES", "Arrays", "is_file_of_arrays", "read_arrays", "read_folder_of_arrays"]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.arrays import only
-from pyro_vae.data.decoding import AS_IT_IS, frames_of, read_frames, read_image, suffixes
+from pyro_vae.data.decoding import AS_IT_IS, Framing, frames_of, read_frames, read_image, suffixes
 from pyro_vae.data.files import not_readable
-from pyro_vae.data.framing import Framing
-from pyro_vae.data.sources import PART_NAMES, SPLITS, Source, completed, cut, tenths
+from pyro_vae.data.labels import PART_NAMES
+from pyro_vae.data.sources import SPLITS, Source, completed, cut, tenths
 
 __all__ = ["read_celeba", "read_folder", "read_image", "read_images"]
 

@@ -15,12 +15,9 @@ from torch import Tensor
 
 from pyro_vae.data.binarization import Binarization
 
-__all__ = ["PART_NAMES", "SPLITS", "Source", "completed", "cut", "divide", "shuffled", "tenths"]
+__all__ = ["SPLITS", "Source", "completed", "cut", "divide", "shuffled", "tenths"]
 
 SPLITS = ("train", "validation", "test")
-# What files and folders call the parts of a split.
-PART_NAMES = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-              "validation": "validation", "test": "test", "testing": "test"}
 
 
 @dataclass(frozen=True, eq=False)

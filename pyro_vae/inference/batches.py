@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,9 +29,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import Unreadable, collated, column, drawn, frame_names, settled, tensor_of
-from pyro_vae.inference.datacheck import DataCheck, rules, unwrapped
+from pyro_vae.inference.datacheck import DataCheck, rules
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
 from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
+from pyro_vae.sites import unwrapped
 from pyro_vae.traces import Program, draw
 
 _AT_ONCE = 2**22  # numbers that are looked through together
@@ -414,7 +416,7 @@ class Batches:
     def _observed_numbers(self, shown: Rehearsal, batch: tuple[Any, ...]) -> list[Path]:
         """Leaves that a density of numbers observes, not of classes."""
         found = rules(shown, _cast(batch, self._casts)).items()
-        each = [(path, unwrapped(shown.sites[rule.site]["fn"])[0]) for path, rule in found]
+        each = [(path, unwrapped(shown.sites[rule.site]["fn"])) for path, rule in found]
         return [path for path, fn in each if not isinstance(fn, Categorical)]
 
     def _look_through(self) -> None:
@@ -472,6 +474,24 @@ class Batches:
         if sum(t.numel() * t.element_size() for t in held) < torch.cuda.mem_get_info(device)[0] / 4:
             self.columns = tuple(one.to(device) for one in columns)
             self.home = device
+
+
+def whole(programs: Sequence[Program], args: tuple[Any, ...], device: torch.device | str | None) -> tuple[Any, ...]:
+    """One batch that is all data, taken, cast and looked at as the data of a fit are.
+
+    Arguments that are not one row each per datum are the pair's own affair, and stay as they are.
+
+    Args:
+        programs: The model and its guides.
+        args: Their arguments.
+        device: Where the batch goes.
+    Raises:
+        ValueError: As for `Batches`.
+    """
+    arrays = [x for x in args if isinstance(x, Tensor | np.ndarray) and x.ndim]
+    if len(args) == 1 or len(arrays) == len(args) and len({len(x) for x in arrays}) == 1:
+        return Batches(args, sys.maxsize, device, shuffle=False, programs=programs).first()
+    return tuple(x if device is None or not isinstance(x, Tensor) else x.to(device) for x in args)
 
 
 def _cast(batch: tuple[Any, ...], casts: Mapping[Path, torch.dtype]) -> tuple[Any, ...]:

@@ -24,13 +24,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
+from pyro_vae._lazy import attach
 from pyro_vae.options import checked
 from pyro_vae.traces import Particles
+
+if TYPE_CHECKING:  # bounds of two parts, which stand on these
+    from pyro_vae.inference.split_bounds import cubo as cubo
+    from pyro_vae.inference.split_bounds import piwae as piwae
+    from pyro_vae.inference.split_bounds import wake_sleep as wake_sleep
+else:
+    OWN = ("ciwae", "elbo", "iwae", "map_estimate", "miwae", "reconstruction", "renyi", "vr_max")
+    __getattr__, __dir__, __all__ = attach(__name__, *OWN)
 
 Bound: TypeAlias = Callable[[Particles], Tensor]
 OfWeights: TypeAlias = Callable[[Tensor], Tensor]
@@ -246,7 +255,7 @@ def reconstruction(particles: Particles) -> Tensor:
 def map_estimate(particles: Particles) -> Tensor:
     """Log joint density at the guide's samples, per datum: E_q[log p(x, z)].
 
-    Not a bound on log p(x). With a point guide its maximum is the amortised
+    Not a bound on log p(x). With a point guide its maximum is the amortized
     maximum-a-posteriori estimate of z.
 
     Args:

@@ -16,11 +16,13 @@ from typing import Any
 
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
+from pyro_vae.protocols import closed_form_sites
+
 
 class ClosedForm(TraceMeanField_ELBO):
     """Pyro's ``TraceMeanField_ELBO`` at the sites that are named, its ``Trace_ELBO`` at all others.
 
-    `fit` takes it by default where a guide says so by an attribute ``closed_form``, as the zoo's
+    `fit` takes it by default where a guide says so (`closed_form_sites`), as the zoo's
     `Hierarchical` does. Where a pair of distributions has no closed form, the sample stays; a guide
     with a site that is not reparameterised gets Pyro's ``Trace_ELBO`` throughout.
 
@@ -63,5 +65,5 @@ class _NoClosedForm:
 
 def default_loss(guide: Any) -> Any:
     """The loss of a fit to which none was given."""
-    sites = getattr(guide, "closed_form", ())
+    sites = closed_form_sites(guide)
     return ClosedForm(sites) if sites else Trace_ELBO()

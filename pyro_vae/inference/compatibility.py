@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer import (
     RenyiELBO,
     ReweightedWakeSleep,
@@ -35,7 +36,8 @@ from pyro_vae.auxiliary import auxiliary_among, points_among
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
-from pyro_vae.sites import delta, deterministic, kind, plates
+from pyro_vae.protocols import passes, rescoring
+from pyro_vae.sites import delta, deterministic, is_subsample, kind, plates, unwrapped
 from pyro_vae.traces import Program, missing_values, sites
 
 # Supports of no volume: a density on one is not comparable with a density on the space around it.
@@ -91,8 +93,7 @@ class Case:
     @property
     def rescoring(self) -> str:
         """What it takes the guide to score a sample that it did not draw, as far as it says."""
-        said = [getattr(module, "rescoring", None) for module in (self.guide, *self.guide_modules)]
-        return next((cost for cost in ("impossible", "D passes") if cost in said), "one pass")
+        return rescoring(self.guide, *self.guide_modules)
 
 
 def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> bool:
@@ -175,7 +176,7 @@ def rows_held(guide: Program) -> tuple[str, int] | None:
     # Some of Pyro's guides keep nodes in it that are no sites.
     nodes = () if trace is None else [(n, s) for n, s in trace.nodes.items() if s.get("type") == "sample"]
     for name, site in nodes:
-        if site["is_observed"] or type(site["fn"]).__name__ == "_Subsample":
+        if site["is_observed"] or is_subsample(site["fn"]):
             continue
         for frame in site["cond_indep_stack"]:
             if frame.vectorized and frame.full_size in (None, -1, frame.size):
@@ -220,7 +221,7 @@ def _not_drawn(case: Case) -> str | None:
 def _supports(case: Case) -> str | None:
     for name, site in case.guide_sites.items():
         prior = case.model_sites.get(name)
-        if prior is None or site["is_observed"] or prior["is_observed"] or kind(site["fn"]) == "Delta":
+        if prior is None or site["is_observed"] or prior["is_observed"] or isinstance(unwrapped(site["fn"]), Delta):
             continue
         q, p = site["fn"], prior["fn"]
         who = f"guide site {name!r} ({kind(q)})"
@@ -421,13 +422,13 @@ def _slow(case: Case) -> str | None:
 
 def _many_components(case: Case) -> str | None:
     for name, site in case.model_sites.items():
-        passes = getattr(site["fn"], "passes", 0)
+        looks = passes(site["fn"])
         samples = getattr(case.loss, "num_samples", getattr(case.loss, "num_particles", 1))
         data = site["value"].shape[0] if site["value"].dim() else 1
-        if passes * samples * data >= _MANY_PASSES:
+        if looks > 1 and looks * samples * data >= _MANY_PASSES:
             return (
-                f"the prior of site {name!r} is a mixture of {passes} flows, so that the {samples * data} samples of a "
-                f"step are scored {passes * samples * data:,} times. It will train slowly: take fewer components "
+                f"the prior of site {name!r} is a mixture of {looks} flows, so that the {samples * data} samples of a "
+                f"step are scored {looks * samples * data:,} times. It will train slowly: take fewer components "
                 "(num_components), fewer samples, or a VampPrior over Gaussian posteriors."
             )
     return None

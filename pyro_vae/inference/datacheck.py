@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Bernoulli, constraints
 
 from pyro_vae.inference.rehearsal import Rehearsal, lenient, rehearse
 from pyro_vae.inference.trees import Path, at, leaves
 from pyro_vae.refusals import wrong_site
-from pyro_vae.sites import kind, plates
+from pyro_vae.sites import kind, plates, unwrapped, wrappers
 from pyro_vae.traces import Program
 
 _SCORED = (
@@ -30,7 +31,6 @@ _SCORED = (
 )
 # From here on a square may leave the floats, so that a row has no density: the pair is asked.
 _FAR = 1e15
-_WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,6 @@ class Rule:
         return False  # as far as can be told: all values are compared
 
 
-def unwrapped(fn: Any) -> tuple[Any, bool]:
-    """The distribution of one element, and whether a mask is around it."""
-    masked = False
-    while type(fn).__name__ in _WRAPPERS:
-        masked = masked or type(fn).__name__ == "MaskedDistribution"
-        fn = fn.base_dist
-    return fn, masked
-
-
 def rules(shown: Rehearsal, batch: tuple[Any, ...]) -> dict[Path, Rule]:
     """Which leaves of a batch are observed, and what their sites allow.
 
@@ -98,7 +89,8 @@ def rules(shown: Rehearsal, batch: tuple[Any, ...]) -> dict[Path, Rule]:
         if not site["is_observed"] or not isinstance(value, Tensor) or not value.numel():
             continue
         same = [path for path, leaf in tensors if leaf is value]
-        fn, masked = unwrapped(site["fn"])
+        fn = unwrapped(site["fn"])
+        masked = any(isinstance(layer, MaskedDistribution) for layer in wrappers(site["fn"]))
         masked = masked or (site["mask"] is not None and site["mask"] is not True)
         if not same:
             # What a mask leaves out may have been replaced, and a constant equals much.
@@ -300,7 +292,7 @@ class DataCheck:
     def _made(self, sites: Mapping[str, Any], covered: Collection[str]) -> None:
         """What a program makes of the data before it observes it: of the first batch, without the row."""
         for name, site in sites.items():
-            fn, _ = unwrapped(site["fn"])
+            fn = unwrapped(site["fn"])
             support = _support(fn) if name not in covered and isinstance(site["value"], Tensor) else None
             if support is None or not site["value"].numel():
                 continue
@@ -351,7 +343,7 @@ class DataCheck:
         if not shown.finite():
             return False
         for site in shown.sites.values():
-            fn, _ = unwrapped(site["fn"])
+            fn = unwrapped(site["fn"])
             support = _support(fn) if site["is_observed"] and isinstance(site["value"], Tensor) else None
             if support is None or not site["value"].numel():
                 continue
@@ -399,11 +391,10 @@ def scored(site: Any, value: Tensor) -> Tensor:
     fn, event = site["fn"], 0
     masks = [site["mask"]] if isinstance(site["mask"], Tensor) else []
     depths = [site["fn"].event_dim for _ in masks]
-    while type(fn).__name__ in _WRAPPERS:
-        if type(fn).__name__ == "MaskedDistribution" and isinstance(fn._mask, Tensor):
-            masks.append(fn._mask)
-            depths.append(fn.event_dim)
-        fn = fn.base_dist
+    for layer in wrappers(fn):
+        if isinstance(layer, MaskedDistribution) and isinstance(layer._mask, Tensor):
+            masks.append(layer._mask)
+            depths.append(layer.event_dim)
     for mask, event in zip(masks, depths, strict=True):
         counts = counts & mask.reshape(*mask.shape, *[1] * event)
     return counts

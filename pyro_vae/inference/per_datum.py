@@ -23,7 +23,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_vae.sites import PARTICLES
+from pyro_vae.sites import PARTICLES, is_subsample
 
 # What holds the samples of one datum.
 _OF_SAMPLES = {PARTICLES, "num_particles_vectorized"}
@@ -81,7 +81,7 @@ class Counting(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         # It stands outside of all other handlers of a step, so that they have had their say.
         key = (msg["name"], msg["is_observed"])
-        if key in self._sites or type(msg["fn"]).__name__ == "_Subsample" or (msg["infer"] or {}).get("_deterministic"):
+        if key in self._sites or is_subsample(msg["fn"]) or (msg["infer"] or {}).get("_deterministic"):
             return
         plates = tuple(frame for frame in msg["cond_indep_stack"] if frame.name not in _OF_SAMPLES)
         self._sites[key] = _Seen(plates, _extra(msg["scale"], plates), msg["is_observed"])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.options import checked
-from pyro_vae.sites import kind
+from pyro_vae.sites import factors, kind
 from pyro_vae.traces import Particles, Program
 
 Regularizer: TypeAlias = Callable[[Particles, Program, Program], Tensor]
@@ -246,9 +246,8 @@ def _site(particles: Particles, site: str | None, name: str) -> tuple[str, Any]:
 
 def _factors(distribution: Any, which: str, name: str) -> Any:
     """The distribution of the dimensions of a factorised one, batch_shape (..., D)."""
-    base: Any = getattr(distribution, "base_dist", distribution)
-    independent = type(distribution).__name__ == "Independent"
-    if not independent or len(base.event_shape) or distribution.reinterpreted_batch_ndims != 1:
+    base = factors(distribution)
+    if base is None or len(distribution.event_shape) != 1:
         raise ValueError(
             f"{name} needs a factorised distribution, and {which} is {kind(distribution)} with event_shape "
             f"{tuple(distribution.event_shape)}. Use a posterior such as DiagonalNormal (and a prior such as "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyro.distributions import Unit
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -54,7 +55,7 @@ def dream(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
             "what the model observes (nothing). Pass the data by position, or leave sleep at 0."
         )
     for name, site in observed.items():
-        if type(site["fn"]).__name__ == "Unit":
+        if isinstance(site["fn"], Unit):
             raise ValueError(
                 f"the sleep phase draws from the model, but its site {name!r} is a pyro.factor, which cannot be drawn. "
                 "Leave sleep at 0."

@@ -1,10 +1,8 @@
 """What a pair wants to see of all the data before its first step.
 
-A module anywhere in a pair may have a method ``before_fit(batches)``. `fit` calls it once with the data as an iterable
-of batches (tuples of the programs' arguments, large, in their order), before anything else is run: to start at their
-statistics, say. A program may have a method ``check_data(*args)``, called with its arguments, batch by batch, to refuse
-what is no datum, as labels that no class has. So what can be known of the data up front costs nothing in a step, and no
-step need read values.
+A module anywhere in a pair that is `SeesData` is shown all data, and a program that is `ChecksData` may refuse them,
+before anything is run (see `pyro_vae.protocols`). So what can be known of the data up front costs nothing in a step,
+and no step need read values.
 """
 
 from __future__ import annotations
@@ -16,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.inference.batches import Batches
+from pyro_vae.protocols import ChecksData, SeesData
+from pyro_vae.reach import parts_in
 
 _ROWS = 4096
 
@@ -48,7 +48,7 @@ def check_data(modules: Sequence[nn.Module], data: Any) -> None:
     Raises:
         ValueError: What a program says against the data.
     """
-    checks = [check for module in modules if callable(check := getattr(module, "check_data", None))]
+    checks = [module.check_data for module in modules if isinstance(module, ChecksData)]
     for batch in _whole(data) if checks else ():
         for check in checks:
             check(*batch)
@@ -63,8 +63,6 @@ def before_fit(modules: Sequence[nn.Module], batches: Batches) -> None:
     Raises:
         ValueError: What a part says against the data.
     """
-    parts = {id(part): part for module in modules for part in module.modules()}
-    for part in parts.values():
-        look = getattr(part, "before_fit", None)
-        if callable(look):
-            look(_Pass(batches))
+    for part in parts_in(modules):
+        if isinstance(part, SeesData):
+            part.before_fit(_Pass(batches))

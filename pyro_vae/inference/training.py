@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating, rests, undisturbed, unmoved
+from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
@@ -28,7 +29,6 @@ from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, ra
 from pyro_vae.inference.closed_form import ClosedForm, default_loss
 from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.diagnosis import diagnosis
 from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound

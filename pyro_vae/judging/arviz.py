@@ -1,6 +1,6 @@
 """A pair's draws as ArviZ data: `InferenceData` (ArviZ 0.x) or `DataTree` (1.x), for any pair.
 
-An amortised guide has a posterior per datum, so every group has the dimensions
+An amortized guide has a posterior per datum, so every group has the dimensions
 
     posterior          z_k ~ q(z | x)           chain, draw, datum, latent
     prior              z ~ p(z)                 chain, draw, datum, latent
@@ -25,7 +25,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from pyro_vae.atomic import write_file
 from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.batches import whole
 from pyro_vae.judging.components import Scorer
 from pyro_vae.judging.sweeps import chunk_sizes
 from pyro_vae.judging.weights import pareto_k, pareto_smoothed
@@ -116,7 +115,7 @@ def to_arviz(
     _check_sizes(num_samples, num_chains, num_prior, num_predictive)
     place = device_of(model, guide)
     if args and not kwargs:
-        args = Batches(args, sys.maxsize, place, shuffle=False, programs=(model, guide)).first()
+        args = whole((model, guide), args, place)
     elif place is not None:
         args = tuple(x.to(place) if isinstance(x, Tensor) else x for x in args)
     with evaluating(model, guide, seed=seed):
@@ -154,33 +153,17 @@ def to_arviz(
         ),
         "observed_data": layout.dataset("observed_data", {n: layout.sites[n]["value"] for n in layout.data}),
     }
-    share = weight.softmax(0)
-    for name, values, text in (
-        ("pareto_k", pareto_k(table.log_weight), "Pareto k-hat of the guide's importance weights"),
-        ("ess", 1 / share.square().sum(0), "effective number of guide draws, (sum w)^2 / sum w^2"),
-        ("log_evidence", weight.logsumexp(0) - math.log(num_samples), "log p(x) by importance sampling, nats"),
-    ):
-        groups["sample_stats"][name] = (layout.datum, values.numpy(), {"long_name": text})
+    _add_diagnostics(groups["sample_stats"], table.log_weight, layout.datum)
     groups["log_likelihood"].attrs["note"] = LOO_IS_INVALID
     groups["posterior"].attrs["draws"] = (
         "guide q(z | x), independent: chains are a partition of them"
         if not resample
         else f"guide draws resampled by their {'Pareto-smoothed ' if smooth else ''}importance weights, per chain"
     )
-    about = {
-        "inference_library": "pyro_vae",
-        "inference_library_version": __version__,
-        "versions": json.dumps(
-            {
-                "pyro_vae": __version__, "pyro": pyro.__version__, "torch": torch.__version__,
-                "arviz": _arviz().__version__,
-            }
-        ),  # fmt: skip
-        "protocol": json.dumps(dict(protocol or {}), default=str),
+    about = _versions(protocol or {}) | {
         "num_samples": num_samples,
         "resampled": int(resample),
         "seed": "none" if seed is None else seed,
-        "units": "nats",
     }
     return _assembled(groups, about)
 
@@ -343,6 +326,29 @@ def _resampled(log_weight: Tensor, num_chains: int, smooth: bool) -> Tensor:
         share = (pareto_smoothed(weight)[0] if smooth else weight).log_softmax(0)
         found.append(torch.multinomial(share.exp().T, len(weight), replacement=True).T)
     return torch.stack(found)
+
+
+def _add_diagnostics(sample_stats: Any, log_weight: Tensor, datum: str) -> None:
+    """What the importance weights say of each datum."""
+    weight = log_weight.double().cpu()
+    for name, values, text in (
+        ("pareto_k", pareto_k(log_weight), "Pareto k-hat of the guide's importance weights"),
+        ("ess", 1 / weight.softmax(0).square().sum(0), "effective number of guide draws, (sum w)^2 / sum w^2"),
+        ("log_evidence", weight.logsumexp(0) - math.log(len(weight)), "log p(x) by importance sampling, nats"),
+    ):
+        sample_stats[name] = (datum, values.numpy(), {"long_name": text})
+
+
+def _versions(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What every group carries: where it is from, and what its numbers depend on."""
+    packages = {"pyro_vae": __version__, "pyro": pyro.__version__, "torch": torch.__version__}
+    return {
+        "inference_library": "pyro_vae",
+        "inference_library_version": __version__,
+        "versions": json.dumps(packages | {"arviz": _arviz().__version__}),
+        "protocol": json.dumps(dict(protocol), default=str),
+        "units": "nats",
+    }
 
 
 def _check_sizes(num_samples: int, num_chains: int, num_prior: int, num_predictive: int) -> None:

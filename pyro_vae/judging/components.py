@@ -7,22 +7,18 @@ sites are called.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.inference.capture import Uncapturable, capturing
 from pyro_vae.sites import (
-    PARTICLES,
     Frame,
     common_scale,
     data_frame,
@@ -31,7 +27,7 @@ from pyro_vae.sites import (
     sample_sites,
     site_log_prob,
 )
-from pyro_vae.traces import Program
+from pyro_vae.traces import Program, run_at
 
 
 class Scorer:
@@ -81,19 +77,7 @@ class Scorer:
         return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
 
     def _score(self, latents: Mapping[str, Tensor], chains: int) -> dict[str, Tensor]:
-        given = Trace()
-        for name, value in latents.items():
-            if name not in self.sites:
-                continue
-            deepest = max((-dim for dim in plates(self.sites[name])), default=0)
-            head = (chains,) + (1,) * (self.nesting - deepest) if chains > 1 else ()
-            given.add_node(
-                name, name=name, type="sample", is_observed=False, infer={},
-                value=value.reshape(head + tuple(value.shape[1:])),
-            )  # fmt: skip
-        plate = pyro.plate(PARTICLES, chains, dim=-1 - self.nesting) if chains > 1 else contextlib.nullcontext()
-        with plate:
-            trace = poutine.trace(poutine.replay(self.program, trace=given)).get_trace(*self.args, **self.kwargs)
+        trace = run_at(self.program, self.sites, latents, self.nesting, self.args, self.kwargs)
         dim = -1 - self.nesting if chains > 1 else None
         frame = Frame(chains, dim, self.frame.data_dim, self.frame.data_size)
         return {site["name"]: site_log_prob(site, frame) for site in sample_sites(trace)}

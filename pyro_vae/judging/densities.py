@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.auxiliary import points_among
 from pyro_vae.judging.components import FixedScorer, Scorer
-from pyro_vae.sites import deterministic, kind, plates
+from pyro_vae.sites import deterministic, kind, plates, unwrapped
 from pyro_vae.traces import Program, draw
 
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]  # u, (C, B, U), to (J, C, B) and (J, C, B, U)
@@ -212,8 +213,8 @@ class Pair:
         drawn = draw(self.model, self.guide, self.args, {}, 2)
         remedy = 'Anneal from the prior (start="prior"), or use a guide with an inverse, such as a coupling flow.'
         kinds = {name: kind(site["fn"]) for name, site in self._guide_sites.items()}
-        for name, found in kinds.items():
-            if found == "Delta":
+        for name, site in self._guide_sites.items():
+            if isinstance(unwrapped(site["fn"]), Delta):
                 raise ValueError(
                     f"guide site {name!r} is a Delta that carries the density of its own draw, so it cannot score "
                     f"another. {remedy}"

@@ -204,6 +204,8 @@ def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: 
         data: (M, *shape).
         halvings: Random halvings of the data for the null value.
         seed: Seed of the halvings.
+    Returns:
+        The distance, beside that of two halves of the data.
     Raises:
         ValueError: Fewer than two samples or four data, or different shapes.
     Example:

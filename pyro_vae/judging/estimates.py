@@ -358,6 +358,8 @@ def roc_auc(inliers: Tensor, outliers: Tensor) -> float:
     Args:
         inliers: Scores of ordinary data.
         outliers: Scores of strange data.
+    Returns:
+        A share, one half where the scores tell nothing.
     Example:
         >>> roc_auc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
         0.875
@@ -376,7 +378,7 @@ def _say_not_finite(pointwise: Tensor, what: str) -> None:
         warnings.warn(
             f"{what} is not finite for {len(bad)} of {len(pointwise)} data (row {rows}): a density there has left the "
             "range of its floats, or a scale has become 0. Look at these rows, scale the data, or take float64.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

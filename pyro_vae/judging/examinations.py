@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.trees import at, leaves, rows
+from pyro_vae.judging._calibration import sbc
 from pyro_vae.judging.annealing import Bracket, bdmc
 from pyro_vae.judging.budget import Budget, OutOfTime
-from pyro_vae.judging.calibration import sbc
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, kl_per_dimension

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.judging._gaps import STEP_SAMPLES, FamilyGaps, Gaps, gaps
 from pyro_vae.judging.budget import OutOfTime
 from pyro_vae.judging.examinations import Examination, weighted
-from pyro_vae.judging.gaps import STEP_SAMPLES, FamilyGaps, Gaps, gaps
 from pyro_vae.judging.nats import Nats
 from pyro_vae.judging.results import Mean
 from pyro_vae.judging.stages import GapSplit, Remedy, Stages
@@ -60,8 +60,10 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
 
 def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     """What a normal of full covariance would gain, where the family is at fault."""
+    if not stages.gaps.split:
+        return Remedy(reason="the family's part of the gap is not known")
     if not stages.gaps.approximation.material():
-        return Remedy(reason="not needed, as far as is known")
+        return Remedy(reason="not needed, since the family costs nothing that matters")
     size, least = min(16, stages.gaps.num_data), min(4, stages.gaps.num_data)
     both, took = None, 0.0
     for stop in dict.fromkeys((least, size)):

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
-from pyro_vae.sites import plates
+from pyro_vae.protocols import closed_form_kl
+from pyro_vae.sites import factors, plates
 from pyro_vae.traces import Particles, Program, sites
 
 # A latent is dead where its posterior mean varies less over the data (in units of z squared), and where it carries
@@ -186,17 +186,17 @@ def _divergence(particles: Particles, site: str, components: Components) -> tupl
         return sampled, False
     q, p, value = particles.posteriors[site], particles.priors[site], particles.latents[site]
     fixed = len(particles.priors) == 1 or _constant_over_samples(p, value)
-    each = _factors(q), _factors(p)
+    each = factors(q), factors(p)
     if each[0] is not None and each[1] is not None:
         by_sample = _by_dimension(*each, value)
         terms = None if by_sample is None else components.column(site, by_sample)
         # A mask, or a plate's scale, would make the site's density another sum.
         if terms is not None and torch.allclose(terms.sum(-1, keepdim=True), sampled, rtol=1e-3, atol=1e-3):
-            closed = _closed(*each) if fixed else None
+            closed = closed_form_kl(*each) if fixed else None
             if closed is not None and closed.numel() == value.numel():
                 return components.column(site, closed.reshape(value.shape)), True
             return terms, False
-    closed = _closed(q, p) if fixed else None
+    closed = closed_form_kl(q, p) if fixed else None
     if closed is not None and closed.numel() == sampled.numel():
         return closed.reshape(sampled.shape), True
     return sampled, False
@@ -208,22 +208,6 @@ def _by_dimension(q: Any, p: Any, value: Tensor) -> Tensor | None:
         return None
     log_q, log_p = q.log_prob(value.reshape(q.batch_shape)), p.log_prob(value.reshape(p.batch_shape))
     return log_q.reshape(value.shape) - log_p.reshape(value.shape)
-
-
-def _factors(distribution: Any) -> Any:
-    """Distribution of the scalar dimensions of a factorised one, None where it is not."""
-    if not distribution.event_shape:
-        return distribution
-    if type(distribution).__name__ != "Independent" or distribution.base_dist.event_shape:
-        return None
-    return distribution.base_dist
-
-
-def _closed(q: Any, p: Any) -> Tensor | None:
-    try:
-        return kl_divergence(q, p)
-    except NotImplementedError:
-        return None
 
 
 def _constant_over_samples(p: Any, value: Tensor) -> bool:
@@ -256,8 +240,10 @@ def posterior_means(
         model: A Pyro program for p(x, z), which says what is latent.
         site: Name of the latent site; None for the only one.
         num_samples: Samples per datum where the mean is not known.
-        seed: Seed of those samples, and of a binarisation drawn on the way; None goes on with torch's random state.
+        seed: Seed of those samples, and of a binarization drawn on the way; None goes on with torch's random state.
         guide, data, device, progress: As for `log_likelihood`.
+    Returns:
+        The means, on the CPU.
     Raises:
         ValueError: The guide has no such site, or several and none was named.
     """

@@ -1,4 +1,4 @@
-"""Unamortised posteriors: the best member of a family for each datum, by gradient steps.
+"""Unamortized posteriors: the best member of a family for each datum, by gradient steps.
 
     q*(z | x_n) = q(z; lambda_n),   lambda_n = argmax ELBO(x_n; lambda)
 
@@ -18,7 +18,6 @@ How the rows are found is in `pyro_vae.judging.climbs`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,12 +27,12 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_vae.reach import modules_of
+from pyro_vae.protocols import Free, Local, Rescoring, knows_its_draw, rescoring
 from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites
 from pyro_vae.traces import Program
-from pyro_vae.unconstrained import Free, Local, free_parameters
+from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of, local_of
 
 
 class LocalForm(NamedTuple):
@@ -49,7 +48,7 @@ class LocalForm(NamedTuple):
     start: Tensor
     pace: Tensor
     guide: Callable[..., Program]
-    rescoring: str = "one pass"
+    rescoring: Rescoring = "one pass"
 
 
 def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> LocalForm:
@@ -64,10 +63,10 @@ def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> L
             site, or a distribution that is not made of parameters.
     """
     with torch.no_grad():
-        posteriors = _posteriors(guide)
-        with Outputs(posteriors) as first:
+        posteriors = heads_of(guide)
+        with Heads(posteriors) as first:
             trace, frame = _run(guide, args)
-        with Outputs(posteriors) as second:
+        with Heads(posteriors) as second:
             again, _ = _run(guide, args)
     sites = [site for site in sample_sites(trace) if not site["is_observed"]]
     for site in sites:
@@ -93,7 +92,7 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
     """The local form of a family that no encoder was trained for, at a batch.
 
     Args:
-        posterior: It has ``local`` and ``around``, as `Amortized`.
+        posterior: It has ``local`` and ``parameters_near``, as `Amortized`.
         model: The model, of a single latent site in the data plate alone.
         args: The batch.
         loc: Where it starts, (B, D).
@@ -109,7 +108,7 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
                 f"got a family for a model of latent sites {[s['name'] for s in sites]}, wanted one "
                 "site of event_shape (D,). Give a guide of all its sites instead, fitted by fit_guide."
             )
-        local = posterior.local(posterior.around(loc, scale))
+        local = posterior.local(posterior.parameters_near(loc, scale))
     return _independent([_Piece(sites[0], local, 0, frame.data_dim, posterior)])
 
 
@@ -161,7 +160,7 @@ class _Piece(NamedTuple):
     def pace(self) -> Tensor:
         some = next(iter(self.local.free.values()))
         return torch.cat([
-            some.new_full((math.prod(shape),), self.local.pace.get(k, 1.0)) for k, shape in self.shapes.items()
+            some.new_full((math.prod(shape),), self.local.rates.get(k, 1.0)) for k, shape in self.shapes.items()
         ])  # fmt: skip
 
     def fresh(self) -> _Piece:
@@ -169,14 +168,14 @@ class _Piece(NamedTuple):
             return self._replace(local=self.local._replace(free={k: v * 0 for k, v in self.local.free.items()}))
         parameters = self.local.free["parameters"]
         loc = parameters.new_zeros(*parameters.shape[:-1], self.posterior.latent_dim)
-        return self._replace(local=self.posterior.local(self.posterior.around(loc, loc + 1)))
+        return self._replace(local=self.posterior.local(self.posterior.parameters_near(loc, loc + 1)))
 
 
-def _pieces(sites: list[Any], outputs: Outputs, frame: Frame) -> list[_Piece]:
+def _pieces(sites: list[Any], outputs: Heads, frame: Frame) -> list[_Piece]:
     """The family of each site: as its posterior offers it, or as its distribution is made."""
     offered: list[tuple[str, Any, Tensor]] = []
-    if outputs.runs == len(outputs.found) == len(sites):
-        offered = [(name, outputs.posteriors[name], out) for name, out in outputs.found.items()]
+    if outputs.cover(sites):
+        offered = [(name, outputs.posteriors[name], out) for name, out in outputs.returned.items()]
         shapes = [tuple(posterior.family(out).batch_shape) for _, posterior, out in offered]
         if shapes != [tuple(site["fn"].batch_shape) for site in sites]:
             offered = []
@@ -185,7 +184,7 @@ def _pieces(sites: list[Any], outputs: Outputs, frame: Frame) -> list[_Piece]:
         axis = len(site["fn"].batch_shape) + frame.data_dim
         if offered:
             name, posterior, out = offered[number]
-            pieces.append(_Piece(site, posterior.local(out), axis, frame.data_dim, posterior, name))
+            pieces.append(_Piece(site, local_of(posterior, out), axis, frame.data_dim, posterior, name))
             continue
         free, build = free_parameters(site["fn"])
         pieces.append(_Piece(site, Local(free, build), axis, frame.data_dim))
@@ -201,7 +200,7 @@ def _independent(pieces: list[_Piece]) -> LocalForm:
             plates: dict[str, Any] = {}
             for number, (piece, part) in enumerate(zip(pieces, rows.split(widths, 1), strict=True)):
                 q = piece.local.build(piece.unpack(part))
-                if still is not None and not hasattr(q, "push"):
+                if still is not None and not knows_its_draw(q):
                     held = still.split(widths, 1)[number]
                     q = _Landing(q, piece.local.build(piece.unpack(held)))
                 with _plates(piece, len(rows), plates):
@@ -213,21 +212,22 @@ def _independent(pieces: list[_Piece]) -> LocalForm:
     return LocalForm(start.detach().clone(), torch.cat([piece.pace() for piece in pieces]), guide, _rescoring(pieces))
 
 
-def _dependent(guide: Program, pieces: list[_Piece], outputs: Outputs) -> LocalForm:
+def _dependent(guide: Program, pieces: list[_Piece], outputs: Heads) -> LocalForm:
     """Sites that depend on earlier draws: what is free is added to what the guide gives."""
     by_head = all(piece.head is not None for piece in pieces)
     if by_head:  # of a flow the numbers of the head only
-        pieces = [p._replace(local=Local({"parameters": outputs.found[p.head or ""]}, p.local.build)) for p in pieces]
+        found = outputs.returned
+        pieces = [p._replace(local=Local({"parameters": found[p.head or ""]}, p.local.build)) for p in pieces]
     widths = [sum(math.prod(shape) for shape in piece.shapes.values()) for piece in pieces]
 
     def local(rows: Tensor, still: Tensor | None = None) -> Program:
         parts = zip(pieces, rows.split(widths, 1), strict=True)
         changes = {piece.head or piece.site["name"]: piece.unpack(part) for piece, part in parts}
         if not by_head:
-            return Unscaled()(_Moved(changes)(guide))
+            return Unscaled()(Moved(changes)(guide))
 
         def program(*args: Any, **kwargs: Any) -> Any:
-            with Outputs(outputs.posteriors, {name: free["parameters"] for name, free in changes.items()}):
+            with Heads(outputs.posteriors, {name: free["parameters"] for name, free in changes.items()}):
                 return guide(*args, **kwargs)
 
         return Unscaled()(program)
@@ -236,9 +236,8 @@ def _dependent(guide: Program, pieces: list[_Piece], outputs: Outputs) -> LocalF
     return LocalForm(start, torch.cat([piece.pace() for piece in pieces]), local, _rescoring(pieces))
 
 
-def _rescoring(pieces: list[_Piece]) -> str:
-    said = (getattr(piece.posterior, "rescoring", "one pass") for piece in pieces)
-    return next((answer for answer in said if answer != "one pass"), "one pass")
+def _rescoring(pieces: list[_Piece]) -> Rescoring:
+    return rescoring(*(piece.posterior for piece in pieces))
 
 
 @contextlib.contextmanager
@@ -251,55 +250,6 @@ def _plates(piece: _Piece, size: int, made: dict[str, Any]) -> Iterator[None]:
                 made[frame.name] = pyro.plate(frame.name, count, dim=frame.dim)
             stack.enter_context(made[frame.name])
         yield
-
-
-class _Moved(Messenger):
-    """Adds changes to the free parameters of the distributions at a guide's sites."""
-
-    def __init__(self, changes: Mapping[str, Free]) -> None:
-        super().__init__()
-        self.changes = changes
-
-    def _pyro_sample(self, msg: Any) -> None:
-        change = self.changes.get(msg["name"])
-        if change is not None:
-            free, build = free_parameters(msg["fn"])
-            msg["fn"] = build({key: value + change[key] for key, value in free.items()})
-
-
-def _posteriors(guide: Program) -> dict[str, Any]:
-    """The posteriors among a guide's modules that have a head and a local form."""
-    parts = {id(part): part for module in modules_of(guide) for part in module.modules()}
-    return {
-        str(number): part
-        for number, part in enumerate(parts.values())
-        if isinstance(getattr(part, "head", None), nn.Module) and callable(getattr(part, "local", None))
-    }
-
-
-class Outputs:
-    """What the heads of a guide's posteriors return, recorded, and changed where changes are given."""
-
-    def __init__(self, posteriors: Mapping[str, Any], changes: Mapping[str, Tensor] | None = None) -> None:
-        self.posteriors, self.changes = posteriors, changes
-        self.runs = 0
-        self.found: dict[str, Tensor] = {}
-
-    def __enter__(self) -> Outputs:
-        self._hooks = [
-            posterior.head.register_forward_hook(functools.partial(self._hook, name))
-            for name, posterior in self.posteriors.items()
-        ]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hook(self, name: str, _: nn.Module, __: Any, out: Tensor) -> Tensor | None:
-        self.runs += 1
-        self.found[name] = out
-        return None if self.changes is None else out + self.changes[name]
 
 
 class _Landing(TorchDistribution):

@@ -152,7 +152,7 @@ def reference(
         warnings.warn(
             f"the chains of {len(stuck)} of {u.shape[2]} data have not converged (first: {stuck[:5]}; R-hat up to "
             f"{rhat.max():.2f}, ESS down to {ess.min():.0f}). Raise num_samples, num_warmup or num_leapfrog.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return result
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from pyro_vae.judging._calibration import Calibration
 from pyro_vae.judging.annealing import Bracket
-from pyro_vae.judging.calibration import Calibration
 from pyro_vae.judging.nats import Nats, plain, typed
 from pyro_vae.judging.results import over_data
 

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from pyro_vae.judging.sweeps import chunk_sizes
 from pyro_vae.options import checked
-from pyro_vae.reach import modules_of
+from pyro_vae.protocols import rescoring
+from pyro_vae.reach import parts_of
 from pyro_vae.traces import Program, draw, log_q
 
 # Fewer weights have no tail to speak of.
@@ -136,7 +137,16 @@ def at_fewer(log_weight: Tensor, steps: list[int]) -> Tensor:
 
 @checked
 def khat_limit(num_samples: int) -> float:
-    """min(1 - 1 / log10 K, 0.7): above it, K weights are too few for their tail."""
+    """min(1 - 1 / log10 K, 0.7): above it, K weights are too few for their tail.
+
+    Args:
+        num_samples: K.
+    Returns:
+        The limit of k-hat.
+    Example:
+        >>> khat_limit(100)
+        0.5
+    """
     return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)
 
 
@@ -272,9 +282,7 @@ def score(
 
 def scores_strangers(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
     """Whether a guide scores, in one pass, draws that it did not make."""
-    parts = [part for module in modules_of(proposal) for part in module.modules()]
-    said = [getattr(item, "rescoring", "one pass") for item in [proposal, *parts]]
-    if any(answer != "one pass" for answer in said):
+    if rescoring(proposal, *parts_of(proposal)) != "one pass":
         return False
     try:
         with torch.no_grad(), torch.random.fork_rng():

@@ -1,5 +1,8 @@
 """Parts by name: what a command line, a configuration or a saved architecture calls them.
 
+The two tables are the only place where a part is registered, by one line: a name, and where it lies. What else is to
+be known of it stands on the part (see `pyro_vae.protocols`).
+
 A name of our own stands for a class of this package. Anything else has the form
 ``module:Class`` and is imported, which runs that module's code: so a file never gets
 one imported unless its reader trusts it by name.
@@ -18,36 +21,42 @@ PARTS: dict[str, dict[str, str]] = {
         "diagonal": "posteriors.normal:DiagonalNormal",
         "full": "posteriors.normal:FullNormal",
         "low-rank": "posteriors.normal:LowRankNormal",
-        "mixture": "posteriors.mixture:NormalMixture",
+        "mixture": "posteriors.amortized:NormalMixture",
         "planar": "posteriors.planar:Planar",
-        "sylvester": "posteriors.sylvester:Sylvester",
+        "sylvester": "posteriors.planar:Sylvester",
         "iaf": "posteriors.flow:IAF",
         "maf": "posteriors.flow:MAF",
         "nsf": "posteriors.flow:NSF",
         "coupling": "posteriors.flow:Coupling",
-        "von-mises-fisher": "posteriors.spherical:VonMisesFisher",
-        "point": "posteriors.delta:Delta",
+        "von-mises-fisher": "posteriors.amortized:VonMisesFisher",
+        "point": "posteriors.amortized:Delta",
     },
     "prior": {
-        "normal": "priors.normal:StandardNormal",
+        "normal": "priors.standard:StandardNormal",
         "mixture": "priors.mixture:NormalMixture",
-        "vamp": "priors.vamp:VampPrior",
-        "flow": "priors.flow:Flow",
-        "hyperspherical": "priors.hyperspherical:HypersphericalUniform",
+        "vamp": "priors.mixture:VampPrior",
+        "flow": "priors.standard:Flow",
+        "hyperspherical": "priors.standard:HypersphericalUniform",
     },
     "likelihood": {
-        "bernoulli": "likelihoods.bernoulli:Bernoulli",
-        "continuous-bernoulli": "likelihoods.continuous_bernoulli:ContinuousBernoulli",
+        "bernoulli": "likelihoods.likelihood:Bernoulli",
+        "continuous-bernoulli": "likelihoods.likelihood:ContinuousBernoulli",
         "normal": "likelihoods.normal:Normal",
-        "discretized-logistic": "likelihoods.discretized_logistic:DiscretizedLogistic",
-        "logistic-mixture": "likelihoods.discretized_logistic:MixtureOfDiscretizedLogistics",
-        "categorical": "likelihoods.categorical:Categorical",
+        "discretized-logistic": "likelihoods.levels:DiscretizedLogistic",
+        "logistic-mixture": "likelihoods.levels:MixtureOfDiscretizedLogistics",
+        "categorical": "likelihoods.levels:Categorical",
         "poisson": "likelihoods.counts:Poisson",
         "negative-binomial": "likelihoods.counts:NegativeBinomial",
     },
 }
-NETWORKS = ("mlp", "gated", "conv", "residual", "linear")
-SPHERICAL = {"posterior": ("von-mises-fisher",), "prior": ("hyperspherical",)}
+# Pairs of an encoder and a decoder: see `pyro_vae.parts.networks.dense.Networks`.
+NETWORKS: dict[str, str] = {
+    "mlp": "networks.dense:MLPS",
+    "gated": "networks.dense:GATED",
+    "conv": "networks.convolutional:CONVOLUTIONAL",
+    "residual": "networks.convolutional:RESIDUAL",
+    "linear": "networks.dense:LINEAR",
+}
 
 
 def is_foreign(name: str) -> bool:
@@ -135,18 +144,74 @@ def made(kind: str, given: Any, *arguments: Any) -> Any:
 
 
 def check_supports(posterior: str, prior: str) -> None:
-    """Refuse a posterior on the sphere under a prior that is not, and the reverse.
+    """Refuse a posterior and a prior that lie in different sets, such as the sphere and R^D.
+
+    Parts of other packages are not imported for it: `pyro_vae.programs.architecture` checks them when it builds them.
 
     Raises:
-        ValueError: One of two named parts lies on the sphere and the other does not.
+        ValueError: One of two named parts lies where the other does not.
     """
-    sphere = posterior in SPHERICAL["posterior"], prior in SPHERICAL["prior"]
-    if sphere[0] != sphere[1] and not (is_foreign(posterior) or is_foreign(prior)):
-        remedy = "prior 'hyperspherical'" if sphere[0] else "posterior 'von-mises-fisher'"
-        raise ValueError(
-            f"got posterior {posterior!r} with prior {prior!r}, wanted two on the same space: one of them lives on the "
-            f"unit sphere, and KL(q || p) is infinite. Use {remedy}."
-        )
+    if not (is_foreign(posterior) or is_foreign(prior)):
+        check_same_support(posterior, prior, find("posterior", posterior), find("prior", prior))
+
+
+def check_same_support(posterior: str, prior: str, q: Any, p: Any) -> None:
+    """As `check_supports`, of the parts themselves, or of their classes.
+
+    Args:
+        posterior: What the posterior is called.
+        prior: What the prior is called.
+        q: The posterior.
+        p: The prior.
+    """
+    from pyro_vae import protocols  # here, as it brings torch
+
+    if protocols.same_support(q, p):
+        return
+    remedy = _on("posterior", p) if protocols.support_name(q) == "real" else _on("prior", q)
+    raise ValueError(
+        f"got posterior {posterior!r} with prior {prior!r}, wanted two on the same space: their supports are "
+        f"{protocols.support_name(q)!r} and {protocols.support_name(p)!r}, and KL(q || p) is infinite. {remedy}"
+    )
+
+
+def prior_for(posterior: str) -> str:
+    """The first prior that lies where a posterior does; "normal" for a part of another package, which is not imported.
+
+    Example:
+        >>> prior_for("nsf"), prior_for("von-mises-fisher")
+        ('normal', 'hyperspherical')
+    """
+    if is_foreign(posterior):
+        return "normal"
+    q = find("posterior", posterior)
+    return next(iter(_same("prior", q)), "normal")
+
+
+def values_of(likelihood: str | None) -> str | None:
+    """What data a likelihood of this package is for, such as "counts"; None for none, and for other packages' parts.
+
+    Example:
+        >>> values_of("poisson"), values_of("mymodule:Mine")
+        ('counts', None)
+    """
+    if likelihood is None or is_foreign(likelihood):
+        return None
+    from pyro_vae.protocols import values
+
+    return values(find("likelihood", likelihood))
+
+
+def _same(kind: str, part: Any) -> list[str]:
+    from pyro_vae.protocols import support_name
+
+    return [name for name in PARTS[kind] if support_name(find(kind, name)) == support_name(part)]
+
+
+def _on(kind: str, part: Any) -> str:
+    """The remedy: a part that lies where another does."""
+    names = _same(kind, part)
+    return f"Use {kind} {names[0]!r}." if names else f"Give both the same support: write a {kind} on it."
 
 
 def find(kind: str, name: str) -> Any:
@@ -173,7 +238,14 @@ def find(kind: str, name: str) -> Any:
         ) from error
 
 
-def build(kind: str, name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def build(
+    kind: str,
+    name: str,
+    arguments: Sequence[Any],
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    maker: Any = None,
+) -> Any:
     """A new part.
 
     Args:
@@ -181,6 +253,8 @@ def build(kind: str, name: str, arguments: Sequence[Any], options: Mapping[str, 
         name: One of `PARTS`, or ``module:Class``.
         arguments: What every part of its kind takes first.
         options: Its own keyword arguments.
+        defaults: Keyword arguments where the class takes them and none are given.
+        maker: What is called in place of the class.
     Raises:
         ValueError: An unknown name, or an option that the class does not have.
     Example:
@@ -191,14 +265,27 @@ def build(kind: str, name: str, arguments: Sequence[Any], options: Mapping[str, 
         ...
         ValueError: prior 'normal' has no option 'bins'; it has none.
     """
-    family = find(kind, name)
-    taken = list(inspect.signature(family).parameters.values())[len(arguments) :]
+    maker = find(kind, name) if maker is None else maker
+    taken = list(inspect.signature(maker).parameters.values())[len(arguments) :]
     known = [p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "features"]
-    if not any(p.kind is p.VAR_KEYWORD for p in taken):
-        for option in options:
-            if option not in known:
-                raise ValueError(f"{kind} {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}.")
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in taken)
+    for option in () if takes_all else options:
+        if option not in known:
+            raise ValueError(f"{kind} {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}.")
+    filled = {key: value for key, value in (defaults or {}).items() if takes_all or key in known} | dict(options)
     try:
-        return family(*arguments, **options)
+        return maker(*arguments, **filled)
     except TypeError as error:
         raise ValueError(f"{kind} {name!r} cannot be built with {dict(options)}: {error}.") from error
+
+
+def networks(name: str) -> Any:
+    """The encoder and decoder that a name of `NETWORKS` stands for (see `Networks`).
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}, wanted one of {', '.join(NETWORKS)}.")
+    module, _, attribute = NETWORKS[name].partition(":")
+    return getattr(importlib.import_module(f"pyro_vae.parts.{module}"), attribute)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Standardize(nn.Module):
         loc: m, (*x_shape).
         scale: s, (*x_shape): 1 for a constant column.
         far: From where u grows logarithmically: 30, and never as long as u is x.
+        moves: Whether the likelihood scores x by u, so that its own numbers are of u.
         measured: Whether m and s are settled; they are saved with the weights, and no later fit moves them.
     Example:
         >>> standardize = Standardize((2,))
@@ -47,6 +48,7 @@ class Standardize(nn.Module):
         tensor([[1., 1.]])
     """
 
+    moves: ClassVar[bool] = True
     loc: Tensor
     scale: Tensor
     far: Tensor
@@ -153,6 +155,8 @@ class CountScale(Standardize):
         >>> counts.scale, counts(torch.tensor([[0.0, 1.0]]))
         (tensor([ 1., 20.]), tensor([[0.0000, 0.6931]]))
     """
+
+    moves = False
 
     def __init__(self, x_shape: Sequence[int]) -> None:
         super().__init__(x_shape, automatic=True)

@@ -6,17 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from pyro_vae.options import integer, integers
-from pyro_vae.parts import names, networks
-from pyro_vae.parts.standardize import CountScale, Standardize
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
-
-PSEUDO_INPUTS = 500
-_COUNTS = ("poisson", "negative-binomial")
+from pyro_vae.parts import names
+from pyro_vae.programs.pair import Guide, Model
+from pyro_vae.protocols import PriorOfPosterior, default_options, parameters_per_pixel, standardize
 
 
 @dataclass(frozen=True)
@@ -25,7 +20,8 @@ class Architecture:
 
     A name of the package, or ``module:Class`` for a class of your own: a posterior is
     built by Class(encoder, latent_dim, **options), a prior by Class(latent_dim,
-    **options), a likelihood by Class(decoder, **options).
+    **options), a likelihood by Class(decoder, **options), with the traits of
+    `pyro_vae.protocols` that it has.
 
     Attributes:
         x_shape: Shape of one datum, such as (1, 28, 28).
@@ -67,8 +63,7 @@ class Architecture:
         object.__setattr__(self, "x_shape", integers("x_shape", self.x_shape))
         object.__setattr__(self, "hidden", _widths(self.hidden))
         object.__setattr__(self, "latent_dim", integer("latent_dim", self.latent_dim))
-        if self.network not in names.NETWORKS:
-            raise ValueError(f"unknown network {self.network!r}, wanted one of {', '.join(names.NETWORKS)}.")
+        layers = names.networks(self.network).layers
         for kind in names.PARTS:
             names.check(kind, getattr(self, kind))
             options = getattr(self, f"{kind}_options")
@@ -78,14 +73,9 @@ class Architecture:
             raise ValueError(f"got standardize={self.standardize!r}, wanted True, False or None.")
         if isinstance(self.scale, str) and self.scale not in ("learned", "per-pixel", "network"):
             raise ValueError(f'got scale={self.scale!r}, wanted a number, "learned", "per-pixel" or "network".')
-        if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
+        if layers and not (self.hidden and all(width > 0 for width in self.hidden)):
             raise ValueError(f"hidden must be one or more positive widths, got {self.hidden}.")
         names.check_supports(self.posterior, self.prior)
-        if self.standardize and self.likelihood != "normal":
-            raise ValueError(
-                f"got standardize=True with the likelihood {self.likelihood!r}, wanted 'normal': the values of the "
-                "others lie in sets that (x - m) / s leaves. Take the normal likelihood, or leave standardize out."
-            )
 
     @classmethod
     def of(cls, x_shape: Sequence[int], **options: Any) -> Architecture:
@@ -107,54 +97,49 @@ class Architecture:
 
     def encoder(self) -> nn.Module:
         """Data to features."""
-        if self.network == "conv":
-            return networks.ConvEncoder(self.x_shape, self.hidden, activation=self.activation)
-        if self.network == "residual":
-            return networks.ResidualEncoder(self.x_shape, self.hidden, activation=self.activation)
-        if self.network == "gated":
-            return networks.GatedMLP(self.x_shape, self.hidden, None)
-        return networks.MLP(self.x_shape, self.hidden if self.network == "mlp" else (), None, self.activation)
+        return names.networks(self.network).encoder(self.x_shape, self.hidden, self.activation)
 
     def decoder(self, parameters_per_pixel: int = 1) -> nn.Module:
         """Latents to the parameters of the likelihood."""
         parameters_per_pixel = integer("parameters_per_pixel", parameters_per_pixel)
         out_shape = (parameters_per_pixel * self.x_shape[0], *self.x_shape[1:])
-        hidden = self.hidden[::-1] if self.network != "linear" else ()
-        if self.network == "conv":
-            return networks.ConvDecoder(self.latent_dim, out_shape, hidden, activation=self.activation)
-        if self.network == "residual":
-            return networks.ResidualDecoder(self.latent_dim, out_shape, hidden, activation=self.activation)
-        if self.network == "gated":
-            return networks.GatedMLP(self.latent_dim, hidden, out_shape)
-        return networks.MLP(self.latent_dim, hidden, out_shape, self.activation)
+        return names.networks(self.network).decoder(self.latent_dim, out_shape, self.hidden[::-1], self.activation)
 
     def pair(self) -> tuple[Model, Guide]:
         """p(z) p(x | z) and q(z | x) with new weights.
 
         The two share the encoder where the prior is a mixture of posteriors ("vamp").
+
+        Raises:
+            ValueError: Parts that cannot be built so, or do not fit together.
         """
-        options: dict[str, Any] = self.likelihood_options
-        standardize: Standardize | None = None
-        if self.likelihood == "normal":
-            # Images have one scale for all pixels, which their range says; columns have each its own.
-            if self.standardize or self.standardize is None and len(self.x_shape) == 1:
-                standardize = Standardize(self.x_shape, automatic=not self.standardize)
-            options = {"scale": self.scale, "x_shape": self.x_shape, "standardize": standardize} | options
-        elif self.likelihood in _COUNTS and self.standardize is None and options.get("levels") is None:
-            standardize = CountScale(self.x_shape)  # with levels the data are of size one as they are
-            options = {"size": standardize} | options
-        # How many channels the decoder has is the likelihood's to say.
-        likelihood = names.build("likelihood", self.likelihood, [nn.Identity()], options)
-        likelihood.decoder = self.decoder(getattr(likelihood, "parameters_per_pixel", 1))
+        likelihood = self._likelihood()
         posterior = names.build("posterior", self.posterior, [self.encoder(), self.latent_dim], self.posterior_options)
-        if self.prior == "vamp":
-            options = dict(self.prior_options)
-            count = integer("num_components", options.pop("num_components", PSEUDO_INPUTS))
-            pseudo_inputs = torch.rand(count, *self.x_shape)
-            prior = names.build("prior", "vamp", [posterior, pseudo_inputs], options)
-        else:
-            prior = names.build("prior", self.prior, [self.latent_dim], self.prior_options)
-        return Model(prior, likelihood), Guide(posterior, standardize=standardize)
+        prior = self._prior(posterior)
+        names.check_same_support(self.posterior, self.prior, posterior, prior)
+        return Model(prior, likelihood), Guide(posterior, standardize=standardize(likelihood))
+
+    def _likelihood(self) -> Any:
+        given = self.likelihood_options
+        family = names.find("likelihood", self.likelihood)
+        defaults = default_options(family, self.x_shape, self.scale, self.standardize, given)
+        likelihood = names.build("likelihood", self.likelihood, [nn.Identity()], given, defaults)
+        # How many channels the decoder has is the likelihood's to say.
+        likelihood.decoder = self.decoder(parameters_per_pixel(likelihood))
+        if self.standardize and standardize(likelihood) is None:
+            raise ValueError(
+                f"got standardize=True with the likelihood {self.likelihood!r}, wanted 'normal': the values of the "
+                "others lie in sets that (x - m) / s leaves. Take the normal likelihood, or leave standardize out."
+            )
+        return likelihood
+
+    def _prior(self, posterior: Any) -> Any:
+        family = names.find("prior", self.prior)
+        if isinstance(family, PriorOfPosterior):
+            return names.build(
+                "prior", self.prior, [posterior, self.x_shape], self.prior_options, maker=family.for_posterior
+            )
+        return names.build("prior", self.prior, [self.latent_dim], self.prior_options)
 
 
 def _widths(hidden: Any) -> tuple[int, ...]:

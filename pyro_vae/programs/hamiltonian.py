@@ -38,6 +38,7 @@ from torch.distributions import constraints
 
 from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, hidden
+from pyro_vae.protocols import Rescoring
 from pyro_vae.sites import kind, sample_sites
 from pyro_vae.traces import Program
 
@@ -81,8 +82,8 @@ class Hamiltonian(Refined):
     one for each sample and datum.
 
     Args:
-        guide: The base guide: one latent site or more, each over R^D and reparameterised.
         model: The model.
+        guide: The base guide: one latent site or more, each over R^D and reparameterised.
         steps: T; at 0 the guide is its base guide.
         step_size: e at the start: one number, or a tensor (D,) for one per dimension.
         tempering: "none" (beta = 1), "fixed" (1 / sqrt(beta_k) falls with k^2 from
@@ -92,12 +93,12 @@ class Hamiltonian(Refined):
         ValueError: An option out of range; a base guide whose sites are points, not
             reparameterised, auxiliary, or not over R^D; a scale.
     Example:
-        >>> from pyro_vae.programs.guide import Guide
-        >>> from pyro_vae.programs.model import Model
+        >>> from pyro_vae.programs.pair import Guide
+        >>> from pyro_vae.programs.pair import Model
         >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
         ...               lambda z: dist.Normal(z, 1.0).to_event(1))
         >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
-        >>> Hamiltonian(base, model, steps=3)(torch.zeros(5, 2)).shape
+        >>> Hamiltonian(model, base, steps=3)(torch.zeros(5, 2)).shape
         torch.Size([5, 2])
 
     Reference: Caterini et al., Hamiltonian Variational Auto-Encoder, 2018. arXiv:1805.11328
@@ -106,14 +107,14 @@ class Hamiltonian(Refined):
     @checked
     def __init__(
         self,
-        guide: Program,
         model: Program,
+        guide: Program,
         steps: int = 5,
         step_size: float | Tensor = 0.05,
         tempering: str = "fixed",
         beta: float = 0.5,
     ) -> None:
-        super().__init__(guide, model, steps)
+        super().__init__(model, guide, steps)
         start = torch.as_tensor(step_size, dtype=None if isinstance(step_size, Tensor) else torch.get_default_dtype())
         if not bool((start > 0).all()):
             raise ValueError(f"got step_size={step_size}, wanted positive numbers.")
@@ -129,7 +130,7 @@ class Hamiltonian(Refined):
             self.free_cooling = nn.Parameter(start.new_full((steps,), beta ** (0.5 / max(steps, 1))).logit())
 
     @property
-    def rescoring(self) -> str:
+    def rescoring(self) -> Rescoring:
         """ "impossible", except at 0 steps."""
         return "impossible" if self.steps else super().rescoring
 

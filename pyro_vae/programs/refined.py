@@ -15,12 +15,14 @@ from typing import Any
 
 import pyro
 from pyro import poutine
+from pyro.distributions import Delta, Unit
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_plates
 
-from pyro_vae.programs.named import Named
-from pyro_vae.sites import kind, sample_sites
+from pyro_vae.programs.pair import Named
+from pyro_vae.protocols import Rescoring, rescoring
+from pyro_vae.sites import kind, sample_sites, unwrapped
 from pyro_vae.traces import Program
 
 Sites = dict[str, Any]
@@ -52,14 +54,14 @@ class Refined(Named):
     its own, and the guide neither lists, moves nor saves them.
 
     Args:
-        guide: The base guide, reparameterised at every site.
         model: The model that both are guides of.
+        guide: The base guide, reparameterised at every site.
         steps: How many steps of improvement.
     Raises:
         ValueError: A negative number of steps.
     """
 
-    def __init__(self, guide: Program, model: Program, steps: int) -> None:
+    def __init__(self, model: Program, guide: Program, steps: int) -> None:
         super().__init__()
         if steps < 0:
             raise ValueError(f"got steps={steps}, wanted 0 (the base guide itself) or more.")
@@ -73,10 +75,9 @@ class Refined(Named):
         return self._held[0]
 
     @property
-    def rescoring(self) -> str:
+    def rescoring(self) -> Rescoring:
         """What it takes to score a sample that the guide did not draw, as of a posterior."""
-        said = (getattr(owner, "rescoring", None) for owner in (self.guide, getattr(self.guide, "posterior", None)))
-        return next((answer for answer in said if answer), "one pass")
+        return rescoring(self.guide, getattr(self.guide, "posterior", None))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Draw z; the arguments are those of the base guide and of the model."""
@@ -92,10 +93,16 @@ class Refined(Named):
         """The sites of one hidden run of the base guide, if they can be refined."""
         with hidden(frames):
             trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        seen = [s["name"] for s in sample_sites(trace) if s["is_observed"] and not isinstance(s["fn"], Unit)]
+        if seen:
+            raise ValueError(
+                f"{type(self).__name__} got a guide that observes {seen[0]!r}, as models do. The order is "
+                f"{type(self).__name__}(model, guide)."
+            )
         found = {site["name"]: site for site in sample_sites(trace) if not site["is_observed"]}
         for name, site in found.items():
             got = f"{type(self).__name__} cannot refine guide site {name!r} ({kind(site['fn'])})"
-            if kind(site["fn"]) == "Delta":
+            if isinstance(unwrapped(site["fn"]), Delta):
                 raise ValueError(f"{got}: a point has no density. Take a guide such as Guide(DiagonalNormal(...)).")
             if not getattr(site["fn"], "has_rsample", False):
                 raise ValueError(f"{got}: its sampler is not reparameterised. Take a guide whose sites all are.")

@@ -1,7 +1,7 @@
 """Guides that finish what the encoder began, by gradient steps for each datum.
 
 An encoder has to give good parameters lambda(x) for every x at once, and what it misses
-is the amortisation gap. A few steps on each datum's own ELBO close most of it:
+is the amortization gap. A few steps on each datum's own ELBO close most of it:
 
     lambda_0 = encoder(x),   lambda_{t+1} = lambda_t + e * grad ELBO(x; lambda_t)
 
@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
-from pyro_vae.reach import modules_of
+from pyro_vae.protocols import Build, Free, Rescoring, twice_differentiable
 from pyro_vae.sites import kind
 from pyro_vae.traces import Program, draw
-from pyro_vae.unconstrained import Build, Free, free_parameters
+from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of
+
+_Key = TypeVar("_Key", str, tuple[str, str])
 
 
 class SemiAmortized(Refined):
@@ -51,8 +52,8 @@ class SemiAmortized(Refined):
     captures the program has to leave it as it is.
 
     Args:
-        guide: The base guide, reparameterised.
         model: The model.
+        guide: The base guide, reparameterised.
         steps: How many; at 0 the guide is its base guide.
         step_size: e.
         momentum: Share of the last change that is added to the next, in [0, 1).
@@ -66,12 +67,12 @@ class SemiAmortized(Refined):
             reparameterised, or whose distribution cannot be rebuilt from parameters.
     Example:
         >>> import pyro.distributions as dist
-        >>> from pyro_vae.programs.guide import Guide
-        >>> from pyro_vae.programs.model import Model
+        >>> from pyro_vae.programs.pair import Guide
+        >>> from pyro_vae.programs.pair import Model
         >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
         ...               lambda z: dist.Normal(z, 1.0).to_event(1))
         >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
-        >>> SemiAmortized(base, model, steps=3)(torch.zeros(5, 2)).shape
+        >>> SemiAmortized(model, base, steps=3)(torch.zeros(5, 2)).shape
         torch.Size([5, 2])
 
     Reference: Kim et al., Semi-Amortized Variational Autoencoders, 2018. arXiv:1802.02550
@@ -80,8 +81,8 @@ class SemiAmortized(Refined):
     @checked
     def __init__(
         self,
-        guide: Program,
         model: Program,
+        guide: Program,
         steps: int = 10,
         step_size: float = 0.02,
         momentum: float = 0.5,
@@ -90,7 +91,7 @@ class SemiAmortized(Refined):
         differentiate: bool = True,
         seed: int | None = 0,
     ) -> None:
-        super().__init__(guide, model, steps)
+        super().__init__(model, guide, steps)
         limited = max_change is None or max_change > 0
         if not step_size > 0 or not 0 <= momentum < 1 or num_samples < 1 or not limited:
             raise ValueError(
@@ -106,13 +107,13 @@ class SemiAmortized(Refined):
         self.seed = seed
 
     @property
-    def rescoring(self) -> str:
+    def rescoring(self) -> Rescoring:
         """As of the base guide; "impossible" where every run draws its own noise."""
         return "impossible" if self.steps and self.seed is None else super().rescoring
 
     def _refine(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         through = self.differentiate and torch.is_grad_enabled()
-        with _Heads(self.guide) as heads:
+        with Heads(heads_of(self.guide)) as heads:
             start = self._run_guide(args, kwargs)
         refusal = None
         try:
@@ -126,7 +127,7 @@ class SemiAmortized(Refined):
             ) from refusal
         if through:
             for name, site in start.items():
-                if not getattr(_innermost(site["fn"]), "twice_differentiable", True):
+                if not twice_differentiable(site["fn"]):
                     raise ValueError(
                         f"guide site {name!r} ({kind(site['fn'])}) has samples with first derivatives only, so the "
                         "steps cannot be differentiated. Pass differentiate=False."
@@ -156,16 +157,23 @@ class SemiAmortized(Refined):
 
     def _by_sites(self, parts: dict[str, tuple[Free, Build]], args: Any, kwargs: Any, through: bool) -> Any:
         """Several sites: later ones may depend on draws of earlier ones, so the guide runs again in every step."""
-        like = {f"{name} {key}": value for name, (free, _) in parts.items() for key, value in free.items()}
-        changes = self._changes(lambda changes: _Moved(changes)(self.guide), like, args, kwargs, through)
-        return _Moved(changes)(self.guide)(*args, **kwargs)
+        like = {(name, key): value for name, (free, _) in parts.items() for key, value in free.items()}
 
-    def _by_heads(self, heads: _Heads, args: Any, kwargs: Any, through: bool) -> Any:
+        def moved(changes: Mapping[tuple[str, str], Tensor]) -> Program:
+            by_site: dict[str, Free] = {name: {} for name in parts}
+            for (name, key), change in changes.items():
+                by_site[name][key] = change
+            return Moved(by_site)(self.guide)
+
+        changes = self._changes(moved, like, args, kwargs, through)
+        return moved(changes)(*args, **kwargs)
+
+    def _by_heads(self, heads: Heads, args: Any, kwargs: Any, through: bool) -> Any:
         """Families known by their heads: what the heads return is moved."""
 
         def moved(changes: Free) -> Program:
             def program(*args: Any, **kwargs: Any) -> Any:
-                with _Heads(self.guide, changes):
+                with Heads(heads.posteriors, changes):
                     return self.guide(*args, **kwargs)
 
             return program
@@ -174,8 +182,13 @@ class SemiAmortized(Refined):
         return moved(changes)(*args, **kwargs)
 
     def _changes(
-        self, guide: Callable[[Free], Program], like: Free, args: Any, kwargs: Any, through: bool
-    ) -> Free:
+        self,
+        guide: Callable[[dict[_Key, Tensor]], Program],
+        like: Mapping[_Key, Tensor],
+        args: Any,
+        kwargs: Any,
+        through: bool,
+    ) -> dict[_Key, Tensor]:
         """What the steps add to the parameters."""
         with torch.enable_grad(), hidden(), self._noise():
             changes = {key: torch.zeros_like(value, requires_grad=True) for key, value in like.items()}
@@ -202,63 +215,6 @@ class SemiAmortized(Refined):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 yield
-
-
-class _Moved(Messenger):
-    """Adds changes to the parameters of the distributions at a guide's sites."""
-
-    def __init__(self, changes: Free) -> None:
-        super().__init__()
-        self.changes = changes
-
-    def _pyro_sample(self, msg: Any) -> None:
-        keys = [key for key in self.changes if key.split(" ")[0] == msg["name"]]
-        if keys:
-            free, build = free_parameters(msg["fn"])
-            msg["fn"] = build({key: value + self.changes[f"{msg['name']} {key}"] for key, value in free.items()})
-
-
-class _Heads:
-    """What the heads of a guide's posteriors return, recorded, and changed where changes are given."""
-
-    def __init__(self, guide: Program, changes: Free | None = None) -> None:
-        # In every step: a module need not be searched for modules.
-        owners = [guide] if isinstance(guide, nn.Module) else modules_of(guide)
-        parts = {id(part): part for owner in owners for part in owner.modules()}
-        self._heads: dict[str, Any] = {
-            str(number): module.head
-            for number, module in enumerate(parts.values())
-            if isinstance(getattr(module, "head", None), nn.Module) and callable(getattr(module, "family", None))
-        }
-        self._changes = changes
-        self._runs = 0
-        self.returned: Free = {}
-
-    def cover(self, sites: Sites) -> bool:
-        """Whether as many heads ran as there are sites, once each."""
-        return self._runs == len(self.returned) == len(sites)
-
-    def __enter__(self) -> _Heads:
-        self._hooks = [head.register_forward_hook(self._hook(name)) for name, head in self._heads.items()]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor | None:
-            self._runs += 1
-            self.returned[name] = out
-            return None if self._changes is None else out + self._changes[name]
-
-        return hook
-
-
-def _innermost(distribution: Any) -> Any:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return distribution
 
 
 def _list(sites: Sites) -> str:

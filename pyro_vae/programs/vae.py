@@ -24,8 +24,7 @@ from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
 from pyro_vae.parts import posteriors
 from pyro_vae.programs.architecture import Architecture
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.tensors import data_of, running
 
 _METADATA = "pyro_vae.architecture"
@@ -39,7 +38,7 @@ class VAE(nn.Module):
 
     Args:
         model: The generative model.
-        guide: The amortised posterior.
+        guide: The amortized posterior.
         architecture: How the two were built, if by `VAE.build`; saved with the weights.
     Example:
         >>> vae = VAE.build((1, 8, 8), latent_dim=2, hidden=(32,))

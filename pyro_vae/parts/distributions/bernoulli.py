@@ -1,11 +1,30 @@
-"""A Bernoulli by its logits."""
+"""Bernoulli and continuous Bernoulli by their logits.
+
+A continuous Bernoulli by its logits, accurate at all of them.
+
+The density on [0, 1] proportional to p^x (1 - p)^(1 - x) is, in its logit l = log p / (1 - p), the
+exponential family
+
+    p(x; l) = exp(l x - A(l)),   A(l) = log (e^l - 1) / l = l/2 + log (sinh(l/2) / (l/2))
+
+with mean A'(l) and variance A''(l). The closed form is 0/0 at l = 0, and its derivatives lose more digits
+there the higher they are; e^l overflows at the other end. Here two branches meet at |l| = 1:
+
+    |l| <= 1   l (x - 1/2) - sum_k B_2k l^2k / (2k (2k)!)      Bernoulli numbers B_2k; converges for |l| < 2 pi
+    |l| > 1    l (x - [l > 0]) - log (1 - e^-|l|) / |l|
+
+each an expression whose derivatives of any order keep their digits.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import Bernoulli as PyroBernoulli
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 
@@ -53,3 +72,134 @@ class BernoulliLogits(PyroBernoulli):
     def log_prob(self, value: Tensor) -> Tensor:
         logits, value = torch.broadcast_tensors(self.logits, value)
         return _BernoulliLogProb.apply(logits, value)
+
+
+_BERNOULLI_NUMBERS = (
+    1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798, -174611 / 330, 854513 / 138,
+)  # fmt: skip
+_SERIES = tuple(b / (2 * k * math.factorial(2 * k)) for k, b in enumerate(_BERNOULLI_NUMBERS, 1))
+_FIRST = tuple(2 * k * c for k, c in enumerate(_SERIES, 1))
+_SECOND = tuple((2 * k - 1) * c for k, c in enumerate(_FIRST, 1))
+# Gauss-Legendre on [0, 1]: 8 nodes integrate the smooth integrand of `icdf` to 1e-17.
+_NODES = tuple((0.5 + 0.5 * float(s), 0.5 * float(w)) for s, w in zip(*np.polynomial.legendre.leggauss(8), strict=True))
+
+
+def _polynomial(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
+    """sum_k c_k t^k."""
+    # At |l| <= 1 each term is 40 times smaller than the last: six are float32's share.
+    used = coefficients if torch.finfo(t.dtype).eps < 1e-10 else coefficients[:6]
+    total = torch.full_like(t, used[-1])
+    for c in used[-2::-1]:
+        total = total * t + c
+    return total
+
+
+def _branches(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where |l| > 1; |l| and l for either branch, held where they are finite if the other branch counts.
+
+    Held well beyond |l| = 1, since a clamp has no derivative at its end.
+    """
+    size = logits.abs()
+    return size > 1, size.clamp(min=0.5), logits.clamp(-2, 2)
+
+
+def _mean_from_end(logits: Tensor) -> Tensor:
+    """E[x] - [l > 0]: the mean from the end of [0, 1] that it is drawn to, whose digits a mean near 1 would lose."""
+    far, a, near = _branches(logits)
+    distance = 1 / a + torch.exp(-a) / torch.expm1(-a)
+    middle = near * _polynomial(_FIRST, near * near) + (0.5 - (logits > 0).to(logits.dtype))
+    return torch.where(far, -torch.sign(logits) * distance, middle)
+
+
+class _LogProb(torch.autograd.Function):
+    """l x - A(l) with the gradient x - E[x], in half the time of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, x)
+        far, a, near = _branches(logits)
+        # x - 1 before the product: at l = 1000 the difference of l x and l would keep four digits.
+        outer = logits * (x - (logits > 0).to(x.dtype)) - torch.log(-torch.expm1(-a) / a)
+        square = near * near
+        return torch.where(far, outer, near * (x - 0.5) - square * _polynomial(_SERIES, square))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        logits, x = ctx.saved_tensors
+        in_logits = in_x = None
+        if ctx.needs_input_grad[0]:
+            in_logits = grad * (x - (logits > 0).to(x.dtype) - _mean_from_end(logits))
+        if ctx.needs_input_grad[1]:
+            in_x = grad * logits
+        return in_logits, in_x
+
+
+class ContinuousBernoulliLogits(TorchDistribution):
+    """p(x) = exp(l x - A(l)) on [0, 1], A(l) = log (e^l - 1) / l.
+
+    torch's ``ContinuousBernoulli`` clips its probabilities, so that in float32 log p is off by 2.5 nats at
+    l = 200, and its Taylor branch is so narrow that beside it the second derivative is off by 0.17.
+
+    Args:
+        logits: l, any shape.
+    Example:
+        >>> ContinuousBernoulliLogits(torch.tensor([-1e3, 2.0])).log_prob(torch.tensor([0.0, 0.7]))
+        tensor([6.9078, 0.2386])
+
+    Reference: Loaiza-Ganem and Cunningham, The continuous Bernoulli: fixing a pervasive error in variational
+        autoencoders, 2019. arXiv:1907.06845
+    """
+
+    arg_constraints = {"logits": constraints.real}
+    support = constraints.unit_interval
+    has_rsample = True
+
+    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        self.logits = logits
+        super().__init__(logits.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ContinuousBernoulliLogits:
+        return ContinuousBernoulliLogits(self.logits.expand(batch_shape), validate_args=self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        logits, value = torch.broadcast_tensors(self.logits, value)
+        return _LogProb.apply(logits, value)
+
+    @property
+    def mean(self) -> Tensor:
+        return _mean_from_end(self.logits) + (self.logits > 0).to(self.logits.dtype)
+
+    @property
+    def variance(self) -> Tensor:
+        far, a, near = _branches(self.logits)
+        outer = 1 / a.square() - torch.exp(-a) / torch.expm1(-a).square()
+        return torch.where(far, outer, _polynomial(_SECOND, near * near))
+
+    def entropy(self) -> Tensor:
+        """A(l) - l E[x], in nats: log p is linear in x."""
+        return -ContinuousBernoulliLogits(self.logits, validate_args=False).log_prob(self.mean)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """The x below which lies a share u of the mass.
+
+            x = log (1 + u (e^l - 1)) / l = 1/2 + int_0^1 (w + t) / (1 + w t) / 2 ds,   t = tanh(s l / 2), w = 2 u - 1
+
+        The integral is smooth at l = 0 in all its derivatives, the logarithm is not.
+        """
+        far, a, near = _branches(self.logits)
+        positive = self.logits > 0
+        y = -torch.log1p(torch.where(positive, 1 - value, value) * torch.expm1(-a)) / a
+        w = 2 * value - 1
+        inner = torch.full_like(near * w, 0.5)
+        for s, weight in _NODES:
+            t = torch.tanh(near * (s / 2))
+            inner = inner + 0.5 * weight * (w + t) / (1 + w * t)
+        return torch.where(far, torch.where(positive, 1 - y, y), inner).clamp(0, 1)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        eps = torch.finfo(self.logits.dtype).eps  # at u = 0 and 1 the path has no derivative
+        u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device).clamp(eps, 1 - eps)
+        return self.icdf(u)

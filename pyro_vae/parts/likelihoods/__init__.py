@@ -5,12 +5,9 @@ A likelihood owns a decoder. Latents (..., D) give a distribution with batch_sha
 dimensions.
 """
 
-from pyro_vae.parts.likelihoods.bernoulli import Bernoulli
-from pyro_vae.parts.likelihoods.categorical import Categorical
-from pyro_vae.parts.likelihoods.continuous_bernoulli import ContinuousBernoulli
 from pyro_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.parts.likelihoods.discretized_logistic import DiscretizedLogistic, MixtureOfDiscretizedLogistics
-from pyro_vae.parts.likelihoods.likelihood import Likelihood
+from pyro_vae.parts.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
+from pyro_vae.parts.likelihoods.likelihood import Bernoulli, ContinuousBernoulli, Likelihood
 from pyro_vae.parts.likelihoods.normal import Normal
 
 __all__ = [

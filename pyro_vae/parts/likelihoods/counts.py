@@ -10,6 +10,8 @@ and overflows float32 at l = 88; softplus grows no faster than l.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,36 +26,46 @@ from pyro_vae.parts.standardize import CountScale
 _LINKS = ("softplus", "exp")
 
 
-def _check_link(link: str) -> str:
-    if link not in _LINKS:
-        raise ValueError(f"unknown link {link!r}, wanted one of {', '.join(_LINKS)}.")
-    return link
+class _Counts(Likelihood):
+    """What the two below have in common. Not a likelihood by itself."""
+
+    values = "counts"
+    standardize: CountScale | None
+
+    def __init__(self, decoder: nn.Module, link: str, levels: int | None, standardize: CountScale | None) -> None:
+        super().__init__(decoder, standardize)
+        if link not in _LINKS:
+            raise ValueError(f"unknown link {link!r}, wanted one of {', '.join(_LINKS)}.")
+        self.link, self.levels = link, None if levels is None else GreyLevels(levels).levels
+
+    @classmethod
+    def default_options(
+        cls, x_shape: tuple[int, ...], scale: float | str, standardize: bool | None, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `pyro_vae.protocols.OfArchitecture`."""
+        # With levels the data are of size one as they are.
+        wanted = standardize is None and given.get("levels") is None
+        return {"standardize": CountScale(x_shape)} if wanted else {}
+
+    def _log_mean(self, output: Tensor) -> Tensor:
+        # softplus(l) = -logsigmoid(-l) underflows far out, where its logarithm is l to 1e-13.
+        if self.link == "softplus":
+            output = torch.where(output < -30, output, torch.log(-F.logsigmoid(-output.clamp(min=-30))))
+        output = output if self.levels is None else output + math.log(self.levels - 1)
+        return output if self.standardize is None else output + self.standardize.scale.log()
+
+    def _as_data(self, counts: TorchDistribution) -> TorchDistribution:
+        return counts if self.levels is None else LevelsAsCounts(counts, self.levels)
 
 
-def _check_levels(levels: int | None) -> int | None:
-    return None if levels is None else GreyLevels(levels).levels
-
-
-def _log_mean(link: str, output: Tensor, levels: int | None, size: CountScale | None) -> Tensor:
-    # softplus(l) = -logsigmoid(-l) underflows far out, where its logarithm is l to 1e-13.
-    if link == "softplus":
-        output = torch.where(output < -30, output, torch.log(-F.logsigmoid(-output.clamp(min=-30))))
-    output = output if levels is None else output + math.log(levels - 1)
-    return output if size is None else output + size.scale.log()
-
-
-def _as_data(counts: TorchDistribution, levels: int | None) -> TorchDistribution:
-    return counts if levels is None else LevelsAsCounts(counts, levels)
-
-
-class Poisson(Likelihood):
+class Poisson(_Counts):
     """p(x | z) = prod_i Poisson(x_i; m_i(z)): counts whose variance is their mean.
 
     Args:
         decoder: z, (..., D), to l, (..., *x_shape).
         link: "softplus" for m = log(1 + e^l), "exp" for m = e^l.
         levels: L, for data x = v / (L - 1) with counts v (256 for 8-bit images), of mean (L - 1) m; None for x itself.
-        size: Has `scale` s, (*x_shape), such as a `CountScale`: the mean is s m; None for m.
+        standardize: Has `scale` s, (*x_shape), such as a `CountScale`: the mean is s m; None for m.
     Raises:
         ValueError: Another link, fewer than two levels.
     Example:
@@ -62,17 +74,20 @@ class Poisson(Likelihood):
     """
 
     def __init__(
-        self, decoder: nn.Module, link: str = "softplus", levels: int | None = None, size: CountScale | None = None
+        self,
+        decoder: nn.Module,
+        link: str = "softplus",
+        levels: int | None = None,
+        standardize: CountScale | None = None,
     ) -> None:
-        super().__init__(decoder)
-        self.link, self.levels, self.size = _check_link(link), _check_levels(levels), size
+        super().__init__(decoder, link, levels, standardize)
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         (output,) = parameters
-        return _as_data(PoissonLogRate(_log_mean(self.link, output, self.levels, self.size)), self.levels)
+        return self._as_data(PoissonLogRate(self._log_mean(output)))
 
 
-class NegativeBinomial(Likelihood):
+class NegativeBinomial(_Counts):
     """p(x | z) = prod_i NegativeBinomial(x_i; m_i(z), r_i): counts of mean m and variance m + m^2 / r.
 
     Args:
@@ -84,7 +99,7 @@ class NegativeBinomial(Likelihood):
         initial_concentration: Where a learned r starts.
         link: "softplus" for m = log(1 + e^l), "exp" for m = e^l.
         levels: L, for data x = v / (L - 1) with counts v (256 for 8-bit images), of mean (L - 1) m; None for x itself.
-        size: Has `scale` s, (*x_shape), such as a `CountScale`: the mean is s m; None for m.
+        standardize: Has `scale` s, (*x_shape), such as a `CountScale`: the mean is s m; None for m.
     Raises:
         ValueError: An unknown or non-positive concentration, "per-pixel" without x_shape, another link.
     Example:
@@ -100,10 +115,9 @@ class NegativeBinomial(Likelihood):
         initial_concentration: float = 1.0,
         link: str = "softplus",
         levels: int | None = None,
-        size: CountScale | None = None,
+        standardize: CountScale | None = None,
     ) -> None:
-        super().__init__(decoder)
-        self.link, self.levels, self.size = _check_link(link), _check_levels(levels), size
+        super().__init__(decoder, link, levels, standardize)
         self.concentration = concentration
         self.parameters_per_pixel = 2 if concentration == "network" else 1
         if not initial_concentration > 0:
@@ -124,16 +138,16 @@ class NegativeBinomial(Likelihood):
             )
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
-        log_mean = _log_mean(self.link, parameters[0], self.levels, self.size)
+        log_mean = self._log_mean(parameters[0])
         if self.concentration == "network":
-            return _as_data(NegativeBinomialLogMean(log_mean, parameters[1]), self.levels)
+            return self._as_data(NegativeBinomialLogMean(log_mean, parameters[1]))
         if isinstance(self.concentration, int | float):
             log_r = log_mean.new_full((), math.log(self.concentration))
-            return _as_data(NegativeBinomialLogMean(log_mean, log_r), self.levels)
+            return self._as_data(NegativeBinomialLogMean(log_mean, log_r))
         shape = self.log_concentration.shape
         if shape and shape != log_mean.shape[log_mean.dim() - len(shape) :]:
             raise ValueError(
                 f'concentration="per-pixel" was built for x_shape {tuple(shape)}, but the decoder returned data of '
                 f"shape {tuple(log_mean.shape[log_mean.dim() - len(shape) :])}. Give both the shape of one datum."
             )
-        return _as_data(NegativeBinomialLogMean(log_mean, self.log_concentration), self.levels)
+        return self._as_data(NegativeBinomialLogMean(log_mean, self.log_concentration))

@@ -1,11 +1,15 @@
-"""What every likelihood with independent pixels has in common."""
+"""Likelihoods with independent pixels: what they have in common, and those of one number a pixel in [0, 1]."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+
+from pyro_vae.parts.distributions.bernoulli import BernoulliLogits, ContinuousBernoulliLogits
+from pyro_vae.parts.standardize import Standardize
 
 
 class Likelihood(nn.Module, ABC):
@@ -18,16 +22,20 @@ class Likelihood(nn.Module, ABC):
         decoder: z, (..., D), to parameters, (..., n * C, *rest) for data (C, *rest).
     Attributes:
         parameters_per_pixel: n.
+        values: What data it is a distribution of: "binary", "continuous", "levels" or "counts"; None if unsaid.
+        standardize: What the guide is shown of the data in their place; None for the data.
     Raises:
         ValueError: The decoder drops the leading dimensions of z, or its channels are
             no multiple of n.
     """
 
     parameters_per_pixel: int = 1
+    values: ClassVar[str | None] = None
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, standardize: Standardize | None = None) -> None:
         super().__init__()
         self.decoder = decoder
+        self.standardize = standardize
 
     def forward(self, z: Tensor) -> TorchDistribution:
         """p(x | z): latents (..., D) to a distribution of batch_shape (...), event_shape x_shape."""
@@ -50,3 +58,44 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def family(self, *parameters: Tensor) -> TorchDistribution:
         """The distribution of each pixel, from n tensors of the shape of the data, (..., *x_shape)."""
+
+
+class Bernoulli(Likelihood):
+    """p(x | z) = prod_i Bernoulli(x_i; sigmoid(l_i(z))): binary pixels.
+
+    Args:
+        decoder: z, (..., D), to logits, (..., *x_shape).
+    Example:
+        >>> import torch
+        >>> Bernoulli(torch.nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
+        torch.Size([6])
+    """
+
+    values = "binary"
+
+    def family(self, *parameters: Tensor) -> TorchDistribution:
+        (logits,) = parameters
+        return BernoulliLogits(logits)
+
+
+class ContinuousBernoulli(Likelihood):
+    """p(x | z) = prod_i ContinuousBernoulli(x_i; l_i(z)): grey values in [0, 1].
+
+    What the cross-entropy of grey pixels lacks to be the log of a density. A density of x in [0, 1]: bits per
+    dimension are those of `bits_per_dimension(..., levels=256)`, and a bound only for dequantised data.
+
+    Args:
+        decoder: z, (..., D), to logits, (..., *x_shape).
+    Example:
+        >>> import torch
+        >>> ContinuousBernoulli(torch.nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
+        torch.Size([6])
+
+    Reference: Loaiza-Ganem and Cunningham, The continuous Bernoulli, 2019. arXiv:1907.06845
+    """
+
+    values = "continuous"
+
+    def family(self, *parameters: Tensor) -> TorchDistribution:
+        (logits,) = parameters
+        return ContinuousBernoulliLogits(logits)

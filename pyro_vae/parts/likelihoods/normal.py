@@ -9,6 +9,7 @@ gradient everywhere: it is bounded smoothly and not cut off.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -58,6 +59,8 @@ class Normal(Likelihood):
         torch.Size([6])
     """
 
+    values = "continuous"
+
     def __init__(
         self,
         decoder: nn.Module,
@@ -67,10 +70,9 @@ class Normal(Likelihood):
         minimum_scale: float = 1e-3,
         standardize: Standardize | None = None,
     ) -> None:
-        super().__init__(decoder)
+        super().__init__(decoder, standardize)
         self.scale = scale
         self.minimum_scale = minimum_scale
-        self.standardize = standardize
         self.parameters_per_pixel = 2 if scale == "network" else 1
         start = math.log(max(initial_scale - minimum_scale, 1e-6))
         if isinstance(scale, int | float):
@@ -84,6 +86,16 @@ class Normal(Likelihood):
             self.log_scale = nn.Parameter(torch.full(tuple(x_shape), start))
         elif scale != "network":
             raise ValueError(f'got scale={scale!r}, wanted a number, "learned", "per-pixel" or "network".')
+
+    @classmethod
+    def default_options(
+        cls, x_shape: tuple[int, ...], scale: float | str, standardize: bool | None, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `pyro_vae.protocols.OfArchitecture`."""
+        # Images have one scale for all pixels, which their range says; columns have each its own.
+        wanted = standardize or (standardize is None and len(x_shape) == 1)
+        columns = Standardize(x_shape, automatic=not standardize) if wanted else None
+        return {"scale": scale, "x_shape": x_shape, "standardize": columns}
 
     def learned_scale(self, l: Tensor) -> Tensor:  # noqa: E741
         """sigma at l, of the same shape."""

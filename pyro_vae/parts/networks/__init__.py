@@ -5,12 +5,8 @@ An encoder turns data (..., *x_shape) into features (..., F); a decoder turns la
 particles of B data arrive as (K, B, D). Any ``nn.Module`` that does the same drops in.
 """
 
-from pyro_vae.parts.networks.activations import ACTIVATIONS, Softplus
-from pyro_vae.parts.networks.convolutional import ConvDecoder, ConvEncoder
-from pyro_vae.parts.networks.dense import MLP
-from pyro_vae.parts.networks.gated import GatedMLP
-from pyro_vae.parts.networks.residual import ResidualDecoder, ResidualEncoder
-from pyro_vae.parts.networks.start import set_output_mean
+from pyro_vae.parts.networks.convolutional import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
+from pyro_vae.parts.networks.dense import ACTIVATIONS, MLP, GatedMLP, Softplus, set_output_mean
 
 __all__ = [
     "ACTIVATIONS",

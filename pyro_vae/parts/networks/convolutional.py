@@ -1,14 +1,21 @@
-"""Convolutional networks for images of any size."""
+"""Convolutional networks for images of any size: strided convolutions, and residual blocks.
+
+Each block adds to its input what two convolutions make of it, normalised before each one (He et al., 2016):
+
+    h = skip(x) + conv(act(norm(conv(act(norm(x))))))
+
+The norm is over groups of channels of one image, never over the batch: particles and data must not see each other.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_vae.parts.networks.activations import activation as make_activation
-from pyro_vae.parts.networks.shapes import as_image, halvings, leading_shape
+from pyro_vae.parts.networks.dense import Networks, as_image, halvings, leading_shape, make_activation
 
 
 class ConvEncoder(nn.Module):
@@ -96,3 +103,168 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         leading = leading_shape(z, (self.latent_dim,), "ConvDecoder")
         return self.layers(z.reshape(-1, self.latent_dim)).reshape(*leading, *self.out_shape)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most eight groups, of at least four channels: a group of one is nothing but its sign at 1x1 pixels."""
+    return nn.GroupNorm(max(g for g in range(1, 9) if channels % g == 0 and (g == 1 or channels // g >= 4)), channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two pre-activated 3x3 convolutions beside a shortcut, at the same, half or a given size.
+
+    Args:
+        before: Channels of the input.
+        after: Channels of the output.
+        activation: Name of the activation.
+        stride: 2 to halve height and width, rounded up.
+        size: (H, W) to bring the input to first, by the nearest pixel.
+    """
+
+    def __init__(
+        self, before: int, after: int, activation: str, stride: int = 1, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.enter = nn.Sequential(group_norm(before), make_activation(activation))
+        self.first = nn.Conv2d(before, after, 3, stride=stride, padding=1)
+        self.second = nn.Sequential(
+            group_norm(after), make_activation(activation), nn.Conv2d(after, after, 3, padding=1)
+        )
+        same = before == after and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(before, after, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        if self.size is not None:
+            # The 1x1 shortcut commutes with copying pixels and is cheaper before it.
+            return _resized(self.skip(x), self.size) + self.second(self.first(_resized(h, self.size)))
+        return self.skip(x) + self.second(self.first(h))
+
+
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+class ResidualEncoder(nn.Module):
+    """A convolution, stages of residual blocks, then one linear layer: images to features.
+
+    For 28x28 images the default; for 32 and 64 pixels in colour three or four stages, channels=(64, 128, 256, 256).
+
+    Args:
+        in_shape: (C, H, W) of one image; any H and W.
+        channels: Channels of each stage, each halving H and W (rounded up).
+        features: Number of outputs.
+        activation: Name of the activation.
+        blocks: Residual blocks in each stage, of which the first halves.
+    Attributes:
+        out_features: Number of outputs.
+    Raises:
+        ValueError: A shape that is not (C, H, W), no stage, no block.
+    Example:
+        >>> import torch
+        >>> ResidualEncoder((1, 28, 20), channels=[8, 16])(torch.zeros(4, 2, 1, 28, 20)).shape
+        torch.Size([4, 2, 256])
+
+    Reference: He et al., Identity mappings in deep residual networks, 2016. arXiv:1603.05027; Wu and He, Group
+        normalization, 2018. arXiv:1803.08494
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        features: int = 256,
+        activation: str = "silu",
+        blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_stages(channels, blocks)
+        self.in_shape = as_image(in_shape)
+        self.out_features = features
+        height, width = halvings(self.in_shape[1:], len(channels))[-1]
+        layers: list[nn.Module] = [nn.Conv2d(self.in_shape[0], channels[0], 3, padding=1)]
+        for before, after in zip([channels[0], *channels[:-1]], channels, strict=True):
+            layers.append(ResidualBlock(before, after, activation, stride=2))
+            layers += [ResidualBlock(after, after, activation) for _ in range(blocks - 1)]
+        last = channels[-1]
+        layers += [group_norm(last), make_activation(activation), nn.Flatten()]
+        layers += [nn.Linear(last * height * width, features), make_activation(activation)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        leading = leading_shape(x, self.in_shape, "ResidualEncoder")
+        return self.layers(x.reshape(-1, *self.in_shape)).reshape(*leading, self.out_features)
+
+
+class ResidualDecoder(nn.Module):
+    """Two linear layers, stages of residual blocks, then a convolution: latents to images.
+
+    Args:
+        latent_dim: D.
+        out_shape: (C, H, W) of one image; any H and W.
+        channels: Channels of each stage, each doubling H and W.
+        features: Width of the layer between latents and the first feature map.
+        activation: Name of the activation.
+        blocks: Residual blocks in each stage, of which the last doubles.
+    Raises:
+        ValueError: A shape that is not (C, H, W), no stage, no block.
+    Example:
+        >>> import torch
+        >>> ResidualDecoder(2, (3, 28, 20), channels=[16, 8])(torch.zeros(4, 2, 2)).shape
+        torch.Size([4, 2, 3, 28, 20])
+
+    Reference: He et al., Identity mappings in deep residual networks, 2016. arXiv:1603.05027
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        out_shape: Sequence[int],
+        channels: Sequence[int] = (64, 32),
+        features: int = 256,
+        activation: str = "silu",
+        blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_stages(channels, blocks)
+        self.latent_dim = latent_dim
+        self.out_shape = as_image(out_shape)
+        sizes = halvings(self.out_shape[1:], len(channels))[::-1]
+        smallest = (channels[0], *sizes[0])
+        layers: list[nn.Module] = [
+            nn.Linear(latent_dim, features),
+            make_activation(activation),
+            nn.Linear(features, math.prod(smallest)),
+            nn.Unflatten(-1, smallest),
+        ]
+        for before, after, size in zip(channels, [*channels[1:], channels[-1]], sizes[1:], strict=True):
+            layers += [ResidualBlock(before, before, activation) for _ in range(blocks - 1)]
+            layers.append(ResidualBlock(before, after, activation, size=size))
+        layers += [group_norm(channels[-1]), make_activation(activation)]
+        layers.append(nn.Conv2d(channels[-1], self.out_shape[0], 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        leading = leading_shape(z, (self.latent_dim,), "ResidualDecoder")
+        return self.layers(z.reshape(-1, self.latent_dim)).reshape(*leading, *self.out_shape)
+
+
+def _check_stages(channels: Sequence[int], blocks: int) -> None:
+    if not channels or min(channels) < 1 or blocks < 1:
+        raise ValueError(f"got channels={tuple(channels)} and blocks={blocks}, wanted one or more positive channels "
+                         "and at least one block.")
+
+
+CONVOLUTIONAL = Networks(
+    lambda x_shape, channels, activation: ConvEncoder(x_shape, channels, activation=activation),
+    lambda latent_dim, out_shape, channels, activation: ConvDecoder(
+        latent_dim, out_shape, channels, activation=activation
+    ),
+)
+RESIDUAL = Networks(
+    lambda x_shape, channels, activation: ResidualEncoder(x_shape, channels, activation=activation),
+    lambda latent_dim, out_shape, channels, activation: ResidualDecoder(
+        latent_dim, out_shape, channels, activation=activation
+    ),
+)

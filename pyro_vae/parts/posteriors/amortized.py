@@ -1,14 +1,19 @@
-"""What every posterior that reads its parameters off an encoder has in common."""
+"""Posteriors that read their parameters off an encoder: what they have in common, and the shortest of them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
+import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
-from pyro_vae.unconstrained import Local
+from pyro_vae.parts.distributions import spherical
+from pyro_vae.parts.distributions.mixture import DiagonalNormalMixture
+from pyro_vae.protocols import Local, Rescoring
 
 
 class Amortized(nn.Module, ABC):
@@ -25,6 +30,8 @@ class Amortized(nn.Module, ABC):
     Attributes:
         rescoring: What it takes to score a sample that the distribution did not draw:
             "one pass", "D passes", or "impossible".
+        support: Where z lies, a constraint of torch.
+        passes: Networks that look at a z to score it.
     Raises:
         ValueError: The number of features is unknown, or a size is not positive.
     Example:
@@ -40,7 +47,9 @@ class Amortized(nn.Module, ABC):
         torch.Size([2])
     """
 
-    rescoring: str = "one pass"
+    rescoring: Rescoring = "one pass"
+    support: ClassVar[Any] = constraints.real_vector
+    passes: ClassVar[int] = 0
 
     def __init__(self, encoder: nn.Module, latent_dim: int, num_parameters: int, features: int | None = None) -> None:
         super().__init__()
@@ -76,7 +85,7 @@ class Amortized(nn.Module, ABC):
         """
         return Local({"parameters": parameters}, lambda free: self.family(free["parameters"]))
 
-    def around(self, loc: Tensor, scale: Tensor) -> Tensor:
+    def parameters_near(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Parameters of a member near N(loc, diag scale^2): where a local fit starts that no encoder starts.
 
         The first numbers are taken for the mean and the next for log sigma, as in all
@@ -106,3 +115,145 @@ def _features(encoder: nn.Module, features: int | None) -> int:
             "out_features, or pass features=... to the posterior."
         )
     return found
+
+
+class Delta(Amortized):
+    """A point z(x) = mu(x): the encoder of a plain autoencoder, with no density.
+
+    Args:
+        encoder: x, (..., *x_shape), to features, (..., F).
+        latent_dim: D.
+        features: F; read from ``encoder.out_features`` when not given.
+    Example:
+        >>> Delta(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).event_shape
+        torch.Size([2])
+    """
+
+    rescoring = "impossible"
+
+    def __init__(self, encoder: nn.Module, latent_dim: int, features: int | None = None) -> None:
+        super().__init__(encoder, latent_dim, latent_dim, features)
+
+    def family(self, parameters: Tensor) -> TorchDistribution:
+        return dist.Delta(parameters, event_dim=1, validate_args=False)
+
+
+def mean(distribution: TorchDistribution) -> Tensor:
+    """The mean of q(z | x), or, for families without one in closed form, of 64 samples."""
+    try:
+        return distribution.mean
+    except NotImplementedError:
+        return torch.stack([distribution() for _ in range(64)]).mean(0)
+
+
+class NormalMixture(Amortized):
+    """q(z | x) = sum_c w_c(x) N(z; m_c(x), diag s_c(x)^2), c = 1, ..., C.
+
+    What is reparameterised: everything. A sample carries exact derivatives in the means, the
+    scales and the weights, so any objective may be used, Pyro's own included, and no score term
+    is needed. What is not: the choice of the component itself. Weights learn by moving mass
+    through whatever lies between the components, and their gradient has a variance that
+    grows as exp(a^2 / 8) with the distance a, in standard deviations, between two of them: while
+    they overlap it is small, from about eight on the weights stand almost still. Means
+    and scales do not suffer. The derivatives are first derivatives (see `DiagonalNormalMixture`).
+
+    There is no KL in closed form; the mean is one. Components start at different places, since
+    equal components have equal gradients and would stay equal.
+
+    Args:
+        encoder: x, (..., *x_shape), to features, (..., F).
+        latent_dim: D.
+        num_components: C; the head returns C (2 D + 1) numbers.
+        features: F; read from ``encoder.out_features`` when not given.
+    Raises:
+        ValueError: num_components < 1, or the number of features is unknown.
+    Example:
+        >>> NormalMixture(nn.Linear(3, 4), latent_dim=2, num_components=3)(torch.zeros(5, 3)).loc.shape
+        torch.Size([5, 3, 2])
+
+    Reference: Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018. arXiv:1805.08498
+        Morningstar et al., Automatic Differentiation Variational Inference with Mixtures, 2021.
+        arXiv:2003.01687
+    """
+
+    def __init__(
+        self, encoder: nn.Module, latent_dim: int, num_components: int = 5, features: int | None = None
+    ) -> None:
+        if num_components < 1:
+            raise ValueError(f"got num_components={num_components}, wanted 1 or more.")
+        super().__init__(encoder, latent_dim, num_components * (2 * latent_dim + 1), features)
+        self.num_components = num_components
+        size = num_components * latent_dim
+        with torch.no_grad():
+            self.head.bias[:size].normal_(0, 0.5)
+
+    def family(self, parameters: Tensor) -> TorchDistribution:
+        C, D = self.num_components, self.latent_dim
+        loc, log_scale, logits = parameters.split([C * D, C * D, C], -1)
+        return DiagonalNormalMixture(loc.unflatten(-1, (C, D)), log_scale.unflatten(-1, (C, D)).exp(), logits)
+
+    def parameters_near(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Components scattered about loc: see `Amortized.parameters_near`."""
+        C = self.num_components
+        scatter = 0.5 * torch.randn(*loc.shape[:-1], C, loc.shape[-1], dtype=loc.dtype, device=loc.device)
+        means = (loc.unsqueeze(-2) + scale.unsqueeze(-2) * scatter).flatten(-2)
+        log_scales = scale.log().unsqueeze(-2).expand_as(scatter).flatten(-2)
+        weights = loc.new_zeros(*loc.shape[:-1], C)
+        return torch.cat([means, log_scales, weights], -1)
+
+
+class VonMisesFisher(Amortized):
+    """q(z | x) = C_D(k(x)) exp(k(x) mu(x)'z) on the unit sphere {z in R^D: |z| = 1}.
+
+    It goes with the prior `HypersphericalUniform`, to which its KL is known in closed form, and
+    with no prior on all of R^D. The head gives a vector, of which mu is the direction, and one
+    number r for the concentration,
+
+        k = minimum_concentration + D softplus(r):
+
+    in units of D, since the mean A_D(k) mu has a length of about k / D for k < D.
+    Samples carry the derivatives in mu and k, with what the rejection sampler asks for included
+    (see `pyro_vae.parts.distributions.spherical`).
+
+    Args:
+        encoder: x, (..., *x_shape), to features, (..., F).
+        latent_dim: D >= 2, the dimension of the space: z has D coordinates, the sphere D - 1 dimensions.
+        features: F; read from ``encoder.out_features`` when not given.
+        minimum_concentration: Keeps k where its density and its derivatives are computed to full accuracy.
+    Raises:
+        ValueError: latent_dim < 2, or the number of features is unknown.
+    Example:
+        >>> q = VonMisesFisher(nn.Linear(3, 4), latent_dim=3)(torch.zeros(5, 3))
+        >>> bool((q.sample().norm(dim=-1) - 1).abs().max() < 1e-6)
+        True
+
+    Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891
+    """
+
+    support = constraints.sphere
+
+    def __init__(
+        self, encoder: nn.Module, latent_dim: int, features: int | None = None, minimum_concentration: float = 0.01
+    ) -> None:
+        if latent_dim < 2:
+            raise ValueError(f"got latent_dim={latent_dim}, wanted 2 or more: the sphere in R^1 is two points.")
+        if not minimum_concentration > 0:
+            raise ValueError(f"got minimum_concentration={minimum_concentration}, wanted a number > 0.")
+        super().__init__(encoder, latent_dim, latent_dim + 1, features)
+        self.minimum_concentration = minimum_concentration
+
+    def family(self, parameters: Tensor) -> TorchDistribution:
+        direction, rate = parameters[..., :-1], parameters[..., -1]
+        concentration = self.minimum_concentration + self.latent_dim * softplus(rate)
+        return spherical.VonMisesFisher(_normalised(direction), concentration)
+
+
+def _normalised(vector: Tensor) -> Tensor:
+    """Unit vectors; the first axis for a vector of zeros, with no gradient."""
+    size = vector.detach().abs().amax(-1, keepdim=True)
+    some = size > 0
+    axis = torch.zeros_like(vector)
+    axis[..., 0] = 1
+    # Divided by its largest coordinate first, no vector is too short or too long to be squared.
+    scaled = torch.where(some, vector, axis) / torch.where(some, size, torch.ones_like(size))
+    return scaled / scaled.norm(dim=-1, keepdim=True)

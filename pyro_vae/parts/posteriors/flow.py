@@ -20,8 +20,14 @@ from typing import Any
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.parts.distributions.flow import check_flow, pushforward, start_near_identity, zuko_flows
-from pyro_vae.parts.distributions.weights import own_weights, with_weights
+from pyro_vae.parts.distributions.flow import (
+    check_flow,
+    own_weights,
+    pushforward,
+    start_near_identity,
+    with_weights,
+    zuko_flows,
+)
 from pyro_vae.parts.posteriors.amortized import Amortized
 from pyro_vae.unconstrained import Free, Local
 
@@ -31,11 +37,13 @@ _MANY = 16  # latents from which D passes a draw hurt
 class _AmortizedFlow(Amortized):
     """What the flows below have in common. Not a posterior by itself: use `Flow`."""
 
+    passes = 1
+
     def __init__(
         self,
-        flow: Callable[..., nn.Module],
         encoder: nn.Module,
         latent_dim: int,
+        flow: Callable[..., nn.Module],
         context: int,
         fast: str,
         features: int | None,
@@ -87,10 +95,10 @@ class Flow(_AmortizedFlow):
     """q(z | x) of any flow of zuko: z = mu(x) + sigma(x) f(u; c(x)).
 
     Args:
-        flow: A class of zuko, or any callable that takes ``features`` and ``context`` and
-            returns a flow.
         encoder: x, (..., *x_shape), to features, (..., F).
         latent_dim: D.
+        flow: A class of zuko, or any callable that takes ``features`` and ``context`` and
+            returns a flow.
         context: Number of features C that the flow reads.
         fast: The direction that takes one pass. "sampling" takes f in the direction in
             which zuko scores, "scoring" as zuko means it.
@@ -104,7 +112,7 @@ class Flow(_AmortizedFlow):
         ValueError: Not a flow, or one that does not live on R^D, such as the circular NCSF.
     Example:
         >>> import torch, zuko
-        >>> q = Flow(zuko.flows.NSF, nn.Linear(3, 4), latent_dim=2, transforms=2, bins=4)(torch.zeros(5, 3))
+        >>> q = Flow(nn.Linear(3, 4), 2, zuko.flows.NSF, transforms=2, bins=4)(torch.zeros(5, 3))
         >>> q.batch_shape, q.event_shape
         (torch.Size([5]), torch.Size([2]))
 
@@ -113,15 +121,15 @@ class Flow(_AmortizedFlow):
 
     def __init__(
         self,
-        flow: Callable[..., nn.Module],
         encoder: nn.Module,
         latent_dim: int,
+        flow: Callable[..., nn.Module],
         context: int = 32,
         fast: str = "sampling",
         features: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(flow, encoder, latent_dim, context, fast, features, **options)
+        super().__init__(encoder, latent_dim, flow, context, fast, features, **options)
 
 
 class IAF(_AmortizedFlow):
@@ -154,7 +162,7 @@ class IAF(_AmortizedFlow):
         features: int | None = None,
     ) -> None:
         options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(zuko_flows().MAF, encoder, latent_dim, context, "sampling", features, **options)
+        super().__init__(encoder, latent_dim, zuko_flows().MAF, context, "sampling", features, **options)
 
 
 class MAF(_AmortizedFlow):
@@ -188,7 +196,7 @@ class MAF(_AmortizedFlow):
         features: int | None = None,
     ) -> None:
         options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(zuko_flows().MAF, encoder, latent_dim, context, "scoring", features, **options)
+        super().__init__(encoder, latent_dim, zuko_flows().MAF, context, "scoring", features, **options)
 
 
 class NSF(_AmortizedFlow):
@@ -230,7 +238,7 @@ class NSF(_AmortizedFlow):
     ) -> None:
         options: dict[str, Any] = {"transforms": transforms, "hidden_features": tuple(hidden_features)}
         options |= {"bins": bins, "passes": passes, "activation": nn.SiLU}
-        super().__init__(zuko_flows().NSF, encoder, latent_dim, context, "sampling", features, **options)
+        super().__init__(encoder, latent_dim, zuko_flows().NSF, context, "sampling", features, **options)
 
 
 class Coupling(_AmortizedFlow):
@@ -263,4 +271,4 @@ class Coupling(_AmortizedFlow):
         features: int | None = None,
     ) -> None:
         options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(zuko_flows().RealNVP, encoder, latent_dim, context, "sampling", features, **options)
+        super().__init__(encoder, latent_dim, zuko_flows().RealNVP, context, "sampling", features, **options)

@@ -1,4 +1,6 @@
-"""Planar flows: a diagonal normal, bent along one direction at a time.
+"""Planar and Sylvester flows, all of whose parameters the encoder gives.
+
+Planar flows: a diagonal normal, bent along one direction at a time.
 
     z_0 = mu + sigma u,   u ~ N(0, I)
     z_i = z_{i-1} + v_i tanh(w_i' z_{i-1} + b_i),   i = 1, ..., N
@@ -14,11 +16,32 @@ not), and e = 0.001 keeps the determinant away from zero.
 
 A step changes z along v only, so its inverse is one scalar equation, a + (w'v) tanh(a) =
 w'z + b for a = w'z_{i-1} + b: any sample can be scored, at a few times the cost of a draw.
+
+Sylvester flows: planar flows that bend M directions in one step.
+
+    z_0 = mu + sigma u,   u ~ N(0, I)
+    z_i = z_{i-1} + Q R tanh(R~ Q' z_{i-1} + b),   i = 1, ..., N
+    log |det dz_i/dz_{i-1}| = sum_m log(1 + (1 - tanh^2)_m r_mm r~_mm)
+
+Q is D x M with orthonormal columns, R and R~ are upper triangular; by Sylvester's identity
+only their diagonals enter the determinant, and a step is invertible where r_mm r~_mm > -1,
+for which the diagonals go through tanh. mu, sigma, Q, R, R~ and b of every step are
+functions of x. Q is one of
+
+    orthogonal   the orthogonal factor of a free D x M matrix
+    householder  a product of H reflections I - 2 v v' / |v|^2, M = D
+    triangular   the identity and the reversal of the latents in turn, M = D
+
+A step's inverse is triangular as well: for a = R~ Q' z_{i-1} + b, a + R~ R tanh(a) = R~ Q'
+z_i + b, solved by M scalar equations, the last first. So any sample can be scored, in M
+passes a step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import pyro.distributions as dist
 import torch
@@ -27,8 +50,43 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vae.parts.distributions.flow import Pushforward
-from pyro_vae.parts.distributions.roots import invert_tanh_step
 from pyro_vae.parts.posteriors.amortized import Amortized
+
+_STEPS = 16
+
+
+def invert_tanh_step(slope: Tensor, value: Tensor) -> Tensor:
+    """The a that solves a + m tanh(a) = c, exact to rounding and differentiable in m and c.
+
+    The left side increases in a for m > -1, is odd, and on a >= 0 is convex for m < 0
+    and concave for m > 0. Newton's iteration from outside the root (convex) or inside it
+    (concave) is therefore monotone and needs no bracket; the start is the better of two
+    bounds, c - m and c / (1 + m). A fixed number of steps keeps it free of branches.
+
+    Args:
+        slope: m > -1, any shape.
+        value: c, broadcasts with m.
+    Returns:
+        a, of the broadcast shape. First and second derivatives are right.
+    Example:
+        >>> a = invert_tanh_step(torch.tensor(2.0), torch.tensor(-3.0))
+        >>> torch.allclose(a + 2 * a.tanh(), torch.tensor(-3.0))
+        True
+    """
+    with torch.no_grad():
+        m, c = torch.broadcast_tensors(slope, value.abs())
+        chord, shifted = c / (1 + m), c - m
+        a = torch.where(m < 0, torch.minimum(chord, shifted), torch.maximum(chord, shifted))
+        for _ in range(_STEPS):
+            t = a.tanh()
+            a = a - (a + m * t - c) / (1 + m * (1 - t * t))
+        a = a * value.sign()
+    # At the root Newton's correction is zero, and its derivative is that of the root.
+    for _ in range(2):
+        t = a.tanh()
+        a = a - (a + slope * t - value) / (1 + slope * (1 - t * t))
+    return a
+
 
 _FLOOR = 1e-3
 _SHIFT = math.log(math.expm1(1 - _FLOOR))
@@ -55,7 +113,7 @@ class Planar(Amortized):
     Reference: Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015. arXiv:1505.05770
     """
 
-    rescoring = "one pass"
+    passes = 1
 
     def __init__(self, encoder: nn.Module, latent_dim: int, num_flows: int = 8, features: int | None = None) -> None:
         if num_flows < 1:
@@ -100,3 +158,199 @@ def _planar(base: TorchDistribution, w: Tensor, u: Tensor, b: Tensor) -> Pushfor
         return z, -log_det(tanhs)
 
     return Pushforward(base, push, pull)
+
+
+Rotation: TypeAlias = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # z -> Q'z, y -> Q y
+
+_LARGEST = 1 - 5e-4  # of a diagonal entry, so that the determinant stays away from zero in float32
+
+
+class Sylvester(Amortized):
+    """q(z | x) of N Sylvester steps, all of whose parameters the encoder gives.
+
+        z <- z + Q R tanh(R~ Q'z + b),   log |det| = sum log(1 + (1 - tanh^2) diag(R) diag(R~))
+
+    Starts close to its diagonal normal. A step takes M^2 + 2 M numbers from the head, and
+    its vectors D M or D H more: with 50 latents it is the head that costs, not the flow, and
+    "orthogonal" with a small num_ortho is several times quicker than the others.
+
+    Args:
+        encoder: x, (..., *x_shape), to features, (..., F).
+        latent_dim: D.
+        num_flows: N.
+        kind: "orthogonal", "householder" or "triangular".
+        num_ortho: M of "orthogonal", at most D; None for 16, or D if that is less. The
+            other kinds bend all D directions.
+        num_householder: H of "householder"; None for 8, or D if that is less.
+        features: F; read from ``encoder.out_features`` when not given.
+    Raises:
+        ValueError: An unknown kind, or a number that it does not take.
+    Example:
+        >>> Sylvester(nn.Linear(3, 4), latent_dim=2, kind="householder")(torch.zeros(5, 3)).event_shape
+        torch.Size([2])
+
+    Reference: van den Berg et al., Sylvester Normalizing Flows for Variational Inference, 2018. arXiv:1803.05649
+    """
+
+    rescoring = "D passes"
+    passes = 1
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        latent_dim: int,
+        num_flows: int = 4,
+        kind: str = "orthogonal",
+        num_ortho: int | None = None,
+        num_householder: int | None = None,
+        features: int | None = None,
+    ) -> None:
+        _check(latent_dim, num_flows, kind, num_ortho, num_householder)
+        m = (num_ortho or min(latent_dim, 16)) if kind == "orthogonal" else latent_dim
+        vectors = {"orthogonal": m, "householder": num_householder or min(latent_dim, 8), "triangular": 0}[kind]
+        self._widths = [m * m, m, m, vectors * latent_dim]
+        super().__init__(encoder, latent_dim, 2 * latent_dim + num_flows * sum(self._widths), features)
+        self.num_flows, self.kind, self.num_ortho, self.num_vectors = num_flows, kind, m, vectors
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                rows = parameter[2 * latent_dim :].unflatten(0, (num_flows, -1))
+                rows[:, : m * m] *= 0.01  # of R, and of R~ off its diagonal
+
+    def family(self, parameters: Tensor) -> TorchDistribution:
+        n, d, m = self.num_flows, self.latent_dim, self.num_ortho
+        loc, log_scale, rest = parameters.split([d, d, parameters.shape[-1] - 2 * d], -1)
+        square, diagonal, b, vectors = rest.unflatten(-1, (n, -1)).split(self._widths, -1)
+        # One square holds R on and above its diagonal and R~, transposed, below.
+        square = square.unflatten(-1, (m, m))
+        r = square.triu(1) + torch.diag_embed(_LARGEST * square.diagonal(dim1=-2, dim2=-1).tanh())
+        r_tilde = square.tril(-1).mT + torch.diag_embed(_LARGEST * diagonal.tanh())
+        base = dist.Normal(loc, log_scale.exp(), validate_args=False).to_event(1)
+        return _sylvester(base, self._rotations(vectors), r, r_tilde, b)
+
+    def _rotations(self, vectors: Tensor) -> list[Rotation]:
+        """Q of each step, from free numbers of (..., N, vectors * D)."""
+        if self.kind == "triangular":
+            return [_identity if step % 2 == 0 else _reversal for step in range(self.num_flows)]
+        columns = vectors.unflatten(-1, (self.num_vectors, self.latent_dim)).mT
+        if self.kind == "orthogonal":
+            return [_matrix(q) for q in orthonormal(columns).unbind(-3)]
+        inner = reflection_core(columns)
+        return [_reflections(v, t) for v, t in zip(columns.unbind(-3), inner.unbind(-3), strict=True)]
+
+
+def orthonormal(a: Tensor) -> Tensor:
+    """The Q of A = Q R with a positive diagonal of R: Gram and Schmidt's basis, smooth in A.
+
+    The paper iterates Q <- Q (I + (I - Q'Q) / 2) until it converges, which takes as long
+    as the columns are close to dependent; a factorisation is exact after one step, and
+    the flow is as general, since R and R~ absorb any difference.
+
+    Args:
+        a: (..., D, M) with M <= D and independent columns.
+    Returns:
+        (..., D, M) with orthonormal columns.
+    """
+    q, r = torch.linalg.qr(a)
+    return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(q)
+
+
+def reflection_core(v: Tensor) -> Tensor:
+    """The T of (I - 2 v_1 v_1' / |v_1|^2) ... (I - 2 v_H v_H' / |v_H|^2) = I - V T V'.
+
+    T^-1 has half of V'V on its diagonal, all of it above, nothing below: H reflections
+    cost two products with V, without a loop.
+
+    Args:
+        v: V = (v_1, ..., v_H), (..., D, H), no column zero.
+    Returns:
+        T, upper triangular, (..., H, H).
+    """
+    gram = v.mT @ v
+    inverse = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    return torch.linalg.solve_triangular(inverse, torch.eye(v.shape[-1]).to(v).expand_as(inverse), upper=True)
+
+
+def _sylvester(
+    base: TorchDistribution, rotations: list[Rotation], r: Tensor, r_tilde: Tensor, b: Tensor
+) -> Pushforward:
+    """Sylvester steps with R and R~ of (..., N, M, M) and b of (..., N, M)."""
+    product = r.diagonal(dim1=-2, dim2=-1) * r_tilde.diagonal(dim1=-2, dim2=-1)
+    steps = list(zip(rotations, r.unbind(-3), r_tilde.unbind(-3), b.unbind(-2), strict=True))
+
+    def log_det(tanhs: list[Tensor]) -> Tensor:
+        return torch.log1p((1 - torch.stack(tanhs, -2).square()) * product).sum((-2, -1))
+
+    def push(z: Tensor) -> tuple[Tensor, Tensor]:
+        tanhs = []
+        for (down, up), r, r_tilde, b in steps:
+            tanhs.append((_times(r_tilde, down(z)) + b).tanh())
+            z = z + up(_times(r, tanhs[-1]))
+        return z, log_det(tanhs)
+
+    def pull(z: Tensor) -> tuple[Tensor, Tensor]:
+        tanhs: list[Tensor] = []
+        for (down, up), r, r_tilde, b in reversed(steps):
+            tanhs.insert(0, _solve(r_tilde @ r, _times(r_tilde, down(z)) + b))
+            z = z - up(_times(r, tanhs[0]))
+        return z, -log_det(tanhs)
+
+    return Pushforward(base, push, pull)
+
+
+def _solve(s: Tensor, c: Tensor) -> Tensor:
+    """tanh(a) where a + S tanh(a) = c, for upper triangular S of (..., M, M), by back substitution."""
+    known: list[Tensor] = []
+    for row in reversed(range(s.shape[-1])):
+        value = c[..., row]
+        if known:
+            value = value - (s[..., row, row + 1 :] * torch.stack(known, -1)).sum(-1)
+        known.insert(0, invert_tanh_step(s[..., row, row], value).tanh())
+    return torch.stack(known, -1)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    # Not matmul, which would copy the matrices for every particle.
+    return torch.einsum("...ij,...j->...i", matrix, vector)
+
+
+def _identity_map(z: Tensor) -> Tensor:
+    return z
+
+
+def _flipped(z: Tensor) -> Tensor:
+    return z.flip(-1)
+
+
+_identity: Rotation = (_identity_map, _identity_map)
+_reversal: Rotation = (_flipped, _flipped)
+
+
+def _matrix(q: Tensor) -> Rotation:
+    return lambda z: _times(q.mT, z), lambda y: _times(q, y)
+
+
+def _reflections(v: Tensor, t: Tensor) -> Rotation:
+    def down(z: Tensor) -> Tensor:
+        return z - _times(v, _times(t.mT, _times(v.mT, z)))
+
+    def up(y: Tensor) -> Tensor:
+        return y - _times(v, _times(t, _times(v.mT, y)))
+
+    return down, up
+
+
+def _check(latent_dim: int, num_flows: int, kind: str, num_ortho: int | None, num_householder: int | None) -> None:
+    if kind not in ("orthogonal", "householder", "triangular"):
+        raise ValueError(f'got kind={kind!r}, wanted "orthogonal", "householder" or "triangular".')
+    if num_flows < 1:
+        raise ValueError(f"num_flows must be a positive integer, got {num_flows}.")
+    if num_ortho is not None and (kind != "orthogonal" or not 1 <= num_ortho <= latent_dim):
+        raise ValueError(
+            f"got num_ortho={num_ortho} with kind={kind!r} and {latent_dim} latents, wanted 1 to {latent_dim} and "
+            'kind="orthogonal"; the other kinds bend all latents.'
+        )
+    if num_householder is not None and (kind != "householder" or num_householder < 1):
+        raise ValueError(
+            f"got num_householder={num_householder} with kind={kind!r}, wanted a positive number and "
+            'kind="householder".'
+        )

@@ -10,7 +10,7 @@ Each holds its programs as ``pair.model`` and ``pair.guide``, which go wherever 
 goes; its parts are callables that return distributions, so the user's own drop in.
 """
 
-from pyro_vae.programs.zoo.autoencoder import autoencoder
+from pyro_vae.programs.zoo.assembly import autoencoder
 from pyro_vae.programs.zoo.conditional import Conditional, Joined
 from pyro_vae.programs.zoo.hierarchical import Hierarchical
 from pyro_vae.programs.zoo.mixture import Clusters, Mixture

@@ -30,9 +30,7 @@ from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal, mean
-from pyro_vae.programs.guide import Guide
-from pyro_vae.programs.model import Model, event_check
-from pyro_vae.programs.named import Named
+from pyro_vae.programs.pair import Guide, Model, Named, event_check
 from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
 
 

@@ -40,12 +40,16 @@ from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.guide import batch_check, data_check
-from pyro_vae.programs.model import event_check
-from pyro_vae.programs.named import Named
-from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
+from pyro_vae.programs.pair import Named, batch_check, data_check, event_check
+from pyro_vae.programs.zoo.assembly import (
+    Conditional,
+    class_check,
+    is_class_numbers,
+    pixel_likelihood,
+    pixels_of,
+    readable,
+)
 from pyro_vae.programs.zoo.conditional import Joined
-from pyro_vae.programs.zoo.labels import class_check, is_class_numbers, readable
 
 
 class Labels(nn.Module):

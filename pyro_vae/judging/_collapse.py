@@ -320,7 +320,7 @@ def _linear(model: Program, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, floa
 
 def _normal(distribution: Any) -> tuple[Tensor, Tensor] | None:
     """Mean and scale of independent Gaussians, else None."""
-    while type(distribution).__name__ == "Independent":
+    while isinstance(distribution, torch.distributions.Independent):
         distribution = distribution.base_dist
     if not isinstance(distribution, torch.distributions.Normal):
         return None

@@ -1,9 +1,4 @@
-"""Likelihoods of 8-bit pixels by rounded logistics.
-
-Data are grey levels x = v / (L - 1), v in 0, ..., L - 1: what `pyro_vae.data` gives with binarization="none" and no
-dequantisation. log p(x) is the log of a probability, so bits per dimension are -log p / (dims log 2):
-`bits_per_dimension(..., levels=1)`.
-"""
+"""Likelihoods of 8-bit pixels: without a shape, and by rounded logistics."""
 
 from __future__ import annotations
 
@@ -12,8 +7,35 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.parts.distributions.discretized_logistic import DiscretizedLogistic as RoundedLogistic
+from pyro_vae.parts.distributions.levels import CategoricalLevels, GreyLevels
+from pyro_vae.parts.distributions.levels import DiscretizedLogistic as RoundedLogistic
 from pyro_vae.parts.likelihoods.likelihood import Likelihood
+
+
+class Categorical(Likelihood):
+    """p(x | z) = prod_i softmax(l_i(z))_{v_i}: any distribution over the L grey levels x = v / (L - 1).
+
+    log p(x) is the log of a probability: bits per dimension are `bits_per_dimension(..., levels=1)`.
+
+    Args:
+        decoder: z, (..., D), to logits, (..., L * C, *rest) for data (C, *rest): the channels of level 0, then
+            those of level 1, and so on.
+        levels: L; 256 for 8-bit pixels x = v / 255.
+    Raises:
+        ValueError: Fewer than two levels.
+    Example:
+        >>> Categorical(nn.Linear(2, 24), levels=4)(torch.zeros(5, 2)).event_shape
+        torch.Size([6])
+    """
+
+    values = "levels"
+
+    def __init__(self, decoder: nn.Module, levels: int = 256) -> None:
+        super().__init__(decoder)
+        self.parameters_per_pixel = GreyLevels(levels).levels
+
+    def family(self, *parameters: Tensor) -> TorchDistribution:
+        return CategoricalLevels(torch.stack(parameters, -1))
 
 
 def _check_scales(initial_scale: float, minimum_scale: float) -> None:
@@ -51,6 +73,7 @@ class DiscretizedLogistic(Likelihood):
     """
 
     parameters_per_pixel = 2
+    values = "levels"
 
     def __init__(
         self, decoder: nn.Module, levels: int = 256, initial_scale: float = 0.1, minimum_scale: float = 5e-4
@@ -86,6 +109,8 @@ class MixtureOfDiscretizedLogistics(Likelihood):
 
     Reference: Salimans et al., PixelCNN++, 2017. arXiv:1701.05517
     """
+
+    values = "levels"
 
     def __init__(
         self,

@@ -1,14 +1,75 @@
-"""A prior that is learned as a normalizing flow."""
+"""Priors of one piece: normal, uniform on the sphere, a flow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from pyro.distributions import TorchDistribution
-from torch import nn
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor, nn
 
+from pyro_vae.parts.distributions import spherical
 from pyro_vae.parts.distributions.flow import check_flow, pushforward, start_near_identity, zuko_flows
+
+
+class StandardNormal(nn.Module):
+    """p(z) = N(z; 0, I) in D dimensions.
+
+    Args:
+        latent_dim: D.
+    Example:
+        >>> StandardNormal(2)().log_prob(torch.zeros(2))
+        tensor(-1.8379)
+    """
+
+    support = constraints.real_vector
+    loc: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be a positive integer, got {latent_dim}.")
+        self.latent_dim = latent_dim
+        # Non-persistent: a constant that follows the module's device and dtype.
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+
+    def forward(self) -> TorchDistribution:
+        return dist.Normal(self.loc, torch.ones_like(self.loc), validate_args=False).to_event(1)
+
+
+class HypersphericalUniform(nn.Module):
+    """p(z) uniform on the unit sphere {z in R^D: |z| = 1}, for the posterior `VonMisesFisher`.
+
+        log p(z) = log Gamma(D/2) - log 2 - D/2 log pi
+
+    with respect to the sphere's surface, of D - 1 dimensions.
+
+    Args:
+        latent_dim: D >= 2, the dimension of the space: z has D coordinates.
+    Raises:
+        ValueError: latent_dim < 2.
+    Example:
+        >>> HypersphericalUniform(3)().log_prob(torch.tensor([0.0, 0.0, 1.0]))     # -log 4 pi
+        tensor(-2.5310)
+
+    Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891
+    """
+
+    support = constraints.sphere
+    like: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        if latent_dim < 2:
+            raise ValueError(f"got latent_dim={latent_dim}, wanted 2 or more: the sphere in R^1 is two points.")
+        self.latent_dim = latent_dim
+        # Non-persistent: it tells samples the module's device and dtype.
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def forward(self) -> TorchDistribution:
+        return spherical.HypersphericalUniform(self.latent_dim, like=self.like)
 
 
 class Flow(nn.Module):
@@ -38,6 +99,8 @@ class Flow(nn.Module):
 
     Reference: Chen et al., Variational Lossy Autoencoder, 2017. arXiv:1611.02731
     """
+
+    support = constraints.real_vector
 
     def __init__(
         self, latent_dim: int | nn.Module, flow: Callable[..., nn.Module] | None = None, **options: Any

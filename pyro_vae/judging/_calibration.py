@@ -1,4 +1,4 @@
-"""Is the guide's uncertainty right? Simulation-based calibration of an amortised posterior.
+"""Is the guide's uncertainty right? Simulation-based calibration of an amortized posterior.
 
 Draw z ~ p(z) and x ~ p(x | z): then z is a draw of the true posterior p(z | x). If q(z | x) is
 that posterior, z and L draws z_1, ..., z_L ~ q(z | x) are alike, so that for each component d
@@ -6,7 +6,7 @@ that posterior, z and L draws z_1, ..., z_L ~ q(z | x) are alike, so that for ea
     r_d = #{l : z_ld < z_d}   is uniform on 0, 1, ..., L.
 
 A guide that is too narrow leaves z in its tails (a U of ranks), one too wide in its middle, a
-shifted one on one side. An amortised guide needs no refitting: one run of it for each simulated x.
+shifted one on one side. An amortized guide needs no refitting: one run of it for each simulated x.
 What is tested is the guide *on data from the model*, averaged over them; errors that cancel
 over x are not seen, nor are those on real data that the model would not draw.
 

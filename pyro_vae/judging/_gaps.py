@@ -1,12 +1,12 @@
 """Whose fault the gap is: the family's or the encoder's.
 
     log p(x) - L[q]   =   (log p(x) - L[q*])   +   (L[q*] - L[q])
-    inference gap     =   approximation gap    +   amortisation gap
+    inference gap     =   approximation gap    +   amortization gap
 
 L is the ELBO of a datum, q what the guide says of it, and q* the best member of the same
 family *for that datum*, found by gradient steps on its own parameters (`local`). A family
 that cannot bend as the posterior does has an approximation gap; an encoder that does not
-find the best member has an amortisation gap.
+find the best member has an amortization gap.
 
 Three errors are in such a split, and all are reported per datum. log p(x) is estimated: by
 importance sampling from the guide and the local optima together (`pyro_vae.judging.weights`), or by
@@ -36,6 +36,7 @@ from pyro_vae.judging.results import Mean, Result, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Scored, khat_ok, pool, score, scores_strangers
 from pyro_vae.options import checked
+from pyro_vae.protocols import has_start
 from pyro_vae.traces import Program, draw, plate_nesting
 
 _FREE = 2**22  # free parameters that are held at once
@@ -56,7 +57,7 @@ class FamilyGaps(Result):
         slope: How much it rose over the last window, per datum, (N,).
         steps: Steps taken, per datum, (N,).
         stopped: Whether the bound had stopped rising before the steps were used up, (N,).
-        reason: Why there is no q*, or no amortised value.
+        reason: Why there is no q*, or no amortized value.
     """
 
     amortized: Mean | None
@@ -135,9 +136,13 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
 
     Each line is one family of one result; the columns are those of Cremer et al., Table 2.
 
+    Args:
+        results: Name of a set of data -> its gaps.
+    Returns:
+        The lines, all of one length.
     Example:
         >>> gap_table({})
-        ['set  family  log p(x)  L[q*]  L[q]  approximation  amortisation  inference gap']
+        ['set  family  log p(x)  L[q*]  L[q]  approximation  amortization  inference gap']
     """
     cells = [
         (name, family, result.log_likelihood, r.optimum, r.amortized, r.approximation, r.amortization, r.inference)
@@ -146,7 +151,7 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
     ]
     first = max([len(c[0]) for c in cells] + [3]) if not cells or any(c[0] for c in cells) else 0
     second = max([len(c[1]) for c in cells] + [6])
-    titles = ["log p(x)", "L[q*]", "L[q]", "approximation", "amortisation", "inference gap"]
+    titles = ["log p(x)", "L[q*]", "L[q]", "approximation", "amortization", "inference gap"]
     text = [[str(part) if part is not None else "-" for part in c[2:]] for c in cells]
     widths = [max([len(line[i]) for line in text] + [len(title)]) for i, title in enumerate(titles)]
 
@@ -267,7 +272,7 @@ def gaps(
             mixed += [both] if both is not None else []
     scores = {name: Scored.joined(parts) for name, parts in found.items()}
     best_known, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled, log_likelihood)
-    without = "a family without an encoder, so without an amortisation gap"
+    without = "a family without an encoder, so without an amortization gap"
     rows = {
         name: _row(best_known, scores.get(name), scores.get(f"{name} (local)"), Climb.joined(climbs[name]),
                    reasons.get(name) if name in guides else without, num_samples)
@@ -323,7 +328,7 @@ def _named(guide: Program, families: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_guide(value: Any) -> bool:
-    return callable(value) and not _is_class(value) and not callable(getattr(value, "around", None))
+    return callable(value) and not _is_class(value) and not has_start(value)
 
 
 def _is_class(value: Any) -> bool:
@@ -347,7 +352,7 @@ def _family(name: str, value: Any, model: Program, guide: Program, args: tuple[A
         return value
     z = next(iter(draw(model, guide, args, {}).latents.values()))
     posterior = value(_NoEncoder(), z.shape[-1])
-    if not (callable(getattr(posterior, "local", None)) and callable(getattr(posterior, "around", None))):
+    if not has_start(posterior):
         raise ValueError(
             f"families[{name!r}] makes a {type(posterior).__name__}, which has no local form. Derive it from "
             "Amortized, or give a guide fitted by fit_guide."

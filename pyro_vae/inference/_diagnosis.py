@@ -15,11 +15,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.datacheck import unwrapped
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.trees import leaves, rows
 from pyro_vae.reach import modules_of
-from pyro_vae.sites import kind
+from pyro_vae.sites import kind, unwrapped
 from pyro_vae.traces import Program
 
 _TRIES = 5  # a draw may be the reason, and another draw is not
@@ -114,7 +113,7 @@ def _first(shown: Rehearsal, size: int, index: Tensor | None) -> str | None:
     scored = sorted(shown.sites.values(), key=lambda site: site["is_observed"])
     of_model = [(site, "model", "likelihood" if site["is_observed"] else "prior") for site in scored]
     for site, program, role in (*drawn, *of_model):
-        fn, _ = unwrapped(site["fn"])
+        fn = unwrapped(site["fn"])
         what = f"Site {site['name']!r} of the {program} ({kind(fn)}, {role})"
         for name in getattr(fn, "arg_constraints", {}):
             parameter = fn.__dict__.get(name)

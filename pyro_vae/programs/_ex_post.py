@@ -22,7 +22,7 @@ from pyro_vae.evaluation import evaluating, noise
 from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.parts.priors.mixture import NormalMixture
-from pyro_vae.programs.model import Model
+from pyro_vae.programs.pair import Model
 from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, particles
 
@@ -95,6 +95,8 @@ def aggregated_posterior(model: Program, guide: Program, data: Any, batch_size: 
         guide: The guide; a point guide gives its points.
         data: As for `ex_post`.
         batch_size: Data at a time.
+    Returns:
+        The draws, one row per datum.
     Raises:
         ValueError: No data; several latents, or one that is not a vector per datum.
     """

@@ -1,0 +1,217 @@
+"""The pair: p(z) p(x | z) and q(z | x) as plain Pyro programs, under names of their own.
+
+Pyro keys parameters by name, so that of two programs of one name only one would be
+trained. A program therefore gets a name that no other one of this process has: when it
+is built, when it is copied, and when it comes out of a file or from another process.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_vae.programs.missing import filled, full_mask, observed_part
+
+_count = itertools.count(1)
+_Self = TypeVar("_Self", bound="Named")
+
+
+class Named(PyroModule):
+    """A Pyro program of a name that no other program of this process has; abstract.
+
+    Its PyroModules inside are named after it. A shallow copy shares the parameters of the
+    original, and keeps its name.
+
+    Example:
+        >>> one = Named()
+        >>> one._pyro_name == copy.deepcopy(one)._pyro_name
+        False
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_unique_name(type(self).__name__))
+
+    def __copy__(self: _Self) -> _Self:
+        result = self.__class__.__new__(self.__class__)
+        result.__dict__.update(self.__dict__)
+        return result
+
+    def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
+        result = self.__class__.__new__(self.__class__)
+        memo[id(self)] = result
+        for key, value in self.__dict__.items():
+            result.__dict__[key] = copy.deepcopy(value, memo)
+        _rename(result, _unique_name(type(self).__name__))
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        for parameter in self.parameters():  # Pyro hangs a weakref on them, which cannot be pickled
+            vars(parameter).pop("unconstrained", None)
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _rename(self, _unique_name(type(self).__name__))
+
+
+def _unique_name(kind: str) -> str:
+    return f"{kind}{next(_count)}"
+
+
+def _rename(program: PyroModule, name: str) -> None:
+    program._pyro_name = name
+    for key, child in program._modules.items():
+        if isinstance(child, PyroModule):
+            _rename(child, f"{name}.{key}")
+
+
+def event_check(site: str, distribution: TorchDistribution, x: Tensor) -> None:
+    """Refuse a likelihood whose event is not one datum, before Pyro broadcasts it."""
+    wanted = tuple(x.shape[1:])
+    if tuple(distribution.event_shape) == wanted:
+        return
+    if tuple(distribution.batch_shape)[-len(wanted) :] == wanted and not distribution.event_shape:
+        raise ValueError(
+            f"likelihood returned batch_shape {tuple(distribution.batch_shape)}, wanted "
+            f"{tuple(distribution.batch_shape)[: -len(wanted)]}. Did you forget .to_event({len(wanted)})?"
+        )
+    raise ValueError(
+        f"likelihood returned event_shape {tuple(distribution.event_shape)} for site {site!r}, but one datum of the "
+        f"batch has shape {wanted}. Build the decoder for the shape of the data, or reshape the data."
+    )
+
+
+class Model(Named):
+    """p(x, z) = p(z) p(x | z), over a plate "data" of sites "z" and "x".
+
+    A plain Pyro program: with data it observes them, without it draws. With a mask, too,
+    it observes only the pixels that are there: log p(x_obs | z), see `programs.missing`.
+
+    Args:
+        prior: A callable without arguments that returns p(z), batch_shape ().
+        likelihood: A callable from z, (..., D), to p(x | z), batch_shape (...).
+    Raises:
+        ValueError: The likelihood's event is not of the shape of one datum.
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        ...               lambda z: dist.Normal(z, 1.0).to_event(1))
+        >>> model(size=3).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self, prior: Callable[[], TorchDistribution], likelihood: Callable[[Tensor], TorchDistribution]
+    ) -> None:
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+
+    def forward(self, x: Tensor | None = None, mask: Tensor | None = None, *, size: int = 1) -> Tensor:
+        """Run the program.
+
+        Args:
+            x: Data, (B, *x_shape), to observe; None draws them.
+            mask: True where a pixel is observed, broadcastable to x; None for all. What
+                stands at a missing pixel, NaN too, plays no part.
+            size: B where x is None.
+        Returns:
+            x, observed or drawn.
+        """
+        likelihood = self.likelihood
+        with pyro.plate("data", size if x is None else len(x)):
+            z = pyro.sample("z", self.prior())
+            given_z = likelihood(z)
+            if x is not None:
+                event_check("x", given_z, x)
+                if mask is not None:
+                    given_z, x = observed_part(given_z, x, mask)
+            return pyro.sample("x", given_z, obs=x)
+
+
+def data_check(x: Tensor | None) -> Tensor:
+    """The data; refuse a guide that was run without."""
+    if x is None:
+        raise ValueError(
+            "the guide q(z | x) was run without data. For prior draws use Predictive(model)(size=n); for "
+            "posterior-predictive draws Predictive(poutine.uncondition(model), guide=guide)(x)."
+        )
+    return x
+
+
+def batch_check(posterior: TorchDistribution, size: int) -> None:
+    """Refuse a posterior whose last batch dimension is not the data, before Pyro broadcasts it."""
+    if posterior.batch_shape and posterior.batch_shape[-1] != size:
+        raise ValueError(
+            f"posterior returned batch_shape {tuple(posterior.batch_shape)}, wanted ({size},). "
+            "Did you forget .to_event(1)?"
+        )
+
+
+class Guide(Named):
+    """q(z | x), over a plate "data" of the site "z".
+
+    Takes what `Model` takes, and no data is an error: a posterior needs something to
+    condition on. With a mask it is q(z | x_obs): missing pixels reach the posterior as
+    zeros, so that nothing depends on what stands there.
+
+    Args:
+        posterior: A callable from x, (B, *x_shape), to q(z | x), batch_shape (B,).
+        show_mask: Whether the posterior also gets the mask (ones where there is none),
+            appended to x along the first dimension of a datum: (B, 2 C, *rest). It then
+            tells a missing pixel from a black one.
+        standardize: x, (B, *x_shape), to what the posterior gets in its place, of the same shape, such as a
+            `Standardize`. Missing pixels are zeros after it: the mean of their column.
+    Raises:
+        ValueError: Called without data, or the posterior's batch_shape is not (B,).
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> Guide(lambda x: dist.Normal(x, 1.0).to_event(1))(torch.zeros(3, 2)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        posterior: Callable[[Tensor], TorchDistribution],
+        show_mask: bool = False,
+        standardize: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.posterior = posterior
+        self.show_mask = show_mask
+        self.standardize = standardize
+
+    def forward(self, x: Tensor | None = None, mask: Tensor | None = None, **_: Any) -> Tensor:
+        """Draw z ~ q(z | x).
+
+        Args:
+            x: Data, (B, *x_shape).
+            mask: True where a pixel is observed, broadcastable to x; None for all.
+        Returns:
+            z, (B, D).
+        """
+        x = data_check(x)
+        posterior = self.posterior
+        with pyro.plate("data", len(x)):
+            given_x = posterior(self.visible(x, mask))
+            batch_check(given_x, len(x))
+            return pyro.sample("z", given_x)
+
+    def visible(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the posterior gets to see of the data: (B, *x_shape), or with the mask beside it."""
+        if self.standardize is not None:
+            x = self.standardize(x)
+        if mask is not None:
+            x = filled(x, mask)
+        if self.show_mask:
+            seen = torch.ones_like(x) if mask is None else full_mask(mask, x).to(x.dtype)
+            x = torch.cat([x, seen], 1)
+        return x

@@ -1,0 +1,152 @@
+"""What `import pyro_vae as pv` gives: every name, documented, found by completion, and no name that means two things."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import pydoc
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import pyro_vae as pv
+
+ROOT = Path(__file__).parents[1]
+FUNCTIONS = """fit judge log_likelihood elbo_terms ais bdmc gaps fit_guide compare_guides reference sbc impute ex_post
+    to_arviz quadrature gradient_lab collapse active_units anomaly_scores roc_auc mutual_information rate_distortion
+    kl_per_dimension guide_distances energy_distance probe load binarize dequantize particles log_joint log_q simulate
+    autoencoder""".split()
+BOUNDS = "elbo iwae renyi vr_max miwae ciwae piwae cubo wake_sleep reconstruction map_estimate".split()
+REGULARIZERS = "mmd total_correlation free_bits".split()
+CLASSES = """SemiAmortized Hamiltonian VAE Model Guide Objective Compiled History Split Dataset LinearGaussian Estimate
+    Particles""".split()
+SPACES = {
+    "posteriors": "IAF", "priors": "VampPrior", "likelihoods": "Normal", "networks": "MLP", "bounds": "renyi", "data": "load",
+    "distributions": "Pushforward", "zoo": "Hierarchical", "plots": "gap_bars", "testing": "PosteriorLaws",
+}  # fmt: skip
+PACKAGES = ["pyro_vae"] + [f"pyro_vae.{name}" for name in ("judging", "inference", "programs", "parts", "data", "parts.distributions", "inference.bounds")]
+
+
+def test_the_face_is_this_list():
+    assert set(pv.__all__) == {*FUNCTIONS, *BOUNDS, *REGULARIZERS, *CLASSES, *SPACES, "__version__"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + BOUNDS + REGULARIZERS + CLASSES)
+def test_each_name_is_what_it_says_and_documented(name):
+    thing = getattr(pv, name)
+    assert not isinstance(thing, types.ModuleType) and thing.__name__ == name and name in pv.__doc__
+    assert inspect.isclass(thing) == (name in CLASSES)
+    text = inspect.getdoc(thing)
+    if inspect.isclass(thing):
+        assert "Args:" in text or "Attributes:" in text
+    else:
+        assert "Args:" in text and "Returns:" in text
+
+
+def test_the_names_of_the_namespaces_work_after_one_import():
+    names = ", ".join(f"pv.{space}.{name}.__name__" for space, name in SPACES.items())
+    run = [sys.executable, "-c", f"import pyro_vae as pv; print({names})"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.split() == list(SPACES.values())
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_namespace_is_documented(name):
+    space = getattr(pv, name)
+    assert isinstance(space, types.ModuleType) and space.__doc__ and f"pv.{name}" in pv.__doc__
+    for each in getattr(space, "__all__", [SPACES[name]]):
+        thing = getattr(space, each)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert thing.__doc__, each
+
+
+def test_every_bound_is_among_the_bounds():
+    assert set(pv.bounds.__all__) == set(BOUNDS)
+    assert all(getattr(pv.bounds, name) is getattr(pv, name) for name in BOUNDS)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_names_resolve_complete_and_go_by_star(package):
+    module = importlib.import_module(package)
+    names = module.__all__
+    assert names == sorted(set(names)) and set(names) <= set(dir(module)) and "__doc__" in dir(module)
+    assert "TYPE_CHECKING" not in dir(module) and "attach" not in dir(module)
+    scope: dict[str, object] = {}
+    exec(f"from {package} import *", scope)
+    assert all(scope[name] is getattr(module, name) for name in names)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        module.nonsense  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        exec(f"from {package} import nonsense")
+
+
+@pytest.mark.parametrize("package", ["pyro_vae.judging", "pyro_vae.programs"])
+def test_functions_of_the_packages_are_documented(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if inspect.isfunction(thing):
+            assert "Args:" in thing.__doc__ and "Returns:" in thing.__doc__, name
+
+
+def test_a_name_is_found_in_whatever_order_things_are_imported():
+    # Modules import each other: whichever comes first, a name stays the function and never becomes a module.
+    first = "import pyro_vae.inference.split_bounds, pyro_vae.judging._gaps, pyro_vae.programs._ex_post"
+    last = "from pyro_vae.judging import gaps, ais; from pyro_vae.inference import cubo; from pyro_vae.programs import Model, ex_post"
+    same = "pv.gaps is gaps, pv.ais is ais, pv.bounds.cubo is cubo, pv.Model is Model, pv.ex_post is ex_post, callable(ex_post)"
+    run = [sys.executable, "-c", f"{first}; {last}; import pyro_vae as pv; print({same})"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.split() == ["True"] * 6
+
+
+def test_a_function_and_a_module_never_share_a_name():
+    shared = []
+    for path in (ROOT / "pyro_vae").rglob("__init__.py"):
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        module = importlib.import_module(package)
+        files = {info.name for info in pkgutil.iter_modules([str(path.parent)])}
+        for name in getattr(module, "__all__", ()):
+            if name in files and not isinstance(getattr(module, name), types.ModuleType):
+                shared.append(f"{package}.{name}")
+        for file in path.parent.glob("*.py"):  # nor a file and a function in it, which the package may hand on tomorrow
+            if path.parent.name != "app":
+                held = {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+                shared += [str(file)] if file.stem in held else []
+    assert shared == []
+
+
+def test_a_misspelt_name_is_met_with_the_right_one():
+    run = subprocess.run([sys.executable, "-c", "import pyro_vae as pv; pv.log_likelihod"], capture_output=True, text=True)
+    assert "module 'pyro_vae' has no attribute 'log_likelihod'" in run.stderr and run.returncode == 1
+    if sys.version_info >= (3, 12):
+        assert "Did you mean: 'log_likelihood'?" in run.stderr
+
+
+def test_help_is_a_map_of_the_package():
+    text = pydoc.render_doc(pv, renderer=pydoc.plaintext)
+    start = text[: text.index("PACKAGE CONTENTS")]
+    names = FUNCTIONS + BOUNDS + REGULARIZERS + CLASSES + [f"pv.{name}" for name in SPACES]
+    assert all(re.search(rf"(?<!\w){re.escape(name)}\b", start) for name in names)
+    assert len(start.splitlines()) < 40 and max(map(len, start.splitlines())) <= 130
+    assert "log_likelihood(model" in text[text.index("FUNCTIONS") :]
+
+
+@pytest.mark.slow
+def test_a_type_checker_sees_the_names(tmp_path):
+    program = tmp_path / "program.py"
+    lines = ["import pyro_vae as pv", "from pyro_vae.judging import gaps, ais", "from pyro_vae.inference import fit", "reveal_type(pv.posteriors.IAF)", "reveal_type(pv.log_likelihood)", "reveal_type(pv.bounds.cubo)", "reveal_type(gaps)", "pv.nonsense", "ais()"]
+    program.write_text("\n".join(lines))
+    run = [sys.executable, "-m", "mypy", "--no-implicit-reexport", "--config-file", str(ROOT / "pyproject.toml"), str(program)]
+    out = subprocess.run(run, capture_output=True, text=True, cwd=ROOT).stdout
+    assert "IAF" in out and "-> pyro_vae.judging.estimates.Estimate" in out and "float" in out and "Gaps" in out, out
+    assert 'program.py:8: error: Module has no attribute "nonsense"' in out and "program.py:9: error: Missing positional argument" in out, out
+    assert len(re.findall(r"program\.py:\d+: error", out)) == 2, out  # nothing else, also under a strict reading
+
+
+def test_amortization_is_spelled_one_way():
+    # In American English: 180 places against 33 before this was settled. Results that are kept are left as they were printed.
+    british = re.compile("amorti" + "s", re.IGNORECASE)
+    files = [path for kind in ("*.py", "*.md", "*.ipynb", "*.toml") for path in ROOT.rglob(kind) if ".venv" not in path.parts]
+    assert [str(path) for path in files if british.search(path.read_text(errors="ignore"))] == []
