@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging.probes import probe as probe
     from pyro_vae.judging.references import Reference as Reference
     from pyro_vae.judging.references import reference as reference
+    from pyro_vae.judging.results import Mean as Mean
     from pyro_vae.judging.weights import khat_limit as khat_limit
     from pyro_vae.judging.weights import pareto_k as pareto_k
     from pyro_vae.judging.weights import pareto_smoothed as pareto_smoothed
