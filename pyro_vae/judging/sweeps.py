@@ -259,10 +259,16 @@ def sweep(
     """
     given = tuple(program for program in programs if program is not None)
     place = device_of(*given) if device is None else device
-    quiet = contextlib.nullcontext() if validate else validation_enabled(False)
     on_cpu = torch.device(place or "cpu").type == "cpu"
-    with evaluating(*given, *besides, seed=seed), quiet, fast_matmul(on_cpu), reused_memory():
-        run = Sweep(given, Batches(data, batch_size, place, False, given), num_data, title, progress)
+    with contextlib.ExitStack() as stack:
+        for context in (evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory()):
+            stack.enter_context(context)
+        if not validate:
+            stack.enter_context(validation_enabled(False))
+        batches = Batches(data, batch_size, place, False, given)
+        if batches.tolerated:  # Pyro's validation looks before it masks
+            stack.enter_context(validation_enabled(False))
+        run = Sweep(given, batches, num_data, title, progress)
         if not whole:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
         try:
