@@ -32,8 +32,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from pyro_vae import VAE, Objective, autoencoder, fit, load, reconstruction  # noqa: E402
 from pyro_vae.data import Split  # noqa: E402
-from pyro_vae.judging.anomalies import anomaly_scores, roc_auc  # noqa: E402
-from pyro_vae.judging.samples import energy_distance  # noqa: E402
+from pyro_vae.judging.distances import energy_distance  # noqa: E402
+from pyro_vae.judging.estimates import anomaly_scores, roc_auc  # noqa: E402
 from pyro_vae.parts.posteriors import mean  # noqa: E402
 
 SETTINGS = {
@@ -82,11 +82,11 @@ def measure(name: str, pair: VAE, train: Split, x: Tensor, outliers: dict[str, T
     row = {"at mean": at_mean, "samples": energy_distance(draws(pair, z), x).value}
     scores = {"reconstruction": 1} if name == PLAIN else {"reconstruction": 100, "log-likelihood": 100}
     for score, samples in scores.items():
-        inside = anomaly_scores(model, guide, x, score, num_samples=samples, progress=False)
+        inside = anomaly_scores(model, guide, x, score=score, num_samples=samples, progress=False)
         if score == "reconstruction" and name != PLAIN:
             row["under q"] = -inside.mean().item()
         for other, images in outliers.items():
-            outside = anomaly_scores(model, guide, images, score, num_samples=samples, progress=False)
+            outside = anomaly_scores(model, guide, images, score=score, num_samples=samples, progress=False)
             row[f"{other} by {score}"] = roc_auc(inside, outside)
     if name != PLAIN:
         return {name: row}

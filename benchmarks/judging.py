@@ -54,9 +54,10 @@ def bracket(run: tuple[Any, Any], data: Any, arguments: argparse.Namespace, star
     )
     print(f"{start}: {found}", file=sys.stderr)
     return {
-        "said": str(found), "lower": found.lower.value, "lower_stderr": found.lower.mc_stderr, "upper": found.upper,
-        "upper_stderr": found.upper_stderr, "width": found.width, "width_stderr": found.width_stderr,
-        "num_steps": steps, "num_chains": found.lower.num_chains, "images": len(found.upper_pointwise),
+        "said": str(found), "lower": found.lower.value, "lower_stderr": found.lower.mc_stderr,
+        "upper": found.upper.value, "upper_stderr": found.upper.mc_stderr, "width": found.width.value,
+        "width_stderr": found.width.data_stderr,
+        "num_steps": steps, "num_chains": found.lower.num_samples, "images": len(found.upper.pointwise),
         "acceptance": found.lower.acceptance.mean().item(),
     }  # fmt: skip
 
@@ -90,12 +91,12 @@ def split(run: tuple[Any, Any], data: Any, arguments: argparse.Namespace, part: 
         keys = ("optimum", "amortized", "approximation", "amortization", "inference")
         parts = {key: getattr(row, key) for key in keys}
         rows["diagonal" if name == "guide" else name] = {
-            key: [value.value, value.stderr, value.data_stderr] for key, value in parts.items() if value is not None
+            key: [value.value, value.mc_stderr, value.data_stderr] for key, value in parts.items() if value is not None
         } | {"remaining": row.remaining.mean().item(), "steps": row.steps.double().mean().item(),
              "stopped": row.stopped.double().mean().item()}  # fmt: skip
     log_p = found.log_likelihood
     return {
-        "said": str(found), "log_likelihood": [log_p.value, log_p.stderr, log_p.data_stderr], "bias": found.bias,
+        "said": str(found), "log_likelihood": [log_p.value, log_p.mc_stderr, log_p.data_stderr], "bias": found.bias,
         "khat_ok": found.khat_ok, "source": found.source, "families": rows, "images": len(images),
     }  # fmt: skip
 

@@ -55,9 +55,11 @@ class Posterior(Protocol):
         rescoring: What it takes to score a sample that the distribution did not draw (see `rescoring`).
         support: Where z lies, a constraint of torch over (D,) (see `support`).
         passes: As of `Family`.
+        has_density: Whether it is more than a point (see `has_density`).
     """
 
     rescoring: Rescoring
+    has_density: ClassVar[bool]
     passes: ClassVar[int]
     support: ClassVar[Any]
 
@@ -190,6 +192,13 @@ def rescoring(*things: object) -> Rescoring:
         if cost not in _COSTS:
             raise ValueError(f"got rescoring={cost!r}, wanted one of {', '.join(map(repr, _COSTS))}.")
     return next((cost for cost in _COSTS if cost in costs), "one pass")
+
+
+def has_density(posterior: object) -> bool:
+    """Whether a posterior (or a class of them) has a density; not one that is a point, as an autoencoder's; so it has
+    where it does not say.
+    """
+    return getattr(posterior, "has_density", True)
 
 
 def support(part: object) -> Any:

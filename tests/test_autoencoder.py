@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.judging.anomalies import roc_auc
-from pyro_vae.judging.samples import energy_distance
+from pyro_vae.judging.distances import energy_distance
+from pyro_vae.judging.estimates import roc_auc
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_both_score_anomalies(fitted):
     pixels = x.flatten(1)[:, torch.randperm(64, generator=generator)].reshape(x.shape)
     for pair, score in ((vae, "log-likelihood"), (ae, "reconstruction")):
         ordinary, shuffled, scrambled = (
-            pv.anomaly_scores(pair.model, pair.guide, data, score, num_samples=50) for data in (x, rows, pixels)
+            pv.anomaly_scores(pair.model, pair.guide, data, score=score, num_samples=50) for data in (x, rows, pixels)
         )
         assert roc_auc(ordinary, shuffled) > 0.75
         assert roc_auc(ordinary, scrambled) > 0.99

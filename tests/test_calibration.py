@@ -164,7 +164,7 @@ def test_discrete_latents_share_their_ranks():
 
     x = torch.zeros(100)
     assert sbc(model, guide, x, num_data=1000).calibrated
-    assert not sbc(model, wrong, x, num_data=1000).calibrated
+    assert not sbc(model, wrong, x, num_data=2000).calibrated
 
 
 def test_an_untrained_vae_and_seeds():
@@ -177,8 +177,8 @@ def test_an_untrained_vae_and_seeds():
 
 def test_what_is_refused():
     pair, x = linear_pair()
-    with pytest.raises(ValueError, match=r"got num_draws=100, wanted an odd number such as 99"):
-        sbc(pair.model, pair.guide, x, num_draws=100)
+    with pytest.raises(ValueError, match=r"got num_samples=100, wanted an odd number such as 99"):
+        sbc(pair.model, pair.guide, x, num_samples=100)
     with pytest.raises(ValueError, match=r"got level=1.5, wanted a probability such as 0.95"):
         sbc(pair.model, pair.guide, x, level=1.5)
     with pytest.raises(ValueError, match=r"got num_data=1, wanted at least two"):

@@ -18,8 +18,7 @@ from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.training import fit
-from pyro_vae.judging.anomalies import anomaly_scores
-from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import anomaly_scores, elbo_terms, log_likelihood
 from pyro_vae.programs.vae import VAE
 
 
@@ -410,7 +409,7 @@ def test_what_a_models_own_mask_leaves_out_is_not_refused(likelihood, value):
     x = torch.bernoulli(torch.full((20, 6), 0.5), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(20, 6, dtype=torch.bool)
     mask[3, 2] = False
-    losses = []
+    losses, values = [], []
     for hidden in (x[3, 2].item(), value):
         x[3, 2] = hidden
         pyro.clear_param_store()
@@ -418,6 +417,10 @@ def test_what_a_models_own_mask_leaves_out_is_not_refused(likelihood, value):
         if math.isnan(hidden):  # a gradient through what is masked is NaN in torch
             with pytest.raises(ValueError, match=r"A mask leaves out .*x.where\(mask, 0\)"):
                 fit(model, guide, (x, mask), **options)
+            pyro.clear_param_store()
+            fit(model, guide, (x.where(mask, torch.zeros(())), mask), **options)
         else:
             losses.append(fit(model, guide, (x, mask), **options)["loss"])
+        values.append(log_likelihood(model, guide, (x, mask), num_samples=10, seed=0).value)
     assert losses[0] == pytest.approx(losses[-1])
+    assert values[0] == pytest.approx(values[-1])

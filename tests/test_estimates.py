@@ -13,11 +13,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_vae.judging.anomalies import anomaly_scores, roc_auc
-from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.distances import energy_distance
+from pyro_vae.judging.estimates import Estimate, anomaly_scores, elbo_terms, log_likelihood, roc_auc
 from pyro_vae.judging.latents import active_units, posterior_means
-from pyro_vae.judging.psis import khat_limit, pareto_k, pareto_smoothed
-from pyro_vae.judging.samples import energy_distance
+from pyro_vae.judging.weights import khat_limit, pareto_k, pareto_smoothed
 from pyro_vae.programs.pair import Guide
 from pyro_vae.programs.zoo import autoencoder
 from tests.pairs import binary, linear_pair, small_pair
@@ -126,7 +125,7 @@ def test_elbo_terms_add_up_to_the_closed_form():
 
 
 def test_chunks_do_not_change_the_estimate(monkeypatch):
-    import pyro_vae.judging.estimates as module
+    import pyro_vae.judging.sweeps as module
 
     pair, x = linear_pair(stretch=1.2)
     whole = log_likelihood(pair.model, pair.guide, x, num_samples=3000)
@@ -189,9 +188,9 @@ def test_anomaly_scores_are_minus_the_densities():
     strange = anomaly_scores(pair.model, pair.guide, x + 5, num_samples=10)
     assert roc_auc(scores, strange) > 0.95
     with pytest.raises(ValueError, match="unknown score 'density'.*log-likelihood, reconstruction"):
-        anomaly_scores(pair.model, pair.guide, x, "density")
+        anomaly_scores(pair.model, pair.guide, x, score="density")
     terms = elbo_terms(pair.model, pair.guide, x, num_samples=3000)
-    errors = anomaly_scores(pair.model, pair.guide, x, "reconstruction", num_samples=3000)
+    errors = anomaly_scores(pair.model, pair.guide, x, score="reconstruction", num_samples=3000)
     assert errors.mean().item() == pytest.approx(-terms.reconstruction, abs=0.05)
 
 
@@ -201,15 +200,20 @@ def test_active_units_counts_the_moving_means():
             loc = torch.stack([x, 0.2 * x, 0.05 * x, torch.zeros_like(x)], -1)
             pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
 
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    units = active_units(guide, x)
+    units = active_units(model, guide, x)
     assert (units.count, units.latent_dim) == (2, 4)
     assert torch.allclose(units.variance, x.var() * torch.tensor([1.0, 0.04, 0.0025, 0.0]), rtol=1e-4, atol=1e-7)
-    assert torch.equal(posterior_means(guide, x)[:, 0], x)
+    assert torch.equal(posterior_means(model, guide, x)[:, 0], x)
     with pytest.raises(ValueError, match="no site 'w', wanted one of 'z'"):
-        active_units(guide, x, site="w")
-    model_guide = Guide(small_pair()[1].posterior)
-    assert posterior_means(model_guide, binary()).shape == (12, 3)
+        active_units(model, guide, x, site="w")
+    decoder, encoder = small_pair()
+    assert posterior_means(decoder, Guide(encoder.posterior), binary()).shape == (12, 3)
 
 
 def test_active_units_of_scalar_sites_and_inner_plates():
@@ -222,11 +226,20 @@ def test_active_units_of_scalar_sites_and_inner_plates():
             with cells:
                 pyro.sample("many", dist.Normal(weight[:, None] * x, 1.0))
 
+    def model(x):
+        with pyro.plate("rows", len(x), dim=-1):
+            one = pyro.sample("one", dist.Normal(0.0, 1.0))
+            with pyro.plate("cells", 3, dim=-2):
+                pyro.sample("many", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(one, 1.0), obs=x)
+
     x = torch.randn(2000, generator=torch.Generator().manual_seed(0))
-    one, many = (active_units(guide, x, site=name) for name in ("one", "many"))
+    one, many = (active_units(model, guide, x, site=name) for name in ("one", "many"))
     assert (one.count, one.latent_dim, many.count, many.latent_dim) == (1, 1, 2, 3)
     assert torch.allclose(one.variance, 0.25 * x.var()) and torch.allclose(many.variance, weight.square() * x.var())
-    assert torch.allclose(posterior_means(guide, x, site="many"), weight * x[:, None])
+    assert torch.allclose(posterior_means(model, guide, x, site="many"), weight * x[:, None])
+    with pytest.raises(ValueError, match="2 latent sites, 'one', 'many', wanted one. Name it: site="):
+        active_units(model, guide, x)
 
 
 def test_energy_distance_of_two_normals():

@@ -25,10 +25,9 @@ from pyro_vae.judging._collapse import collapse, linear_optimum
 from pyro_vae.judging._gaps import gaps
 from pyro_vae.judging._quadrature import quadrature
 from pyro_vae.judging.annealing import ais, bdmc
-from pyro_vae.judging.anomalies import anomaly_scores
 from pyro_vae.judging.arviz import to_arviz
 from pyro_vae.judging.distances import guide_distances
-from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import anomaly_scores, elbo_terms, log_likelihood
 from pyro_vae.judging.gradients import gradient_lab
 from pyro_vae.judging.guides import compare_guides, fit_guide
 from pyro_vae.judging.information import mutual_information, rate_distortion
@@ -241,7 +240,7 @@ def _judged(model, guide):
         return found.to_dict()["stages"]
 
 
-QUICK = {"num_steps": 5, "num_chains": 4, "num_leapfrog": 2, "progress": False}
+QUICK = {"num_steps": 5, "num_samples": 4, "num_leapfrog": 2, "progress": False}
 ESTIMATES = {
     "log_likelihood": lambda m, g: log_likelihood(m, g, X, num_samples=40),
     "elbo_terms": lambda m, g: elbo_terms(m, g, X, num_samples=20),
@@ -250,23 +249,23 @@ ESTIMATES = {
     "ais": lambda m, g: ais(m, g, X[:4], **QUICK),
     "ais from the prior": lambda m, g: ais(m, None, X[:4], start="prior", **QUICK),
     "bdmc": lambda m, g: bdmc(m, g, X, num_data=4, **QUICK),
-    "gaps": lambda m, g: gaps(m, g, X[:4], num_samples=30, max_steps=8, window=2, progress=False),
+    "gaps": lambda m, g: gaps(m, g, X[:4], num_samples=30, num_steps=8, window=2, progress=False),
     "compare_guides": lambda m, g: compare_guides(m, {"g": g}, X, num_samples=30, progress=False),
     "reference": lambda m, g: reference(m, g, X[:3], num_chains=2, num_warmup=20, num_samples=10, progress=False),
     "quadrature": lambda m, g: quadrature(m, g, X[:3], num_points=11, refinements=1),
-    "sbc": lambda m, g: sbc(m, g, X, num_data=20, num_draws=9, progress=False),
-    "guide_distances": lambda m, g: guide_distances(m, g, X[:3], REFERENCE, num_directions=5),
-    "active_units": lambda m, g: active_units(g, X),
-    "posterior_means": lambda m, g: posterior_means(g, X),
+    "sbc": lambda m, g: sbc(m, g, X, num_data=20, num_samples=9, progress=False),
+    "guide_distances": lambda m, g: guide_distances(m, g, X[:3], reference=REFERENCE, num_directions=5),
+    "active_units": lambda m, g: active_units(m, g, X),
+    "posterior_means": lambda m, g: posterior_means(m, g, X),
     "kl_per_dimension": lambda m, g: kl_per_dimension(m, g, X),
     "mutual_information": lambda m, g: mutual_information(m, g, X, progress=False),
     "rate_distortion": lambda m, g: rate_distortion(m, g, X, num_samples=10),
     "collapse": lambda m, g: collapse(m, g, X, num_samples=8),
     "linear_optimum": lambda m, g: (linear_optimum(m, X) is None,),
-    "probe": lambda m, g: probe(g, X, Y, X, Y, num_neighbours=3),
+    "probe": lambda m, g: probe(m, g, X, labels=Y, test_data=X, test_labels=Y, num_neighbours=3),
     "anomaly_scores": lambda m, g: anomaly_scores(m, g, X, num_samples=10),
-    "reconstruction score": lambda m, g: anomaly_scores(m, g, X, "reconstruction", num_samples=5),
-    "gradient_lab": lambda m, g: gradient_lab(m, g, X, num_samples=(2,), repeats=10, progress=False).rows,
+    "reconstruction score": lambda m, g: anomaly_scores(m, g, X, score="reconstruction", num_samples=5),
+    "gradient_lab": lambda m, g: gradient_lab(m, g, X, num_samples=(2,), repeats=10, progress=False).measured,
     "impute": _impute,
     "aggregated_posterior": _aggregated,
     "to_arviz": _arviz,
@@ -536,12 +535,12 @@ def test_lazy_layers_and_automatic_guides_stay_set_up():
 
     guide = pyro.infer.autoguide.AutoNormal(model)
     pyro.clear_param_store()
-    first = anomaly_scores(model, guide, X[:, 0], "reconstruction")
+    first = anomaly_scores(model, guide, X[:, 0], score="reconstruction")
     assert len(list(guide.parameters())) == 2 and not list(pyro.get_param_store())
-    assert torch.equal(anomaly_scores(model, guide, X[:, 0], "reconstruction"), first)
+    assert torch.equal(anomaly_scores(model, guide, X[:, 0], score="reconstruction"), first)
     with torch.no_grad():
         guide.locs.z_unconstrained.copy_(X[:, 0])
-    assert (anomaly_scores(model, guide, X[:, 0], "reconstruction") < first).double().mean() > 0.5
+    assert (anomaly_scores(model, guide, X[:, 0], score="reconstruction") < first).double().mean() > 0.5
 
 
 def test_compiled_networks_are_evaluated_without_a_word():

@@ -6,8 +6,8 @@ import torch
 import zuko
 from torch import nn
 
+from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import log_likelihood
-from pyro_vae.judging.samples import energy_distance
 from pyro_vae.parts.posteriors import Delta
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.parts.priors.mixture import NormalMixture

@@ -14,7 +14,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging import arviz as export
 from pyro_vae.judging.arviz import LOO_IS_INVALID, save_arviz, to_arviz
-from pyro_vae.judging.estimates import chunk_sizes, log_likelihood
+from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.judging.sweeps import chunk_sizes
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
@@ -92,9 +93,9 @@ def test_numbers_are_those_of_particles_and_log_likelihood_through_netcdf(tmp_pa
 
 def test_chunks_are_those_of_log_likelihood(monkeypatch):
     pair, x = linear_pair(stretch=1.3)
-    monkeypatch.setattr("pyro_vae.judging.estimates._CHUNK", 100 * 30 * 512)
+    monkeypatch.setattr("pyro_vae.judging.sweeps._CHUNK", 100 * 30 * 512)
     assert chunk_sizes((x,), 80) == [80]
-    monkeypatch.setattr("pyro_vae.judging.estimates._CHUNK", 30 * 80 * 512)  # of one batch, in two chunks
+    monkeypatch.setattr("pyro_vae.judging.sweeps._CHUNK", 30 * 80 * 512)  # of one batch, in two chunks
     assert chunk_sizes((x,), 160) == [80, 80]
     tree = to_arviz(pair.model, pair.guide, x, num_samples=160, num_prior=1)
     estimate = log_likelihood(pair.model, pair.guide, x, num_samples=160)

@@ -16,10 +16,11 @@ from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
 from pyro_vae.judging._gaps import gap_table, gaps
+from pyro_vae.judging.climbs import optimise, remaining
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.guides import compare_guides, fit_guide
-from pyro_vae.judging.local import local_form, optimise, remaining
-from pyro_vae.judging.mixtures import given_estimate, pool, score, scores_strangers
+from pyro_vae.judging.local import local_form
+from pyro_vae.judging.weights import given_estimate, pool, score, scores_strangers
 from pyro_vae.parts.posteriors.amortized import Amortized, NormalMixture
 from pyro_vae.parts.posteriors.flow import IAF, NSF, Coupling
 from pyro_vae.parts.posteriors.normal import DiagonalNormal, FullNormal
@@ -29,7 +30,7 @@ from pyro_vae.programs.pair import Guide
 from pyro_vae.traces import draw
 from tests.pairs import LinearPair, binary, linear_pair, small_pair
 
-QUICK = {"window": 30, "max_steps": 600, "learning_rate": 0.05, "progress": False}
+QUICK = {"window": 30, "num_steps": 600, "learning_rate": 0.05, "progress": False}
 
 
 def correlated(size=6):
@@ -43,7 +44,7 @@ def within(part, truth, times=4.0):
     """The mean and every datum within so many of their own errors (and a rounding)."""
     truth = torch.as_tensor(truth, dtype=torch.float64).expand_as(part.pointwise)
     pointwise = ((part.pointwise - truth).abs() <= times * part.pointwise_stderr + 1e-9).all()
-    return bool(pointwise) and abs(part.value - truth.mean().item()) <= times * part.stderr + 1e-9
+    return bool(pointwise) and abs(part.value - truth.mean().item()) <= times * part.mc_stderr + 1e-9
 
 
 def gaussian_guide(bed, shift=0.0, stretch=1.0, full=True):
@@ -66,7 +67,7 @@ def test_a_mean_field_guide_at_its_best_has_an_approximation_gap_only():
     gap = pair.bed.mean_field_gap().item()
     assert gap > 0.3
     assert within(row.approximation, gap) and within(row.inference, gap) and within(row.amortization, 0.0)
-    assert row.approximation.stderr < 0.05
+    assert row.approximation.mc_stderr < 0.05
     # The mean field is narrower than the posterior: its weights have heavy tails, and their errors are too small.
     assert within(found.log_likelihood, pair.bed.log_evidence(x), times=8.0)
     assert "guide (local)" in found.source and row.stopped.all()
@@ -83,7 +84,7 @@ def test_a_bad_encoder_of_the_right_family_has_an_amortization_gap_only():
     assert truth.min() > 0.4
     assert within(row.amortization, truth) and within(row.approximation, 0.0) and within(row.inference, truth)
     # The pooled weights rest on the local optimum: the bad encoder costs them samples and no more.
-    assert within(found.log_likelihood, pair.bed.log_evidence(x)) and found.log_likelihood.stderr < 0.01
+    assert within(found.log_likelihood, pair.bed.log_evidence(x)) and found.log_likelihood.mc_stderr < 0.01
     assert (row.optimum.pointwise - pair.bed.log_evidence(x)).abs().max() < 5e-3
 
 
@@ -103,7 +104,7 @@ def test_both_at_once_add_up():
     assert torch.allclose(found.log_likelihood.pointwise - row.amortized.pointwise, row.inference.pointwise)
 
 
-@pytest.mark.parametrize("start", ["amortized", "fresh"])
+@pytest.mark.parametrize("start", ["guide", "fresh"])
 def test_other_families_start_at_the_guide_or_afresh(start):
     pair, x = correlated(4)
     families = {"diagonal": DiagonalNormal, "full": FullNormal}
@@ -166,7 +167,7 @@ def test_a_flow_of_its_own_weights_bends_where_a_normal_cannot():
 
     torch.manual_seed(0)
     flow = Guide(Coupling(Encoder(1, 4), 2, transforms=3, hidden_features=(16, 16), context=2)).double()
-    options = {"num_samples": 2000, "max_steps": 1500, "window": 150, "learning_rate": 0.05, "progress": False}
+    options = {"num_samples": 2000, "num_steps": 1500, "window": 150, "learning_rate": 0.05, "progress": False}
     found = gaps(model, flow, x, families={"full": FullNormal}, **options)
     assert within(found.log_likelihood, evidence)
     bent, normal = found.families["guide"], found.families["full"]
@@ -296,12 +297,12 @@ def test_too_few_steps_are_owned_up_to():
     guide = gaussian_guide(pair.bed, 2.0)
     truth = pair.bed.log_evidence(x)
     for steps in (40, 120):
-        options = {"num_samples": 1000, "max_steps": steps, "window": 20, "progress": False, "learning_rate": 0.02}
+        options = {"num_samples": 1000, "num_steps": steps, "window": 20, "progress": False, "learning_rate": 0.02}
         row = gaps(pair.model, guide, x, log_likelihood=exactly(truth), **options).families["guide"]
         short = truth - row.optimum.pointwise
         assert short.min() > 0.05 and not row.stopped.any()
         assert (short <= row.optimum.pointwise_stderr + 0.05).all()
-        assert abs(row.approximation.value) <= row.approximation.stderr
+        assert abs(row.approximation.value) <= row.approximation.mc_stderr
         assert (row.slope > 0).all() and (row.steps <= steps).all()
     assert "nats may remain" in str(gaps(pair.model, guide, x, **QUICK))
 
@@ -330,7 +331,7 @@ def test_an_estimate_from_elsewhere_is_taken_with_its_errors():
     found = gaps(pair.model, guide, x, log_likelihood=estimate, num_samples=500, **QUICK)
     assert found.source == "given" and math.isnan(found.khat_ok)
     assert torch.equal(found.log_likelihood.pointwise, estimate.pointwise)
-    assert found.log_likelihood.stderr == pytest.approx(estimate.mc_stderr)
+    assert found.log_likelihood.mc_stderr == pytest.approx(estimate.mc_stderr)
     with pytest.raises(ValueError, match="log_likelihood of 5 data, wanted the same 3 data"):
         gaps(pair.model, guide, x[:3], log_likelihood=estimate, **QUICK)
     with pytest.raises(ValueError, match="log_likelihood=float, wanted values and errors per datum"):
@@ -338,19 +339,19 @@ def test_an_estimate_from_elsewhere_is_taken_with_its_errors():
 
 
 def test_chunks_seeds_and_the_model_left_as_it_was(monkeypatch):
-    import pyro_vae.judging._gaps as module
+    import pyro_vae.judging.sweeps as module
 
     model, guide = small_pair()
     x = binary(7)
     model.train()
     before = [p.clone() for m in (model, guide) for p in m.parameters()]
     state = torch.random.get_rng_state()
-    options = {"num_samples": 200, "window": 20, "max_steps": 100, "progress": False}
+    options = {"num_samples": 200, "window": 20, "num_steps": 100, "progress": False}
     once, again = (gaps(model, guide, x, families={"full": FullNormal}, **options) for _ in range(2))
     assert str(once) == str(again) and torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before, [p for m in (model, guide) for p in m.parameters()], strict=True))
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
-    monkeypatch.setattr(module, "_STEP", 3 * 512 * 8)
+    monkeypatch.setattr(module, "_CHUNK", 3 * 512 * 8)
     pieces = gaps(model, guide, x, families={"full": FullNormal}, **options)
     assert len(pieces.log_likelihood.pointwise) == 7 and str(pieces) != str(once)
     for name, row in once.families.items():
@@ -371,7 +372,7 @@ def test_data_that_have_stopped_are_left_alone():
     near = x.clone()
     near[3:] += 1
     form = local_form(guide, (x,))
-    found = optimise(pair.model, form, (x,), window=25, max_steps=2000)
+    found = optimise(pair.model, form, (x,), window=25, num_steps=2000)
     assert found.steps[:3].max() < found.steps[3:].min() and found.stopped.all()
     weight = draw(pair.model, form.guide(found.rows), (x,), {}, 200).log_weight
     assert (weight.mean(0) - pair.bed.log_evidence(x)).abs().max() < 0.01
@@ -381,14 +382,14 @@ def test_data_that_have_stopped_are_left_alone():
 def test_tables_and_refusals():
     pair, x = correlated(3)
     guide = gaussian_guide(pair.bed)
-    options = {"num_samples": 50, "window": 5, "max_steps": 20, "progress": False}
+    options = {"num_samples": 50, "window": 5, "num_steps": 20, "progress": False}
     found = gaps(pair.model, guide, x, families={"full": FullNormal}, **options)
     lines = gap_table({"train": found, "test": found})
     assert [line.split()[:2] for line in lines[1:]] == [
         ["train", "guide"], ["train", "full"], ["test", "guide"], ["test", "full"]]  # fmt: skip
     assert "approximation  amortization  inference gap" in lines[0] and len({len(line) for line in lines}) == 1
     for wrong, text in [
-        ({"start": "zero"}, "start='zero', wanted 'amortized' or 'fresh'"),
+        ({"start": "zero"}, "start='zero', wanted 'guide' or 'fresh'"),
         ({"num_samples": 1}, "num_samples=1, wanted at least 2"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"families": {"a": 3}}, r"families\['a'\] of type int, wanted a fitted guide"),
@@ -494,9 +495,9 @@ def test_guides_are_compared_on_one_posterior():
     moved = dist.MultivariateNormal(posterior.mean + 0.5, scale_tril=posterior.scale_tril)
     truths = {"exact": 0.0, "mean field": bed.mean_field_gap().item(), "shifted": kl_divergence(moved, posterior).mean().item()}
     for name, truth in truths.items():
-        assert abs(scores[name].gap - truth) < 4 * scores[name].gap_stderr + 1e-9
-        assert scores[name].gap_stderr < 0.05
-    assert abs(found.log_likelihood - bed.log_evidence(x).mean().item()) < 4 * found.log_likelihood_stderr + 1e-9
+        assert abs(scores[name].gap.value - truth) < 4 * scores[name].gap.mc_stderr + 1e-9
+        assert scores[name].gap.mc_stderr < 0.05
+    assert abs(found.log_likelihood.value - bed.log_evidence(x).mean().item()) < 4 * found.log_likelihood.mc_stderr + 1e-9
     difference = found.difference("mean field", "shifted")
     wanted = truths["shifted"] - truths["mean field"]
     assert abs(difference.value - wanted) < 4 * difference.mc_stderr

@@ -59,7 +59,7 @@ def test_the_landing_is_biased_and_the_others_are_not():
     lab = gradient_lab(plain.model, plain.guide, pair.x, num_samples=(1, 4), repeats=400)
     assert lab.reference == REPARAMETERIZED and lab.reference_repeats == 1600 and not lab.skipped
     assert lab.num_parameters == {"encoder": 6, "decoder": 2}
-    for row in lab.rows:
+    for row in lab.measured:
         if (row.estimator, row.num_samples, row.part) == (LANDING, 4, "encoder"):
             assert row.bias_p_value < 1e-6 and row.squared_bias > 4 * row.squared_bias_stderr
             assert row.relative_bias > 0.1
@@ -146,17 +146,17 @@ def test_discrete_latents_have_a_score_function_only():
             pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", logit).expand(len(x))))
 
     lab = gradient_lab(model, guide, torch.ones(2).double(), num_samples=(2,), repeats=50)
-    assert lab.reference == SCORE and [r.estimator for r in lab.rows] == [SCORE]
+    assert lab.reference == SCORE and [r.estimator for r in lab.measured] == [SCORE]
     assert {e for e, _, _ in lab.skipped} == {REPARAMETERIZED, LANDING, DOUBLY}
     assert "left out: reparameterized at K = 2: guide site 'z' has no reparameterised sampler" in str(lab)
-    assert math.isnan(lab.rows[0].cost) and lab.num_parameters == {"encoder": 1}
+    assert math.isnan(lab.measured[0].cost) and lab.num_parameters == {"encoder": 1}
 
 
 def test_a_vae_shared_parameters_and_seeds():
     model, guide = small_pair()
     labs = [gradient_lab(model, guide, binary(), estimators=(REPARAMETERIZED, DOUBLY), num_samples=(3,), repeats=10,
                          max_parameters=50) for _ in range(2)]  # fmt: skip
-    assert labs[0].rows[0].variance == labs[1].rows[0].variance and labs[0].num_data == 12
+    assert labs[0].measured[0].variance == labs[1].measured[0].variance and labs[0].num_data == 12
     assert labs[0].num_parameters["encoder"] == sum(p.numel() for p in guide.parameters())
     assert labs[0].row(REPARAMETERIZED, 3).cost == 1.0
     torch.manual_seed(0)

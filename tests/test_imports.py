@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "data": GROUND,
     "inference": GROUND,
     "programs": GROUND | {"parts"},
-    "judging": GROUND | {"inference", "parts"},
+    "judging": GROUND | {"inference", "parts", "plots"},
     "app": GROUND | {"parts", "programs", "data", "inference", "judging", "plots"},
     "testing": GROUND,
     "__main__": {"app"},

@@ -228,7 +228,7 @@ def test_gradient_norms_are_per_datum():
     scaled_lab = gradient_lab(*pair(PLATES["subsample"]), X, **options)
     second = gradient_lab(*pair(PLATES["subsample"], lambda y, x: x), (torch.zeros(5), X), **options)
     for lab in (scaled_lab, second):
-        assert lab.rows[0].norm == pytest.approx(plain.rows[0].norm, rel=1e-4) and lab.num_data == N
+        assert lab.measured[0].norm == pytest.approx(plain.measured[0].norm, rel=1e-4) and lab.num_data == N
 
 
 def test_regularizers_see_densities_that_are_not_tempered_and_count_per_datum():

@@ -14,6 +14,9 @@ from torch.distributions import Independent, Normal, kl_divergence, register_kl
 
 import pyro_vae as pv
 from pyro_vae import protocols
+from pyro_vae.app.defaults import FitOptions
+from pyro_vae.app.losses import the_loss
+from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.judging.local import local_form
 from pyro_vae.parts import likelihoods, names, posteriors, priors
 from pyro_vae.parts.distributions import spherical
@@ -192,7 +195,7 @@ def test_every_name_stands_for_a_part_that_says_what_it_is():
 
 def test_a_trait_is_read_by_its_protocol_only_and_no_type_by_its_name():
     """Where a string stands for an attribute or a class, a rename goes unnoticed."""
-    traits = r"rescoring|passes|head|family|local|around|push|twice_differentiable|parameters_per_pixel|before_fit|"
+    traits = r"rescoring|passes|has_density|head|family|local|around|push|twice_differentiable|parameters_per_pixel|before_fit|"
     traits += r"check_data|standardize|support|values|closed_form|knows_its_draw"
     trait = re.compile(rf'(?:getattr|hasattr)\([^()]*, "(?:{traits})"')
     allowed = {  # zuko's own attribute, and distributions that need not have a support
@@ -207,3 +210,18 @@ def test_a_trait_is_read_by_its_protocol_only_and_no_type_by_its_name():
             assert len(trait.findall(text)) <= allowed.get(where, 0), where
         text = text.replace('__name__ == "__main__"', "")
         assert len(by_name.findall(text)) <= types_allowed.get(where, 0), where
+
+
+def test_the_loss_follows_from_what_is_known_of_the_pair_and_not_from_a_name():
+    """A class of one's own with a registered divergence is trained with it, as ours; a point by its reconstruction."""
+    for posterior, prior, closed in [
+        ("diagonal", "normal", True),
+        ("von-mises-fisher", "hyperspherical", True),
+        ("mine:WideNormal", "normal", True),
+        ("diagonal", "mixture", False),
+        ("nsf", "normal", False),
+    ]:
+        vae, options = build(posterior=posterior, prior=prior), FitOptions("digits", posterior=posterior, prior=prior)
+        assert isinstance(the_loss(options, vae), TraceMeanField_ELBO) is closed, (posterior, prior)
+    point = the_loss(FitOptions("digits", posterior="point"), build(posterior="point"))
+    assert point.bound is reconstruction

@@ -22,11 +22,6 @@ def test_python_blocks_run(block, tmp_path, monkeypatch, capsys):
     assert "log p(x) = -" in capsys.readouterr().out
 
 
-def test_adding_a_posterior_takes_at_most_thirty_lines():
-    (block,) = [b for b in BLOCKS if "class DiagonalStudentT" in b]
-    assert len(block.strip().splitlines()) <= 30
-
-
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         if not target.startswith("http"):

@@ -179,12 +179,12 @@ def test_adaptation_ends_with_the_warm_up():
 def test_distances_see_what_was_planted():
     pair, x = linear_pair()
     found = reference(pair.model, pair.guide, x, num_chains=8, num_warmup=100, num_samples=500)
-    exact = guide_distances(pair.model, pair.guide, x, found)
+    exact = guide_distances(pair.model, pair.guide, x, reference=found)
     assert abs(exact.variance_ratio.log().mean()) < 0.02 and exact.mean_error.square().mean().sqrt() < 0.06
     assert exact.sliced_wasserstein.mean() < 1.5 * exact.null_sliced_wasserstein.mean()
     assert abs(exact.mmd.mean()) < 4 * exact.mmd.std() / math.sqrt(len(x)) + 2e-4
     narrow_pair, _ = linear_pair(stretch=0.7)
-    narrow = guide_distances(narrow_pair.model, narrow_pair.guide, x, found)
+    narrow = guide_distances(narrow_pair.model, narrow_pair.guide, x, reference=found)
     assert narrow.variance_ratio.mean().item() == pytest.approx(0.49, abs=0.02)
     assert narrow.null_variance_ratio.log().mean().abs() < 0.05
     assert narrow.sliced_wasserstein.mean() == pytest.approx(0.3, abs=0.05)  # |0.7 - 1| standard deviations
@@ -196,11 +196,11 @@ def test_distances_see_what_was_planted():
             spread = posterior.covariance_matrix.diagonal(dim1=-2, dim2=-1).sqrt()
             pyro.sample("z", dist.MultivariateNormal(posterior.mean + spread, scale_tril=posterior.scale_tril))
 
-    off = guide_distances(pair.model, shifted, x, found)
+    off = guide_distances(pair.model, shifted, x, reference=found)
     assert off.mean_error.mean().item() == pytest.approx(1.0, abs=0.05)
     assert "mean error (sd) 0.99" in str(off)
     with pytest.raises(ValueError, match="got 29 data and a reference of 30"):
-        guide_distances(pair.model, pair.guide, x[:29], found)
+        guide_distances(pair.model, pair.guide, x[:29], reference=found)
 
 
 def test_distances_in_closed_form():

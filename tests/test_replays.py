@@ -81,7 +81,7 @@ PAIRS = {"plain": small_pair, "flow": flow_pair, "functions": functions, "two la
 @pytest.fixture
 def chunks(monkeypatch):
     """Chunks so small that there are dozens of them."""
-    monkeypatch.setattr("pyro_vae.judging.estimates._CHUNK", 512 * 40)
+    monkeypatch.setattr("pyro_vae.judging.sweeps._CHUNK", 512 * 40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -156,8 +156,8 @@ def test_what_cannot_be_captured_runs_as_it_is(chunks, capture_early, recwarn):
 @pytest.mark.parametrize("pair", [small_pair, two_layers], ids=["plain", "two layers"])
 def test_annealed_chains_are_the_same_captured(pair, capture_early):
     model, guide = pair()
-    plain = bdmc(model, guide, binary(5), num_data=5, num_steps=20, num_chains=4, compile=False)
-    captured = bdmc(model, guide, binary(5), num_data=5, num_steps=20, num_chains=4)
+    plain = bdmc(model, guide, binary(5), num_data=5, num_steps=20, num_samples=4, compile=False)
+    captured = bdmc(model, guide, binary(5), num_data=5, num_steps=20, num_samples=4)
     assert [r.captures for r in capture_early if r.captures] == [1, 1]  # the pilot's moves and the chains'
     torch.testing.assert_close(captured.lower.log_weight, plain.lower.log_weight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(captured.backward_log_weight, plain.backward_log_weight, rtol=1e-4, atol=1e-4)
@@ -165,8 +165,8 @@ def test_annealed_chains_are_the_same_captured(pair, capture_early):
 
 def test_annealing_from_the_prior_in_float64_is_the_same_captured(capture_early):
     pair, x = linear_pair()
-    plain = ais(pair.model, None, x, start="prior", num_steps=20, num_chains=4, compile=False)
-    captured = ais(pair.model, None, x, start="prior", num_steps=20, num_chains=4)
+    plain = ais(pair.model, None, x, start="prior", num_steps=20, num_samples=4, compile=False)
+    captured = ais(pair.model, None, x, start="prior", num_steps=20, num_samples=4)
     assert sum(r.captures for r in capture_early) == 2
     torch.testing.assert_close(captured.log_weight, plain.log_weight, rtol=1e-10, atol=1e-10)
 
@@ -284,7 +284,7 @@ def test_unknown_settings_are_refused():
 
 
 def test_chunks_cover_all_samples_in_one_size_where_that_is_near():
-    from pyro_vae.judging.estimates import _sizes
+    from pyro_vae.judging.sweeps import _sizes
 
     for count in (1, 2, 7, 97, 100, 1000, 4999, 5000):
         for most in (1, 3, 13, 80, 2000):
@@ -312,8 +312,8 @@ def test_a_pair_that_does_not_broadcast_runs_as_it_is(chunks, capture_early):
     assert torch.equal(plain.pointwise, fallen.pointwise)
     assert not any(r.captures for r in capture_early)
     with pytest.warns(UserWarning, match="one by one"):
-        plain_chains = ais(model, guide, binary(3), num_steps=5, num_chains=3, compile=False)
+        plain_chains = ais(model, guide, binary(3), num_steps=5, num_samples=3, compile=False)
     with pytest.warns(UserWarning, match="one by one"):
-        chains = ais(model, guide, binary(3), num_steps=5, num_chains=3)
+        chains = ais(model, guide, binary(3), num_steps=5, num_samples=3)
     assert torch.equal(plain_chains.log_weight, chains.log_weight)
     assert any("does not broadcast" in r.reason for r in capture_early)

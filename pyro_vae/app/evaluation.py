@@ -13,12 +13,12 @@ from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
+from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units
-from pyro_vae.judging.samples import energy_distance
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import VAE
-from pyro_vae.protocols import standardize
+from pyro_vae.protocols import has_density, standardize
 from pyro_vae.version import __version__
 
 ELBO_SAMPLES = 100
@@ -100,7 +100,7 @@ def _latents_and_samples(vae: VAE, test: Split) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     left_out = []
     if len(test) >= 2:
-        numbers["active_units"] = active_units(vae.guide, test).count
+        numbers["active_units"] = active_units(vae.model, vae.guide, test).count
     else:
         left_out.append("active units (a variance over the test data, of which there is one)")
     if len(test) >= 4:
@@ -146,7 +146,7 @@ def versions() -> dict[str, str]:
 
 def is_autoencoder(vae: VAE) -> bool:
     """Whether the guide is a point, so that there is no density over z."""
-    return vae.architecture is not None and vae.architecture.posterior == "point"
+    return not has_density(vae.guide.posterior)
 
 
 def standardized(vae: VAE) -> bool:

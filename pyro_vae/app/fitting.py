@@ -25,7 +25,7 @@ from pyro_vae.parts.networks import set_output_mean
 from pyro_vae.parts.priors import VampPrior
 from pyro_vae.parts.priors.mixture import PSEUDO_INPUTS
 from pyro_vae.programs.vae import VAE
-from pyro_vae.protocols import passes, values
+from pyro_vae.protocols import default_options, has_density, passes, values
 from pyro_vae.protocols import standardize as standardize_of
 
 VALIDATION_IMAGES = 2000
@@ -145,8 +145,8 @@ def _settled(options: FitOptions, dataset: Dataset, kind: str | None) -> FitOpti
     if options.standardize is None:
         table = len(dataset.x_shape) == 1 and dataset.train.pixels.is_floating_point() and dataset.testbed is None
         if kind != "counts":  # of which the size is found when they are fitted
-            options = dataclasses.replace(options, standardize=table and options.likelihood == "normal")
-    if options.standardize and options.likelihood != "normal":
+            options = dataclasses.replace(options, standardize=table and _standardizes(options, dataset))
+    if options.standardize and not _standardizes(options, dataset):
         raise ValueError(
             f"got --standardize with --likelihood {options.likelihood}, wanted normal: the values of the others lie in "
             "sets that (x - mean) / standard deviation leaves. Use --likelihood normal, or --no-standardize."
@@ -154,7 +154,7 @@ def _settled(options: FitOptions, dataset: Dataset, kind: str | None) -> FitOpti
     if kind == "counts" and not dataset.train.pixels.is_floating_point():
         # Images hold v / 255: the counts are the v. An array of floats holds the counts themselves.
         options = dataclasses.replace(options, likelihood_options={"levels": 256} | options.likelihood_options)
-    if options.prior == "vamp" and "num_components" not in options.prior_options:
+    if _is_vamp(options.prior) and "num_components" not in options.prior_options:
         # The paper has 500 for 50,000 images. Gaussians are scored together, flows one by one at every sample.
         one_by_one = passes(names.find("posterior", options.posterior)) > 0
         most = max(10, len(dataset.train) // 100) if one_by_one else len(dataset.train)
@@ -171,6 +171,17 @@ def _settled(options: FitOptions, dataset: Dataset, kind: str | None) -> FitOpti
             f"got --network {options.network} for data of shape {dataset.x_shape}, wanted images. Use --network mlp."
         )
     return options
+
+
+def _standardizes(options: FitOptions, dataset: Dataset) -> bool:
+    """Whether the likelihood can be one of columns of mean 0 and standard deviation 1."""
+    family = names.find("likelihood", options.likelihood or "normal")
+    return default_options(family, dataset.x_shape, options.scale, True, {}).get("standardize") is not None
+
+
+def _is_vamp(prior: str) -> bool:
+    family = names.find("prior", prior)
+    return isinstance(family, type) and issubclass(family, VampPrior)
 
 
 def _drawn_afresh(dataset: Dataset) -> Dataset:
@@ -235,7 +246,7 @@ def training_numbers(vae: VAE, history: History, seconds: float, options: FitOpt
         "parameters": sum(p.numel() for p in vae.parameters()),
         "seed": options.seed,
         "training_threads": options.threads or torch.get_num_threads(),
-        "objective": "reconstruction" if options.posterior == "point" else options.bound,
+        "objective": options.bound if has_density(vae.guide.posterior) else "reconstruction",
         "objective_samples": options.num_samples,
         "estimator": options.estimator,
     }
@@ -249,7 +260,7 @@ def _fit(
             vae.model,
             vae.guide,
             dataset.train,
-            loss=the_loss(options),
+            loss=the_loss(options, vae),
             epochs=options.epochs,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,

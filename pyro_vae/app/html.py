@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from pyro_vae import plots
 from pyro_vae.judging.judgement import Judgement
 from pyro_vae.judging.nats import Nats
-from pyro_vae.judging.psis import khat_limit
 from pyro_vae.judging.stages import Bounds, Calibrated, GapSplit, Stages
 from pyro_vae.judging.verdicts import Finding
+from pyro_vae.judging.weights import khat_limit
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -135,7 +135,7 @@ def draw(stages: Stages) -> Iterator[Picture]:
     bracket = stages.bracket.found
     if bracket is not None:
         lower = bracket.lower
-        figure = plots.bracket(lower.pointwise, bracket.upper_pointwise, lower_stderr=lower.pointwise_stderr)
+        figure = plots.bracket(lower.pointwise, bracket.upper.pointwise, lower_stderr=lower.pointwise_stderr)
         caption = "On data simulated from the model log p(x) lies between both bounds, on average."
         yield Picture("bracket", figure, caption)
     yield from _calibration(stages.calibration)
@@ -171,7 +171,7 @@ def _calibration(stage: Calibrated) -> Iterator[Picture]:
     caption = (
         "A valley says that the guide is too narrow there, a hump too wide, a slope biased; the worst come first."
     )
-    yield Picture("ranks", plots.rank_histogram(found.ranks[:, order], found.num_draws, names=names), caption)
+    yield Picture("ranks", plots.rank_histogram(found.ranks[:, order], found.num_samples, names=names), caption)
     bands = found.coverage()
     curves = {stage.names[i]: bands.empirical[:, i] for i in order[:5]}
     figure = plots.coverage_curve(bands.nominal, curves, len(found.ranks), bands.lower, bands.upper, bands.level)

@@ -6,13 +6,19 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_vae.app.defaults import FitOptions, option
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, iwae, miwae, reconstruction, renyi, vr_max
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.regularizers import Regularizer, free_bits, mmd, total_correlation
 from pyro_vae.inference.split_bounds import cubo, piwae, wake_sleep
+from pyro_vae.parameters import device_of
+from pyro_vae.programs.vae import VAE
+from pyro_vae.protocols import closed_form_kl, has_density
+from pyro_vae.traces import sites
 
 _BOUNDS: dict[str, Bound] = {"elbo": elbo, "iwae": iwae, "vr-max": vr_max}
 # A bound with a parameter, and the value it has where none is given.
@@ -29,10 +35,9 @@ _REGULARIZERS: dict[str, Callable[[float], Regularizer]] = {
     "total-correlation": total_correlation,
     "free-bits": free_bits,
 }
-MEAN_FIELD = ("diagonal", "full", "low-rank", "von-mises-fisher")
 
 
-def the_loss(options: FitOptions) -> Any:
+def the_loss(options: FitOptions, vae: VAE) -> Any:
     """The loss of a configuration: Pyro's own ELBO unless something else was asked for.
 
     With one sample and a posterior whose KL to the prior has a closed form, that is the
@@ -42,17 +47,25 @@ def the_loss(options: FitOptions) -> Any:
     Raises:
         ValueError: A bound, an estimator and options that do not go together.
     """
-    if options.posterior == "point":
+    if not has_density(vae.guide.posterior):
         return Objective(reconstruction)
     plain = options.bound == "elbo" and options.num_samples == 1 and not options.regularizers
-    closed = options.posterior in MEAN_FIELD and options.prior in ("normal", "hyperspherical")
-    if plain and closed and options.estimator == "reparameterized":
+    if plain and options.estimator == "reparameterized" and _has_closed_form(vae):
         return TraceMeanField_ELBO()
     regularizers = [_REGULARIZERS[name](weight) for name, weight in options.regularizers.items()]
     return Objective(
         bound(options.bound, options.bound_options), options.num_samples, estimator=options.estimator,
         regularizers=regularizers,
     )  # fmt: skip
+
+
+def _has_closed_form(vae: VAE) -> bool:
+    """Whether torch knows KL(q(z | x) || p(z)) of the pair."""
+    assert vae.architecture is not None
+    x = torch.zeros(2, *vae.architecture.x_shape, device=device_of(vae))
+    with evaluating(vae.model, vae.guide):
+        q, p = (sites(program, x)["z"]["fn"] for program in (vae.guide, vae.model))
+        return closed_form_kl(q, p) is not None
 
 
 def bound(name: str, options: Mapping[str, Any]) -> Bound:

@@ -17,6 +17,7 @@ from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
 from pyro_vae.parts import names
 from pyro_vae.programs.vae import VAE
+from pyro_vae.protocols import has_density
 
 NUM_SAMPLES = 10
 _SHAPE = (1, 4, 4)
@@ -53,7 +54,7 @@ def combinations(
     the loss is a number; it is refused by a ValueError; anything else fails.
 
     Args:
-        posteriors: Names; all but "point" if None.
+        posteriors: Names; all that have a density if None.
         bounds: Names; all if None.
         estimators: Names; all if None.
         progress: Show a bar; None shows it on a terminal only.
@@ -66,7 +67,8 @@ def combinations(
 
 
 def _product(*given: Sequence[str] | None) -> Iterator[tuple[str, str, str]]:
-    known = ([n for n in names.PARTS["posterior"] if n != "point"], CHOICES["bound"], CHOICES["estimator"])
+    dense = [name for name in names.PARTS["posterior"] if has_density(names.find("posterior", name))]
+    known = (dense, CHOICES["bound"], CHOICES["estimator"])
     chosen = [list(k) if g is None else list(g) for g, k in zip(given, known, strict=True)]
     for posterior in chosen[0]:
         for bound in chosen[1]:

@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from pyro_vae.judging.annealing import Bracket as Bracket
     from pyro_vae.judging.annealing import ais as ais
     from pyro_vae.judging.annealing import bdmc as bdmc
-    from pyro_vae.judging.anomalies import anomaly_scores as anomaly_scores
-    from pyro_vae.judging.anomalies import roc_auc as roc_auc
     from pyro_vae.judging.arviz import to_arviz as to_arviz
+    from pyro_vae.judging.distances import Distance as Distance
     from pyro_vae.judging.distances import GuideDistances as GuideDistances
+    from pyro_vae.judging.distances import energy_distance as energy_distance
     from pyro_vae.judging.distances import guide_distances as guide_distances
     from pyro_vae.judging.estimates import ElboTerms as ElboTerms
     from pyro_vae.judging.estimates import Estimate as Estimate
+    from pyro_vae.judging.estimates import anomaly_scores as anomaly_scores
     from pyro_vae.judging.estimates import elbo_terms as elbo_terms
     from pyro_vae.judging.estimates import log_likelihood as log_likelihood
+    from pyro_vae.judging.estimates import roc_auc as roc_auc
     from pyro_vae.judging.gradients import GradientLab as GradientLab
     from pyro_vae.judging.gradients import GradientQuality as GradientQuality
     from pyro_vae.judging.gradients import gradient_lab as gradient_lab
@@ -50,12 +52,11 @@ if TYPE_CHECKING:
     from pyro_vae.judging.latents import posterior_means as posterior_means
     from pyro_vae.judging.probes import Accuracy as Accuracy
     from pyro_vae.judging.probes import probe as probe
-    from pyro_vae.judging.psis import khat_limit as khat_limit
-    from pyro_vae.judging.psis import pareto_k as pareto_k
-    from pyro_vae.judging.psis import pareto_smoothed as pareto_smoothed
     from pyro_vae.judging.references import Reference as Reference
     from pyro_vae.judging.references import reference as reference
-    from pyro_vae.judging.samples import Distance as Distance
-    from pyro_vae.judging.samples import energy_distance as energy_distance
+    from pyro_vae.judging.results import Mean as Mean
+    from pyro_vae.judging.weights import khat_limit as khat_limit
+    from pyro_vae.judging.weights import pareto_k as pareto_k
+    from pyro_vae.judging.weights import pareto_smoothed as pareto_smoothed
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

@@ -32,19 +32,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.trees import values
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.simulations import simulated_batch
+from pyro_vae.judging.results import Result, table
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
-from pyro_vae.traces import Program, draw, plate_nesting
+from pyro_vae.traces import Program
 
-# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
-_CHUNK = 2**22
 _NULL_DRAWS = 10_000
 
 
@@ -74,13 +68,13 @@ class Bands:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Result):
     """Ranks of true latents among the guide's draws, and what they say.
 
     Attributes:
         names: Of the components, (C,).
         ranks: r, (N, C), in 0, ..., L.
-        num_draws: L.
+        num_samples: L.
         level: Of the tests: 0.95 fails a calibrated guide once in twenty.
         p_value: Of the simultaneous test of uniformity, per component, (C,).
         adjusted: The same after Holm's correction for C components, which are dependent, (C,).
@@ -91,7 +85,7 @@ class Calibration:
 
     names: tuple[str, ...]
     ranks: Tensor
-    num_draws: int
+    num_samples: int
     level: float
     p_value: Tensor
     adjusted: Tensor
@@ -111,7 +105,7 @@ class Calibration:
     @property
     def verdicts(self) -> tuple[str, ...]:
         """Per component "calibrated", or what the guide is there: too narrow, wide, low, high; or misshapen."""
-        cells = self.num_draws + 1
+        cells = self.num_samples + 1
         grid = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells - 0.5
         square = grid.square()
         place = grid[self.ranks]
@@ -131,7 +125,7 @@ class Calibration:
 
     def ecdf(self) -> Bands:
         """Share of ranks below i against i / (L + 1), i = 1, ..., L, with simultaneous bands."""
-        return _bands(self.ranks, self.num_draws + 1, self.level)
+        return _bands(self.ranks, self.num_samples + 1, self.level)
 
     def coverage(self) -> Bands:
         """Share of data whose z lies in the central interval of the guide's draws, against its nominal level.
@@ -139,27 +133,38 @@ class Calibration:
         The intervals lie between two draws: those of rank (L + 1) / 2 - j and (L + 1) / 2 + j, of nominal
         coverage 2 j / (L + 1). Above the diagonal the guide is too wide, below it too narrow.
         """
-        return _bands(self._folded(), (self.num_draws + 1) // 2, self.level)
+        return _bands(self._folded(), (self.num_samples + 1) // 2, self.level)
 
     def covered(self, nominal: float = 0.9) -> tuple[Tensor, Tensor]:
         """Coverage of the central interval nearest to a nominal level, and its standard error, (C,) each."""
-        cells = (self.num_draws + 1) // 2
+        cells = (self.num_samples + 1) // 2
         share = (self._folded() < max(1, round(nominal * cells))).double().mean(0)
         return share, (share * (1 - share) / len(self.ranks)).sqrt()
 
     def histogram(self, num_bins: int = 20) -> Tensor:
         """Counts of ranks in bins of equal width (as near to so many as divide L + 1), (bins, C)."""
-        cells = self.num_draws + 1
-        bins = max(d for d in range(1, min(num_bins, cells) + 1) if cells % d == 0)
-        index = self.ranks * bins // cells
-        return torch.stack([(index == b).sum(0) for b in range(bins)])
+        return _histogram(self.ranks, self.num_samples + 1, num_bins)
+
+    def rows(self) -> list[dict[str, Any]]:
+        share, error = self.covered()
+        return table(
+            component=self.names, verdict=self.verdicts, p_value=self.p_value, adjusted=self.adjusted,
+            chi_square=self.chi_square, coverage_90=share, coverage_90_data_stderr=error,
+        )  # fmt: skip
+
+    def plot(self) -> Any:
+        """The ranks of the worst components, as a figure."""
+        from pyro_vae.plots import rank_histogram
+
+        worst = self.adjusted.argsort()[:8].tolist()
+        return rank_histogram(self.ranks[:, worst], self.num_samples, names=[self.names[i] for i in worst])
 
     def _folded(self) -> Tensor:
-        return ((2 * self.ranks - self.num_draws).abs() - 1) // 2
+        return ((2 * self.ranks - self.num_samples).abs() - 1) // 2
 
     def __str__(self) -> str:
         size, count = self.ranks.shape
-        head = f"SBC on {size} simulated data, {self.num_draws} draws each"
+        head = f"SBC on {size} simulated data, {self.num_samples} draws each"
         which = f"{count} component{'s' if count > 1 else ''}, level {self.level:g}, Holm's correction"
         smallest = f"smallest adjusted p = {self.adjusted.min().item():.2g}"
         if self.calibrated:
@@ -181,28 +186,24 @@ def sbc(
     guide: Program,
     data: Any,
     *,
+    num_samples: int = 99,
     num_data: int = 1000,
-    num_draws: int = 99,
     level: float = 0.95,
     observed: Mapping[str, int] | None = None,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Calibration:
     """Simulation-based calibration of the guide: are true latents uniform among its draws?
 
     Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
         data: As for `fit`: serves for its shape, and for what the model conditions on (labels, masks);
             gone through again where there are fewer than wanted.
+        num_samples: L, an odd number of draws for each.
         num_data: N, how many (z, x) to simulate.
-        num_draws: L, an odd number of draws for each.
         level: Of the tests and bands.
         observed: Which argument each observed site is, by position, as {"x": 0}, where the values do not tell.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the simulations; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
+        model, guide, seed, device, progress: As for `log_likelihood`.
     Returns:
         Ranks, tests and bands, for every scalar component of every latent site.
     Raises:
@@ -225,47 +226,35 @@ def sbc(
     """
     if num_data < 2:
         raise ValueError(f"got num_data={num_data}, wanted at least two simulated data. Raise it.")
-    _check(num_draws, level)
-    place = device_of(model, guide) if device is None else device
+    _check(num_samples, level)
     ranks: list[Tensor] = []
-    names: tuple[str, ...] = ()
-    done = 0
-    with evaluating(model, guide, seed=seed):
-        batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
-        batches = batches.of(max(1, min(num_data, _CHUNK // (values(batches.first()) * max(num_draws, 1)))))
-        nesting = plate_nesting(model, guide, *batches.first())
-        with tqdm(total=num_data, desc="SBC", disable=None if progress is None else not progress, leave=False) as bar:
-            while done < num_data:
-                for batch in batches:
-                    batch, truth = simulated_batch(model, batch, observed)
-                    drawn = draw(model, guide, batch, {}, num_draws, max_plate_nesting=nesting)
-                    if drawn.points:
-                        raise ValueError(
-                            f"guide site {drawn.points[0]!r} is a point (Delta) without a density: it claims no "
-                            "uncertainty that could be calibrated. Give the site a distribution."
-                        )
-                    components = Components(model, batch)
-                    names = components.names
-                    z = components.columns({name: truth[name].unsqueeze(0) for name in components.sites})
-                    found = _ranks(z[0], components.columns(drawn.latents))[: num_data - done]
-                    ranks.append(found.cpu())
-                    done += len(found)
-                    bar.update(len(found))
-                    if done >= num_data:
-                        break
-    return calibration(names, torch.cat(ranks), num_draws, level=level, seed=seed)
+    with sweep(model, guide, data=data, batch_size=num_data, copies=num_samples, seed=seed, device=device,
+               progress=progress, title="SBC") as run:  # fmt: skip
+        run.expect(num_data)
+        for batch, truth in run.simulated(num_data, observed, again=True):
+            drawn = run.draw(batch, num_samples)
+            if drawn.points:
+                raise ValueError(
+                    f"guide site {drawn.points[0]!r} is a point (Delta) without a density: it claims no "
+                    "uncertainty that could be calibrated. Give the site a distribution."
+                )
+            components = Components(model, batch)
+            z = components.columns({name: truth[name].unsqueeze(0) for name in components.sites})
+            ranks.append(_ranks(z[0], components.columns(drawn.latents)).cpu())
+            run.tick(len(ranks[-1]))
+    return calibration(components.names, torch.cat(ranks), num_samples, level=level, seed=seed)
 
 
 @checked
 def calibration(
-    names: tuple[str, ...], ranks: Tensor, num_draws: int, *, level: float = 0.95, seed: int | None = None
+    names: tuple[str, ...], ranks: Tensor, num_samples: int, *, level: float = 0.95, seed: int | None = None
 ) -> Calibration:
     """Test ranks for uniformity, wherever they come from.
 
     Args:
         names: Of the components, (C,).
         ranks: Integers in 0, ..., L, (N, C).
-        num_draws: L, odd.
+        num_samples: L, odd.
         level: Of the tests and bands.
         seed: Of the simulations that the ranks come from, if any.
     Returns:
@@ -275,31 +264,35 @@ def calibration(
     """
     from scipy.stats import chi2
 
-    _check(num_draws, level)
+    _check(num_samples, level)
     ranks = ranks.long().cpu()
-    if ranks.dim() != 2 or ranks.shape[1] != len(names) or ranks.min() < 0 or ranks.max() > num_draws:
+    if ranks.dim() != 2 or ranks.shape[1] != len(names) or ranks.min() < 0 or ranks.max() > num_samples:
         raise ValueError(
             f"got ranks of shape {tuple(ranks.shape)} for {len(names)} components, wanted (N, {len(names)}) integers "
-            f"from 0 to num_draws={num_draws}."
+            f"from 0 to num_samples={num_samples}."
         )
-    count, cells = len(ranks), num_draws + 1
+    count, cells = len(ranks), num_samples + 1
     found = _statistic(_below(ranks, cells), count, cells)
     null = _null(count, cells)
     p = (1 + np.searchsorted(null, found, side="right")) / (1 + len(null))
     # The union bound reaches below the resolution of the simulated null.
     p_value = torch.from_numpy(np.minimum(p, (cells - 1) * found))
-    result = Calibration(names, ranks, num_draws, level, p_value, _holm(p_value), p_value, seed)
-    counts = result.histogram(max(2, min(20, count // 5))).double()
+    counts = _histogram(ranks, cells, max(2, min(20, count // 5))).double()
     expected = count / len(counts)
     chi = ((counts - expected).square() / expected).sum(0)
     chi_square = torch.from_numpy(chi2.sf(chi.numpy(), len(counts) - 1))
-    return Calibration(names, ranks, num_draws, level, p_value, result.adjusted, chi_square, seed)
+    return Calibration(names, ranks, num_samples, level, p_value, _holm(p_value), chi_square, seed)
 
 
-def _check(num_draws: int, level: float) -> None:
-    if num_draws < 1 or num_draws % 2 == 0:
+def _histogram(ranks: Tensor, cells: int, num_bins: int) -> Tensor:
+    bins = max(d for d in range(1, min(num_bins, cells) + 1) if cells % d == 0)
+    return torch.stack([(ranks * bins // cells == b).sum(0) for b in range(bins)])
+
+
+def _check(num_samples: int, level: float) -> None:
+    if num_samples < 1 or num_samples % 2 == 0:
         raise ValueError(
-            f"got num_draws={num_draws}, wanted an odd number such as 99, for which central intervals end at draws."
+            f"got num_samples={num_samples}, wanted an odd number such as 99, for which central intervals end at draws."
         )
     if not 0 < level < 1:
         raise ValueError(f"got level={level}, wanted a probability such as 0.95.")

@@ -26,23 +26,22 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.latents import DimensionKL, kl_per_dimension
+from pyro_vae.judging.latents import DEAD_KL, DEAD_VARIANCE, DimensionKL, kl_per_dimension
+from pyro_vae.judging.results import Result, table
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
-from pyro_vae.traces import Program, draw, plate_nesting, sites
+from pyro_vae.traces import Program, sites
 
 
 @dataclass(frozen=True)
-class LinearOptimum:
+class LinearOptimum(Result):
     """A fitted linear-Gaussian model beside the optimum of its likelihood on the same data.
 
     Attributes:
         eigenvalues: Largest D of the data covariance, (D,).
-        stderr: Their standard errors, l_d sqrt(2 / N), (D,).
+        eigenvalues_data_stderr: Their standard errors, l_d sqrt(2 / N), (D,).
         signal: Squared lengths of the fitted weights' directions, the eigenvalues of W'W, (D,).
         scale: s of the fitted model.
         best_scale: s of maximum likelihood.
@@ -53,7 +52,7 @@ class LinearOptimum:
     """
 
     eigenvalues: Tensor
-    stderr: Tensor
+    eigenvalues_data_stderr: Tensor
     signal: Tensor
     scale: float
     best_scale: float
@@ -77,7 +76,7 @@ class LinearOptimum:
             text += "; the fit has collapsed further than its optimum: train on, or warm up the KL"
         elif self.collapsed:
             first = self.eigenvalues[self.optimum_active]
-            error = self.stderr[self.optimum_active]
+            error = self.eigenvalues_data_stderr[self.optimum_active]
             text += (
                 f"; the optimum itself is collapsed: eigenvalue {first:.3g} ± {error:.2g} of the data is not above "
                 "s^2. The ELBO is not to blame"
@@ -88,13 +87,13 @@ class LinearOptimum:
 
 
 @dataclass(frozen=True)
-class Collapse:
+class Collapse(Result):
     """Which latents are dead, and whether all are.
 
     Attributes:
         names: Of the components, (C,).
         variance: Var_x(E_q[z_d | x]), (C,).
-        variance_stderr: Its standard error, (C,).
+        variance_data_stderr: Its standard error, (C,).
         kl: KL per dimension (or site), with its errors.
         component_kl: The divergence of each component, nan where only its site's is known, (C,).
         dead: Variance and divergence both below their thresholds, (C,).
@@ -106,7 +105,7 @@ class Collapse:
 
     names: tuple[str, ...]
     variance: Tensor
-    variance_stderr: Tensor
+    variance_data_stderr: Tensor
     kl: DimensionKL
     component_kl: Tensor
     dead: Tensor
@@ -124,6 +123,10 @@ class Collapse:
     def dead_names(self) -> tuple[str, ...]:
         """Names of the dead components."""
         return tuple(name for name, dead in zip(self.names, self.dead.tolist(), strict=True) if dead)
+
+    def rows(self) -> list[dict[str, Any]]:
+        spread = {"variance": self.variance, "variance_data_stderr": self.variance_data_stderr}
+        return table(latent=self.names, **spread, kl=self.component_kl, dead=self.dead)
 
     def __str__(self) -> str:
         rule = f"variance of the mean < {self.variance_threshold:g} and KL < {self.kl_threshold:g} nats"
@@ -143,13 +146,13 @@ def collapse(
     guide: Program,
     data: Any,
     *,
-    variance_threshold: float = 0.01,
-    kl_threshold: float = 0.01,
-    rate_threshold: float = 0.05,
     num_samples: int = 64,
-    batch_size: int = 200,
-    device: str | torch.device | None = None,
+    variance_threshold: float = DEAD_VARIANCE,
+    kl_threshold: float = DEAD_KL,
+    rate_threshold: float = 0.05,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
 ) -> Collapse:
     """Find dead latents and a collapsed posterior, in any pair.
 
@@ -159,15 +162,11 @@ def collapse(
 
     Args:
         model: A Pyro program for p(x, z); a linear-Gaussian one is recognised, and its optimum reported.
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
+        num_samples: Draws per datum, at least 2; their noise is taken off the variance.
         variance_threshold: Of the posterior mean's variance, in units of z squared.
         kl_threshold: Nats per dimension.
         rate_threshold: Nats, of all latents together.
-        num_samples: Draws per datum, at least 2; their noise is taken off the variance.
-        batch_size: Data at a time.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the draws.
+        guide, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         What is dead, with the numbers that say so.
     Raises:
@@ -177,15 +176,13 @@ def collapse(
     """
     if num_samples < 2:
         raise ValueError(f"got num_samples={num_samples}, wanted at least 2 draws per datum, whose noise can be told.")
-    place = device_of(model, guide) if device is None else device
-    kl = kl_per_dimension(model, guide, data, num_samples=num_samples, batch_size=batch_size, device=place, seed=seed)
+    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    kl = kl_per_dimension(model, guide, data, num_samples=num_samples, **options)
     means, noise = [], []
-    with evaluating(model, guide, seed=seed):
-        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
-        components = Components(model, batches.first())
-        nesting = plate_nesting(model, guide, *batches.first())
-        for batch in batches:
-            drawn = components.columns(draw(model, guide, batch, {}, num_samples, max_plate_nesting=nesting).latents)
+    with sweep(model, guide, data=data, batch_size=200, copies=num_samples, title="collapse", **options) as run:
+        components = Components(model, run.first)
+        for batch in run:
+            drawn = components.columns(run.draw(batch, num_samples).latents)
             means.append(drawn.mean(0).cpu())
             noise.append(drawn.var(0).cpu() / num_samples)
     mean, taken = torch.cat(means), torch.cat(noise)
@@ -202,44 +199,42 @@ def collapse(
     return Collapse(
         names=components.names,
         variance=variance,
-        variance_stderr=stderr,
+        variance_data_stderr=stderr,
         kl=kl,
         component_kl=each,
         dead=dead,
         variance_threshold=variance_threshold,
         kl_threshold=kl_threshold,
         rate_threshold=rate_threshold,
-        optimum=linear_optimum(model, data, device=place),
+        optimum=linear_optimum(model, data, device=device, progress=progress),
     )
 
 
 @checked
 def linear_optimum(
-    model: Program, data: Any, *, threshold: float = 0.01, device: str | torch.device | None = None
-) -> LinearOptimum | None:
+    model: Program, data: Any, *, threshold: float = DEAD_VARIANCE, device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> LinearOptimum | None:  # fmt: skip
     """Compare a linear-Gaussian model with the optimum of its likelihood on data.
 
     A direction is alive where its share of the variance, l / (l + s^2) for a squared length l of the weights,
     exceeds the threshold: it is the variance of its exact posterior mean.
 
     Args:
-        model: A Pyro program for p(x, z).
-        data: As for `fit`.
         threshold: Share of the variance.
         device: Where the batches go; where the module is when not given.
+        model, data, progress: As for `log_likelihood`.
     Returns:
         The comparison; None unless p(z) = N(0, I) and p(x | z) = N(W z + b, s^2 I) with one latent and one observed
         site, which the model's distributions are asked at D + 3 values of z.
     """
-    place = device_of(model) if device is None else device
     rows = []
-    with evaluating(model, seed=0):
-        batches = Batches(data, 500, place, shuffle=False, programs=(model,))
-        found = _linear(model, batches.first())
+    with sweep(model, data=data, batch_size=500, seed=0, device=device, progress=progress, title="linear") as run:
+        found = _linear(model, run.first)
         if found is None:
             return None
         weight, loc, scale, name = found
-        for batch in batches:
+        for batch in run:
             value = sites(model, *batch)[name]["value"]
             rows.append(value.reshape(len(value), -1).double().cpu())
     x = torch.cat(rows)
@@ -256,7 +251,7 @@ def linear_optimum(
     fitted = covariance + torch.outer(mean, mean)
     return LinearOptimum(
         eigenvalues=top,
-        stderr=top * math.sqrt(2 / size),
+        eigenvalues_data_stderr=top * math.sqrt(2 / size),
         signal=signal,
         scale=scale,
         best_scale=math.sqrt(free),

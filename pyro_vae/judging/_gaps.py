@@ -9,7 +9,7 @@ that cannot bend as the posterior does has an approximation gap; an encoder that
 find the best member has an amortization gap.
 
 Three errors are in such a split, and all are reported per datum. log p(x) is estimated: by
-importance sampling from the guide and the local optima together (`mixtures`), or by
+importance sampling from the guide and the local optima together (`pyro_vae.judging.weights`), or by
 whatever estimate is given. Both bounds are estimated, at draws that no step has seen.
 And the steps end before the optimum: what the bound might still have risen, judged by how it
 rose last, is added to the error of q*, as if it were noise of that size.
@@ -24,75 +24,27 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.capture import fast_matmul
-from pyro_vae.inference.memory import reused_memory
-from pyro_vae.inference.trees import numbers, values
-from pyro_vae.judging.local import (
-    LocalForm,
-    Optimum,
-    Unscaled,
-    family_form,
-    local_form,
-    optimise,
-    remaining,
-)
-from pyro_vae.judging.mixtures import Scored, given_estimate, pool, score, scores_strangers
-from pyro_vae.judging.psis import khat_limit
+from pyro_vae.inference.trees import at
+from pyro_vae.judging.climbs import Climb, Optimum, climbed, optimise
+from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
+from pyro_vae.judging.results import Mean, Result, row
+from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.weights import Scored, khat_ok, pool, score, scores_strangers
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
 from pyro_vae.protocols import has_start
 from pyro_vae.traces import Program, draw, plate_nesting
 
-# Floats of free parameters, and of decoder output per step, that are held at once.
-_FREE, _STEP = 2**22, 2**21
+_FREE = 2**22  # free parameters that are held at once
+STEP_SAMPLES = 8  # of each step
 
 
 @dataclass(frozen=True)
-class Part:
-    """A bound or a gap, averaged over data, in nats.
-
-    Attributes:
-        value: The mean.
-        stderr: Its error given these data: Monte Carlo, and what remained to climb.
-        data_stderr: Standard error of the mean for the population of the data.
-        pointwise: Per datum, (N,).
-        pointwise_stderr: Error per datum, (N,).
-    """
-
-    value: float
-    stderr: float
-    data_stderr: float
-    pointwise: Tensor
-    pointwise_stderr: Tensor
-
-    @classmethod
-    def of(cls, pointwise: Tensor, variance: Tensor, left: Tensor | None = None) -> Part:
-        """From values and variances per datum, and what remained to climb, which does not average out."""
-        count = len(pointwise)
-        left = torch.zeros_like(pointwise) if left is None else left
-        return cls(
-            pointwise.mean().item(),
-            math.hypot(variance.sum().sqrt().item() / count, left.mean().item()),
-            pointwise.std().item() / math.sqrt(count) if count > 1 else math.nan,
-            pointwise,
-            (variance + left.square()).sqrt(),
-        )
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.stderr:.2f}"
-
-
-@dataclass(frozen=True)
-class FamilyGaps:
+class FamilyGaps(Result):
     """The gaps of one family.
 
     Attributes:
@@ -108,11 +60,11 @@ class FamilyGaps:
         reason: Why there is no q*, or no amortized value.
     """
 
-    amortized: Part | None
-    optimum: Part | None
-    approximation: Part | None
-    amortization: Part | None
-    inference: Part | None
+    amortized: Mean | None
+    optimum: Mean | None
+    approximation: Mean | None
+    amortization: Mean | None
+    inference: Mean | None
     remaining: Tensor | None = None
     slope: Tensor | None = None
     steps: Tensor | None = None
@@ -121,7 +73,7 @@ class FamilyGaps:
 
 
 @dataclass(frozen=True)
-class Gaps:
+class Gaps(Result):
     """The split of the inference gap, per family, under one model.
 
     Attributes:
@@ -135,7 +87,7 @@ class Gaps:
     """
 
     families: dict[str, FamilyGaps]
-    log_likelihood: Part
+    log_likelihood: Mean
     bias: float
     pareto_k: Tensor
     source: str
@@ -144,22 +96,38 @@ class Gaps:
     @property
     def khat_ok(self) -> float:
         """Share of the data whose k-hat is below `khat_limit`; nan where that is unknown."""
-        if self.pareto_k.isnan().all():
-            return math.nan
-        return (self.pareto_k < khat_limit(self.num_samples)).double().mean().item()
+        return khat_ok(self.pareto_k, self.num_samples)
+
+    def rows(self) -> list[dict[str, Any]]:
+        common = row(self)
+        return [{"family": name} | row(family) | common for name, family in self.families.items()]
+
+    def plot(self) -> Any:
+        """The gaps of each family as stacked bars, a figure."""
+        from pyro_vae.plots import gap_bars
+
+        bars: list[dict[str, Any]] = []
+        for name, family in self.families.items():
+            parts = {"approximation": family.approximation, "amortization": family.amortization}
+            if family.approximation is None or family.amortization is None:
+                parts = {"total": family.inference or family.approximation}
+            known = {key: part for key, part in parts.items() if part is not None}
+            bars.append({"guide": name} | {key: part.value for key, part in known.items()}
+                        | {f"{key}_stderr": part.mc_stderr for key, part in known.items()})  # fmt: skip
+        return gap_bars([bar for bar in bars if len(bar) > 1])
 
     def __str__(self) -> str:
         count = len(self.log_likelihood.pointwise)
         ok = "" if math.isnan(self.khat_ok) else f", k̂ ok for {100 * self.khat_ok:.1f} %"
         lines = [f"{count} data: log p(x) = {self.log_likelihood} nats ({self.source}{ok})", *gap_table({"": self})]
-        for name, row in self.families.items():
-            if row.remaining is not None and row.steps is not None and row.stopped is not None:
+        for name, one in self.families.items():
+            if one.remaining is not None and one.steps is not None and one.stopped is not None:
                 lines.append(
-                    f"{name}: {row.steps.mean():.0f} steps on average, the bound stopped rising for "
-                    f"{100 * row.stopped.double().mean():.0f} % of the data, {row.remaining.mean():.3f} nats may remain"
+                    f"{name}: {one.steps.mean():.0f} steps on average, the bound stopped rising for "
+                    f"{100 * one.stopped.double().mean():.0f} % of the data, {one.remaining.mean():.3f} nats may remain"
                 )
-            if row.reason:
-                lines.append(f"{name}: {row.reason}")
+            if one.reason:
+                lines.append(f"{name}: {one.reason}")
         return "\n".join(lines)
 
 
@@ -202,15 +170,14 @@ def gaps(
     *,
     families: Mapping[str, Any] | None = None,
     log_likelihood: Any = None,
-    start: str = "amortized",
     num_samples: int = 1000,
-    step_samples: int = 8,
+    num_steps: int = 2000,
+    start: str = "guide",
     learning_rate: float = 0.03,
-    max_steps: int = 2000,
     window: int = 100,
     tolerance: float = 0.01,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Gaps:
     """Split the gap between log p(x) and the ELBO into the family's and the encoder's part.
@@ -229,23 +196,17 @@ def gaps(
     which `gap_table` lays side by side.
 
     Args:
-        model: A Pyro program for p(x, z), whose arguments are the batch.
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
         families: By name, as above.
         log_likelihood: An estimate of log p(x) of these data in their order, such as that of
             `ais`; None estimates it from the guide and the local optima together.
-        start: Where local parameters start: "amortized" at the guide's values (of another
-            family: at its mean and scale), "fresh" at mean 0 and variance 1.
         num_samples: K, fresh samples behind each bound.
-        step_samples: Samples per step.
+        num_steps: Upper limit of the steps.
+        start: Where local parameters start: "guide" at the guide's values (of another
+            family: at its mean and scale), "fresh" at mean 0 and variance 1.
         learning_rate: Of Adam, for means and log scales; a flow's weights move at a tenth.
-        max_steps: Upper limit of the steps.
         window: Steps over which the bound is averaged.
         tolerance: The steps stop when two windows in a row beat the best one by no more, in nats.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the samples; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
+        model, guide, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The gaps, printed as a table.
     Raises:
@@ -266,127 +227,95 @@ def gaps(
 
     Reference: Cremer et al., Inference Suboptimality in Variational Autoencoders, 2018. arXiv:1801.03558
     """
-    _check_options(start, num_samples, step_samples, learning_rate, max_steps, window, tolerance)
+    _check_options(start, num_samples, learning_rate, num_steps, window, tolerance)
     named = _named(guide, families or {})
     guides = {name: value for name, value in named.items() if _is_guide(value)}
     steps: dict[str, Any] = {
-        "num_samples": step_samples, "learning_rate": learning_rate, "max_steps": max_steps, "window": window,
+        "num_samples": STEP_SAMPLES, "learning_rate": learning_rate, "num_steps": num_steps, "window": window,
         "tolerance": tolerance,
     }  # fmt: skip
-    programs = (model, *guides.values())
-    place = device_of(*programs) if device is None else device
     found: dict[str, list[Scored]] = {}
     mixed: list[Scored] = []
-    climbs: dict[str, list[_Climb]] = {name: [] for name in named}
-    on_cpu = torch.device(place or "cpu").type == "cpu"
-    with (
-        evaluating(*programs, *named.values(), seed=seed), validation_enabled(False), fast_matmul(on_cpu),
-        reused_memory(),
-    ):  # fmt: skip
-        batches = Batches(data, 2, place, shuffle=False, programs=programs)
-        sample = batches.first()
+    climbs: dict[str, list[Climb]] = {name: [] for name in named}
+    with sweep(model, *guides.values(), data=data, batch_size=250, copies=STEP_SAMPLES, besides=named.values(),
+               validate=False, seed=seed, device=device, progress=progress, title="gaps") as run:  # fmt: skip
+        sample = at(run.first, slice(2))
         _ = draw(model, guide, sample, {}).log_weight  # refused: no density, or a scale of one site
         families = {name: _family(name, value, model, guide, sample) for name, value in named.items()}
-        reasons: dict[str, str] = {}
-        width = 1
-        for name, family in families.items():
-            try:
-                width = max(width, _form(family, model, guide, sample, start).start.shape[1])
-            except ValueError as error:
-                if not _is_guide(family):
-                    raise
-                reasons[name] = f"no local form, since {error}"
-        chunk = max(1, min(250, _FREE // width, _STEP // (values(sample) * step_samples)))
-        batches = batches.of(chunk)
-        nesting = {name: plate_nesting(model, value, *sample) for name, value in guides.items()}
+        reasons, width = _obstacles(families, model, guide, sample, start)
+        run.at_most(_FREE // width)
         unscaled = Unscaled()(model)
         pooled: list[str] = []
-        hide = None if progress is None else not progress
-        with tqdm(total=len(batches) * (len(named) - len(reasons)), desc="gaps", disable=hide, leave=False) as bar:
-            for number, batch in enumerate(batches):
-                proposals = {name: Unscaled()(value) for name, value in guides.items()}
-                forms: dict[str, tuple[LocalForm, Optimum]] = {}
-                for name, family in families.items():
-                    if name in reasons:
-                        continue
-                    form = _form(family, model, guide, batch, start)
-                    best = optimise(model, form, batch, progress=functools.partial(_tell, bar, name), **steps)
-                    forms[name] = form, best
-                    proposals[f"{name} (local)"] = form.guide(best.rows)
-                    nesting.setdefault(f"{name} (local)", plate_nesting(model, form.guide(best.rows), *batch))
-                    climbs[name].append(_climb(unscaled, form, best, batch, num_samples))
-                    bar.update()
-                if number == 0:
-                    pooled = [name for name, value in guides.items() if scores_strangers(model, value, batch)]
-                    for name, (form, best) in forms.items():
-                        one_pass = form.rescoring == "one pass"
-                        if one_pass and scores_strangers(unscaled, form.guide(best.rows), batch):
-                            pooled.append(f"{name} (local)")
-                own, both = score(unscaled, proposals, pooled, batch, num_samples, nesting)
-                for name, scored in own.items():
-                    found.setdefault(name, []).append(scored)
-                mixed += [both] if both is not None else []
+        run.expect(len(run) * (len(named) - len(reasons)))
+        for number, batch in enumerate(run):
+            proposals = {name: Unscaled()(value) for name, value in guides.items()}
+            nesting = {name: run.nesting(value) for name, value in guides.items()}
+            forms: dict[str, tuple[LocalForm, Optimum]] = {}
+            for name in named:
+                if name in reasons:
+                    continue
+                form = _form(families[name], model, guide, batch, start)
+                best = optimise(model, form, batch, progress=functools.partial(_tell, run, name), **steps)
+                forms[name] = form, best
+                proposals[f"{name} (local)"] = form.guide(best.rows)
+                nesting[f"{name} (local)"] = plate_nesting(model, form.guide(best.rows), *batch)
+                climbs[name].append(climbed(unscaled, form, best, batch, num_samples))
+                run.tick()
+            if number == 0:
+                pooled = [name for name, value in guides.items() if scores_strangers(model, value, batch)]
+                for name, (form, best) in forms.items():
+                    if form.rescoring == "one pass" and scores_strangers(unscaled, form.guide(best.rows), batch):
+                        pooled.append(f"{name} (local)")
+            own, both = score(unscaled, proposals, pooled, batch, num_samples, nesting)
+            for name, scored in own.items():
+                found.setdefault(name, []).append(scored)
+            mixed += [both] if both is not None else []
     scores = {name: Scored.joined(parts) for name, parts in found.items()}
-    estimate, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled)
-    log_p, variance, bias, k = estimate.log_p, estimate.log_p_variance, estimate.bias.mean().item(), estimate.pareto_k
-    if log_likelihood is not None:
-        log_p, stderr = given_estimate(log_likelihood, len(log_p))
-        variance, source, bias, k = stderr.square(), "given", math.nan, torch.full_like(k, math.nan)
-    rows = {}
-    for name in named:
-        why = reasons.get(name)
-        if name not in guides:
-            why = "a family without an encoder, so without an amortization gap"
-        rows[name] = _row(
-            log_p, variance, scores.get(name), scores.get(f"{name} (local)"), _Climb.joined(climbs[name]), why
-        )
-    return Gaps(rows, Part.of(log_p, variance), bias, k, source, num_samples)
+    best_known, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled, log_likelihood)
+    without = "a family without an encoder, so without an amortization gap"
+    rows = {
+        name: _row(best_known, scores.get(name), scores.get(f"{name} (local)"), Climb.joined(climbs[name]),
+                   reasons.get(name) if name in guides else without, num_samples)
+        for name in named
+    }  # fmt: skip
+    log_p = Mean.of(best_known.log_p, best_known.log_p_variance, num_samples)
+    return Gaps(rows, log_p, best_known.bias.mean().item(), best_known.pareto_k, source, num_samples)
 
 
-class _Climb(NamedTuple):
-    """How the steps of some data went, each (B,)."""
-
-    remaining: Tensor
-    slope: Tensor
-    steps: Tensor
-    stopped: Tensor
-
-    @classmethod
-    def joined(cls, parts: list[_Climb]) -> _Climb | None:
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else None
-
-
-def _climb(model: Program, form: LocalForm, best: Optimum, args: tuple[Any, ...], num_samples: int) -> _Climb:
-    """What remains of each datum's climb, at one noise for all three places."""
-    nesting = plate_nesting(model, form.guide(best.rows), *args)
-    size_of_batch = max(numbers(args), 512)
-    count = max(2, min(num_samples, 200))
-    size = max(1, min(count, 2**21 // size_of_batch))
-    seed = int(torch.randint(2**31, ()).item())
-    weights = []
-    for rows in best.path:
-        with seeded(seed):
-            parts = [
-                draw(model, form.guide(rows), args, {}, min(size, count - at), max_plate_nesting=nesting).log_weight
-                for at in range(0, count, size)
-            ]
-        weights.append(torch.cat(parts).double().cpu())
-    left, slope = remaining(*weights)
-    return _Climb(left, slope, best.steps.double().cpu(), best.stopped.cpu())
+def _obstacles(
+    families: dict[str, Any], model: Program, guide: Program, args: tuple[Any, ...], start: str
+) -> tuple[dict[str, str], int]:
+    """Which guides have no local form, and why; and the most free parameters that a datum has."""
+    reasons, width = {}, 1
+    for name, family in families.items():
+        try:
+            width = max(width, _form(family, model, guide, args, start).start.shape[1])
+        except ValueError as error:
+            if not _is_guide(family):
+                raise
+            reasons[name] = f"no local form, since {error}"
+    return reasons, width
 
 
 def _row(
-    log_p: Tensor, variance: Tensor, own: Scored | None, local: Scored | None, climb: _Climb | None, reason: str | None
+    best: Scored, own: Scored | None, local: Scored | None, climb: Climb | None, reason: str | None, num_samples: int
 ) -> FamilyGaps:
     left = None if climb is None else climb.remaining
+
+    def difference(upper: Any, lower: Any, remains: Tensor | None = None) -> Mean | None:
+        if upper is None or lower is None:
+            return None
+        return Mean.of(upper[0] - lower[0], upper[1] + lower[1], num_samples, remains)
+
+    nothing = torch.zeros_like(best.log_p), torch.zeros_like(best.log_p)
+    level = best.log_p, best.log_p_variance
+    first, second = (None if s is None else (s.elbo, s.elbo_variance) for s in (own, local))
     return FamilyGaps(
-        amortized=None if own is None else Part.of(own.elbo, own.elbo_variance),
-        optimum=None if local is None else Part.of(local.elbo, local.elbo_variance, left),
-        approximation=None if local is None else Part.of(log_p - local.elbo, variance + local.elbo_variance, left),
-        amortization=None
-        if local is None or own is None
-        else Part.of(local.elbo - own.elbo, local.elbo_variance + own.elbo_variance, left),
-        inference=None if own is None else Part.of(log_p - own.elbo, variance + own.elbo_variance),
+        amortized=difference(first, nothing),
+        optimum=difference(second, nothing, left),
+        approximation=difference(level, second, left),
+        amortization=difference(second, first, left),
+        inference=difference(level, first),
         reason=reason,
         **({} if climb is None else climb._asdict()),
     )
@@ -441,17 +370,17 @@ def _form(family: Any, model: Program, guide: Program, args: tuple[Any, ...], st
     return family_form(family, model, args, loc, scale)
 
 
-def _tell(bar: Any, name: str, done: int) -> None:
-    bar.set_postfix(family=name, window=done, refresh=False)
+def _tell(run: Sweep, name: str, done: int) -> None:
+    run.tick(family=name, window=done)
 
 
 def _check_options(
-    start: str, num_samples: int, step_samples: int, learning_rate: float, max_steps: int, window: int, tolerance: float
+    start: str, num_samples: int, learning_rate: float, num_steps: int, window: int, tolerance: float
 ) -> None:
-    if start not in ("amortized", "fresh"):
-        raise ValueError(f"got start={start!r}, wanted 'amortized' or 'fresh'.")
-    least = {"num_samples": (num_samples, 2), "step_samples": (step_samples, 1), "max_steps": (max_steps, 4)}
-    for name, (value, wanted) in (least | {"window": (window, 1)}).items():
+    if start not in ("guide", "fresh"):
+        raise ValueError(f"got start={start!r}, wanted 'guide' or 'fresh'.")
+    least = {"num_samples": (num_samples, 2), "num_steps": (num_steps, 4), "window": (window, 1)}
+    for name, (value, wanted) in least.items():
         if value < wanted:
             raise ValueError(f"got {name}={value}, wanted at least {wanted}.")
     if not learning_rate > 0 or not tolerance >= 0:

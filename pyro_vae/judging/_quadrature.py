@@ -13,18 +13,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
+from pyro_vae.judging.sweeps import chunk_sizes, sweep
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
-
-_CHUNK = 2**21  # floats per tensor of decoder output
 
 
 class Quadrature(NamedTuple):
@@ -53,21 +47,19 @@ def quadrature(
     num_points: int = 121,
     width: float = 8.0,
     refinements: int = 3,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
 ) -> Quadrature:
     """log p(x) and posterior moments on a grid, for models of one or two latent dimensions.
 
     Args:
-        model: A Pyro program for p(x, z), whose arguments are the batch.
         guide: A Pyro program for q(z | x), which says where to look first.
-        data: As for `fit`.
         num_points: Grid points a side.
         width: Half the side of the grid, in standard deviations.
         refinements: How often the grid is fitted anew to the moments it found, starting from
             the guide's with twice the width.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the guide's draws.
+        model, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The integrals per datum; moments are in unconstrained coordinates.
     Raises:
@@ -92,12 +84,10 @@ def quadrature(
             f"got num_points={num_points}, width={width}, refinements={refinements}; wanted at least 3 points a side, "
             "a positive width and no negative number of refinements."
         )
-    place = device_of(model, guide) if device is None else device
     parts = []
-    with evaluating(model, guide, seed=seed), validation_enabled(False):
-        batches = Batches(data, 50, place, shuffle=False, programs=(model, guide))
-        numbers = values(batches.first())
-        for batch in batches:
+    with sweep(model, guide, data=data, batch_size=50, validate=False, seed=seed, device=device, progress=progress,
+               title="quadrature") as run:  # fmt: skip
+        for batch in run:
             pair = Pair(model, guide, batch)
             if pair.latents.size > 2:
                 raise ValueError(
@@ -106,7 +96,7 @@ def quadrature(
                 )
             draws = pair.from_guide(256).double()
             mean, covariance = draws.mean(0), _covariance(draws)
-            chunk = max(1, _CHUNK // (numbers * draws.shape[1]))
+            chunk = chunk_sizes(batch, num_points ** draws.shape[-1])[0]
             for step in range(refinements + 1):
                 reach = width * (2 if step == 0 else 1)
                 evidence, mean, covariance, rim = _integrate(pair, mean, covariance, reach, num_points, chunk)

@@ -28,34 +28,26 @@ and energy-based bounds, 2022. arXiv:2303.06992
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.memory import reused_memory
-from pyro_vae.inference.trees import at, joined, rows, values
+from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.trees import joined
 from pyro_vae.judging.densities import Pair
-from pyro_vae.judging.estimates import over_data
-from pyro_vae.judging.hamiltonian import Density, Moves, State
-from pyro_vae.judging.schedules import SCHEDULES, Kernels, pilot
-from pyro_vae.judging.simulations import simulated_batch
+from pyro_vae.judging.hamiltonian import SCHEDULES, Density, Kernels, Moves, State, pilot
+from pyro_vae.judging.results import Mean, Measured, Result, averaged, row
+from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.weights import Scored
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
-
-# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
-_CHUNK = 2**21
 
 
 @dataclass(frozen=True)
-class Annealed:
+class Annealed(Measured):
     """A lower bound on log p(x) by annealed importance sampling, averaged over data, in nats.
 
     Attributes:
@@ -71,9 +63,7 @@ class Annealed:
         kernels: What the chains used, frozen before they ran, one for each batch.
         start: "guide" or "prior".
         num_steps: T.
-        num_chains: C.
-        simulated: The bracket of the same estimator on data simulated from the model:
-            what is known of its accuracy. None unless asked for.
+        num_samples: C.
     """
 
     value: float
@@ -88,64 +78,55 @@ class Annealed:
     kernels: tuple[Kernels, ...]
     start: str
     num_steps: int
-    num_chains: int
-    simulated: Bracket | None = None
+    num_samples: int
 
     def __str__(self) -> str:
-        text = (
-            f"log p(x) >= {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats, "
-            f"annealed from the {self.start} over {self.num_steps} steps, acceptance {self.acceptance.mean():.2f}, "
-            f"chain ESS {self.ess.mean():.1f} of {self.num_chains}"
+        return (
+            f"log p(x) >= {self.said}, annealed from the {self.start} over {self.num_steps} steps, acceptance "
+            f"{self.acceptance.mean():.2f}, chain ESS {self.ess.mean():.1f} of {self.num_samples}"
         )
-        if self.simulated is not None:
-            text += f"; on simulated data the bracket is {self.simulated.said_width} wide"
-        return text
 
 
 @dataclass(frozen=True)
-class Bracket:
+class Bracket(Result):
     """Bounds on log p(x) of simulated data from both sides, in nats.
 
-    The standard errors of bounds are given the simulated data (upper: and their one exact
-    draw each); that of the width is over the simulations, and covers everything.
+    The Monte Carlo errors are given the simulated data (upper: and their one exact draw each); the `data_stderr` of the
+    width is over the simulations, and covers everything.
 
     Attributes:
         lower: The forward chains' bound, with all that belongs to it.
-        upper: Mean over the data of the upper bound.
-        upper_pointwise: It per datum, (N,).
-        upper_stderr: Monte Carlo standard error of the upper bound.
+        upper: The upper bound.
+        width: Upper minus lower bound.
         backward_log_weight: log w_r of the chains from the exact draw, (C, N).
         backward_acceptance: (N,).
         data: The simulated arguments of the programs.
     """
 
     lower: Annealed
-    upper: float
-    upper_pointwise: Tensor
-    upper_stderr: float
+    upper: Mean
+    width: Mean
     backward_log_weight: Tensor
     backward_acceptance: Tensor
     data: tuple[Any, ...]
 
-    @property
-    def width(self) -> float:
-        """Upper minus lower bound."""
-        return self.upper - self.lower.value
-
-    @property
-    def width_stderr(self) -> float:
-        """Standard error of the width over simulated data; nan for one."""
-        widths = self.upper_pointwise - self.lower.pointwise
-        return widths.std().item() / math.sqrt(len(widths)) if len(widths) > 1 else math.nan
-
-    @property
-    def said_width(self) -> str:
-        """The width with its error, which one datum does not have."""
-        error = self.width_stderr
-        return f"{self.width:.2f}" + (" (one datum)" if math.isnan(error) else f" ± {error:.2f}")
+    def rows(self) -> list[dict[str, Any]]:
+        parts = {"lower": self.lower, "upper": self.upper, "width": self.width}
+        return [{"bound": name} | {k: row(part)[k] for k in _NUMBERS} for name, part in parts.items()]
 
     def __str__(self) -> str:
-        return f"[{self.lower.value:.2f}, {self.upper:.2f}] nats (width {self.said_width})"
+        error = "(one datum)" if math.isnan(self.width.data_stderr) else f"± {self.width.data_stderr:.2f}"
+        return f"[{self.lower.value:.2f}, {self.upper.value:.2f}] nats (width {self.width.value:.2f} {error})"
+
+    def plot(self) -> Any:
+        """The interval of each datum, as a figure."""
+        from pyro_vae.plots import bracket
+
+        return bracket(self.lower.pointwise, self.upper.pointwise, lower_stderr=self.lower.pointwise_stderr,
+                       upper_stderr=self.upper.pointwise_stderr)  # fmt: skip
+
+
+_NUMBERS = ("value", "mc_stderr", "data_stderr", "num_samples")
 
 
 @checked
@@ -154,31 +135,27 @@ def ais(
     guide: Program | None,
     data: Any,
     *,
-    start: str = "guide",
+    num_samples: int = 16,
     num_steps: int = 500,
-    num_chains: int = 16,
+    start: str = "guide",
     num_leapfrog: int = 3,
     schedule: str = "adaptive",
     pilot_steps: int | None = None,
     pilot_chains: int = 8,
     target_acceptance: float = 0.75,
     pilot_seed: int = 1,
-    num_simulated: int = 0,
-    observed: Mapping[str, int] | None = None,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
     compile: bool | str = "auto",
 ) -> Annealed:
     """Estimate log p(x) by annealed importance sampling: a lower bound that closes with T.
 
     Args:
-        model: A Pyro program for p(x, z), whose arguments are the batch.
         guide: A Pyro program for q(z | x); from the prior it only scales the moves, and may be None.
-        data: As for `fit`.
-        start: Where chains begin: "guide" or "prior".
+        num_samples: C, chains for each datum.
         num_steps: T, steps of the path; 1 is plain importance sampling.
-        num_chains: C.
+        start: Where chains begin: "guide" or "prior".
         num_leapfrog: Leapfrog steps a move.
         schedule: "sigmoid", "linear" or "adaptive" (equal thermodynamic length, per datum).
         pilot_steps: Distributions of the pilot, in which step sizes and schedule are tuned and
@@ -186,15 +163,10 @@ def ais(
         pilot_chains: Chains of the pilot.
         target_acceptance: Probability of acceptance that the pilot aims at.
         pilot_seed: Seed of the pilot.
-        num_simulated: Also run `bdmc` with the same settings on so many simulated data (at
-            most as many as there are), to say how accurate the estimator is.
-        observed: For those, as in `bdmc`.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the chains; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
         compile: "auto" captures the moves of a batch (see `Moves`) where there are 600 or more, and hands them
             to Inductor where that pays; True does so at once, False runs the programs for every move. The noise
             is the same, and the numbers to rounding.
+        model, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The bound with its errors and diagnostics.
     Raises:
@@ -209,29 +181,20 @@ def ais(
         >>> def guide(x):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-        >>> result = ais(model, guide, torch.zeros(3), num_steps=5, num_chains=4)
+        >>> result = ais(model, guide, torch.zeros(3), num_samples=4, num_steps=5)
         >>> round(result.value, 4), round(result.mc_stderr, 4)   # the guide is exact: log N(0; 0, 2)
         (-1.2655, 0.0)
     """
-    options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
+    options = _Options(start, num_steps, num_samples, num_leapfrog, schedule, pilot_steps, pilot_chains,
                        target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
     found = []
-    # A trajectory may leave the numbers and is then rejected; validation would raise instead.
-    with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
-        batches = _batches(model, guide, data, num_chains, device)
-        with _bar(len(batches) * (options.moves + options.num_steps - 1), "AIS", progress) as bar:
-            for number, batch in enumerate(batches):
-                found.append(_forward(model, guide, batch, options, number, bar)[:-3])
-    simulated = None
-    if num_simulated:
-        simulated = bdmc(
-            model, guide, data, num_data=num_simulated, start=start, num_steps=num_steps, num_chains=num_chains,
-            num_leapfrog=num_leapfrog, schedule=schedule, pilot_steps=pilot_steps, pilot_chains=pilot_chains,
-            target_acceptance=target_acceptance, pilot_seed=pilot_seed, observed=observed, device=device, seed=seed,
-            progress=progress, compile=compile,
-        )  # fmt: skip
-    return _annealed(found, options, simulated)
+    with sweep(model, guide, data=data, batch_size=250, copies=num_samples, validate=False, seed=seed, device=device,
+               progress=progress, title="AIS") as run:  # fmt: skip
+        run.expect(len(run) * (options.moves + options.num_steps - 1))
+        for number, batch in enumerate(run):
+            found.append(_forward(run, guide, batch, options, number)[:-3])
+    return _annealed(found, options)
 
 
 @checked
@@ -240,10 +203,10 @@ def bdmc(
     guide: Program | None,
     data: Any,
     *,
+    num_samples: int = 16,
     num_data: int = 100,
-    start: str = "guide",
     num_steps: int = 500,
-    num_chains: int = 16,
+    start: str = "guide",
     num_leapfrog: int = 3,
     schedule: str = "adaptive",
     pilot_steps: int | None = None,
@@ -251,8 +214,8 @@ def bdmc(
     target_acceptance: float = 0.75,
     pilot_seed: int = 1,
     observed: Mapping[str, int] | None = None,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
     compile: bool | str = "auto",
 ) -> Bracket:
@@ -265,10 +228,10 @@ def bdmc(
         model: A Pyro program for p(x, z), whose arguments are the batch.
         guide: A Pyro program for q(z | x); from the prior it may be None.
         data: As for `fit`: what is not simulated (labels, masks) stays as it is here.
+        num_samples: C, as all other settings in `ais`.
         num_data: How many to simulate, at most as many as there are data.
         observed: Which argument each observed site is, by position, as
             {"x": 0}, where the values do not tell.
-        start: See `ais`, as for all other settings.
     Returns:
         Both bounds with their errors.
     Raises:
@@ -281,44 +244,40 @@ def bdmc(
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> bracket = bdmc(model, None, torch.zeros(50), start="prior", num_steps=100)
         >>> truth = dist.Normal(0.0, 2**0.5).log_prob(bracket.data[0]).mean()
-        >>> bool(bracket.lower.value - 0.01 < truth < bracket.upper + 0.01), bracket.width < 0.05
+        >>> bool(bracket.lower.value - 0.01 < truth < bracket.upper.value + 0.01), bracket.width.value < 0.05
         (True, True)
 
     Reference: Grosse et al., Sandwiching the marginal likelihood, 2015. arXiv:1511.02543
     """
-    options = _Options(start, num_steps, num_chains, num_leapfrog, schedule, pilot_steps, pilot_chains,
+    options = _Options(start, num_steps, num_samples, num_leapfrog, schedule, pilot_steps, pilot_chains,
                        target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
     if num_data < 1:
         raise ValueError(f"got num_data={num_data}, wanted at least one datum to simulate.")
     found, backward, simulated = [], [], []
-    with evaluating(model, guide, seed=seed), validation_enabled(False), reused_memory():
-        batches = _batches(model, guide, data, num_chains, device, at_most=num_data)
-        size = batches.batch_size
-        count = -(-min(num_data, batches.num_data or num_data) // size)
-        with _bar(count * (options.moves + 2 * options.num_steps - 2), "BDMC", progress) as bar:
-            for number, batch in enumerate(_upto(batches, num_data)):
-                batch, latents = simulated_batch(model, batch, observed)
-                *forward, pair, density, moves = _forward(model, guide, batch, options, number, bar, passes=2)
-                exact = pair.latents.pack({name: z.unsqueeze(0) for name, z in latents.items()})
-                position = exact.expand(num_chains, -1, -1).clone()
-                backward.append(anneal(density, position, forward[0], backward=True, bar=bar, moves=moves))
-                found.append(tuple(forward))
-                simulated.append(batch)
-    lower = _annealed(found, options, None)
+    with sweep(model, guide, data=data, batch_size=min(num_data, 250), copies=num_samples, num_data=num_data,
+               validate=False, seed=seed, device=device, progress=progress, title="BDMC") as run:  # fmt: skip
+        run.expect(len(run) * (options.moves + 2 * options.num_steps - 2))
+        for number, (batch, latents) in enumerate(run.simulated(num_data, observed)):
+            *forward, pair, density, moves = _forward(run, guide, batch, options, number, passes=2)
+            exact = pair.latents.pack({name: z.unsqueeze(0) for name, z in latents.items()})
+            position = exact.expand(num_samples, -1, -1).clone()
+            backward.append(anneal(density, position, forward[0], backward=True, tick=run.tick, moves=moves))
+            found.append(tuple(forward))
+            simulated.append(batch)
+    lower = _annealed(found, options)
     weight = torch.cat([w.double().cpu() for w, _ in backward], 1)
     # One chain from the exact draw beside C from the start; averaged over which one it is.
-    ahead = lower.log_weight.logsumexp(0) - math.log(1 + num_chains)
-    upper = torch.logaddexp(ahead, weight - math.log(1 + num_chains))
-    spread = upper.var(0) / num_chains if num_chains > 1 else torch.full_like(upper[0], math.nan)
-    # The forward chains' share of the error, as a log of their mean has it.
-    shared = lower.pointwise_stderr * torch.sigmoid(ahead - (weight - math.log(1 + num_chains))).mean(0)
-    pointwise = upper.mean(0)
+    ahead, behind = lower.log_weight.logsumexp(0) - math.log(1 + num_samples), weight - math.log(1 + num_samples)
+    upper = torch.logaddexp(ahead, behind)
+    spread = upper.var(0) / num_samples if num_samples > 1 else torch.full_like(upper[0], math.nan)
+    # The forward chains' share of the error, as a log of their mean has it; of the width what it does not cancel.
+    share = torch.sigmoid(ahead - behind).mean(0)
+    variances = [spread + (lower.pointwise_stderr * s).square() for s in (share, 1 - share)]
     return Bracket(
         lower=lower,
-        upper=pointwise.mean().item(),
-        upper_pointwise=pointwise,
-        upper_stderr=(spread + shared.square()).sum().sqrt().item() / len(pointwise),
+        upper=Mean.of(upper.mean(0), variances[0], num_samples),
+        width=Mean.of(upper.mean(0) - lower.pointwise, variances[1], num_samples),
         backward_log_weight=weight,
         backward_acceptance=torch.cat([a.double().cpu() for _, a in backward]),
         data=joined(simulated),
@@ -326,7 +285,7 @@ def bdmc(
 
 
 def anneal(
-    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, bar: Any = None,
+    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Any = None,
     moves: Moves | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run chains along the path of the kernels, and weigh them.
@@ -336,7 +295,7 @@ def anneal(
         position: Draws from f_0, (C, B, U); backwards exact draws from the posterior.
         kernels: Temperatures and moves.
         backward: From the posterior to f_0.
-        bar: Told of every move.
+        tick: Called after every move.
         moves: The moves of this density by the kernels' leapfrog steps, where they are captured.
     Returns:
         log w, (C, B) in float64, and the mean probability of acceptance, (B,).
@@ -356,15 +315,15 @@ def anneal(
                 state, kernels.mixture(move), kernels.step_size[move - 1], kernels.scale(move)
             )
             accepted = accepted + acceptance.mean(0)
-            if bar is not None:
-                bar.update()
+            if tick is not None:
+                tick()
     return total, accepted / (count - 1) if count > 1 else torch.full_like(accepted, math.nan)
 
 
 class _Options(NamedTuple):
     start: str
     num_steps: int
-    num_chains: int
+    num_samples: int
     num_leapfrog: int
     schedule: str
     pilot_steps: int | None
@@ -384,7 +343,7 @@ class _Options(NamedTuple):
         return self.coarse + 9 if self.num_steps > 1 else 0
 
     def check(self, guide: Program | None) -> None:
-        for name in ("num_steps", "num_chains", "num_leapfrog"):
+        for name in ("num_steps", "num_samples", "num_leapfrog"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}, wanted a positive integer.")
         if self.pilot_chains < 2:
@@ -402,15 +361,14 @@ class _Options(NamedTuple):
 
 
 def _forward(
-    model: Program, guide: Program | None, batch: tuple[Any, ...], options: _Options, number: int, bar: Any,
-    passes: int = 1,
-) -> tuple[Any, ...]:  # fmt: skip
+    run: Sweep, guide: Program | None, batch: tuple[Any, ...], options: _Options, number: int, passes: int = 1
+) -> tuple[Any, ...]:
     """Kernels, log weights, acceptance of the forward chains; the pair, the density and its moves for further ones."""
-    programs = _programs(model, guide)
+    programs = run.programs
     # Far from the seeds that people choose: a pilot that shared the scored chains' noise would not be independent of
     # them, nor, on simulated data, of the exact draws.
     with seeded(2**48 + 2**20 * options.pilot_seed + number):
-        pair = Pair(model, guide, batch)
+        pair = Pair(programs[0], guide, batch)
         density = pair.path_density(options.start)
         draws = pair.from_guide if options.start == "guide" else pair.from_prior
         # 64 draws know a standard deviation to 9 %, which is more than a scale need be.
@@ -419,12 +377,12 @@ def _forward(
         kernels = pilot(
             density, draws(options.pilot_chains), both, name=options.schedule, num_steps=options.num_steps,
             num_leapfrog=options.num_leapfrog, pilot_steps=options.coarse,
-            target_acceptance=options.target_acceptance, moved=bar.update,
+            target_acceptance=options.target_acceptance, moved=run.tick,
             # Fewer chains make another graph, for which Inductor would be called a second time.
             moves=Moves(density, options.num_leapfrog, programs, options.moves, bool(options.compile) and "auto"),
         )  # fmt: skip
     moves = Moves(density, options.num_leapfrog, programs, passes * (options.num_steps - 1), options.compile)
-    log_weight, acceptance = anneal(density, draws(options.num_chains), kernels, bar=bar, moves=moves)
+    log_weight, acceptance = anneal(density, draws(options.num_samples), kernels, tick=run.tick, moves=moves)
     return kernels, log_weight, acceptance, pair, density, moves
 
 
@@ -433,67 +391,18 @@ def _precision(draws: Tensor) -> Tensor:
     return 1 / variance.clamp(min=1e-12)
 
 
-def _annealed(found: list[tuple[Any, ...]], options: _Options, simulated: Bracket | None) -> Annealed:
-    kernels = tuple(k for k, _, _ in found)
+def _annealed(found: list[tuple[Any, ...]], options: _Options) -> Annealed:
     weight = torch.cat([w.cpu() for _, w, _ in found], 1)
-    count, size = weight.shape
-    total = weight.logsumexp(0)
-    share = (weight - total).exp()
-    squares = share.square().sum(0)
-    pointwise = total - math.log(count)
-    variance, bias = torch.full((2, size), math.nan, dtype=torch.float64)
-    if count > 1:
-        variance = (count * squares - 1).clamp(min=0) / (count - 1)
-        # Leaving out one weight of C changes the log of their mean by this much.
-        change = torch.log1p(-share.clamp(max=1 - 1e-12)) + math.log(count / (count - 1))
-        bias = (count - 1) * change.mean(0)
+    scored = Scored.of(weight)
     return Annealed(
-        value=pointwise.mean().item(),
-        mc_stderr=variance.sum().sqrt().item() / size,
-        data_stderr=pointwise.std().item() / math.sqrt(size) if size > 1 else math.nan,
-        bias=bias.mean().item(),
-        pointwise=pointwise,
-        pointwise_stderr=variance.sqrt(),
+        **averaged(scored.log_p, scored.log_p_variance),
+        bias=scored.bias.mean().item(),
+        pointwise_stderr=scored.log_p_variance.sqrt(),
         log_weight=weight,
-        ess=1 / squares,
+        ess=scored.ess,
         acceptance=torch.cat([a.double().cpu() for _, _, a in found]),
-        kernels=kernels,
+        kernels=tuple(k for k, _, _ in found),
         start=options.start,
         num_steps=options.num_steps,
-        num_chains=options.num_chains,
-        simulated=simulated,
+        num_samples=options.num_samples,
     )
-
-
-def _batches(
-    model: Program, guide: Program | None, data: Any, num_chains: int, device: str | torch.device | None,
-    at_most: int | None = None,
-) -> Batches:  # fmt: skip
-    batches = Batches(data, 100, _place(model, guide, device), shuffle=False, programs=_programs(model, guide))
-    size = max(1, _CHUNK // (values(batches.first()) * num_chains))
-    return batches.of(size if at_most is None else min(at_most, size))
-
-
-def _upto(batches: Batches, num_data: int) -> Iterator[tuple[Any, ...]]:
-    """Batches until so many data have come."""
-    left = num_data
-    for batch in batches:
-        if left <= 0:
-            return
-        size = rows(batch)
-        yield batch if size <= left else at(batch, slice(left))
-        left -= size
-
-
-
-
-def _programs(model: Program, guide: Program | None) -> tuple[Program, ...]:
-    return (model,) if guide is None else (model, guide)
-
-
-def _place(model: Program, guide: Program | None, device: str | torch.device | None) -> Any:
-    return device_of(*_programs(model, guide)) if device is None else device
-
-
-def _bar(total: int, title: str, progress: bool | None) -> Any:
-    return tqdm(total=total, desc=title, disable=None if progress is None else not progress, leave=False)

@@ -37,9 +37,9 @@ from torch import Tensor
 from pyro_vae.atomic import write_file
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import whole
-from pyro_vae.judging.densities import Scorer
-from pyro_vae.judging.estimates import chunk_sizes
-from pyro_vae.judging.psis import pareto_k, pareto_smoothed
+from pyro_vae.judging.components import Scorer
+from pyro_vae.judging.sweeps import chunk_sizes
+from pyro_vae.judging.weights import pareto_k, pareto_smoothed
 from pyro_vae.options import checked
 from pyro_vae.parameters import device_of
 from pyro_vae.sites import plates

@@ -1,4 +1,5 @@
-"""How far a guide's draws are from a reference posterior, in numbers that know their own noise.
+"""How far draws are from others, in numbers that know their own noise: a guide's from a reference posterior's, and
+samples from data.
 
 Every distance comes with its null value: what two halves of the reference give against each
 other, which is what an exact guide would show. The halves are made of whole chains, so
@@ -12,23 +13,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.references import Reference
+from pyro_vae.judging.results import Result
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
 
 
 @dataclass(frozen=True)
-class GuideDistances:
+class GuideDistances(Result):
     """Distances from guide to reference for N data with U unconstrained latent dimensions.
 
     Attributes:
@@ -50,19 +49,25 @@ class GuideDistances:
     null_sliced_wasserstein: Tensor
     null_mmd: Tensor
 
-    def __str__(self) -> str:
+    def rows(self) -> list[dict[str, Any]]:
         def rms(x: Tensor) -> float:
             return x.square().mean().sqrt().item()
 
-        rows = [
-            ("variance ratio", self.variance_ratio.log().mean().exp().item(),
-             self.null_variance_ratio.log().mean().exp().item()),
+        def ratio(x: Tensor) -> float:
+            return x.log().mean().exp().item()
+
+        found = [
+            ("variance ratio", ratio(self.variance_ratio), ratio(self.null_variance_ratio)),
             ("mean error (sd)", rms(self.mean_error), rms(self.null_mean_error)),
-            ("sliced Wasserstein (sd)", self.sliced_wasserstein.mean().item(),
-             self.null_sliced_wasserstein.mean().item()),
+            ("sliced Wasserstein (sd)", *(x.mean().item() for x in (self.sliced_wasserstein,
+                                                                    self.null_sliced_wasserstein))),
             ("squared MMD", self.mmd.mean().item(), self.null_mmd.mean().item()),
         ]  # fmt: skip
-        return "guide to reference: " + ", ".join(f"{name} {value:.3g} (null {null:.3g})" for name, value, null in rows)
+        return [{"distance": name, "value": value, "null": null} for name, value, null in found]
+
+    def __str__(self) -> str:
+        shown = "{distance} {value:.3g} (null {null:.3g})"
+        return "guide to reference: " + ", ".join(shown.format(**row) for row in self.rows())
 
 
 @checked
@@ -70,11 +75,12 @@ def guide_distances(
     model: Program,
     guide: Program,
     data: Any,
-    reference: Reference,
     *,
+    reference: Reference,
     num_directions: int = 100,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
 ) -> GuideDistances:
     """Compare a guide with the draws of a reference posterior, datum by datum.
 
@@ -82,13 +88,12 @@ def guide_distances(
     have the same noise.
 
     Args:
-        model: A Pyro program for p(x, z).
         guide: The guide to judge; not necessarily the one that the reference started from.
         data: The data of the reference, in its order.
         reference: What `reference` returned, from an even number of chains.
         num_directions: Directions of the sliced Wasserstein distance.
-        device: Where the batches go; where the modules are when not given.
         seed: Seed of the draws and directions.
+        model, device, progress: As for `log_likelihood`.
     Returns:
         The distances with their null values, in unconstrained coordinates.
     Raises:
@@ -98,10 +103,9 @@ def guide_distances(
     if chains < 2:
         raise ValueError(f"got a reference of {chains} chain, wanted at least 2, to compare halves.")
     halves = [half.flatten(0, 1).double() for half in reference.unconstrained[: chains // 2 * 2].chunk(2)]
-    place = device_of(model, guide) if device is None else device
-    with evaluating(model, guide, seed=seed), validation_enabled(False):
-        batches = Batches(data, 20, place, shuffle=False, programs=(model, guide))
-        draws = torch.cat([Pair(model, guide, b).from_guide(len(halves[0])).cpu() for b in batches], 1).double()
+    with sweep(model, guide, data=data, batch_size=20, validate=False, seed=seed, device=device, progress=progress,
+               title="distances") as run:  # fmt: skip
+        draws = torch.cat([Pair(model, guide, b).from_guide(len(halves[0])).cpu() for b in run], 1).double()
         if draws.shape[1] != count:
             raise ValueError(f"got {draws.shape[1]} data and a reference of {count}, wanted the same data.")
         directions = torch.randn(num_directions, draws.shape[-1], dtype=torch.float64)
@@ -171,3 +175,59 @@ def squared_mmd(x: Tensor, y: Tensor, most: int = 500) -> Tensor:
 def _off_diagonal(kernel: Tensor) -> Tensor:
     count = len(kernel)
     return (kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))
+
+
+class Distance(NamedTuple):
+    """A distance between two sets, and the spread of what halves of the second give.
+
+    Attributes:
+        value: The distance.
+        null: Root mean square of the distance between random halves of the data: a
+            value of this size is nothing.
+    """
+
+    value: float
+    null: float
+
+
+@checked
+def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: int = 0) -> Distance:
+    """Energy distance between two sets, in the units of the data.
+
+        D^2 = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
+
+    Zero only for equal distributions. The unbiased estimate of D^2 is returned, so it
+    can be slightly negative; ``null`` says how large a value is still nothing.
+
+    Args:
+        samples: (N, *shape).
+        data: (M, *shape).
+        halvings: Random halvings of the data for the null value.
+        seed: Seed of the halvings.
+    Returns:
+        The distance, beside that of two halves of the data.
+    Raises:
+        ValueError: Fewer than two samples or four data, or different shapes.
+    Example:
+        >>> x = torch.arange(8.0).reshape(8, 1)
+        >>> energy_distance(x + 100, x).value > 100
+        True
+
+    Reference: Szekely and Rizzo, Energy statistics, 2013. doi:10.1016/j.jspi.2013.03.018
+    """
+    if len(samples) < 2 or len(data) < 4 or samples.shape[1:] != data.shape[1:]:
+        raise ValueError(
+            f"got sets of shapes {tuple(samples.shape)} and {tuple(data.shape)}, wanted at least 2 and 4 of one shape. "
+            "Draw more samples, or give more data."
+        )
+    x, y = (s.detach().cpu().flatten(1).double() for s in (samples, data))
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(y), generator=generator) for _ in range(halvings)]
+    nulls = torch.tensor([_squared_energy(y[order[::2]], y[order[1::2]]) for order in orders])
+    return Distance(_squared_energy(x, y), nulls.square().mean().sqrt().item())
+
+
+def _squared_energy(x: Tensor, y: Tensor) -> float:
+    between = torch.cdist(x, y).mean()
+    within = [torch.cdist(s, s).sum() / (len(s) * (len(s) - 1)) for s in (x, y)]
+    return (2 * between - within[0] - within[1]).item()

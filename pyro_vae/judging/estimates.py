@@ -1,48 +1,31 @@
-"""Estimates of log p(x) and of the ELBO, which never travel without their errors.
+"""Estimates of log p(x) and of the ELBO, which never travel without their errors; and which data are strange.
 
-With w_k = p(x, z_k) / q(z_k | x), the mean weight is an unbiased estimate of p(x); its
-logarithm is biased downwards by about Var(w) / (2 K p(x)^2), which the jackknife
-measures. Two errors are told apart: that of the Monte Carlo sum for these data, and
-that of these data for the population they come from.
-
-How the estimate grows with K needs no further samples: K weights are K / K' disjoint blocks of
-K' weights, each of which would have given the estimate at K'.
+With w_k = p(x, z_k) / q(z_k | x), the mean weight is an unbiased estimate of p(x); its logarithm is biased downwards
+by about Var(w) / (2 K p(x)^2), which the jackknife measures. Two errors are told apart: that of the Monte Carlo sum for
+these data, and that of these data for the population they come from.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.capture import capturing, fast_matmul
-from pyro_vae.inference.memory import reused_memory
-from pyro_vae.inference.per_datum import lengths
-from pyro_vae.inference.replays import Replayed
-from pyro_vae.inference.trees import leaves, rows, values
-from pyro_vae.judging.psis import khat_limit, pareto_smoothed
+from pyro_vae.judging.results import Mean, Measured, Result, averaged, table
+from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.weights import Scored, at_fewer, fewer, khat_limit, khat_ok
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
-from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
+from pyro_vae.traces import Program
 
-# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
-_CHUNK = 3 * 2**19
-# Log weights that are held at once.
-_HELD = 2**22
+SCORES = ("log-likelihood", "reconstruction")
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Result):
     """The estimate of log p(x) at smaller numbers of samples, from the same weights, in nats.
 
     Attributes:
@@ -57,13 +40,23 @@ class Curve:
     value: Tensor
     mc_stderr: Tensor
 
+    def rows(self) -> list[dict[str, Any]]:
+        return table(num_samples=self.num_samples, value=self.value, mc_stderr=self.mc_stderr)
+
     def __str__(self) -> str:
-        rows = zip(self.num_samples, self.value.tolist(), self.mc_stderr.tolist(), strict=True)
-        return "\n".join(f"K = {k:<6d} {value:.3f} ± {error:.3f} nats" for k, value, error in rows)
+        form = "K = {num_samples:<6d} {value:.3f} ± {mc_stderr:.3f} nats"
+        return "\n".join(form.format(**row) for row in self.rows())
+
+    def plot(self) -> Any:
+        """The estimate against K, as a figure."""
+        from pyro_vae.plots import bounds_by_samples
+
+        name = "importance-weighted bound"
+        return bounds_by_samples(self.num_samples, {name: self.value}, {name: self.mc_stderr})
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Measured):
     """An estimate of log p(x), averaged over data, in nats.
 
     Attributes:
@@ -158,12 +151,10 @@ class Estimate:
     @property
     def khat_ok(self) -> float:
         """Share of the data whose k-hat is below `khat_limit`; nan where K is too small to say."""
-        if self.pareto_k.isnan().all():
-            return math.nan
-        return (self.pareto_k < khat_limit(self.num_samples)).double().mean().item()
+        return khat_ok(self.pareto_k, self.num_samples)
 
     def __str__(self) -> str:
-        text = f"log p(x) = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats"
+        text = f"log p(x) = {self.said}"
         if math.isnan(self.khat_ok):
             return f"{text}, k̂ unknown at K = {self.num_samples}"
         text += f", k̂ ok for {100 * self.khat_ok:.1f} %"
@@ -173,7 +164,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class ElboTerms:
+class ElboTerms(Measured):
     """The ELBO and its two terms, averaged over data, in nats: value = reconstruction - kl.
 
     Attributes:
@@ -195,20 +186,7 @@ class ElboTerms:
     num_samples: int
 
     def __str__(self) -> str:
-        return (
-            f"ELBO = {self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats "
-            f"= reconstruction {self.reconstruction:.2f} - KL {self.kl:.2f}"
-        )
-
-
-def over_data(data_stderr: float) -> str:
-    """The error for the population in words; a single datum says nothing of others.
-
-    Example:
-        >>> over_data(0.24), over_data(float("nan"))
-        ('data ± 0.24', 'one datum')
-    """
-    return "one datum" if math.isnan(data_stderr) else f"data ± {data_stderr:.2f}"
+        return f"ELBO = {self.said} = reconstruction {self.reconstruction:.2f} - KL {self.kl:.2f}"
 
 
 @checked
@@ -218,8 +196,8 @@ def log_likelihood(
     data: Any,
     *,
     num_samples: int = 5000,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
     compile: bool | str = "auto",
 ) -> Estimate:
@@ -235,9 +213,9 @@ def log_likelihood(
         guide: A Pyro program for q(z | x).
         data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches.
         num_samples: K.
-        device: Where the batches go; where the modules are when not given.
         seed: Seed of the samples (and of a binarisation drawn on the way); None goes
             on with torch's random state.
+        device: Where the batches go; where the modules are when not given.
         progress: Show a bar; None shows it on a terminal only.
         compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where there are
             600 or more of them, and hands it to Inductor where that pays; True does so at once, False runs the
@@ -261,26 +239,23 @@ def log_likelihood(
     References: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519; Vehtari et
         al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
-    parts, steps = [], _steps(num_samples)
+    parts, steps = [], fewer(num_samples)
     totals = torch.zeros(2, len(steps), dtype=torch.float64)
-    with evaluating(model, guide, seed=seed), reused_memory():
-        for log_weight, _, joint in _tables(model, guide, data, num_samples, device, progress, "log p(x)", compile):
-            parts.append(_per_datum(_summary(log_weight), joint))
-            totals += _at_steps(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
-    pointwise, variance, bias, ess, k, smoothed, spread = (torch.cat(column) for column in zip(*parts, strict=True))
-    _say_not_finite(pointwise, "log p(x)")
-    count = len(pointwise)
+    with sweep(model, guide, data=data, seed=seed, device=device, progress=progress, title="log p(x)") as run:
+        for log_weight, _, joint in run.tables(num_samples, compile):
+            parts.append(Scored.of(log_weight, joint))
+            totals += at_fewer(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
+    scored = Scored.joined(parts)
+    _say_not_finite(scored.log_p, "log p(x)")
+    count = len(scored.log_p)
     return Estimate(
-        value=pointwise.mean().item(),
-        mc_stderr=variance.sum().sqrt().item() / count,
-        data_stderr=pointwise.std().item() / math.sqrt(count) if count > 1 else math.nan,
-        bias=bias.mean().item(),
-        pointwise=pointwise,
-        ess=ess,
-        pareto_k=k,
+        **averaged(scored.log_p, scored.log_p_variance),
+        bias=scored.bias.mean().item(),
+        ess=scored.ess,
+        pareto_k=scored.pareto_k,
         num_samples=num_samples,
-        smoothed=smoothed,
-        smoothed_stderr=spread.sum().sqrt().item() / count,
+        smoothed=scored.smoothed,
+        smoothed_stderr=scored.smoothed_variance.sum().sqrt().item() / count,
         curve=Curve(tuple(steps), totals[0] / count, totals[1].sqrt() / count),
     )
 
@@ -292,8 +267,8 @@ def elbo_terms(
     data: Any,
     *,
     num_samples: int = 100,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
     compile: bool | str = "auto",
 ) -> ElboTerms:
@@ -302,37 +277,97 @@ def elbo_terms(
         ELBO(x) = E_q[log p(x | z)] - KL(q(z | x) || p(z))
 
     Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
         num_samples: K, samples averaged per datum.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the samples; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
-        compile: As for `log_likelihood`.
+        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
     Returns:
         The terms with their errors.
     Raises:
         ValueError: K < 1, a guide without density, and all that `particles` refuses.
     """
-    parts = []
-    with evaluating(model, guide, seed=seed), reused_memory():
-        for *tables, joint in _tables(model, guide, data, num_samples, device, progress, "ELBO", compile):
-            weight, likelihood = (table.double().cpu() / joint for table in tables)
-            variance = weight.var(0) / num_samples if num_samples > 1 else torch.full_like(weight[0], math.nan)
-            parts.append((weight.mean(0), likelihood.mean(0), variance))
-    pointwise, likelihood, variance = (torch.cat(column) for column in zip(*parts, strict=True))
-    _say_not_finite(pointwise, "the ELBO")
-    count = len(pointwise)
+    with sweep(model, guide, data=data, seed=seed, device=device, progress=progress, title="ELBO") as run:
+        bound, likelihood, _ = moments(run, num_samples, compile)
+    _say_not_finite(bound.pointwise, "the ELBO")
     return ElboTerms(
-        value=pointwise.mean().item(),
-        reconstruction=likelihood.mean().item(),
-        kl=(likelihood - pointwise).mean().item(),
-        mc_stderr=variance.sum().sqrt().item() / count,
-        data_stderr=pointwise.std().item() / math.sqrt(count) if count > 1 else math.nan,
-        pointwise=pointwise,
+        value=bound.value,
+        reconstruction=likelihood.value,
+        kl=(likelihood.pointwise - bound.pointwise).mean().item(),
+        mc_stderr=bound.mc_stderr,
+        data_stderr=bound.data_stderr,
+        pointwise=bound.pointwise,
         num_samples=num_samples,
     )
+
+
+def moments(run: Sweep, num_samples: int, compile: bool | str = "auto") -> tuple[Mean, Mean, Mean]:
+    """The ELBO, its reconstruction and its KL over the data of a sweep."""
+    means, variances = [], []
+    for *tables, joint in run.tables(num_samples, compile):
+        weight, likelihood = (table.double().cpu() / joint for table in tables)
+        both = torch.stack([weight, likelihood, likelihood - weight])  # (3, K, B)
+        means.append(both.mean(1))
+        variances.append(both.var(1) / num_samples if num_samples > 1 else torch.full_like(both[:, 0], math.nan))
+    columns = zip(torch.cat(means, 1), torch.cat(variances, 1), strict=True)
+    bound, reconstruction, kl = (Mean.of(mean, variance, num_samples) for mean, variance in columns)
+    return bound, reconstruction, kl
+
+
+@checked
+def anomaly_scores(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    score: str = "log-likelihood",
+    num_samples: int = 100,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    compile: bool | str = "auto",
+) -> Tensor:
+    """How strange each datum is, in nats: higher is stranger.
+
+        "log-likelihood"    - log 1/K sum_k p(x, z_k) / q(z_k | x)
+        "reconstruction"    - 1/K sum_k log p(x | z_k)
+
+    The first needs a density over z; the second is all that a plain autoencoder has.
+
+    Args:
+        score: "log-likelihood" or "reconstruction".
+        num_samples: K; a point guide needs only one.
+        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
+    Returns:
+        Scores, (N,).
+    Raises:
+        ValueError: Another score, or "log-likelihood" with a point guide.
+    """
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
+    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    if score == "log-likelihood":
+        return -log_likelihood(model, guide, data, num_samples=num_samples, compile=compile, **options).pointwise
+    with sweep(model, guide, data=data, title="reconstruction", **options) as run:
+        parts = [
+            torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)
+        ]
+    return -torch.cat(parts).double().cpu()
+
+
+def roc_auc(inliers: Tensor, outliers: Tensor) -> float:
+    """Area under the ROC curve: P(outlier scores above inlier), ties counting half.
+
+    Args:
+        inliers: Scores of ordinary data.
+        outliers: Scores of strange data.
+    Returns:
+        A share, one half where the scores tell nothing.
+    Example:
+        >>> roc_auc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+        0.875
+    """
+    from sklearn.metrics import roc_auc_score
+
+    labels = torch.cat([torch.zeros(len(inliers)), torch.ones(len(outliers))])
+    return float(roc_auc_score(labels.numpy(), torch.cat([inliers, outliers]).cpu().double().numpy()))
 
 
 def _say_not_finite(pointwise: Tensor, what: str) -> None:
@@ -347,176 +382,7 @@ def _say_not_finite(pointwise: Tensor, what: str) -> None:
         )
 
 
-def _summary(log_weight: Tensor) -> tuple[Tensor, ...]:
-    """Per datum, from (K, B): estimate, its variance and bias, effective sample size, k-hat; the smoothed
-    estimate and its variance."""
-    smoothed, k = pareto_smoothed(log_weight)
-    log_weight = log_weight.double().cpu()
-    count = len(log_weight)
-    total = torch.logsumexp(log_weight, 0)
-    share = (log_weight - total).exp()  # w_k / sum w
-    variance = _variance(log_weight)
-    bias = torch.full_like(total, math.nan)
-    if count > 1:
-        # Leaving out one weight of K changes the log of their mean by this much.
-        change = torch.log1p(-share.clamp(max=1 - 1e-12)) + math.log(count / (count - 1))
-        bias = (count - 1) * change.mean(0)
-    ess = 1 / share.square().sum(0)
-    smooth = torch.logsumexp(smoothed, 0) - math.log(count)
-    return total - math.log(count), variance, bias, ess, k, smooth, _variance(smoothed)
-
-
-def _per_datum(summary: tuple[Tensor, ...], joint: int) -> tuple[Tensor, ...]:
-    """A summary of one column that stands for several data, spread over them."""
-    value, variance, bias, ess, k, smooth, spread = summary
-    return value / joint, variance / joint**2, bias / joint, ess, k, smooth / joint, spread / joint**2
-
-
-def _variance(log_weight: Tensor) -> Tensor:
-    """Variance of log 1/K sum w to first order, per column of (K, ...); nan for K = 1."""
-    count = len(log_weight)
-    if count == 1:
-        return torch.full_like(log_weight[0], math.nan)
-    share = torch.softmax(log_weight, 0)
-    return (count * share.square().sum(0) - 1).clamp(min=0) / (count - 1)
-
-
-def _steps(num_samples: int) -> list[int]:
-    """1, 2, 5, 10, ... below K, and K."""
-    decades = [m * 10**e for e in range(len(str(num_samples))) for m in (1, 2, 5)]
-    return [k for k in decades if k < num_samples] + [num_samples]
-
-
-def _at_steps(log_weight: Tensor, steps: list[int]) -> Tensor:
-    """Sums over the data of the estimate at each K', and of its variance, (2, steps)."""
-    found = []
-    for size in steps:
-        blocks = len(log_weight) // size
-        grouped = log_weight[: blocks * size].reshape(blocks, size, -1).transpose(0, 1)
-        values = torch.logsumexp(grouped, 0) - math.log(size)
-        # Few blocks know their own variance badly; each of many weights knows it by itself.
-        variance = values.var(0) if blocks >= 10 or (size == 1 and blocks > 1) else _variance(grouped).mean(0)
-        found.append(torch.stack([values.mean(0).sum(), (variance / blocks).sum()]))
-    return torch.stack(found, 1)
-
-
 def _round_up(number: float) -> int:
     """To two digits, upwards."""
     unit = 10 ** max(len(str(math.ceil(number))) - 2, 0)
     return math.ceil(number / unit) * unit
-
-
-def particle_batches(
-    model: Program,
-    guide: Program,
-    data: Any,
-    num_samples: int,
-    device: str | torch.device | None,
-    progress: bool | None,
-    title: str,
-) -> Iterator[Iterator[Particles]]:
-    """For each batch of data, its K particles in chunks, of programs as they are: to be run while `evaluating`."""
-    for batch, sizes, found, _ in _batches(model, guide, data, num_samples, device, progress, title):
-        nesting = plate_nesting(model, guide, *batch) if found.joint else found.nesting  # refuses it
-        yield (_drawn(model, guide, batch, size, nesting) for size in sizes)
-
-
-def _drawn(model: Program, guide: Program, batch: tuple[Any, ...], size: int, nesting: int) -> Particles:
-    with fast_matmul(all(x.device.type == "cpu" for _, x in leaves(batch) if isinstance(x, Tensor))):
-        return draw(model, guide, batch, {}, size, max_plate_nesting=nesting)
-
-
-def _tables(
-    model: Program,
-    guide: Program,
-    data: Any,
-    num_samples: int,
-    device: str | torch.device | None,
-    progress: bool | None,
-    title: str,
-    compile: bool | str,
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """For each batch of data, its log weights and log likelihoods, (K, B) each, and the data of each column."""
-    chunks: dict[int, Replayed] = {}
-    told = _batches(model, guide, data, num_samples, device, progress, title)
-    for batch, sizes, (nesting, joint, _), count in told:
-        tensors = all(isinstance(x, Tensor) for x in batch)
-        parts: list[tuple[Tensor, ...]] = []
-        for size in sizes:
-            function = functools.partial(_chunk, model, guide, size, nesting)
-            if not tensors:
-                parts.append(function(*batch))
-                continue
-            if size not in chunks:
-                calls = count * sizes.count(size)
-                chunks[size] = Replayed(function, programs=(model, guide), calls=calls, compile=compile)
-            parts.append(chunks[size](*batch))
-        weight, likelihood = (torch.cat(column) for column in zip(*parts, strict=True))
-        yield weight, likelihood, joint or 1
-
-
-def _chunk(model: Program, guide: Program, size: int, nesting: int, *batch: Any) -> tuple[Tensor, Tensor]:
-    # Samples drawn one by one would make a graph as long as the chunk: there the programs run on as they are.
-    particles = draw(model, guide, batch, {}, size, True if capturing() else None, nesting)
-    return particles.log_weight, particles.log_likelihood
-
-
-def _batches(
-    model: Program,
-    guide: Program,
-    data: Any,
-    num_samples: int,
-    device: str | torch.device | None,
-    progress: bool | None,
-    title: str,
-) -> Iterator[tuple[tuple[Any, ...], list[int], Layout, int]]:
-    """Batches of data, the sizes of their chunks of samples, the pair's layout, and the number of batches."""
-    place = device_of(model, guide) if device is None else device
-    batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
-    at_once = max(1, _CHUNK // values(batches.first()))
-    # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
-    batches = batches.of(max(1, min(100, at_once // min(num_samples, 80), _HELD // num_samples)))
-    batches, found = _laid_out(model, guide, data, batches)
-    count = len(batches)
-    for batch in tqdm(batches, desc=title, disable=None if progress is None else not progress, leave=False):
-        yield batch, chunk_sizes(batch, num_samples), found, count
-
-
-def _laid_out(model: Program, guide: Program, data: Any, batches: Batches) -> tuple[Batches, Layout]:
-    """The pair's layout; and all data in one batch, where the pair is of just these data."""
-    whole = batches
-    if batches.num_data is not None and batches.num_data > batches.batch_size:
-        whole = Batches(data, batches.num_data, batches.device, shuffle=False)
-    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:  # it is made for the data that it sees first
-        with torch.random.fork_rng():
-            guide(*whole.first())
-    batch = batches.first()
-    try:
-        found = layout(model, guide, *batch)
-    except (RuntimeError, ValueError, IndexError) as error:
-        try:
-            found, batch, batches = layout(model, guide, *whole.first()), whole.first(), whole
-        except (RuntimeError, ValueError, IndexError):
-            raise error from None
-    if found.subsampled and found.subsampled not in lengths(batch):
-        raise ValueError(
-            f"the data plate picks {found.subsampled} rows at random in each run, so that two runs are of different "
-            "data and samples cannot be put together. Give the batches as arguments: "
-            'pyro.plate("data", N, subsample=x).'
-        )
-    return batches, found
-
-
-def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:
-    """The sizes of the chunks in which K samples of one batch are drawn: who takes the same gets the same draws."""
-    return _sizes(num_samples, max(1, _CHUNK // values(batch) // max(rows(batch), 1)))
-
-
-def _sizes(num_samples: int, most: int) -> list[int]:
-    """Chunks of about the same size, as every size is captured by itself: all the same where that is near."""
-    for size in range(min(most, num_samples), most // 2, -1):
-        if num_samples % size == 0:
-            return [size] * (num_samples // size)
-    count = -(-num_samples // most)
-    size = -(-num_samples // count)
-    return [size] * (num_samples // size) + ([num_samples % size] if num_samples % size else [])

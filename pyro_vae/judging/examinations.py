@@ -19,15 +19,15 @@ from torch import Tensor
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.trees import at, leaves, rows
 from pyro_vae.judging._calibration import sbc
-from pyro_vae.judging._gaps import Part
 from pyro_vae.judging.annealing import Bracket, bdmc
 from pyro_vae.judging.budget import Budget, OutOfTime
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.nats import RELEVANT, Nats
-from pyro_vae.judging.psis import khat_limit
+from pyro_vae.judging.results import Mean
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, Latents, Stages
+from pyro_vae.judging.weights import khat_ok
 from pyro_vae.traces import Program
 
 _NUM_SAMPLES = (5000, 2000, 1000, 500, 200, 100, 50, 25, 10, 5, 2)
@@ -64,7 +64,7 @@ class Examination:
     per_draw: float = 0.0
     judged: Pooled | None = None
     better: Pooled | None = None
-    best: Part | None = None
+    best: Mean | None = None
 
     @property
     def num_data(self) -> int:
@@ -139,9 +139,7 @@ class Pooled:
     @property
     def khat_ok(self) -> float:
         """Share of the data whose k-hat is small enough; nan where K is too small to say."""
-        if self.pareto_k.isnan().all():
-            return math.nan
-        return (self.pareto_k < khat_limit(self.num_samples)).double().mean().item()
+        return khat_ok(self.pareto_k, self.num_samples)
 
     def at(self, num_samples: int) -> tuple[float, float]:
         """The curve at any K, linear in log K, and its error: a quarter of the step between two points is added."""
@@ -271,12 +269,16 @@ def examine_latents(pair: Examination, stages: Stages) -> Latents:
     """Which latents move with the data, and what each carries."""
     count = max(stages.bounds.num_data, min(pair.num_data, 16))
     part = pair.part(0, count)
-    device, seed = pair.options["device"], pair.options["seed"]
+    seed = pair.options["seed"]
     with pair.budget.piece():
         with seeded(seed):
             components = Components(pair.model, pair.part(0, 2))
-        units = [active_units(pair.guide, part, Latents().threshold, site=name) for name in components.sites]
-        kl = kl_per_dimension(pair.model, pair.guide, part, device=device, seed=seed)
+        threshold = Latents().threshold
+        units = [
+            active_units(pair.model, pair.guide, part, threshold=threshold, site=name, **pair.options)
+            for name in components.sites
+        ]
+        kl = kl_per_dimension(pair.model, pair.guide, part, **pair.options)
     variance = torch.cat([found.variance.double() for found in units]).tolist()
     return Latents(
         status="done",
@@ -292,19 +294,19 @@ def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
     """log p(x) of simulated data from both sides, and what importance sampling lacks there."""
     budget = pair.budget
     found, start = _bracket(pair)
-    lower, count = found.lower, len(found.upper_pointwise)
+    lower, count = found.lower, len(found.upper.pointwise)
     importance, low, high = math.nan, Nats(), Nats()
     if pair.judged is not None:
         with contextlib.suppress(OutOfTime), budget.piece():
             num_samples = pair.judged.num_samples
             there = log_likelihood(pair.model, pair.guide, found.data, num_samples=num_samples, **pair.options)
             importance = there.value
-            low, high = (_mean(bound - there.pointwise) for bound in (lower.pointwise, found.upper_pointwise))
+            low, high = (_mean(bound - there.pointwise) for bound in (lower.pointwise, found.upper.pointwise))
     return Bracketed(
-        status="done", num_data=count, num_steps=lower.num_steps, num_chains=lower.num_chains, start=start,
-        lower=Nats(lower.value, lower.mc_stderr), upper=Nats(found.upper, found.upper_stderr),
-        width=Nats(found.width, found.width_stderr), importance=importance, below_lower=low, below_upper=high,
-        found=found,
+        status="done", num_data=count, num_steps=lower.num_steps, num_chains=lower.num_samples, start=start,
+        lower=Nats(lower.value, lower.mc_stderr), upper=Nats(found.upper.value, found.upper.mc_stderr),
+        width=Nats(found.width.value, found.width.data_stderr), importance=importance, below_lower=low,
+        below_upper=high, found=found,
     )  # fmt: skip
 
 
@@ -316,7 +318,7 @@ def _bracket(pair: Examination) -> tuple[Bracket, str]:
         with budget.piece():
             return bdmc(
                 pair.model, pair.guide, pair.part(0, num_data), num_data=num_data, num_steps=num_steps, start=start,
-                num_chains=_NUM_CHAINS, observed=pair.observed, **pair.options,
+                num_samples=_NUM_CHAINS, observed=pair.observed, **pair.options,
             )  # fmt: skip
 
     began, start = budget.clock(), "guide"
@@ -345,7 +347,7 @@ def _mean(pointwise: Tensor) -> Nats:
 def examine_calibration(pair: Examination, stages: Stages) -> Calibrated:
     """Ranks of true latents among draws of the guide."""
     budget = pair.budget
-    settings: dict[str, Any] = {"num_draws": 99, "observed": pair.observed, **pair.options}
+    settings: dict[str, Any] = {"num_samples": 99, "observed": pair.observed, **pair.options}
     began = budget.clock()
     with budget.piece():
         found = sbc(pair.model, pair.guide, pair.data, num_data=100, **settings)
@@ -357,7 +359,7 @@ def examine_calibration(pair: Examination, stages: Stages) -> Calibrated:
             break
     coverage, _ = found.covered(0.9)
     return Calibrated(
-        status="done", num_data=len(found.ranks), num_draws=found.num_draws, level=found.level,
+        status="done", num_data=len(found.ranks), num_draws=found.num_samples, level=found.level,
         calibrated=found.calibrated, names=found.names, verdicts=found.verdicts,
         p_value=tuple(found.adjusted.tolist()), coverage_90=tuple(coverage.tolist()), found=found,
     )  # fmt: skip

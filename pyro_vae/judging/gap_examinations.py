@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.judging._gaps import FamilyGaps, Gaps, Part, gaps
+from pyro_vae.judging._gaps import STEP_SAMPLES, FamilyGaps, Gaps, gaps
 from pyro_vae.judging.budget import OutOfTime
 from pyro_vae.judging.examinations import Examination, weighted
 from pyro_vae.judging.nats import Nats
-from pyro_vae.judging.psis import khat_limit
+from pyro_vae.judging.results import Mean
 from pyro_vae.judging.stages import GapSplit, Remedy, Stages
+from pyro_vae.judging.weights import khat_ok
 from pyro_vae.parts.posteriors.normal import FullNormal
 
-_NUM_SAMPLES, _STEP_SAMPLES, _MAX_STEPS, _WINDOW = 1000, 8, 1000, 50
+_NUM_SAMPLES, _NUM_STEPS, _WINDOW = 1000, 1000, 50
 
 
 def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
@@ -27,7 +28,7 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
         return _gaps(pair, (start, stop), {}, pair.options["seed"] + start)
 
     def cost(took: float, size: int, coming: int) -> float:
-        draws = (coming - size) * (1000 * _STEP_SAMPLES * 3 + 2 * _NUM_SAMPLES)
+        draws = (coming - size) * (1000 * STEP_SAMPLES * 3 + 2 * _NUM_SAMPLES)
         # Many data at once cost less than one by one: at most in proportion, and at least what they compute.
         return min(took * coming / size, took + max(draws * pair.per_draw, 0.0))
 
@@ -36,8 +37,8 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
     level = _whole([part.log_likelihood for part in parts])
     assert level is not None
     khat = torch.cat([part.pareto_k for part in parts])
-    khat_ok = math.nan if khat.isnan().all() else (khat < khat_limit(_NUM_SAMPLES)).double().mean().item()
-    if math.isnan(khat_ok) or khat_ok >= 0.9:
+    share = khat_ok(khat, _NUM_SAMPLES)
+    if math.isnan(share) or share >= 0.9:
         pair.best = level
     return GapSplit(
         status="done",
@@ -50,7 +51,7 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
         log_p=_measured(level),
         source=parts[-1].source,
         bias=weighted([part.log_likelihood for part in parts], [part.bias for part in parts]),
-        khat_ok=khat_ok,
+        khat_ok=share,
         remaining=_average([row.remaining for row in own]),
         stopped=_average([row.stopped for row in own]),
         num_steps=_average([row.steps for row in own]),
@@ -93,11 +94,11 @@ def _gaps(pair: Examination, of: tuple[int, int], families: Mapping[str, Any], s
     options = pair.options | {"seed": seed}
     return gaps(
         pair.model, pair.guide, pair.part(*of), families=families, num_samples=_NUM_SAMPLES,
-        step_samples=_STEP_SAMPLES, max_steps=_MAX_STEPS, window=_WINDOW, **options,
+        num_steps=_NUM_STEPS, window=_WINDOW, **options,
     )  # fmt: skip
 
 
-def _whole(parts: Sequence[Part | None], climbed: Sequence[FamilyGaps] = ()) -> Part | None:
+def _whole(parts: Sequence[Mean | None], climbed: Sequence[FamilyGaps] = ()) -> Mean | None:
     """One part of the data of all pieces; what remained to climb does not average out over the data."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
@@ -107,11 +108,11 @@ def _whole(parts: Sequence[Part | None], climbed: Sequence[FamilyGaps] = ()) -> 
     if climbed:
         remaining = torch.cat([row.remaining for row in climbed if row.remaining is not None])
         variance = (variance - remaining.square()).clamp(min=0)
-    return Part.of(torch.cat([part.pointwise for part in known]), variance, remaining)
+    return Mean.of(torch.cat([part.pointwise for part in known]), variance, _NUM_SAMPLES, remaining)
 
 
-def _measured(part: Part | None) -> Nats:
-    return Nats() if part is None else Nats(part.value, part.stderr, part.data_stderr)
+def _measured(part: Mean | None) -> Nats:
+    return Nats() if part is None else Nats(part.value, part.mc_stderr, part.data_stderr)
 
 
 def _average(values: Sequence[Tensor | None]) -> float:

@@ -21,27 +21,29 @@ arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 201
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import seeded, whole
+from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.per_datum import Counting, Unit, lengths
+from pyro_vae.judging.results import Result, row
+from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of, trainable
+from pyro_vae.parameters import trainable
 from pyro_vae.traces import Program
 
 _BOOTSTRAPS = 200
+_NineNumbers: TypeAlias = tuple[float, float, float, float, float, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ class GradientQuality:
 
 
 @dataclass(frozen=True)
-class GradientLab:
+class GradientLab(Result):
     """All that was measured, and how.
 
     Attributes:
-        rows: For each K, estimator and part.
+        measured: For each K, estimator and part.
         skipped: (estimator, K, reason) of what the bound or the pair does not allow.
         bound: Name of the bound.
         repeats: R, gradients drawn of each.
@@ -104,7 +106,7 @@ class GradientLab:
         seed: Of the draws.
     """
 
-    rows: tuple[GradientQuality, ...]
+    measured: tuple[GradientQuality, ...]
     skipped: tuple[tuple[str, int, str], ...]
     bound: str
     repeats: int
@@ -114,18 +116,38 @@ class GradientLab:
     num_parameters: dict[str, int]
     seed: int | None
 
+    def rows(self) -> list[dict[str, Any]]:
+        return [row(each) | {"relative_bias": each.relative_bias} for each in self.measured]
+
+    def plot(self) -> Any:
+        """The SNR of each estimator and part against K, a figure."""
+        from pyro_vae.plots import bounds_by_samples
+
+        curves: dict[str, dict[int, GradientQuality]] = {}
+        for each in self.measured:
+            curves.setdefault(f"{each.estimator} ({each.part})", {})[each.num_samples] = each
+        counts = sorted({count for curve in curves.values() for count in curve})
+        values, errors = (
+            {name: [getattr(curve.get(k), field, math.nan) for k in counts] for name, curve in curves.items()}
+            for field in ("snr", "snr_stderr")
+        )
+        figure = bounds_by_samples(counts, values, errors)
+        figure.axes[0].set(ylabel="signal-to-noise ratio", yscale="log")
+        figure.axes[0].set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
+        return figure
+
     def row(self, estimator: str, num_samples: int, part: str = "encoder") -> GradientQuality:
-        """One of the rows.
+        """One of what was measured.
 
         Raises:
             ValueError: It was not measured.
         """
-        for row in self.rows:
-            if (row.estimator, row.num_samples, row.part) == (estimator, num_samples, part):
-                return row
+        for each in self.measured:
+            if (each.estimator, each.num_samples, each.part) == (estimator, num_samples, part):
+                return each
         raise ValueError(
             f"got ({estimator!r}, {num_samples}, {part!r}), wanted one of "
-            f"{sorted({(r.estimator, r.num_samples, r.part) for r in self.rows})}."
+            f"{sorted({(r.estimator, r.num_samples, r.part) for r in self.measured})}."
         )
 
     def slope(self, estimator: str, part: str = "encoder") -> tuple[float, float]:
@@ -134,7 +156,8 @@ class GradientLab:
         Raises:
             ValueError: Fewer than two K with a signal.
         """
-        rows = [r for r in self.rows if (r.estimator, r.part) == (estimator, part) and r.snr > 0 and r.snr_stderr > 0]
+        of = [r for r in self.measured if (r.estimator, r.part) == (estimator, part)]
+        rows = [r for r in of if r.snr > 0 and r.snr_stderr > 0]
         if len(rows) < 2:
             raise ValueError(f"got {len(rows)} values of K with an SNR of {estimator!r} ({part}), wanted two or more.")
         x = torch.tensor([math.log(r.num_samples) for r in rows], dtype=torch.float64)
@@ -151,7 +174,7 @@ class GradientLab:
         )
         titles = f"{'bias/norm':>9} {'p':>7}  {'variance':>18}  {'SNR':>17}  cost"
         lines = [head, f"{'part':8} {'K':>5}  {'estimator':24} {titles}"]
-        for r in sorted(self.rows, key=lambda r: (r.part != "encoder", r.part, r.num_samples)):
+        for r in sorted(self.measured, key=lambda r: (r.part != "encoder", r.part, r.num_samples)):
             lines.append(
                 f"{r.part:8} {r.num_samples:5d}  {r.estimator:24} {r.relative_bias:9.3f} {r.bias_p_value:7.2g}  "
                 f"{r.variance:8.2e} ± {r.variance_stderr:7.1e}  {r.snr:7.3f} ± {r.snr_stderr:7.3f}  {r.cost:.2f}"
@@ -164,7 +187,7 @@ class GradientLab:
 def gradient_lab(
     model: Program,
     guide: Program,
-    x: Any,
+    data: Any,
     *,
     estimators: Sequence[str] = ESTIMATORS,
     num_samples: Sequence[int] = (1, 4, 16, 64),
@@ -173,8 +196,8 @@ def gradient_lab(
     reference: str | None = None,
     reference_repeats: int | None = None,
     max_parameters: int = 10_000,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> GradientLab:
     """Measure gradient estimators of a bound at the pair's present parameters, which stay as they are.
@@ -183,9 +206,7 @@ def gradient_lab(
     variance of a training step is noise of the network, and no estimator's fault.
 
     Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        x: One batch: a tensor, or a tuple of the programs' arguments.
+        data: As for `fit`; all of them are one batch.
         estimators: As for `Objective`.
         num_samples: Values of K.
         repeats: R, gradients drawn of each; at least 10.
@@ -194,9 +215,7 @@ def gradient_lab(
             "score-function" where samples cannot be reparameterised.
         reference_repeats: Gradients drawn for it; None for four times as many.
         max_parameters: Of a part with more, so many are looked at, picked at random.
-        device: Where the batch goes; where the modules are when not given.
-        seed: Seed of the draws; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
+        model, guide, seed, device, progress: As for `log_likelihood`.
     Returns:
         Bias, variance, SNR and cost of each estimator for each K, encoder and decoder apart.
     Raises:
@@ -216,68 +235,45 @@ def gradient_lab(
         >>> lab = gradient_lab(model, guide, torch.ones(3), num_samples=(1, 2), repeats=10)
         >>> lab.row("doubly-reparameterized", 2).part
         'encoder'
-
-    References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
-        arXiv:1802.04537; Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
     """
     _check(estimators, num_samples, repeats, reference)
-    place = device_of(model, guide) if device is None else device
-    args = x if isinstance(x, tuple) else (x,)
-    args = whole((model, guide), args, place)
     far = 4 * repeats if reference_repeats is None else reference_repeats
-    rows: list[GradientQuality] = []
+    measured: list[GradientQuality] = []
     skipped: list[tuple[str, int, str]] = []
     truth = reference
-    with evaluating(model, guide, seed=seed):
-        with seeded(0):
-            parts = {name: _Part(p, max_parameters) for name, p in _parts(model, guide, args).items()}
-            unit = _unit(model, guide, args)
-        with tqdm(
-            total=len(num_samples) * (len(estimators) * repeats + far), desc="gradients",
-            disable=None if progress is None else not progress, leave=False,
-        ) as bar:  # fmt: skip
-            for count in num_samples:
-                truth, expected = _reference(model, guide, args, bound, count, truth, parts, far, seed, bar, unit)
-                drawn: dict[str, tuple[dict[str, Tensor], float]] = {}
-                for estimator in estimators:
-                    try:
-                        objective = Objective(bound, count, estimator=estimator)
-                        with seeded(seed):
-                            drawn[estimator] = _draws(objective, model, guide, args, parts, repeats, bar, unit)
-                    except ValueError as error:
-                        skipped.append((estimator, count, str(error)))
-                base = drawn["reparameterized"][1] if "reparameterized" in drawn else math.nan
-                for estimator, (gradients, seconds) in drawn.items():
-                    for part, table in gradients.items():
-                        found = _quality(table, expected[part])._asdict()
-                        row = GradientQuality(estimator, count, part, **found, seconds=seconds, cost=seconds / base)
-                        rows.append(row)
-    if not rows:
+    with sweep(model, guide, data=data, batch_size=sys.maxsize, whole=True, seed=seed, device=device,
+               progress=progress, title="gradients") as run:  # fmt: skip
+        bench = _Bench(run, bound, max_parameters)
+        run.expect(len(num_samples) * (len(estimators) * repeats + far))
+        for count in num_samples:
+            with seeded(None if seed is None else seed + 1_000_003):
+                truth, expected = bench.reference(truth, count, far)
+            drawn: dict[str, tuple[dict[str, Tensor], float]] = {}
+            for estimator in estimators:
+                try:
+                    with seeded(seed):
+                        drawn[estimator] = bench.draws(estimator, count, repeats)
+                except ValueError as error:
+                    skipped.append((estimator, count, str(error)))
+            base = drawn["reparameterized"][1] if "reparameterized" in drawn else math.nan
+            for estimator, (gradients, seconds) in drawn.items():
+                for part, table in gradients.items():
+                    found = _quality(table, expected[part])
+                    measured.append(GradientQuality(estimator, count, part, *found, seconds, seconds / base))
+    if not measured:
         raise ValueError(f"none of the estimators goes with this bound and pair. {skipped[0][0]}: {skipped[0][2]}")
     assert truth is not None
     return GradientLab(
-        rows=tuple(rows),
+        measured=tuple(measured),
         skipped=tuple(skipped),
         bound=getattr(bound, "__name__", repr(bound)),
         repeats=repeats,
         reference=truth,
         reference_repeats=far,
-        num_data=unit.rows,
-        num_parameters={name: part.size for name, part in parts.items()},
+        num_data=bench.unit.rows,
+        num_parameters={name: part.size for name, part in bench.parts.items()},
         seed=seed,
     )
-
-
-class _Measured(NamedTuple):
-    squared_bias: float
-    squared_bias_stderr: float
-    bias_p_value: float
-    norm: float
-    variance: float
-    variance_stderr: float
-    snr: float
-    snr_stderr: float
-    parameter_snr: float
 
 
 class _Part:
@@ -321,25 +317,14 @@ def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, l
     ]
     ids = [{id(p) for p in side} for side in own]
     both = ids[0] & ids[1]
-    parts = {
-        "encoder": [p for p in own[0] if id(p) not in both],
-        "decoder": [p for p in own[1] if id(p) not in both],
-        "shared": [p for p in own[0] if id(p) in both],
-    }
-    parts = {name: found for name, found in parts.items() if found}
+    sides = (("encoder", 0, ids[0] - both), ("decoder", 1, ids[1] - both), ("shared", 0, both))
+    parts = {name: [p for p in own[side] if id(p) in which] for name, side, which in sides if which}
     if not parts:
         raise ValueError(
             "neither model nor guide has parameters, so there is no gradient. Declare them with pyro.param or "
             "pyro.module, or pass modules."
         )
     return parts
-
-
-def _unit(model: Program, guide: Program, args: tuple[Any, ...]) -> Unit:
-    """What a loss of this batch is a multiple of."""
-    with torch.random.fork_rng(), torch.no_grad(), Counting() as counting:
-        poutine.replay(model, trace=poutine.trace(guide).get_trace(*args))(*args)
-    return counting.unit(lengths(args))
 
 
 def _declared(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
@@ -351,61 +336,53 @@ def _declared(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
     return list(unique.values())
 
 
-def _reference(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    bound: Bound,
-    count: int,
-    wanted: str | None,
-    parts: dict[str, _Part],
-    repeats: int,
-    seed: int | None,
-    bar: Any,
-    unit: Unit,
-) -> tuple[str, dict[str, Tensor]]:
-    """The unbiased estimator, and its gradients under a seed of their own."""
-    reason = ""
-    for name in ("reparameterized", "score-function") if wanted is None else (wanted,):
-        try:
-            objective = Objective(bound, count, estimator=name)
-            with seeded(None if seed is None else seed + 1_000_003):
-                return name, _draws(objective, model, guide, args, parts, repeats, bar, unit)[0]
-        except ValueError as error:
-            reason = reason or str(error)
-    raise ValueError(f"no unbiased reference gradient exists for this bound and pair: {reason}")
+class _Bench:
+    """A pair at one batch, whose gradients are drawn."""
+
+    def __init__(self, run: Sweep, bound: Bound, max_parameters: int) -> None:
+        (self.model, self.guide), self.args = run.programs, run.whole()
+        self.bound, self.run = bound, run
+        with seeded(0):
+            found = _parts(self.model, self.guide, self.args)
+            self.parts = {name: _Part(parameters, max_parameters) for name, parameters in found.items()}
+        # What a loss of this batch is a multiple of.
+        with torch.random.fork_rng(), Counting() as counting:
+            trace = poutine.trace(self.guide).get_trace(*self.args)
+            poutine.replay(self.model, trace=trace)(*self.args)
+        self.unit: Unit = counting.unit(lengths(self.args))
+
+    def reference(self, wanted: str | None, count: int, repeats: int) -> tuple[str, dict[str, Tensor]]:
+        """The unbiased estimator, and its gradients."""
+        reason = ""
+        for name in ("reparameterized", "score-function") if wanted is None else (wanted,):
+            try:
+                return name, self.draws(name, count, repeats)[0]
+            except ValueError as error:
+                reason = reason or str(error)
+        raise ValueError(f"no unbiased reference gradient exists for this bound and pair: {reason}")
+
+    def draws(self, estimator: str, count: int, repeats: int) -> tuple[dict[str, Tensor], float]:
+        """Gradients of the bound per datum, (R, P) by part, and the median time of one."""
+        objective = Objective(self.bound, count, estimator=estimator)
+        leaves = [p for part in self.parts.values() for p in part.parameters]
+        found: dict[str, list[Tensor]] = {name: [] for name in self.parts}
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            with torch.enable_grad():
+                loss = objective.differentiable_loss(self.model, self.guide, *self.args)
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            given = iter(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True))
+            for name, part in self.parts.items():
+                # Bounds go up and losses down; the copy to the CPU waits for the device.
+                found[name].append(part.pick([next(given) for _ in part.parameters]) / -self.unit.whole)
+            times.append(time.perf_counter() - start)
+            self.run.tick()
+        return {name: torch.stack(rows) for name, rows in found.items()}, sorted(times)[len(times) // 2]
 
 
-def _draws(
-    objective: Objective,
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    parts: dict[str, _Part],
-    repeats: int,
-    bar: Any,
-    unit: Unit,
-) -> tuple[dict[str, Tensor], float]:
-    """Gradients of the bound per datum, (R, P) by part, and the median time of one."""
-    leaves = [p for part in parts.values() for p in part.parameters]
-    found: dict[str, list[Tensor]] = {name: [] for name in parts}
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        with torch.enable_grad():
-            loss = objective.differentiable_loss(model, guide, *args)
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        given = iter(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True))
-        for name, part in parts.items():
-            # Bounds go up and losses down; the copy to the CPU waits for the device.
-            found[name].append(part.pick([next(given) for _ in part.parameters]) / -unit.whole)
-        times.append(time.perf_counter() - start)
-        bar.update()
-    return {name: torch.stack(rows) for name, rows in found.items()}, sorted(times)[len(times) // 2]
-
-
-def _quality(table: Tensor, reference: Tensor) -> _Measured:
-    """What gradients (R, P) are beside those of the reference, (R', P)."""
+def _quality(table: Tensor, reference: Tensor) -> _NineNumbers:
+    """What gradients (R, P) are beside those of the reference, (R', P): fields of `GradientQuality`, in their order."""
     from scipy.stats import chi2
 
     count, far = len(table), len(reference)
@@ -422,10 +399,9 @@ def _quality(table: Tensor, reference: Tensor) -> _Measured:
         + 2 * (centred @ away.T).square().mean() / (count * far)
         + _off_diagonal(away @ away.T) / far**2
     )
+    p_value = 1.0 if distance == 0 else 0.0
     if noise > 0 and square > 0:
         p_value = float(chi2.sf((distance * noise / square).item(), (noise.square() / square).item()))
-    else:
-        p_value = 1.0 if distance == 0 else 0.0
     along = (centred @ difference).var() / count + (away @ difference).var() / far
     signal = (expected.square().sum() - trace_far / far).clamp(min=0)
     spread, snr = _bootstrap(table)
@@ -433,7 +409,7 @@ def _quality(table: Tensor, reference: Tensor) -> _Measured:
     seen = deviation > 0
     each = (mean.abs() / deviation)[seen].mean() if bool(seen.any()) else torch.tensor(math.nan)
     ratio = ((mean.square().sum() - trace / count).clamp(min=0) / trace).sqrt()
-    return _Measured(
+    return (
         (distance - noise).item(),
         (2 * square + 4 * along).clamp(min=0).sqrt().item(),
         p_value,

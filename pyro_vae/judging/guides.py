@@ -12,7 +12,6 @@ The log p(x) of the data is common, too: the guides' differences are paired by d
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +19,17 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from pyro_vae.evaluation import at_rest, evaluating, unmoved
-from pyro_vae.inference.batches import Batches
+from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
-from pyro_vae.judging.mixtures import Scored, given_estimate, pool, score, scores_strangers
-from pyro_vae.judging.psis import khat_limit
+from pyro_vae.judging.results import Mean, Result, row
+from pyro_vae.judging.sweeps import sweep
+from pyro_vae.judging.weights import Scored, khat_ok, pool, score, scores_strangers
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of, own_parameters
+from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
-from pyro_vae.traces import Program, plate_nesting
+from pyro_vae.traces import Program
 
 
 def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **options: Any) -> History:
@@ -71,8 +69,8 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
     place = options.get("device")
     for owner in modules_of(model, guide) if place is not None else []:
         owner.to(place)
-    place = device_of(model, guide) if place is None else place
-    batch = Batches(data, min(options.get("batch_size", 128), 8), place, shuffle=False, programs=(model, guide)).first()
+    with sweep(model, guide, data=data, batch_size=min(options.get("batch_size", 128), 8), device=place) as run:
+        batch = run.first
     with frozen(model, guide, batch):
         return fit(model, guide, data, loss=loss, **options)
 
@@ -154,91 +152,73 @@ class GuideScore:
     """One guide on a given posterior, averaged over data, in nats.
 
     Attributes:
-        elbo: Mean ELBO.
-        elbo_stderr: Its Monte Carlo standard error, given these data.
+        elbo: The ELBO.
         log_likelihood: log p(x) by importance sampling from this guide alone.
-        log_likelihood_stderr: Its Monte Carlo standard error.
         gap: log p(x) - ELBO = KL(q || p(z | x)), with the log p(x) common to all guides.
-        gap_stderr: Its Monte Carlo standard error.
-        pointwise: The ELBO per datum, (N,).
         pareto_k: k-hat per datum of its weights, (N,).
     """
 
-    elbo: float
-    elbo_stderr: float
-    log_likelihood: float
-    log_likelihood_stderr: float
-    gap: float
-    gap_stderr: float
-    pointwise: Tensor
+    elbo: Mean
+    log_likelihood: Mean
+    gap: Mean
     pareto_k: Tensor
 
 
 @dataclass(frozen=True)
-class Difference:
-    """By how much one ELBO is above another on the same data, in nats.
-
-    Attributes:
-        value: Mean over the data.
-        mc_stderr: Monte Carlo standard error, given these data.
-        data_stderr: Standard error for the population, from the spread of the paired
-            differences (Monte Carlo noise included).
-    """
-
-    value: float
-    mc_stderr: float
-    data_stderr: float
-
-
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Guides of one frozen model, side by side.
 
     Attributes:
         scores: Per guide.
-        log_likelihood: Mean log p(x) common to all.
-        log_likelihood_stderr: Its Monte Carlo standard error.
+        log_likelihood: log p(x) common to all.
         source: Where it is from.
         num_samples: K.
     """
 
     scores: dict[str, GuideScore]
-    log_likelihood: float
-    log_likelihood_stderr: float
+    log_likelihood: Mean
     source: str
     num_samples: int
 
-    def difference(self, first: str, second: str) -> Difference:
+    def difference(self, first: str, second: str) -> Mean:
         """The ELBO of the first guide minus that of the second, paired by datum."""
         for name in (first, second):
             if name not in self.scores:
                 raise ValueError(f"got no guide {name!r}, wanted one of {', '.join(map(repr, self.scores))}.")
-        a, b = self.scores[first], self.scores[second]
-        paired = a.pointwise - b.pointwise
-        return Difference(
-            paired.mean().item(),
-            math.hypot(a.elbo_stderr, b.elbo_stderr),
-            paired.std().item() / math.sqrt(len(paired)) if len(paired) > 1 else math.nan,
-        )
+        a, b = self.scores[first].elbo, self.scores[second].elbo
+        variance = a.pointwise_stderr.square() + b.pointwise_stderr.square()
+        return Mean.of(a.pointwise - b.pointwise, variance, self.num_samples)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"guide": name} | row(one) | {"khat_ok": khat_ok(one.pareto_k, self.num_samples)}
+            for name, one in self.scores.items()
+        ]
+
+    def plot(self) -> Any:
+        """The gap of each guide, as a figure."""
+        from pyro_vae.plots import gap_bars
+
+        parts = {name: one.gap for name, one in self.scores.items()}
+        return gap_bars([{"guide": n, "total": g.value, "total_stderr": g.mc_stderr} for n, g in parts.items()])
 
     def __str__(self) -> str:
         width = max(len(name) for name in [*self.scores, "guide"])
-        best = max(self.scores, key=lambda name: self.scores[name].elbo)
-        count = len(self.scores[best].pointwise)
+        best = max(self.scores, key=lambda name: self.scores[name].elbo.value)
+        count = len(self.log_likelihood.pointwise)
         lines = [
-            f"{count} data, one frozen model: log p(x) = {self.log_likelihood:.2f} ± {self.log_likelihood_stderr:.2f} "
-            f"nats ({self.source})",
+            f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})",
             f"{'guide':{width}}  {'ELBO':>16}  {'log p(x) from it':>16}  {'gap':>14}  {'behind the best':>16}  k̂ ok",
         ]
-        for name, row in self.scores.items():
+        for name, one in self.scores.items():
             behind = self.difference(best, name)
             away = "" if name == best else f"{behind.value:.2f} ± {behind.data_stderr:.2f}"
-            known = not row.pareto_k.isnan().all()
-            ok = f"{100 * (row.pareto_k < khat_limit(self.num_samples)).double().mean():.0f} %" if known else "?"
-            lines.append(
-                f"{name:{width}}  {row.elbo:8.2f} ± {row.elbo_stderr:5.2f}  {row.log_likelihood:8.2f} ± "
-                f"{row.log_likelihood_stderr:5.2f}  {row.gap:6.2f} ± {row.gap_stderr:5.2f}  {away:>16}  {ok:>4}"
+            ok = khat_ok(one.pareto_k, self.num_samples)
+            numbers = "  ".join(
+                f"{part.value:{size}.2f} ± {part.mc_stderr:5.2f}"
+                for part, size in ((one.elbo, 8), (one.log_likelihood, 8), (one.gap, 6))
             )
+            lines.append(f"{name:{width}}  {numbers}  {away:>16}  {f'{100 * ok:.0f} %' if ok == ok else '?':>4}")
         return "\n".join(lines)
 
 
@@ -250,30 +230,26 @@ def compare_guides(
     *,
     num_samples: int = 1000,
     log_likelihood: Any = None,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Comparison:
     """Compare guides of one model: ELBO, log p(x) and gap of each, with paired differences.
 
     The log p(x) from which all gaps are measured is one for all: the one given, or the
-    pooled estimate of `pyro_vae.judging.mixtures`, never a maximum per datum.
+    pooled estimate of `pyro_vae.judging.weights`, never a maximum per datum.
 
     Args:
-        model: A Pyro program for p(x, z).
         guides: Pyro programs for q(z | x), by name.
-        data: As for `fit`.
         num_samples: K, samples per datum and guide.
         log_likelihood: An estimate of log p(x) of these data, such as that of `ais`.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the samples; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
+        model, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The scores, printed as a table.
     Raises:
         ValueError: No guide, or K < 2; and all that `particles` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import math, pyro, pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -283,38 +259,32 @@ def compare_guides(
         ...         pyro.sample("z", dist.Normal(x / 2, scale))
         >>> wide = lambda x: guide(x, 1.0)
         >>> found = compare_guides(model, {"exact": guide, "wide": wide}, torch.zeros(8), num_samples=2000)
-        >>> abs(found.scores["wide"].gap - (1 - math.log(2)) / 2) < 0.03   # KL(N(0, 1) || N(0, 1/2))
+        >>> abs(found.scores["wide"].gap.value - (1 - math.log(2)) / 2) < 0.03   # KL(N(0, 1) || N(0, 1/2))
         True
     """
     if not guides or num_samples < 2:
         raise ValueError(
             f"got {len(guides)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
         )
-    place = device_of(model, *guides.values()) if device is None else device
     own: dict[str, list[Scored]] = {name: [] for name in guides}
     mixed = []
-    with evaluating(model, *guides.values(), seed=seed):
-        batches = Batches(data, 100, place, shuffle=False, programs=(model, *guides.values()))
-        first = batches.first()
-        pooled = [name for name, guide in guides.items() if scores_strangers(model, guide, first)]
-        nesting = {name: plate_nesting(model, guide, *first) for name, guide in guides.items()}
-        for batch in tqdm(batches, desc="guides", disable=None if progress is None else not progress, leave=False):
+    with sweep(model, *guides.values(), data=data, seed=seed, device=device, progress=progress, title="guides") as run:
+        pooled = [name for name, guide in guides.items() if scores_strangers(model, guide, run.first)]
+        nesting = {name: run.nesting(guide) for name, guide in guides.items()}
+        for batch in run:
             scores, both = score(model, guides, pooled, batch, num_samples, nesting)
             for name, scored in scores.items():
                 own[name].append(scored)
             mixed += [both] if both is not None else []
     scores = {name: Scored.joined(parts) for name, parts in own.items()}
-    estimate, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled)
-    count = len(estimate.log_p)
-    log_p, stderr = estimate.log_p, estimate.log_p_variance.sqrt()
-    if log_likelihood is not None:
-        (log_p, stderr), source = given_estimate(log_likelihood, count), "given"
-    value, error = log_p.mean().item(), stderr.square().sum().sqrt().item() / count
-    rows = {}
-    for name, scored in scores.items():
-        mean, noise = scored.elbo.mean().item(), scored.elbo_variance.sum().sqrt().item() / count
-        rows[name] = GuideScore(
-            mean, noise, scored.log_p.mean().item(), scored.log_p_variance.sum().sqrt().item() / count,
-            value - mean, math.hypot(error, noise), scored.elbo, scored.pareto_k,
-        )  # fmt: skip
-    return Comparison(rows, value, error, source, num_samples)
+    best, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled, log_likelihood)
+    rows = {
+        name: GuideScore(
+            elbo=Mean.of(scored.elbo, scored.elbo_variance, num_samples),
+            log_likelihood=Mean.of(scored.log_p, scored.log_p_variance, num_samples),
+            gap=Mean.of(best.log_p - scored.elbo, best.log_p_variance + scored.elbo_variance, num_samples),
+            pareto_k=scored.pareto_k,
+        )
+        for name, scored in scores.items()
+    }
+    return Comparison(rows, Mean.of(best.log_p, best.log_p_variance, num_samples), source, num_samples)

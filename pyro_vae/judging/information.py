@@ -27,94 +27,74 @@ Poole et al., On variational bounds of mutual information, 2019. arXiv:1905.0692
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.columns import rows as row_count
-from pyro_vae.inference.memory import reused_memory
-from pyro_vae.inference.trees import at
-from pyro_vae.judging.components import Components
-from pyro_vae.judging.densities import FixedScorer, Scorer
-from pyro_vae.judging.estimates import particle_batches
+from pyro_vae.judging.components import Components, FixedScorer, Scorer
+from pyro_vae.judging.estimates import moments
+from pyro_vae.judging.results import Mean, Measured
+from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
-from pyro_vae.traces import Particles, Program, draw, log_q, plate_nesting
+from pyro_vae.traces import Particles, Program, log_q
 
-_CHUNK = 2**22
+_CHUNK = 2**22  # log densities that are held at once
 
 
 @dataclass(frozen=True)
-class RateDistortion:
-    """The two parts of minus the ELBO, averaged over data, in nats.
+class RateDistortion(Measured):
+    """The ELBO and its two parts with their errors, averaged over data, in nats: value = -(rate + distortion).
 
     Attributes:
+        value: The ELBO.
+        mc_stderr: Its Monte Carlo standard error, given these data.
+        data_stderr: Its standard error for the population of the data.
+        pointwise: It per datum, (N,).
+        num_samples: K, per datum.
         rate: R = E KL(q(z | x) || p(z)).
         distortion: D = -E log p(x | z).
-        rate_stderr: Monte Carlo standard error of the rate, given these data.
-        distortion_stderr: The same of the distortion.
-        rate_data_stderr: Standard error of the rate for the population of the data.
-        distortion_data_stderr: The same of the distortion.
-        num_data: N.
-        num_samples: K, per datum.
-    """
-
-    rate: float
-    distortion: float
-    rate_stderr: float
-    distortion_stderr: float
-    rate_data_stderr: float
-    distortion_data_stderr: float
-    num_data: int
-    num_samples: int
-
-    @property
-    def elbo(self) -> float:
-        """-(R + D)."""
-        return -(self.rate + self.distortion)
-
-    def __str__(self) -> str:
-        return (
-            f"rate {self.rate:.2f} ± {self.rate_stderr:.2f} (data ± {self.rate_data_stderr:.2f}), distortion "
-            f"{self.distortion:.2f} ± {self.distortion_stderr:.2f} (data ± {self.distortion_data_stderr:.2f}) nats, "
-            f"over {self.num_data} data with {self.num_samples} samples each"
-        )
-
-
-@dataclass(frozen=True)
-class MutualInformation:
-    """What the latents say about the data, in nats.
-
-    Attributes:
-        value: I_q(x; z) by the leave-in estimate: exact for these N data, a lower bound for their population.
-        stderr: Its standard error for the population, by the jackknife over data.
-        upper: The leave-one-out estimate: an upper bound for the population, infinite where posteriors hardly overlap.
-        upper_stderr: Its standard error.
-        limit: log N, which the value cannot exceed.
-        rate: R = E log q(z | x) / p(z) from the same samples.
-        rate_stderr: Its standard error.
-        marginal_kl: KL(q(z) || p(z)) = R - I, from above for the population.
-        marginal_kl_stderr: Its standard error.
-        num_data: N.
-        num_samples: Samples per datum.
     """
 
     value: float
-    stderr: float
-    upper: float
-    upper_stderr: float
-    limit: float
-    rate: float
-    rate_stderr: float
-    marginal_kl: float
-    marginal_kl_stderr: float
-    num_data: int
+    mc_stderr: float
+    data_stderr: float
+    pointwise: Tensor
     num_samples: int
+    rate: Mean
+    distortion: Mean
+
+    def __str__(self) -> str:
+        over = f"{len(self.pointwise)} data, {self.num_samples} samples each"
+        return f"rate {self.rate.said}, distortion {self.distortion.said}, {over}"
+
+
+@dataclass(frozen=True)
+class MutualInformation(Measured):
+    """What the latents say about the data, in nats. All `data_stderr` are by the jackknife over data.
+
+    Attributes:
+        value: I_q(x; z) by the leave-in estimate: exact for these N data, a lower bound for their population.
+        mc_stderr: Its Monte Carlo standard error, given these data; nan for one sample per datum, as of all parts.
+        data_stderr: Its standard error for the population of the data.
+        pointwise: Its terms per datum, (N,).
+        num_samples: Samples per datum.
+        upper: The leave-one-out estimate: an upper bound for the population, infinite where posteriors hardly overlap.
+        rate: R = E log q(z | x) / p(z) from the same samples.
+        marginal_kl: KL(q(z) || p(z)) = R - I, from above for the population.
+        limit: log N, which the value cannot exceed.
+    """
+
+    value: float
+    mc_stderr: float
+    data_stderr: float
+    pointwise: Tensor
+    num_samples: int
+    upper: Mean
+    rate: Mean
+    marginal_kl: Mean
+    limit: float
 
     @property
     def saturated(self) -> bool:
@@ -122,10 +102,12 @@ class MutualInformation:
         return self.value > self.limit - 0.5
 
     def __str__(self) -> str:
+        def said(part: Any) -> str:
+            return f"{part.value:.2f} ± {part.data_stderr:.2f}"
+
         text = (
-            f"I(x; z) = {self.value:.2f} ± {self.stderr:.2f} to {self.upper:.2f} ± {self.upper_stderr:.2f} nats, "
-            f"KL(q(z) || p(z)) <= {self.marginal_kl:.2f} ± {self.marginal_kl_stderr:.2f}, of a rate of {self.rate:.2f} "
-            f"± {self.rate_stderr:.2f} ({self.num_data} data, {self.num_samples} samples each; limit log N = "
+            f"I(x; z) = {said(self)} to {said(self.upper)} nats, KL(q(z) || p(z)) <= {said(self.marginal_kl)}, of a "
+            f"rate of {said(self.rate)} ({len(self.pointwise)} data, {self.num_samples} samples each; limit log N = "
             f"{self.limit:.2f})"
         )
         if self.saturated:
@@ -140,20 +122,16 @@ def rate_distortion(
     data: Any,
     *,
     num_samples: int = 100,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
+    compile: bool | str = "auto",
 ) -> RateDistortion:
     """Rate and distortion of a pair.
 
     Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
         num_samples: K, samples averaged per datum.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the samples; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
+        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
     Returns:
         Both with their errors.
     Raises:
@@ -161,19 +139,12 @@ def rate_distortion(
 
     Reference: Alemi et al., Fixing a broken ELBO, 2018. arXiv:1711.00464
     """
-    means, variances = [], []
-    with evaluating(model, guide, seed=seed), reused_memory():
-        for chunks in particle_batches(model, guide, data, num_samples, device, progress, "rate"):
-            tables = [(c.log_likelihood - c.log_weight, -c.log_likelihood) for c in chunks]
-            both = torch.stack([torch.cat(column).double().cpu() for column in zip(*tables, strict=True)])  # (2, K, B)
-            means.append(both.mean(1))
-            variances.append(both.var(1) / num_samples if num_samples > 1 else torch.full_like(both[:, 0], math.nan))
-    mean = torch.cat(means, 1)
-    count = mean.shape[1]
-    mc = (torch.cat(variances, 1).sum(1).sqrt() / count).tolist()
-    population = (mean.std(1) / math.sqrt(count)).tolist() if count > 1 else [math.nan, math.nan]
-    rate, distortion = mean.mean(1).tolist()
-    return RateDistortion(rate, distortion, mc[0], mc[1], population[0], population[1], count, num_samples)
+    with sweep(model, guide, data=data, seed=seed, device=device, progress=progress, title="rate") as run:
+        bound, likelihood, rate = moments(run, num_samples, compile)
+    distortion = replace(likelihood, value=-likelihood.value, pointwise=-likelihood.pointwise)
+    return RateDistortion(
+        bound.value, bound.mc_stderr, bound.data_stderr, bound.pointwise, num_samples, rate=rate, distortion=distortion
+    )
 
 
 @checked
@@ -182,11 +153,10 @@ def mutual_information(
     guide: Program,
     data: Any,
     *,
-    num_data: int = 2000,
     num_samples: int = 1,
-    batch_size: int = 200,
-    device: str | torch.device | None = None,
+    num_data: int = 2000,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> MutualInformation:
     """Mutual information of data and latents under the guide, and what is wasted on the prior's mismatch.
@@ -194,15 +164,9 @@ def mutual_information(
     Every sample is scored under the posterior of every datum: N^2 densities.
 
     Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
-        num_data: N: the first so many of the data.
         num_samples: Samples per datum.
-        batch_size: Data at a time.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the samples; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
+        num_data: N: the first so many of the data.
+        model, guide, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The information from below and above, the rate, and the marginal KL.
     Raises:
@@ -218,70 +182,65 @@ def mutual_information(
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(0 * x, 1.0))
         >>> found = mutual_information(model, guide, torch.zeros(50))
-        >>> found.value, found.upper, found.marginal_kl
+        >>> found.value, found.upper.value, found.marginal_kl.value
         (0.0, 0.0, 0.0)
 
     Reference: Hoffman and Johnson, ELBO surgery, 2016.
     """
-    with evaluating(model, guide, seed=seed):
-        place = device_of(model, guide) if device is None else device
-        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
-        args, draws, rates = _collected(model, guide, batches, num_data, num_samples)
+    with sweep(model, guide, data=data, batch_size=200, copies=num_samples, num_data=num_data, seed=seed,
+               device=device, progress=progress, title="I(x; z)") as run:  # fmt: skip
+        args, draws, rates = _collected(run, num_samples)
         components = Components(model, args[0])
-        sizes = [len(rate) for rate in rates]
+        sizes = [rate.shape[1] for rate in rates]
         count = sum(sizes)
         if count < 3:
             raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one. "
                              "Give more data.")
         scorers = [_scorer(guide, batch, drawn) for batch, drawn in zip(args, draws, strict=True)]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        terms = torch.zeros(2, count, dtype=torch.float64)  # of lower and upper, per datum
-        without = torch.zeros(2, count, dtype=torch.float64)  # sum of the log aggregate at others' samples without it
-        bar = tqdm(draws, desc="I(x; z)", disable=None if progress is None else not progress, leave=False)
-        for start, size, drawn in zip(starts, sizes, bar, strict=True):
+        # Of lower and upper bound, per sample and datum; and what leaving one datum out adds to others' samples.
+        terms = torch.zeros(2, num_samples, count, dtype=torch.float64)
+        without = torch.zeros(2, count, dtype=torch.float64)
+        run.expect(len(draws))
+        for start, size, drawn in zip(starts, sizes, draws, strict=True):
             own = torch.arange(start, start + size).repeat(num_samples)
             rows = {name: components.rows(name, drawn.latents[name]) for name in components.sites}
             step = max(1, _CHUNK // (max(sizes) * len(components.names)))
+            scored = []
             for first in range(0, len(own), step):
                 part = {name: z[first : first + step] for name, z in rows.items()}
                 table = torch.cat([_scores(s, components, part, n) for s, n in zip(scorers, sizes, strict=True)], 1)
-                _accumulate(table.double().cpu(), own[first : first + step], terms, without)
-    terms, without = terms / num_samples, without / num_samples
-    rate = torch.cat(rates)
+                scored.append(_terms(table.double().cpu(), own[first : first + step], without))
+            terms[:, :, start : start + size] = torch.cat(scored, 1).reshape(2, num_samples, size)
+            run.tick()
+    rate = torch.cat(rates, 1)
+    values = torch.stack([*terms, rate, rate - terms[0]])  # (4, K, N)
+    mean = values.mean(1)
+    spread = values.var(1) / num_samples if num_samples > 1 else torch.full_like(mean, math.nan)
     # Leaving datum j out: its own term is gone, and its posterior from the aggregate at all other samples.
     others = torch.tensor([[count], [count - 1]], dtype=torch.float64)
-    left_out = (terms.sum(1, keepdim=True) - terms + without) / (count - 1) + torch.log((others - 1) / others)
-    rate_left_out = (rate.sum() - rate) / (count - 1)
-    lower, upper = terms.mean(1).tolist()
-    return MutualInformation(
-        value=lower,
-        stderr=_jackknife(left_out[0]),
-        upper=upper,
-        upper_stderr=_jackknife(left_out[1]),
-        limit=math.log(count),
-        rate=rate.mean().item(),
-        rate_stderr=_jackknife(rate_left_out),
-        marginal_kl=rate.mean().item() - lower,
-        marginal_kl_stderr=_jackknife(rate_left_out - left_out[0]),
-        num_data=count,
-        num_samples=num_samples,
+    left_out = mean.sum(1, keepdim=True) - mean
+    left_out[:2] += without / num_samples
+    left_out /= count - 1
+    left_out[:2] += torch.log((others - 1) / others)
+    left_out[3] = left_out[2] - left_out[0]
+    lower, upper, rated, marginal = (
+        replace(Mean.of(m, v, num_samples), data_stderr=_jackknife(out))
+        for m, v, out in zip(mean, spread, left_out, strict=True)
     )
+    return MutualInformation(
+        lower.value, lower.mc_stderr, lower.data_stderr, lower.pointwise, num_samples, upper, rated, marginal,
+        math.log(count),
+    )  # fmt: skip
 
 
 def _collected(
-    model: Program, guide: Program, batches: Batches, num_data: int, num_samples: int
+    run: Sweep, num_samples: int
 ) -> tuple[list[tuple[Any, ...]], list[Particles], list[Tensor]]:
-    """Batches up to N data, their draws, and the rate per datum, (B,) each."""
+    """Batches, their draws, and the terms of the rate, (K, B) each."""
     args, draws, rates = [], [], []
-    nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
-    left = num_data
-    for batch in batches:
-        if left <= 0:
-            break
-        size = row_count(batch)
-        if size > left:
-            batch = at(batch, slice(left))
-        particles = draw(model, guide, batch, {}, num_samples, max_plate_nesting=nesting)
+    for batch in run:
+        particles = run.draw(batch, num_samples)
         rate = particles.log_likelihood - particles.log_weight  # refuses points
         extra = [name for name in particles.log_q if name not in particles.log_prior]
         if extra:
@@ -291,8 +250,7 @@ def _collected(
             )
         args.append(batch)
         draws.append(particles)
-        rates.append(rate.double().mean(0).cpu())
-        left -= size
+        rates.append(rate.double().cpu())
     return args, draws, rates
 
 
@@ -316,16 +274,18 @@ def _scores(scorer: Scorer | FixedScorer, components: Components, rows: dict[str
     return torch.stack(list(scorer(shared).values())).sum(0)
 
 
-def _accumulate(table: Tensor, own: Tensor, terms: Tensor, without: Tensor) -> None:
-    """Add the samples of (rows, N) to the terms of their data, and to what leaving out each other datum changes."""
+def _terms(table: Tensor, own: Tensor, without: Tensor) -> Tensor:
+    """Both terms of samples (rows, N), (2, rows); adds what leaving out each other datum changes."""
     count = table.shape[1]
     place = own.unsqueeze(1)
     density = table.gather(1, place).squeeze(1)
     others = table.scatter(1, place, -math.inf)
+    found = []
     for row, (scores, size) in enumerate(((table, count), (others, count - 1))):
-        terms[row].index_add_(0, own, density - torch.logsumexp(scores, 1) + math.log(size))
+        found.append(density - torch.logsumexp(scores, 1) + math.log(size))
         share = torch.softmax(scores, 1).nan_to_num(0.0).clamp(max=1 - 1e-12).scatter(1, place, 0.0)
         without[row] -= torch.log1p(-share).sum(0)
+    return torch.stack(found)
 
 
 def _jackknife(left_out: Tensor) -> float:

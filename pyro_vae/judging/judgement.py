@@ -20,11 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches, seeded
-from pyro_vae.inference.trees import at, joined, rows
+from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.budget import Budget, OutOfTime
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.examinations import (
@@ -38,6 +35,7 @@ from pyro_vae.judging.examinations import (
 from pyro_vae.judging.gap_examinations import examine_gaps, examine_remedy
 from pyro_vae.judging.nats import plain
 from pyro_vae.judging.stages import Stage, Stages
+from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.verdicts import Culprit, Finding, verdict
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
@@ -120,8 +118,8 @@ def judge(
     data: Any,
     *,
     budget: float = 120.0,
-    num_data: int = 100,
     num_samples: int = 1000,
+    num_data: int = 100,
     observed: Mapping[str, int] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -135,8 +133,8 @@ def judge(
         guide: A Pyro program for q(z | x).
         data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches.
         budget: Seconds; more than that is not taken, and what does not fit is left out.
-        num_data: How many data are looked at, at most: the first.
         num_samples: K of the estimate of log p(x) that is judged.
+        num_data: How many data are looked at, at most: the first.
         observed: Which argument each observed site is, by position, as {"x": 0}, where simulated data need it.
         seed: Of everything. The same pieces give the same numbers.
         device: Where the batches go; where the modules are when not given.
@@ -163,11 +161,13 @@ def judge(
             raise ValueError(f"got {name}={value}, wanted at least 2.")
     if not budget > 0:
         raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
-    with evaluating(model, guide, seed=seed):
-        first = _first(data, num_data, seed, (model, guide))
+    with sweep(model, guide, data=data, batch_size=num_data, num_data=num_data, whole=True, seed=seed, device=device,
+               progress=progress, title="judge") as run:  # fmt: skip
+        with seeded(seed):
+            first = run.whole()  # drawn once for all stages
         options = {"device": device, "seed": seed, "progress": False}
         pair = Examination(model, guide, first, num_samples, observed, options, Budget(budget, clock))
-        stages = _examined(pair, progress)
+        stages = _examined(pair, run)
     protocol = {
         "num_data": pair.num_data,
         "num_samples": num_samples,
@@ -178,19 +178,18 @@ def judge(
     return Judgement(stages, verdict(stages), protocol)
 
 
-def _examined(pair: Examination, progress: bool | None) -> Stages:
+def _examined(pair: Examination, run: Sweep) -> Stages:
     """All stages, one after the other."""
     # Imports, and first runs, are slow on a busy machine, and no fault of the first stage. What a pair does not allow,
     # the stages say.
     with contextlib.suppress(OutOfTime, Exception), pair.budget.piece():
         log_likelihood(pair.model, pair.guide, pair.part(0, 2), num_samples=25, **pair.options)
     stages = Stages()
-    hide = None if progress is None else not progress
-    with tqdm(total=len(stages), desc="judge", disable=hide, leave=False) as bar:
-        for name in Stages._fields:
-            bar.set_postfix_str(getattr(stages, name).title)
-            stages = Stages(**stages._asdict() | {name: _one_stage(pair, name, stages)})
-            bar.update()
+    run.expect(len(stages))
+    for name in Stages._fields:
+        run.tick(stage=getattr(stages, name).title)
+        stages = Stages(**stages._asdict() | {name: _one_stage(pair, name, stages)})
+        run.tick()
     return stages._replace(bounds=with_missing(pair, stages.bounds)) if stages.bounds.done else stages
 
 
@@ -215,18 +214,3 @@ def _one_stage(pair: Examination, name: str, stages: Stages) -> Stage:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _first(data: Any, num_data: int, seed: int, programs: tuple[Program, ...]) -> tuple[Any, ...]:
-    """The first data as one batch, drawn once for all stages."""
-    parts: list[tuple[Any, ...]] = []
-    size = 0
-    with seeded(seed):
-        for batch in Batches(data, num_data, shuffle=False, programs=programs):
-            parts.append(batch)
-            size += rows(batch)
-            if size >= num_data:
-                break
-    if size < 1:
-        raise ValueError("got no data as tensors, wanted at least one to judge by.")
-    return at(joined(parts), slice(num_data))

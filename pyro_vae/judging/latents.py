@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.components import Components
+from pyro_vae.judging.results import Result, table
+from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
 from pyro_vae.protocols import closed_form_kl
 from pyro_vae.sites import factors, plates
-from pyro_vae.traces import Particles, Program, draw, plate_nesting, sites
+from pyro_vae.traces import Particles, Program, sites
+
+# A latent is dead where its posterior mean varies less over the data (in units of z squared), and where it carries
+# fewer nats.
+DEAD_VARIANCE, DEAD_KL = 0.01, 0.01
 
 
 @dataclass(frozen=True)
-class ActiveUnits:
+class ActiveUnits(Result):
     """Latent dimensions whose posterior mean moves with the data.
 
     Attributes:
@@ -42,7 +46,7 @@ class ActiveUnits:
 
 
 @dataclass(frozen=True)
-class DimensionKL:
+class DimensionKL(Result):
     """KL(q(z_d | x) || p(z_d)) per latent dimension, averaged over data, in nats.
 
     Attributes:
@@ -51,6 +55,7 @@ class DimensionKL:
         value: Mean over the data, (M,).
         mc_stderr: Monte Carlo standard error, given these data, (M,); 0 in closed form.
         data_stderr: Standard error for the population of the data, (M,).
+        pointwise: Per datum, (N, M).
         exact: Whether each is in closed form, (M,).
         num_samples: K, per datum, where not.
         num_data: N.
@@ -60,6 +65,7 @@ class DimensionKL:
     value: Tensor
     mc_stderr: Tensor
     data_stderr: Tensor
+    pointwise: Tensor
     exact: tuple[bool, ...]
     num_samples: int
     num_data: int
@@ -68,6 +74,16 @@ class DimensionKL:
     def total(self) -> float:
         """Sum over dimensions and sites: the KL of the ELBO, and the rate of the code."""
         return self.value.sum().item()
+
+    def rows(self) -> list[dict[str, Any]]:
+        errors = {"mc_stderr": self.mc_stderr, "data_stderr": self.data_stderr}
+        return table(latent=self.names, value=self.value, **errors, exact=self.exact)
+
+    def plot(self) -> Any:
+        """The divergences in falling order, as a figure."""
+        from pyro_vae.plots import kl_by_dimension
+
+        return kl_by_dimension(self.value, self.data_stderr, threshold=DEAD_KL, names=self.names)
 
     def __str__(self) -> str:
         shown = self.value.argsort(descending=True).tolist()
@@ -86,9 +102,9 @@ def kl_per_dimension(
     data: Any,
     *,
     num_samples: int = 16,
-    batch_size: int = 200,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
 ) -> DimensionKL:
     """How many nats each latent dimension carries.
 
@@ -101,13 +117,8 @@ def kl_per_dimension(
     draws of the other.
 
     Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
         num_samples: K, samples per datum.
-        batch_size: Data at a time.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the samples.
+        model, guide, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The divergences with their names and errors.
     Raises:
@@ -126,13 +137,11 @@ def kl_per_dimension(
         (('z[0]', 'z[1]'), [0.0, 2.0])
     """
     parts: list[dict[str, tuple[Tensor, bool]]] = []
-    with evaluating(model, guide, seed=seed):
-        place = device_of(model, guide) if device is None else device
-        batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
-        components = Components(model, batches.first())
-        nesting = plate_nesting(model, guide, *batches.first()) if num_samples > 1 else 0
-        for batch in batches:
-            particles = draw(model, guide, batch, {}, num_samples, max_plate_nesting=nesting)
+    with sweep(model, guide, data=data, batch_size=200, copies=num_samples, seed=seed, device=device,
+               progress=progress, title="KL") as run:  # fmt: skip
+        components = Components(model, run.first)
+        for batch in run:
+            particles = run.draw(batch, num_samples)
             if particles.points:
                 raise ValueError(
                     f"guide site {particles.points[0]!r} is a point (Delta) without a density, so its divergence from "
@@ -163,6 +172,7 @@ def kl_per_dimension(
         value=mean.mean(0),
         mc_stderr=mc,
         data_stderr=mean.std(0) / math.sqrt(count) if count > 1 else torch.full_like(mean[0], math.nan),
+        pointwise=mean,
         exact=tuple(exact),
         num_samples=num_samples,
         num_data=count,
@@ -210,39 +220,65 @@ def _constant_over_samples(p: Any, value: Tensor) -> bool:
 
 
 @checked
-def posterior_means(guide: Program, data: Any, *, site: str = "z", num_samples: int = 64, seed: int = 0) -> Tensor:
+def posterior_means(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    site: str | None = None,
+    num_samples: int = 64,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Tensor:
     """E_q[z | x] per datum, (N, *event), or (N, *inner plates, *event).
 
     Exact where the site's distribution knows its mean and depends on x alone; from
     samples where not, as for a flow, or a layer above another.
 
     Args:
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
-        site: Name of the latent site.
+        model: A Pyro program for p(x, z), which says what is latent.
+        site: Name of the latent site; None for the only one.
         num_samples: Samples per datum where the mean is not known.
-        seed: Seed of those samples, and of a binarisation drawn on the way.
+        seed: Seed of those samples, and of a binarization drawn on the way; None goes on with torch's random state.
+        guide, data, device, progress: As for `log_likelihood`.
     Returns:
-        The means, on the device of the guide.
+        The means, on the CPU.
     Raises:
-        ValueError: The guide has no such site.
+        ValueError: The guide has no such site, or several and none was named.
     """
-    return _moments(guide, data, site, num_samples, seed)[0]
+    with sweep(model, guide, data=data, batch_size=500, seed=seed, device=device, progress=progress,
+               title="posterior means") as run:  # fmt: skip
+        return _moments(run, site, num_samples)[0]
 
 
-def _moments(guide: Program, data: Any, site: str, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+def _moments(run: Sweep, site: str | None, num_samples: int) -> tuple[Tensor, Tensor]:
     """E_q[z | x], and the Monte Carlo variance of that estimate, (N, *event) each."""
+    model, guide = run.programs
+    name = _only(model, guide, run.first) if site is None else site
     means, variances = [], []
-    with evaluating(guide, seed=seed):
-        for batch in Batches(data, 500, device_of(guide), shuffle=False, programs=(guide,)):
-            mean, variance = _run(guide, batch, site), torch.zeros(())
-            # The mean of a layer above another changes with the draw of that other, from run to run.
-            if not torch.equal(mean, _run(guide, batch, site)):
-                values = torch.stack([_run(guide, batch, site) for _ in range(num_samples)])
-                mean, variance = values.mean(0), values.var(0) / num_samples
-            means.append(mean.cpu())
-            variances.append(variance.expand_as(mean).cpu())
+    for batch in run:
+        mean, variance = _run(guide, batch, name), torch.zeros(())
+        # The mean of a layer above another changes with the draw of that other, from run to run.
+        if not torch.equal(mean, _run(guide, batch, name)):
+            values = torch.stack([_run(guide, batch, name) for _ in range(num_samples)])
+            mean, variance = values.mean(0), values.var(0) / num_samples
+        means.append(mean.cpu())
+        variances.append(variance.expand_as(mean).cpu())
     return torch.cat(means), torch.cat(variances)
+
+
+def _only(model: Program, guide: Program, args: tuple[Any, ...]) -> str:
+    """The one latent site that guide and model share."""
+    with seeded(0):
+        known = sites(guide, *args)
+        found = [n for n, site in sites(model, *args).items() if not site["is_observed"] and n in known]
+    if len(found) != 1:
+        raise ValueError(
+            f"the pair has {len(found)} latent sites{', ' * bool(found)}{', '.join(map(repr, found))}, wanted one. "
+            "Name it: site=..."
+        )
+    return found[0]
 
 
 def _run(guide: Program, batch: tuple[Any, ...], site: str) -> Tensor:
@@ -261,7 +297,18 @@ def _run(guide: Program, batch: tuple[Any, ...], site: str) -> Tensor:
 
 
 @checked
-def active_units(guide: Program, data: Any, threshold: float = 0.01, *, site: str = "z") -> ActiveUnits:
+def active_units(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    threshold: float = DEAD_VARIANCE,
+    site: str | None = None,
+    num_samples: int = 64,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> ActiveUnits:
     """Count the latent dimensions that the guide uses.
 
         A_d = Var_x(E_q[z_d | x]) > threshold
@@ -270,18 +317,21 @@ def active_units(guide: Program, data: Any, threshold: float = 0.01, *, site: st
     unused dimension would show 1/64 of its prior variance, and count.
 
     Args:
+        model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
         data: As for `fit`.
         threshold: 0.01 in the reference.
-        site: Name of the latent site.
+        site: As for `posterior_means`, as all that follow.
     Returns:
         The count and the variances.
     Raises:
-        ValueError: The guide has no such site.
+        ValueError: As for `posterior_means`.
 
     Reference: Burda et al., Importance Weighted Autoencoders, 2016, section 5. arXiv:1509.00519
     """
-    means, noise = _moments(guide, data, site, num_samples=64, seed=0)
+    with sweep(model, guide, data=data, batch_size=500, seed=seed, device=device, progress=progress,
+               title="active units") as run:  # fmt: skip
+        means, noise = _moments(run, site, num_samples)
     means = means.reshape(len(means), -1)
     spread = means.var(0) if len(means) > 1 else torch.full_like(means[0], torch.nan)  # one datum has none
     variance = spread - noise.reshape(len(noise), -1).mean(0)

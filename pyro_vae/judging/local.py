@@ -12,9 +12,7 @@ free parameters in rows, one row per datum, and no network between:
 * where a later site depends on the draw of an earlier one, the guide is run, and what is
   free is added to what it gives.
 
-The steps are Adam's, for all data at once and at a rate for each. What they find is a
-point from which the bound no longer rises by more than can be seen, not the optimum, so
-`Optimum` also keeps the way there, from which what remains is estimated.
+How the rows are found is in `pyro_vae.judging.climbs`.
 """
 
 from __future__ import annotations
@@ -27,14 +25,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Delta, TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.inference.trees import at
 from pyro_vae.protocols import Free, Local, Rescoring, knows_its_draw, rescoring
-from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites
-from pyro_vae.traces import Program, draw
+from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites, unwrapped
+from pyro_vae.traces import Program
 from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of, local_of
 
 
@@ -54,29 +51,13 @@ class LocalForm(NamedTuple):
     rescoring: Rescoring = "one pass"
 
 
-class Optimum(NamedTuple):
-    """Where the steps ended, and the way there.
-
-    Attributes:
-        rows: The best parameters found, (B, P).
-        path: Averages over the last three windows at the full rate, the latest first, (B, P) each.
-        steps: Taken, per datum, (B,).
-        stopped: Whether the bound had stopped rising before the steps were used up, (B,).
-    """
-
-    rows: Tensor
-    path: tuple[Tensor, Tensor, Tensor]
-    steps: Tensor
-    stopped: Tensor
-
-
-def local_form(guide: Program, args: tuple[Any, ...], start: str = "amortized") -> LocalForm:
+def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> LocalForm:
     """The local form of a guide at a batch.
 
     Args:
         guide: A Pyro program for q(z | x).
         args: The batch.
-        start: "amortized" at the guide's own values; "fresh" near mean 0 and variance 1.
+        start: "guide" at the guide's own values; "fresh" near mean 0 and variance 1.
     Raises:
         ValueError: It has none, and why: a point, an auxiliary or unreparameterised
             site, or a distribution that is not made of parameters.
@@ -131,154 +112,11 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
     return _independent([_Piece(sites[0], local, 0, frame.data_dim, posterior)])
 
 
-def remaining(latest: Tensor, before: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
-    """How much a bound may still rise, judged by how it rose last.
-
-    With d the rise over the last window and r its ratio to the rise over the one before,
-    later windows add d (r + r^2 + ...) = d r / (1 - r) where the rises shrink geometrically. A
-    rise that cannot be told from noise is taken as large as its noise.
-
-    Args:
-        latest: log weights at the last window's parameters, (K, B).
-        before: At the one before, at the same noise, (K, B).
-        earlier: At the one before that, (K, B).
-    Returns:
-        What remains and the rise d, (B,) each, in nats per datum.
-    """
-    count = len(latest)
-    rise, rise_before = latest - before, before - earlier
-    d, d_before = rise.mean(0), rise_before.mean(0)
-    noise, noise_before = (x.std(0) / math.sqrt(count) for x in (rise, rise_before))
-    seen = d.clamp(min=0) + noise
-    known = (d > 2 * noise) & (d_before > 2 * noise_before)
-    ratio = torch.where(known, (d / d_before.clamp(min=1e-30)).clamp(0.1, 0.97), 0.5)
-    return seen * ratio / (1 - ratio), d
-
-
-def optimise(
-    model: Program,
-    form: LocalForm,
-    args: tuple[Any, ...],
-    *,
-    num_samples: int = 8,
-    learning_rate: float = 0.03,
-    max_steps: int = 2000,
-    window: int = 100,
-    tolerance: float = 0.01,
-    patience: int = 2,
-    progress: Callable[[int], None] | None = None,
-) -> Optimum:
-    """Climb each datum's ELBO until it stops rising.
-
-    The ELBO is averaged over windows of steps. A datum whose window has not beaten its best one
-    by more than the tolerance, ``patience`` times in a row, goes back to the average of the
-    parameters over the second half of its best window, takes one more window from there
-    at a rate that falls from a third to a hundredth, and ends at the average over the
-    second half of that. Data that have ended no longer cost anything.
-
-    Args:
-        model: A Pyro program for p(x, z).
-        form: The family at this batch.
-        args: The batch.
-        num_samples: Samples per step and datum.
-        learning_rate: Adam's.
-        max_steps: Upper limit.
-        window: Steps over which the ELBO is averaged; at most a quarter of max_steps.
-        tolerance: Nats per window.
-        patience: Windows.
-        progress: Told the number of steps done in each window.
-    """
-    window = max(1, min(window, max_steps // 4))
-    model = Unscaled()(model)
-    nesting = _nesting(model, form, args)
-    theta = form.start.clone()
-    size = len(theta)
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
-    rate = theta.new_full((size, 1), learning_rate)
-    best, best_rows = theta.new_full((size,), -math.inf, dtype=torch.float64), theta.clone()
-    path = (theta.clone(), theta.clone(), theta.clone())
-    misses = theta.new_zeros(size, dtype=torch.long)
-    settling = theta.new_zeros(size, dtype=torch.bool)
-    stopped = settling.clone()
-    rows = torch.arange(size, device=theta.device)
-    ends = theta.clone(), theta.clone(), theta.clone()
-    result = Optimum(theta.clone(), ends, theta.new_zeros(size), stopped.clone())
-    fall = 0.03 ** (1 / window)
-    step = 0
-    while len(rows):
-        total, average = torch.zeros_like(best), torch.zeros_like(theta)
-        for inside in range(window):
-            step += 1
-            value, gradient = _slope(model, form, theta, args, num_samples, nesting)
-            first.lerp_(gradient, 0.1)
-            second.lerp_(gradient.square(), 0.001)
-            unbiased = (second / (1 - 0.999**step)).sqrt() + 1e-8
-            rate = torch.where(settling[:, None], rate * fall, rate)
-            theta = theta + rate * form.pace * (first / (1 - 0.9**step)) / unbiased
-            total += value.double()
-            if inside >= window // 2:
-                average += theta
-        total, average = total / window, average / (window - window // 2)
-        if progress is not None:
-            progress(window)
-        # What settles ends here, at the average; the best rows are kept where it came out no number.
-        ended = settling
-        finite = average.isfinite().all(1, keepdim=True)
-        at = torch.where(finite, average, best_rows)[ended]
-        result.rows[rows[ended]], result.steps[rows[ended]] = at, float(step)
-        result.stopped[rows[ended]] = stopped[ended]
-        for kept, latest in zip(result.path, path, strict=True):
-            kept[rows[ended]] = latest[ended]
-        path = (torch.where(finite, average, best_rows), path[0], path[1])
-        rises = total > best + tolerance
-        better = total > best
-        best_rows = torch.where(better[:, None], average, best_rows)
-        best = torch.where(better, total, best)
-        misses = torch.where(rises, 0, misses + 1)
-        stopped = misses >= patience
-        last = step + 2 * window > max_steps  # the next window is the last that fits
-        settling = stopped | last
-        theta = torch.where(settling[:, None], best_rows, theta)
-        rate = torch.where(settling[:, None], learning_rate / 3, rate)
-        keep = ~ended
-        if not bool(keep.all()):
-            theta, first, second, rate, best, best_rows, misses, settling, stopped, rows = (
-                x[keep] for x in (theta, first, second, rate, best, best_rows, misses, settling, stopped, rows)
-            )
-            path = (path[0][keep], path[1][keep], path[2][keep])
-            args = taken(args, keep)
-    return result
-
-
-def taken(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
-    """Some of the data of a batch."""
-    return at(args, index)
-
-
 class Unscaled(Messenger):
     """Takes scales off all sites, as a bound per datum is without them."""
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["scale"] = 1.0
-
-
-def _slope(
-    model: Program, form: LocalForm, theta: Tensor, args: tuple[Any, ...], num_samples: int, nesting: int
-) -> tuple[Tensor, Tensor]:
-    """The ELBO per datum at some samples, and its gradient."""
-    with torch.enable_grad():
-        live = theta.detach().requires_grad_()
-        guide = form.guide(live, theta.detach())
-        value = draw(model, guide, args, {}, num_samples, max_plate_nesting=nesting).log_weight.mean(0)
-        (gradient,) = torch.autograd.grad(value.sum(), live)
-    return value.detach(), torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
-
-
-def _nesting(model: Program, form: LocalForm, args: tuple[Any, ...]) -> int:
-    with torch.no_grad(), torch.random.fork_rng():
-        traces = [poutine.trace(form.guide(form.start)).get_trace(*args)]
-        traces.append(poutine.trace(poutine.replay(model, trace=traces[0])).get_trace(*args))
-    return max(depth(trace) for trace in traces)
 
 
 def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
@@ -288,7 +126,7 @@ def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
 
 def _check(site: Any) -> None:
     name, found = site["name"], kind(site["fn"])
-    if found == "Delta":
+    if isinstance(unwrapped(site["fn"]), Delta):
         raise ValueError(f"guide site {name!r} is a Delta, which is not a family of distributions")
     if not getattr(site["fn"], "has_rsample", False):
         raise ValueError(f"guide site {name!r} ({found}) is not reparameterised")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.judging.latents import posterior_means
+from pyro_vae.judging.results import Result
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
 
@@ -17,12 +18,12 @@ METHODS = ("knn", "linear")
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracy(Result):
     """Share of test labels that a classifier of the posterior means gets right.
 
     Attributes:
         value: The share.
-        stderr: Its binomial standard error, given the training data.
+        data_stderr: Its binomial standard error, given the training data.
         baseline: The share of the commonest training label: what no knowledge gives.
         num_test: Test data.
         num_train: Training data.
@@ -30,7 +31,7 @@ class Accuracy:
     """
 
     value: float
-    stderr: float
+    data_stderr: float
     baseline: float
     num_test: int
     num_train: int
@@ -38,24 +39,27 @@ class Accuracy:
 
     def __str__(self) -> str:
         return (
-            f"{self.protocol}: {100 * self.value:.1f} ± {100 * self.stderr:.1f} % of {self.num_test} test labels "
+            f"{self.protocol}: {100 * self.value:.1f} ± {100 * self.data_stderr:.1f} % of {self.num_test} test labels "
             f"(trained on {self.num_train}; always the commonest: {100 * self.baseline:.1f} %)"
         )
 
 
 @checked
 def probe(
+    model: Program,
     guide: Program,
-    train: Any,
-    train_labels: Tensor,
-    test: Any,
-    test_labels: Tensor,
+    data: Any,
     *,
+    labels: Tensor,
+    test_data: Any,
+    test_labels: Tensor,
     method: str = "knn",
     num_neighbours: int = 10,
-    site: str = "z",
+    site: str | None = None,
     num_samples: int = 64,
-    seed: int = 0,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
 ) -> Accuracy:
     """Accuracy of a classifier of the posterior means.
 
@@ -64,27 +68,30 @@ def probe(
     logistic regression on standardised means, with an L2 penalty of 1.
 
     Args:
+        model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
-        train: Data as for `fit`, from which the classifier learns.
-        train_labels: (N,) integers.
-        test: Data as for `fit`, on which it is scored.
+        data: As for `fit`, from which the classifier learns.
+        labels: (N,) integers.
+        test_data: As for `fit`, on which it is scored.
         test_labels: (M,) integers.
         method: "knn" or "linear".
         num_neighbours: Of "knn".
-        site: Name of the latent site.
-        num_samples: Samples per datum where the mean is not known.
-        seed: Of those samples.
+        site: As for `posterior_means`, as all that follow.
     Returns:
         The accuracy with its error.
     Raises:
         ValueError: Another method; labels of another length than the data; no such site.
     Example:
         >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> def guide(x):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x, 1.0))
         >>> x, y = torch.tensor([-1.0, -2.0, 1.0, 2.0]), torch.tensor([0, 0, 1, 1])
-        >>> probe(guide, x, y, x, y, num_neighbours=1).value
+        >>> probe(model, guide, x, labels=y, test_data=x, test_labels=y, num_neighbours=1).value
         1.0
     """
     if method not in METHODS:
@@ -94,16 +101,17 @@ def probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    options: dict[str, Any] = {"site": site, "num_samples": num_samples, "seed": seed, "device": device}
     features = []
-    for data, labels, which in ((train, train_labels, "train"), (test, test_labels, "test")):
-        means = posterior_means(guide, data, site=site, num_samples=num_samples, seed=seed)
+    for part, given, which in ((data, labels, "labels"), (test_data, test_labels, "test_labels")):
+        means = posterior_means(model, guide, part, progress=progress, **options)
         means = means.reshape(len(means), -1)
-        if labels.dim() != 1 or len(labels) != len(means):
+        if given.dim() != 1 or len(given) != len(means):
             raise ValueError(
-                f"got {which}_labels of shape {tuple(labels.shape)} for {len(means)} data, wanted ({len(means)},)."
+                f"got {which} of shape {tuple(given.shape)} for {len(means)} data, wanted ({len(means)},)."
             )
         features.append(means.double().cpu().numpy())
-    known, wanted = train_labels.cpu().numpy(), test_labels.cpu().numpy()
+    known, wanted = labels.cpu().numpy(), test_labels.cpu().numpy()
     if method == "knn":
         count = min(num_neighbours, len(known))
         classifier, protocol = KNeighborsClassifier(count), f"{count} nearest neighbours of posterior means"
@@ -113,10 +121,10 @@ def probe(
     right = int((classifier.fit(features[0], known).predict(features[1]) == wanted).sum())
     size = len(wanted)
     share = (right + 0.5) / (size + 1)  # so that all right is not without error
-    commonest = torch.mode(train_labels.flatten().cpu()).values.item()
+    commonest = torch.mode(labels.flatten().cpu()).values.item()
     return Accuracy(
         value=right / size,
-        stderr=math.sqrt(share * (1 - share) / size),
+        data_stderr=math.sqrt(share * (1 - share) / size),
         baseline=float((wanted == commonest).mean()),
         num_test=size,
         num_train=len(known),

@@ -20,25 +20,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.trees import values
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.hamiltonian import Adaptation, State, transition
+from pyro_vae.judging.results import Result, table
+from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
 from pyro_vae.traces import Program
-
-# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches.
-_CHUNK = 2**21
 
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(Result):
     """Draws from the posteriors of N data, with their diagnostics.
 
     Attributes:
@@ -66,6 +59,10 @@ class Reference:
         """
         return (self.rhat.amax(1) < 1.05) & (self.ess.amin(1) > 100)
 
+    def rows(self) -> list[dict[str, Any]]:
+        worst = {"rhat": self.rhat.amax(1), "ess": self.ess.amin(1)}
+        return table(**worst, acceptance=self.acceptance, step_size=self.step_size, converged=self.converged)
+
     def __str__(self) -> str:
         chains, samples, count, _ = self.unconstrained.shape
         return (
@@ -81,13 +78,13 @@ def reference(
     guide: Program,
     data: Any,
     *,
+    num_samples: int = 500,
     num_chains: int = 8,
     num_warmup: int = 200,
-    num_samples: int = 500,
     num_leapfrog: int = 5,
     target_acceptance: float = 0.8,
-    device: str | torch.device | None = None,
     seed: int | None = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Reference:
     """Draw from the exact posterior of each datum, by Hamiltonian Monte Carlo from the guide.
@@ -96,17 +93,13 @@ def reference(
     warm-up, and that of the chains themselves in the second; then all is frozen.
 
     Args:
-        model: A Pyro program for p(x, z), whose arguments are the batch.
         guide: A Pyro program for q(z | x), where the chains start.
-        data: As for `fit`.
+        num_samples: S, draws kept of each chain.
         num_chains: C, at least 2.
         num_warmup: Moves that tune and are thrown away.
-        num_samples: S, draws kept of each chain.
         num_leapfrog: Leapfrog steps a move.
         target_acceptance: Wanted probability of acceptance.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the chains; None goes on with torch's random state.
-        progress: Show a bar; None shows it on a terminal only.
+        model, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The draws, on the CPU, with R-hat and ESS; a warning says where they have not converged.
     Raises:
@@ -128,28 +121,24 @@ def reference(
                                ("num_samples", num_samples, 4), ("num_leapfrog", num_leapfrog, 1)):  # fmt: skip
         if value < least:
             raise ValueError(f"got {name}={value}, wanted at least {least}.")
-    place = device_of(model, guide) if device is None else device
     parts = []
-    # A trajectory may leave the numbers and is then rejected; validation would raise instead.
-    with evaluating(model, guide, seed=seed), validation_enabled(False):
-        batches = Batches(data, 100, place, shuffle=False, programs=(model, guide))
-        batches = batches.of(max(1, _CHUNK // (values(batches.first()) * num_chains)))
-        hide = None if progress is None else not progress
-        with tqdm(total=len(batches) * (num_warmup + num_samples), desc="HMC", disable=hide, leave=False) as bar:
-            for batch in batches:
-                pair = Pair(model, guide, batch)
-                density = pair.posterior_density()
-                state = State.at(density, pair.from_guide(num_chains))
-                state, step, scale = _warm_up(pair, density, state, num_warmup, num_leapfrog, target_acceptance, bar)
-                kept, accepted = [], torch.zeros_like(step)
-                one = step.new_ones(1)
-                for _ in range(num_samples):
-                    state, acceptance = transition(state, density, one, step, scale, num_leapfrog)
-                    kept.append(state.position.cpu())
-                    accepted += acceptance.mean(0)
-                    bar.update()
-                u = torch.stack(kept, 1)  # (C, S, B, U)
-                parts.append((u, _sites(pair, u), accepted.cpu() / num_samples, step.cpu()))
+    with sweep(model, guide, data=data, batch_size=500, copies=num_chains, validate=False, seed=seed, device=device,
+               progress=progress, title="HMC") as run:  # fmt: skip
+        run.expect(len(run) * (num_warmup + num_samples))
+        for batch in run:
+            pair = Pair(model, guide, batch)
+            density = pair.posterior_density()
+            state = State.at(density, pair.from_guide(num_chains))
+            state, step, scale = _warm_up(pair, density, state, num_warmup, num_leapfrog, target_acceptance, run)
+            kept, accepted = [], torch.zeros_like(step)
+            one = step.new_ones(1)
+            for _ in range(num_samples):
+                state, acceptance = transition(state, density, one, step, scale, num_leapfrog)
+                kept.append(state.position.cpu())
+                accepted += acceptance.mean(0)
+                run.tick()
+            u = torch.stack(kept, 1)  # (C, S, B, U)
+            parts.append((u, _sites(pair, u), accepted.cpu() / num_samples, step.cpu()))
     axes = {site.name: site.data_axis + 1 for site in pair.latents.sites}
     u = torch.cat([p[0] for p in parts], 2)
     rhat, ess = diagnostics(u)
@@ -190,7 +179,7 @@ def diagnostics(draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _warm_up(
-    pair: Pair, density: Any, state: State, num_warmup: int, num_leapfrog: int, target: float, bar: Any
+    pair: Pair, density: Any, state: State, num_warmup: int, num_leapfrog: int, target: float, run: Sweep
 ) -> tuple[State, Tensor, Tensor]:
     """Chains near the posterior, and the step size and scale to be frozen."""
     scale = pair.from_guide(64).std(0).clamp(min=1e-6)
@@ -210,7 +199,7 @@ def _warm_up(
             # Few correlated draws: shrink towards what the guide says, with the weight of twenty.
             scale = ((count * variance + 20 * scale.square()) / (count + 20)).sqrt()
             adaptation = Adaptation.start(adaptation.averaged.exp())
-        bar.update()
+        run.tick()
     return state, adaptation.averaged.exp(), scale
 
 

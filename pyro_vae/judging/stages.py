@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pyro_vae.judging._calibration import Calibration
 from pyro_vae.judging.annealing import Bracket
-from pyro_vae.judging.estimates import over_data
 from pyro_vae.judging.nats import Nats, plain, typed
+from pyro_vae.judging.results import over_data
 
 Status = Literal["done", "left out", "not possible"]
 Comparison = Literal["larger K", "best q", "jackknife"]

@@ -32,6 +32,7 @@ class Amortized(nn.Module, ABC):
             "one pass", "D passes", or "impossible".
         support: Where z lies, a constraint of torch.
         passes: Networks that look at a z to score it.
+        has_density: Whether it is more than a point.
     Raises:
         ValueError: The number of features is unknown, or a size is not positive.
     Example:
@@ -50,6 +51,7 @@ class Amortized(nn.Module, ABC):
     rescoring: Rescoring = "one pass"
     support: ClassVar[Any] = constraints.real_vector
     passes: ClassVar[int] = 0
+    has_density: ClassVar[bool] = True
 
     def __init__(self, encoder: nn.Module, latent_dim: int, num_parameters: int, features: int | None = None) -> None:
         super().__init__()
@@ -130,6 +132,7 @@ class Delta(Amortized):
     """
 
     rescoring = "impossible"
+    has_density = False
 
     def __init__(self, encoder: nn.Module, latent_dim: int, features: int | None = None) -> None:
         super().__init__(encoder, latent_dim, latent_dim, features)

@@ -1,0 +1,371 @@
+"""Runs of programs over data: the one place where estimates and diagnostics make them.
+
+`sweep` sees to all that every one of them needs and none should have to think of: evaluation mode, no gradients and a
+seed, with everything put back afterwards (`pyro_vae.evaluation`); the device; batches of whatever people hold their
+data in, as large as one budget of memory allows; matrix products as fast as they are exact; a bar of progress. What is
+left to a diagnostic is what it does with a batch:
+
+    with sweep(model, guide, data=data, copies=num_samples, seed=seed, title="latents") as run:
+        for batch in run:
+            drawn = run.draw(batch, num_samples)
+
+An estimate whose K does not fit into memory takes the samples of a batch in chunks (`Sweep.particles`), captured and
+replayed where there are many of them (`Sweep.tables`). Data may be simulated on the way (`Sweep.simulated`): a model
+observes sites and takes arguments, and which argument is which site is told by their values. So a user's own program
+needs no convention: a site replaces the argument that it equals up to shape, as ``obs=x.reshape(-1, 784)`` does, and
+where none or several do, the caller says which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro import validation_enabled
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.evaluation import evaluating
+from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.capture import capturing, fast_matmul
+from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.per_datum import lengths
+from pyro_vae.inference.replays import Replayed
+from pyro_vae.inference.trees import at, joined, rows, values
+from pyro_vae.parameters import device_of
+from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting, simulate, sites
+
+# Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
+_CHUNK = 3 * 2**19
+# Log weights that are held at once.
+_HELD = 2**22
+
+
+class Sweep:
+    """Programs at work on data; made by `sweep`. Iterating over it gives the batches, as tuples of arguments.
+
+    Attributes:
+        programs: The model, its guide and what else runs; a diagnostic of one program has one.
+        batches: The data.
+    """
+
+    def __init__(
+        self, programs: tuple[Program, ...], batches: Batches, num_data: int | None, title: str, progress: bool | None,
+    ) -> None:  # fmt: skip
+        self.programs, self.batches = programs, batches
+        self._num_data, self._title, self._progress = num_data, title, progress
+        self._nesting: dict[int, int] = {}
+        self._bar: Any = None
+
+    @functools.cached_property
+    def first(self) -> tuple[Any, ...]:
+        """A batch to learn the programs' structure from."""
+        return self.batches.first()
+
+    def at_most(self, batch_size: int) -> None:
+        """Make the batches smaller, where they are larger."""
+        self.batches = self.batches.of(max(1, min(batch_size, self.batches.batch_size)))
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        if self._num_data is None or self.batches.num_data is None:
+            return len(self.batches)
+        return -(-min(self._num_data, self.batches.num_data) // self.batches.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        own = self._bar is None
+        if own:
+            known = self.batches.num_data is not None or hasattr(self.batches.loader, "__len__")
+            self.expect(len(self) if known else None)
+        for batch in self._upto(self._num_data):
+            yield batch
+            if own:
+                self.tick()
+        if own:
+            self.close()
+
+    def _upto(self, num_data: int | None) -> Iterator[tuple[Any, ...]]:
+        """Batches until so many data have come."""
+        left = num_data
+        for batch in self.batches:
+            if left is not None:
+                if left <= 0:
+                    return
+                batch = at(batch, slice(left)) if rows(batch) > left else batch
+                left -= rows(batch)
+            yield batch
+
+    def whole(self) -> tuple[Any, ...]:
+        """All data as one batch."""
+        return joined(list(self._upto(self._num_data)))
+
+    def simulated(
+        self, num_data: int, observed: Mapping[str, int] | None, *, again: bool = False
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Tensor]]]:
+        """Batches whose data are drawn from the model, with the latents they were drawn from (see `simulated_batch`).
+
+        Args:
+            num_data: How many.
+            observed: As for `simulated_batch`.
+            again: Whether to go through the data again where they are fewer.
+        """
+        while num_data > 0:
+            for batch in self._upto(num_data):
+                num_data -= rows(batch)
+                yield simulated_batch(self.programs[0], batch, observed)
+            if not again:
+                return
+
+    def draw(self, batch: tuple[Any, ...], num_samples: int = 1, guide: Program | None = None) -> Particles:
+        """K samples of one batch, all at once."""
+        model, guide = self.programs[0], self.programs[1] if guide is None else guide
+        nesting = self.nesting(guide) if num_samples > 1 else 0
+        return draw(model, guide, batch, {}, num_samples, max_plate_nesting=nesting)
+
+    def nesting(self, guide: Program) -> int:
+        """How deep the plates of the model and a guide are."""
+        if id(guide) not in self._nesting:
+            self._nesting[id(guide)] = plate_nesting(self.programs[0], guide, *self.first)
+        return self._nesting[id(guide)]
+
+    def particles(self, num_samples: int) -> Iterator[Iterator[Particles]]:
+        """For each batch, its K particles in chunks, from the programs as they are."""
+        model, guide = self.programs
+        found = self._lay_out(num_samples)
+        for batch in self:
+            nesting = plate_nesting(model, guide, *batch) if found.joint else found.nesting  # refuses it
+            sizes = chunk_sizes(batch, num_samples)
+            yield (draw(model, guide, batch, {}, size, max_plate_nesting=nesting) for size in sizes)
+
+    def tables(self, num_samples: int, compile: bool | str = "auto") -> Iterator[tuple[Tensor, Tensor, int]]:
+        """For each batch its log weights and log likelihoods, (K, B) each, and the data of each column.
+
+        Args:
+            num_samples: K.
+            compile: As for `Replayed`.
+        """
+        found = self._lay_out(num_samples)
+        chunks: dict[int, Replayed] = {}
+        count = len(self)
+        for batch in self:
+            sizes = chunk_sizes(batch, num_samples)
+            tensors = all(isinstance(x, Tensor) for x in batch)
+            parts: list[tuple[Tensor, ...]] = []
+            for size in sizes:
+                function = functools.partial(_chunk, self.programs, size, found.nesting)
+                if tensors and size not in chunks:
+                    calls = count * sizes.count(size)
+                    chunks[size] = Replayed(function, programs=self.programs, calls=calls, compile=compile)
+                parts.append(chunks[size](*batch) if tensors else function(*batch))
+            weight, likelihood = (torch.cat(column) for column in zip(*parts, strict=True))
+            yield weight, likelihood, found.joint or 1
+
+    def _lay_out(self, num_samples: int) -> Layout:
+        """The pair's layout; all data go into one batch, where the pair is of just these data."""
+        # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
+        self.at_most(min(_CHUNK // values(self.first) // min(num_samples, 80), _HELD // num_samples))
+        model, guide = self.programs
+        batches = whole = self.batches
+        if batches.num_data is not None and batches.num_data > batches.batch_size:
+            whole = Batches(batches.origin, batches.num_data, batches.device, shuffle=False)
+        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:  # made for the data that it sees first
+            with torch.random.fork_rng():
+                guide(*whole.first())
+        batch = batches.first()
+        try:
+            found = layout(model, guide, *batch)
+        except (RuntimeError, ValueError, IndexError) as error:
+            try:
+                found, batch, self.batches = layout(model, guide, *whole.first()), whole.first(), whole
+            except (RuntimeError, ValueError, IndexError):
+                raise error from None
+        if found.subsampled and found.subsampled not in lengths(batch):
+            raise ValueError(
+                f"the data plate picks {found.subsampled} rows at random in each run, so that two runs are of "
+                "different data and samples cannot be put together. Give the batches as arguments: "
+                'pyro.plate("data", N, subsample=x).'
+            )
+        return found
+
+    def expect(self, ticks: int | None) -> None:
+        """Show a bar of so many ticks, and not one of the batches."""
+        self.close()
+        hide = None if self._progress is None else not self._progress
+        self._bar = tqdm(total=ticks, desc=self._title, disable=hide, leave=False)
+
+    def tick(self, count: int = 1, **shown: Any) -> None:
+        """Move the bar on, or show something beside it."""
+        if shown:
+            self._bar.set_postfix(**shown, refresh=False)
+        else:
+            self._bar.update(count)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+@contextlib.contextmanager
+def sweep(
+    *programs: Program | None,
+    data: Any,
+    batch_size: int = 100,
+    copies: int = 1,
+    num_data: int | None = None,
+    besides: Iterable[Any] = (),
+    validate: bool = True,
+    whole: bool = False,
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+    progress: bool | None = None,
+    title: str = "",
+) -> Iterator[Sweep]:
+    """Run programs over data for an estimate or a diagnostic (see the module).
+
+    Args:
+        programs: The model, its guide, and what else runs; None among them is passed over.
+        data: As for `fit`.
+        batch_size: Data at a time, at most.
+        copies: Samples of each datum that are held at once: so many fewer data make a batch.
+        num_data: Only the first so many of the data.
+        besides: Modules that are to be in evaluation mode as well.
+        validate: Whether Pyro looks at all values. A trajectory that leaves the numbers is rejected, where validation
+            would raise.
+        whole: Whether all data make one batch, whatever their number.
+        device: Where the batches go; where the modules are when not given.
+        seed: Seed of the noise inside; None goes on with the random states as they are.
+        progress: Show a bar; None shows it on a terminal only.
+        title: Of the bar.
+    Raises:
+        ValueError: What `Batches` refuses.
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> with sweep(model, guide, data=torch.zeros(5), batch_size=3, seed=0) as run:
+        ...     [run.draw(batch, 7).log_weight.shape for batch in run]
+        [torch.Size([7, 3]), torch.Size([7, 2])]
+    """
+    given = tuple(program for program in programs if program is not None)
+    place = device_of(*given) if device is None else device
+    on_cpu = torch.device(place or "cpu").type == "cpu"
+    with contextlib.ExitStack() as stack:
+        for context in (evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory()):
+            stack.enter_context(context)
+        if not validate:
+            stack.enter_context(validation_enabled(False))
+        batches = Batches(data, batch_size, place, False, given)
+        if batches.tolerated:  # Pyro's validation looks before it masks
+            stack.enter_context(validation_enabled(False))
+        run = Sweep(given, batches, num_data, title, progress)
+        if not whole:
+            run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:
+    """The sizes of the chunks in which K samples of one batch are drawn: who takes the same gets the same draws."""
+    return _sizes(num_samples, max(1, _CHUNK // values(batch) // max(rows(batch), 1)))
+
+
+def _sizes(num_samples: int, most: int) -> list[int]:
+    """Chunks of about the same size, as every size is captured by itself: all the same where that is near."""
+    for size in range(min(most, num_samples), most // 2, -1):
+        if num_samples % size == 0:
+            return [size] * (num_samples // size)
+    count = -(-num_samples // most)
+    size = -(-num_samples // count)
+    return [size] * (num_samples // size) + ([num_samples % size] if num_samples % size else [])
+
+
+def _chunk(programs: tuple[Program, ...], size: int, nesting: int, *batch: Any) -> tuple[Tensor, Tensor]:
+    # Samples drawn one by one would make a graph as long as the chunk: there the programs run on as they are.
+    model, guide = programs
+    particles = draw(model, guide, batch, {}, size, True if capturing() else None, nesting)
+    return particles.log_weight, particles.log_likelihood
+
+
+def simulated_batch(
+    model: Program, args: tuple[Any, ...], observed: Mapping[str, int] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    """Draw (z, x) ~ p(z) p(x | z) in the shape of a batch.
+
+    Args:
+        model: A Pyro program for p(x, z).
+        args: A batch, which serves for its shape, and for what the model conditions on.
+        observed: Position of the argument that an observed site is, as {"x": 0}, where the
+            values do not tell.
+    Returns:
+        The arguments with simulated data in them, and the latents that the data were drawn from.
+    Raises:
+        ValueError: A site equals no argument, or several; or the model observes nothing.
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+        >>> (x,), latents = simulated_batch(model, (torch.zeros(5, 1),))
+        >>> x.shape, latents["z"].shape
+        (torch.Size([5, 1]), torch.Size([5]))
+    """
+    given = {name: site["value"] for name, site in sites(model, *args).items() if site["is_observed"]}
+    if not given:
+        raise ValueError(
+            "the model observes no site with these arguments, so there are no data to simulate. "
+            "Write the data site as pyro.sample(name, distribution, obs=x)."
+        )
+    named = dict(observed or {})
+    unknown = [name for name in named if name not in given]
+    if unknown:
+        raise ValueError(f"got observed={{{unknown[0]!r}: ...}}, wanted one of the model's data sites, {list(given)}.")
+    places = {name: _place(name, value, args, named.get(name)) for name, value in given.items()}
+    if len(set(places.values())) < len(places):
+        raise ValueError(
+            f"two observed sites are one and the same argument, {places}, so simulated data have no place. Make them "
+            "one site, or two arguments."
+        )
+    drawn = simulate(model, *args)
+    replaced = list(args)
+    for name, place in places.items():
+        replaced[place] = drawn.observations[name].reshape(args[place].shape).to(args[place].dtype)
+    return tuple(replaced), drawn.latents
+
+
+def _place(site: str, value: Tensor, args: tuple[Any, ...], named: int | None) -> int:
+    if named is not None:
+        if not -len(args) <= named < len(args) or not isinstance(args[named], Tensor):
+            raise ValueError(
+                f"got observed={{{site!r}: {named}}}, wanted the position of a tensor among {len(args)} arguments."
+            )
+        if args[named].numel() != value.numel():
+            raise ValueError(
+                f"argument {named} has {args[named].numel()} values, and site {site!r} {value.numel()}: wanted as many."
+            )
+        return named % len(args)
+    same = [
+        i
+        for i, x in enumerate(args)
+        if isinstance(x, Tensor) and x.numel() == value.numel() and bool((x.flatten() == value.flatten()).all())
+    ]
+    if len(same) != 1:
+        found = "none" if not same else f"those at {same}"
+        raise ValueError(
+            f"simulated data of site {site!r} replace the argument that it equals up to shape, and of {len(args)} "
+            f"arguments {found} did. Say which it is by its position: observed={{{site!r}: 0}}."
+        )
+    return same[0]

@@ -1,0 +1,98 @@
+"""One signature for all that take a pair, and one owner for what all of them need."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import pyro_vae
+from pyro_vae import judging
+
+ROOT = Path(pyro_vae.__file__).parent
+DEFAULTS = {
+    "seed": 0, "device": None, "progress": None, "compile": "auto", "site": None, "start": "guide", "observed": None,
+}  # fmt: skip
+ORDER = ["num_samples", "num_data", "num_steps", "start", "seed", "device", "progress", "compile"]
+NEVER = {
+    "x", "args", "images", "proposals", "num_draws", "step_samples", "limit", "size", "num_simulated", "steps",
+    "max_steps", "n_samples", "batch_size",
+}  # fmt: skip
+# The batch is run as it is, once; or a program that is no pair.
+INNER = {"score", "scores_strangers", "optimise", "climbed", "family_form", "local_form", "frozen", "simulated_batch", "moments", "to_arviz"}
+
+
+def taking_pairs():
+    """All public functions of judging whose first arguments are a model and its guide, or guides."""
+    found = {}
+    for module in pkgutil.iter_modules(judging.__path__):
+        home = importlib.import_module(f"pyro_vae.judging.{module.name}")
+        for name, function in vars(home).items():
+            if not inspect.isfunction(function) or function.__module__ != home.__name__ or name.startswith("_"):
+                continue
+            parameters = list(inspect.signature(function).parameters)
+            if name not in INNER and (parameters[:1] == ["model"] or "guide" in parameters):
+                found[name] = function
+    return found
+
+
+PAIRS = taking_pairs()
+
+
+def test_all_diagnostics_are_among_them():
+    assert set(PAIRS) >= {
+        "active_units", "ais", "anomaly_scores", "bdmc", "collapse", "compare_guides", "elbo_terms", "fit_guide", "gaps",
+        "gradient_lab", "guide_distances", "judge", "kl_per_dimension", "linear_optimum", "log_likelihood",
+        "mutual_information", "posterior_means", "probe", "quadrature", "rate_distortion", "reference", "sbc",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_the_pair_comes_first_and_one_thing_has_one_name(name):
+    parameters = inspect.signature(PAIRS[name]).parameters
+    kinds = {key: p.kind for key, p in parameters.items()}
+    places = [key for key, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    guide = {"compare_guides": ["guides"], "linear_optimum": []}.get(name, ["guide"])
+    assert places == ["model", *guide, "data"]
+    assert all(parameters[key].default is inspect.Parameter.empty for key in places)
+    assert not NEVER & set(parameters)
+    for key, value in DEFAULTS.items():
+        if key in parameters:
+            assert parameters[key].default == value, key
+    words = [key for key in parameters if key in ORDER]
+    assert words == [key for key in ORDER if key in words]
+    if name != "fit_guide":  # whose options are those of `fit`
+        assert {"device", "progress"} <= set(parameters)
+        assert name == "linear_optimum" or "seed" in parameters
+
+
+PREAMBLE = ("evaluating(", "Batches(", "tqdm(", "device_of(", "validation_enabled(", "reused_memory(", "fast_matmul(")
+
+
+def test_one_place_runs_pairs_over_data():
+    for path in (ROOT / "judging").glob("*.py"):
+        if path.name not in ("sweeps.py", "arviz.py"):  # ArviZ is given arguments, with keywords among them, and no data
+            text = path.read_text()
+            assert not [word for word in PREAMBLE if re.search(rf"\b{re.escape(word)}", text)], path.name
+
+
+def test_one_place_turns_log_weights_into_numbers():
+    for path in (ROOT / "judging").glob("*.py"):
+        text = path.read_text()
+        if path.name not in ("weights.py", "arviz.py"):
+            assert not re.search(r"import arviz|\bpareto_(k|smoothed)\(|count \* share\.square", text), path.name
+
+
+def test_a_standard_error_says_of_what():
+    for module in pkgutil.iter_modules(judging.__path__):
+        home = importlib.import_module(f"pyro_vae.judging.{module.name}")
+        for found in vars(home).values():
+            if inspect.isclass(found) and found.__module__ == home.__name__:
+                assert "stderr" not in {*getattr(found, "__annotations__", {}), *vars(found)}, found
+
+
+def test_modules_are_of_a_size_to_read():
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "judging").glob("*.py")}
+    assert max(lines.values()) <= 450, lines
