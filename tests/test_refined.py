@@ -522,7 +522,7 @@ def test_what_cannot_be_refined_is_refused_by_name():
 def test_training_a_hamiltonian_guide_differentiates_through_its_trajectory(name):
     """Finite differences of the loss: the model's second derivatives are part of the gradient."""
     base = head_guide(DiagonalNormal)
-    guide = Hamiltonian(base, linear_model(), 2, 0.07, "fixed").double()
+    guide = Hamiltonian(linear_model(), base, 2, 0.07, "fixed").double()
     parameter = base.posterior.head.bias if name == "head bias" else getattr(guide, name)
 
     def loss():

@@ -500,7 +500,7 @@ def test_those_that_take_one_batch_take_arrays_and_refuse_what_is_none():
     x = table()
     lab = gradient_lab(vae.model, vae.guide, x.double().numpy(), num_samples=(1,), repeats=10, progress=False)
     same = gradient_lab(vae.model, vae.guide, x, num_samples=(1,), repeats=10, progress=False)
-    assert lab.rows[0].variance == pytest.approx(same.rows[0].variance, rel=1e-4)
+    assert lab.measured[0].variance == pytest.approx(same.measured[0].variance, rel=1e-4)
     done = impute(vae.model, vae.guide, x.numpy(), np.ones(4, bool), proposals=5)
     assert torch.equal(done.draws[0], x)
     with pytest.raises(ValueError, match="got data of type str"):

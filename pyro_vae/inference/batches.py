@@ -104,6 +104,9 @@ class Batches:
         self._made_together = isinstance(data, tuple) and not isinstance(data, TensorDataset)
         self._take_in(data)
         lengths: list[int] = [] if self.columns is None else [len(one) for one in self.columns]
+        if len(set(lengths)) > 1 and batch_size == sys.maxsize:
+            # All of it is one batch, and arguments that are not one row each per datum are the pair's own affair.
+            self.columns, self.loader, lengths = None, [data], []
         if len(set(lengths)) > 1:
             raise ValueError(f"the data have different lengths, {lengths}; wanted one row each per datum.")
         if self.columns is not None and not any(lengths):
@@ -488,10 +491,7 @@ def whole(programs: Sequence[Program], args: tuple[Any, ...], device: torch.devi
     Raises:
         ValueError: As for `Batches`.
     """
-    arrays = [x for x in args if isinstance(x, Tensor | np.ndarray) and x.ndim]
-    if len(args) == 1 or len(arrays) == len(args) and len({len(x) for x in arrays}) == 1:
-        return Batches(args, sys.maxsize, device, shuffle=False, programs=programs).first()
-    return tuple(x if device is None or not isinstance(x, Tensor) else x.to(device) for x in args)
+    return Batches(args, sys.maxsize, device, shuffle=False, programs=programs).first()
 
 
 def _cast(batch: tuple[Any, ...], casts: Mapping[Path, torch.dtype]) -> tuple[Any, ...]:

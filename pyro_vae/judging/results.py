@@ -129,8 +129,8 @@ def averaged(pointwise: Tensor, variance: Tensor) -> dict[str, Any]:
 
     Example:
         >>> import torch
-        >>> averaged(torch.tensor([1.0, 4.0]).double(), torch.tensor([2.0, 2.0]))
-        {'value': 2.5, 'mc_stderr': 1.0, 'data_stderr': 1.5, 'pointwise': tensor([1., 4.], dtype=torch.float64)}
+        >>> averaged(torch.tensor([1.0, 1.0]).double(), torch.tensor([2.0, 2.0]))
+        {'value': 1.0, 'mc_stderr': 1.0, 'data_stderr': 0.0, 'pointwise': tensor([1., 1.], dtype=torch.float64)}
     """
     count = len(pointwise)
     return {

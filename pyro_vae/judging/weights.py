@@ -147,7 +147,7 @@ def khat_limit(num_samples: int) -> float:
         >>> khat_limit(100)
         0.5
     """
-    return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)
+    return min(1 - 1 / math.log10(max(num_samples, 2)), 0.7)
 
 
 def khat_ok(pareto_k: Tensor, num_samples: int) -> float:
