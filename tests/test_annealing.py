@@ -104,7 +104,7 @@ def test_the_bracket_contains_the_evidence(start):
     assert str(bracket).startswith(f"[{bracket.lower.value:.2f}, ") and "nats (width" in str(bracket)
 
 
-@pytest.mark.parametrize("start, num_steps", [("guide", 6), ("prior", 40)])  # from the prior fewer are too heavy-tailed
+@pytest.mark.parametrize("start, num_steps", [("guide", 6), pytest.param("prior", 40, marks=pytest.mark.slow)])  # from the prior fewer are too heavy-tailed
 def test_backward_weights_are_unbiased_for_the_inverse(start, num_steps):
     """E[1 / w_r] = 1 / p(x), over draws of (z, x): the mean of p(x) / w_r is one."""
     pair, x = linear_pair(stretch=0.8)

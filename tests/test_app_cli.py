@@ -325,7 +325,10 @@ def test_a_part_of_ones_own_goes_by_its_import_path_and_is_loaded_only_on_trust(
         ["--posterior", "von-mises-fisher", "--network", "gated"],
         ["--prior", "flow", "--bound", "iwae", "--num-samples", "3", "--estimator", "doubly-reparameterized"],
         ["--likelihood", "discretized-logistic", "--network", "residual", "--hidden", "4,8"],
-        ["--likelihood", "categorical", "--likelihood-options", "levels=256", "--bound", "renyi", "--bound-options", "alpha=0.3"],
+        pytest.param(
+            ["--likelihood", "categorical", "--likelihood-options", "levels=256", "--bound", "renyi", "--bound-options", "alpha=0.3"],
+            marks=pytest.mark.slow,
+        ),
         ["--likelihood", "continuous-bernoulli", "--prior", "mixture", "--regularizers", "mmd=10,free-bits=0.1"],
         ["--likelihood", "poisson", "--posterior", "low-rank", "--compile", "off"],
     ],

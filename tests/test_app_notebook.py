@@ -21,6 +21,7 @@ def test_it_is_stored_with_its_outputs(stored):
     assert not [o for cell in code for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
 
 
+@pytest.mark.slow
 def test_it_runs(stored, tmp_path):
     nbclient = pytest.importorskip("nbclient")
     fresh = nbformat.from_dict(stored)

@@ -137,6 +137,7 @@ def test_chunks_do_not_change_the_estimate(monkeypatch):
     assert again.value == pieces.value
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_k():
     code = """
         import resource, torch

@@ -214,6 +214,7 @@ def test_gaps_add_up_to_what_the_grid_says(pair):
     assert row.amortization.value > 4 * row.amortization.mc_stderr  # 60 epochs are no end
 
 
+@pytest.mark.slow
 def test_the_report(pair):
     model, guide, x, truth = pair
     found = judge(model, guide, x, num_data=6, budget=60.0, num_samples=1000, clock=Ticks())

@@ -158,6 +158,7 @@ def banana():
     return model, x, joint.flatten(1).logsumexp(1) + step
 
 
+@pytest.mark.slow
 def test_a_flow_of_its_own_weights_bends_where_a_normal_cannot():
     model, x, evidence = banana()
 

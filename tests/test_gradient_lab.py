@@ -53,6 +53,7 @@ class Plain:
         self.pair.guide(x)
 
 
+@pytest.mark.slow
 def test_the_landing_is_biased_and_the_others_are_not():
     pair = Gaussian(dim=2, off=0.4)
     plain = Plain(pair)

@@ -191,7 +191,7 @@ def test_planted_a_dead_encoder():
     assert found.findings[0].culprit == "dead encoder"
 
 
-@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("count", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_planted_too_small_a_number_of_samples(count):
     pair, x = linear_pair(stretch=1.8)
     few = run(pair.model, pair.guide, x, num_samples=count, num_data=24)

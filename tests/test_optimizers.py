@@ -38,7 +38,7 @@ def same(one, other):
 # An instance
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "make",
     [
@@ -59,7 +59,7 @@ def test_an_instance_takes_the_steps_of_its_class_with_its_options(make, compile
     assert all("step" in state or "momentum_buffer" in state for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_groups_keep_their_rates(compile):
     ours = small_pair()
     groups = [{"params": ours[0].parameters(), "lr": 0.0}, {"params": ours[1].parameters()}]
@@ -139,7 +139,7 @@ def scheduler(kind, **options):
     return kind({"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.01}, **options})
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_scheduler_is_stepped_once_an_epoch(compile):
     pair = small_pair()
     steps = scheduler(pyro.optim.ExponentialLR, gamma=0.1)

@@ -190,7 +190,7 @@ def kept_values():
 
 
 @pytest.mark.parametrize("called_first", [True, False])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_a_fit_leaves_in_the_store_is_the_pair(tmp_path, compile, called_first):
     model, guide, enc, dec = shared_names(0)
     fit(model, guide, data(), epochs=40, learning_rate=0.03, seed=0, progress=False, compile=compile)
@@ -315,7 +315,7 @@ def plain_pair():
     return model, guide
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scopes_of_the_store_keep_two_fits_apart(compile):
     model, guide = plain_pair()
     net = shared_names(0)

@@ -267,6 +267,7 @@ def test_expectation_maximisation_finds_two_clusters():
 # Under Pyro
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diagonal mixture", "vamp, full"])
 def test_it_is_a_prior_under_plates_predictive_and_nuts(name):
     prior = PRIORS[name]().requires_grad_(False).eval()

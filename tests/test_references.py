@@ -112,6 +112,7 @@ def test_pyros_nuts_on_one_datum_agrees():
         assert ((a.mean((0, 1)) - b.mean((0, 1))).abs() < 4 * error).all()
 
 
+@pytest.mark.slow
 def test_constrained_sites_come_back_constrained():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -176,6 +177,7 @@ def test_adaptation_ends_with_the_warm_up():
     assert torch.equal(short.unconstrained, longer.unconstrained[:, :200])
 
 
+@pytest.mark.slow
 def test_distances_see_what_was_planted():
     pair, x = linear_pair()
     found = reference(pair.model, pair.guide, x, num_chains=8, num_warmup=100, num_samples=500)

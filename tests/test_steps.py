@@ -89,6 +89,7 @@ def test_the_optimiser_state_is_that_of_ordinary_steps():
             assert (one[name] - other[name]).abs().max() <= 1e-5 * other[name].abs().max()
 
 
+@pytest.mark.slow
 def test_inductor_takes_the_whole_step():
     options = {"optimizer": OPTIMIZERS["clipped"]}
     ours, theirs = fitted(SPLIT, Trace_ELBO(), 1, **options), fitted(SPLIT, Trace_ELBO(), **options)

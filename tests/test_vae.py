@@ -502,7 +502,7 @@ def doubles():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", "flow"])
+@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", pytest.param("flow", marks=pytest.mark.slow)])
 def test_under_a_default_of_doubles_all_is_double(doubles, tmp_path, prior):
     torch.manual_seed(0)
     vae, x = VAE.build((6,), latent_dim=2, hidden=(8,), prior=prior), binary(24).reshape(24, 16)[:, :6].double()
