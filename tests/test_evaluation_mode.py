@@ -219,11 +219,7 @@ def _arviz(model, guide):
 
 
 def _impute(model, guide):
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    found = impute(model, guide, X[:4], torch.tensor([True, False, True]), num_samples=2, proposals=20)
-    torch.set_rng_state(state)  # it goes on with torch's random state, as it says
-    return found
+    return impute(model, guide, (X[:4], torch.tensor([True, False, True])), num_imputations=2, num_samples=20)
 
 
 def _aggregated(model, guide):

@@ -48,7 +48,7 @@ PRIORS = {
 def test_the_new_prior_is_the_aggregated_posterior(name):
     model, guide = pair()
     torch.manual_seed(0)
-    fitted = ex_post(model, guide, clusters(4000), PRIORS[name](), num_components=2, steps=600)
+    fitted = ex_post(model, guide, clusters(4000), prior=PRIORS[name](), num_components=2, num_steps=600)
     torch.manual_seed(1)
     z = truth().sample((4000,))
     lost = truth().log_prob(z) - fitted.prior().log_prob(z)
@@ -103,8 +103,8 @@ def test_what_has_no_prior_to_fit_is_refused():
     with pytest.raises(ValueError, match="type function, wanted a Model"):
         ex_post(lambda x: None, guide, clusters(30))
     with pytest.raises(ValueError, match="unknown prior 'kde'"):
-        ex_post(model, guide, clusters(30), "kde")
+        ex_post(model, guide, clusters(30), prior="kde")
     with pytest.raises(ValueError, match="got no data"):
         ex_post(model, guide, [])
     with pytest.raises(ValueError, match="10 data to fit NormalMixture to, wanted at least 20"):
-        ex_post(model, guide, clusters(10), NormalMixture(2))
+        ex_post(model, guide, clusters(10), prior=NormalMixture(2))

@@ -214,7 +214,7 @@ def test_fit_learns_from_damaged_data_under_pyros_own_checks():
     assert after.value > before + 1
     # And better than chance at what it never saw.
     torch.manual_seed(0)
-    completed = impute(model, guide, damaged, mask, num_samples=20, proposals=200).draws
+    completed = impute(model, guide, (damaged, mask), num_imputations=20, num_samples=200).draws
     wrong = (completed - x).abs().mean(0)[~mask].mean()
     assert wrong < 0.4 and not completed.isnan().any()
 
@@ -254,7 +254,7 @@ def test_imputation_draws_from_the_exact_conditional(exact):
     tril = torch.linalg.cholesky(torch.linalg.inv(bed.precision)) * stretch
     guide = Guide(lambda x: dist.MultivariateNormal(bed.mean[index] + shift, scale_tril=tril[index]))
     torch.manual_seed(0)
-    completed, ess = impute(bed.model, guide, x, mask, proposals=1 if exact else 200)
+    completed, ess = impute(bed.model, guide, (x, mask), num_samples=1 if exact else 200)
     assert completed.shape == (1, 8 * copies, 6) and ess.shape == (8 * copies,)
     assert torch.equal(completed[0][mask], x[mask])  # bit for bit
     draws = completed[0].view(copies, 8, 6)
@@ -275,7 +275,7 @@ def test_imputation_corrects_a_guide_that_is_off():
     bed = Bed()
     torch.manual_seed(0)
     guide = bed.guide(stretch=1.4, shift=0.6)
-    completed, ess = impute(bed.model, guide, bed.damaged(), bed.mask, num_samples=2000, proposals=40_000)
+    completed, ess = impute(bed.model, guide, (bed.damaged(), bed.mask), num_imputations=2000, num_samples=40_000)
     mean = bed.mean @ bed.weight.T + bed.loc
     cov = bed.weight @ torch.linalg.inv(bed.precision) @ bed.weight.T + bed.scale**2 * torch.eye(6)
     # The draws share their proposals, of which there are as many as ess says.
@@ -289,14 +289,14 @@ def test_imputation_corrects_a_guide_that_is_off():
 
 def test_the_effective_number_of_proposals_is_all_of_them_with_the_exact_posterior():
     bed = Bed()
-    _, ess = impute(bed.model, bed.guide(), bed.damaged(), bed.mask, proposals=50)
+    _, ess = impute(bed.model, bed.guide(), (bed.damaged(), bed.mask), num_samples=50)
     assert torch.allclose(ess, torch.full_like(ess, 50.0), rtol=1e-9)
 
 
 def test_proposals_in_chunks_are_proposals(monkeypatch):
     bed = Bed()
     monkeypatch.setattr("pyro_vae.programs.missing._CHUNK", 7 * bed.x.numel())
-    _, ess = impute(bed.model, bed.guide(), bed.damaged(), bed.mask, proposals=50)
+    _, ess = impute(bed.model, bed.guide(), (bed.damaged(), bed.mask), num_samples=50)
     assert torch.allclose(ess, torch.full_like(ess, 50.0), rtol=1e-9)
 
 
@@ -311,7 +311,7 @@ def test_a_mask_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"mask of shape \(3,\) for data of shape \(3, 1, 4, 4\).*None, None, None"):
         model(x, torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="num_samples must be a positive integer, got 0"):
-        impute(model, guide, x, x > 0, num_samples=0)
+        impute(model, guide, (x, x > 0), num_samples=0)
 
 
 def test_a_likelihood_of_dependent_pixels_is_refused():
@@ -328,7 +328,7 @@ def test_a_model_of_two_observed_sites_is_refused():
             pyro.sample("y", dist.Normal(z, 1.0), obs=x)
 
     with pytest.raises(ValueError, match=r"observes the sites \['x', 'y'\], wanted one"):
-        impute(model, lambda x, mask: None, torch.zeros(3), torch.ones(3, dtype=torch.bool))
+        impute(model, lambda x, mask: None, (torch.zeros(3), torch.ones(3, dtype=torch.bool)))
 
 
 def test_filled_keeps_the_observed_and_their_gradient():
@@ -355,6 +355,6 @@ def test_networks_need_no_change_for_masks():
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
     x = torch.tensor([[1.0, NAN, 2.0], [NAN, NAN, NAN]])
-    completed, _ = impute(model, guide, x, ~x.isnan(), num_samples=4, proposals=10)
+    completed, _ = impute(model, guide, (x, ~x.isnan()), num_imputations=4, num_samples=10)
     assert completed.shape == (4, 2, 3) and not completed.isnan().any()
     assert (completed[:, 0, [0, 2]] == torch.tensor([1.0, 2.0])).all()

@@ -501,7 +501,7 @@ def test_those_that_take_one_batch_take_arrays_and_refuse_what_is_none():
     lab = gradient_lab(vae.model, vae.guide, x.double().numpy(), num_samples=(1,), repeats=10, progress=False)
     same = gradient_lab(vae.model, vae.guide, x, num_samples=(1,), repeats=10, progress=False)
     assert lab.measured[0].variance == pytest.approx(same.measured[0].variance, rel=1e-4)
-    done = impute(vae.model, vae.guide, x.numpy(), np.ones(4, bool), proposals=5)
+    done = impute(vae.model, vae.guide, (x.numpy(), np.ones(4, bool)), num_samples=5)
     assert torch.equal(done.draws[0], x)
     with pytest.raises(ValueError, match="got data of type str"):
         gradient_lab(vae.model, vae.guide, "abc", num_samples=(1,), repeats=10)
@@ -509,6 +509,6 @@ def test_those_that_take_one_batch_take_arrays_and_refuse_what_is_none():
         gradient_lab(vae.model, vae.guide, x.index_fill(0, torch.tensor([3]), NAN), num_samples=(1,), repeats=10)
     with pytest.raises(ValueError, match="got data of type str"):
         to_arviz(vae.model, vae.guide, "abc", num_samples=8, num_chains=2)
-    for call in (lambda: impute(vae.model, vae.guide, "abc", None), lambda: ex_post(vae.model, vae.guide, None)):
+    for call in (lambda: impute(vae.model, vae.guide, "abc"), lambda: ex_post(vae.model, vae.guide, None)):
         with pytest.raises(ValueError, match="of type"):
             call()

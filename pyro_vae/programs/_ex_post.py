@@ -32,11 +32,11 @@ def ex_post(
     model: Model,
     guide: Program,
     data: Any,
-    prior: str | nn.Module = "gaussian-mixture",
     *,
+    prior: str | nn.Module = "gaussian-mixture",
     num_components: int = 10,
     covariance: str = "full",
-    steps: int = 2000,
+    num_steps: int = 2000,
     learning_rate: float = 1e-2,
     batch_size: int = 500,
     seed: int = 0,
@@ -58,7 +58,7 @@ def ex_post(
             mean and standard deviation, and the best of them on a held-out tenth is kept.
         num_components: Of the Gaussian mixture.
         covariance: Of its components: "full" or "diagonal".
-        steps: Gradient steps for a module.
+        num_steps: Gradient steps for a module.
         learning_rate: Of these (Adam).
         batch_size: Data encoded, and latents per gradient step.
         seed: Of the draws and of the fit.
@@ -82,7 +82,7 @@ def ex_post(
         if isinstance(prior, str):
             fitted: nn.Module = NormalMixture.fitted(z, num_components, covariance, seed)
         else:
-            fitted = _fit(copy.deepcopy(prior).to(z), z, steps, learning_rate, batch_size)
+            fitted = _fit(copy.deepcopy(prior).to(z), z, num_steps, learning_rate, batch_size)
     return Model(fitted.requires_grad_(False).eval(), model.likelihood)
 
 

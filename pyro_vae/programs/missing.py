@@ -133,8 +133,8 @@ class Imputation(NamedTuple):
 
     Attributes:
         draws: (S, B, *x_shape): observed pixels as they were, missing ones drawn from p(x_mis | x_obs).
-        ess: Effective number of the K proposals per datum, (B,). Where it is not well above the number of draws,
-            draws repeat the same few latents: raise proposals, or enrich the guide.
+        ess: Effective number of the K samples per datum, (B,). Where it is not well above the number of draws,
+            draws repeat the same few latents: raise num_samples, or enrich the guide.
     """
 
     draws: Tensor
@@ -143,21 +143,28 @@ class Imputation(NamedTuple):
 
 @checked
 def impute(
-    model: Program, guide: Program, x: Tensor, mask: Tensor, *, num_samples: int = 1, proposals: int = 1000
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    num_samples: int = 1000,
+    num_imputations: int = 1,
+    seed: int | None = 0,
 ) -> Imputation:
     """Draw the missing pixels given the observed ones, by importance resampling from the guide.
 
-    The networks run in evaluation mode. The draws go on with torch's random state.
+    The networks run in evaluation mode.
 
     Args:
         model: A Pyro program for p(x, z) that takes (x, mask), such as `Model`.
         guide: A Pyro program for q(z | x) that takes (x, mask), such as `Guide`.
-        x: Data, (B, *x_shape); missing pixels may hold anything, NaN too.
-        mask: True where a pixel is observed, broadcastable to x.
-        num_samples: S, completed copies of each datum.
-        proposals: K, samples of the guide to choose from.
+        data: (x, mask): x of (B, *x_shape), in which missing pixels may hold anything, NaN too; the mask True where a
+            pixel is observed, broadcastable to x.
+        num_samples: K, samples of the guide to choose from.
+        num_imputations: S, completed copies of each datum.
+        seed: Seed of the draws; None goes on with torch's random state.
     Returns:
-        The completed data, and how many proposals they really had to choose from.
+        The completed data, and how many samples they really had to choose from.
     Raises:
         ValueError: S or K < 1, a guide without density, a model that observes more than one site, and all that
             `particles` refuses.
@@ -169,31 +176,34 @@ def impute(
         ...               lambda z: dist.Normal(z.expand(*z.shape[:-1], 2), 0.1).to_event(1))
         >>> guide = Guide(lambda x: dist.Normal(x[:, :1], 0.2).to_event(1))
         >>> x = torch.tensor([[3.0, float("nan")]])
-        >>> draws, ess = impute(model, guide, x, ~x.isnan(), num_samples=500)
+        >>> draws, ess = impute(model, guide, (x, ~x.isnan()), num_imputations=500)
         >>> draws.shape, abs(draws[:, 0, 1].mean().item() - 3) < 0.1
         (torch.Size([500, 1, 2]), True)
     """
-    x = data_of(x, guide if isinstance(guide, nn.Module) else None)
-    mask = full_mask(data_of(mask, name="mask").to(x.device), x)
-    with evaluating(model, guide):
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        got = f"{len(data)} columns" if isinstance(data, tuple | list) else f"data of type {type(data).__name__}"
+        raise ValueError(f"got {got}, wanted (x, mask), the mask True where x is observed: (x, ~x.isnan()).")
+    x = data_of(data[0], guide if isinstance(guide, nn.Module) else None)
+    mask = full_mask(data_of(data[1], name="mask").to(x.device), x)
+    with evaluating(model, guide, seed=seed):
         observed = [name for name, site in sites(model, x, mask).items() if site["is_observed"]]
         if len(observed) != 1:
             raise ValueError(
                 f"the model observes the sites {observed}, wanted one, which holds the data to complete."
             )
-        log_weight, latents = _proposals(model, guide, x, mask, proposals)
+        log_weight, latents = _proposals(model, guide, x, mask, num_samples)
         weight = torch.softmax(log_weight.double(), 0)
         if not bool(torch.isfinite(weight).all()):
             row = int((~torch.isfinite(weight)).any(0).nonzero()[0])
             raise ValueError(
-                f"row {row} has no density at any of the {proposals} proposals, wanted data that the model can have "
+                f"row {row} has no density at any of the {num_samples} samples, wanted data that the model can have "
                 "drawn. Look at what is observed of it."
             )
-        chosen = torch.multinomial(weight.T, num_samples, replacement=True).T  # (S, B)
-        data = torch.arange(len(x), device=chosen.device)
+        chosen = torch.multinomial(weight.T, num_imputations, replacement=True).T  # (S, B)
+        rows = torch.arange(len(x), device=chosen.device)
         draws = []
         for index in chosen:
-            kept = {name: value[index, data] for name, value in latents.items()}
+            kept = {name: value[index, rows] for name, value in latents.items()}
             program = poutine.condition(poutine.uncondition(model), data=kept)
             drawn: Tensor = poutine.trace(program).get_trace(x, mask).nodes[observed[0]]["value"]  # type: ignore[assignment]
             draws.append(torch.where(mask, x, drawn))
