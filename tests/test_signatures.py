@@ -96,3 +96,16 @@ def test_a_standard_error_says_of_what():
 def test_modules_are_of_a_size_to_read():
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "judging").glob("*.py")}
     assert max(lines.values()) <= 450, lines
+
+
+@pytest.mark.parametrize("name", ["fit", "impute", "ex_post"])
+def test_what_is_done_to_a_pair_takes_it_in_the_same_order(name):
+    parameters = inspect.signature(getattr(pyro_vae, name)).parameters
+    places = [key for key, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert places == ["model", "guide", "data"]
+    assert not (NEVER - {"batch_size"}) & set(parameters)  # of a gradient step
+
+
+@pytest.mark.parametrize("name", ["SemiAmortized", "Hamiltonian"])
+def test_guides_that_look_at_the_model_take_the_pair_in_the_same_order(name):
+    assert list(inspect.signature(getattr(pyro_vae, name)).parameters)[:2] == ["model", "guide"]
