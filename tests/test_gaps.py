@@ -271,7 +271,7 @@ def test_inner_plates_and_a_plate_of_the_whole_set():
 def test_what_has_no_local_form_has_its_total_gap_and_the_reason():
     pair, x = correlated(4)
     base = gaussian_guide(pair.bed, 0.3, full=False)
-    found = gaps(pair.model, Hamiltonian(pair.model, base, steps=2, step_size=0.1), x, num_samples=500, **QUICK)
+    found = gaps(pair.model, Hamiltonian(pair.model, base, num_steps=2, step_size=0.1), x, num_samples=500, **QUICK)
     row = found.families["guide"]
     assert row.approximation is None and row.amortization is None and row.optimum is None
     assert "Delta" in row.reason and row.reason in str(found)

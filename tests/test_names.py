@@ -83,7 +83,7 @@ def test_tensors_that_a_pair_shares_stay_shared(again):
     vae = again(pv.VAE.build((4,), latent_dim=2, hidden=(4,), prior="vamp"))
     assert vae.model.prior.posterior is vae.guide.posterior
     model, guide = small_pair()
-    refined = again((model, SemiAmortized(model, guide, steps=1)))
+    refined = again((model, SemiAmortized(model, guide, num_steps=1)))
     assert refined[1].model is refined[0]
     assert refined[1].guide._pyro_name == f"{refined[1]._pyro_name}.guide"
 

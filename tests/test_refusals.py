@@ -172,7 +172,7 @@ def test_a_schedule_that_ends_in_no_number_is_told_in_its_step():
         (lambda: renyi("a"), "alpha must be a number"),
         (lambda: ciwae("a"), "beta must be a finite number"),
         (lambda: cubo(None), "n must be a number"),
-        (lambda: SemiAmortized(never, never, steps=1.5), "steps must be an integer, got 1.5"),
+        (lambda: SemiAmortized(never, never, num_steps=1.5), "num_steps must be an integer, got 1.5"),
     ],
 )
 def test_bounds_objectives_and_guides_check_what_they_are_made_of(make, text):

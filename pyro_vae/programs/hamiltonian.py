@@ -84,7 +84,7 @@ class Hamiltonian(Refined):
     Args:
         model: The model.
         guide: The base guide: one latent site or more, each over R^D and reparameterised.
-        steps: T; at 0 the guide is its base guide.
+        num_steps: T; at 0 the guide is its base guide.
         step_size: e at the start: one number, or a tensor (D,) for one per dimension.
         tempering: "none" (beta = 1), "fixed" (1 / sqrt(beta_k) falls with k^2 from
             1 / sqrt(beta_0) to 1, beta_0 learned), or "free" (every a_k learned).
@@ -98,7 +98,7 @@ class Hamiltonian(Refined):
         >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
         ...               lambda z: dist.Normal(z, 1.0).to_event(1))
         >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
-        >>> Hamiltonian(model, base, steps=3)(torch.zeros(5, 2)).shape
+        >>> Hamiltonian(model, base, num_steps=3)(torch.zeros(5, 2)).shape
         torch.Size([5, 2])
 
     Reference: Caterini et al., Hamiltonian Variational Auto-Encoder, 2018. arXiv:1805.11328
@@ -109,12 +109,12 @@ class Hamiltonian(Refined):
         self,
         model: Program,
         guide: Program,
-        steps: int = 5,
+        num_steps: int = 5,
         step_size: float | Tensor = 0.05,
         tempering: str = "fixed",
         beta: float = 0.5,
     ) -> None:
-        super().__init__(model, guide, steps)
+        super().__init__(model, guide, num_steps)
         start = torch.as_tensor(step_size, dtype=None if isinstance(step_size, Tensor) else torch.get_default_dtype())
         if not bool((start > 0).all()):
             raise ValueError(f"got step_size={step_size}, wanted positive numbers.")
@@ -127,12 +127,12 @@ class Hamiltonian(Refined):
         if tempering == "fixed":
             self.free_beta = nn.Parameter(start.new_tensor(beta).logit())
         elif tempering == "free":
-            self.free_cooling = nn.Parameter(start.new_full((steps,), beta ** (0.5 / max(steps, 1))).logit())
+            self.free_cooling = nn.Parameter(start.new_full((num_steps,), beta ** (0.5 / max(num_steps, 1))).logit())
 
     @property
     def rescoring(self) -> Rescoring:
         """ "impossible", except at 0 steps."""
-        return "impossible" if self.steps else super().rescoring
+        return "impossible" if self.num_steps else super().rescoring
 
     @property
     def cooling(self) -> Tensor:
@@ -141,9 +141,9 @@ class Hamiltonian(Refined):
             return self.free_cooling.sigmoid()
         step_size = self.log_step_size
         if self.tempering == "none":
-            return step_size.new_ones(self.steps)
+            return step_size.new_ones(self.num_steps)
         hottest = self.free_beta.sigmoid().rsqrt()  # 1 / sqrt(beta_0)
-        done = torch.arange(self.steps + 1, dtype=step_size.dtype, device=step_size.device) / self.steps
+        done = torch.arange(self.num_steps + 1, dtype=step_size.dtype, device=step_size.device) / self.num_steps
         temperature = hottest + (1 - hottest) * done.square()
         return temperature[1:] / temperature[:-1]
 

@@ -56,17 +56,17 @@ class Refined(Named):
     Args:
         model: The model that both are guides of.
         guide: The base guide, reparameterised at every site.
-        steps: How many steps of improvement.
+        num_steps: How many steps of improvement.
     Raises:
         ValueError: A negative number of steps.
     """
 
-    def __init__(self, model: Program, guide: Program, steps: int) -> None:
+    def __init__(self, model: Program, guide: Program, num_steps: int) -> None:
         super().__init__()
-        if steps < 0:
-            raise ValueError(f"got steps={steps}, wanted 0 (the base guide itself) or more.")
+        if num_steps < 0:
+            raise ValueError(f"got num_steps={num_steps}, wanted 0 (the base guide itself) or more.")
         self.guide = guide
-        self.steps = steps
+        self.num_steps = num_steps
         self._held = (model,)  # in a tuple, where nn.Module does not look
 
     @property
@@ -81,7 +81,7 @@ class Refined(Named):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Draw z; the arguments are those of the base guide and of the model."""
-        if self.steps == 0:
+        if self.num_steps == 0:
             return self.guide(*args, **kwargs)
         return self._refine(args, kwargs)
 

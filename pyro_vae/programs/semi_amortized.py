@@ -54,7 +54,7 @@ class SemiAmortized(Refined):
     Args:
         model: The model.
         guide: The base guide, reparameterised.
-        steps: How many; at 0 the guide is its base guide.
+        num_steps: How many; at 0 the guide is its base guide.
         step_size: e.
         momentum: Share of the last change that is added to the next, in [0, 1).
         max_change: No parameter moves further in one step; None for no limit.
@@ -72,7 +72,7 @@ class SemiAmortized(Refined):
         >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
         ...               lambda z: dist.Normal(z, 1.0).to_event(1))
         >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
-        >>> SemiAmortized(model, base, steps=3)(torch.zeros(5, 2)).shape
+        >>> SemiAmortized(model, base, num_steps=3)(torch.zeros(5, 2)).shape
         torch.Size([5, 2])
 
     Reference: Kim et al., Semi-Amortized Variational Autoencoders, 2018. arXiv:1802.02550
@@ -83,7 +83,7 @@ class SemiAmortized(Refined):
         self,
         model: Program,
         guide: Program,
-        steps: int = 10,
+        num_steps: int = 10,
         step_size: float = 0.02,
         momentum: float = 0.5,
         max_change: float | None = 1.0,
@@ -91,7 +91,7 @@ class SemiAmortized(Refined):
         differentiate: bool = True,
         seed: int | None = 0,
     ) -> None:
-        super().__init__(model, guide, steps)
+        super().__init__(model, guide, num_steps)
         limited = max_change is None or max_change > 0
         if not step_size > 0 or not 0 <= momentum < 1 or num_samples < 1 or not limited:
             raise ValueError(
@@ -109,7 +109,7 @@ class SemiAmortized(Refined):
     @property
     def rescoring(self) -> Rescoring:
         """As of the base guide; "impossible" where every run draws its own noise."""
-        return "impossible" if self.steps and self.seed is None else super().rescoring
+        return "impossible" if self.num_steps and self.seed is None else super().rescoring
 
     def _refine(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         through = self.differentiate and torch.is_grad_enabled()
@@ -193,7 +193,7 @@ class SemiAmortized(Refined):
         with torch.enable_grad(), hidden(), self._noise():
             changes = {key: torch.zeros_like(value, requires_grad=True) for key, value in like.items()}
             speeds = {key: torch.zeros_like(value) for key, value in like.items()}
-            for _ in range(self.steps):
+            for _ in range(self.num_steps):
                 table = draw(self.model, guide(changes), args, kwargs, self.num_samples, vectorize=False)
                 target = table.log_weight.mean(0).sum()
                 slopes = torch.autograd.grad(
