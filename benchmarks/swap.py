@@ -121,7 +121,7 @@ def run(row: Row, arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
     estimate = log_likelihood(model, guide, test, num_samples=arguments.num_samples, seed=0)
     try:
         with seeded(0):
-            active = active_units(model, guide, test.subset(slice(2000))).count
+            active = active_units(guide, test.subset(slice(2000))).count
     except ValueError:
         active = None
     return {

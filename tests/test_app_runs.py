@@ -90,7 +90,7 @@ def test_the_summary_is_what_python_computes(run):
         "test_elbo_stderr": terms.mc_stderr,
         "test_reconstruction": terms.reconstruction,
         "test_kl": terms.kl,
-        "active_units": active_units(vae.model, vae.guide, test).count,
+        "active_units": active_units(vae.guide, test).count,
     }.items():
         assert summary[key] == pytest.approx(value, rel=1e-6), key
     assert summary["test_elbo"] == pytest.approx(summary["test_reconstruction"] - summary["test_kl"])

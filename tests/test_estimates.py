@@ -207,14 +207,14 @@ def test_active_units_counts_the_moving_means():
             pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
 
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    units = active_units(model, guide, x)
+    units = active_units(guide, x)
     assert (units.count, units.latent_dim) == (2, 4)
     assert torch.allclose(units.variance, x.var() * torch.tensor([1.0, 0.04, 0.0025, 0.0]), rtol=1e-4, atol=1e-7)
-    assert torch.equal(posterior_means(model, guide, x)[:, 0], x)
+    assert torch.equal(posterior_means(guide, x)[:, 0], x)
     with pytest.raises(ValueError, match="no site 'w', wanted one of 'z'"):
-        active_units(model, guide, x, site="w")
+        active_units(guide, x, site="w")
     decoder, encoder = small_pair()
-    assert posterior_means(decoder, Guide(encoder.posterior), binary()).shape == (12, 3)
+    assert posterior_means(Guide(encoder.posterior), binary()).shape == (12, 3)
 
 
 def test_active_units_of_scalar_sites_and_inner_plates():
@@ -235,12 +235,12 @@ def test_active_units_of_scalar_sites_and_inner_plates():
             pyro.sample("x", dist.Normal(one, 1.0), obs=x)
 
     x = torch.randn(2000, generator=torch.Generator().manual_seed(0))
-    one, many = (active_units(model, guide, x, site=name) for name in ("one", "many"))
+    one, many = (active_units(guide, x, site=name) for name in ("one", "many"))
     assert (one.count, one.latent_dim, many.count, many.latent_dim) == (1, 1, 2, 3)
     assert torch.allclose(one.variance, 0.25 * x.var()) and torch.allclose(many.variance, weight.square() * x.var())
-    assert torch.allclose(posterior_means(model, guide, x, site="many"), weight * x[:, None])
+    assert torch.allclose(posterior_means(guide, x, site="many"), weight * x[:, None])
     with pytest.raises(ValueError, match="2 latent sites, 'one', 'many', wanted one. Name it: site="):
-        active_units(model, guide, x)
+        active_units(guide, x)
 
 
 def test_energy_distance_of_two_normals():

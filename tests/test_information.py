@@ -351,7 +351,7 @@ def test_probes_know_what_the_means_know(method):
     y = torch.randint(2, (3000,), generator=generator)
     x = torch.randn(3000, 2, generator=generator) + 2 * torch.stack([y, 0 * y], -1)
     found = probe(
-        model, guide, x[:2000], labels=y[:2000], test_data=x[2000:], test_labels=y[2000:], method=method,
+        guide, x[:2000], labels=y[:2000], test_data=x[2000:], test_labels=y[2000:], method=method,
         num_neighbours=50,
     )  # fmt: skip
     bayes = 0.5 * (1 + math.erf(1 / math.sqrt(2)))  # two unit Gaussians 2 apart
@@ -359,6 +359,6 @@ def test_probes_know_what_the_means_know(method):
     assert found.data_stderr == pytest.approx(math.sqrt(found.value * (1 - found.value) / 1000), rel=0.01)
     assert (found.num_test, found.num_train) == (1000, 2000) and "1000 test labels" in str(found)
     with pytest.raises(ValueError, match=r"got test_labels of shape \(5,\) for 1000 data"):
-        probe(model, guide, x[:2000], labels=y[:2000], test_data=x[2000:], test_labels=y[:5], site="code")
+        probe(guide, x[:2000], labels=y[:2000], test_data=x[2000:], test_labels=y[:5], site="code")
     with pytest.raises(ValueError, match="unknown method 'svm', wanted one of 'knn', 'linear'"):
-        probe(model, guide, x, labels=y, test_data=x, test_labels=y, method="svm")
+        probe(guide, x, labels=y, test_data=x, test_labels=y, method="svm")

@@ -55,7 +55,7 @@ TABLES = {
     "gradient_lab": lambda: gradient_lab(model, guide, X, num_samples=(2, 4), repeats=10, **QUIET),
     "kl_per_dimension": lambda: kl_per_dimension(model, guide, X, **QUIET),
     "collapse": lambda: collapse(model, guide, X, **QUIET),
-    "active_units": lambda: active_units(model, guide, X, **QUIET),
+    "active_units": lambda: active_units(guide, X, **QUIET),
     "reference": lambda: reference(model, guide, X, num_samples=20, num_chains=2, num_warmup=20, **QUIET),
     "curve": lambda: MEASURED["log_likelihood"]().curve,
 }

@@ -39,6 +39,8 @@ def taking_pairs():
 
 
 PAIRS = taking_pairs()
+# What a guide's latents are like, whatever the model.
+OF_A_GUIDE = ("active_units", "posterior_means", "probe")
 
 
 def test_all_diagnostics_are_among_them():
@@ -54,8 +56,8 @@ def test_the_pair_comes_first_and_one_thing_has_one_name(name):
     parameters = inspect.signature(PAIRS[name]).parameters
     kinds = {key: p.kind for key, p in parameters.items()}
     places = [key for key, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    guide = {"compare_guides": ["guides"], "linear_optimum": []}.get(name, ["guide"])
-    assert places == ["model", *guide, "data"]
+    programs = {"compare_guides": ["model", "guides"], "linear_optimum": ["model"]} | dict.fromkeys(OF_A_GUIDE, ["guide"])
+    assert places == [*programs.get(name, ["model", "guide"]), "data"]
     assert all(parameters[key].default is inspect.Parameter.empty for key in places)
     assert not NEVER & set(parameters)
     for key, value in DEFAULTS.items():

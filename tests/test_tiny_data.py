@@ -56,7 +56,7 @@ def test_the_bounds_of_few_data_are_their_numbers_and_no_nan_is_printed(n):
     annealed = ais(model, guide, x, num_steps=10, num_samples=4, progress=False)
     bracket = bdmc(model, guide, x, num_data=n, num_steps=5, num_samples=4, progress=False)
     split = gaps(model, guide, x, num_steps=20, num_samples=50, progress=False)
-    for found in (terms, log_p, kl, annealed, bracket, split, pv.active_units(model, guide, x)):
+    for found in (terms, log_p, kl, annealed, bracket, split, pv.active_units(guide, x)):
         assert "nan" not in str(found), found
     assert ("one datum" in str(log_p)) is (n == 1)
     assert anomaly_scores(model, guide, x).isfinite().all()
@@ -64,7 +64,7 @@ def test_the_bounds_of_few_data_are_their_numbers_and_no_nan_is_printed(n):
 
 def test_what_takes_more_than_one_datum_says_so():
     vae, x = fitted(1)
-    units = pv.active_units(vae.model, vae.guide, x)
+    units = pv.active_units(vae.guide, x)
     assert units.count == 0 and units.variance.isnan().all() and "unknown of one datum" in str(units)
     for call, text in (
         (lambda: mutual_information(vae.model, vae.guide, x), "got 1 data, wanted at least three.*Give more data"),

@@ -226,14 +226,14 @@ def test_active_units_of_a_layer_above_another_do_not_count_its_noise():
     pair = Hierarchical(
         StandardNormal(2).double(), [wide], wide, [lambda x: wide(x @ pick), lambda z1: constant_scale(0.1)(z1)]
     )
-    first, second = (pv.active_units(pair.model, pair.guide, x, site=site) for site in ("z1", "z2"))
+    first, second = (pv.active_units(pair.guide, x, site=site) for site in ("z1", "z2"))
     assert first.count == second.count == 1
     truth = x[:, 0].var()
     assert abs(first.variance[0] - truth) < 1e-12
     # Of the average of 64 draws of z1 the variance is 1/64, known to about sqrt(2 / 600) of itself.
     assert abs(second.variance[0] - truth) < 4 * 2 * (truth / 64 / 600).sqrt() + 4 / 64 * (2 / 600) ** 0.5
     assert abs(second.variance[1]) < 4 / 64 * (2 / 600) ** 0.5
-    means = posterior_means(pair.model, pair.guide, x, site="z2", num_samples=400)
+    means = posterior_means(pair.guide, x, site="z2", num_samples=400)
     assert (means[:, 0] - x[:, 0]).abs().max() < 5 / 20
 
 

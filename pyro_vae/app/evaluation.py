@@ -100,7 +100,7 @@ def _latents_and_samples(vae: VAE, test: Split) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     left_out = []
     if len(test) >= 2:
-        numbers["active_units"] = active_units(vae.model, vae.guide, test).count
+        numbers["active_units"] = active_units(vae.guide, test).count
     else:
         left_out.append("active units (a variance over the test data, of which there is one)")
     if len(test) >= 4:

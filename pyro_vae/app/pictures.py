@@ -63,7 +63,7 @@ def draw(
         lines = vae.interpolate(start.to(device), end.to(device), steps=10)
         save(plots.interpolations(lines), folder / "interpolations.png")
         shown = test.subset(slice(0, _LATENT_POINTS))
-        means = posterior_means(vae.model, vae.guide, shown, seed=options.seed)
+        means = posterior_means(vae.guide, shown, seed=options.seed)
         save(plots.latent_space(means, shown.labels, dataset.label_names), folder / "latent_space.png")
 
 

@@ -275,7 +275,7 @@ def examine_latents(pair: Examination, stages: Stages) -> Latents:
             components = Components(pair.model, pair.part(0, 2))
         threshold = Latents().threshold
         units = [
-            active_units(pair.model, pair.guide, part, threshold=threshold, site=name, **pair.options)
+            active_units(pair.guide, part, threshold=threshold, site=name, **pair.options)
             for name in components.sites
         ]
         kl = kl_per_dimension(pair.model, pair.guide, part, **pair.options)

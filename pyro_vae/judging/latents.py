@@ -221,7 +221,6 @@ def _constant_over_samples(p: Any, value: Tensor) -> bool:
 
 @checked
 def posterior_means(
-    model: Program,
     guide: Program,
     data: Any,
     *,
@@ -237,25 +236,26 @@ def posterior_means(
     samples where not, as for a flow, or a layer above another.
 
     Args:
-        model: A Pyro program for p(x, z), which says what is latent.
+        guide: A Pyro program for q(z | x).
+        data: As for `fit`.
         site: Name of the latent site; None for the only one.
         num_samples: Samples per datum where the mean is not known.
         seed: Seed of those samples, and of a binarization drawn on the way; None goes on with torch's random state.
-        guide, data, device, progress: As for `log_likelihood`.
+        device, progress: As for `log_likelihood`.
     Returns:
         The means, on the CPU.
     Raises:
         ValueError: The guide has no such site, or several and none was named.
     """
-    with sweep(model, guide, data=data, batch_size=500, seed=seed, device=device, progress=progress,
+    with sweep(guide, data=data, batch_size=500, seed=seed, device=device, progress=progress,
                title="posterior means") as run:  # fmt: skip
         return _moments(run, site, num_samples)[0]
 
 
 def _moments(run: Sweep, site: str | None, num_samples: int) -> tuple[Tensor, Tensor]:
     """E_q[z | x], and the Monte Carlo variance of that estimate, (N, *event) each."""
-    model, guide = run.programs
-    name = _only(model, guide, run.first) if site is None else site
+    (guide,) = run.programs
+    name = _only(guide, run.first) if site is None else site
     means, variances = [], []
     for batch in run:
         mean, variance = _run(guide, batch, name), torch.zeros(())
@@ -268,14 +268,14 @@ def _moments(run: Sweep, site: str | None, num_samples: int) -> tuple[Tensor, Te
     return torch.cat(means), torch.cat(variances)
 
 
-def _only(model: Program, guide: Program, args: tuple[Any, ...]) -> str:
-    """The one latent site that guide and model share."""
+def _only(guide: Program, args: tuple[Any, ...]) -> str:
+    """The one latent site of a guide; those that only serve others are none."""
     with seeded(0):
-        known = sites(guide, *args)
-        found = [n for n, site in sites(model, *args).items() if not site["is_observed"] and n in known]
+        drawn = {name: site for name, site in sites(guide, *args).items() if not site["is_observed"]}
+    found = [name for name, site in drawn.items() if not site["infer"].get("is_auxiliary")]
     if len(found) != 1:
         raise ValueError(
-            f"the pair has {len(found)} latent sites{', ' * bool(found)}{', '.join(map(repr, found))}, wanted one. "
+            f"the guide has {len(found)} latent sites{', ' * bool(found)}{', '.join(map(repr, found))}, wanted one. "
             "Name it: site=..."
         )
     return found[0]
@@ -298,7 +298,6 @@ def _run(guide: Program, batch: tuple[Any, ...], site: str) -> Tensor:
 
 @checked
 def active_units(
-    model: Program,
     guide: Program,
     data: Any,
     *,
@@ -317,7 +316,6 @@ def active_units(
     unused dimension would show 1/64 of its prior variance, and count.
 
     Args:
-        model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
         data: As for `fit`.
         threshold: 0.01 in the reference.
@@ -329,7 +327,7 @@ def active_units(
 
     Reference: Burda et al., Importance Weighted Autoencoders, 2016, section 5. arXiv:1509.00519
     """
-    with sweep(model, guide, data=data, batch_size=500, seed=seed, device=device, progress=progress,
+    with sweep(guide, data=data, batch_size=500, seed=seed, device=device, progress=progress,
                title="active units") as run:  # fmt: skip
         means, noise = _moments(run, site, num_samples)
     means = means.reshape(len(means), -1)

@@ -46,7 +46,6 @@ class Accuracy(Result):
 
 @checked
 def probe(
-    model: Program,
     guide: Program,
     data: Any,
     *,
@@ -68,7 +67,6 @@ def probe(
     logistic regression on standardised means, with an L2 penalty of 1.
 
     Args:
-        model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
         data: As for `fit`, from which the classifier learns.
         labels: (N,) integers.
@@ -91,7 +89,7 @@ def probe(
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x, 1.0))
         >>> x, y = torch.tensor([-1.0, -2.0, 1.0, 2.0]), torch.tensor([0, 0, 1, 1])
-        >>> probe(model, guide, x, labels=y, test_data=x, test_labels=y, num_neighbours=1).value
+        >>> probe(guide, x, labels=y, test_data=x, test_labels=y, num_neighbours=1).value
         1.0
     """
     if method not in METHODS:
@@ -104,7 +102,7 @@ def probe(
     options: dict[str, Any] = {"site": site, "num_samples": num_samples, "seed": seed, "device": device}
     features = []
     for part, given, which in ((data, labels, "labels"), (test_data, test_labels, "test_labels")):
-        means = posterior_means(model, guide, part, progress=progress, **options)
+        means = posterior_means(guide, part, progress=progress, **options)
         means = means.reshape(len(means), -1)
         if given.dim() != 1 or len(given) != len(means):
             raise ValueError(
