@@ -37,7 +37,7 @@ def test_there_is_no_block_that_no_test_runs():
     assert len(CASES) >= 15
 
 
-@pytest.mark.parametrize("block", blocks("contributing.md", "python"), ids=["posterior", "bound", "diagnostic", "dataset"])
+@pytest.mark.parametrize("block", blocks("contributing.md", "python"), ids=["posterior", "bound", "diagnostic", "sweep", "dataset"])
 def test_skeletons_run(block, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
