@@ -72,6 +72,32 @@ def feeds(
     return known[key]
 
 
+def undetermined(
+    guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Why a guide has no density of its latents: an auxiliary site u that none of them is a function of.
+
+    With log q(u) log q(z | u) in the place of log q(z) the "ELBO" is off by E[log r(u | z)], which no program gives: it
+    may lie above log p(x).
+
+    Args:
+        guide, sites, args, kwargs: As for `feeds`.
+    Returns:
+        The sentence, or None.
+    """
+    sites = list(sites)
+    names = auxiliary_among(sites)
+    fed = {source for sources in feeds(guide, sites, args, kwargs).values() for source in sources}
+    idle = [name for name in names if name not in fed]
+    if not idle:
+        return None
+    return (
+        f"guide site {idle[0]!r} is auxiliary, and no latent is a function of it (a Delta at a value made of it): q(z) "
+        f"would have to be integrated over {idle[0]!r}, and log q({idle[0]}) + log q(z) is no bound's. Make it a "
+        "latent of the model as well, with a density given z, or draw z from one distribution."
+    )
+
+
 def points_among(
     guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[str, ...]:

@@ -168,6 +168,11 @@ class Reach:
         self.modules = [module for module in self._met if id(module) not in inside]
         self.before = self._now()
 
+    @property
+    def full(self) -> bool:
+        """Whether there are as many places as can be looked at in each step."""
+        return len(self._places) >= _MOST_PLACES
+
     def _walk(self, roots: Sequence[Any], settings_of: Any) -> None:
         for root in roots:
             self._value(root, _named(root))
@@ -224,7 +229,7 @@ class Reach:
         if mark in self._noted:
             return
         self._noted.add(mark)
-        if len(self._places) >= _MOST_PLACES:
+        if self.full:
             raise _TooMuch(f"more than {_MOST_PLACES:,} places of Python are read, among them {said}")
         self._kept.append(key)
         self._places.append((get, key))

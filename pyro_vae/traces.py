@@ -42,7 +42,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_vae.auxiliary import feeds, points_among
+from pyro_vae.auxiliary import feeds, points_among, undetermined
 from pyro_vae.options import checked, integer
 from pyro_vae.parameters import own_parameters
 from pyro_vae.refusals import in_words, wrong_site
@@ -530,6 +530,9 @@ def _scored(
             f"guide site {extra[0]!r} has no counterpart among the model's latent sites, {list(latent)}. "
             'Rename it, or mark it infer={"is_auxiliary": True}.'
         )
+    reason = undetermined(given, drawn.values(), args, kwargs)
+    if reason is not None:
+        raise ValueError(reason)
     points = points_among(given, drawn.values(), args, kwargs)
     fed = feeds(given, drawn.values(), args, kwargs)
     shared = {source for sources in fed.values() for source in sources}

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from tqdm import tqdm
 
@@ -78,7 +79,7 @@ def _product(*given: Sequence[str] | None) -> Iterator[tuple[str, str, str]]:
 
 def _tried(posterior: str, bound: str, estimator: str) -> Outcome:
     tried = posterior, bound, estimator
-    with seeded(0), warnings.catch_warnings():
+    with seeded(0), warnings.catch_warnings(), pyro.get_param_store().scope():
         warnings.simplefilter("ignore")
         x = (torch.rand(8, *_SHAPE) < 0.5).float()
         prior = names.prior_for(posterior)

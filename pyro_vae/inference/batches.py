@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.distributions import Unit
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -345,6 +346,8 @@ class Batches:
                 batch = self._gathered(torch.arange(min(self.batch_size, self.num_data), device=self.home))
         batch = self._placed(batch)
         self.shown = self._choose_casts(batch)
+        if len(self.programs) > 1:
+            _refuse_swapped(self.shown)
         batch = self._cast(batch)
         masks = self.arguments.masks & set(range(len(batch)))
         self._check = DataCheck(self.programs, self.shown, batch, masks, self._names)
@@ -492,6 +495,28 @@ def whole(programs: Sequence[Program], args: tuple[Any, ...], device: torch.devi
         ValueError: As for `Batches`.
     """
     return Batches(args, sys.maxsize, device, shuffle=False, programs=programs).first()
+
+
+def _refuse_swapped(shown: Rehearsal) -> None:
+    """A pair whose guide observes data, or whose model does not, has numbers, and none of log p(x)."""
+    if shown.error is not None:
+        return
+    order = "The order is (model, guide, data)."
+    guides = [name for name, site in shown.latents.items() if _holds_data(site) and not isinstance(site["fn"], Unit)]
+    if guides:
+        raise ValueError(
+            f"the guide observes {guides[0]!r}, wanted one that draws latents and observes nothing. {order} A factor "
+            "of the guide's own is a pyro.factor."
+        )
+    if not any(_holds_data(site) for site in shown.sites.values()):
+        raise ValueError(
+            f"the model observes nothing, only draws {list(shown.sites)}, so there is no p(x): wanted "
+            f"pyro.sample(name, distribution, obs=x). {order}"
+        )
+
+
+def _holds_data(site: Any) -> bool:
+    return bool(site["is_observed"]) and not (site["infer"] or {}).get("_deterministic")
 
 
 def _cast(batch: tuple[Any, ...], casts: Mapping[Path, torch.dtype]) -> tuple[Any, ...]:

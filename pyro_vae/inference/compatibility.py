@@ -32,7 +32,7 @@ from torch.distributions import constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.auxiliary import auxiliary_among, points_among
+from pyro_vae.auxiliary import auxiliary_among, points_among, undetermined
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
@@ -218,6 +218,10 @@ def _not_drawn(case: Case) -> str | None:
     return None
 
 
+def _auxiliary(case: Case) -> str | None:
+    return undetermined(case.guide, case.guide_sites.values(), case.batch, {})
+
+
 def _supports(case: Case) -> str | None:
     for name, site in case.guide_sites.items():
         prior = case.model_sites.get(name)
@@ -399,6 +403,7 @@ def _first_step(case: Case) -> str | None:
 RULES: tuple[Callable[[Case], str | None], ...] = (
     _no_density,
     _not_drawn,
+    _auxiliary,
     _supports,
     _batch_norm,
     _mean_field,

@@ -46,6 +46,8 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "one-c
 
 
 # How a step is computed, not what: of the machine, and left to it when a state is taken up there.
+_UNSTABLE = 3  # changes of an option, after which the step is left outside of the graph
+_WRITTEN = ("params", "lr", "initial_lr")  # what a step in a graph reads anew
 _MACHINE = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
@@ -89,6 +91,7 @@ class Fused(PyroOptim):
         self.parameters: set[Tensor] = set()
         self._factor = 1.0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._changes = 0  # of options during a fit
         self._rates: list[float] | None = None  # of the groups of an optimiser that was taken over
         self._pending: dict[str, Any] | None = None  # a state whose parameters are yet to join
         self.count = 0
@@ -158,11 +161,18 @@ class Fused(PyroOptim):
         own = [{k: v for k, v in group.items() if k not in _MACHINE} for group in self._optimizer.param_groups]
         return [options | {"lr": rate} for options, rate in zip(own, self._rates, strict=True)]
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What a step inside of a graph has as constants: the options of all groups but the rate."""
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return tuple(value for group in groups for key, value in group.items() if key not in _WRITTEN)
+
     def inside(self) -> Update | None:
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
 
         None where there is no such form: before the first step, for another algorithm than Adam and AdamW, where
-        parameters took part in different numbers of steps, or where an option changes the algorithm.
+        parameters took part in different numbers of steps, or where an option changes the algorithm. An option that
+        changes needs another graph; where some do again and again, as under a cycle of momenta, there is none either.
         """
         optimizer = self._optimizer
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even:
@@ -172,7 +182,11 @@ class Fused(PyroOptim):
         tensors = group["params"]
         made = self._update
         if made is not None and made.optimizer is optimizer and len(made.parameters) == len(tensors):
-            return made
+            if made.settings == self.settings:
+                return made
+            self._changes += 1
+        if self._changes > _UNSTABLE:
+            return None
         plain = not any(group[name] for name in ("amsgrad", "maximize", "differentiable"))
         known = all(p in optimizer.state and p.is_floating_point() for p in tensors)
         if more or not plain or not known or len({(p.dtype, p.device) for p in tensors}) != 1:
@@ -411,6 +425,7 @@ class Update:
 
     def __init__(self, owner: Fused, optimizer: torch.optim.Optimizer) -> None:
         self.owner, self.optimizer, self.clip_norm = owner, optimizer, owner.clip_norm
+        self.settings = owner.settings
         (self.group,) = optimizer.param_groups
         self.decoupled = type(optimizer) is torch.optim.AdamW or self.group.get("decoupled_weight_decay", False)
         self.parameters: list[Tensor] = list(self.group["params"])

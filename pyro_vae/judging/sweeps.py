@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from pyro import validation_enabled
+from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm import tqdm
@@ -34,9 +36,11 @@ from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.capture import capturing, fast_matmul
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.per_datum import lengths
+from pyro_vae.inference.rehearsal import Rehearsal
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.parameters import device_of
+from pyro_vae.sites import kind, unwrapped
 from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting, simulate, sites
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
@@ -269,12 +273,44 @@ def sweep(
         if batches.tolerated:  # Pyro's validation looks before it masks
             stack.enter_context(validation_enabled(False))
         run = Sweep(given, batches, num_data, title, progress)
+        if len(given) > 1 and batches.shown is not None:
+            _look_at_supports(batches.shown)
         if not whole:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
         try:
             yield run
         finally:
             run.close()
+
+
+def _look_at_supports(shown: Rehearsal) -> None:
+    """Refuse a guide that draws where the prior has no mass; say it of one that cannot draw where the prior has some.
+
+    The weights know nothing of what is never drawn, and so neither do the errors and k-hat.
+    """
+    for name, site in shown.latents.items():
+        prior = shown.sites.get(name)
+        if prior is None or prior["is_observed"] or site["is_observed"] or isinstance(unwrapped(site["fn"]), Delta):
+            continue
+        q, p = site["fn"], prior["fn"]
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                inside = bool(p.support.check(site["value"]).all()) or not bool(torch.isfinite(site["value"]).all())
+                reaches = bool(q.support.check(p.sample((64,))).all())
+        except Exception:  # noqa: BLE001 - a support that is not said is not compared
+            continue
+        if not inside:
+            raise ValueError(
+                f"guide site {name!r} ({kind(q)}) draws values outside of the support of the prior ({kind(p)}), where "
+                "log p(z) is not defined. Give both the same support."
+            )
+        if not reaches:
+            warnings.warn(
+                f"guide site {name!r} ({kind(q)}) cannot draw all that the prior ({kind(p)}) can: what lies outside of "
+                "its support is missing from log p(x), and neither errors nor k-hat see that. Read it as a lower "
+                "bound, or give both the same support.",
+                stacklevel=4,
+            )
 
 
 def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:

@@ -1,0 +1,141 @@
+"""Pairs that have numbers, and none of log p(x): swapped, blind, with auxiliary draws or supports that do not fit."""
+
+import inspect
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+
+X = torch.tensor([0.5, 1.0, -2.0, 3.0])
+EXACT = dist.Normal(0.0, 2**0.5).log_prob(X).mean().item()
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+
+def guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, pyro.param("scale", torch.tensor(0.5**0.5))))
+
+
+def blind(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(())), 1.0)), 1.0))
+
+
+def with_auxiliary(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("u", dist.Uniform(0.0, 10.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(x / 2, pyro.param("scale", torch.tensor(0.5**0.5))))
+
+
+def through_auxiliary(x):
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(x / 2, pyro.param("scale", torch.tensor(0.5**0.5))), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(u))
+
+
+RUNS = {
+    "fit": lambda m, g: pv.fit(m, g, X, epochs=1, progress=False, seed=0),
+    "elbo_terms": lambda m, g: pv.elbo_terms(m, g, X, num_samples=10),
+    "log_likelihood": lambda m, g: pv.log_likelihood(m, g, X, num_samples=10),
+    "kl_per_dimension": lambda m, g: pv.kl_per_dimension(m, g, X),
+    "judge": lambda m, g: pv.judge(m, g, X, num_data=4, budget=5.0),
+}
+NONE = {
+    "swapped": (guide, model, "the guide observes 'x'.*The order is .model, guide, data."),
+    "the model twice": (model, model, "the guide observes 'x'"),
+    "nothing observed": (blind, guide, "the model observes nothing, only draws .'z', 'x'."),
+    "an idle auxiliary site": (model, with_auxiliary, "'u' is auxiliary, and no latent is a function of it"),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+@pytest.mark.parametrize("run", RUNS)
+def test_what_is_no_pair_is_refused_by_name(run, name):
+    if (run, name) == ("judge", "an idle auxiliary site"):
+        pytest.skip("its stages say it one by one")
+    first, second, text = NONE[name]
+    with pytest.raises(ValueError, match=text):
+        RUNS[run](first, second)
+
+
+def test_a_pair_is_a_pair_with_an_auxiliary_site_that_the_latent_is_made_of():
+    for second in (guide, through_auxiliary):
+        assert pv.log_likelihood(model, second, X, num_samples=10).value == pytest.approx(EXACT, abs=1e-5)
+
+
+@pytest.mark.parametrize("run", ["elbo_terms", "log_likelihood"])
+def test_supports_that_do_not_fit_are_said_by_estimates(run):
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(x / 2 - 0.3, x / 2 + 0.3))
+
+    with pytest.warns(UserWarning, match="'z' .Uniform. cannot draw all that the prior .Normal. can.*lower bound"):
+        assert RUNS[run](model, narrow).value < EXACT - 0.5
+
+    def positive(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.LogNormal(0.0, 1.0)), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="'z' .Normal. draws values outside of the support of the prior .LogNormal."):
+        RUNS[run](positive, guide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert math.isfinite(RUNS[run](model, guide).value)
+
+
+def test_a_program_that_reaches_more_than_can_be_watched_runs_eagerly():
+    def deep(x):
+        shift = 0.0 * len(inspect.stack())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(shift, 1.0)), 1.0), obs=x)
+
+    histories = []
+    for compile in (False, "auto"):
+        pyro.clear_param_store()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = pv.fit(deep, guide, X, epochs=700, batch_size=4, seed=0, progress=False, compile=compile)
+        histories.append(found["loss"])
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda group, epoch: group.update(weight_decay=1.0 if epoch > 30 else 0.0),
+        lambda group, epoch: group.update(betas=(0.85 + 0.01 * (epoch % 10), 0.99)),
+        lambda group, epoch: group.update(eps=1e-8 if epoch < 30 else 1e-2),
+    ],
+    ids=["weight decay", "betas", "eps"],
+)
+def test_options_of_an_optimiser_that_change_during_a_fit_reach_a_captured_step(change):
+    x = 2 * torch.randn(100, generator=torch.Generator().manual_seed(0)) + 1
+    losses = []
+    for compile in (False, "auto"):
+        pyro.clear_param_store()
+        net = torch.nn.Linear(1, 2)
+        with torch.no_grad():
+            net.weight.fill_(0.3), net.bias.fill_(0.1)
+
+        def amortized(x, net=net):
+            pyro.module("net", net)
+            loc, log_scale = net(x[:, None]).T
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        history = pv.fit(
+            model, amortized, x, optimizer=optimizer, epochs=70, batch_size=10, seed=0, progress=False, compile=compile,
+            callback=lambda record, group=optimizer.param_groups[0]: change(group, record["epoch"]),
+        )  # fmt: skip
+        losses.append(history["loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
