@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging import gaps as gaps
     from pyro_vae.judging import gradient_lab as gradient_lab
     from pyro_vae.judging import guide_distances as guide_distances
+    from pyro_vae.judging import impute as impute
     from pyro_vae.judging import judge as judge
     from pyro_vae.judging import kl_per_dimension as kl_per_dimension
     from pyro_vae.judging import log_likelihood as log_likelihood
@@ -90,7 +91,6 @@ if TYPE_CHECKING:
     from pyro_vae.programs import Model as Model
     from pyro_vae.programs import SemiAmortized as SemiAmortized
     from pyro_vae.programs import ex_post as ex_post
-    from pyro_vae.programs import impute as impute
     from pyro_vae.programs import zoo as zoo
     from pyro_vae.programs.zoo import autoencoder as autoencoder
     from pyro_vae.traces import Particles as Particles

@@ -7,9 +7,10 @@ masks apply to log densities, and scales are kept apart from them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
@@ -17,6 +18,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Independent
+from torch.utils import _pytree as pytree
 
 PARTICLES = "_pyro_vae_particles"
 
@@ -120,8 +122,31 @@ def _records_only(site: Any) -> bool:
     return deterministic(site) and not plates(site) and is_point(site["fn"])
 
 
-def data_frame(traces: list[Trace], num_samples: int, nesting: int, joint: Collection[str] = ()) -> Frame:
-    """The outermost plate that all sites share.
+def lengths(batch: Any) -> tuple[int, ...]:
+    """The lengths of a batch's tensors, however it holds them.
+
+    Example:
+        >>> import torch
+        >>> lengths(({"x": torch.zeros(5, 2)}, [torch.zeros(3)], 1))
+        (5, 3)
+    """
+    if type(batch) is tuple and all(type(x) is Tensor for x in batch):  # spares pytree's code, the usual case
+        leaves: Sequence[Any] = batch
+    else:
+        leaves = pytree.tree_leaves(batch)
+    return tuple(len(x) for x in leaves if isinstance(x, Tensor | np.ndarray) and x.ndim)
+
+
+def data_plate(common: Collection[tuple[int, int]], rows: Collection[int]) -> tuple[int, int]:
+    """Of the plates (dim, size) that all sites share that of the data: as long as they are, else the outermost."""
+    fitting = [plate for plate in common if plate[1] in rows]
+    return fitting[0] if len(fitting) == 1 else min(common)
+
+
+def data_frame(
+    traces: list[Trace], num_samples: int, nesting: int, joint: Collection[str] = (), args: tuple[Any, ...] = ()
+) -> Frame:
+    """The plate of the data: of those that all sites share the one that is as long as the data, else the outermost.
 
     Sites of which it is said that they may hold one density for all data need not share it, nor do those that
     record what is no random variable.
@@ -146,7 +171,7 @@ def data_frame(traces: list[Trace], num_samples: int, nesting: int, joint: Colle
             f"site {outside[0]!r} lies outside the data plate (dim {widest[0]}, size {widest[1]}) that the other "
             "sites share, so bounds per datum do not exist. Move it inside, or train it as a parameter."
         )
-    dim, size = min(common)
+    dim, size = data_plate(common, lengths(args))
     whole = any((dim, size) not in every[name] for name in joint)
     return Frame(num_samples, -1 - nesting if num_samples > 1 else None, dim, size, whole)
 

@@ -42,7 +42,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_vae.auxiliary import feeds, points_among, undetermined
+from pyro_vae.auxiliary import feeds, points_among
 from pyro_vae.options import checked, integer
 from pyro_vae.parameters import own_parameters
 from pyro_vae.refusals import in_words, wrong_site
@@ -456,7 +456,7 @@ def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
         shared = {source for sources in fed.values() for source in sources}
         nesting = max(depth(guide_trace), depth(model_trace))
-        frame = data_frame([guide_trace, model_trace], 1, nesting, joint=shared)
+        frame = data_frame([guide_trace, model_trace], 1, nesting, joint=shared, args=args)
         for site in (*sample_sites(guide_trace), *sample_sites(model_trace)):
             site_log_prob(site, frame)  # what was drawn for other data shows here
     fns: list[Any] = [site.get("fn") for site in guide_trace.nodes.values()]
@@ -530,13 +530,10 @@ def _scored(
             f"guide site {extra[0]!r} has no counterpart among the model's latent sites, {list(latent)}. "
             'Rename it, or mark it infer={"is_auxiliary": True}.'
         )
-    reason = undetermined(given, drawn.values(), args, kwargs)
-    if reason is not None:
-        raise ValueError(reason)
     points = points_among(given, drawn.values(), args, kwargs)
     fed = feeds(given, drawn.values(), args, kwargs)
     shared = {source for sources in fed.values() for source in sources}
-    frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared)
+    frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared, args=args)
     scored = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["name"] not in latent]
     zero = torch.zeros((num_samples, frame.columns))
     log_q = {name: _log_q_of(site, frame, cut) for name, site in drawn.items() if name not in points}
@@ -660,7 +657,7 @@ def _replayed(
         raise ValueError(f"no value for latent site {missing[0]!r}; got values for {list(latents)}.")
     num_samples = len(latents[wanted[0]["name"]]) if wanted else 1
     trace = run_at(program, {site["name"]: site for site in wanted}, latents, nesting, args, kwargs)
-    return trace, data_frame([trace], num_samples, nesting)
+    return trace, data_frame([trace], num_samples, nesting, args=args)
 
 
 def run_at(

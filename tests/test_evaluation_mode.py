@@ -30,6 +30,7 @@ from pyro_vae.judging.distances import guide_distances
 from pyro_vae.judging.estimates import anomaly_scores, elbo_terms, log_likelihood
 from pyro_vae.judging.gradients import gradient_lab
 from pyro_vae.judging.guides import compare_guides, fit_guide
+from pyro_vae.judging.imputation import impute
 from pyro_vae.judging.information import mutual_information, rate_distortion
 from pyro_vae.judging.judgement import judge
 from pyro_vae.judging.latents import active_units, kl_per_dimension, posterior_means
@@ -37,7 +38,6 @@ from pyro_vae.judging.probes import probe
 from pyro_vae.judging.references import reference
 from pyro_vae.parameters import device_of, trainable
 from pyro_vae.programs._ex_post import aggregated_posterior
-from pyro_vae.programs.missing import impute
 from pyro_vae.reach import modules_of
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))

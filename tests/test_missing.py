@@ -13,6 +13,7 @@ from torch import nn
 from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.imputation import impute
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
 from pyro_vae.parts.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
@@ -21,8 +22,9 @@ from pyro_vae.parts.likelihoods.normal import Normal
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.missing import filled, full_mask, impute, observed_part
+from pyro_vae.programs.missing import filled, full_mask, observed_part
 from pyro_vae.programs.pair import Guide, Model
+from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 from tests.pairs import binary, small_pair
 
@@ -295,7 +297,7 @@ def test_the_effective_number_of_proposals_is_all_of_them_with_the_exact_posteri
 
 def test_proposals_in_chunks_are_proposals(monkeypatch):
     bed = Bed()
-    monkeypatch.setattr("pyro_vae.programs.missing._CHUNK", 7 * bed.x.numel())
+    monkeypatch.setattr("pyro_vae.judging.imputation._CHUNK", 7 * bed.x.numel())
     _, ess = impute(bed.model, bed.guide(), (bed.damaged(), bed.mask), num_samples=50)
     assert torch.allclose(ess, torch.full_like(ess, 50.0), rtol=1e-9)
 
@@ -358,3 +360,42 @@ def test_networks_need_no_change_for_masks():
     completed, _ = impute(model, guide, (x, ~x.isnan()), num_imputations=4, num_samples=10)
     assert completed.shape == (4, 2, 3) and not completed.isnan().any()
     assert (completed[:, 0, [0, 2]] == torch.tensor([1.0, 2.0])).all()
+
+
+def test_imputation_looks_at_its_data_as_a_fit_does():
+    torch.manual_seed(0)
+    vae = VAE.build((4,), latent_dim=2, hidden=(8,))
+    x = torch.bernoulli(torch.full((20, 4), 0.5))
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[3, 2] = False
+    for value, text in ((5.0, "row 7, column 1 of the data is 5, outside the support"), (NAN, "row 7, column 1 of the data is nan")):
+        wrong = x.clone()
+        wrong[7, 1], wrong[3, 2] = value, NAN
+        with pytest.raises(ValueError, match=text):
+            impute(vae.model, vae.guide, (wrong, mask), num_samples=5)
+    as_integers = impute(vae.model, vae.guide, (x.long(), mask), num_samples=5).draws
+    assert torch.equal(as_integers, impute(vae.model, vae.guide, (x, mask), num_samples=5).draws)
+
+
+def test_imputation_by_a_pair_of_ones_own_never_meets_what_is_missing():
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1).expand(z.shape + (2,)), 1.0).mask(mask).to_event(1), obs=x)
+
+    def guide(x, mask):  # NaN times zero is NaN
+        count = mask.sum(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x * mask).sum(-1) / (1 + count), (1 / (1.0 + count)).sqrt()))
+
+    x = torch.tensor([[2.0, NAN], [1.0, 3.0]])
+    draws, ess = impute(model, guide, (x, ~x.isnan()), num_samples=50, num_imputations=4000)
+    missing = draws[:, 0, 1]  # N(1, 1 + 1/2)
+    assert abs(missing.mean() - 1) < 5 * (1.5 / 50) ** 0.5 and torch.allclose(ess, torch.full_like(ess, 50.0))
+
+    def blind(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1), 1.0))
+
+    with pytest.raises(ValueError, match="takes no mask, wanted programs model.x, mask."):
+        impute(lambda x: model(x, torch.ones_like(x, dtype=torch.bool)), blind, (x.nan_to_num(), ~x.isnan()))

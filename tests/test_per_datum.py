@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.distributions import kl_divergence
 
+import pyro_vae as pv
 from pyro_vae import Objective, elbo, elbo_terms, fit, iwae
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.compiled import Compiled
@@ -391,3 +392,23 @@ def test_the_bound_is_known_again_after_a_captured_warm_up():
         history = fit(pair.model, pair.guide, x, epochs=110, batch_size=8, seed=0, kl_warmup=2, compile=option)
         found.append(history["bound"])
     assert found[1][0] is None and found[1][2:] == pytest.approx(found[0][2:], rel=1e-4)
+
+
+def test_of_two_plates_that_all_sites_share_the_one_as_long_as_the_data_is_theirs():
+    """The data at dim -1 under a plate of their coordinates, which is the outer one."""
+    def model(x):
+        with pyro.plate("coordinate", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("coordinate", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.T / 2, pyro.param("width", torch.tensor(0.5**0.5))))
+
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum(-1)
+    pyro.clear_param_store()
+    found = pv.log_likelihood(model, guide, x, num_samples=20)
+    assert found.pointwise.shape == (300,) and torch.allclose(found.pointwise.float(), exact, atol=1e-4)
+    history = fit(model, guide, x, epochs=1, learning_rate=1e-9, validation=x, progress=False, seed=0)
+    for name in ("bound", "validation"):
+        assert history[name][-1] == pytest.approx(exact.mean().item(), abs=1e-4)

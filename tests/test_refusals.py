@@ -20,10 +20,10 @@ import pyro_vae.judging
 from pyro_vae.inference.bounds import ciwae, miwae, renyi
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.inference.split_bounds import cubo, piwae
+from pyro_vae.judging.imputation import impute
 from pyro_vae.parts import likelihoods, posteriors
 from pyro_vae.programs import zoo
 from pyro_vae.programs._ex_post import ex_post
-from pyro_vae.programs.missing import impute
 from pyro_vae.programs.semi_amortized import SemiAmortized
 
 NAN = math.nan

@@ -18,10 +18,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_vae.sites import PARTICLES, is_subsample
 
@@ -97,15 +95,6 @@ class Counting(Messenger):
         if key not in self._units:
             self._units = {key: _unit(seen, lengths)}
         return self._units[key]
-
-
-def lengths(batch: Any) -> tuple[int, ...]:
-    """The lengths of a batch's tensors, however it holds them."""
-    if type(batch) is tuple and all(type(x) is Tensor for x in batch):  # spares pytree's code, the usual case
-        leaves: Sequence[Any] = batch
-    else:
-        leaves = pytree.tree_leaves(batch)
-    return tuple(len(x) for x in leaves if isinstance(x, Tensor | np.ndarray) and x.ndim)
 
 
 def _extra(scale: Any, plates: tuple[Any, ...]) -> float | None:

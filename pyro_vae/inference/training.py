@@ -33,7 +33,7 @@ from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
-from pyro_vae.inference.per_datum import Counting, Unit, lengths
+from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
@@ -43,6 +43,7 @@ from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
+from pyro_vae.sites import lengths
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss

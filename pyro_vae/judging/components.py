@@ -49,7 +49,7 @@ class Scorer:
             plain = poutine.trace(program).get_trace(*args, **self.kwargs)
         common_scale([plain])
         self.nesting = depth(plain)
-        self.frame = data_frame([plain], 1, self.nesting)
+        self.frame = data_frame([plain], 1, self.nesting, args=args)
         self.sites = {site["name"]: site for site in sample_sites(plain)}
         self._broadcasts: bool | None = None
 

@@ -35,11 +35,12 @@ from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
-from pyro_vae.inference.per_datum import Counting, Unit, lengths
+from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.judging.results import Result, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
 from pyro_vae.parameters import trainable
+from pyro_vae.sites import lengths
 from pyro_vae.traces import Program
 
 _BOOTSTRAPS = 200

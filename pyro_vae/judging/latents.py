@@ -15,7 +15,7 @@ from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
 from pyro_vae.protocols import closed_form_kl
-from pyro_vae.sites import factors, plates
+from pyro_vae.sites import data_plate, factors, lengths, plates
 from pyro_vae.traces import Particles, Program, sites
 
 # A latent is dead where its posterior mean varies less over the data (in units of z squared), and where it carries
@@ -293,7 +293,9 @@ def _run(guide: Program, batch: tuple[Any, ...], site: str) -> Tensor:
     except NotImplementedError:
         value = given["value"]
     shared = set.intersection(*({(dim, frame.size) for dim, frame in plates(s).items()} for s in found.values()))
-    return value.movedim(value.dim() - given["fn"].event_dim + min(shared)[0], 0) if shared else value
+    if not shared:
+        return value
+    return value.movedim(value.dim() - given["fn"].event_dim + data_plate(shared, lengths(batch))[0], 0)
 
 
 @checked

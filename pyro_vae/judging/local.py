@@ -121,7 +121,7 @@ class Unscaled(Messenger):
 
 def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
     trace = poutine.trace(program).get_trace(*args)
-    return trace, data_frame([trace], 1, depth(trace))
+    return trace, data_frame([trace], 1, depth(trace), args=args)
 
 
 def _check(site: Any) -> None:

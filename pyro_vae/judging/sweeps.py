@@ -31,16 +31,16 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.auxiliary import undetermined
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.capture import capturing, fast_matmul
 from pyro_vae.inference.memory import reused_memory
-from pyro_vae.inference.per_datum import lengths
 from pyro_vae.inference.rehearsal import Rehearsal
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.parameters import device_of
-from pyro_vae.sites import kind, unwrapped
+from pyro_vae.sites import kind, lengths, unwrapped
 from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting, simulate, sites
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
@@ -273,8 +273,11 @@ def sweep(
         if batches.tolerated:  # Pyro's validation looks before it masks
             stack.enter_context(validation_enabled(False))
         run = Sweep(given, batches, num_data, title, progress)
-        if len(given) > 1 and batches.shown is not None:
+        if len(given) > 1 and batches.shown is not None and batches.shown.error is None:
             _look_at_supports(batches.shown)
+            reason = undetermined(given[1], batches.shown.latents.values(), run.first, {}) if len(given) == 2 else None
+            if reason is not None:
+                raise ValueError(reason)
         if not whole:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
         try:

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from pyro_vae.programs._ex_post import aggregated_posterior as aggregated_posterior
     from pyro_vae.programs._ex_post import ex_post as ex_post
     from pyro_vae.programs.hamiltonian import Hamiltonian as Hamiltonian
-    from pyro_vae.programs.missing import Imputation as Imputation
-    from pyro_vae.programs.missing import impute as impute
     from pyro_vae.programs.pair import Guide as Guide
     from pyro_vae.programs.pair import Model as Model
     from pyro_vae.programs.semi_amortized import SemiAmortized as SemiAmortized
