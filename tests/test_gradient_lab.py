@@ -194,5 +194,9 @@ def test_what_is_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x, 1.0))
 
+    def observing(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(x, 1.0)), 1.0), obs=x)
+
     with pytest.raises(ValueError, match="neither model nor guide has parameters"):
-        gradient_lab(nothing, nothing, torch.zeros(2), bound=iwae)
+        gradient_lab(observing, nothing, torch.zeros(2), bound=iwae)
