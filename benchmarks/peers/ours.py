@@ -10,6 +10,7 @@ from pyro.infer import Trace_ELBO
 
 from peers import LEARNING_RATE, Problem, weights
 from peers.networks import take
+from pyro_vae import Guide, Model
 from pyro_vae.data import Split
 from pyro_vae.inference.bounds import elbo, iwae
 from pyro_vae.inference.compiled import Compiled
@@ -21,7 +22,6 @@ from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.pair import Guide, Model
 
 
 def pair(problem: Problem) -> tuple[Model, Guide]:
