@@ -25,7 +25,7 @@ class TrainingStep:
         prepare: From the step's tensors, such as an index, to the arguments of the programs.
         update: The optimiser's step, to be part of the graph; None to leave it out.
         key: What tells such steps apart, as far as they need different graphs.
-        last: Whether nothing less is tried where this cannot be captured, so that it is the one to give the reason.
+        last: Whether nothing less is tried where this cannot be captured, so that the reason is given.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ from pyro_vae.traces import Program
 
 
 class GraphSteps:
-    """Steps of a pair by a compiled loss, each as training as it can be.
+    """Steps of a pair by a compiled loss, each as much of a step as can be.
 
     Args:
         compiled: The loss.
