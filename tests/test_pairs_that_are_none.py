@@ -113,7 +113,7 @@ def test_a_program_that_reaches_more_than_can_be_watched_runs_eagerly():
     [
         lambda group, epoch: group.update(weight_decay=1.0 if epoch > 30 else 0.0),
         lambda group, epoch: group.update(betas=(0.85 + 0.01 * (epoch % 10), 0.99)),
-        lambda group, epoch: group.update(eps=1e-8 if epoch < 30 else 1e-2),
+        lambda group, epoch: group.update(eps=1e-8 if epoch < 30 else 1.0),
     ],
     ids=["weight decay", "betas", "eps"],
 )
