@@ -12,9 +12,9 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.judging._collapse import collapse, linear_optimum
-from pyro_vae.judging.information import mutual_information, rate_distortion
+from pyro_vae.judging.estimates import rate_distortion
+from pyro_vae.judging.information import mutual_information, probe
 from pyro_vae.judging.latents import kl_per_dimension
-from pyro_vae.judging.probes import probe
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import NSF, FullNormal
 from pyro_vae.programs.pair import Guide

@@ -19,7 +19,7 @@ from pyro_vae.app.commands import judge_run
 from pyro_vae.judging._calibration import calibration
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.judgement import Judgement, judge
-from pyro_vae.judging.nats import Nats
+from pyro_vae.judging.results import Nats
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, GapSplit, Latents, Remedy, Stages
 from pyro_vae.judging.verdicts import Finding, verdict
 from tests.pairs import binary, linear_pair, small_pair

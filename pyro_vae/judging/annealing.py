@@ -51,11 +51,10 @@ class Annealed(Measured):
     """A lower bound on log p(x) by annealed importance sampling, averaged over data, in nats.
 
     Attributes:
-        value: Mean over the data of log 1/C sum_c w_c.
-        mc_stderr: Monte Carlo standard error of the value, given these data.
-        data_stderr: Standard error of the value for the population of the data.
-        bias: Jackknife estimate of the bias of the value (negative: it is too low).
+        value, mc_stderr, data_stderr: Of the mean over the data of log 1/C sum_c w_c, as in `Measured`.
         pointwise: log 1/C sum_c w_c per datum, (N,).
+        num_samples: C.
+        bias: Jackknife estimate of the bias of the value (negative: it is too low).
         pointwise_stderr: Its Monte Carlo standard error, (N,).
         log_weight: log w_c, (C, N).
         ess: Effective number of chains per datum, (sum w)^2 / sum w^2, (N,).
@@ -63,14 +62,9 @@ class Annealed(Measured):
         kernels: What the chains used, frozen before they ran, one for each batch.
         start: "guide" or "prior".
         num_steps: T.
-        num_samples: C.
     """
 
-    value: float
-    mc_stderr: float
-    data_stderr: float
     bias: float
-    pointwise: Tensor
     pointwise_stderr: Tensor
     log_weight: Tensor
     ess: Tensor
@@ -78,11 +72,10 @@ class Annealed(Measured):
     kernels: tuple[Kernels, ...]
     start: str
     num_steps: int
-    num_samples: int
 
     def __str__(self) -> str:
         return (
-            f"log p(x) >= {self.said}, annealed from the {self.start} over {self.num_steps} steps, acceptance "
+            f"log p(x) >= {self.with_errors}, annealed from the {self.start} over {self.num_steps} steps, acceptance "
             f"{self.acceptance.mean():.2f}, chain ESS {self.ess.mean():.1f} of {self.num_samples}"
         )
 

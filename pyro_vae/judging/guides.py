@@ -1,8 +1,7 @@
 """Guides compared on one and the same posterior.
 
-Two guides trained with a model of their own each approximate two posteriors, and their
-ELBOs differ for two reasons at once. With the model frozen, p(x, z) and so p(z | x) are
-the same for all, and what differs is the approximation:
+Two guides trained with a model of their own each approximate two posteriors, and their ELBOs differ for two reasons at
+once. With the model frozen, p(z | x) is the same for all, and what differs is the approximation:
 
     log p(x) - ELBO_q(x) = KL(q(z | x) || p(z | x))
 
@@ -24,7 +23,7 @@ from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
 from pyro_vae.judging.results import Mean, Result, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.weights import Scored, khat_ok, pool, score, scores_strangers
+from pyro_vae.judging.weights import Proposals, khat_ok, rescores
 from pyro_vae.options import checked
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
@@ -35,19 +34,16 @@ from pyro_vae.traces import Program
 def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **options: Any) -> History:
     """Fit a guide under a frozen model, so that guides are compared on one posterior.
 
-    The model's parameters (and what the guide shares with them) get no gradient, its
-    modules stay in evaluation mode, and its ``requires_grad`` flags, modes and buffers come
-    back as they were, also after an error. Not a bit of it changes. (A module that model and
-    guide are both methods of is left in evaluation mode, as by `fit`.)
+    The model's parameters (and what the guide shares with them) get no gradient, its modules stay in evaluation mode,
+    and its ``requires_grad`` flags, modes and buffers come back as they were, also after an error. Not a bit of it
+    changes. (A module that model and guide are both methods of is left in evaluation mode, as by `fit`.)
 
     Args:
-        model: A Pyro program for p(x, z), trained.
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
         loss: A Pyro ELBO or an `Objective`; those that raise a bound of the guide.
         options: Those of `fit`: epochs, learning_rate, seed, ...
+        model, guide, data: As for `fit`: the model trained, the guide to be trained in place.
     Returns:
-        The history. The guide is trained in place.
+        The history.
     Raises:
         ValueError: The guide has nothing to train, and all that `fit` refuses.
     Example:
@@ -79,10 +75,7 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
 def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[None]:
     """The model without gradients, so that `fit` keeps its modules in evaluation mode, and its buffers as they were.
 
-    Args:
-        model: A Pyro program.
-        guide: That of the same pair, which may be a method of the same module.
-        args: A batch, with which the model is run once to see what it reads.
+    It is run once with a batch to see what it reads. The guide may be a method of the same module.
     """
     mine, theirs = modules_of(model), _parts(modules_of(guide))
     tensors: dict[int, Tensor] = {id(p): p for module in mine if id(module) not in theirs for p in module.parameters()}
@@ -94,12 +87,8 @@ def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[No
             tensor.requires_grad_(False)
         still = _parts(part for module in mine for part in _frozen_parts(module))
         # What has no parameters, such as dropout, belongs to the model where it alone runs it.
-        rest = _parts(module for reference in ran if (module := reference()) is not None)
-        rest = {
-            key: part
-            for key, part in rest.items()
-            if key not in still and not any(p.requires_grad for p in part.parameters())
-        }
+        alive = _parts(module for reference in ran if (module := reference()) is not None)
+        rest = {k: m for k, m in alive.items() if k not in still and not any(p.requires_grad for p in m.parameters())}
         if rest:
             with unmoved(modules_of(guide)), unmoved([]) as seen, own_parameters(model, guide):
                 with torch.random.fork_rng(), torch.no_grad():
@@ -266,18 +255,13 @@ def compare_guides(
         raise ValueError(
             f"got {len(guides)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
         )
-    own: dict[str, list[Scored]] = {name: [] for name in guides}
-    mixed = []
+    found = Proposals()
     with sweep(model, *guides.values(), data=data, seed=seed, device=device, progress=progress, title="guides") as run:
-        pooled = [name for name, guide in guides.items() if scores_strangers(model, guide, run.first)]
+        found.pooled = [name for name, guide in guides.items() if rescores(model, guide, run.first)]
         nesting = {name: run.nesting(guide) for name, guide in guides.items()}
         for batch in run:
-            scores, both = score(model, guides, pooled, batch, num_samples, nesting)
-            for name, scored in scores.items():
-                own[name].append(scored)
-            mixed += [both] if both is not None else []
-    scores = {name: Scored.joined(parts) for name, parts in own.items()}
-    best, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled, log_likelihood)
+            found.add(model, guides, batch, num_samples, nesting)
+    scores, best, source = found.result(log_likelihood)
     rows = {
         name: GuideScore(
             elbo=Mean.of(scored.elbo, scored.elbo_variance, num_samples),

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from pyro_vae.judging._calibration import Calibration
 from pyro_vae.judging.annealing import Bracket
-from pyro_vae.judging.nats import Nats, plain, typed
-from pyro_vae.judging.results import over_data
+from pyro_vae.judging.results import Nats, over_data, plain, typed
 
 Status = Literal["done", "left out", "not possible"]
 Comparison = Literal["larger K", "best q", "jackknife"]
@@ -65,7 +64,7 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite are None."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata.get("json", True)]
-        return {name: plain(getattr(self, name)) for name in names}
+        return {name: plain(getattr(self, name), finite=True) for name in names}
 
     @classmethod
     def from_dict(cls: type[T], values: dict[str, Any]) -> T:
