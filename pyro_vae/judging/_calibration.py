@@ -10,15 +10,13 @@ shifted one on one side. An amortized guide needs no refitting: one run of it fo
 What is tested is the guide *on data from the model*, averaged over them; errors that cancel
 over x are not seen, nor are those on real data that the model would not draw.
 
-The test is simultaneous over the whole range of ranks: at each of L points the number of
-ranks below is binomial, and the statistic is the smallest of the L two-sided tail
-probabilities, whose distribution under uniformity is simulated. Central intervals are sets of
-ranks, |r - L/2| < j, so the coverage curve has bands of the same kind.
+The test is simultaneous over the whole range of ranks: at each of L points the number of ranks below is binomial, and
+the statistic is the smallest of the L two-sided tail probabilities, whose distribution under uniformity is simulated.
+Central intervals are sets of ranks, |r - L/2| < j, so the coverage curve has bands of the same kind.
 
-References: Talts et al., Validating Bayesian inference algorithms with simulation-based
-calibration, 2018. arXiv:1804.06788. Saeilynoja et al., Graphical test for discrete uniformity
-and its applications in goodness of fit evaluation and multiple sample comparison, 2022.
-arXiv:2103.10522
+References: Talts et al., Validating Bayesian inference algorithms with simulation-based calibration, 2018.
+arXiv:1804.06788. Saeilynoja et al., Graphical test for discrete uniformity and its applications in goodness of fit
+evaluation and multiple sample comparison, 2022. arXiv:2103.10522
 """
 
 from __future__ import annotations

@@ -12,8 +12,7 @@ the guide and the local optima together (`weights`), or by whatever estimate is 
 draws that no step has seen. And the steps end before the optimum: what the bound might still have risen, judged by how
 it rose last, is added to the error of q*, as if it were noise of that size.
 
-Reference: Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders, 2018.
-arXiv:1801.03558
+Reference: Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders, 2018. arXiv:1801.03558
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ class Gaps(Result):
     Attributes:
         families: Per family; the guide's own comes first.
         log_likelihood: log p(x), the same for all.
-        bias: Jackknife estimate of its bias (negative: all gaps are too small by this); nan
-            where it was given.
+        bias: Jackknife estimate of its bias (negative: all gaps are too small by this); nan where it was given.
         pareto_k: k-hat per datum of its weights, (N,), nan where it was given.
         source: Where it is from.
         num_samples: K per bound.
@@ -180,10 +178,9 @@ def gaps(
       which only the number of features is ever asked, and the latent dimension;
     * a posterior, of which the family is taken (a flow: and the weights to start from).
 
-    The guide's own family needs no mention. A guide without a local form (a point with a
-    density, a sampler that is not reparameterised) has its total gap given, and the reason.
-    Data go through in chunks, so that memory is bounded. Training and test data are two calls,
-    which `gap_table` lays side by side.
+    The guide's own family needs no mention. A guide without a local form (a point with a density, a sampler that is not
+    reparameterised) has its total gap given, and the reason. Data go through in chunks, so that memory is bounded.
+    Training and test data are two calls, which `gap_table` lays side by side.
 
     Args:
         families: By name, as above.

@@ -6,23 +6,20 @@ distributions log f_t = (1 - b_t) log f_0 + b_t log p(x, u). Its weight
     log w = sum_{t=1}^{T} (b_t - b_{t-1}) (log p(x, u_{t-1}) - log f_0(u_{t-1})),
     u_t ~ K_t(u_{t-1}),   K_t a Hamiltonian move that leaves f_t invariant,
 
-is an unbiased estimate of p(x), so the log of its mean over C chains is, on average, a
-**lower** bound on log p(x). Run backwards from an exact draw of the posterior with the
-same kernels (each is reversible, so in reverse order they make the reverse chain), the
-weight has E[1 / w] = 1 / p(x). Exact draws exist where x itself was simulated: (z, x) ~
-p(z) p(x | z) makes z a draw of p(z | x). One backward chain r beside C forward ones gives
+is an unbiased estimate of p(x), so the log of its mean over C chains is, on average, a **lower** bound on log p(x). Run
+backwards from an exact draw of the posterior with the same kernels (each is reversible, so in reverse order they make
+the reverse chain), the weight has E[1 / w] = 1 / p(x). Exact draws exist where x itself was simulated: (z, x) ~ p(z)
+p(x | z) makes z a draw of p(z | x). One backward chain r beside C forward ones gives
 
     E log (w_r + w_1 + ... + w_C) / (C + 1)  >=  log p(x),
 
-an **upper** bound, since it is the divergence of the backward process from the forward one.
-Both close as T grows: the bracket of bidirectional Monte Carlo. On real data no exact
-draw exists, and no upper bound is claimed.
+an **upper** bound, since it is the divergence of the backward process from the forward one. Both close as T grows: the
+bracket of bidirectional Monte Carlo. On real data no exact draw exists, and no upper bound is claimed.
 
-References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Grosse et al.,
-Sandwiching the marginal likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543.
-Wu et al., On the quantitative analysis of decoder-based generative models, 2017.
-arXiv:1611.04273. Brekelmans et al., Improving mutual information estimation with annealed
-and energy-based bounds, 2022. arXiv:2303.06992
+References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Grosse et al., Sandwiching the marginal
+likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543. Wu et al., On the quantitative analysis of
+decoder-based generative models, 2017. arXiv:1611.04273. Brekelmans et al., Improving mutual information estimation with
+annealed and energy-based bounds, 2022. arXiv:2303.06992
 """
 
 from __future__ import annotations
@@ -38,8 +35,8 @@ from torch import Tensor
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.trees import joined
 from pyro_vae.judging.densities import Pair
-from pyro_vae.judging.hamiltonian import SCHEDULES, Density, Kernels, Moves, State, pilot
-from pyro_vae.judging.results import Mean, Measured, Result, averaged, row
+from pyro_vae.judging.hamiltonian import SCHEDULES, Kernels, Moves, anneal, pilot
+from pyro_vae.judging.results import Mean, Measured, Result, at_least, averaged, one_of, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Scored
 from pyro_vae.options import checked
@@ -145,7 +142,7 @@ def ais(
     """Estimate log p(x) by annealed importance sampling: a lower bound that closes with T.
 
     Args:
-        guide: A Pyro program for q(z | x); from the prior it only scales the moves, and may be None.
+        guide: From the prior it only scales the moves, and may be None.
         num_samples: C, chains for each datum.
         num_steps: T, steps of the path; 1 is plain importance sampling.
         start: Where chains begin: "guide" or "prior".
@@ -214,17 +211,13 @@ def bdmc(
 ) -> Bracket:
     """Bracket log p(x) on data simulated from the model: bidirectional Monte Carlo.
 
-    Data are simulated with their exact latents, in the shape of the given ones. Each
-    simulated site replaces the argument that it equals up to shape.
+    Data are simulated with their exact latents, in the shape of the given ones.
 
     Args:
-        model: A Pyro program for p(x, z), whose arguments are the batch.
-        guide: A Pyro program for q(z | x); from the prior it may be None.
         data: As for `fit`: what is not simulated (labels, masks) stays as it is here.
-        num_samples: C, as all other settings in `ais`.
+        model, guide, num_samples: As all other settings in `ais`.
         num_data: How many to simulate, at most as many as there are data.
-        observed: Which argument each observed site is, by position, as
-            {"x": 0}, where the values do not tell.
+        observed: Which argument each observed site is, by position, as {"x": 0}, where the values do not tell.
     Returns:
         Both bounds with their errors.
     Raises:
@@ -258,59 +251,28 @@ def bdmc(
             backward.append(anneal(density, position, forward[0], backward=True, tick=run.tick, moves=moves))
             found.append(tuple(forward))
             simulated.append(batch)
-    lower = _annealed(found, options)
+    return _bracketed(_annealed(found, options), backward, joined(simulated))
+
+
+def _bracketed(lower: Annealed, backward: list[tuple[Tensor, Tensor]], data: tuple[Any, ...]) -> Bracket:
+    """Both bounds, from the forward chains and those from the exact draws."""
+    count = lower.num_samples
     weight = torch.cat([w.double().cpu() for w, _ in backward], 1)
     # One chain from the exact draw beside C from the start; averaged over which one it is.
-    ahead, behind = lower.log_weight.logsumexp(0) - math.log(1 + num_samples), weight - math.log(1 + num_samples)
+    ahead, behind = lower.log_weight.logsumexp(0) - math.log(1 + count), weight - math.log(1 + count)
     upper = torch.logaddexp(ahead, behind)
-    spread = upper.var(0) / num_samples if num_samples > 1 else torch.full_like(upper[0], math.nan)
+    spread = upper.var(0) / count if count > 1 else torch.full_like(upper[0], math.nan)
     # The forward chains' share of the error, as a log of their mean has it; of the width what it does not cancel.
     share = torch.sigmoid(ahead - behind).mean(0)
     variances = [spread + (lower.pointwise_stderr * s).square() for s in (share, 1 - share)]
     return Bracket(
         lower=lower,
-        upper=Mean.of(upper.mean(0), variances[0], num_samples),
-        width=Mean.of(upper.mean(0) - lower.pointwise, variances[1], num_samples),
+        upper=Mean.of(upper.mean(0), variances[0], count),
+        width=Mean.of(upper.mean(0) - lower.pointwise, variances[1], count),
         backward_log_weight=weight,
         backward_acceptance=torch.cat([a.double().cpu() for _, a in backward]),
-        data=joined(simulated),
+        data=data,
     )
-
-
-def anneal(
-    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Any = None,
-    moves: Moves | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run chains along the path of the kernels, and weigh them.
-
-    Args:
-        density: u to the log densities of both ends, and their gradients.
-        position: Draws from f_0, (C, B, U); backwards exact draws from the posterior.
-        kernels: Temperatures and moves.
-        backward: From the posterior to f_0.
-        tick: Called after every move.
-        moves: The moves of this density by the kernels' leapfrog steps, where they are captured.
-    Returns:
-        log w, (C, B) in float64, and the mean probability of acceptance, (B,).
-    """
-    transition = Moves(density, kernels.num_leapfrog, compile=False) if moves is None else moves
-    state = State.at(density, position)
-    total = torch.zeros_like(state.values[0], dtype=torch.float64)
-    accepted = torch.zeros_like(state.values[0, 0])
-    gaps = kernels.beta.diff(dim=0)
-    count = len(gaps)
-    for step in range(count):
-        t = count - 1 - step if backward else step
-        total = total + gaps[t] * (state.values[1] - state.values[0]).double()
-        move = t if backward else t + 1  # between the weights of t and of the next
-        if step + 1 < count:
-            state, acceptance = transition(
-                state, kernels.mixture(move), kernels.step_size[move - 1], kernels.scale(move)
-            )
-            accepted = accepted + acceptance.mean(0)
-            if tick is not None:
-                tick()
-    return total, accepted / (count - 1) if count > 1 else torch.full_like(accepted, math.nan)
 
 
 class _Options(NamedTuple):
@@ -336,17 +298,13 @@ class _Options(NamedTuple):
         return self.coarse + 9 if self.num_steps > 1 else 0
 
     def check(self, guide: Program | None) -> None:
-        for name in ("num_steps", "num_samples", "num_leapfrog"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name}={getattr(self, name)}, wanted a positive integer.")
+        at_least(1, num_steps=self.num_steps, num_samples=self.num_samples, num_leapfrog=self.num_leapfrog)
         if self.pilot_chains < 2:
             raise ValueError(f"got pilot_chains={self.pilot_chains}, wanted at least 2 to average over.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"got schedule={self.schedule!r}, wanted one of {', '.join(map(repr, SCHEDULES))}.")
+        one_of(SCHEDULES, schedule=self.schedule)
+        one_of(("guide", "prior"), start=self.start)
         if not 0 < self.target_acceptance < 1:
             raise ValueError(f"got target_acceptance={self.target_acceptance}, wanted a probability such as 0.75.")
-        if self.start not in ("guide", "prior"):
-            raise ValueError(f"got start={self.start!r}, wanted 'guide' or 'prior'.")
         if self.start == "guide" and guide is None:
             raise ValueError("got start='guide' without a guide. Pass one, or anneal from the prior: start='prior'.")
         if self.compile not in (True, False, "auto"):
@@ -380,8 +338,7 @@ def _forward(
 
 
 def _precision(draws: Tensor) -> Tensor:
-    variance = draws.var(0)
-    return 1 / variance.clamp(min=1e-12)
+    return 1 / draws.var(0).clamp(min=1e-12)
 
 
 def _annealed(found: list[tuple[Any, ...]], options: _Options) -> Annealed:

@@ -9,10 +9,10 @@ An amortized guide has a posterior per datum, so every group has the dimensions
     sample_stats       log p(x, z_k), log q(z_k | x), log w_k per draw; k-hat, ESS, log p(x) per datum
     observed_data      x                        datum, the data's own
 
-Draws of a guide are independent, so "chains" are but a partition of them: R-hat is defined and equals 1 up to noise, and
-says nothing of how far q(z | x) is from p(z | x); k-hat does. Resampled by their importance weights, each chain from its
-own weights only, they are draws from p(z | x) as far as the weights carry it, and there R-hat does tell: where few
-weights dominate, the chains disagree.
+Draws of a guide are independent, so "chains" are but a partition of them: R-hat is defined and equals 1 up to noise,
+and says nothing of how far q(z | x) is from p(z | x); k-hat does. Resampled by their importance weights, each chain
+from its own weights only, they are draws from p(z | x) as far as the weights carry it, and there R-hat does tell: where
+few weights dominate, the chains disagree.
 
 ArviZ's leave-one-out score is invalid here. It needs parameters that all data share; with one latent per datum, leaving
 x out leaves the prior. Held-out log p(x) is the score.
@@ -69,9 +69,8 @@ def to_arviz(
 ) -> Any:
     """Draws and log densities of a pair as ArviZ data.
 
-    Of as many data as `log_likelihood` takes at a time (38 of 512 numbers or fewer, with 80
-    samples or more), the draws are its own under the same seed. Predictive draws belong to the
-    first posterior draws of each chain.
+    Of as many data as `log_likelihood` takes at a time (38 of 512 numbers or fewer, with 80 samples or more), the draws
+    are its own under the same seed. Predictive draws belong to the first posterior draws of each chain.
 
     Args:
         data: As for `fit`; all of them are one batch, and memory grows with its size times K.

@@ -224,8 +224,7 @@ def log_likelihood(
         guide: A Pyro program for q(z | x).
         data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches.
         num_samples: K.
-        seed: Seed of the samples (and of a binarisation drawn on the way); None goes
-            on with torch's random state.
+        seed: Seed of the samples (and of a binarisation drawn on the way); None goes on with torch's random state.
         device: Where the batches go; where the modules are when not given.
         progress: Show a bar; None shows it on a terminal only.
         compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where there are

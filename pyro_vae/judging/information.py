@@ -14,10 +14,9 @@ For N data and q_N(z) = 1/N sum_m q(z | x_m),
     lower:  E log q(z_n | x_n) / (1/N sum_m q(z_n | x_m))            (leave-in)
     upper:  E log q(z_n | x_n) / (1/(N-1) sum_{m != n} q(z_n | x_m)) (leave-one-out)
 
-The leave-in estimate is the information about *which of these N data* it was, and no
-approximation of that. For the population of the data it is a lower bound in expectation,
-and the leave-one-out estimate an upper one. The first cannot exceed log N: near this
-limit it says only that z tells all N data apart.
+The leave-in estimate is the information about *which of these N data* it was, and no approximation of that. For the
+population of the data it is a lower bound in expectation, and the leave-one-out estimate an upper one. The first cannot
+exceed log N: near this limit it says only that z tells all N data apart.
 
 References: Hoffman and Johnson, ELBO surgery: yet another way to carve up the variational
 evidence lower bound, 2016. Alemi et al., Fixing a broken ELBO, 2018. arXiv:1711.00464.

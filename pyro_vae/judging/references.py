@@ -1,11 +1,11 @@
 """Reference posteriors: many short Hamiltonian chains per datum, and whether they have converged; or a grid.
 
-NUTS draws one joint vector for one data set; a guide is judged on a thousand images. So C chains of B data move together
-(see `hamiltonian`), start at draws of the guide, tune one step size per datum in a warm-up by dual averaging, and then
-keep it. What makes the draws a reference is not their number but two diagnostics per datum and dimension, on ranks:
-R-hat compares the spread between chains with that within them, and the bulk ESS says how many independent draws they
-are worth. Chains that start at the guide cannot discover what the guide has never seen: a mode that it misses altogether
-stays missed, with a good R-hat.
+NUTS draws one joint vector for one data set; a guide is judged on a thousand images. So C chains of B data move
+together (see `hamiltonian`), start at draws of the guide, tune one step size per datum in a warm-up by dual averaging,
+and then keep it. What makes the draws a reference is not their number but two diagnostics per datum and dimension, on
+ranks: R-hat compares the spread between chains with that within them, and the bulk ESS says how many independent draws
+they are worth. Chains that start at the guide cannot discover what the guide has never seen: a mode that it misses
+altogether stays missed, with a good R-hat.
 
 With one or two latent dimensions per datum, log p(x) and the moments of the posterior are integrals that a grid does to
 many digits: the trapezoidal rule on a smooth density that vanishes at the ends converges faster than any power of the
@@ -55,8 +55,8 @@ class Reference(Result):
 
     @property
     def converged(self) -> Tensor:
-        """Whether, in every dimension, R-hat is below 1.05 and the bulk ESS above 100, (N,); the 1.01 that is advised for
-        one number would, at the best of fifty dimensions, often be missed by chance."""
+        """Whether, in every dimension, R-hat is below 1.05 and the bulk ESS above 100, (N,); the 1.01 that is advised
+        for one number would, at the best of fifty dimensions, often be missed by chance."""
         return (self.rhat.amax(1) < 1.05) & (self.ess.amin(1) > 100)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -150,9 +150,8 @@ def khat_ok(pareto_k: Tensor, num_samples: int) -> float:
 def pareto_k(log_weight: Tensor) -> Tensor:
     """Shape k of the generalised Pareto tail of each datum's weights.
 
-    The weights have finite moments up to order 1/k: below 0.5 their variance is
-    finite; up to `khat_limit` the estimate is usable; above it the guide misses mass
-    of the posterior, and the error estimate itself is too small.
+    The weights have finite moments up to order 1/k: below 0.5 their variance is finite; up to `khat_limit` the estimate
+    is usable; above it the guide misses mass of the posterior, and the error estimate itself is too small.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
