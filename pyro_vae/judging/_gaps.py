@@ -50,8 +50,7 @@ class FamilyGaps(Result):
         approximation: log p(x) - L[q*], or None.
         amortization: L[q*] - L[q], or None.
         inference: log p(x) - L[q], or None.
-        remaining, slope, steps, stopped: As in `Climb`, per datum, (N,): what L[q*] may still have risen, counted in
-            the errors, how much it rose last, and how the steps ended.
+        remaining, slope, steps, stopped: As in `Climb`, per datum, (N,); what remains is counted in the errors.
         reason: Why there is no q*, or no amortized value.
     """
 
@@ -200,19 +199,14 @@ def gaps(
         ValueError: An option out of range; a family that is none; a guide without density, and
             all that `particles` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):   # the mean is right, the scale twice what it should be
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 2 * 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 2 * 0.5**0.5))  # the scale is twice what it should be
         >>> row = gaps(model, guide, torch.zeros(4), num_samples=4000).families["guide"]
         >>> abs(row.approximation.value) < 0.01, abs(row.amortization.value - (1.5 - math.log(2))) < 0.05
         (True, True)
 
-    Reference: Cremer et al., Inference Suboptimality in Variational Autoencoders, 2018. arXiv:1801.03558
     """
     _check(start, num_samples, learning_rate, num_steps, window, tolerance)
     named = _named(guide, families or {})
@@ -249,9 +243,7 @@ def gaps(
     return Gaps(rows, log_p, level.bias.mean().item(), level.pareto_k, source, num_samples)
 
 
-def _check(
-    start: str, num_samples: int, learning_rate: float, num_steps: int, window: int, tolerance: float
-) -> None:
+def _check(start: str, num_samples: int, learning_rate: float, num_steps: int, window: int, tolerance: float) -> None:
     one_of(("guide", "fresh"), start=start)
     at_least(2, num_samples=num_samples)
     at_least(4, num_steps=num_steps)

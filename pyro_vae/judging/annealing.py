@@ -163,14 +163,10 @@ def ais(
         ValueError: A setting out of range; a discrete, enumerated, point or auxiliary latent;
             from the guide, one that cannot score a sample that it did not draw.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5))
         >>> result = ais(model, guide, torch.zeros(3), num_samples=4, num_steps=5)
         >>> round(result.value, 4), round(result.mc_stderr, 4)   # the guide is exact: log N(0; 0, 2)
         (-1.2655, 0.0)
@@ -224,10 +220,8 @@ def bdmc(
         ValueError: As for `ais`; or a site equals no argument, or several.
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> bracket = bdmc(model, None, torch.zeros(50), start="prior", num_steps=100)
         >>> truth = dist.Normal(0.0, 2**0.5).log_prob(bracket.data[0]).mean()
         >>> bool(bracket.lower.value - 0.01 < truth < bracket.upper.value + 0.01), bracket.width.value < 0.05
@@ -289,6 +283,7 @@ class _Options(NamedTuple):
 
     @property
     def coarse(self) -> int:
+        """Distributions of the pilot."""
         wanted = max(50, self.num_steps // 4) if self.pilot_steps is None else self.pilot_steps
         return max(2, min(wanted, self.num_steps))
 
@@ -345,14 +340,8 @@ def _annealed(found: list[tuple[Any, ...]], options: _Options) -> Annealed:
     weight = torch.cat([w.cpu() for _, w, _ in found], 1)
     scored = Scored.of(weight)
     return Annealed(
-        **averaged(scored.log_p, scored.log_p_variance),
-        bias=scored.bias.mean().item(),
-        pointwise_stderr=scored.log_p_variance.sqrt(),
-        log_weight=weight,
-        ess=scored.ess,
-        acceptance=torch.cat([a.double().cpu() for _, _, a in found]),
-        kernels=tuple(k for k, _, _ in found),
-        start=options.start,
-        num_steps=options.num_steps,
-        num_samples=options.num_samples,
-    )
+        **averaged(scored.log_p, scored.log_p_variance), bias=scored.bias.mean().item(), ess=scored.ess,
+        pointwise_stderr=scored.log_p_variance.sqrt(), log_weight=weight,
+        acceptance=torch.cat([a.double().cpu() for _, _, a in found]), kernels=tuple(k for k, _, _ in found),
+        start=options.start, num_steps=options.num_steps, num_samples=options.num_samples,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ from pyro_vae.judging.sweeps import Sweep, chunk_sizes, in_chunks, sweep
 from pyro_vae.judging.weights import Scored, pareto_smoothed
 from pyro_vae.options import checked
 from pyro_vae.sites import plates
-from pyro_vae.traces import Particles, Program, predict, simulate
+from pyro_vae.traces import Program, predict, simulate
 from pyro_vae.version import __version__
 
 LOO_IS_INVALID = (
@@ -115,18 +115,13 @@ def to_arviz(
                title="ArviZ") as run:  # fmt: skip
         args = run.whole()
         layout = _Layout(Scorer(model, args), coords or {}, num_chains)
-        table, observed = _drawn(run, args, num_samples, layout)
-        index = _resampled(table.log_weight.double().cpu(), num_chains, smooth) if resample else None
-        latents = {name: layout.chained(name, table.latents[name], index) for name in layout.latents}
+        drawn, observed, stats = _drawn(run, args, num_samples, layout)
+        index = _resampled(stats["log_weight"].double().cpu(), num_chains, smooth) if resample else None
+        latents = {name: layout.chained(name, drawn[name], index) for name in layout.latents}
         kept = min(max(1, num_predictive // num_chains), num_samples // num_chains)
-        shown = {name: z[:, :kept].flatten(0, 1).to(table.latents[name].device) for name, z in latents.items()}
+        shown = {name: z[:, :kept].flatten(0, 1).to(drawn[name].device) for name, z in latents.items()}
         predicted = _predicted(model, shown, args, chunk_sizes(args, num_samples)[0])
         simulations = [simulate(model, *args) for _ in range(num_prior)]
-    stats = {
-        "lp": table.log_joint,
-        "log_q": torch.stack(list(table.log_q.values())).sum(0),
-        "log_weight": table.log_weight,
-    }
     groups = {
         "posterior": {name: z.cpu() for name, z in latents.items()},
         "posterior_predictive": {name: x.unflatten(0, (num_chains, kept)) for name, x in predicted.items()},
@@ -137,7 +132,7 @@ def to_arviz(
         "observed_data": {name: layout.sites[name]["value"] for name in layout.data},
     }
     datasets = {name: layout.dataset(name, values) for name, values in groups.items()}
-    _add_diagnostics(datasets["sample_stats"], table.log_weight, layout.datum)
+    _add_diagnostics(datasets["sample_stats"], stats["log_weight"], layout.datum)
     datasets["log_likelihood"].attrs["note"] = LOO_IS_INVALID
     datasets["posterior"].attrs["draws"] = (
         "guide q(z | x), independent: chains are a partition of them"
@@ -249,35 +244,22 @@ class _Layout:
         return found
 
 
-def _drawn(
-    run: Sweep, args: tuple[Any, ...], num_samples: int, layout: _Layout
-) -> tuple[Particles, dict[str, Tensor]]:
-    """All particles, and log p(x | z_k) per observed site, in chunks of K."""
+def _drawn(run: Sweep, args: tuple[Any, ...], num_samples: int, layout: _Layout) -> Iterator[dict[str, Tensor]]:
+    """Latents, log p(x | z_k) per observed site, and the other log densities, of all K."""
+    parts = []
     model, guide = run.programs
-    tables, scores = [], []
     for table in in_chunks(model, guide, args, num_samples, run.nesting(guide) if num_samples > 1 else 0):
-        if len(layout.data) == 1:
-            scores.append({layout.data[0]: table.log_likelihood})
-        else:
-            scores.append(layout.scorer({name: table.latents[name] for name in table.log_prior}))
-        tables.append(table)
-
-    def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    whole = tables[0]._replace(
-        log_likelihood=torch.cat([t.log_likelihood for t in tables]),
-        log_prior=joined([t.log_prior for t in tables]),
-        log_q=joined([t.log_q for t in tables]),
-        latents=joined([t.latents for t in tables]),
-    )
-    found = joined(scores)
-    return whole, {name: found[name] for name in layout.data}
+        scores = {name: table.log_likelihood for name in layout.data}
+        if len(scores) > 1:
+            scores = layout.scorer({name: table.latents[name] for name in table.log_prior})
+        log_q = torch.stack(list(table.log_q.values())).sum(0)
+        stats = {"lp": table.log_joint, "log_q": log_q, "log_weight": table.log_weight}
+        parts.append((table.latents, {name: scores[name] for name in layout.data}, stats))
+    for column in zip(*parts, strict=True):
+        yield {name: torch.cat([part[name] for part in column]) for name in column[0]}
 
 
-def _predicted(
-    model: Program, latents: Mapping[str, Tensor], args: tuple[Any, ...], size: int
-) -> dict[str, Tensor]:
+def _predicted(model: Program, latents: Mapping[str, Tensor], args: tuple[Any, ...], size: int) -> dict[str, Tensor]:
     """x_k ~ p(x | z_k), (K, *plates, *event) per observed site, on the CPU."""
     count = len(next(iter(latents.values())))
 

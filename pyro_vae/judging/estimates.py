@@ -111,11 +111,7 @@ class Estimate(Measured):
         return self.curve.num_samples[len(inside) - int(inside.sum())] if bool(inside[-1]) else None
 
     def advice(self, tolerance: float | None = None) -> str:
-        """Which K is enough, in words: whether k-hat allows an answer, and what the bias makes of it.
-
-        Args:
-            tolerance: As for `enough`.
-        """
+        """Which K is enough, in words: whether k-hat allows an answer, and what the bias makes of it; as `enough`."""
         count, limit = self.num_samples, self._tolerance(tolerance)
         if math.isnan(self.khat_ok) or math.isnan(self.bias):
             return f"K = {count} is too small to judge: take num_samples >= 25 for a bias and a k̂."
@@ -125,9 +121,8 @@ class Estimate(Measured):
                 "misses mass of the posterior there, so that neither error nor bias can be trusted. A larger K helps "
                 "slowly: enrich the guide, or anneal (ais)."
             )
-        against = f"{limit:.2g} nats" + (", a tenth of the error of the data" if tolerance is None else "")
-        if math.isnan(self.data_stderr) and tolerance is None:
-            against = f"{limit:.2g} nats"
+        tenth = tolerance is None and not math.isnan(self.data_stderr)
+        against = f"{limit:.2g} nats" + ", a tenth of the error of the data" * tenth
         enough = self.enough(tolerance)
         if enough is not None:
             smaller = "" if enough == count else f"; K = {enough} would do"
@@ -216,8 +211,7 @@ def log_likelihood(
 
         log p(x) ~ log 1/K sum_k p(x, z_k) / q(z_k | x),   z_k ~ q(z | x)
 
-    Data and samples go through in chunks, so that memory is bounded whatever their
-    numbers: some tens of megabytes beside the data.
+    Data and samples go through in chunks, so that memory is bounded: some tens of megabytes beside the data.
 
     Args:
         model: A Pyro program for p(x, z).
@@ -235,14 +229,10 @@ def log_likelihood(
     Raises:
         ValueError: K < 1, a guide without density, and all that `particles` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5))
         >>> print(log_likelihood(model, guide, torch.zeros(3), num_samples=100))
         log p(x) = -1.27 ± 0.00 (Monte Carlo; data ± 0.00) nats, k̂ ok for 100.0 %
 
@@ -256,7 +246,7 @@ def log_likelihood(
             parts.append(Scored.of(log_weight, joint))
             totals += at_fewer(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
     scored = Scored.joined(parts)
-    _say_not_finite(scored.log_p, "log p(x)")
+    _warn_not_finite(scored.log_p, "log p(x)")
     count = len(scored.log_p)
     return Estimate(
         **averaged(scored.log_p, scored.log_p_variance),
@@ -292,11 +282,11 @@ def elbo_terms(
     Returns:
         The terms with their errors.
     Raises:
-        ValueError: K < 1, a guide without density, and all that `particles` refuses.
+        ValueError: A guide without density, and all that `particles` refuses.
     """
     with sweep(model, guide, data=data, seed=seed, device=device, progress=progress, title="ELBO") as run:
         bound, likelihood, _ = moments(run, num_samples, compile)
-    _say_not_finite(bound.pointwise, "the ELBO")
+    _warn_not_finite(bound.pointwise, "the ELBO")
     kl = (likelihood.pointwise - bound.pointwise).mean().item()
     return ElboTerms(**bound.measured(), reconstruction=likelihood.value, kl=kl)
 
@@ -320,8 +310,6 @@ def rate_distortion(
         model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
     Returns:
         Both with their errors.
-    Raises:
-        ValueError: K < 1, a guide without density, and all that `particles` refuses.
 
     Reference: Alemi et al., Fixing a broken ELBO, 2018. arXiv:1711.00464
     """
@@ -344,8 +332,8 @@ def moments(run: Sweep, num_samples: int, compile: bool | str = "auto") -> tuple
     return bound, reconstruction, kl
 
 
-def _say_not_finite(pointwise: Tensor, what: str) -> None:
-    """One line where an estimate is no number: which rows, and what to look at."""
+def _warn_not_finite(pointwise: Tensor, what: str) -> None:
+    """Which rows of an estimate are no number, and what to look at."""
     bad = (~torch.isfinite(pointwise)).nonzero().flatten()
     if len(bad):
         rows = ", ".join(str(int(row)) for row in bad[:3]) + (", ..." if len(bad) > 3 else "")

@@ -10,9 +10,8 @@ Whether there is a bias at all is a test: under none the squared distance of the
 chi-squares, approximated by a scaled chi-square whose mean and variance are estimated from inner products of different
 draws.
 
-For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like
-K^(-1/2), and that of the decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The
-doubly-reparameterised gradient rises for both.
+For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like K^(-1/2), and that of the
+decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The doubly-reparameterised one rises for both.
 
 References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
 arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
@@ -93,11 +92,10 @@ class GradientLab(Result):
         measured: For each K, estimator and part.
         skipped: (estimator, K, reason) of what the bound or the pair does not allow.
         bound: Name of the bound.
-        repeats: R, gradients drawn of each.
+        repeats, reference_repeats: R, gradients drawn of each, and of the reference.
         reference: The estimator of the reference.
-        reference_repeats: Gradients drawn for it.
         num_data: B.
-        num_parameters: By part; and how many of them were looked at where there are more.
+        num_parameters: By part.
         seed: Of the draws.
     """
 
@@ -118,14 +116,13 @@ class GradientLab(Result):
         """The SNR of each estimator and part against K, a figure."""
         from pyro_vae.plots import bounds_by_samples
 
-        curves: dict[str, dict[int, GradientQuality]] = {}
-        for each in self.measured:
-            curves.setdefault(f"{each.estimator} ({each.part})", {})[each.num_samples] = each
         counts = sorted({each.num_samples for each in self.measured})
-        values, errors = (
-            {name: [getattr(curve.get(k), field, math.nan) for k in counts] for name, curve in curves.items()}
-            for field in ("snr", "snr_stderr")
-        )
+        values: dict[str, list[float]] = {}
+        errors: dict[str, list[float]] = {}
+        for each in self.measured:
+            for curves, value in ((values, each.snr), (errors, each.snr_stderr)):
+                curve = curves.setdefault(f"{each.estimator} ({each.part})", [math.nan] * len(counts))
+                curve[counts.index(each.num_samples)] = value
         figure = bounds_by_samples(counts, values, errors)
         figure.axes[0].set(ylabel="signal-to-noise ratio", yscale="log")
         figure.axes[0].set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
@@ -139,11 +136,7 @@ class GradientLab(Result):
         return known[estimator, num_samples, part]
 
     def slope(self, estimator: str, part: str = "encoder") -> tuple[float, float]:
-        """Exponent of K in the SNR by weighted least squares on logarithms, and its standard error.
-
-        Raises:
-            ValueError: Fewer than two K with a signal.
-        """
+        """Exponent of K in the SNR by weighted least squares on logarithms, and its error; of two K with a signal."""
         of = [r for r in self.measured if (r.estimator, r.part) == (estimator, part)]
         rows = [(math.log(r.num_samples), math.log(r.snr), (r.snr / r.snr_stderr) ** 2) for r in of
                 if r.snr > 0 and r.snr_stderr > 0]  # fmt: skip
@@ -155,19 +148,17 @@ class GradientLab(Result):
         return ((weight * centred * y).sum() / spread).item(), spread.rsqrt().item()
 
     def __str__(self) -> str:
-        head = (
+        lines = [
             f"gradients of {self.bound} per datum on {self.num_data} data, {self.repeats} draws each; bias against "
-            f"{self.reference_repeats} of {self.reference} at the same K"
-        )
-        titles = f"{'bias/norm':>9} {'p':>7}  {'variance':>18}  {'SNR':>17}  cost"
-        lines = [head, f"{'part':8} {'K':>5}  {'estimator':24} {titles}"]
+            f"{self.reference_repeats} of {self.reference} at the same K",
+            f"{'part':8} {'K':>5}  {'estimator':24} {'bias/norm':>9} {'p':>7}  {'variance':>18}  {'SNR':>17}  cost",
+        ]
         for r in sorted(self.measured, key=lambda r: (r.part != "encoder", r.part, r.num_samples)):
             lines.append(
                 f"{r.part:8} {r.num_samples:5d}  {r.estimator:24} {r.relative_bias:9.3f} {r.bias_p_value:7.2g}  "
                 f"{r.variance:8.2e} ± {r.variance_stderr:7.1e}  {r.snr:7.3f} ± {r.snr_stderr:7.3f}  {r.cost:.2f}"
             )
-        lines += [f"left out: {estimator} at K = {k}: {reason}" for estimator, k, reason in self.skipped]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"left out: {name} at K = {k}: {reason}" for name, k, reason in self.skipped)])
 
 
 @checked
@@ -207,10 +198,8 @@ def gradient_lab(
         ValueError: An option out of range, a pair without parameters, or no estimator that goes with bound and pair.
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> encoder = torch.nn.Linear(1, 1)
         >>> def guide(x):
         ...     pyro.module("encoder", encoder)
@@ -232,20 +221,24 @@ def gradient_lab(
                 truth, expected = bench.reference(truth, count, far)
             bench.measure(estimators, count, repeats, expected, seed)
     if not bench.measured:
-        estimator, _, reason = bench.skipped[0]
-        raise ValueError(f"none of the estimators goes with this bound and pair. {estimator}: {reason}")
+        raise ValueError("none of the estimators goes with this bound and pair. {0}: {2}".format(*bench.skipped[0]))
     assert truth is not None
-    return GradientLab(
-        measured=tuple(bench.measured),
-        skipped=tuple(bench.skipped),
-        bound=getattr(bound, "__name__", repr(bound)),
-        repeats=repeats,
-        reference=truth,
-        reference_repeats=far,
-        num_data=bench.unit.rows,
-        num_parameters={name: part.size for name, part in bench.parts.items()},
-        seed=seed,
-    )
+    sizes = {name: part.size for name, part in bench.parts.items()}
+    called = getattr(bound, "__name__", repr(bound))
+    found = tuple(bench.measured), tuple(bench.skipped)
+    return GradientLab(*found, called, repeats, truth, far, bench.unit.rows, sizes, seed)
+
+
+def _check(estimators: Sequence[str], num_samples: Sequence[int], repeats: int, reference: str | None) -> None:
+    unknown = [name for name in (*estimators, reference or "reparameterized") if name not in ESTIMATORS]
+    if unknown:
+        raise ValueError(f"unknown estimator {unknown[0]!r}, wanted one of {', '.join(ESTIMATORS)}.")
+    if reference == "sticking-the-landing":
+        raise ValueError(f"got reference={reference!r}, which is biased for K > 1, wanted one as 'reparameterized'.")
+    if repeats < 10:
+        raise ValueError(f"got repeats={repeats}, wanted at least 10 gradients, between which there is a variance.")
+    if not estimators or not num_samples:
+        raise ValueError("got no estimator or no K, wanted at least one of each.")
 
 
 class _Part:
@@ -261,21 +254,6 @@ class _Part:
     def pick(self, gradients: list[Tensor]) -> Tensor:
         flat = torch.cat([g.flatten() for g in gradients])
         return (flat if self.index is None else flat[self.index]).double().cpu()
-
-
-def _check(estimators: Sequence[str], num_samples: Sequence[int], repeats: int, reference: str | None) -> None:
-    for name in (*estimators, *([] if reference is None else [reference])):
-        if name not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {name!r}, wanted one of {', '.join(ESTIMATORS)}.")
-    if reference == "sticking-the-landing":
-        raise ValueError(
-            "got reference='sticking-the-landing', which is biased for K > 1, wanted an unbiased estimator such as "
-            "'reparameterized'."
-        )
-    if repeats < 10:
-        raise ValueError(f"got repeats={repeats}, wanted at least 10 gradients, between which there is a variance.")
-    if not estimators or not num_samples:
-        raise ValueError("got no estimator or no K, wanted at least one of each.")
 
 
 def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, list[Tensor]]:
@@ -306,36 +284,33 @@ def _declared(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
         program(*args)
     nodes: list[Any] = list(capture.trace.nodes.values())
     found = [site["value"].unconstrained() for site in nodes if site["type"] == "param"]
-    unique = {id(p): p for p in found if p.requires_grad}
-    return list(unique.values())
+    return list({id(p): p for p in found if p.requires_grad}.values())
 
 
 class _Bench:
     """A pair at one batch, whose gradients are drawn."""
 
     def __init__(self, run: Sweep, bound: Bound, max_parameters: int) -> None:
-        (self.model, self.guide), self.args = run.programs, run.whole()
-        self.bound, self.run = bound, run
+        (self.model, self.guide), self.args, self.bound, self.run = run.programs, run.whole(), bound, run
         self.measured: list[GradientQuality] = []
         self.skipped: list[tuple[str, int, str]] = []
         with seeded(0):
             found = _parts(self.model, self.guide, self.args)
             self.parts = {name: _Part(parameters, max_parameters) for name, parameters in found.items()}
-        # What a loss of this batch is a multiple of.
-        with torch.random.fork_rng(), Counting() as counting:
+        with torch.random.fork_rng(), Counting() as counting:  # what a loss of this batch is a multiple of
             trace = poutine.trace(self.guide).get_trace(*self.args)
             poutine.replay(self.model, trace=trace)(*self.args)
         self.unit: Unit = counting.unit(lengths(self.args))
 
     def reference(self, wanted: str | None, count: int, repeats: int) -> tuple[str, dict[str, Tensor]]:
         """The unbiased estimator, and its gradients."""
-        reason = ""
+        reasons = []
         for name in ("reparameterized", "score-function") if wanted is None else (wanted,):
             try:
                 return name, self.draws(name, count, repeats)[0]
             except ValueError as error:
-                reason = reason or str(error)
-        raise ValueError(f"no unbiased reference gradient exists for this bound and pair: {reason}")
+                reasons.append(str(error))
+        raise ValueError(f"no unbiased reference gradient exists for this bound and pair: {reasons[0]}")
 
     def measure(
         self, estimators: Sequence[str], count: int, repeats: int, expected: dict[str, Tensor], seed: int | None
@@ -352,7 +327,8 @@ class _Bench:
         for estimator, (gradients, seconds) in drawn.items():
             for part, table in gradients.items():
                 found = gradient_quality(table, expected[part])
-                self.measured.append(GradientQuality(estimator, count, part, *found, seconds, seconds / base))
+                cost = {"seconds": seconds, "cost": seconds / base}
+                self.measured.append(GradientQuality(estimator, count, part, *found, **cost))
 
     def draws(self, estimator: str, count: int, repeats: int) -> tuple[dict[str, Tensor], float]:
         """Gradients of the bound per datum, (R, P) by part, and the median time of one."""

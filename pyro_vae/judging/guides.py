@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
-from pyro_vae.judging.results import Mean, Result, row
+from pyro_vae.judging.results import Mean, Result, aligned, row
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.judging.weights import Proposals, khat_ok, rescores
 from pyro_vae.options import checked
@@ -48,10 +48,8 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
         ValueError: The guide has nothing to train, and all that `fit` refuses.
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> net = nn.Linear(1, 1)
         >>> def guide(x):
         ...     pyro.module("net", net)
@@ -188,27 +186,21 @@ class Comparison(Result):
         """The gap of each guide, as a figure."""
         from pyro_vae.plots import gap_bars
 
-        parts = {name: one.gap for name, one in self.scores.items()}
-        return gap_bars([{"guide": n, "total": g.value, "total_stderr": g.mc_stderr} for n, g in parts.items()])
+        gaps = ((name, one.gap) for name, one in self.scores.items())
+        return gap_bars([{"guide": name, "total": gap.value, "total_stderr": gap.mc_stderr} for name, gap in gaps])
 
     def __str__(self) -> str:
-        width = max(len(name) for name in [*self.scores, "guide"])
         best = max(self.scores, key=lambda name: self.scores[name].elbo.value)
-        count = len(self.log_likelihood.pointwise)
-        lines = [
-            f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})",
-            f"{'guide':{width}}  {'ELBO':>16}  {'log p(x) from it':>16}  {'gap':>14}  {'behind the best':>16}  k̂ ok",
-        ]
+        lines = [["guide", "ELBO", "log p(x) from it", "gap", "behind the best", "k̂ ok"]]
         for name, one in self.scores.items():
             behind = self.difference(best, name)
             away = "" if name == best else f"{behind.value:.2f} ± {behind.data_stderr:.2f}"
             ok = khat_ok(one.pareto_k, self.num_samples)
-            numbers = "  ".join(
-                f"{part.value:{size}.2f} ± {part.mc_stderr:5.2f}"
-                for part, size in ((one.elbo, 8), (one.log_likelihood, 8), (one.gap, 6))
-            )
-            lines.append(f"{name:{width}}  {numbers}  {away:>16}  {f'{100 * ok:.0f} %' if ok == ok else '?':>4}")
-        return "\n".join(lines)
+            lines.append([name, str(one.elbo), str(one.log_likelihood), str(one.gap), away,
+                          f"{100 * ok:.0f} %" if ok == ok else "?"])  # fmt: skip
+        count = len(self.log_likelihood.pointwise)
+        head = f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})"
+        return "\n".join([head, *aligned(lines)])
 
 
 @checked
@@ -229,7 +221,7 @@ def compare_guides(
     pooled estimate of `pyro_vae.judging.weights`, never a maximum per datum.
 
     Args:
-        guides: Pyro programs for q(z | x), by name.
+        guides: By name.
         num_samples: K, samples per datum and guide.
         log_likelihood: An estimate of log p(x) of these data, such as that of `ais`.
         model, data, seed, device, progress: As for `log_likelihood`.
@@ -239,10 +231,8 @@ def compare_guides(
         ValueError: No guide, or K < 2; and all that `particles` refuses.
     Example:
         >>> import math, pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> def guide(x, scale=0.5**0.5):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, scale))

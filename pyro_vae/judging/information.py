@@ -131,14 +131,10 @@ def mutual_information(
         ValueError: Fewer than three data; a guide with a point or auxiliary site, one that cannot score a sample
             that it did not draw, or one that is random beyond its draw.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(0 * x, 1.0))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(0 * x, 1.0))
         >>> found = mutual_information(model, guide, torch.zeros(50))
         >>> found.value, found.upper.value, found.marginal_kl.value
         (0.0, 0.0, 0.0)
@@ -278,14 +274,10 @@ def probe(
     Raises:
         ValueError: Another method; labels of another length than the data; no such site.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x, 1.0))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x, 1.0))
         >>> x, y = torch.tensor([-1.0, -2.0, 1.0, 2.0]), torch.tensor([0, 0, 1, 1])
         >>> probe(guide, x, labels=y, test_data=x, test_labels=y, num_neighbours=1).value
         1.0

@@ -165,14 +165,10 @@ def judge(
     Raises:
         ValueError: No data, or an option out of range.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):   # the mean is right, the scale three times what it should be
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 3 * 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 3 * 0.5**0.5))  # the scale is three times what it should be
         >>> judge(model, guide, torch.linspace(-1, 1, 8), num_data=4, budget=60).culprits  # doctest: +SKIP
         ('encoder',)
     """

@@ -105,14 +105,10 @@ def reference(
     Raises:
         ValueError: A setting out of range; a discrete, enumerated, point or auxiliary latent.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x, 1.0))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x, 1.0))
         >>> found = reference(model, guide, torch.full((3,), 2.0), num_chains=4, num_samples=500)
         >>> found.draws["z"].shape, bool(((found.draws["z"].mean((0, 1)) - 1).abs() < 0.15).all())
         (torch.Size([4, 500, 3]), True)
@@ -137,7 +133,9 @@ def reference(
                 accepted += acceptance.mean(0)
                 run.tick()
             u = torch.stack(kept, 1)  # (C, S, B, U)
-            parts.append((u, _sites(pair, u), accepted.cpu() / num_samples, step.cpu()))
+            latents, _ = pair.latents.unpack(u.flatten(0, 1))
+            draws = {name: z.unflatten(0, u.shape[:2]) for name, z in latents.items()}
+            parts.append((u, draws, accepted.cpu() / num_samples, step.cpu()))
     us, sites, accepted_all, steps = zip(*parts, strict=True)
     u = torch.cat(us, 2)
     draws = {s.name: torch.cat([part[s.name] for part in sites], s.data_axis + 1) for s in pair.latents.sites}
@@ -167,7 +165,9 @@ def diagnostics(draws: Tensor) -> tuple[Tensor, Tensor]:
         (True, True)
     """
     rest = draws.shape[2:]
-    split = _split(draws.detach().cpu().double().flatten(2) if rest else draws.detach().cpu().double()[..., None])
+    flat = draws.detach().cpu().double().reshape(*draws.shape[:2], -1)
+    half = flat.shape[1] // 2  # each chain's two halves are chains of their own, without the middle of an odd number
+    split = torch.cat([flat[:, :half], flat[:, -half:]])
     folded = (split - split.flatten(0, 1).quantile(0.5, dim=0)).abs()
     scores = _normal_scores(split)
     rhat = torch.maximum(_rhat(scores), _rhat(_normal_scores(folded)))
@@ -197,18 +197,6 @@ def _warm_up(
             adaptation = Adaptation.start(adaptation.averaged.exp())
         run.tick()
     return state, adaptation.averaged.exp(), scale
-
-
-def _sites(pair: Pair, u: Tensor) -> dict[str, Tensor]:
-    chains, samples = u.shape[:2]
-    latents, _ = pair.latents.unpack(u.flatten(0, 1))
-    return {name: z.reshape(chains, samples, *z.shape[1:]) for name, z in latents.items()}
-
-
-def _split(draws: Tensor) -> Tensor:
-    """Each chain's two halves as chains of their own; the middle of an odd number is left out."""
-    half = draws.shape[1] // 2
-    return torch.cat([draws[:, :half], draws[:, -half:]])
 
 
 def _normal_scores(split: Tensor) -> Tensor:
@@ -260,10 +248,8 @@ class Quadrature(NamedTuple):
 
     Attributes:
         log_evidence: log p(x) in nats, (N,), float64.
-        mean: E[u | x], (N, U).
-        covariance: Cov[u | x], (N, U, U).
-        rim: Share of the mass on the grid's outermost points, (N,): what the grid may have
-            missed. Above 1e-6 distrust the rest.
+        mean, covariance: E[u | x], (N, U), and Cov[u | x], (N, U, U).
+        rim: Share of the mass on the grid's outermost points, (N,), which it may have missed. Above 1e-6 distrust all.
     """
 
     log_evidence: Tensor
@@ -329,7 +315,8 @@ def quadrature(
                     "or two. Use reference(model, guide, data), Hamiltonian chains."
                 )
             draws = pair.from_guide(256).double()
-            mean, covariance = draws.mean(0), _covariance(draws)
+            mean, centred = draws.mean(0), draws - draws.mean(0)
+            covariance = torch.einsum("kbi,kbj->bij", centred, centred) / (len(draws) - 1)
             chunk = chunk_sizes(batch, num_points ** draws.shape[-1])[0]
             for step in range(refinements + 1):
                 reach = width * (2 if step == 0 else 1)
@@ -343,8 +330,7 @@ def _integrate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log evidence, moments and rim mass, on a grid in the axes of the given covariance."""
     dims = mean.shape[-1]
-    tiny = 1e-12 * torch.eye(dims).to(covariance)
-    tril = torch.linalg.cholesky(covariance + tiny)
+    tril = torch.linalg.cholesky(covariance + 1e-12 * torch.eye(dims).to(covariance))
     line = torch.linspace(-reach, reach, num_points, dtype=torch.float64, device=mean.device)
     axes = torch.meshgrid(*[line] * dims, indexing="ij")
     grid = torch.stack([axis.flatten() for axis in axes], -1)  # (G, U)
@@ -360,8 +346,3 @@ def _integrate(
     centred = points - mean
     covariance = torch.einsum("gb,gbi,gbj->bij", weight, centred, centred)
     return total + cell, mean, covariance, (weight * at_rim).sum(0)
-
-
-def _covariance(draws: Tensor) -> Tensor:
-    centred = draws - draws.mean(0)
-    return torch.einsum("kbi,kbj->bij", centred, centred) / (len(draws) - 1)

@@ -232,14 +232,10 @@ def sweep(
     Raises:
         ValueError: What `Batches` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5))
         >>> with sweep(model, guide, data=torch.zeros(5), batch_size=3, seed=0) as run:
         ...     [run.draw(batch, 7).log_weight.shape for batch in run]
         [torch.Size([7, 3]), torch.Size([7, 2])]

@@ -171,20 +171,18 @@ def pareto_k(log_weight: Tensor) -> Tensor:
 def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Log weights whose largest are replaced by the quantiles of their fitted Pareto tail, and k-hat.
 
-    Smoothing trades a little bias for much variance where single weights dominate. The
-    smoothed weights keep the scale of the raw ones, and none exceeds the largest of them.
+    Smoothing trades a little bias for much variance where single weights dominate. The smoothed weights keep the scale
+    of the raw ones, and none exceeds the largest of them.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
     Returns:
-        The smoothed log weights, (K, B), and k-hat, (B,), both in float64. Constant weights or tails,
+        The smoothed log weights, (K, B), and k-hat, (B,), as in `pareto_k`, both in float64. Constant weights or tails,
         and fewer than 25 weights, stay as they are.
     Example:
         >>> smooth, k = pareto_smoothed(torch.zeros(100, 2))
         >>> bool((smooth == 0).all())
         True
-
-    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     smooth = log_weight.detach().cpu().double()
     k = torch.full((smooth.shape[1],), float("nan"), dtype=torch.float64)
