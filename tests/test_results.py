@@ -152,6 +152,7 @@ PLOTS = {
     "bdmc": "Bracket of log p(x), simulated data", "gaps": "Inference gap by guide", "sbc": None,
     "compare_guides": "Inference gap by guide", "gradient_lab": "Gradients of iwae by number of samples",
     "curve": "Bounds on log p(x) by number of samples", "kl_per_dimension": "KL by latent: 1 of 1 carry",
+    "collapse": "KL by latent: 1 of 1 carry",
 }  # fmt: skip
 
 

@@ -127,6 +127,10 @@ class Collapse(Result):
         spread = {"variance": self.variance, "variance_data_stderr": self.variance_data_stderr}
         return table(latent=self.names, **spread, kl=self.component_kl, dead=self.dead)
 
+    def plot(self) -> Any:
+        """The divergences in falling order, as a figure."""
+        return self.kl.plot()
+
     def __str__(self) -> str:
         rule = f"variance of the mean < {self.variance_threshold:g} and KL < {self.kl_threshold:g} nats"
         found = self.dead_names

@@ -134,11 +134,10 @@ def to_arviz(
     datasets = {name: layout.dataset(name, values) for name, values in groups.items()}
     _add_diagnostics(datasets["sample_stats"], stats["log_weight"], layout.datum)
     datasets["log_likelihood"].attrs["note"] = LOO_IS_INVALID
-    datasets["posterior"].attrs["draws"] = (
-        "guide q(z | x), independent: chains are a partition of them"
-        if not resample
-        else f"guide draws resampled by their {'Pareto-smoothed ' if smooth else ''}importance weights, per chain"
-    )
+    weights = f"{'Pareto-smoothed ' * smooth}importance weights"
+    origin = "guide q(z | x), independent: chains are a partition of them"
+    origin = f"guide draws resampled by their {weights}, per chain" if resample else origin
+    datasets["posterior"].attrs["draws"] = origin
     settings = {"num_samples": num_samples, "resampled": int(resample), "seed": "none" if seed is None else seed}
     return _assembled(datasets, _versions(protocol or {}) | settings)
 
@@ -252,8 +251,8 @@ def _drawn(run: Sweep, args: tuple[Any, ...], num_samples: int, layout: _Layout)
         scores = {name: table.log_likelihood for name in layout.data}
         if len(scores) > 1:
             scores = layout.scorer({name: table.latents[name] for name in table.log_prior})
-        log_q = torch.stack(list(table.log_q.values())).sum(0)
-        stats = {"lp": table.log_joint, "log_q": log_q, "log_weight": table.log_weight}
+        stats = {"lp": table.log_joint, "log_weight": table.log_weight}  # refuses a guide without density
+        stats["log_q"] = torch.stack(list(table.log_q.values())).sum(0)
         parts.append((table.latents, {name: scores[name] for name in layout.data}, stats))
     for column in zip(*parts, strict=True):
         yield {name: torch.cat([part[name] for part in column]) for name in column[0]}
