@@ -1,5 +1,6 @@
 """One signature for all that take a pair, and one owner for what all of them need."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -98,6 +99,14 @@ def test_a_standard_error_says_of_what():
 def test_modules_are_of_a_size_to_read():
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "judging").glob("*.py")}
     assert max(lines.values()) <= 350, lines
+    functions = {}
+    for path in (ROOT / "judging").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                signature = node.body[0].lineno - node.lineno
+                functions[f"{path.name}:{node.name}"] = signature + node.end_lineno - first.lineno + 1
+    assert max(functions.values()) <= 50, [name for name, length in functions.items() if length > 50]
 
 
 @pytest.mark.parametrize("name", ["fit", "impute", "ex_post"])

@@ -134,10 +134,9 @@ def to_arviz(
     datasets = {name: layout.dataset(name, values) for name, values in groups.items()}
     _add_diagnostics(datasets["sample_stats"], stats["log_weight"], layout.datum)
     datasets["log_likelihood"].attrs["note"] = LOO_IS_INVALID
-    weights = f"{'Pareto-smoothed ' * smooth}importance weights"
-    origin = "guide q(z | x), independent: chains are a partition of them"
-    origin = f"guide draws resampled by their {weights}, per chain" if resample else origin
-    datasets["posterior"].attrs["draws"] = origin
+    independent = "guide q(z | x), independent: chains are a partition of them"
+    resampled = f"guide draws resampled by their {'Pareto-smoothed ' * smooth}importance weights, per chain"
+    datasets["posterior"].attrs["draws"] = resampled if resample else independent
     settings = {"num_samples": num_samples, "resampled": int(resample), "seed": "none" if seed is None else seed}
     return _assembled(datasets, _versions(protocol or {}) | settings)
 
