@@ -27,7 +27,7 @@ _ROWS = 4096  # of larger ones
 _DEPTH = 6
 _ITEMS = 20  # that are written out
 _OURS = ("torch", "pyro", "pyro_vae")  # whose code is told by its name
-_BOOKS = re.compile(r"\.(training|_pyro_\w+|_super_module_initialized|_is_torch_compile)$")  # torch's and Pyro's own
+_BOOKS = re.compile(r"\.(training|_pyro_\w+|_super_module_initialized|_is_torch_compile|unconstrained\.name)$")  # not ours
 _PASSING = frozenset({"last_bound", "max_plate_nesting", "training"})  # attributes that runs change
 
 
