@@ -27,7 +27,8 @@ _ROWS = 4096  # of larger ones
 _DEPTH = 6
 _ITEMS = 20  # that are written out
 _OURS = ("torch", "pyro", "pyro_vae")  # whose code is told by its name
-_BOOKS = re.compile(r"\.(training|_pyro_\w+|_super_module_initialized|_is_torch_compile|unconstrained\.name)$")  # not ours
+# What torch and Pyro note down on modules and parameters for themselves.
+_BOOKS = re.compile(r"\.(training|unconstrained\.name|_(pyro|dynamo|super_module|is_torch)_\w+)$")
 _PASSING = frozenset({"last_bound", "max_plate_nesting", "training"})  # attributes that runs change
 
 
