@@ -230,7 +230,7 @@ def test_information_refuses_what_it_cannot_score():
             low = pyro.sample("low", dist.Normal(2 * x / 3, (2 / 3) ** 0.5))
             pyro.sample("top", dist.Normal(low / 2, 0.5**0.5))
 
-    with pytest.raises(ValueError, match="guide site 'helper' is auxiliary"):
+    with pytest.raises(ValueError, match="guide site 'helper' is none of the model's latent sites: it is auxiliary"):
         mutual_information(layered_model, auxiliary, torch.zeros(5))
 
 
