@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.optimizers import Update
-from pyro_vae.inference.watching import SCALARS, Graph, Watched, settings
+from pyro_vae.reach import SCALARS
+from pyro_vae.inference.captured import Graph, Watched, settings
 from pyro_vae.traces import Program
 
 
@@ -32,10 +33,6 @@ class TrainingStep:
         self, prepare: Callable[..., tuple[Any, ...]], update: Update | None, key: Any, last: bool = False
     ) -> None:
         self.prepare, self.update, self.key, self.last = prepare, update, key, last
-
-    def advance(self, steps: int) -> None:
-        if self.update is not None:
-            self.update.advance(steps)
 
 
 class Step(NamedTuple):
@@ -74,6 +71,11 @@ class Step(NamedTuple):
             key = (model, guide, structure and str(structure), rest, settings(tensors), training and training.key)
         return cls(model, guide, args, kwargs, tensors, key, reason, training)
 
+    def advance(self, steps: int) -> None:
+        """Count such steps of the optimiser, or take them back."""
+        if self.training is not None and self.training.update is not None:
+            self.training.update.advance(steps)
+
     def rebuilt(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The programs' arguments, made of these tensors."""
         if self.training is not None:
@@ -83,7 +85,7 @@ class Step(NamedTuple):
         return pytree.tree_unflatten([next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
 
-class _Site(NamedTuple):
+class Site(NamedTuple):
     """A param statement of the programs, to be told to the handlers around a replay."""
 
     name: str
@@ -91,7 +93,7 @@ class _Site(NamedTuple):
     constraint: Any
 
     @classmethod
-    def of(cls, site: Any) -> _Site:
+    def of(cls, site: Any) -> Site:
         value = site["value"]
         return cls(site["name"], value.unconstrained(), site["kwargs"].get("constraint", constraints.real))
 
@@ -118,22 +120,23 @@ def _known(*_: Any, **__: Any) -> None:
 class LossGraph(Graph):
     """A captured loss, or training step.
 
-    Args:
-        capture: Of the loss, its bound and its gradients.
-        watched: What the programs read.
-        sites: The param statements to announce.
+    Attributes:
         beta: The weight of the KL as the tensor that the graph reads, where it was not 1.
         with_bound: Whether its second result is the bound.
+        recorded: Whether it was tried as one CUDA graph.
+        trained: Of the leaves those that a param statement names.
     """
 
-    def __init__(
-        self, capture: Capture, watched: Watched, sites: list[_Site], beta: Tensor | None, with_bound: bool
-    ) -> None:
+    def __init__(self, capture: Capture, watched: Watched) -> None:
         super().__init__(capture, watched)
-        self.sites, self.beta, self.with_bound, self.recorded = sites, beta, with_bound, False
-        self.training: TrainingStep | None = None
+        self.recorded = False
+
+    def describe(self, sites: list[Site], beta: Tensor | None, with_bound: bool, training: TrainingStep | None) -> None:
+        """Add what the run showed beside the operations."""
+        self.sites, self.beta, self.with_bound = sites, beta, with_bound
+        self.training = training  # what its key names by identity must live
         trained = {id(site.unconstrained) for site in sites}
-        self.trained: list[Tensor] = [leaf for leaf in capture.leaves if id(leaf) in trained]
+        self.trained: list[Tensor] = [leaf for leaf in self.capture.leaves if id(leaf) in trained]
 
     def announce(self) -> None:
         if _PYRO_STACK:

@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_vae.inference.capture import Capture
+from pyro_vae.inference.captured import first_line, forked
+
 _WARM_UP = 3  # runs before recording, in which kernels are loaded and chosen
 
 Run = Callable[..., Sequence[Tensor]]
@@ -72,6 +75,18 @@ class CudaGraph:
             tensor.copy_(before)
         self._recorded_at = self._addresses(inputs)
         self.recordings += 1
+
+
+def record(capture: Capture, tensors: Sequence[Tensor]) -> str | None:
+    """Have a capture replay its launches as one CUDA graph; what CUDA says where it cannot."""
+    with torch.no_grad(), forked([*tensors, *capture.constants]):
+        inputs = [*tensors, *capture.constants, *(draw() for draw in capture.draws)]
+        fixed = [len(tensors) <= i < len(tensors) + len(capture.constants) for i in range(len(inputs))]
+        try:
+            capture._run = CudaGraph(capture._run, inputs, fixed, capture.mutated)
+        except Exception as error:
+            return first_line(error)
+    return None
 
 
 def _on_one_gpu(tensors: Sequence[Tensor]) -> bool:
