@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pyro_vae.inference import replays
 from pyro_vae.inference.capture import Capture
-from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.captured import Watched
+from pyro_vae.inference.replays import Replayed
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.parts.networks import MLP

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.capture import Capture, Uncapturable
-from pyro_vae.inference.precision import bfloat16_active
+from pyro_vae.inference.hardware import bfloat16_active
 from pyro_vae.reach import Reach
 from pyro_vae.traces import Program
 

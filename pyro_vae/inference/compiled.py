@@ -18,7 +18,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
@@ -26,10 +25,10 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pyro_vae.inference.calls import LossGraph, Site, Step, TrainingStep
 from pyro_vae.inference.capture import Uncapturable
 from pyro_vae.inference.captured import Captured, Watched
 from pyro_vae.inference.cuda_graphs import record
+from pyro_vae.inference.steps import LossGraph, Site, Step, TrainingStep
 from pyro_vae.options import checked
 from pyro_vae.parameters import _OwnParameters, own_parameters
 from pyro_vae.traces import Program
