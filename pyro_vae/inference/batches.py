@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import Unreadable, collated, column, drawn, frame_names, settled, tensor_of
-from pyro_vae.inference.datacheck import DataCheck, rules
+from pyro_vae.inference.datacheck import DataCheck
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
+from pyro_vae.inference.supports import rules
 from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
 from pyro_vae.sites import unwrapped
 from pyro_vae.traces import Program, draw

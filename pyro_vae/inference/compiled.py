@@ -56,7 +56,7 @@ class Compiled(Captured, ELBO):
         reason: Why the most recent step ran uncaptured, or None.
         captures: Number of captures so far, of those that could be kept.
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> from pyro.infer import SVI, Trace_ELBO
         >>> def model(x):
         ...     loc = pyro.param("loc", torch.zeros(()))
