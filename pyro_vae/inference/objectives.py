@@ -163,7 +163,7 @@ class Objective(ELBO):
         known = self._of_weights
         if known is None:  # the score function of what depends on more than the weights
             direct = self.bound(particles).sum() + (advantage(self.bound, particles) * log_q).sum()
-            return sign * direct + extra + cut.along(extra)
+            return sign * direct + extra + cut.pathwise(extra)
         log_weight = particles.log_weight
         joint, path, score = coefficients(known, self.estimator, log_weight, self.beta)
         wake = 1 - known.sleep if isinstance(known, SplitBound) else 1.0
@@ -174,7 +174,7 @@ class Objective(ELBO):
             direct = direct + sign * wake * (score * log_q).sum()
         if path is not None:
             through = through + sign * wake * (path * log_weight).sum()
-        return direct + cut.along(through)
+        return direct + cut.pathwise(through)
 
     def _refuse_fixed(self, site: str) -> None:
         if needs_path(self.bound, self.estimator):
