@@ -51,6 +51,7 @@ from pyro_vae.sites import (
     Frame,
     common_scale,
     data_frame,
+    delta,
     depth,
     deterministic,
     is_subsample,

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.inference.graph_passes import (
+from pyro_vae.inference.graphs import (
     Uncapturable,
     check_shapes,
     disowned,

@@ -26,8 +26,8 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pyro_vae.inference.capture import Uncapturable
-from pyro_vae.inference.captured import Captured, Watched
-from pyro_vae.inference.cuda_graphs import record
+from pyro_vae.inference.captured import Captured, Watched, first_line, forked
+from pyro_vae.inference.graphs import CudaGraph
 from pyro_vae.inference.steps import LossGraph, Site, Step, TrainingStep
 from pyro_vae.options import checked
 from pyro_vae.parameters import _OwnParameters, own_parameters
@@ -240,9 +240,15 @@ class Compiled(Captured, ELBO):
         if graph.capture.on_cpu or graph.capture.live_noise:
             return
         graph.recorded = graph.unchecked = True
-        error = record(graph.capture, step.tensors)
-        if error is not None:
-            self._say(f"the steps are launched one kernel at a time, since CUDA did not record them ({error})")
+        capture, tensors = graph.capture, step.tensors
+        with torch.no_grad(), forked([*tensors, *capture.constants]):
+            inputs = [*tensors, *capture.constants, *(draw() for draw in capture.draws)]
+            fixed = [len(tensors) <= i < len(tensors) + len(capture.constants) for i in range(len(inputs))]
+            try:
+                capture._run = CudaGraph(capture._run, inputs, fixed, capture.mutated)
+            except Exception as error:
+                reason = first_line(error)
+                self._say(f"the steps are launched one kernel at a time, since CUDA did not record them ({reason})")
 
     def _capturable(self, step: Step) -> bool:
         """Whether to capture a step that has no graph."""

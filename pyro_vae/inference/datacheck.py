@@ -142,8 +142,9 @@ class DataCheck:
             if tables and rehearse(self.programs, self._ran).error is None:
                 raise ValueError(
                     f"{where(row)}{self._column(path, _spot(hit, row))} of the data is {int(end)}, on which the pair "
-                    f"does not run ({' '.join(str(error).split())[:100]}); wanted whole numbers that it has a place for, "
-                    "such as ids below the size of its embedding. Enlarge the table, or map other ids to one for unknowns."
+                    f"does not run ({' '.join(str(error).split())[:100]}); wanted whole numbers that it has a place "
+                    "for, such as ids below the size of its embedding. Enlarge the table, or map other ids to one for "
+                    "unknowns."
                 ) from error
 
     def _far(self, look: _Look) -> None:
