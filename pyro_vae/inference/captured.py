@@ -7,8 +7,7 @@ are replays, of which the first, the 10th, the 100th ... are computed both ways 
 
 A graph holds as long as what the programs read in Python is as it was. `Watched` is that:
 what `pyro_vae.reach` finds, and the param store. Where it finds something that it cannot
-compare later, the programs are *unproven*: they are captured only where that is asked for, and then
-compared once in every `check_every` replays.
+compare later, the programs are *unproven*: captured only where asked for, and compared every `check_every` replays.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Replayed(Captured):
         elif self._ripe(call, self._watched):
             watched = self._watched()
             if self._accepted(call, watched):
-                written = self._write_down(call, watched, self._run, _no_gradients)
+                written = self._write_down(call, watched, lambda *given: list(self._run(*given)), _no_gradients)
                 if written is not None:
                     return tuple(written[0])
         return self._run(*tensors)
