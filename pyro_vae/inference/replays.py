@@ -57,6 +57,7 @@ class Replayed(Captured):
     Raises:
         ValueError: compile is something else.
     Example:
+        >>> import torch
         >>> scale = torch.ones(())
         >>> noisy = Replayed(lambda x: [x + scale * torch.randn(3)], calls=1000)
         >>> for _ in range(3):
