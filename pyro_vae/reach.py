@@ -131,6 +131,19 @@ class Reach:
         found = self._first_change(self._now())
         return None if found is None else self._labels[found]
 
+    def values(self) -> list[tuple[str, Any]]:
+        """What now stands where the programs read: plain values, code, arrays and tensors, each with its name.
+
+        The names are the same in every process, and what is read only to compare objects is left out.
+        """
+        looks = (tuple, len, type, _remembered, _bytes_of)
+        found = [
+            (label, value)
+            for (get, _), label, value in zip(self._places, self._labels, self._now(), strict=True)
+            if get not in looks and _is_plain(value)
+        ]
+        return found + self._whole
+
     def _walk(self, roots: Sequence[Any], settings_of: Any) -> None:
         for root in roots:
             self._value(root, getattr(root, "__qualname__", None) or type(root).__qualname__)
@@ -145,6 +158,7 @@ class Reach:
         self._met: list[nn.Module] = []
         self._places: list[tuple[Callable[[Any], Any], Any]] = []
         self._labels: list[str] = []  # what each place is called
+        self._whole: list[tuple[str, Any]] = []  # arrays, tensors and long lists, by name
         self._noted: set[tuple[int, int]] = set()
         self._seen: set[int] = set()
         self._kept: list[Any] = []  # objects made on the way, whose id must stay theirs
@@ -252,6 +266,7 @@ class Reach:
 
     def _tensor(self, value: Tensor, label: str) -> None:
         """Not its numbers, but the hooks of its gradient, and that attributes may appear."""
+        self._whole.append((label, value))
         if value._backward_hooks is not None:
             self._code_in(value._backward_hooks, f"the hooks of {label}")
         self._place(len, vars(value), label)
@@ -275,6 +290,8 @@ class Reach:
 
     def _container(self, value: Any, label: str) -> None:
         if value is sys.modules or len(value) > _LARGEST_CONTAINER:
+            if value is not sys.modules:
+                self._whole.append((label, value))
             what = f"{label}, a {type(value).__name__} of {len(value):,} items"
             self._doubt("sys.modules" if value is sys.modules else what)
             return
@@ -290,6 +307,7 @@ class Reach:
             self._value(item, inside)
 
     def _array(self, value: np.ndarray, label: str) -> None:
+        self._whole.append((label, value))
         if value.dtype.hasobject or value.nbytes > _LARGEST_ARRAY:
             self._doubt(f"{label}, a NumPy array of {value.nbytes:,} bytes, too many to compare in every step")
         else:
@@ -372,7 +390,8 @@ class Reach:
             return
         self._place(type, part, label)
         self._place(len, space, label)
-        self._held(part, {name: value for name, value in space.items() if name not in _CODE_ATTRIBUTES}, label)
+        if not kind.__module__.startswith(trust.OPAQUE):  # torch.compile's, around the module that it holds
+            self._held(part, {name: value for name, value in space.items() if name not in _CODE_ATTRIBUTES}, label)
         for slots in (part._parameters, part._buffers, part._modules):
             self._place(len, slots, label)
             for name, value in slots.items():
@@ -653,6 +672,14 @@ def _remembered(cache: dict[Any, Any]) -> tuple[Any, ...]:
 
 def _registrations(_: type) -> Any:
     return abc.get_cache_token()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is the same line of text in every process."""
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    plain = (bool, int, float, complex, str, bytes, type(None), types.CodeType, torch.dtype, np.generic)
+    return isinstance(value, plain)
 
 
 def _same(old: Any, new: Any) -> bool:
