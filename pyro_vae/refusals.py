@@ -47,10 +47,10 @@ def in_words(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs
     try:
         yield
     except ValueError as error:
-        said = reworded(error, programs, args, kwargs)
-        if said is None:
+        reason = reworded(error, programs, args, kwargs)
+        if reason is None:
             raise
-        raise said from error
+        raise reason from error
 
 
 def reworded(
@@ -59,8 +59,8 @@ def reworded(
     """What to raise in place of a distribution's refusal; None for any other error."""
     if not str(error).startswith(_RAW):
         return None
-    said = f"a distribution of the pair refuses what it got: {' '.join(str(error).split())[:200]}"
-    return ValueError(wrong_site(programs, args, kwargs) or said)
+    plain = f"a distribution of the pair refuses what it got: {' '.join(str(error).split())[:200]}"
+    return ValueError(wrong_site(programs, args, kwargs) or plain)
 
 
 def wrong_site(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:

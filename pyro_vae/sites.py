@@ -112,11 +112,6 @@ def deterministic(site: Any) -> bool:
     return not site["is_observed"] and delta(site["fn"]) is not None
 
 
-def latent_sites(trace: Trace) -> list[Any]:
-    """The sites of a model that are random and not observed."""
-    return [site for site in sample_sites(trace) if not site["is_observed"] and not deterministic(site)]
-
-
 def _records_only(site: Any) -> bool:
     """Whether a site outside all plates says nothing but what a value is."""
     return deterministic(site) and not plates(site) and is_point(site["fn"])

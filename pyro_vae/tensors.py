@@ -115,8 +115,8 @@ def running(function: Any, x: Tensor, *others: Any, network: nn.Module) -> Any:
             if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
                 raise
             reason = error
-    said = " ".join(str(reason).split())[:200]
+    first = " ".join(str(reason).split())[:200]
     raise ValueError(
-        f"got x of shape {tuple(x.shape)} and dtype {x.dtype}, on which the network does not run ({said}); wanted data "
-        "as it was built for, (B, *x_shape). Reshape them, or build the pair for such data."
+        f"got x of shape {tuple(x.shape)} and dtype {x.dtype}, on which the network does not run ({first}); wanted "
+        "data as it was built for, (B, *x_shape). Reshape them, or build the pair for such data."
     ) from reason

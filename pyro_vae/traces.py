@@ -65,6 +65,8 @@ from pyro_vae.sites import (
 
 Program: TypeAlias = Callable[..., Any]
 
+_AS_DRAWN = "Use estimator='reparameterized' or particles(), which score as they draw"
+
 
 class Particles(NamedTuple):
     """K samples of the latents for each of B data, as log densities in nats.
@@ -164,7 +166,7 @@ class Cut(Messenger):
             msg["value"].requires_grad_()
             self.passes[-1].append((live, msg["value"]))
 
-    def along(self, target: Tensor) -> Tensor:
+    def pathwise(self, target: Tensor) -> Tensor:
         """A scalar whose gradient is that of the target along the samples, and nowhere else.
 
         With G the gradient of the target at the copies, sum <G, z> over the live z. A later
@@ -325,30 +327,18 @@ def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: A
             score a sample that it did not draw, or the sites carry different scales.
     """
     with own_parameters(guide), _taking(args), in_words((guide,), args, kwargs):
-        look = functools.partial(_refuse_deltas, guide, args, kwargs)
+        look = functools.partial(_refuse_points, guide, args, kwargs)
         trace, frame = _replayed(guide, latents, args, kwargs, look=look)
         common_scale([trace])
-        total = torch.zeros(())
-        for site in sample_sites(trace):
-            try:
-                total = total + site_log_prob(site, frame)
-            except (KeyError, NotImplementedError) as error:
-                raise ValueError(
-                    f"guide site {site['name']!r} ({kind(site['fn'])}) cannot score a sample that it did not "
-                    "draw: its transform has no inverse. Use particles(), which scores as it draws."
-                ) from error
-        return total
+        return sum((_log_q_of(site, frame, True) for site in sample_sites(trace)), torch.zeros(()))
 
 
-def _refuse_deltas(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: Trace) -> None:
+def _refuse_points(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: Trace) -> None:
     for name in points_among(guide, sample_sites(trace), args, kwargs):
         raise ValueError(f"guide site {name!r} is a point (Delta) without a density.")
     for site in sample_sites(trace):
         if not site["is_observed"] and delta(site["fn"]) is not None:
-            raise ValueError(
-                f"guide site {site['name']!r} is a Delta that carries the density of its own draw, so it cannot "
-                "score a sample that it did not draw. Use particles(), which scores as it draws."
-            )
+            raise _carries_its_own(site["name"])
 
 
 @checked
@@ -487,38 +477,53 @@ def _one_pass(
     nesting: int,
     cut: Cut | None = None,
 ) -> Particles:
+    """The table of one run of the pair, under a particle plate where there are several samples."""
     with in_words((guide, model), args, kwargs):
-        return _scored(model, guide, args, kwargs, num_samples, nesting, cut)
+        given = guide
+        if num_samples > 1:
+            plate = functools.partial(pyro.plate, PARTICLES, num_samples, dim=-1 - nesting)
+            guide, model = plate()(guide), plate()(model)
+        if cut is not None:
+            guide = cut(guide)  # outside the plate, so that it sees distributions already expanded
+        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        drawn = {s["name"]: s for s in sample_sites(guide_trace)}
+        unobserved = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
+        latent = {name: s for name, s in unobserved.items() if name in drawn or not deterministic(s)}
+        _refuse_unmatched(latent, drawn)
+        points = points_among(given, drawn.values(), args, kwargs)
+        fed = feeds(given, drawn.values(), args, kwargs)
+        shared = {source for sources in fed.values() for source in sources}
+        frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared, args=args)
+        scored = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["name"] not in latent]
+        zero = torch.zeros((num_samples, frame.columns))
+        log_q = {name: _log_q_of(site, frame, cut is not None) for name, site in drawn.items() if name not in points}
+        log_q, partial = _merged(log_q, fed)
+        return Particles(
+            log_likelihood=functools.reduce(torch.add, scored) if scored else zero,
+            log_prior={name: site_log_prob(site, frame) for name, site in latent.items()},
+            log_q=log_q,
+            latents={name: site_value(site, frame) for name, site in drawn.items() if not site["is_observed"]},
+            scale=common_scale([guide_trace, model_trace]),
+            points=points,
+            fixed=tuple(name for name, site in drawn.items() if not getattr(site["fn"], "has_rsample", False)),
+            posteriors={name: site["fn"] for name, site in drawn.items()},
+            priors={name: site["fn"] for name, site in latent.items()},
+            joint=frame.data_size if frame.joint else 0,
+            partial=partial,
+        )
 
 
-def _scored(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    num_samples: int,
-    nesting: int,
-    cut: Cut | None,
-) -> Particles:
-    given = guide
-    if num_samples > 1:
-        plate = functools.partial(pyro.plate, PARTICLES, num_samples, dim=-1 - nesting)
-        guide, model = plate()(guide), plate()(model)
-    if cut is not None:
-        guide = cut(guide)  # outside the plate, so that it sees distributions already expanded
-    guide_trace, model_trace = _traced(model, guide, args, kwargs)
-    drawn = {s["name"]: s for s in sample_sites(guide_trace)}
-    unobserved = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
-    latent = {name: s for name, s in unobserved.items() if name in drawn or not deterministic(s)}
+def _refuse_unmatched(latent: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:
+    """Refuse a pair whose guide does not draw exactly the model's latents, and auxiliary sites."""
     missing = [name for name in latent if name not in drawn]
+    if missing and latent[missing[0]]["infer"].get("enumerate"):
+        raise ValueError(
+            f"latent site {missing[0]!r} of the model is marked to be enumerated and the guide, which has "
+            f"{list(drawn)}, does not draw it, but particles hold a value of every latent. Train the pair with "
+            f"Pyro's TraceEnum_ELBO, and give a model in which {missing[0]!r} is summed out (of the zoo's Mixture "
+            "its pair.marginal, with a mixture as prior), or a guide that draws it."
+        )
     if missing:
-        if latent[missing[0]]["infer"].get("enumerate"):
-            raise ValueError(
-                f"latent site {missing[0]!r} of the model is marked to be enumerated and the guide, which has "
-                f"{list(drawn)}, does not draw it, but particles hold a value of every latent. Train the pair with "
-                f"Pyro's TraceEnum_ELBO, and give a model in which {missing[0]!r} is summed out (of the zoo's Mixture "
-                "its pair.marginal, with a mixture as prior), or a guide that draws it."
-            )
         raise ValueError(
             f"latent site {missing[0]!r} of the model has no counterpart in the guide, which has {list(drawn)}."
             f"{missing_values(missing[0])}"
@@ -530,27 +535,6 @@ def _scored(
             f"guide site {extra[0]!r} has no counterpart among the model's latent sites, {list(latent)}. "
             'Rename it, or mark it infer={"is_auxiliary": True}.'
         )
-    points = points_among(given, drawn.values(), args, kwargs)
-    fed = feeds(given, drawn.values(), args, kwargs)
-    shared = {source for sources in fed.values() for source in sources}
-    frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared, args=args)
-    scored = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["name"] not in latent]
-    zero = torch.zeros((num_samples, frame.columns))
-    log_q = {name: _log_q_of(site, frame, cut) for name, site in drawn.items() if name not in points}
-    log_q, partial = _merged(log_q, fed)
-    return Particles(
-        log_likelihood=functools.reduce(torch.add, scored) if scored else zero,
-        log_prior={name: site_log_prob(site, frame) for name, site in latent.items()},
-        log_q=log_q,
-        latents={name: site_value(site, frame) for name, site in drawn.items() if not site["is_observed"]},
-        scale=common_scale([guide_trace, model_trace]),
-        points=points,
-        fixed=tuple(name for name, site in drawn.items() if not getattr(site["fn"], "has_rsample", False)),
-        posteriors={name: site["fn"] for name, site in drawn.items()},
-        priors={name: site["fn"] for name, site in latent.items()},
-        joint=frame.data_size if frame.joint else 0,
-        partial=partial,
-    )
 
 
 @contextlib.contextmanager
@@ -600,23 +584,27 @@ def _merged(
     return merged, tuple(name for name in fed if name in partial)
 
 
-def _log_q_of(site: Any, frame: Frame, cut: Cut | None) -> Tensor:
-    """log q of a guide's site; where the graph is cut, of a sample that its distribution does not know."""
-    if cut is None:
-        return site_log_prob(site, frame)
-    if isinstance(unwrapped(site["fn"]), Delta):
-        raise ValueError(
-            f"guide site {site['name']!r} is a Delta that carries the density of its own draw, so it cannot score a "
-            "sample. Use estimator='reparameterized', which scores as it draws."
-        )
+def _log_q_of(site: Any, frame: Frame, foreign: bool) -> Tensor:
+    """log q of a guide's site; where it is foreign, of a sample that its distribution does not know."""
+    name = site["name"]
+    if foreign and isinstance(unwrapped(site["fn"]), Delta):
+        raise _carries_its_own(name)
     try:
         return site_log_prob(site, frame)
     except (KeyError, NotImplementedError) as error:
+        if not foreign:
+            raise
         raise ValueError(
-            f"guide site {site['name']!r} ({kind(site['fn'])}) cannot score a sample that it did not draw: its "
-            "transform has no inverse. Use estimator='reparameterized', which scores as it draws, or a posterior "
-            "with an inverse, such as a coupling flow."
+            f"guide site {name!r} ({kind(site['fn'])}) cannot score a sample that it did not draw: its transform has "
+            f"no inverse. {_AS_DRAWN}, or a posterior with an inverse, such as a coupling flow."
         ) from error
+
+
+def _carries_its_own(name: str) -> ValueError:
+    return ValueError(
+        f"guide site {name!r} is a Delta that carries the density of its own draw, so it cannot score a sample that it "
+        f"did not draw. {_AS_DRAWN}."
+    )
 
 
 def _stack(singles: list[Particles]) -> Particles:

@@ -25,8 +25,8 @@ from torch import nn
 
 from pyro_vae import Objective, elbo_terms, fit, iwae, log_likelihood
 from pyro_vae.inference.bounds import map_estimate
-from pyro_vae.inference.closed_form import ClosedForm
 from pyro_vae.inference.compatibility import reasons
+from pyro_vae.inference.objectives import ClosedForm
 from pyro_vae.inference.regularizers import free_bits
 from pyro_vae.judging.latents import kl_per_dimension
 from pyro_vae.programs.zoo import Hierarchical

@@ -322,7 +322,7 @@ def test_the_path_of_a_layered_guide_is_the_total_one():
         joint, path, score = coefficients(IWAE, REPARAMETERIZED, particles.log_weight)
         target = (path * particles.log_weight).sum()
         direct = (joint * particles.log_joint).sum() + (score * sum(particles.log_q.values())).sum()
-        ours = torch.autograd.grad(direct + cut.along(target), list(v.values()))
+        ours = torch.autograd.grad(direct + cut.pathwise(target), list(v.values()))
         for a, b in zip(ours, truth, strict=True):
             assert (a - b).abs().max() < 1e-12
 
@@ -351,7 +351,7 @@ def test_every_posterior_can_be_cut_and_joined(family):
     particles = draw(model, guide, (x,), {}, 3, cut=cut)
     joint, path, score = coefficients(IWAE, REPARAMETERIZED, particles.log_weight)
     direct = (joint * particles.log_joint).sum() + (score * particles.log_q["z"]).sum()
-    target = direct + cut.along((path * particles.log_weight).sum())
+    target = direct + cut.pathwise((path * particles.log_weight).sum())
     ours = torch.autograd.grad(target, parameters, materialize_grads=True, allow_unused=True)
     largest = max(g.abs().max() for g in truth)
     assert largest > 0.1 and all((a - b).abs().max() < 1e-10 * largest for a, b in zip(ours, truth, strict=True))

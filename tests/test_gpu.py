@@ -8,10 +8,10 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_vae.data.splits import Split
-from pyro_vae.inference import cuda_graphs
+from pyro_vae.inference import graphs
 from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.cuda_graphs import CudaGraph
+from pyro_vae.inference.graphs import CudaGraph
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
 from tests.pairs import binary, small_pair
@@ -95,8 +95,8 @@ class FakeCuda:
 @pytest.fixture
 def recorded(monkeypatch):
     """A counter that grows by x, recorded."""
-    monkeypatch.setattr(cuda_graphs.torch, "cuda", FakeCuda)
-    monkeypatch.setattr(cuda_graphs, "_on_one_gpu", lambda tensors: True)
+    monkeypatch.setattr(graphs.torch, "cuda", FakeCuda)
+    monkeypatch.setattr(graphs, "_on_one_gpu", lambda tensors: True)
     calls = []
 
     def run(x, total):

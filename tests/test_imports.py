@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"protocols", "traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals", "_lazy", "atomic"}
+GROUND = {"protocols", "traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals", "_lazy", "atomic", "_trust", "_bytecode"}
 MAY_IMPORT = {
     "traces": {"auxiliary", "sites", "parameters", "reach", "options", "refusals"},
     "auxiliary": {"sites", "evaluation", "reach"},
     "_lazy": set(),
     "sites": set(),
     "parameters": {"reach"},
-    "reach": set(),
+    "reach": {"_trust", "_bytecode"},
+    "_trust": set(),
+    "_bytecode": set(),
     "evaluation": {"parameters", "reach"},
     "protocols": set(),
     "unconstrained": {"protocols", "reach"},

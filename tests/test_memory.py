@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyro_vae.inference import memory
-from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference import hardware
+from pyro_vae.inference.hardware import reused_memory
 
 
 def resident():
@@ -40,7 +40,7 @@ def measure():
     assert resident() < before + 20e6
 
 
-@pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
+@pytest.mark.skipif(hardware._glibc() is None, reason="the C library is not glibc")
 def test_pages_are_kept_inside_and_given_back_at_the_end():
     # In a process of its own: the heap of one that ran other tests is in pieces, and not the subject.
     code = "from tests.test_memory import measure; measure()"
@@ -49,7 +49,7 @@ def test_pages_are_kept_inside_and_given_back_at_the_end():
 
 
 def test_without_glibc_nothing_happens(monkeypatch):
-    monkeypatch.setattr(memory, "_glibc", lambda: None)
+    monkeypatch.setattr(hardware, "_glibc", lambda: None)
     with reused_memory():
         assert torch.ones(3).sum() == 3
-    assert memory._depth == 0
+    assert hardware._depth == 0

@@ -11,8 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.inference.bounds import elbo, iwae, map_estimate, reconstruction
 from pyro_vae.inference.objectives import Objective, mean_bound
-from pyro_vae.inference.sleep import dream
-from pyro_vae.inference.split_bounds import wake_sleep
+from pyro_vae.inference.split_bounds import sleep_phase, wake_sleep
 from pyro_vae.parameters import own_parameters
 from pyro_vae.traces import particles
 from tests.pairs import binary, linear_pair, small_pair
@@ -188,7 +187,7 @@ def test_the_sleep_phase_fits_the_guide_to_the_models_own_draws():
     slope.grad = None
     objective.loss_and_grads(model, guide, x)
     assert slope.grad.abs() > 0  # of the wake phase; the dream gives the model none
-    log_q = dream(model, guide, x)
+    log_q = sleep_phase(model, guide, x)
     assert log_q.shape == (2000,) and torch.autograd.grad(log_q.sum(), slope, allow_unused=True) == (None,)
 
 
@@ -206,7 +205,7 @@ def test_the_share_of_the_sleep_phase():
     pyro.set_rng_seed(3)
     Objective(iwae, 4).particles(model, guide, x)
     named = dict(guide.named_parameters())
-    dreamt = torch.autograd.grad(dream(model, guide, x).sum(), list(named.values()))
+    dreamt = torch.autograd.grad(sleep_phase(model, guide, x).sum(), list(named.values()))
     _, wake = value_and_gradients(Objective(wake_sleep(1.0), 4), model, guide, x)
     for name, gradient in zip(named, dreamt, strict=True):
         assert torch.allclose(wake[name], -gradient, rtol=1e-9, atol=1e-11), name
@@ -227,7 +226,7 @@ def test_a_dream_needs_to_know_which_argument_is_the_data():
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     with pytest.raises(ValueError, match=r"none of the 1 arguments is what the model observes \(x\)"):
-        dream(model, guide, 3)
+        sleep_phase(model, guide, 3)
 
 
 def test_mean_bound_repeats_and_matches_a_direct_average():

@@ -18,7 +18,7 @@ from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.regularizers import free_bits
-from pyro_vae.inference.sleep import dream
+from pyro_vae.inference.split_bounds import sleep_phase
 from pyro_vae.judging.gradients import gradient_lab
 from pyro_vae.parameters import own_parameters
 from pyro_vae.programs.vae import VAE
@@ -296,7 +296,7 @@ def test_a_dream_replaces_all_that_is_observed():
         with pyro.plate("data", 4):
             pyro.sample("z", dist.Normal(x.mean(-1), 1.0))
 
-    dream(model, guide, x, y, torch.full((4,), 9.0))
+    sleep_phase(model, guide, x, y, torch.full((4,), 9.0))
     seen, label, kept = shown[-1]
     assert (seen.abs() < 2).all() and (label < 2).all() and label.dtype == y.dtype and (kept == 9).all()
     assert (x == 7).all() and (y == 5).all()
@@ -304,7 +304,7 @@ def test_a_dream_replaces_all_that_is_observed():
     def of_dict(program):
         return lambda batch: program(batch["x"], batch["y"], batch["keep"])
 
-    dream(of_dict(model), of_dict(guide), {"y": y, "x": x, "keep": torch.full((4,), 9.0)})
+    sleep_phase(of_dict(model), of_dict(guide), {"y": y, "x": x, "keep": torch.full((4,), 9.0)})
     assert (shown[-1][0].abs() < 2).all() and (shown[-1][1] < 2).all() and (shown[-1][2] == 9).all()
 
 
@@ -332,12 +332,12 @@ def test_a_dream_finds_columns_views_and_types():
             z = pyro.sample("z", dist.Normal(0.0, 0.1))
             pyro.sample("x", dist.Bernoulli(torch.sigmoid(z)), obs=x.float())
 
-    dream(steps, guide, torch.full((5, 4), 7.0))
+    sleep_phase(steps, guide, torch.full((5, 4), 7.0))
     assert (shown[-1][:, :3].abs() < 2).all() and (shown[-1][:, 3] == 7).all()
-    dream(flat, guide, torch.full((5, 2, 2), 7.0))
+    sleep_phase(flat, guide, torch.full((5, 2, 2), 7.0))
     assert shown[-1].shape == (5, 2, 2) and (shown[-1].abs() < 2).all()
     torch.manual_seed(0)
-    dream(cast, guide, torch.ones(200, dtype=torch.uint8))
+    sleep_phase(cast, guide, torch.ones(200, dtype=torch.uint8))
     assert shown[-1].dtype == torch.uint8 and 60 < shown[-1].sum() < 140
 
 
@@ -366,7 +366,7 @@ def test_a_dream_that_cannot_replace_says_what(what):
         "factor": "site 'weight' is a pyro.factor",
     }[what]
     with pytest.raises(ValueError, match=text):
-        dream(model, guide, *args)
+        sleep_phase(model, guide, *args)
 
 
 def test_a_point_guide_and_many_samples_are_per_datum_too():

@@ -9,8 +9,8 @@ from torch import nn
 from pyro_vae.app.defaults import CHOICES
 from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.hardware import PRECISIONS, bfloat16_active, matmul_precision
 from pyro_vae.inference.objectives import Objective
-from pyro_vae.inference.precision import PRECISIONS, bfloat16_active, matmul_precision
 from pyro_vae.inference.training import fit
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
@@ -122,11 +122,11 @@ def test_the_command_knows_the_same_names():
 def test_a_cpu_without_instructions_for_bfloat16_is_told_of_once(monkeypatch, machine, instructions, slow):
     import warnings
 
-    from pyro_vae.inference import precision
+    from pyro_vae.inference import hardware
 
-    monkeypatch.setattr(precision, "_said", False)
+    monkeypatch.setattr(hardware, "_said", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
+    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     said = []

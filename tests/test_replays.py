@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pyro_vae.inference import replays
 from pyro_vae.inference.capture import Capture
+from pyro_vae.inference.captured import Watched
 from pyro_vae.inference.replays import Replayed
-from pyro_vae.inference.watching import Watched
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.parts.networks import MLP
@@ -202,7 +202,7 @@ def test_what_the_watch_would_miss_the_check_finds(monkeypatch):
         return [x * calls[0]]
 
     replayed = Replayed(counting, calls=1000)
-    with pytest.warns(UserWarning, match="a captured call did not give what the programs give"):
+    with pytest.warns(UserWarning, match="a captured result was not that of the programs"):
         found = [replayed(torch.ones(2))[0][0].item() for _ in range(5)]
     assert found == [1, 2, 3, 4, 5]  # the third was to be a replay: the check ran the function
     assert "outside the graph" in replayed.reason

@@ -11,12 +11,12 @@ from pyro.infer import Trace_ELBO
 from pyro_vae.data.splits import Split
 from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.bounds import elbo, iwae
+from pyro_vae.inference.captured import Watched
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.optimizers import Fused
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.training import fit
-from pyro_vae.inference.watching import Watched
 from tests.pairs import binary, small_pair
 
 grey = torch.randint(256, (44, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -40,12 +40,12 @@ class Arguments:
     masks: frozenset[int]
     defaults: dict[int, Any]
 
-    def kept(self, batch: tuple[Any, ...], said: bool = True, columns: bool = True) -> int:
+    def kept(self, batch: tuple[Any, ...], warn: bool = True, columns: bool = True) -> int:
         """How many columns of a batch are arguments.
 
         Args:
             batch: Its columns.
-            said: Whether to warn of those that are left out.
+            warn: Whether to warn of those that are left out.
             columns: Whether somebody put these columns together for the pair, as a tuple; a loader has its own.
         Raises:
             ValueError: Fewer columns than arguments; a boolean column that is no mask of the data; a column that
@@ -74,7 +74,7 @@ class Arguments:
                 )
         if not keep:
             raise ValueError(f"got data ({described(batch)}) for a pair without arguments; wanted model(x), guide(x).")
-        if keep < count and said:
+        if keep < count and warn:
             warnings.warn(
                 f"the pair takes ({takes}), and the data have {count} columns: left out "
                 f"{described(batch[keep:])}, such as labels, since {'they are' if count - keep > 1 else 'it is'} no "

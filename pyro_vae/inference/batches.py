@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import Unreadable, collated, column, drawn, frame_names, settled, tensor_of
-from pyro_vae.inference.datacheck import DataCheck, rules
+from pyro_vae.inference.datacheck import DataCheck
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
+from pyro_vae.inference.supports import rules
 from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
 from pyro_vae.sites import unwrapped
 from pyro_vae.traces import Program, draw
@@ -315,7 +316,7 @@ class Batches:
     def _runs(self, given: Any) -> bool:
         """Whether the pair takes something as a batch, datum by datum."""
         try:
-            batch = self._placed(self._arguments(given, said=False))
+            batch = self._placed(self._arguments(given, warn=False))
             count = rows(batch)
             self._choose_casts(batch)
             batch = self._cast(batch)
@@ -452,14 +453,14 @@ class Batches:
             batch += part if isinstance(part, list | tuple) else [part]
         return self._arguments(tuple(batch))
 
-    def _arguments(self, given: Any, said: bool = True) -> tuple[Any, ...]:
+    def _arguments(self, given: Any, warn: bool = True) -> tuple[Any, ...]:
         """A batch as whoever made it gives it, as the tuple of the pair's arguments."""
         batch = tuple(given) if isinstance(given, list | tuple) else (given,)
         batch = mapped(_leaf, batch)
         if not self.programs:
             return batch
         if self._keep is None:
-            self._keep = self.arguments.kept(batch, said, self._made_together)
+            self._keep = self.arguments.kept(batch, warn, self._made_together)
         return batch[: self._keep]
 
     def _cast(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -19,11 +19,10 @@ What stays fixed is everything in Python: branches taken, numbers, shapes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -32,10 +31,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_vae.inference.graphs import (
+    Uncapturable,
+    check_shapes,
+    disowned,
+    drop_forked,
+    folded,
+    hoisted,
+    lifted,
+    mutated,
+    split_biases,
+    written,
+)
+from pyro_vae.inference.hardware import fast_matmul
+
 _aten = torch.ops.aten
-_FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_")
-_LIKES = ("rand_like", "randn_like", "randint_like")
-_FACTORIES = ("rand", "randn", "randint", "randperm")
 _READS = (
     "item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__",
     "__dlpack__",
@@ -47,28 +57,6 @@ _MAKERS = ("tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor", "spa
 # Where a tensor becomes a number that is only reported, and where one is only checked.
 _REPORTERS = ("pyro.infer.", "pyro_vae.inference.objectives")
 _CHECKERS = ("pyro.util", "pyro_vae.sites", "torch.distributions.distribution")
-
-_SMALL = 4096  # numbers of a mask that are compared before each replay
-
-
-class Uncapturable(Exception):
-    """Why a program cannot be captured."""
-
-
-class Draw(NamedTuple):
-    """A random number generator's call whose arguments are known beforehand."""
-
-    target: Callable[..., Tensor]
-    like: tuple[Any, Any, torch.dtype, torch.device] | None  # the tensor that it fills or imitates
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self) -> Tensor:
-        if self.like is None:
-            return self.target(*self.args, **self.kwargs)
-        shape, stride, dtype, device = self.like
-        return self.target(torch.empty_strided(shape, stride, dtype=dtype, device=device), *self.args, **self.kwargs)
-
 
 class Capture:
     """A function of tensors as a graph.
@@ -134,23 +122,23 @@ class Capture:
             return list(self.results)
 
         graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
-        self._read = _folded(graph)
-        _check_shapes(graph)
+        self._read = folded(graph)
+        check_shapes(graph)
         self._takes_args = bool(args)
         # A graph module returns a flat list and takes flat arguments without pytree's code.
         graph.set_codegen(fx.graph.CodeGen())
-        self.constants, self._constant_nodes = _lifted(graph)
-        _drop_forked(graph)
-        self.draws, self.live_noise = _hoisted(graph)
+        self.constants, self._constant_nodes = lifted(graph)
+        drop_forked(graph)
+        self.draws, self.live_noise = hoisted(graph)
         graph.eliminate_dead_code()
         self._drop_unread(graph)
         if not self._takes_args:
             graph.erase_node(next(iter(graph.nodes)))
-        _disowned(graph, self.results, [*args, *self.constants])
+        disowned(graph, self.results, [*args, *self.constants])
         self.module = fx.GraphModule({}, graph)
         self._run: Callable[..., Sequence[Tensor]] = self.module.forward
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
-        self.mutated = _mutated(graph, self._constant_nodes, self.constants)
+        self.mutated = mutated(graph, self._constant_nodes, self.constants)
 
     def __call__(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results and gradients for new arguments, new noise, and the tensors as they are now."""
@@ -179,7 +167,7 @@ class Capture:
             graph = fx.GraphModule({}, fx.Graph())
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
             if self.on_cpu:
-                _split_biases(graph.graph)
+                split_biases(graph.graph)
             graph.recompile()
             run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
@@ -189,53 +177,9 @@ class Capture:
         self._run, self.compiled = run, True
 
 
-def _split_biases(graph: fx.Graph) -> None:
-    """A product plus a bias as two operations, the second of which fuses with what follows it.
-
-    On a CPU ``addmm`` spreads the bias over the result first, and reads it back to add the product. Written
-    as an addition Inductor would make it an ``addmm`` again; x - (-b) is x + b to the bit.
-    """
-    for node in graph.find_nodes(op="call_function", target=_aten.addmm.default):
-        if node.kwargs or node.args[0].meta["val"].dim() != 1:
-            continue
-        bias, left, right = node.args
-        with graph.inserting_before(node):
-            product = graph.call_function(_aten.mm.default, (left, right))
-            minus = graph.call_function(_aten.neg.default, (bias,))
-            total = graph.call_function(_aten.sub.Tensor, (product, minus))
-        product.meta, minus.meta, total.meta = dict(node.meta), dict(bias.meta), dict(node.meta)
-        node.replace_all_uses_with(total)
-        graph.erase_node(node)
-
-
 def capturing() -> bool:
     """Whether what runs is being written down."""
     return _Recording.active > 0
-
-
-@contextlib.contextmanager
-def fast_matmul(on_cpu: bool) -> Iterator[None]:
-    """oneDNN's matrix products where they are as exact as torch's default: on AMD they take half the time."""
-    if not on_cpu or torch.get_float32_matmul_precision() != "highest" or not _medium_is_exact():
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-@functools.cache
-def _medium_is_exact() -> bool:
-    """Whether "medium" keeps float32 on this CPU: it does where there is no matrix unit for bfloat16."""
-    a, b = (torch.arange(256.0 * 256).add(shift).sin().view(256, 256) for shift in (0, 1))
-    torch.set_float32_matmul_precision("medium")
-    try:
-        error = (a @ b - (a.double() @ b.double())).abs().max().item()
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    return error < 1e-4  # bfloat16 is off by more than 1e-2 here
 
 
 class _Recording(TorchFunctionMode):
@@ -310,7 +254,7 @@ class _Operations(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and not self._allowed:
             raise Uncapturable(f"{func} depends on the values of tensors")
         given = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for value in _written(func._schema, args, kwargs):
+        for value in written(func._schema, args, kwargs):
             self._keep(value)
         results = func(*args, **kwargs)
         self._made |= {_storage(t) for t in pytree.tree_leaves(results) if isinstance(t, Tensor)} - given
@@ -372,62 +316,6 @@ def _noting_forks() -> Iterator[None]:
         torch.random.fork_rng = original
 
 
-def _drop_forked(graph: fx.Graph) -> None:
-    """Leave out what ran in a fork of the random state only to be looked at, such as the depth of plates."""
-    for node in reversed(list(graph.nodes)):
-        if node.op != "call_function" or not node.meta.get("forked") or node.users:
-            continue
-        if _is_random(node) or not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-            graph.erase_node(node)
-    if any(_is_random(node) and node.meta.get("forked") for node in graph.nodes):
-        raise Uncapturable("noise is drawn in a fork of the random state, such as by a seed of its own")
-
-
-def _folded(graph: fx.Graph) -> list[tuple[Tensor, Tensor]]:
-    """Compute beforehand where a mask that is no argument is not zero, as in a coupling; the masks, and as they are."""
-    owner: Any = graph.owning_module
-    changed = {id(getattr(owner, str(n.target))) for n in _changed(graph) if n.op == "get_attr"}
-    known: dict[fx.Node, Tensor] = {}
-    masks: dict[int, tuple[Tensor, Tensor]] = {}
-    roots: dict[fx.Node, list[Tensor]] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            tensor = getattr(owner, node.target)
-            if isinstance(tensor, Tensor) and tensor.numel() <= _SMALL and id(tensor) not in changed:
-                known[node], roots[node] = tensor, [tensor]
-            continue
-        if node.op != "call_function" or not node.all_input_nodes or not all(n in known for n in node.all_input_nodes):
-            continue
-        if node.target not in (_aten.nonzero.default, _aten.bitwise_not.default, _aten.logical_not.default):
-            continue
-        with torch.no_grad():
-            known[node] = node.target(*(known.get(a, a) for a in node.args))
-        roots[node] = [tensor for n in node.all_input_nodes for tensor in roots[n]]
-        if node.target is _aten.nonzero.default:
-            masks.update({id(tensor): (tensor, tensor.detach().clone()) for tensor in roots[node]})
-            name = f"_folded_{len(known)}"
-            setattr(owner, name, known[node])
-            with graph.inserting_before(node):
-                constant = graph.get_attr(name)
-            constant.meta = dict(node.meta)
-            node.replace_all_uses_with(constant)
-            graph.erase_node(node)
-    return list(masks.values())
-
-
-def _check_shapes(graph: fx.Graph) -> None:
-    """Refuse what has shapes that depend on values: all that follows would have those of the run written down."""
-    for node in graph.nodes:
-        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
-        if torch.Tag.dynamic_output_shape not in tags and torch.Tag.data_dependent_output not in tags:
-            continue
-        if node.target in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
-            chosen = [a for a in node.args[1] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
-            if not any(a.meta["val"].dtype in (torch.bool, torch.uint8) for a in chosen):
-                continue
-        raise Uncapturable(f"{node.target} gives a shape that depends on the values of tensors")
-
-
 def _leaves(loss: Tensor) -> Iterable[Tensor]:
     """The tensors into whose ``.grad`` backward would add."""
     stack: list[Any] = [loss.grad_fn]
@@ -457,109 +345,3 @@ def _owned(outputs: list[Tensor], shaped_like: list[Tensor]) -> list[Tensor]:
     return owned
 
 
-def _disowned(graph: fx.Graph, results: list[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Copy results that are inputs, or views of them: who changes the one must not change the other."""
-    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    nodes = list(output.args[0])
-    for number, result in enumerate(results):
-        if result.untyped_storage().data_ptr() in storages:
-            results[number] = result.clone()
-            with graph.inserting_before(output):
-                clone = graph.call_function(_aten.clone.default, (nodes[number],))
-            clone.meta = dict(nodes[number].meta)
-            nodes[number] = clone
-    output.args = (nodes,)
-
-
-def _lifted(graph: fx.Graph) -> tuple[list[Tensor], list[fx.Node]]:
-    """Turn the tensors that the graph holds into inputs, one for each."""
-    owner = graph.owning_module
-    found: dict[int, tuple[Tensor, fx.Node]] = {}
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for node in [node for node in graph.nodes if node.op == "get_attr"]:
-        tensor = getattr(owner, node.target)
-        if not isinstance(tensor, Tensor):
-            raise Uncapturable(f"the graph holds a {type(tensor).__name__}")
-        if id(tensor) not in found:
-            with graph.inserting_after(last):
-                last = graph.placeholder(f"constant_{len(found)}")
-            last.meta = dict(node.meta)
-            found[id(tensor)] = (tensor, last)
-        node.replace_all_uses_with(found[id(tensor)][1])
-        graph.erase_node(node)
-    return [tensor for tensor, _ in found.values()], [node for _, node in found.values()]
-
-
-def _hoisted(graph: fx.Graph) -> tuple[list[Draw], bool]:
-    """Turn noise into inputs; whether some remains, whose parameters the graph computes.
-
-    If any remains, all remains: the order of the draws is part of what a seed means.
-    """
-    random = [node for node in graph.nodes if _is_random(node)]
-    draws = [_draw(node) for node in random]
-    if any(draw is None for draw in draws):
-        return [], True
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for number, node in enumerate(random):
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"noise_{number}")
-        last.meta = dict(node.meta)
-        node.replace_all_uses_with(last)
-        graph.erase_node(node)
-    return [draw for draw in draws if draw is not None], False
-
-
-def _is_random(node: fx.Node) -> bool:
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _draw(node: fx.Node) -> Draw | None:
-    """The call that a node makes, if nothing in it depends on the graph."""
-    target: Any = node.target
-    name = target.overloadpacket.__name__
-    rest = list(node.args)
-    like = None
-    if name in _FILLS or name in _LIKES:
-        first = rest.pop(0)
-        assert isinstance(first, fx.Node)
-        value = first.meta.get("val")
-        if value is None or (name in _FILLS and (len(first.users) > 1 or not _is_empty(first))):
-            return None
-        like = (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
-    elif name not in _FACTORIES and target is not _aten.normal.float_float:
-        return None
-    if any(isinstance(a, fx.Node) for a in (*rest, *node.kwargs.values())):
-        return None
-    return Draw(target, like, tuple(rest), dict(node.kwargs))
-
-
-def _is_empty(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
-
-
-def _written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The arguments that an operation writes to: those that it declares, and the running averages of batch norm."""
-    for number, argument in enumerate(schema.arguments):
-        declared = argument.alias_info is not None and argument.alias_info.is_write
-        if declared or argument.name in ("running_mean", "running_var"):
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            if value is not None:
-                yield value
-
-
-def _changed(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose tensors an operation writes to."""
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None:
-            for value in _written(schema, node.args, node.kwargs):
-                written.update(v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node))
-    return written
-
-
-def _mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> list[Tensor]:
-    """The constants that the graph writes to, such as running averages."""
-    written = _changed(graph)
-    return [constant for node, constant in zip(nodes, constants, strict=True) if node in written]

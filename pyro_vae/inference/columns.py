@@ -137,10 +137,10 @@ class Unreadable(ValueError):
 
     def __init__(self, what: str, source: Any, error: Exception) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = lines[-1] if lines else "without a word"  # of a worker's, which is a whole traceback
+        last = lines[-1] if lines else "without a word"  # of a worker's, which is a whole traceback
         name = type(error).__name__
         super().__init__(
-            f"{what} ({type(source).__name__}) cannot be read: {said if said.startswith(name) else f'{name}: {said}'}. "
+            f"{what} ({type(source).__name__}) cannot be read: {last if last.startswith(name) else f'{name}: {last}'}. "
             "Wanted a dataset whose items can all be read; look at that item by itself."
         )
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from pyro_vae.evaluation import evaluating
@@ -21,10 +21,10 @@ from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer
-from pyro_vae.inference.sleep import dream
-from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, wake_sleep
+from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, sleep_phase, wake_sleep
 from pyro_vae.options import checked, number
 from pyro_vae.parameters import device_of
+from pyro_vae.protocols import closed_form_sites
 from pyro_vae.traces import Cut, Particles, Program, draw, nesting_of
 
 _EXAMPLES: tuple[tuple[Any, str], ...] = (
@@ -154,7 +154,8 @@ class Objective(ELBO):
             return loss + extra if self.regularizers else loss
         surrogate = self._surrogate(particles, log_q, cut, sign, extra)
         if isinstance(self.bound, SplitBound) and self.bound.sleep:
-            surrogate = surrogate - self.bound.sleep * particles.scale * dream(model, guide, *args, **kwargs).sum()
+            asleep = sleep_phase(model, guide, *args, **kwargs).sum()
+            surrogate = surrogate - self.bound.sleep * particles.scale * asleep
         return surrogate + (loss + extra - surrogate).detach()
 
     def _surrogate(self, particles: Particles, log_q: Tensor, cut: Cut, sign: float, extra: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class Objective(ELBO):
         known = self._of_weights
         if known is None:  # the score function of what depends on more than the weights
             direct = self.bound(particles).sum() + (advantage(self.bound, particles) * log_q).sum()
-            return sign * direct + extra + cut.along(extra)
+            return sign * direct + extra + cut.pathwise(extra)
         log_weight = particles.log_weight
         joint, path, score = coefficients(known, self.estimator, log_weight, self.beta)
         wake = 1 - known.sleep if isinstance(known, SplitBound) else 1.0
@@ -173,7 +174,7 @@ class Objective(ELBO):
             direct = direct + sign * wake * (score * log_q).sum()
         if path is not None:
             through = through + sign * wake * (path * log_weight).sum()
-        return direct + cut.along(through)
+        return direct + cut.pathwise(through)
 
     def _refuse_fixed(self, site: str) -> None:
         if needs_path(self.bound, self.estimator):
@@ -258,3 +259,61 @@ def mean_bound(
             total += bound(particles).double().sum().item()
             count += particles.num_data
     return total / count
+
+
+class ClosedForm(TraceMeanField_ELBO):
+    """Pyro's ``TraceMeanField_ELBO`` at the sites that are named, its ``Trace_ELBO`` at all others.
+
+    `fit` takes it by default where a guide says so (`closed_form_sites`), as the zoo's
+    `Hierarchical` does. Where a pair of distributions has no closed form, the sample stays; a guide
+    with a site that is not reparameterised gets Pyro's ``Trace_ELBO`` throughout.
+
+    ``TraceMeanField_ELBO`` replaces log q(z_l) - log p(z_l) by its expectation over z_l, given the
+    sites that z_l was drawn from. That leaves the ELBO unbiased only where p(z_l | ...) does not depend
+    on what the guide drew *from* z_l. A guide that draws in the model's order meets that everywhere. One that
+    climbs from the data, q(z_1 | x) q(z_2 | z_1), under a model that comes down, p(z_2) p(z_1 | z_2), meets
+    it at its last layer only:
+
+        E_q[log q(z_2 | z_1) - log p(z_2)] = E_q(z_1)[KL(q(z_2 | z_1) || p(z_2))].
+
+    Args:
+        sites: Names of latent sites.
+        options: Those of ``TraceMeanField_ELBO``.
+    Example:
+        >>> ClosedForm(["z2"]).sites
+        ('z2',)
+    """
+
+    def __init__(self, sites: Collection[str], **options: Any) -> None:
+        super().__init__(**options)
+        self.sites = tuple(sites)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        # Pyro's own warns of a guide in another order than the model's, wherever it integrates.
+        return Trace_ELBO._get_trace(self, model, guide, args, kwargs)
+
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
+        drawn = [site for site in guide_trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
+        if not all(getattr(site["fn"], "has_rsample", True) for site in drawn):
+            return Trace_ELBO._differentiable_loss_particle(self, model_trace, guide_trace)
+        sampled = [site for site in drawn if site["name"] not in self.sites]
+        kept = [site["fn"] for site in sampled]
+        for site in sampled:
+            site["fn"] = _NoClosedForm()
+        try:
+            return super()._differentiable_loss_particle(model_trace, guide_trace)
+        finally:
+            for site, fn in zip(sampled, kept, strict=True):
+                site["fn"] = fn
+
+
+class _NoClosedForm:
+    """What has no divergence from anything, so that Pyro takes the sample's."""
+
+    has_rsample = True
+
+
+def default_loss(guide: Any) -> Any:
+    """The loss of a fit to which none was given."""
+    sites = closed_form_sites(guide)
+    return ClosedForm(sites) if sites else Trace_ELBO()

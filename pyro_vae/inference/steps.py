@@ -1,4 +1,4 @@
-"""Training steps as one graph each: batch, loss, gradients and optimiser.
+"""Steps as a captured graph sees them: one call of a loss, and the training step around it.
 
 What a step does between two batches (choose rows, binarise them, Pyro, autograd, Adam) is
 the same in every step. Where all of it can be captured, it is; where some cannot (a batch
@@ -13,17 +13,152 @@ times as long as the rest of the likelihood.
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK, apply_stack
 from torch import Tensor
+from torch.distributions import constraints, transform_to
+from torch.utils import _pytree as pytree
 
 from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.calls import TrainingStep
-from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.optimizers import Fused
+from pyro_vae.inference.capture import Capture
+from pyro_vae.inference.captured import Graph, Watched, settings
+from pyro_vae.inference.optimizers import Fused, Update
+from pyro_vae.reach import SCALARS
 from pyro_vae.traces import Program
+
+if TYPE_CHECKING:
+    from pyro_vae.inference.compiled import Compiled
+
+
+class TrainingStep:
+    """What belongs to a training step beside the loss.
+
+    Args:
+        prepare: From the step's tensors, such as an index, to the arguments of the programs.
+        update: The optimiser's step, to be part of the graph; None to leave it out.
+        key: What tells such steps apart, as far as they need different graphs.
+        last: Whether nothing less is tried where this cannot be captured, so that the reason is given.
+    """
+
+    def __init__(
+        self, prepare: Callable[..., tuple[Any, ...]], update: Update | None, key: Any, last: bool = False
+    ) -> None:
+        self.prepare, self.update, self.key, self.last = prepare, update, key, last
+
+
+class Step(NamedTuple):
+    """One call: its tensors, and all else that it rests on as a key."""
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    key: Any
+    reason: str | None
+    training: TrainingStep | None
+
+    @classmethod
+    def of(
+        cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any],
+        training: TrainingStep | None = None,
+    ) -> Step:  # fmt: skip
+        if not kwargs and all(type(a) is Tensor for a in args):  # spares pytree's code, the usual case
+            leaves, structure = list(args), None
+        else:
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        rest = tuple(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
+        reason = None
+        if any(t.requires_grad for t in tensors):
+            reason = "an argument requires a gradient"
+        elif any(not isinstance(leaf, (Tensor, *SCALARS)) for leaf in leaves):
+            odd = next(leaf for leaf in leaves if not isinstance(leaf, (Tensor, *SCALARS)))
+            reason = f"an argument is a {type(odd).__name__}, wanted tensors and numbers"
+        elif not torch.is_grad_enabled():
+            reason = "gradients are switched off"
+        key = None
+        if reason is None:
+            key = (model, guide, structure and str(structure), rest, settings(tensors), training and training.key)
+        return cls(model, guide, args, kwargs, tensors, key, reason, training)
+
+    def advance(self, steps: int) -> None:
+        """Count such steps of the optimiser, or take them back."""
+        if self.training is not None and self.training.update is not None:
+            self.training.update.advance(steps)
+
+    def rebuilt(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The programs' arguments, made of these tensors."""
+        if self.training is not None:
+            return self.training.prepare(*tensors), {}
+        leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
+        new = iter(tensors)
+        return pytree.tree_unflatten([next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+
+class Site(NamedTuple):
+    """A param statement of the programs, to be told to the handlers around a replay."""
+
+    name: str
+    unconstrained: Tensor
+    constraint: Any
+
+    @classmethod
+    def of(cls, site: Any) -> Site:
+        value = site["value"]
+        return cls(site["name"], value.unconstrained(), site["kwargs"].get("constraint", constraints.real))
+
+    def announce(self) -> None:
+        value = self.unconstrained
+        if self.constraint is not constraints.real:
+            with torch.no_grad():
+                value = transform_to(self.constraint)(value)
+        value.unconstrained = weakref.ref(self.unconstrained)  # type: ignore[attr-defined]
+        apply_stack(
+            {
+                "type": "param", "name": self.name, "fn": _known, "is_observed": False, "args": (self.name,),
+                "kwargs": {"constraint": self.constraint}, "value": value, "scale": 1.0, "mask": None,
+                "cond_indep_stack": (), "done": True, "stop": False, "continuation": None, "infer": None,
+                "obs": None,
+            }
+        )  # fmt: skip
+
+
+def _known(*_: Any, **__: Any) -> None:
+    """What a param statement would call, had it no value yet."""
+
+
+class LossGraph(Graph):
+    """A captured loss, or training step.
+
+    Attributes:
+        beta: The weight of the KL as the tensor that the graph reads, where it was not 1.
+        with_bound: Whether its second result is the bound.
+        recorded: Whether it was tried as one CUDA graph.
+        trained: Of the leaves those that a param statement names.
+    """
+
+    def __init__(self, capture: Capture, watched: Watched) -> None:
+        super().__init__(capture, watched)
+        self.recorded = False
+
+    def describe(self, sites: list[Site], beta: Tensor | None, with_bound: bool, training: TrainingStep | None) -> None:
+        """Add what the run showed beside the operations."""
+        self.sites, self.beta, self.with_bound = sites, beta, with_bound
+        self.training = training  # what its key names by identity must live
+        trained = {id(site.unconstrained) for site in sites}
+        self.trained: list[Tensor] = [leaf for leaf in self.capture.leaves if id(leaf) in trained]
+
+    def announce(self) -> None:
+        if _PYRO_STACK:
+            for site in self.sites:
+                site.announce()
 
 
 class GraphSteps:

@@ -26,15 +26,14 @@ from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
 from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
-from pyro_vae.inference.closed_form import ClosedForm, default_loss
 from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint, program_values
-from pyro_vae.inference.memory import reused_memory
-from pyro_vae.inference.objectives import Objective, mean_bound
+from pyro_vae.inference.hardware import matmul_precision as precision
+from pyro_vae.inference.hardware import reused_memory
+from pyro_vae.inference.objectives import ClosedForm, Objective, default_loss, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting, Unit
-from pyro_vae.inference.precision import matmul_precision as precision
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps
@@ -153,7 +152,7 @@ def fit(
         seed: Seed torch for the fit and restore its random state afterwards.
         matmul_precision: During the fit: "highest", "high", "medium" as for
             ``torch.set_float32_matmul_precision``, or "bfloat16", which rounds what goes into
-            linear and convolutional layers (see `pyro_vae.inference.precision`).
+            linear and convolutional layers (see `pyro_vae.inference.hardware`).
         progress: Show a bar; None shows it on a terminal only.
         callback: Called with each epoch's record.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from pyro_vae.auxiliary import undetermined
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.capture import capturing, fast_matmul
-from pyro_vae.inference.memory import reused_memory
+from pyro_vae.inference.capture import capturing
+from pyro_vae.inference.hardware import fast_matmul, reused_memory
 from pyro_vae.inference.rehearsal import Rehearsal
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.trees import at, joined, rows, values

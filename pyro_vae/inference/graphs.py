@@ -1,0 +1,291 @@
+"""What is done to a captured graph before it is replayed: inputs for what must not be frozen, and nothing superfluous.
+
+The functions change a ``torch.fx.Graph`` in place, as `pyro_vae.inference.capture` wrote it down. `CudaGraph`
+plays the launches of the result back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+_aten = torch.ops.aten
+_FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_")
+_LIKES = ("rand_like", "randn_like", "randint_like")
+_FACTORIES = ("rand", "randn", "randint", "randperm")
+_WARM_UP = 3  # runs before recording, in which kernels are loaded and chosen
+_SMALL = 4096  # numbers of a mask that are compared before each replay
+
+
+class Uncapturable(Exception):
+    """Why a program cannot be captured."""
+
+
+class Draw(NamedTuple):
+    """A random number generator's call whose arguments are known beforehand."""
+
+    target: Callable[..., Tensor]
+    like: tuple[Any, Any, torch.dtype, torch.device] | None  # the tensor that it fills or imitates
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> Tensor:
+        if self.like is None:
+            return self.target(*self.args, **self.kwargs)
+        shape, stride, dtype, device = self.like
+        return self.target(torch.empty_strided(shape, stride, dtype=dtype, device=device), *self.args, **self.kwargs)
+
+
+def drop_forked(graph: fx.Graph) -> None:
+    """Leave out what ran in a fork of the random state only to be looked at, such as the depth of plates."""
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or not node.meta.get("forked") or node.users:
+            continue
+        if _is_random(node) or not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            graph.erase_node(node)
+    if any(_is_random(node) and node.meta.get("forked") for node in graph.nodes):
+        raise Uncapturable("noise is drawn in a fork of the random state, such as by a seed of its own")
+
+
+def folded(graph: fx.Graph) -> list[tuple[Tensor, Tensor]]:
+    """Compute beforehand where a mask that is no argument is not zero, as in a coupling; the masks, and as they are."""
+    owner: Any = graph.owning_module
+    changed = {id(getattr(owner, str(n.target))) for n in _changed(graph) if n.op == "get_attr"}
+    known: dict[fx.Node, Tensor] = {}
+    masks: dict[int, tuple[Tensor, Tensor]] = {}
+    roots: dict[fx.Node, list[Tensor]] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            tensor = getattr(owner, node.target)
+            if isinstance(tensor, Tensor) and tensor.numel() <= _SMALL and id(tensor) not in changed:
+                known[node], roots[node] = tensor, [tensor]
+            continue
+        if node.op != "call_function" or not node.all_input_nodes or not all(n in known for n in node.all_input_nodes):
+            continue
+        if node.target not in (_aten.nonzero.default, _aten.bitwise_not.default, _aten.logical_not.default):
+            continue
+        with torch.no_grad():
+            known[node] = node.target(*(known.get(a, a) for a in node.args))
+        roots[node] = [tensor for n in node.all_input_nodes for tensor in roots[n]]
+        if node.target is _aten.nonzero.default:
+            masks.update({id(tensor): (tensor, tensor.detach().clone()) for tensor in roots[node]})
+            name = f"_folded_{len(known)}"
+            setattr(owner, name, known[node])
+            with graph.inserting_before(node):
+                constant = graph.get_attr(name)
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+            graph.erase_node(node)
+    return list(masks.values())
+
+
+def check_shapes(graph: fx.Graph) -> None:
+    """Refuse what has shapes that depend on values: all that follows would have those of the run written down."""
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+        if torch.Tag.dynamic_output_shape not in tags and torch.Tag.data_dependent_output not in tags:
+            continue
+        if node.target in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
+            chosen = [a for a in node.args[1] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
+            if not any(a.meta["val"].dtype in (torch.bool, torch.uint8) for a in chosen):
+                continue
+        raise Uncapturable(f"{node.target} gives a shape that depends on the values of tensors")
+
+
+def disowned(graph: fx.Graph, results: list[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Copy results that are inputs, or views of them: who changes the one must not change the other."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    nodes = list(output.args[0])
+    for number, result in enumerate(results):
+        if result.untyped_storage().data_ptr() in storages:
+            results[number] = result.clone()
+            with graph.inserting_before(output):
+                clone = graph.call_function(_aten.clone.default, (nodes[number],))
+            clone.meta = dict(nodes[number].meta)
+            nodes[number] = clone
+    output.args = (nodes,)
+
+
+def lifted(graph: fx.Graph) -> tuple[list[Tensor], list[fx.Node]]:
+    """Turn the tensors that the graph holds into inputs, one for each."""
+    owner = graph.owning_module
+    found: dict[int, tuple[Tensor, fx.Node]] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(owner, node.target)
+        if not isinstance(tensor, Tensor):
+            raise Uncapturable(f"the graph holds a {type(tensor).__name__}")
+        if id(tensor) not in found:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"constant_{len(found)}")
+            last.meta = dict(node.meta)
+            found[id(tensor)] = (tensor, last)
+        node.replace_all_uses_with(found[id(tensor)][1])
+        graph.erase_node(node)
+    return [tensor for tensor, _ in found.values()], [node for _, node in found.values()]
+
+
+def hoisted(graph: fx.Graph) -> tuple[list[Draw], bool]:
+    """Turn noise into inputs; whether some remains, whose parameters the graph computes.
+
+    If any remains, all remains: the order of the draws is part of what a seed means.
+    """
+    random = [node for node in graph.nodes if _is_random(node)]
+    draws = [_draw(node) for node in random]
+    if any(draw is None for draw in draws):
+        return [], True
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for number, node in enumerate(random):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"noise_{number}")
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    return [draw for draw in draws if draw is not None], False
+
+
+def _is_random(node: fx.Node) -> bool:
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _draw(node: fx.Node) -> Draw | None:
+    """The call that a node makes, if nothing in it depends on the graph."""
+    target: Any = node.target
+    name = target.overloadpacket.__name__
+    rest = list(node.args)
+    like = None
+    if name in _FILLS or name in _LIKES:
+        first = rest.pop(0)
+        assert isinstance(first, fx.Node)
+        value = first.meta.get("val")
+        if value is None or (name in _FILLS and (len(first.users) > 1 or not _is_empty(first))):
+            return None
+        like = (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+    elif name not in _FACTORIES and target is not _aten.normal.float_float:
+        return None
+    if any(isinstance(a, fx.Node) for a in (*rest, *node.kwargs.values())):
+        return None
+    return Draw(target, like, tuple(rest), dict(node.kwargs))
+
+
+def _is_empty(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
+
+
+def written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation writes to: those that it declares, and the running averages of batch norm."""
+    for number, argument in enumerate(schema.arguments):
+        declared = argument.alias_info is not None and argument.alias_info.is_write
+        if declared or argument.name in ("running_mean", "running_var"):
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            if value is not None:
+                yield value
+
+
+def _changed(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose tensors an operation writes to."""
+    targets: set[fx.Node] = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None:
+            for value in written(schema, node.args, node.kwargs):
+                targets.update(v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node))
+    return targets
+
+
+def mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> list[Tensor]:
+    """The constants that the graph writes to, such as running averages."""
+    changed = _changed(graph)
+    return [constant for node, constant in zip(nodes, constants, strict=True) if node in changed]
+
+
+def split_biases(graph: fx.Graph) -> None:
+    """A product plus a bias as two operations, the second of which fuses with what follows it.
+
+    On a CPU ``addmm`` spreads the bias over the result first, and reads it back to add the product. Written
+    as an addition Inductor would make it an ``addmm`` again; x - (-b) is x + b to the bit.
+    """
+    for node in graph.find_nodes(op="call_function", target=_aten.addmm.default):
+        if node.kwargs or node.args[0].meta["val"].dim() != 1:
+            continue
+        bias, left, right = node.args
+        with graph.inserting_before(node):
+            product = graph.call_function(_aten.mm.default, (left, right))
+            minus = graph.call_function(_aten.neg.default, (bias,))
+            total = graph.call_function(_aten.sub.Tensor, (product, minus))
+        product.meta, minus.meta, total.meta = dict(node.meta), dict(bias.meta), dict(node.meta)
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+
+
+class CudaGraph:
+    """A function of tensors on one GPU, recorded and played back: a whole step for the price of one launch.
+
+    On a GPU a small network's step is a hundred kernels of a few microseconds each, and
+    launching them from Python takes longer than running them. A CUDA graph records the
+    launches once, with their addresses, and plays them back. What varies between steps (the
+    batch or its index, the noise) is therefore copied to fixed places first; parameters,
+    moments and buffers are read and written where they are. If one of them has moved, the
+    launches are recorded anew.
+
+    Args:
+        run: From tensors to tensors, all on one GPU, without a look at any value.
+        inputs: What it is recorded on.
+        fixed: Which of the inputs are always the same tensor, read and written in place.
+        mutated: The tensors that it changes; they are left as they were.
+    Attributes:
+        recordings: How often the launches were recorded.
+    Raises:
+        RuntimeError: A tensor on another device, or what CUDA cannot record.
+
+    Reference: docs.pytorch.org/docs/stable/notes/cuda.html, CUDA Graphs.
+    """
+
+    def __init__(
+        self, run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], fixed: Sequence[bool],
+        mutated: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        if not _on_one_gpu(inputs):
+            raise RuntimeError(f"tensors lie on {sorted({str(t.device) for t in inputs})}, wanted one GPU")
+        self.run, self.fixed, self.mutated = run, tuple(fixed), tuple(mutated)
+        self.recordings = 0
+        self._record(inputs)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The results for these inputs, as tensors of their own."""
+        if self._addresses(inputs) != self._recorded_at:
+            self._record(inputs)
+        for place, given, fixed in zip(self._places, inputs, self.fixed, strict=True):
+            if not fixed:
+                place.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return [output.clone() for output in self._outputs]
+
+    def _addresses(self, inputs: Sequence[Tensor]) -> list[int]:
+        return [t.data_ptr() for t, fixed in zip(inputs, self.fixed, strict=True) if fixed]
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        saved = [(t, t.detach().clone()) for t in self.mutated]
+        self._places = [t if fixed else t.clone() for t, fixed in zip(inputs, self.fixed, strict=True)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                self.run(*self._places)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = list(self.run(*self._places))
+        for tensor, before in saved:
+            tensor.copy_(before)
+        self._recorded_at = self._addresses(inputs)
+        self.recordings += 1
+
+
+def _on_one_gpu(tensors: Sequence[Tensor]) -> bool:
+    return {t.device.type for t in tensors} == {"cuda"} and len({t.device for t in tensors}) == 1
