@@ -22,8 +22,13 @@ from pyro_vae.parts.distributions.bernoulli import ContinuousBernoulliLogits
 from pyro_vae.parts.distributions.counts import NegativeBinomialLogMean, PoissonLogRate
 from pyro_vae.parts.distributions.levels import CategoricalLevels, GreyLevels
 from pyro_vae.parts.distributions.levels import DiscretizedLogistic as Rounded
-from pyro_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.parts.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
+from pyro_vae.parts.likelihoods.discrete import (
+    Categorical,
+    DiscretizedLogistic,
+    MixtureOfDiscretizedLogistics,
+    NegativeBinomial,
+    Poisson,
+)
 from pyro_vae.parts.likelihoods.likelihood import ContinuousBernoulli
 from pyro_vae.parts.networks.dense import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal

@@ -16,7 +16,7 @@ from pyro_vae.judging.nats import Nats
 from pyro_vae.judging.results import Mean
 from pyro_vae.judging.stages import GapSplit, Remedy, Stages
 from pyro_vae.judging.weights import khat_ok
-from pyro_vae.parts.posteriors.normal import FullNormal
+from pyro_vae.parts.posteriors.amortized import FullNormal
 
 _NUM_SAMPLES, _NUM_STEPS, _WINDOW = 1000, 1000, 50
 

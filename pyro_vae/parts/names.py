@@ -18,9 +18,9 @@ from typing import Any
 
 PARTS: dict[str, dict[str, str]] = {
     "posterior": {
-        "diagonal": "posteriors.normal:DiagonalNormal",
-        "full": "posteriors.normal:FullNormal",
-        "low-rank": "posteriors.normal:LowRankNormal",
+        "diagonal": "posteriors.amortized:DiagonalNormal",
+        "full": "posteriors.amortized:FullNormal",
+        "low-rank": "posteriors.amortized:LowRankNormal",
         "mixture": "posteriors.amortized:NormalMixture",
         "planar": "posteriors.planar:Planar",
         "sylvester": "posteriors.planar:Sylvester",
@@ -41,12 +41,12 @@ PARTS: dict[str, dict[str, str]] = {
     "likelihood": {
         "bernoulli": "likelihoods.likelihood:Bernoulli",
         "continuous-bernoulli": "likelihoods.likelihood:ContinuousBernoulli",
-        "normal": "likelihoods.normal:Normal",
-        "discretized-logistic": "likelihoods.levels:DiscretizedLogistic",
-        "logistic-mixture": "likelihoods.levels:MixtureOfDiscretizedLogistics",
-        "categorical": "likelihoods.levels:Categorical",
-        "poisson": "likelihoods.counts:Poisson",
-        "negative-binomial": "likelihoods.counts:NegativeBinomial",
+        "normal": "likelihoods.likelihood:Normal",
+        "discretized-logistic": "likelihoods.discrete:DiscretizedLogistic",
+        "logistic-mixture": "likelihoods.discrete:MixtureOfDiscretizedLogistics",
+        "categorical": "likelihoods.discrete:Categorical",
+        "poisson": "likelihoods.discrete:Poisson",
+        "negative-binomial": "likelihoods.discrete:NegativeBinomial",
     },
 }
 # Pairs of an encoder and a decoder: see `pyro_vae.parts.networks.dense.Networks`.

@@ -5,10 +5,14 @@ A likelihood owns a decoder. Latents (..., D) give a distribution with batch_sha
 dimensions.
 """
 
-from pyro_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.parts.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
-from pyro_vae.parts.likelihoods.likelihood import Bernoulli, ContinuousBernoulli, Likelihood
-from pyro_vae.parts.likelihoods.normal import Normal
+from pyro_vae.parts.likelihoods.discrete import (
+    Categorical,
+    DiscretizedLogistic,
+    MixtureOfDiscretizedLogistics,
+    NegativeBinomial,
+    Poisson,
+)
+from pyro_vae.parts.likelihoods.likelihood import Bernoulli, ContinuousBernoulli, Likelihood, Normal
 
 __all__ = [
     "Bernoulli",
