@@ -85,10 +85,6 @@ class Pushforward(TorchDistribution):
         self._latest = (z, _state(z), torch.is_grad_enabled(), self.base.log_prob(u) - log_det)
         return z
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            return self.rsample(sample_shape)
-
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(z), in nats.
 

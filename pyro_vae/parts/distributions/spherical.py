@@ -43,7 +43,7 @@ import math
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import register_kl
 
@@ -53,6 +53,7 @@ from pyro_vae.parts.distributions.bessel import (
     mean_cosine,
     mean_cosine_complement,
 )
+from pyro_vae.parts.distributions.normal import Kept
 
 PROPOSALS = 20
 
@@ -69,7 +70,7 @@ def log_surface(dim: int) -> float:
     return math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)
 
 
-class HypersphericalUniform(TorchDistribution):
+class HypersphericalUniform(Kept):
     """The uniform distribution on the unit sphere in R^D: log p(z) = -log S_D.
 
     Args:
@@ -92,13 +93,6 @@ class HypersphericalUniform(TorchDistribution):
         self._like = torch.zeros(()) if like is None else like.detach()
         super().__init__(torch.Size(batch_shape), torch.Size((dim,)), validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> HypersphericalUniform:
-        new = self._get_checked_instance(HypersphericalUniform, _instance)
-        new._log_surface, new._like = self._log_surface, self._like
-        shape = _expansion(self.batch_shape, batch_shape)
-        super(HypersphericalUniform, new).__init__(shape, self.event_shape, validate_args=False)
-        return new
-
     @property
     def mean(self) -> Tensor:
         return self._like.new_zeros(self.batch_shape + self.event_shape)
@@ -115,7 +109,7 @@ class HypersphericalUniform(TorchDistribution):
         return self._like.new_full(self.batch_shape, self._log_surface)
 
 
-class VonMisesFisher(TorchDistribution):
+class VonMisesFisher(Kept):
     """The von Mises-Fisher distribution on the unit sphere in R^D, see the module.
 
         log p(z) = log C_D(k) + k mu'z
@@ -145,38 +139,31 @@ class VonMisesFisher(TorchDistribution):
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> VonMisesFisher:
-        new = self._get_checked_instance(VonMisesFisher, _instance)
-        new._loc, new._concentration, new._log_surface = self._loc, self._concentration, self._log_surface
-        shape = _expansion(self.batch_shape, batch_shape)
-        super(VonMisesFisher, new).__init__(shape, self.event_shape, validate_args=False)
-        return new
-
     @property
     def loc(self) -> Tensor:
         """mu, (..., D)."""
-        return self._loc.expand(self.batch_shape + self.event_shape)
+        return self._whole(self._loc)
 
     @property
     def concentration(self) -> Tensor:
         """k, (...)."""
-        return self._concentration.expand(self.batch_shape)
+        return self._whole(self._concentration, 0)
 
     @property
     def mean(self) -> Tensor:
         """A_D(k) mu, with A_D = I_{D/2} / I_{D/2-1}: inside the sphere, not on it."""
         length = mean_cosine(self._order, self._concentration)
-        return (length.unsqueeze(-1) * self._loc).expand(self.batch_shape + self.event_shape)
+        return self._whole(length.unsqueeze(-1) * self._loc)
 
     @property
     def log_normalizer(self) -> Tensor:
         """log C_D(k), (...)."""
-        return self._log_peak().expand(self.batch_shape) - self._concentration
+        return self._whole(self._log_peak(), 0) - self._concentration
 
     def log_prob(self, value: Tensor) -> Tensor:
         # k (mu'z - 1) is -k |z - mu|^2 / 2 on the sphere, where k mu'z would cancel with log C_D(k).
         distance = (value - self._loc).square().sum(-1)
-        return self._log_peak().expand(self.batch_shape) - 0.5 * self._concentration * distance
+        return self._whole(self._log_peak(), 0) - 0.5 * self._concentration * distance
 
     def entropy(self) -> Tensor:
         """The entropy in nats, (...)."""
@@ -247,13 +234,6 @@ class VonMisesFisher(TorchDistribution):
 
 SLOPE_NODES = 40
 SLOPE_WIDTHS = 8.0
-
-
-def _expansion(old: torch.Size, new: Any) -> torch.Size:
-    new = torch.Size(new)
-    if torch.broadcast_shapes(old, new) != new:
-        raise ValueError(f"cannot expand batch_shape {tuple(old)} to {tuple(new)}.")
-    return new
 
 
 def _unit(vector: Tensor) -> Tensor:
