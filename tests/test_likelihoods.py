@@ -33,8 +33,7 @@ from pyro_vae.parts.likelihoods.likelihood import ContinuousBernoulli
 from pyro_vae.parts.networks.dense import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.missing import observed_part
-from pyro_vae.programs.pair import Guide, Model
+from pyro_vae.programs.pair import Guide, Model, observed_part
 from pyro_vae.testing import LikelihoodLaws
 
 EPS32 = torch.finfo(torch.float32).eps

@@ -26,8 +26,7 @@ from pyro_vae.parts.likelihoods.likelihood import ContinuousBernoulli, Normal
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.missing import filled, full_mask, observed_part
-from pyro_vae.programs.pair import Guide, Model
+from pyro_vae.programs.pair import Guide, Model, filled, full_mask, observed_part
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 from tests.pairs import binary, small_pair
