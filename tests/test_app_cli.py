@@ -225,7 +225,7 @@ def test_ctrl_c_keeps_what_was_trained(when, here, capsys, monkeypatch):
 
         monkeypatch.setattr(training._Stepper, "epoch", at_the_third)
     else:
-        monkeypatch.setattr(fitting, "_scored", stopped)
+        monkeypatch.setattr(fitting.evaluation, "evaluate", stopped)
     assert main(["fit", "--out", "run", *TINY, "--epochs", "5"]) == 130
     summary = json.loads((here / "run" / "summary.json").read_text())
     assert summary["interrupted"] is True
