@@ -28,8 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["AS_IT_IS", "Framing", "frames_of", "grey_level", "read_frames", "read_image", "suffixes"]
-
 # ITU-R 601, the weights that Pillow uses for convert("L").
 LUMA = (0.299, 0.587, 0.114)
 

@@ -24,8 +24,6 @@ import numpy as np
 from pyro_vae.data.labels import PART_NAMES
 from pyro_vae.data.mnist import read_idx
 
-__all__ = ["REMEDIES", "Arrays", "is_file_of_arrays", "read_arrays", "read_folder_of_arrays"]
-
 SIDE = 28
 CIFAR = {3073: ("CIFAR-10", 1, "batches.meta.txt"), 3074: ("CIFAR-100", 2, "fine_label_names.txt")}
 IDX_IMAGES = re.compile(r"(.*?)(train|t10k|test)([-.].*)?images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)

@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IMAGE_WORDS", "PART_NAMES", "LABEL_WORDS", "as_labels", "chosen"]
-
 Labels = tuple[dict[str, Tensor], tuple[str, ...] | None]
 
 

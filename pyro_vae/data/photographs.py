@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyro_vae.data.arrays import only
+from pyro_vae.data.arrays import not_readable, only
 from pyro_vae.data.decoding import AS_IT_IS, Framing, frames_of, read_frames, read_image, suffixes
-from pyro_vae.data.files import not_readable
 from pyro_vae.data.labels import PART_NAMES
 from pyro_vae.data.sources import SPLITS, Source, completed, cut, tenths
 

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.binarization import Binarization
-
-__all__ = ["SPLITS", "Source", "completed", "cut", "divide", "shuffled", "tenths"]
+from pyro_vae.data.splits import Binarization
 
 SPLITS = ("train", "validation", "test")
 

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-__all__ = ["LinearGaussian"]
-
 
 class LinearGaussian:
     """p(z) = N(0, I), p(x | z) = N(W z + b, s^2 I), with every answer in closed form.

@@ -174,6 +174,7 @@ class Normal(Likelihood):
     """
 
     values = "continuous"
+    log_scale: nn.Parameter  # where the scale is "learned" or "per-pixel"
 
     def __init__(
         self, decoder: nn.Module, scale: float | str = "learned", x_shape: tuple[int, ...] | None = None,
