@@ -1,8 +1,7 @@
 """The options of `pyro-vae fit`, and their defaults for each dataset.
 
-`FitOptions` is the complete configuration of a run; `resolve` makes one from what the
-user gave and the table of the dataset. This module imports nothing heavy, so that
-``pyro-vae fit --help`` can show the table at once.
+`FitOptions` is the complete configuration of a run; `resolve` makes one from what the user gave and the table of the
+dataset. This module imports nothing heavy, so that ``pyro-vae fit --help`` can show the table at once.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ SCALES = ("learned", "per-pixel", "network")
 class FitOptions:
     """The configuration of a run: plain data, one field for each option of the command.
 
-    A field that is None after `resolve` is really none (no clipping, no limit, the
-    whole test set); `likelihood`, `binarization` and the framing of data given by a
-    path are settled when the data have been read.
+    A field that is None after `resolve` is really none (no clipping, no limit, the whole test set); `likelihood`,
+    `binarization` and the framing of data given by a path are settled when the data have been read.
 
     Attributes:
         data: Name of a dataset, or a path.
@@ -54,8 +52,7 @@ class FitOptions:
         hidden: Widths (mlp, gated) or channels (conv, residual), from the data to the latent.
         activation: Name of the activation.
         latent_dim: D.
-        posterior: A name of `pyro_vae.parts.names` ("point" for a plain autoencoder), or
-            module:Class.
+        posterior: A name of `pyro_vae.parts.names` ("point" for a plain autoencoder), or module:Class.
         posterior_options: Keyword arguments of the posterior.
         prior: A name, or module:Class.
         prior_options: Keyword arguments of the prior.

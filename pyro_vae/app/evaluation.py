@@ -50,9 +50,8 @@ def evaluate(
         seed: Of the test data's noise and of the samples.
         progress: Show bars; None shows them on a terminal only.
     Returns:
-        In nats per datum: ``test_elbo`` = ``test_reconstruction`` - ``test_kl``,
-        ``test_log_likelihood`` with its errors, and more (see the README). A plain
-        autoencoder has only the reconstruction.
+        In nats per datum: ``test_elbo`` = ``test_reconstruction`` - ``test_kl``, ``test_log_likelihood`` with its
+        errors, and more (see the README). A plain autoencoder has only the reconstruction.
     """
     started = time.perf_counter()
     test = test_data(dataset, seed, images)

@@ -50,8 +50,7 @@ def fit_run(
     Args:
         options: The configuration, from `resolve`.
         path: The run folder to make.
-        checkpoint: Where the state of the fit is kept after each epoch, to go on from;
-            removed when the run is written.
+        checkpoint: Where the state of the fit is kept after each epoch, to go on from; removed when the run is written.
         progress: Show bars; None shows them on a terminal only.
         say: Takes a line about what is going on.
     Returns:

@@ -69,8 +69,7 @@ class Run:
         Args:
             trust: Parts of the user's own, ``module:Class``, that may be imported.
         Raises:
-            ValueError: The weights are corrupt, not those of their architecture, or of
-                parts that are not trusted.
+            ValueError: The weights are corrupt, not those of their architecture, or of parts that are not trusted.
         """
         from pyro_vae.programs.vae import VAE
 

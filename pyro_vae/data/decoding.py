@@ -6,13 +6,11 @@ mean the same thing everywhere: first a centre crop, then the shorter side is sc
 
 One picture file as levels: what its pixels look like on a page, and nothing that they hide.
 
-Turned as the EXIF tag says; transparent pixels lie on a background, white unless told
-otherwise, so that the colour stored under them never shows; a palette is looked up before
-grey is told from colour; every frame of a stack or an animation is an image. More than 8
-bits a channel are refused: Pillow would drop them without a word.
+Turned as the EXIF tag says; transparent pixels lie on a background, white unless told otherwise, so that the colour
+stored under them never shows; a palette is looked up before grey is told from colour; every frame of a stack or an
+animation is an image. More than 8 bits a channel are refused: Pillow would drop them without a word.
 
-Only formats whose decoders are plain code are opened: EPS, say, starts Ghostscript,
-whatever the file's name says.
+Only formats whose decoders are plain code are opened: EPS, say, starts Ghostscript, whatever the file's name says.
 """
 
 from __future__ import annotations

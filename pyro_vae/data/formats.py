@@ -90,8 +90,7 @@ def read_folder_of_arrays(folder: Path) -> Arrays | None:
     """The arrays of a folder in the layout of MNIST, CIFAR, Larochelle or OMNIGLOT; None if it has none of them.
 
     Args:
-        folder: The one with the files, or the one that torchvision makes around it
-            (MNIST, not MNIST/raw).
+        folder: The one with the files, or the one that torchvision makes around it (MNIST, not MNIST/raw).
     Raises:
         ValueError: It holds several datasets, or pickles.
     """

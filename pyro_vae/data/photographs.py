@@ -66,10 +66,9 @@ def read_images(paths: Sequence[Path | tuple[Path, Sequence[int]]], framing: Fra
 def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: int = 0) -> Source:
     """All images below a folder, of any depth, every frame of a stack or an animation; or one such file.
 
-    Subfolders named train and test (and validation) are taken as the split, at whatever
-    depth, and never as labels; else it is 80/10/10 in an order fixed by the seed. The
-    frames of one file stay in one part. Where every image lies in one of several
-    first-level subfolders, their names are the labels.
+    Subfolders named train and test (and validation) are taken as the split, at whatever depth, and never as labels;
+    else it is 80/10/10 in an order fixed by the seed. The frames of one file stay in one part. Where every image lies
+    in one of several first-level subfolders, their names are the labels.
 
     Args:
         folder: Where to look; hidden files are passed over, other suffixes are counted.

@@ -113,9 +113,8 @@ def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0)
         shares: Sizes of the pieces of n things.
         seed: Of the order of the groups.
     Returns:
-        The rows of each piece, and whether the groups were kept whole: with fewer groups
-        than pieces the rows are cut in their order instead, so that only neighbours
-        at the cuts are near-duplicates.
+        The rows of each piece, and whether the groups were kept whole: with fewer groups than pieces the rows are cut
+        in their order instead, so that only neighbours at the cuts are near-duplicates.
     Example:
         >>> cut(torch.tensor([1, 1, 1, 1]), lambda n: (n - 1, 1))
         ((tensor([2, 1, 0]), tensor([3])), True)

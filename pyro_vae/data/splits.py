@@ -149,10 +149,9 @@ def _check_probabilities(pixels: Tensor) -> None:
 class Split:
     """N data in memory that become floats when indexed.
 
-    `split[index]` is a float32 batch (B, C, H, W). Which numbers it holds is decided by
-    `binarization`: "dynamic" draws afresh at each look, from torch's global generator, so
-    that a seeded fit is reproducible; "static" and "threshold" are drawn once, here, and
-    kept as uint8 zeros and ones; "none" gives v / 255, or (v + u) / 256 with `dequantize`.
+    `split[index]` is a float32 batch (B, C, H, W). Which numbers it holds is decided by `binarization`: "dynamic" draws
+    afresh at each look, from torch's global generator, so that a seeded fit is reproducible; "static" and "threshold"
+    are drawn once, here, and kept as uint8 zeros and ones; "none" gives v / 255, or (v + u) / 256 with `dequantize`.
     Float data are handed out as they are, unless binarised.
 
     Args:

@@ -39,8 +39,7 @@ _Self = TypeVar("_Self", bound="Named")
 class Named(PyroModule):
     """A Pyro program of a name that no other program of this process has; abstract.
 
-    Its PyroModules inside are named after it. A shallow copy shares the parameters of the
-    original, and keeps its name.
+    Its PyroModules inside are named after it. A shallow copy shares the parameters of the original, and keeps its name.
 
     Example:
         >>> one = Named()
@@ -175,15 +174,13 @@ def batch_check(posterior: TorchDistribution, size: int) -> None:
 class Guide(Named):
     """q(z | x), over a plate "data" of the site "z".
 
-    Takes what `Model` takes, and no data is an error: a posterior needs something to
-    condition on. With a mask it is q(z | x_obs): missing pixels reach the posterior as
-    zeros, so that nothing depends on what stands there.
+    Takes what `Model` takes, and no data is an error: a posterior needs something to condition on. With a mask it is
+    q(z | x_obs): missing pixels reach the posterior as zeros, so that nothing depends on what stands there.
 
     Args:
         posterior: A callable from x, (B, *x_shape), to q(z | x), batch_shape (B,).
-        show_mask: Whether the posterior also gets the mask (ones where there is none),
-            appended to x along the first dimension of a datum: (B, 2 C, *rest). It then
-            tells a missing pixel from a black one.
+        show_mask: Whether the posterior also gets the mask (ones where there is none), appended to x along the first
+            dimension of a datum: (B, 2 C, *rest). It then tells a missing pixel from a black one.
         standardize: x, (B, *x_shape), to what the posterior gets in its place, of the same shape, such as a
             `Standardize`. Missing pixels are zeros after it: the mean of their column.
     Raises:

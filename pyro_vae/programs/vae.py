@@ -33,8 +33,7 @@ _METADATA = "pyro_vae.architecture"
 class VAE(nn.Module):
     """A model p(z) p(x | z) and a guide q(z | x), with what people expect of the pair.
 
-    ``vae.model`` and ``vae.guide`` are ordinary Pyro programs: everything that takes a
-    pair takes them.
+    ``vae.model`` and ``vae.guide`` are ordinary Pyro programs: everything that takes a pair takes them.
 
     Args:
         model: The generative model.
@@ -198,8 +197,7 @@ class VAE(nn.Module):
         """Read weights into this VAE.
 
         Raises:
-            ValueError: No such file, a corrupt one, or tensors that do not fit; the
-                weights are then as they were.
+            ValueError: No such file, a corrupt one, or tensors that do not fit; the weights are then as they were.
         """
         _metadata(path)
         before = {name: value.clone() for name, value in self.state_dict().items()}

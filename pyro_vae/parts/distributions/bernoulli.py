@@ -1,7 +1,6 @@
 """Bernoulli and continuous Bernoulli by their logits, accurate at all of them.
 
-The density on [0, 1] proportional to p^x (1 - p)^(1 - x) is, in its logit l = log p / (1 - p), the
-exponential family
+The density on [0, 1] proportional to p^x (1 - p)^(1 - x) is, in its logit l = log p / (1 - p), the exponential family
 
     p(x; l) = exp(l x - A(l)),   A(l) = log (e^l - 1) / l = l/2 + log (sinh(l/2) / (l/2))
 
@@ -31,9 +30,8 @@ from pyro_vae.parts.distributions.levels import Number
 class _BernoulliLogProb(torch.autograd.Function):
     """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's.
 
-    softplus(l) = max(l, 0) + log(1 + exp(-|l|)): ``log1p`` is not vectorised on the CPU,
-    and would only gain what lies below 1e-7. The maximum is taken off first, where it
-    cancels x l exactly at x = 1.
+    softplus(l) = max(l, 0) + log(1 + exp(-|l|)): ``log1p`` is not vectorised on the CPU, and would only gain what lies
+    below 1e-7. The maximum is taken off first, where it cancels x l exactly at x = 1.
     """
 
     @staticmethod

@@ -15,17 +15,15 @@ Weights. The conditional distribution functions
 
     u_d = F_d(z_d | z_1, ..., z_{d-1}) = sum_c w_c(z_1, ..., z_{d-1}) Phi((z_d - m_cd) / s_cd)
 
-turn a draw of the mixture into independent uniform numbers. Keeping those fixed while the
-logits l move defines how z moves, without any inverse of F, since dF/dz is triangular, with
-the conditional densities on its diagonal:
+turn a draw of the mixture into independent uniform numbers. Keeping those fixed while the logits l move defines how z
+moves, without any inverse of F, since dF/dz is triangular, with the conditional densities on its diagonal:
 
     dz = -(dF / dz)^-1 (dF / dl) dl
 
-Both are exact. The price of the second is variance: to make one component heavier, mass has
-to be moved there through whatever lies between, and the less lies there the faster it moves.
-For two components a standard deviations apart in one dimension the variance of the weights'
-gradient grows as exp(a^2 / 8). From about eight on, the weights learn slowly. The gradients
-of means and scales never suffer.
+Both are exact. The price of the second is variance: to make one component heavier, mass has to be moved there through
+whatever lies between, and the less lies there the faster it moves. For two components a standard deviations apart in
+one dimension the variance of the weights' gradient grows as exp(a^2 / 8). From about eight on, the weights learn
+slowly. The gradients of means and scales never suffer.
 
 Pyro's MixtureOfDiagNormals (Jankowiak and Karaletsos 2019, arXiv:1806.01856) divides by the density, which leaves the
 range of float32 in 50 dimensions, and takes neither D = 1 nor a sample_shape.
@@ -42,15 +40,13 @@ For C diagonal normals the quadratic form falls apart into two matrix products,
 
     -1/2 sum_d (z_d - mu_cd)^2 / s_cd^2 = z^2 . (-1/2 / s_c^2) + z . (mu_c / s_c^2) - 1/2 |mu_c / s_c|^2
 
-which never hold more than (K, B, C) numbers. The three terms are large and cancel: in
-float32, at 500 components of scale 0.1 in 50 dimensions, the log density is off by
-1e-2 nats. The products are therefore taken in float64, which costs half as much again
-as float32, is still 15 times faster than the table, and is off by 2e-6.
+which never hold more than (K, B, C) numbers. The three terms are large and cancel: in float32, at 500 components of
+scale 0.1 in 50 dimensions, the log density is off by 1e-2 nats. The products are therefore taken in float64, which
+costs half as much again as float32, is still 15 times faster than the table, and is off by 2e-6.
 
-Components of any other kind, flows above all, have to score every value one by one: K B C
-evaluations of a network. They are taken in parts of bounded size, which are computed
-again on the way back, so that 50 samples of 64 data under 500 splines take seconds and not
-the machine's memory.
+Components of any other kind, flows above all, have to score every value one by one: K B C evaluations of a network.
+They are taken in parts of bounded size, which are computed again on the way back, so that 50 samples of 64 data under
+500 splines take seconds and not the machine's memory.
 """
 
 from __future__ import annotations
@@ -75,9 +71,8 @@ _LOG_TWO_PI = math.log(2 * math.pi)
 class DiagonalNormalMixture(Kept):
     """sum_c w_c N(z; m_c, diag s_c^2), with w = softmax(logits).
 
-    `rsample` carries the derivatives in means, scales and logits, in memory O(D^2 + C D) a
-    sample. They are first derivatives: a second one through a sample is not meant to be
-    taken. Arguments are trusted, not validated.
+    `rsample` carries the derivatives in means, scales and logits, in memory O(D^2 + C D) a sample. They are first
+    derivatives: a second one through a sample is not meant to be taken. Arguments are trusted, not validated.
 
     Args:
         loc: m, (..., C, D).

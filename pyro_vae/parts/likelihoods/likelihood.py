@@ -35,8 +35,7 @@ class Likelihood(nn.Module, ABC):
         values: What data it is a distribution of: "binary", "continuous", "levels" or "counts"; None if unsaid.
         standardize: What the guide is shown of the data in their place; None for the data.
     Raises:
-        ValueError: The decoder drops the leading dimensions of z, or its channels are
-            no multiple of n.
+        ValueError: The decoder drops the leading dimensions of z, or its channels are no multiple of n.
     """
 
     parameters_per_pixel: int = 1

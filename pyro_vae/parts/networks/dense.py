@@ -191,9 +191,8 @@ class GatedMLP(MLP):
 def set_output_mean(decoder: nn.Module, mean: Tensor, floor: float = 1e-3) -> None:
     """Start a decoder of logits at the mean image, as Burda et al. (2016) do.
 
-    The bias of the last layer becomes logit(mean), with the mean clipped to
-    [floor, 1 - floor]; a convolutional layer, whose bias is per channel, gets that of
-    the channel means.
+    The bias of the last layer becomes logit(mean), with the mean clipped to [floor, 1 - floor]; a convolutional layer,
+    whose bias is per channel, gets that of the channel means.
 
     Args:
         decoder: A network whose last layer with a bias gives the logits.

@@ -2,9 +2,8 @@
 
     z = mu(x) + sigma(x) f(u; c(x)),   u ~ N(0, I)
 
-The head gives mu, log sigma and the context c, which every layer of f reads. f starts
-close to the identity, so that a flow starts as a diagonal normal and bends from there;
-splines, which act on [-5, 5] only, see a standardised u.
+The head gives mu, log sigma and the context c, which every layer of f reads. f starts close to the identity, so that a
+flow starts as a diagonal normal and bends from there; splines, which act on [-5, 5] only, see a standardised u.
 
 An autoregressive flow computes one direction in one pass and the other in D. Training
 needs draws, so f is the quick one (inverse autoregressive); the price, D passes, falls
@@ -39,9 +38,8 @@ class Flow(Amortized):
             which zuko scores, "scoring" as zuko means it.
         options: What the flow takes, such as transforms=5, hidden_features=(64, 64).
     Attributes:
-        rescoring: "one pass" where both directions are quick, or with fast="scoring".
-            Flows without a closed-form inverse (NAF, UNAF, SOSPF, BPF, GF) find it by
-            bisection to 1e-6, and CNF by integration.
+        rescoring: "one pass" where both directions are quick, or with fast="scoring". Flows without a closed-form
+            inverse (NAF, UNAF, SOSPF, BPF, GF) find it by bisection to 1e-6, and CNF by integration.
     Raises:
         ValueError: Not a flow, or one that does not live on R^D, such as the circular NCSF.
     Example:

@@ -23,18 +23,16 @@ Sylvester flows: planar flows that bend M directions in one step.
     z_i = z_{i-1} + Q R tanh(R~ Q' z_{i-1} + b),   i = 1, ..., N
     log |det dz_i/dz_{i-1}| = sum_m log(1 + (1 - tanh^2)_m r_mm r~_mm)
 
-Q is D x M with orthonormal columns, R and R~ are upper triangular; by Sylvester's identity
-only their diagonals enter the determinant, and a step is invertible where r_mm r~_mm > -1,
-for which the diagonals go through tanh. mu, sigma, Q, R, R~ and b of every step are
-functions of x. Q is one of
+Q is D x M with orthonormal columns, R and R~ are upper triangular; by Sylvester's identity only their diagonals enter
+the determinant, and a step is invertible where r_mm r~_mm > -1, for which the diagonals go through tanh. mu, sigma, Q,
+R, R~ and b of every step are functions of x. Q is one of
 
     orthogonal   the orthogonal factor of a free D x M matrix
     householder  a product of H reflections I - 2 v v' / |v|^2, M = D
     triangular   the identity and the reversal of the latents in turn, M = D
 
-A step's inverse is triangular as well: for a = R~ Q' z_{i-1} + b, a + R~ R tanh(a) = R~ Q'
-z_i + b, solved by M scalar equations, the last first. So any sample can be scored, in M
-passes a step.
+A step's inverse is triangular as well: for a = R~ Q' z_{i-1} + b, a + R~ R tanh(a) = R~ Q' z_i + b, solved by M scalar
+equations, the last first. So any sample can be scored, in M passes a step.
 """
 
 from __future__ import annotations
@@ -58,10 +56,9 @@ _STEPS = 16
 def invert_tanh_step(slope: Tensor, value: Tensor) -> Tensor:
     """The a that solves a + m tanh(a) = c, exact to rounding and differentiable in m and c.
 
-    The left side increases in a for m > -1, is odd, and on a >= 0 is convex for m < 0
-    and concave for m > 0. Newton's iteration from outside the root (convex) or inside it
-    (concave) is therefore monotone and needs no bracket; the start is the better of two
-    bounds, c - m and c / (1 + m). A fixed number of steps keeps it free of branches.
+    The left side increases in a for m > -1, is odd, and on a >= 0 is convex for m < 0 and concave for m > 0. Newton's
+    iteration from outside the root (convex) or inside it (concave) is therefore monotone and needs no bracket; the
+    start is the better of two bounds, c - m and c / (1 + m). A fixed number of steps keeps it free of branches.
 
     Args:
         slope: m > -1, any shape.

@@ -2,11 +2,9 @@
 
 The prior that is a mixture of the guide's own posteriors.
 
-The prior that maximises the ELBO of given data is the aggregated posterior,
-1/N sum_n q(z | x_n): it removes all of the mismatch between where the encoder puts the
-data and where the model believes them to be. It costs N passes and overfits. A mixture
-over a few hundred learned pseudo-inputs keeps the idea at a price that does not depend
-on N.
+The prior that maximises the ELBO of given data is the aggregated posterior, 1/N sum_n q(z | x_n): it removes all of the
+mismatch between where the encoder puts the data and where the model believes them to be. It costs N passes and
+overfits. A mixture over a few hundred learned pseudo-inputs keeps the idea at a price that does not depend on N.
 """
 
 from __future__ import annotations
@@ -37,8 +35,7 @@ class NormalMixture(nn.Module):
         covariance: "diagonal" or "full".
         spread: Standard deviation of the means at the start, between 0 and 1.
     Raises:
-        ValueError: A size that is not positive, an unknown covariance, or a spread
-            outside of (0, 1).
+        ValueError: A size that is not positive, an unknown covariance, or a spread outside of (0, 1).
     Example:
         >>> _ = torch.manual_seed(0)
         >>> NormalMixture(2, num_components=10)().log_prob(torch.zeros(5, 2)).shape
@@ -137,9 +134,8 @@ class VampPrior(nn.Module):
     and ``Guide(posterior)`` share it, train it once, and save it once. The posteriors of
     the pseudo-inputs are computed once per run of the model, whatever B and K are.
 
-    With bounds = (a, b) pseudo-inputs stay inside: u = a + (b - a) sigmoid(v), v free. At
-    the start they are kept 1 % of the range away from the limits, where v would be
-    infinite and could not move.
+    With bounds = (a, b) pseudo-inputs stay inside: u = a + (b - a) sigmoid(v), v free. At the start they are kept 1 %
+    of the range away from the limits, where v would be infinite and could not move.
 
     Args:
         posterior: x, (..., *x_shape), to a distribution of batch_shape (...) that can

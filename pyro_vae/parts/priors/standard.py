@@ -77,15 +77,13 @@ class Flow(nn.Module):
 
         log p(z) = log N(f(z); 0, I) + log |det df/dz|
 
-    The prior of a variational autoencoder scores the guide's samples at every step and is
-    drawn from seldom, so the quick direction is scoring; an autoregressive flow then draws
-    in D passes. Built from a class it starts close to N(0, I); a ready flow is taken as
-    it is.
+    The prior of a variational autoencoder scores the guide's samples at every step and is drawn from seldom, so the
+    quick direction is scoring; an autoregressive flow then draws in D passes. Built from a class it starts close to
+    N(0, I); a ready flow is taken as it is.
 
     Args:
         latent_dim: D, or a ready flow of zuko without context.
-        flow: A class of zuko, or any callable that takes ``features`` and returns a flow;
-            None for zuko.flows.MAF.
+        flow: A class of zuko, or any callable that takes ``features`` and returns a flow; None for zuko.flows.MAF.
         options: What the class takes, such as transforms=5, hidden_features=(64, 64).
     Raises:
         ValueError: Not a flow, one that does not live on R^D, or one with a context.

@@ -73,10 +73,9 @@ def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
 
         fit(pair.model, pair.guide, data, loss=Objective(reconstruction))
 
-    It maximises log p(x | z(x)) alone, so nothing shapes its latent space: it
-    reconstructs better than a VAE, compresses and scores anomalies, and its "prior"
-    samples are decoded from places where no datum lies. It has no density over z:
-    every bound and every estimate of log p(x) refuses it.
+    It maximises log p(x | z(x)) alone, so nothing shapes its latent space: it reconstructs better than a VAE,
+    compresses and scores anomalies, and its "prior" samples are decoded from places where no datum lies. It has no
+    density over z: every bound and every estimate of log p(x) refuses it.
 
     Args:
         x_shape: Shape of one datum.

@@ -7,11 +7,10 @@ The guide climbs, the model comes down. The weight of one sample of all layers i
 
     log w = log p(x | z_1) + sum_l [log p(z_l | z_{l+1}) - log q(z_l | z_{l-1})],
 
-so every bound and every estimate holds unchanged. At the last layer, and only there, the
-expectation of log q - log p may be taken in closed form, KL(q(z_L | z_{L-1}) || p(z_L)): below it
-p(z_l | z_{l+1}) depends on what the guide drew from z_l. By default `fit` does so, which leaves the ELBO what it is
-and takes the noise of z_L's divergence out. The exact posterior has the guide's
-form: z_2 and x are independent given z_1.
+so every bound and every estimate holds unchanged. At the last layer, and only there, the expectation of log q - log p
+may be taken in closed form, KL(q(z_L | z_{L-1}) || p(z_L)): below it p(z_l | z_{l+1}) depends on what the guide drew
+from z_l. By default `fit` does so, which leaves the ELBO what it is and takes the noise of z_L's divergence out. The
+exact posterior has the guide's form: z_2 and x are independent given z_1.
 """
 
 from __future__ import annotations
@@ -81,9 +80,8 @@ class HierarchicalGuide(Named):
 class Hierarchical(Pair):
     """A VAE of L >= 2 stochastic layers, ``pair.model`` and ``pair.guide``.
 
-    Any part of any layer is a callable that returns a distribution: a posterior of
-    `pyro_vae.parts.posteriors` serves for p(z_l | z_{l+1}) and q(z_{l+1} | z_l) as well,
-    since z is data to it.
+    Any part of any layer is a callable that returns a distribution: a posterior of `pyro_vae.parts.posteriors` serves
+    for p(z_l | z_{l+1}) and q(z_{l+1} | z_l) as well, since z is data to it.
 
     Args:
         prior: () to p(z_L), batch_shape ().

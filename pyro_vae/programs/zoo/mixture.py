@@ -8,10 +8,9 @@ posterior is p(c | z), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums it ou
 
     p(x, z) = p(x | z) sum_c p(c) p(z | c).
 
-The same sum can be a prior p(z) like any other: ``pair.marginal`` is the plain `Model`
-with it, of the same modules. Both give the same ELBO at the same draws. The first
-keeps c as a site; the second is what `particles`, and every bound and estimate that
-stands on it, work with, since they draw each latent that a model has.
+The same sum can be a prior p(z) like any other: ``pair.marginal`` is the plain `Model` with it, of the same modules.
+Both give the same ELBO at the same draws. The first keeps c as a site; the second is what `particles`, and every bound
+and estimate that stands on it, work with, since they draw each latent that a model has.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ class Mixture(Pair):
         fit(pair.model, pair.guide, x, loss=TraceEnum_ELBO(max_plate_nesting=1))
         fit(pair.marginal, pair.guide, x)
 
-    The second takes every bound and estimator, and is what to judge:
-    log_likelihood(pair.marginal, pair.guide, x).
+    The second takes every bound and estimator, and is what to judge: log_likelihood(pair.marginal, pair.guide, x).
 
     Args:
         num_clusters: C.
