@@ -25,14 +25,10 @@ _WORDS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Options from a YAML or JSON file.
+    """Options by field name, of the right types, from a YAML or (.json) JSON file; None for an option set to nothing.
 
     Keys are option names, with - or _. A run's own config.json is such a file.
 
-    Args:
-        path: The file; one ending in .json is read as JSON, any other as YAML.
-    Returns:
-        Values by field name, of the right types; None for an option set to nothing.
     Raises:
         ValueError: Unreadable, not a mapping, an unknown key, a value of a wrong type.
     """
@@ -55,17 +51,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def convert(name: str, value: Any, where: str) -> Any:
-    """One value as its option's type.
+    """What was read of one option as its field's type; `where` is for the message.
 
-    Args:
-        name: Field name.
-        value: What was read.
-        where: For the message.
     Raises:
         ValueError: It cannot be read as that type.
     Example:
-        >>> convert("hidden", "400,200", "here"), convert("learning_rate", "2e-3", "here")
-        ((400, 200), 0.002)
+        >>> convert("hidden", "400,400", "here"), convert("learning_rate", "2e-3", "here")
+        ((400, 400), 0.002)
         >>> convert("posterior_options", "transforms=2, hidden_features=[64, 64]", "here")
         {'transforms': 2, 'hidden_features': [64, 64]}
     """

@@ -75,11 +75,8 @@ def _has_closed_form(vae: VAE) -> bool:
 
 
 def the_bound(name: str, options: Mapping[str, Any]) -> Bound:
-    """A bound by its name on the command line.
+    """A bound by its name on the command line, such as "renyi", with its parameters, such as {"alpha": 0.5}.
 
-    Args:
-        name: Such as "iwae" or "renyi".
-        options: Its parameters, such as {"alpha": 0.5}.
     Raises:
         ValueError: A parameter that it does not have, or a value that it cannot have.
     Example:
@@ -101,15 +98,7 @@ _SHAPE = (1, 4, 4)
 
 
 class Outcome(NamedTuple):
-    """What became of one combination.
-
-    Attributes:
-        posterior: Its name.
-        bound: Its name.
-        estimator: Its name.
-        result: "trains", "refused" or "fails".
-        reason: The message of a refusal or a failure.
-    """
+    """What became of one combination, by the names of its parts: "trains", "refused" or "fails", and why."""
 
     posterior: str
     bound: str

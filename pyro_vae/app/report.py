@@ -87,12 +87,7 @@ def show(summary: Mapping[str, Any], run: Path | None = None, console: Console |
 
 
 def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None) -> None:
-    """Print (what, text) pairs as a table of two columns; whole lines where there is no terminal.
-
-    Args:
-        pairs: What stands in the columns.
-        console: Where to print; the terminal if omitted.
-    """
+    """Print (what, text) pairs as a table of two columns; whole lines where there is no terminal."""
     console = console or Console(highlight=False)
     width = max(len(name) for name, _ in pairs) + 2
     if not console.is_terminal:

@@ -166,13 +166,7 @@ def read_image(path: str | Path, framing: Framing = AS_IT_IS) -> Tensor:
 
 
 def read_frames(path: Path, frames: Sequence[int], framing: Framing = AS_IT_IS) -> list[Tensor]:
-    """Some of the frames of a stack or an animation, each as `read_image` gives one.
-
-    Args:
-        path: The file.
-        frames: Places among `frames_of(path)`.
-        framing: As for `read_image`.
-    """
+    """Frames of a stack or an animation, by their places among `frames_of(path)`, each as `read_image` gives one."""
     with _errors(path), _opened(path) as image:
         known = _frames(image)
         pixels = list(_decoded(image, path, [known[frame] for frame in frames], framing))

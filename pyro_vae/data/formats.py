@@ -69,8 +69,6 @@ def is_file_of_arrays(path: Path) -> bool:
 def read_arrays(path: Path) -> Arrays:
     """The arrays in a file, with those of the files that belong to it.
 
-    Args:
-        path: A file of one of the formats above.
     Raises:
         ValueError: It is empty, broken, or not what its name says.
     """

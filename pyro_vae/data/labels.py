@@ -103,14 +103,9 @@ def chosen(arrays: Mapping[str, np.ndarray], where: str, images: str | None = No
            labels: str | None = None) -> tuple[Keys, Keys, bool]:
     """The keys of data and labels by part; the part None is a heap that nobody has divided.
 
-    Args:
-        arrays: By key.
-        where: The file, for messages.
-        images: The key of the data, or what is left of the keys without their parts
-            ("sprites" of train_sprites, test_sprites).
-        labels: The same of the labels.
-    Returns:
-        Keys of the data, keys of the labels (none, if there are none), and whether the labels were asked for.
+    `images` and `labels` are keys, or what is left of the keys without their parts ("sprites" of train_sprites,
+    test_sprites). The last value says whether the labels were asked for.
+
     Example:
         >>> arrays = {"train_images": np.zeros((5, 4, 4)), "test_images": np.zeros((3, 4, 4)), "y_train": np.zeros(5)}
         >>> chosen(arrays, "file")[:2]

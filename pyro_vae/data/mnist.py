@@ -100,16 +100,8 @@ FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], "fashion-mnist": [
 def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: int | None = None) -> Source:
     """MNIST or Fashion-MNIST: the last training images validate, the official test set tests.
 
-    Looked for in data_dir (the four files themselves, or torchvision's `MNIST/raw`), then,
-    for Fashion-MNIST, where Debian's package puts it, then on the network.
-
-    Args:
-        name: "mnist" or "fashion-mnist".
-        data_dir: Folder to look in, and to download to.
-        download: Whether the network may be tried.
-        held_out: Number of training images that validate; a sixtieth (1,000 of 60,000) if omitted.
-    Returns:
-        The raw images (N, 1, 28, 28), their labels, and where they came from.
+    Looked for in data_dir (the four files themselves, or torchvision's `MNIST/raw`), then, for Fashion-MNIST, where
+    Debian's package puts it, then on the network. A sixtieth (1,000 of 60,000) validates if `held_out` is omitted.
     """
     folder = _find(name, data_dir)
     if folder is None and download:

@@ -69,11 +69,8 @@ def is_foreign(name: str) -> bool:
 
 
 def check(kind: str, name: str) -> None:
-    """Refuse a name that no part of a kind has, without importing anything.
+    """Refuse a name that no part of a kind has and that is no ``module:Class``, without importing anything.
 
-    Args:
-        kind: "posterior", "prior" or "likelihood".
-        name: One of `PARTS`, or ``module:Class``.
     Raises:
         ValueError: Neither.
     """
@@ -99,9 +96,6 @@ def _path(family: type) -> str:
 def family(kind: str, given: Any) -> Any:
     """What makes a part: a class or function as it is, the class that a name stands for.
 
-    Args:
-        kind: "posterior" or "likelihood".
-        given: A class, a function, or a name.
     Raises:
         ValueError: Anything else, also a part that is made already.
     Example:
@@ -155,14 +149,7 @@ def check_supports(posterior: str, prior: str) -> None:
 
 
 def check_same_support(posterior: str, prior: str, q: Any, p: Any) -> None:
-    """As `check_supports`, of the parts themselves, or of their classes.
-
-    Args:
-        posterior: What the posterior is called.
-        prior: What the prior is called.
-        q: The posterior.
-        p: The prior.
-    """
+    """As `check_supports`, of the parts q and p themselves, or of their classes; the names are for the message."""
     from pyro_vae import protocols  # here, as it brings torch
 
     if protocols.same_support(q, p):
@@ -214,11 +201,8 @@ def _on(kind: str, part: Any) -> str:
 
 
 def find(kind: str, name: str) -> Any:
-    """The class that a name stands for.
+    """The class that a name of `PARTS`, or ``module:Class``, which is imported, stands for.
 
-    Args:
-        kind: "posterior", "prior" or "likelihood".
-        name: One of `PARTS`, or ``module:Class``, which is imported.
     Raises:
         ValueError: An unknown name, or one that cannot be imported.
     Example:
@@ -245,15 +229,10 @@ def build(
     defaults: Mapping[str, Any] | None = None,
     maker: Any = None,
 ) -> Any:
-    """A new part.
+    """A new part, by its class or by `maker`: what every part of its kind takes first, then its own keyword arguments.
 
-    Args:
-        kind: "posterior", "prior" or "likelihood".
-        name: One of `PARTS`, or ``module:Class``.
-        arguments: What every part of its kind takes first.
-        options: Its own keyword arguments.
-        defaults: Keyword arguments where the class takes them and none are given.
-        maker: What is called in place of the class.
+    The defaults are taken where the class knows them and none are given.
+
     Raises:
         ValueError: An unknown name, or an option that the class does not have.
     Example:

@@ -110,13 +110,7 @@ def aggregated_posterior(model: Program, guide: Program, data: Any, batch_size: 
 
 
 class Standardized(nn.Module):
-    """p(z) of z = loc + scale u, u from another prior: one written for numbers of size 1.
-
-    Args:
-        prior: A module that returns a distribution of event_shape (D,).
-        loc: (D,).
-        scale: Positive, (D,).
-    """
+    """p(z) of z = loc + scale u, (D,) each, u from another prior: one written for numbers of size 1."""
 
     loc: Tensor
     scale: Tensor

@@ -216,13 +216,7 @@ def own_weights(flow: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def with_weights(q: Pushforward, flow: nn.Module, weights: Mapping[str, Tensor]) -> Pushforward:
-    """The distribution of a flow under weights per datum, (B, *shape) each by name.
-
-    Args:
-        q: Of batch_shape (B,), whose maps run the flow each time.
-        flow: The flow.
-        weights: Of `own_weights`, all or some.
-    """
+    """The distribution q of a flow, (B,), under weights per datum, (B, *shape) each, all or some of `own_weights`."""
 
     @contextlib.contextmanager
     def exchanged() -> Iterator[None]:

@@ -108,13 +108,10 @@ def log_mean_exp_cosine(order: float, x: Tensor) -> Tensor:
 
 
 def log_bessel_i(order: float, x: Tensor) -> Tensor:
-    """log I_v(x), the modified Bessel function of the first kind, for any real order v >= 0.
+    """log I_v(x), (...), the modified Bessel function of the first kind, for any real order v >= 0 and x > 0.
 
-    Args:
-        order: v.
-        x: x > 0, (...).
-    Returns:
-        (...), differentiable in x as often as one likes.
+    Differentiable in x as often as one likes.
+
     Raises:
         ValueError: The order is negative.
     Example:

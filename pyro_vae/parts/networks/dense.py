@@ -53,13 +53,8 @@ ACTIVATIONS = tuple(_ACTIVATIONS)
 def make_activation(name: str) -> nn.Module:
     """The activation of that name.
 
-    Args:
-        name: One of `ACTIVATIONS`.
     Raises:
-        ValueError: Another name.
-    Example:
-        >>> make_activation("tanh")
-        Tanh()
+        ValueError: No name of `ACTIVATIONS`.
     """
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}, wanted one of {', '.join(ACTIVATIONS)}.")

@@ -59,13 +59,6 @@ class Pair(nn.Module):
         return self.decode(mean(self.encode(x, *y)), *y).mean
 
 
-def pixels_of(given_z: TorchDistribution, pixels: str) -> Tensor:
-    """The picture that people show, "mean" for E[x | z], or what the model claims, "draw" for a sample of p(x | z)."""
-    if pixels not in ("mean", "draw"):
-        raise ValueError(f'got pixels={pixels!r}, wanted "mean" or "draw".')
-    return given_z.mean if pixels == "mean" else given_z.sample()
-
-
 def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
     """A plain autoencoder: a point z(x) instead of a distribution, and no prior term.
 

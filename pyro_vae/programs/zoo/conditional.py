@@ -24,8 +24,9 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
+from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo import assembly
-from pyro_vae.programs.zoo.assembly import class_check, is_class_numbers, one_hot, pixel_likelihood, pixels_of, rows_of
+from pyro_vae.programs.zoo.assembly import class_check, is_class_numbers, one_hot, pixel_likelihood, rows_of
 
 
 class Joined(nn.Module):

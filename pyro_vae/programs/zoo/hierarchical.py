@@ -30,7 +30,8 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
-from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood, pixels_of
+from pyro_vae.programs.vae import pixels_of
+from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood
 
 
 class HierarchicalModel(Named):
