@@ -136,17 +136,14 @@ def _planar(base: TorchDistribution, w: Tensor, u: Tensor, b: Tensor) -> Pushfor
     wu = (w * u).sum(-1)
     wv = softplus(wu + _SHIFT) - (1 - _FLOOR)
     v = u + ((wv - wu) / w.square().sum(-1).clamp(min=1e-12)).unsqueeze(-1) * w
-    steps: list[Step] = [
-        (
-            lambda z, w=w, b=b: (z * w).sum(-1, keepdim=True) + b,
-            lambda tanh, v=v: v * tanh,
-            lambda a, wv=wv: invert_tanh_step(wv, a).tanh(),
-        )
-        for w, v, b, wv in zip(
-            w.unbind(-2), v.unbind(-2), b.unsqueeze(-1).unbind(-2), wv.unsqueeze(-1).unbind(-2), strict=True
-        )
-    ]
-    return _steps(base, steps, wv.unsqueeze(-1))
+
+    def step(w: Tensor, v: Tensor, b: Tensor, wv: Tensor) -> Step:
+        return (
+            lambda z: (z * w).sum(-1, keepdim=True) + b, lambda tanh: v * tanh, lambda a: invert_tanh_step(wv, a).tanh()
+        )  # fmt: skip
+
+    parts = w.unbind(-2), v.unbind(-2), b.unsqueeze(-1).unbind(-2), wv.unsqueeze(-1).unbind(-2)
+    return _steps(base, [step(*of) for of in zip(*parts, strict=True)], wv.unsqueeze(-1))
 
 
 def _steps(base: TorchDistribution, steps: list[Step], slopes: Tensor) -> Pushforward:
@@ -276,15 +273,15 @@ def _sylvester(
 ) -> Pushforward:
     """Sylvester steps with R and R~ of (..., N, M, M) and b of (..., N, M)."""
     product = r.diagonal(dim1=-2, dim2=-1) * r_tilde.diagonal(dim1=-2, dim2=-1)
-    steps: list[Step] = [
-        (
-            lambda z, r_tilde=r_tilde, down=down, b=b: _times(r_tilde, down(z)) + b,
-            lambda tanh, r=r, up=up: up(_times(r, tanh)),
-            lambda a, r_tilde=r_tilde, r=r: _solve(r_tilde @ r, a),
-        )
-        for (down, up), r, r_tilde, b in zip(rotations, r.unbind(-3), r_tilde.unbind(-3), b.unbind(-2), strict=True)
-    ]
-    return _steps(base, steps, product)
+
+    def step(rotation: Rotation, r: Tensor, r_tilde: Tensor, b: Tensor) -> Step:
+        down, up = rotation
+        return (
+            lambda z: _times(r_tilde, down(z)) + b, lambda tanh: up(_times(r, tanh)), lambda a: _solve(r_tilde @ r, a)
+        )  # fmt: skip
+
+    parts = rotations, r.unbind(-3), r_tilde.unbind(-3), b.unbind(-2)
+    return _steps(base, [step(*of) for of in zip(*parts, strict=True)], product)
 
 
 def _solve(s: Tensor, c: Tensor) -> Tensor:
