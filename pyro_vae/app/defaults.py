@@ -26,6 +26,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "matmul_precision": ("highest", "high", "medium", "bfloat16"),
 }
 REGULARIZERS = ("mmd", "total-correlation", "free-bits")
+NOT_BINARY = (
+    "a density of zeros and ones has no upper limit, and a distribution of levels needs levels. Use --likelihood "
+    "bernoulli, or --binarization none."
+)
 SCALES = ("learned", "per-pixel", "network")
 
 
@@ -214,8 +218,7 @@ def _binarization(data: str, given: Mapping[str, Any], likelihood: str | None) -
     kind = names.values_of(likelihood)
     if kind not in (None, "binary") and wanted in ("dynamic", "static", "threshold"):
         raise ValueError(
-            f"got --likelihood {likelihood} with --binarization {wanted}: a density of zeros and ones has no upper "
-            "limit, and a distribution of levels needs levels. Use --likelihood bernoulli, or --binarization none."
+            f"got --likelihood {likelihood} with --binarization {wanted}: {NOT_BINARY}"
         )
     if wanted is not None or dequantize is not None:
         return {}

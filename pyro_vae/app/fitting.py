@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pyro_vae.app import evaluation, report
-from pyro_vae.app.defaults import FitOptions
+from pyro_vae.app.defaults import NOT_BINARY, FitOptions
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, new_run, write_json, write_lines
 from pyro_vae.data import DATASETS, Dataset, load
@@ -166,9 +166,7 @@ def _settled(options: FitOptions, dataset: Dataset, kind: str | None) -> FitOpti
         options = dataclasses.replace(options, prior_options={"num_components": components} | options.prior_options)
     if kind not in (None, "binary") and options.binarization != "none":
         raise ValueError(
-            f"got --likelihood {options.likelihood} for binary data ({options.binarization} binarization): a density "
-            "of zeros and ones has no upper limit, and a distribution of levels needs levels. Use --likelihood "
-            "bernoulli, or --binarization none."
+            f"got --likelihood {options.likelihood} for binary data ({options.binarization} binarization): {NOT_BINARY}"
         )
     if options.network in ("conv", "residual") and len(dataset.x_shape) != 3:
         raise ValueError(

@@ -1,7 +1,5 @@
 """Mixtures as priors: of Gaussians, and of the guide's own posteriors.
 
-The prior that is a mixture of the guide's own posteriors.
-
 The prior that maximises the ELBO of given data is the aggregated posterior, 1/N sum_n q(z | x_n): it removes all of the
 mismatch between where the encoder puts the data and where the model believes them to be. It costs N passes and
 overfits. A mixture over a few hundred learned pseudo-inputs keeps the idea at a price that does not depend on N.
@@ -195,15 +193,7 @@ class VampPrior(nn.Module):
         bounds: tuple[float, float] | None = None,
         learned_weights: bool = False,
     ) -> VampPrior:
-        """Pseudo-inputs that start at uniform noise: how a standard VAE builds it, before it has seen data.
-
-        Args:
-            posterior: As for the class.
-            x_shape: Shape of one datum.
-            num_components: C.
-            bounds: As for the class.
-            learned_weights: As for the class.
-        """
+        """C pseudo-inputs that start at uniform noise: how a standard VAE builds it, before it has seen data."""
         count = integer("num_components", num_components)
         return cls(posterior, torch.rand(count, *x_shape), bounds, learned_weights)
 
@@ -220,11 +210,9 @@ class VampPrior(nn.Module):
         """Pseudo-inputs that start at random data.
 
         Args:
-            posterior: As for the class.
+            posterior, bounds, learned_weights: As for the class.
             data: A tensor (N, *x_shape), or what an index tensor turns into one.
             num_components: C, at most N.
-            bounds: As for the class.
-            learned_weights: As for the class.
             seed: Of the choice.
         Raises:
             ValueError: More components than data.

@@ -213,6 +213,8 @@ class Conditional(assembly.Pair):
             pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
         Returns:
             (B, *x_shape).
+        Raises:
+            ValueError: Another value of pixels.
         """
         return pixels_of(self.decode(self.model.given_y(y).sample(), y), pixels)
 

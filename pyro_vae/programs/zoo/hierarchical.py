@@ -180,6 +180,8 @@ class Hierarchical(Pair):
             pixels: "mean" for E[x | z_1]; "draw" for a sample of p(x).
         Returns:
             (size, *x_shape).
+        Raises:
+            ValueError: Another value of pixels.
         """
         z = self.model.prior().expand([size]).sample()
         for layer in range(self.num_layers - 1, 0, -1):

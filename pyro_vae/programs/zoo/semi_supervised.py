@@ -230,6 +230,8 @@ class SemiSupervised(Pair):
             pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
         Returns:
             (B, *x_shape).
+        Raises:
+            ValueError: Another value of pixels.
         """
         return pixels_of(self.decode(self.model.prior().expand([len(y)]).sample(), y), pixels)
 
