@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.options import integer
 from pyro_vae.parts.distributions.counts import LevelsAsCounts, NegativeBinomialLogMean, PoissonLogRate
 from pyro_vae.parts.distributions.levels import CategoricalLevels, GreyLevels
 from pyro_vae.parts.distributions.levels import DiscretizedLogistic as RoundedLogistic
@@ -231,10 +232,8 @@ class MixtureOfDiscretizedLogistics(_Logistics):
         minimum_scale: float = 5e-4,
     ) -> None:  # fmt: skip
         super().__init__(decoder, levels, initial_scale, minimum_scale)
-        if num_components < 1:
-            raise ValueError(f"num_components must be a positive integer, got {num_components}.")
-        self.num_components = num_components
-        self.parameters_per_pixel = 3 * num_components
+        self.num_components = integer("num_components", num_components)
+        self.parameters_per_pixel = 3 * self.num_components
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         count = self.num_components

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
+from pyro_vae.options import integer
 from pyro_vae.parts.distributions import spherical
 from pyro_vae.parts.distributions.flow import check_flow, pushforward, start_near_identity, zuko_flows
 
@@ -29,11 +30,9 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be a positive integer, got {latent_dim}.")
-        self.latent_dim = latent_dim
+        self.latent_dim = integer("latent_dim", latent_dim)
         # Non-persistent: a constant that follows the module's device and dtype.
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("loc", torch.zeros(self.latent_dim), persistent=False)
 
     def forward(self) -> TorchDistribution:
         return dist.Normal(self.loc, torch.ones_like(self.loc), validate_args=False).to_event(1)
@@ -114,8 +113,7 @@ class Flow(nn.Module):
             self.latent_dim = check_flow(self.flow)
             self._check_without_context()
             return
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be a positive integer, got {latent_dim}.")
+        latent_dim = integer("latent_dim", latent_dim)
         if flow is None:
             flow, options = zuko_flows().MAF, {"activation": nn.SiLU, **options}
         self.flow = flow(features=latent_dim, **options)

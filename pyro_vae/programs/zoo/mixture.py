@@ -46,12 +46,9 @@ class Clusters(nn.Module):
         torch.Size([2])
     """
 
+    @checked
     def __init__(self, num_clusters: int, latent_dim: int, spread: float = 1.0) -> None:
         super().__init__()
-        if num_clusters < 1 or latent_dim < 1:
-            raise ValueError(
-                f"num_clusters and latent_dim must be positive integers, got {num_clusters} and {latent_dim}."
-            )
         self.loc = nn.Parameter(spread * torch.randn(num_clusters, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(num_clusters, latent_dim))
 
