@@ -113,11 +113,11 @@ class Flow(nn.Module):
             self.latent_dim = check_flow(self.flow)
             self._check_without_context()
             return
-        latent_dim = integer("latent_dim", latent_dim)
+        size: int = integer("latent_dim", latent_dim)
         if flow is None:
             flow, options = zuko_flows().MAF, {"activation": nn.SiLU, **options}
-        self.flow = flow(features=latent_dim, **options)
-        self.latent_dim = check_flow(self.flow, latent_dim)
+        self.flow = flow(features=size, **options)
+        self.latent_dim = check_flow(self.flow, size)
         start_near_identity(self.flow)
 
     def _check_without_context(self) -> None:
