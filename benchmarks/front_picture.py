@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.app import pictures
+from pyro_vae.app import report
 from pyro_vae.app.commands import options_of
 from pyro_vae.app.evaluation import test_data
 from pyro_vae.app.fitting import read
@@ -49,7 +49,7 @@ def main(run: str, out: str) -> None:
         axes.set_title(title, fontsize=10)
         axes.axis("off")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    pictures.save(figure, Path(out))
+    report.save(figure, Path(out))
 
 
 if __name__ == "__main__":

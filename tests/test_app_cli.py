@@ -186,7 +186,7 @@ def test_a_failure_on_the_way_leaves_nothing(where, here, capsys, monkeypatch):
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["pictures.draw", "evaluation.evaluate"])
+@pytest.mark.parametrize("where", ["report.draw", "evaluation.evaluate"])
 def test_a_failure_after_the_training_keeps_what_was_trained(where, here, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -195,7 +195,7 @@ def test_a_failure_after_the_training_keeps_what_was_trained(where, here, capsys
     said = failed(["fit", "--out", "run", *TINY], capsys)
     assert "lies in run, but judging it failed" in said and "No space left on device" in said
     assert [path.name for path in here.iterdir()] == ["run"]
-    assert ("test_elbo" in json.loads((here / "run" / "summary.json").read_text())) == (where == "pictures.draw")
+    assert ("test_elbo" in json.loads((here / "run" / "summary.json").read_text())) == (where == "report.draw")
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert main(["evaluate", "run", "-K", "20"]) == 0
@@ -225,7 +225,7 @@ def test_ctrl_c_keeps_what_was_trained(when, here, capsys, monkeypatch):
 
         monkeypatch.setattr(training._Stepper, "epoch", at_the_third)
     else:
-        monkeypatch.setattr(fitting, "_scored", stopped)
+        monkeypatch.setattr(fitting.evaluation, "evaluate", stopped)
     assert main(["fit", "--out", "run", *TINY, "--epochs", "5"]) == 130
     summary = json.loads((here / "run" / "summary.json").read_text())
     assert summary["interrupted"] is True

@@ -76,7 +76,7 @@ def test_the_background_is_kept_with_the_run_and_used_by_reconstruct(tmp_path, c
     assert data.train.pixels[:, :, 1:].max() == 0
     seen = []
     monkeypatch.setattr("pyro_vae.plots.reconstructions", lambda x, _: seen.append(x))
-    monkeypatch.setattr("pyro_vae.app.pictures.save", lambda *_: None)
+    monkeypatch.setattr("pyro_vae.app.report.save", lambda *_: None)
     assert main(["reconstruct", "run", "photos/3.png"]) == 0
     assert seen[0][:, :, 1:].max() < 1 / 255 and capsys.readouterr()
     assert main(["fit", "--data", "photos", "--background", "red", "--out", "other", *TINY]) == 2

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pyro_vae.data import binarization, binarize, bits_per_dimension, dequantize, threshold
+from pyro_vae.data import binarize, bits_per_dimension, dequantize, threshold
+from pyro_vae.data import splits as binarization
 
 
 def generator(seed: int = 0) -> torch.Generator:

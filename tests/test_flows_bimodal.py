@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae.parts.posteriors.amortized import NormalMixture
+from pyro_vae.parts.posteriors.amortized import DiagonalNormal, NormalMixture
 from pyro_vae.parts.posteriors.flow import IAF, MAF, NSF, Coupling
-from pyro_vae.parts.posteriors.normal import DiagonalNormal
 from pyro_vae.parts.posteriors.planar import Planar, Sylvester
 from pyro_vae.programs.pair import Guide
 from pyro_vae.traces import particles

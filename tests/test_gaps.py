@@ -21,9 +21,8 @@ from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.guides import compare_guides, fit_guide
 from pyro_vae.judging.local import local_form
 from pyro_vae.judging.weights import given_estimate, pool, rescores, score
-from pyro_vae.parts.posteriors.amortized import Amortized, NormalMixture
+from pyro_vae.parts.posteriors.amortized import Amortized, DiagonalNormal, FullNormal, NormalMixture
 from pyro_vae.parts.posteriors.flow import IAF, NSF, Coupling
-from pyro_vae.parts.posteriors.normal import DiagonalNormal, FullNormal
 from pyro_vae.parts.posteriors.planar import Planar, Sylvester
 from pyro_vae.programs.hamiltonian import Hamiltonian
 from pyro_vae.programs.pair import Guide

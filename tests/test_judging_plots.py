@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from scipy.stats import binom
 
 from pyro_vae import plots
-from pyro_vae.app import pictures
+from pyro_vae.app import report
 from pyro_vae.judging._calibration import calibration
 
 
@@ -150,5 +150,5 @@ def test_kl_by_dimension_falls_and_counts_what_is_used():
 
 
 def test_a_picture_is_written(tmp_path):
-    pictures.save(plots.gap_bars(rows()), tmp_path / "gaps.png")
+    report.save(plots.gap_bars(rows()), tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").stat().st_size > 5000

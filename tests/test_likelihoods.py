@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.data.binarization import bits_per_dimension
+from pyro_vae.data.splits import bits_per_dimension
 from pyro_vae.inference.bounds import elbo, iwae
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
@@ -22,14 +22,18 @@ from pyro_vae.parts.distributions.bernoulli import ContinuousBernoulliLogits
 from pyro_vae.parts.distributions.counts import NegativeBinomialLogMean, PoissonLogRate
 from pyro_vae.parts.distributions.levels import CategoricalLevels, GreyLevels
 from pyro_vae.parts.distributions.levels import DiscretizedLogistic as Rounded
-from pyro_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.parts.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
+from pyro_vae.parts.likelihoods.discrete import (
+    Categorical,
+    DiscretizedLogistic,
+    MixtureOfDiscretizedLogistics,
+    NegativeBinomial,
+    Poisson,
+)
 from pyro_vae.parts.likelihoods.likelihood import ContinuousBernoulli
 from pyro_vae.parts.networks.dense import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.missing import observed_part
-from pyro_vae.programs.pair import Guide, Model
+from pyro_vae.programs.pair import Guide, Model, observed_part
 from pyro_vae.testing import LikelihoodLaws
 
 EPS32 = torch.finfo(torch.float32).eps

@@ -15,15 +15,18 @@ from pyro_vae.inference.training import fit
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.imputation import impute
 from pyro_vae.parts.likelihoods import Bernoulli
-from pyro_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.parts.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfDiscretizedLogistics
-from pyro_vae.parts.likelihoods.likelihood import ContinuousBernoulli
-from pyro_vae.parts.likelihoods.normal import Normal
+from pyro_vae.parts.likelihoods.discrete import (
+    Categorical,
+    DiscretizedLogistic,
+    MixtureOfDiscretizedLogistics,
+    NegativeBinomial,
+    Poisson,
+)
+from pyro_vae.parts.likelihoods.likelihood import ContinuousBernoulli, Normal
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.missing import filled, full_mask, observed_part
-from pyro_vae.programs.pair import Guide, Model
+from pyro_vae.programs.pair import Guide, Model, filled, full_mask, observed_part
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 from tests.pairs import binary, small_pair

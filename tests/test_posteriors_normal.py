@@ -16,8 +16,7 @@ from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.parts.distributions.mixture import DiagonalNormalMixture
 from pyro_vae.parts.distributions.normal import CholeskyNormal
 from pyro_vae.parts.distributions.normal import LowRankNormal as LowRank
-from pyro_vae.parts.posteriors.amortized import NormalMixture
-from pyro_vae.parts.posteriors.normal import DiagonalNormal, FullNormal, LowRankNormal
+from pyro_vae.parts.posteriors.amortized import DiagonalNormal, FullNormal, LowRankNormal, NormalMixture
 from pyro_vae.programs.pair import Guide
 from pyro_vae.testing import PosteriorLaws
 from pyro_vae.traces import particles

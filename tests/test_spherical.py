@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import normalize, softplus
 
 from pyro_vae.parts.distributions import spherical
-from pyro_vae.parts.distributions.bessel import log_bessel_i, mean_cosine, mean_cosine_complement
 from pyro_vae.parts.distributions.spherical import VonMisesFisher as VMF
+from pyro_vae.parts.distributions.spherical import log_bessel_i, mean_cosine, mean_cosine_complement
 from pyro_vae.parts.posteriors.amortized import VonMisesFisher
 from pyro_vae.parts.priors.standard import HypersphericalUniform
 from pyro_vae.programs.pair import Guide

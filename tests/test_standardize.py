@@ -10,7 +10,7 @@ import torch
 import pyro_vae as pv
 from pyro_vae.app.cli import main
 from pyro_vae.app.runs import Run
-from pyro_vae.parts.likelihoods.normal import Normal, StandardizedNormal, bounded_exp
+from pyro_vae.parts.likelihoods.likelihood import Normal, StandardizedNormal, bounded_exp
 from pyro_vae.parts.standardize import Standardize
 from pyro_vae.traces import particles
 

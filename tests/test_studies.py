@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pyro_vae.app import studies
+from pyro_vae.app import losses
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import CHOICES
 from pyro_vae.parts import names
@@ -33,7 +33,7 @@ def test_pairwise_is_small_and_complete():
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_each_posterior_trains_or_is_refused(posterior):
     rows = [row for row in pairwise() if row[0] == posterior]
-    outcomes = [studies._tried(*row) for row in rows]
+    outcomes = [losses._tried(*row) for row in rows]
     assert [o for o in outcomes if o.result == "fails"] == []
     assert any(o.result == "trains" for o in outcomes)
     assert all(o.reason.endswith(".") and len(o.reason) > 40 for o in outcomes if o.result == "refused")
@@ -41,7 +41,7 @@ def test_each_posterior_trains_or_is_refused(posterior):
 
 @pytest.mark.slow
 def test_all_combinations_train_or_are_refused():
-    outcomes = studies.combinations(progress=False)
+    outcomes = losses.combinations(progress=False)
     assert len(outcomes) == len(POSTERIORS) * len(CHOICES["bound"]) * len(CHOICES["estimator"])
     assert [o for o in outcomes if o.result == "fails"] == []
     refused = {(o.bound, o.estimator) for o in outcomes if o.result == "refused" and o.posterior == "diagonal"}

@@ -19,8 +19,9 @@ from typing import Any
 
 import click
 
-from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER
-from pyro_vae.app.groups import GroupedCommand, GroupedOption
+from pyro_vae.app import configuration
+from pyro_vae.app.configuration import GroupedCommand, convert, read_config
+from pyro_vae.app.defaults import CHOICES, option, resolve
 from pyro_vae.parts import names
 from pyro_vae.version import __version__
 
@@ -106,114 +107,8 @@ def commands(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def _epilog() -> str:
-    rows = [f"{'data':16} {'network':19} {'D':>3} {'likelihood':10} {'epochs':>6} {'batch':>5} {'rate':>6}"]
-    for row in [*DATASETS.values(), OTHER]:
-        network = " ".join([row.network, ",".join(map(str, row.hidden))]).strip()
-        rows.append(
-            f"{row.data[:16]:16} {network:19} {row.latent_dim:3} {row.likelihood or 'by data':10} {row.epochs:6} "
-            f"{row.batch_size:5} {row.learning_rate:6g}"
-        )
-    return "\b\nDefaults by dataset:\n" + "\n".join("  " + row for row in rows)
-
-
-def _parts(kind: str) -> str:
-    return ", ".join(names.PARTS[kind])
-
-
-def _choice(name: str) -> str:
-    return "[" + "|".join(CHOICES[name]) + "]"
-
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def _option(group: str, name: str, metavar: str, text: str, kind: Any = str, **more: Any) -> Decorator:
-    return click.option(name, cls=GroupedOption, group=group, metavar=metavar, help=text, type=kind, **more)
-
-
-def _options(*decorators: Decorator) -> Decorator:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-_FIT = _options(
-    _option("Data", "--data", "NAME|PATH", f"{', '.join(DATASETS)}, a folder of images, or a file of arrays (.npy, "
-            ".npz, .mat, .amat, IDX). [default: digits]"),
-    _option("Data", "--data-dir", "DIR", "Where the files of a named dataset lie. [default: $PYRO_VAE_DATA or "
-            "~/.cache/pyro_vae]"),
-    _option("Data", "--binarization", _choice("binarization"), "How grey levels become zeros and ones: drawn afresh "
-            "each time, once, cut at one half, or not at all. [default: by dataset]"),
-    click.option("--dequantize/--no-dequantize", cls=GroupedOption, group="Data", default=None,
-                 help="Spread 8-bit levels by uniform noise, for a normal likelihood. [default: by dataset]"),
-    _option("Data", "--image-size", "N", "Scale images to N x N.", int),
-    _option("Data", "--crop", "N", "Cut out the centred N x N square first.", int),
-    _option("Data", "--channels", "[1|3]", "Make images grey or colour.", int),
-    _option("Data", "--background", "white|black|0..255", "What transparent pixels lie on. [default: white]"),
-    _option("Data", "--images", "KEY", "Which array of a file is the data. [default: by name, then by shape]"),
-    _option("Data", "--labels", "KEY", "Which array of a file is the labels. [default: by name]"),
-    _option("Data", "--limit", "N", "Train on the first N images only.", int),
-    _option("Model", "--network", _choice("network"), "Fully connected, plain or gated, convolutional, plain or "
-            "residual, or no hidden layer."),
-    _option("Model", "--hidden", "N,N,...", "Widths (mlp, gated) or channels (conv, residual) from the data to the "
-            "latent."),
-    _option("Model", "--activation", _choice("activation"), "[default: silu]"),
-    _option("Model", "--latent-dim", "D", "Number of latent dimensions.", int),
-    _option("Model", "--posterior", "NAME", f"q(z|x): {_parts('posterior')}, or module:Class. point is a plain "
-            "autoencoder, which has no ELBO and no log p(x). [default: diagonal]"),
-    _option("Model", "--posterior-options", "A=1,B=2", "Its options, such as transforms=2,bins=8 of nsf."),
-    _option("Model", "--prior", "NAME", f"p(z): {_parts('prior')}, or module:Class. [default: normal; with "
-            "von-mises-fisher hyperspherical]"),
-    _option("Model", "--prior-options", "A=1,B=2", "Its options, such as num_components of vamp. "
-            "[default: 500; of flows 1 for 100 training images]"),
-    _option("Model", "--likelihood", "NAME", f"p(x|z): {_parts('likelihood')}, or module:Class. [default: by data]"),
-    _option("Model", "--likelihood-options", "A=1,B=2", "Its options, such as num_components=5 of logistic-mixture."),
-    _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, "
-            "one for each pixel, or a function of z. [default: learned]"),
-    click.option("--standardize/--no-standardize", cls=GroupedOption, group="Model", default=None,
-                 help="Whether the networks of a normal likelihood work on (x - mean) / standard deviation of each "
-                 "column of the training part; log p(x) stays that of x. [default: for vectors of floats]"),
-    _option("Training", "--bound", _choice("bound"), "What is maximised. [default: elbo]"),
-    _option("Training", "--bound-options", "A=1,B=2", "Options of a bound, such as alpha=0.5 of renyi."),
-    _option("Training", "--num-samples", "K", "Samples in the bound. [default: 1 for the elbo, else 50]", int),
-    _option("Training", "--estimator", _choice("estimator"), "Of the bound's gradient. [default: reparameterized]"),
-    _option("Training", "--regularizers", "A=1,B=2", "Added to the training loss, by weight: mmd, total-correlation, "
-            "free-bits (in nats)."),
-    _option("Training", "--epochs", "N", "Passes through the data.", int),
-    _option("Training", "--batch-size", "B", "Images in a step.", int),
-    _option("Training", "--learning-rate", "RATE", "Peak learning rate of Adam.", float),
-    _option("Training", "--schedule", _choice("schedule"), "Of the learning rate. [default: one-cycle]"),
-    _option("Training", "--clip-norm", "X", "Upper limit of the gradient norm; 0 for none.", float),
-    _option("Training", "--kl-warmup", "N", "Epochs over which the weight of the KL rises to 1. [default: 0]", int),
-    _option("Training", "--kl-warmup-steps", "N", "The same in steps, instead.", int),
-    _option("Training", "--patience", "N", "Stop after N epochs without a better validation bound, and keep the best "
-            "weights; 0 for never. [default: 0]", int),
-    _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),
-    _option("Training", "--device", "NAME", "cpu, cuda, cuda:1, mps; auto takes a GPU, if any. [default: auto]"),
-    _option("Training", "--threads", "N", "CPU threads while training; small networks are faster on one. "
-            "[default: torch's; for digits and linear-gaussian 1]", int),
-    _option("Training", "--compile", _choice("compile"), "Capture and compile the training steps; auto does where it "
-            "pays. [default: auto]"),
-    _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs, bfloat16 "
-            "where the hardware multiplies it. "
-            "[default: highest]"),
-    _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image. [default: 5000]", int),
-    _option("Evaluation", "--evaluation-images", "N", "Evaluate on the first N test images. [default: all]", int),
-    _option("Run", "--out", "RUN", "Run folder to make. [default: runs/<data>-<n>]"),
-    _option("Run", "--checkpoint", "FILE", "A .safetensors file for the state after each epoch: the same command goes "
-            "on from it, to the bit. It is removed when the run is written."),
-    _option("Run", "--config", "FILE", "Read options from YAML or JSON, such as a run's config.json; the command line "
-            "wins.", click.Path(path_type=Path)),
-    click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),
-)  # fmt: skip
-
-
-@commands.command(cls=GroupedCommand, epilog=_epilog())
-@_FIT
+@commands.command(cls=GroupedCommand, epilog=configuration.epilog())
+@configuration.FIT
 def fit(config: Path | None, **given: Any) -> int:
     """Fit a VAE to images, judge it on test data, and write a run folder.
 
@@ -227,8 +122,6 @@ def fit(config: Path | None, **given: Any) -> int:
       pyro-vae fit --data photos/ --image-size 32 --latent-dim 64
       pyro-vae fit --config runs/mnist/config.json --seed 1
     """
-    from pyro_vae.app.configuration import convert, read_config
-    from pyro_vae.app.defaults import option, resolve
     from pyro_vae.app.runs import free_path, refuse_existing
 
     options_given = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
@@ -252,11 +145,13 @@ def fit(config: Path | None, **given: Any) -> int:
     return 0
 
 
-_run = click.argument("run", type=click.Path(path_type=Path))
+_PATH = click.Path(path_type=Path)
+_run = click.argument("run", type=_PATH)
 _data_dir = click.option("--data-dir", metavar="DIR", help="Where the data lie now. [default: where they were]")
 _device = click.option("--device", metavar="NAME", default="auto", help="[default: auto]")
 _trust = click.option("--trust", metavar="MODULE:CLASS", multiple=True, help="Import this part of a run, code of your "
                       "own.")  # fmt: skip
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[default: the run's own]")
 
 
@@ -268,8 +163,8 @@ _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[defau
 @_seed
 @_data_dir
 @_device
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Write the JSON to a file too.")
+@_json
+@click.option("--out", metavar="FILE", type=_PATH, help="Write the JSON to a file too.")
 def evaluate(**options: Any) -> None:
     """Judge a run again: other samples, images or seed. The run folder stays as it is."""
     from pyro_vae.app.commands import evaluate_run
@@ -289,8 +184,8 @@ def evaluate(**options: Any) -> None:
 @_seed
 @_data_dir
 @_device
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Where judgement.json and judgement.html "
+@_json
+@click.option("--out", metavar="DIR", type=_PATH, help="Where judgement.json and judgement.html "
               "go. [default: RUN]")  # fmt: skip
 def judge(**options: Any) -> None:
     """Say whose fault a run's gap is: the family's, the encoder's or the estimator's, and what to try next.
@@ -309,7 +204,7 @@ def judge(**options: Any) -> None:
 @click.option("-n", "--number", metavar="N", type=click.IntRange(1, 10_000), default=64, help="[default: 64]")
 @click.option("--pixels", type=click.Choice(["mean", "draw"]), default="mean", help="E[x | z], or a draw of p(x | z). "
               "[default: mean]")  # fmt: skip
-@click.option("--out", metavar="FILE|DIR", type=click.Path(path_type=Path), help="A .png of all, a .npy array, or a "
+@click.option("--out", metavar="FILE|DIR", type=_PATH, help="A .png of all, a .npy array, or a "
               "folder for one PNG each. [default: RUN/figures/samples-<n>-seed<seed>.png]")  # fmt: skip
 @_seed
 def sample(**options: Any) -> None:
@@ -322,8 +217,8 @@ def sample(**options: Any) -> None:
 @commands.command()
 @_run
 @_trust
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="[default: reconstructions.png]")
+@click.argument("images", nargs=-1, required=True, type=_PATH)
+@click.option("--out", metavar="FILE", type=_PATH, help="[default: reconstructions.png]")
 @click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), default=1000, help="Importance samples per "
               "image. [default: 1000]")  # fmt: skip
 @_seed
@@ -344,8 +239,8 @@ def reconstruct(**options: Any) -> None:
 @click.option("--outliers", metavar="NAME|PATH", help="Data that should score higher; gives the ROC-AUC.")
 @click.option("--outliers-dir", metavar="DIR", help="Where the files of a named outlier set lie.")
 @click.option("--fit-outliers", is_flag=True, help="Crop and scale outlier images to the run's shape.")
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Write all scores as CSV.")
-@click.option("--picture", metavar="FILE", type=click.Path(path_type=Path), help="[default: RUN/figures/anomalies.png]")
+@click.option("--out", metavar="FILE", type=_PATH, help="Write all scores as CSV.")
+@click.option("--picture", metavar="FILE", type=_PATH, help="[default: RUN/figures/anomalies.png]")
 @_data_dir
 @_seed
 @_device
@@ -360,14 +255,14 @@ def anomalies(**options: Any) -> None:
 @click.option("--posterior", "posteriors", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--bound", "bounds", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--estimator", "estimators", metavar="NAME", multiple=True, help="Only these. [default: all]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_json
 def combinations(
     posteriors: tuple[str, ...], bounds: tuple[str, ...], estimators: tuple[str, ...], as_json: bool
 ) -> int:
     """Try every posterior with every bound and gradient estimator: what trains, what is refused, and why."""
     import json
 
-    from pyro_vae.app import studies
+    from pyro_vae.app import losses
 
     for kind, given in (("bound", bounds), ("estimator", estimators)):
         for name in given:
@@ -375,8 +270,9 @@ def combinations(
                 raise ValueError(f"got --{kind} {name!r}, wanted one of {', '.join(CHOICES[kind])}.")
     for name in posteriors:
         names.check("posterior", name)
-    outcomes = studies.combinations(posteriors or None, bounds or None, estimators or None)
-    click.echo(json.dumps(studies.as_records(outcomes), indent=2) if as_json else studies.table(outcomes))
+    outcomes = losses.combinations(posteriors or None, bounds or None, estimators or None)
+    records = [outcome._asdict() for outcome in outcomes]
+    click.echo(json.dumps(records, indent=2) if as_json else losses.table(outcomes))
     return 1 if any(outcome.result == "fails" for outcome in outcomes) else 0
 
 

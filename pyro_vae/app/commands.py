@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.app import evaluation, pictures, report
+from pyro_vae.app import evaluation, report
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import read, the_device
@@ -32,11 +32,7 @@ from pyro_vae.traces import particles
 
 
 def options_of(run: Run) -> FitOptions:
-    """The configuration of a run.
-
-    Raises:
-        ValueError: config.json holds a value that it cannot have.
-    """
+    """The configuration of a run; a ValueError where config.json holds a value that it cannot have."""
     where = run.path / CONFIG
     try:
         return resolve({name: convert(name, value, name) for name, value in run.config.items()})
@@ -44,26 +40,28 @@ def options_of(run: Run) -> FitOptions:
         raise ValueError(f"{where} is damaged: {error}") from error
 
 
-def evaluate_run(
-    run: Path,
-    evaluation_samples: int | None = None,
-    evaluation_images: int | None = None,
-    seed: int | None = None,
-    data_dir: str | None = None,
-    device: str = "auto",
-    as_json: bool = False,
-    out: Path | None = None,
-    trust: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
+def _opened(
+    run: Path, trust: tuple[str, ...], seed: int | None, device: str | None = None
+) -> tuple[FitOptions, VAE, int]:
+    """A run's configuration, its pair, and the seed: the run's own where none is given."""
     loaded = Run.load(run)
-    options, vae = options_of(loaded), loaded.vae(trust).to(the_device(device))
+    options, vae = options_of(loaded), loaded.vae(trust)
+    return options, vae if device is None else vae.to(the_device(device)), options.seed if seed is None else seed
+
+
+def evaluate_run(
+    run: Path, evaluation_samples: int | None = None, evaluation_images: int | None = None, seed: int | None = None,
+    data_dir: str | None = None, device: str = "auto", as_json: bool = False, out: Path | None = None,
+    trust: tuple[str, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
+    options, vae, seed = _opened(run, trust, seed, device)
     images = evaluation_images or options.evaluation_images
     _, dataset = _data(options, vae, data_dir, images)
     settings: dict[str, Any] = {
         "num_samples": evaluation_samples or options.evaluation_samples,
         "images": images,
-        "seed": options.seed if seed is None else seed,
+        "seed": seed,
     }
     numbers = evaluation.evaluate(vae, dataset, **settings, progress=False if as_json else None)
     numbers["protocol"] = evaluation.protocol(vae, dataset, **settings)
@@ -77,26 +75,17 @@ def evaluate_run(
 
 
 def judge_run(
-    run: Path,
-    num_data: int = 100,
-    budget: float = 110.0,
-    num_samples: int | None = None,
-    seed: int | None = None,
-    data_dir: str | None = None,
-    device: str = "auto",
-    as_json: bool = False,
-    out: Path | None = None,
-    trust: tuple[str, ...] = (),
-    started: float | None = None,
-) -> Any:
+    run: Path, num_data: int = 100, budget: float = 110.0, num_samples: int | None = None, seed: int | None = None,
+    data_dir: str | None = None, device: str = "auto", as_json: bool = False, out: Path | None = None,
+    trust: tuple[str, ...] = (), started: float | None = None,
+) -> Any:  # fmt: skip
     """`pyro-vae judge`: whose fault the gap is, as a table, JSON and HTML; prints and returns the judgement."""
     started = time.monotonic() if started is None else started
     folder = run if out is None else out
     from pyro_vae.app import html
     from pyro_vae.judging.judgement import judge
 
-    loaded = Run.load(run)
-    options, vae = options_of(loaded), loaded.vae(trust).to(the_device(device))
+    options, vae, seed = _opened(run, trust, seed, device)
     if _point(vae):
         raise ValueError(
             f"{run} is a plain autoencoder: a point has no density over z, hence no ELBO and no posterior to judge. "
@@ -107,7 +96,6 @@ def judge_run(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"got --out {out}, wanted a folder to write to: {error.strerror}.") from error
-    seed = options.seed if seed is None else seed
     _, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed, num_data)
     # Loading has its time already, and the pictures are to have theirs.
@@ -135,16 +123,11 @@ def judge_run(
 
 
 def sample_run(
-    run: Path,
-    number: int = 64,
-    pixels: str = "mean",
-    out: Path | None = None,
-    seed: int | None = None,
+    run: Path, number: int = 64, pixels: str = "mean", out: Path | None = None, seed: int | None = None,
     trust: tuple[str, ...] = (),
-) -> Path:
+) -> Path:  # fmt: skip
     """`pyro-vae sample`: new data as a picture, an array or a folder of pictures; returns where."""
-    loaded = Run.load(run)
-    vae, seed = loaded.vae(trust), options_of(loaded).seed if seed is None else seed
+    _, vae, seed = _opened(run, trust, seed)
     with seeded(seed):
         x = vae.sample(number, pixels=pixels)
     path = out or run / FIGURES / f"samples-{number}-seed{seed}.png"
@@ -157,7 +140,7 @@ def sample_run(
 
         write_file(path, write)
     elif path.suffix == ".png":
-        pictures.save(plots.samples(x, f"{number} samples from the prior, seed {seed}"), path)
+        report.save(plots.samples(x, f"{number} samples from the prior, seed {seed}"), path)
     elif path.suffix:
         raise ValueError(f"got --out {path}, wanted a .png, a .npy, or a folder.")
     else:
@@ -167,17 +150,11 @@ def sample_run(
 
 
 def reconstruct_images(
-    run: Path,
-    images: tuple[Path, ...],
-    out: Path | None = None,
-    num_samples: int = 1000,
-    seed: int | None = None,
+    run: Path, images: tuple[Path, ...], out: Path | None = None, num_samples: int = 1000, seed: int | None = None,
     trust: tuple[str, ...] = (),
-) -> Path:
+) -> Path:  # fmt: skip
     """`pyro-vae reconstruct`: image files beside their reconstructions, and their scores; returns the picture."""
-    loaded = Run.load(run)
-    options, vae = options_of(loaded), loaded.vae(trust)
-    seed = options.seed if seed is None else seed
+    options, vae, seed = _opened(run, trust, seed)
     shape = _x_shape(vae)
     if len(shape) != 3:
         raise ValueError(f"{run} is of vectors of shape {shape}, wanted a run of images.")
@@ -195,30 +172,18 @@ def reconstruct_images(
     rows += [(path.name, *(f"{float(term[i]):.2f}" for term in terms)) for i, path in enumerate(images)]
     _print_table(rows)
     path = out or Path("reconstructions.png")
-    pictures.save(picture, path)
+    report.save(picture, path)
     click.echo(path)
     return path
 
 
 def rank_anomalies(
-    run: Path,
-    score: str | None = None,
-    num_samples: int = 100,
-    top: int = 16,
-    outliers: str | None = None,
-    outliers_dir: str | None = None,
-    fit_outliers: bool = False,
-    out: Path | None = None,
-    picture: Path | None = None,
-    data_dir: str | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    trust: tuple[str, ...] = (),
-) -> dict[str, Any]:
+    run: Path, score: str | None = None, num_samples: int = 100, top: int = 16, outliers: str | None = None,
+    outliers_dir: str | None = None, fit_outliers: bool = False, out: Path | None = None, picture: Path | None = None,
+    data_dir: str | None = None, seed: int | None = None, device: str = "auto", trust: tuple[str, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
     """`pyro-vae anomalies`: test data from strange to ordinary; returns scores (and ROC-AUC)."""
-    loaded = Run.load(run)
-    options, vae = options_of(loaded), loaded.vae(trust).to(the_device(device))
-    seed = options.seed if seed is None else seed
+    options, vae, seed = _opened(run, trust, seed, device)
     score = score or ("reconstruction" if _point(vae) else "log-likelihood")
     if score == "log-likelihood" and _point(vae):
         raise ValueError(
@@ -251,7 +216,7 @@ def rank_anomalies(
         click.echo(out)
     path = picture or run / FIGURES / "anomalies.png"
     captions = [" ".join([*name(i), f"{scores[i]:.1f}"]) for i in shown.tolist()]
-    pictures.save(plots.gallery(test[shown], captions, f"Most anomalous test data, {unit} in nats"), path)
+    report.save(plots.gallery(test[shown], captions, f"Most anomalous test data, {unit} in nats"), path)
     click.echo(path)
     return result
 

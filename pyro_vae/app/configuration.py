@@ -1,15 +1,18 @@
-"""Configuration files: the options of `pyro-vae fit` as YAML or JSON, checked key by key."""
+"""The options of `pyro-vae fit`: on the command line, in named groups, and in YAML or JSON, checked key by key."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.app.defaults import FitOptions, did_you_mean
+import click
+
+from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions, did_you_mean
+from pyro_vae.parts import names
 
 # Options of the command that are no part of a run's configuration.
 COMMAND_ONLY = {"out": "str", "checkpoint": "str", "quiet": "bool"}
@@ -22,14 +25,10 @@ _WORDS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Options from a YAML or JSON file.
+    """Options by field name, of the right types, from a YAML or (.json) JSON file; None for an option set to nothing.
 
     Keys are option names, with - or _. A run's own config.json is such a file.
 
-    Args:
-        path: The file; one ending in .json is read as JSON, any other as YAML.
-    Returns:
-        Values by field name, of the right types; None for an option set to nothing.
     Raises:
         ValueError: Unreadable, not a mapping, an unknown key, a value of a wrong type.
     """
@@ -52,17 +51,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def convert(name: str, value: Any, where: str) -> Any:
-    """One value as its option's type.
+    """What was read of one option as its field's type; `where` is for the message.
 
-    Args:
-        name: Field name.
-        value: What was read.
-        where: For the message.
     Raises:
         ValueError: It cannot be read as that type.
     Example:
-        >>> convert("hidden", "400,200", "here"), convert("learning_rate", "2e-3", "here")
-        ((400, 200), 0.002)
+        >>> convert("hidden", "400,400", "here"), convert("learning_rate", "2e-3", "here")
+        ((400, 400), 0.002)
         >>> convert("posterior_options", "transforms=2, hidden_features=[64, 64]", "here")
         {'transforms': 2, 'hidden_features': [64, 64]}
     """
@@ -146,3 +141,131 @@ _READERS: dict[str, Any] = {
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+class GroupedOption(click.Option):
+    """An option that knows under which heading, `group`, it stands."""
+
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options under their headings, in order of appearance."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Run"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records, col_max=34)
+
+
+def epilog() -> str:
+    rows = [f"{'data':16} {'network':19} {'D':>3} {'likelihood':10} {'epochs':>6} {'batch':>5} {'rate':>6}"]
+    for row in [*DATASETS.values(), OTHER]:
+        network = " ".join([row.network, ",".join(map(str, row.hidden))]).strip()
+        rows.append(
+            f"{row.data[:16]:16} {network:19} {row.latent_dim:3} {row.likelihood or 'by data':10} {row.epochs:6} "
+            f"{row.batch_size:5} {row.learning_rate:6g}"
+        )
+    return "\b\nDefaults by dataset:\n" + "\n".join("  " + row for row in rows)
+
+
+def _parts(kind: str) -> str:
+    return ", ".join(names.PARTS[kind])
+
+
+def _choice(name: str) -> str:
+    return "[" + "|".join(CHOICES[name]) + "]"
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _option(group: str, name: str, metavar: str, text: str, kind: Any = str, **more: Any) -> Decorator:
+    return click.option(name, cls=GroupedOption, group=group, metavar=metavar, help=text, type=kind, **more)
+
+
+def _options(*decorators: Decorator) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+FIT = _options(
+    _option("Data", "--data", "NAME|PATH", f"{', '.join(DATASETS)}, a folder of images, or a file of arrays (.npy, "
+            ".npz, .mat, .amat, IDX). [default: digits]"),
+    _option("Data", "--data-dir", "DIR", "Where the files of a named dataset lie. [default: $PYRO_VAE_DATA or "
+            "~/.cache/pyro_vae]"),
+    _option("Data", "--binarization", _choice("binarization"), "How grey levels become zeros and ones: drawn afresh "
+            "each time, once, cut at one half, or not at all. [default: by dataset]"),
+    click.option("--dequantize/--no-dequantize", cls=GroupedOption, group="Data", default=None,
+                 help="Spread 8-bit levels by uniform noise, for a normal likelihood. [default: by dataset]"),
+    _option("Data", "--image-size", "N", "Scale images to N x N.", int),
+    _option("Data", "--crop", "N", "Cut out the centred N x N square first.", int),
+    _option("Data", "--channels", "[1|3]", "Make images grey or colour.", int),
+    _option("Data", "--background", "white|black|0..255", "What transparent pixels lie on. [default: white]"),
+    _option("Data", "--images", "KEY", "Which array of a file is the data. [default: by name, then by shape]"),
+    _option("Data", "--labels", "KEY", "Which array of a file is the labels. [default: by name]"),
+    _option("Data", "--limit", "N", "Train on the first N images only.", int),
+    _option("Model", "--network", _choice("network"), "Fully connected, plain or gated, convolutional, plain or "
+            "residual, or no hidden layer."),
+    _option("Model", "--hidden", "N,N,...", "Widths (mlp, gated) or channels (conv, residual) from the data to the "
+            "latent."),
+    _option("Model", "--activation", _choice("activation"), "[default: silu]"),
+    _option("Model", "--latent-dim", "D", "Number of latent dimensions.", int),
+    _option("Model", "--posterior", "NAME", f"q(z|x): {_parts('posterior')}, or module:Class. point is a plain "
+            "autoencoder, which has no ELBO and no log p(x). [default: diagonal]"),
+    _option("Model", "--posterior-options", "A=1,B=2", "Its options, such as transforms=2,bins=8 of nsf."),
+    _option("Model", "--prior", "NAME", f"p(z): {_parts('prior')}, or module:Class. [default: normal; with "
+            "von-mises-fisher hyperspherical]"),
+    _option("Model", "--prior-options", "A=1,B=2", "Its options, such as num_components of vamp. "
+            "[default: 500; of flows 1 for 100 training images]"),
+    _option("Model", "--likelihood", "NAME", f"p(x|z): {_parts('likelihood')}, or module:Class. [default: by data]"),
+    _option("Model", "--likelihood-options", "A=1,B=2", "Its options, such as num_components=5 of logistic-mixture."),
+    _option("Model", "--scale", "S|learned|per-pixel|network", "Of the normal likelihood: a number, one learned, "
+            "one for each pixel, or a function of z. [default: learned]"),
+    click.option("--standardize/--no-standardize", cls=GroupedOption, group="Model", default=None,
+                 help="Whether the networks of a normal likelihood work on (x - mean) / standard deviation of each "
+                 "column of the training part; log p(x) stays that of x. [default: for vectors of floats]"),
+    _option("Training", "--bound", _choice("bound"), "What is maximised. [default: elbo]"),
+    _option("Training", "--bound-options", "A=1,B=2", "Options of a bound, such as alpha=0.5 of renyi."),
+    _option("Training", "--num-samples", "K", "Samples in the bound. [default: 1 for the elbo, else 50]", int),
+    _option("Training", "--estimator", _choice("estimator"), "Of the bound's gradient. [default: reparameterized]"),
+    _option("Training", "--regularizers", "A=1,B=2", "Added to the training loss, by weight: mmd, total-correlation, "
+            "free-bits (in nats)."),
+    _option("Training", "--epochs", "N", "Passes through the data.", int),
+    _option("Training", "--batch-size", "B", "Images in a step.", int),
+    _option("Training", "--learning-rate", "RATE", "Peak learning rate of Adam.", float),
+    _option("Training", "--schedule", _choice("schedule"), "Of the learning rate. [default: one-cycle]"),
+    _option("Training", "--clip-norm", "X", "Upper limit of the gradient norm; 0 for none.", float),
+    _option("Training", "--kl-warmup", "N", "Epochs over which the weight of the KL rises to 1. [default: 0]", int),
+    _option("Training", "--kl-warmup-steps", "N", "The same in steps, instead.", int),
+    _option("Training", "--patience", "N", "Stop after N epochs without a better validation bound, and keep the best "
+            "weights; 0 for never. [default: 0]", int),
+    _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),
+    _option("Training", "--device", "NAME", "cpu, cuda, cuda:1, mps; auto takes a GPU, if any. [default: auto]"),
+    _option("Training", "--threads", "N", "CPU threads while training; small networks are faster on one. "
+            "[default: torch's; for digits and linear-gaussian 1]", int),
+    _option("Training", "--compile", _choice("compile"), "Capture and compile the training steps; auto does where it "
+            "pays. [default: auto]"),
+    _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs, bfloat16 "
+            "where the hardware multiplies it. "
+            "[default: highest]"),
+    _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image. [default: 5000]", int),
+    _option("Evaluation", "--evaluation-images", "N", "Evaluate on the first N test images. [default: all]", int),
+    _option("Run", "--out", "RUN", "Run folder to make. [default: runs/<data>-<n>]"),
+    _option("Run", "--checkpoint", "FILE", "A .safetensors file for the state after each epoch: the same command goes "
+            "on from it, to the bit. It is removed when the run is written."),
+    _option("Run", "--config", "FILE", "Read options from YAML or JSON, such as a run's config.json; the command line "
+            "wins.", click.Path(path_type=Path)),
+    click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),
+)  # fmt: skip

@@ -1,8 +1,7 @@
 """The options of `pyro-vae fit`, and their defaults for each dataset.
 
-`FitOptions` is the complete configuration of a run; `resolve` makes one from what the
-user gave and the table of the dataset. This module imports nothing heavy, so that
-``pyro-vae fit --help`` can show the table at once.
+`FitOptions` is the complete configuration of a run; `resolve` makes one from what the user gave and the table of the
+dataset. This module imports nothing heavy, so that ``pyro-vae fit --help`` can show the table at once.
 """
 
 from __future__ import annotations
@@ -27,6 +26,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "matmul_precision": ("highest", "high", "medium", "bfloat16"),
 }
 REGULARIZERS = ("mmd", "total-correlation", "free-bits")
+NOT_BINARY = (
+    "a density of zeros and ones has no upper limit, and a distribution of levels needs levels. Use --likelihood "
+    "bernoulli, or --binarization none."
+)
 SCALES = ("learned", "per-pixel", "network")
 
 
@@ -34,56 +37,10 @@ SCALES = ("learned", "per-pixel", "network")
 class FitOptions:
     """The configuration of a run: plain data, one field for each option of the command.
 
-    A field that is None after `resolve` is really none (no clipping, no limit, the
-    whole test set); `likelihood`, `binarization` and the framing of data given by a
-    path are settled when the data have been read.
+    A field that is None after `resolve` is really none (no clipping, no limit, the whole test set); `likelihood`,
+    `binarization` and the framing of data given by a path are settled when the data have been read.
 
-    Attributes:
-        data: Name of a dataset, or a path.
-        data_dir: Where the files of a named dataset lie.
-        binarization: How grey levels become data; the dataset's own if None.
-        dequantize: Whether grey levels get uniform noise; the dataset's own if None.
-        image_size: Side of the square that images are scaled to.
-        crop: Side of the centred square cut out first.
-        channels: 1 for grey, 3 for colour.
-        background: What transparent pixels lie on: "white", "black" or a grey level.
-        images: Which array of a file is the data.
-        labels: Which array of a file is the labels.
-        limit: Train on the first so many data only.
-        network: "mlp", "gated", "conv", "residual" or "linear".
-        hidden: Widths (mlp, gated) or channels (conv, residual), from the data to the latent.
-        activation: Name of the activation.
-        latent_dim: D.
-        posterior: A name of `pyro_vae.parts.names` ("point" for a plain autoencoder), or
-            module:Class.
-        posterior_options: Keyword arguments of the posterior.
-        prior: A name, or module:Class.
-        prior_options: Keyword arguments of the prior.
-        likelihood: A name, or module:Class; by the data if None.
-        likelihood_options: Keyword arguments of the likelihood.
-        scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
-        standardize: Of the normal likelihood: whether the networks work on columns of mean 0 and standard deviation
-            1 in the training part, the densities staying those of the data; if None, for vectors of floats.
-        bound: A name of `CHOICES`.
-        bound_options: Keyword arguments of a bound that has some, such as alpha.
-        num_samples: K of the training bound.
-        estimator: Of the bound's gradient.
-        regularizers: Weights by name, of what is added to the training loss.
-        epochs: Passes through the data.
-        batch_size: B.
-        learning_rate: Peak learning rate.
-        schedule: "constant", "cosine" or "one-cycle".
-        clip_norm: Upper limit of the joint gradient norm.
-        kl_warmup: Epochs over which the weight of the KL rises to 1.
-        kl_warmup_steps: Steps over which it does, instead.
-        patience: Epochs without a better validation bound after which to stop.
-        seed: Of weights, batches, noise and evaluation.
-        device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes the first GPU, if any.
-        threads: CPU threads while training; torch's own number if None.
-        compile: Capture and compile the training steps: "auto" does where it pays.
-        matmul_precision: As for `fit`: of the matrix products while training.
-        evaluation_samples: K of the importance-sampling estimate of log p(x).
-        evaluation_images: Evaluate on the first so many test data only.
+    What each field means is said by the command's help: `pyro_vae.app.configuration.FIT`.
     """
 
     data: str = "digits"
@@ -219,12 +176,8 @@ OTHER = FitOptions("folders, files", clip_norm=1e5)
 
 
 def resolve(given: Mapping[str, Any]) -> FitOptions:
-    """The configuration that follows from what the user gave.
+    """The configuration that follows from what the user gave; what is missing comes from the dataset's row.
 
-    Args:
-        given: Values by field name; what is missing comes from the dataset's row.
-    Returns:
-        A configuration that `resolve` maps to itself.
     Raises:
         ValueError: An unknown option, or a value that it cannot have.
     Example:
@@ -265,8 +218,7 @@ def _binarization(data: str, given: Mapping[str, Any], likelihood: str | None) -
     kind = names.values_of(likelihood)
     if kind not in (None, "binary") and wanted in ("dynamic", "static", "threshold"):
         raise ValueError(
-            f"got --likelihood {likelihood} with --binarization {wanted}: a density of zeros and ones has no upper "
-            "limit, and a distribution of levels needs levels. Use --likelihood bernoulli, or --binarization none."
+            f"got --likelihood {likelihood} with --binarization {wanted}: {NOT_BINARY}"
         )
     if wanted is not None or dequantize is not None:
         return {}

@@ -40,19 +40,11 @@ def evaluate(
     seed: int = 0,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Judge a fitted pair on test data.
+    """Judge a fitted pair on its test data, or the first so many `images`, with K = `num_samples` for log p(x).
 
-    Args:
-        vae: The pair.
-        dataset: Where its test data come from.
-        num_samples: K of the importance-sampling estimate of log p(x).
-        images: Only the first so many test data.
-        seed: Of the test data's noise and of the samples.
-        progress: Show bars; None shows them on a terminal only.
-    Returns:
-        In nats per datum: ``test_elbo`` = ``test_reconstruction`` - ``test_kl``,
-        ``test_log_likelihood`` with its errors, and more (see the README). A plain
-        autoencoder has only the reconstruction.
+    In nats per datum: ``test_elbo`` = ``test_reconstruction`` - ``test_kl``, ``test_log_likelihood`` with its errors,
+    and more. A plain autoencoder has only the reconstruction. The seed is that of the test data's noise and of the
+    samples.
     """
     started = time.perf_counter()
     test = test_data(dataset, seed, images)

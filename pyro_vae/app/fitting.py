@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from pyro_vae.app import evaluation, pictures
-from pyro_vae.app.defaults import FitOptions
+from pyro_vae.app import evaluation, report
+from pyro_vae.app.defaults import NOT_BINARY, FitOptions
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, new_run, write_json, write_lines
-from pyro_vae.data import DATASETS, Dataset, Split, load
+from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import History, fit
 from pyro_vae.parts import names
@@ -30,6 +30,10 @@ from pyro_vae.protocols import standardize as standardize_of
 
 VALIDATION_IMAGES = 2000
 _READING = ("image_size", "crop", "channels", "background", "images", "labels")
+_TRAINING = (
+    "epochs", "batch_size", "learning_rate", "schedule", "clip_norm", "kl_warmup", "kl_warmup_steps", "patience",
+    "seed", "matmul_precision",
+)  # fmt: skip
 _COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -46,8 +50,7 @@ def fit_run(
     Args:
         options: The configuration, from `resolve`.
         path: The run folder to make.
-        checkpoint: Where the state of the fit is kept after each epoch, to go on from;
-            removed when the run is written.
+        checkpoint: Where the state of the fit is kept after each epoch, to go on from; removed when the run is written.
         progress: Show bars; None shows them on a terminal only.
         say: Takes a line about what is going on.
     Returns:
@@ -69,19 +72,20 @@ def fit_run(
         vae.save(folder / WEIGHTS)
         summary = training_numbers(vae, history, seconds, options)
         scored: dict[str, Any] = {}
+        settings: dict[str, Any] = {
+            "num_samples": options.evaluation_samples, "images": options.evaluation_images, "seed": options.seed,
+        }  # fmt: skip
         if not history.interrupted:
             try:
                 say("evaluating on the test data")
-                scored = _scored(vae, dataset, options, progress)
-                pictures.draw(vae, dataset, history.records, scored, options, folder / FIGURES)
+                scored = evaluation.evaluate(vae, dataset, **settings, progress=progress)
+                report.draw(vae, dataset, history.records, scored, options, folder / FIGURES)
             except KeyboardInterrupt:
                 history.interrupted, scored = True, {}
             except Exception as error:  # what was trained is worth more than what went wrong after it
                 failure = error
         summary = {"interrupted": history.interrupted} | scored | summary
-        summary["protocol"] = evaluation.protocol(
-            vae, dataset, num_samples=options.evaluation_samples, images=options.evaluation_images, seed=options.seed
-        )
+        summary["protocol"] = evaluation.protocol(vae, dataset, **settings)
         write_json(folder / SUMMARY, summary)
     if checkpoint is not None and not summary["interrupted"]:
         checkpoint.unlink(missing_ok=True)
@@ -162,9 +166,7 @@ def _settled(options: FitOptions, dataset: Dataset, kind: str | None) -> FitOpti
         options = dataclasses.replace(options, prior_options={"num_components": components} | options.prior_options)
     if kind not in (None, "binary") and options.binarization != "none":
         raise ValueError(
-            f"got --likelihood {options.likelihood} for binary data ({options.binarization} binarization): a density "
-            "of zeros and ones has no upper limit, and a distribution of levels needs levels. Use --likelihood "
-            "bernoulli, or --binarization none."
+            f"got --likelihood {options.likelihood} for binary data ({options.binarization} binarization): {NOT_BINARY}"
         )
     if options.network in ("conv", "residual") and len(dataset.x_shape) != 3:
         raise ValueError(
@@ -261,20 +263,12 @@ def _fit(
             vae.guide,
             dataset.train,
             loss=the_loss(options, vae),
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            schedule=options.schedule,
-            clip_norm=options.clip_norm,
-            kl_warmup=options.kl_warmup,
-            kl_warmup_steps=options.kl_warmup_steps,
-            validation=validation_data(dataset, options.seed),
-            patience=options.patience,
-            seed=options.seed,
-            matmul_precision=options.matmul_precision,
+            # The validation images that each epoch is scored on, their noise drawn for good.
+            validation=dataset.validation.subset(slice(0, VALIDATION_IMAGES)).frozen(options.seed),
             compile=_COMPILE[options.compile],
             checkpoint=checkpoint,
             progress=progress,
+            **{name: getattr(options, name) for name in _TRAINING},
         )
     write_lines(folder / METRICS, history.records)
     return history
@@ -288,19 +282,3 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def validation_data(dataset: Dataset, seed: int) -> Split:
-    """The validation images that each epoch is scored on, their noise drawn for good."""
-    return dataset.validation.subset(slice(0, VALIDATION_IMAGES)).frozen(seed)
-
-
-def _scored(vae: VAE, dataset: Dataset, options: FitOptions, progress: bool | None) -> dict[str, Any]:
-    return evaluation.evaluate(
-        vae,
-        dataset,
-        num_samples=options.evaluation_samples,
-        images=options.evaluation_images,
-        seed=options.seed,
-        progress=progress,
-    )

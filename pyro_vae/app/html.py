@@ -35,13 +35,7 @@ figure { margin: 1rem 0; } img { max-width: 100%; } figcaption, .small { color: 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report.
-
-    Attributes:
-        name: What it is called.
-        figure: The figure.
-        caption: What it shows.
-    """
+    """A figure of the report: what it is called, and what it shows."""
 
     name: str
     figure: Figure
@@ -54,13 +48,9 @@ def page(
     pictures: Iterable[Picture] | None = None,
     late: Callable[[], bool] | None = None,
 ) -> str:
-    """The judgement as HTML.
+    """The judgement as HTML, with the pictures of `draw` where none are given.
 
-    Args:
-        judgement: What `judge` found.
-        title: What was judged.
-        pictures: Those of `draw` if omitted.
-        late: Asked before each picture; once it is, the rest is left out, and the page says so.
+    `late` is asked before each picture; once it says so, the rest is left out, and the page says that.
     """
     figures = ""
     for picture in draw(judgement.stages) if pictures is None else pictures:

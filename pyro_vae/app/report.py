@@ -1,4 +1,4 @@
-"""The printed summary of a run."""
+"""What a run shows: the printed summary, and its pictures."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-
-def summary_table(summary: Mapping[str, Any], run: Path | None = None) -> Table:
-    """A summary as a table of two columns.
-
-    Args:
-        summary: What summary.json holds.
-        run: Where the run lies.
-    """
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in lines(summary, run):
-        table.add_row(name, Text(text))
-    return table
+from pyro_vae import plots
+from pyro_vae.app import evaluation
+from pyro_vae.app.defaults import FitOptions
+from pyro_vae.atomic import write_file
+from pyro_vae.data import Dataset
+from pyro_vae.inference.batches import seeded
+from pyro_vae.judging.latents import posterior_means
+from pyro_vae.programs.vae import VAE
 
 
 def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str, str]]:
@@ -85,28 +82,12 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
 
 
 def show(summary: Mapping[str, Any], run: Path | None = None, console: Console | None = None) -> None:
-    """Print a summary.
-
-    Args:
-        summary: What summary.json holds.
-        run: Where the run lies.
-        console: Where to print; the terminal if omitted.
-    """
-    console = console or Console(highlight=False)
-    if console.is_terminal:
-        console.print(summary_table(summary, run))
-        return
-    for name, text in lines(summary, run):  # whole lines, for logs and grep
-        console.print(f"{name:15}{text}", soft_wrap=True, markup=False)
+    """Print what summary.json holds of a run; the arguments are otherwise those of `show_lines`."""
+    show_lines(lines(summary, run), console)
 
 
 def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None) -> None:
-    """Print (what, text) pairs as a table of two columns; whole lines where there is no terminal.
-
-    Args:
-        pairs: What stands in the columns.
-        console: Where to print; the terminal if omitted.
-    """
+    """Print (what, text) pairs as a table of two columns; whole lines where there is no terminal."""
     console = console or Console(highlight=False)
     width = max(len(name) for name, _ in pairs) + 2
     if not console.is_terminal:
@@ -158,3 +139,56 @@ def _time(summary: Mapping[str, Any]) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 600 else f"{value / 60:.1f} min"
+
+
+_LATENT_POINTS = 5000
+
+
+def draw(
+    vae: VAE, dataset: Dataset, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], options: FitOptions,
+    folder: Path,
+) -> None:  # fmt: skip
+    """Draw the five pictures of a run into a folder, from its records (one per epoch) and what `evaluate` found."""
+    point = evaluation.is_autoencoder(vae)
+    test = evaluation.test_data(dataset, options.seed, options.evaluation_images)
+    device = next(vae.parameters()).device
+    finals = {
+        label: numbers[key]
+        for label, key in (("test log p(x)", "test_log_likelihood"), ("test ELBO", "test_elbo"))
+        if key in numbers
+    } or {"test reconstruction": numbers["test_reconstruction"]}
+    name = "reconstruction" if point else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
+    save(plots.training_curve(records, finals, name), folder / "training_curve.png")
+    with seeded(options.seed), torch.no_grad():
+        x = test[torch.arange(min(20, len(test)))].to(device)
+        save(plots.reconstructions(x, vae.reconstruct(x)), folder / "reconstructions.png")
+        drawn = vae.sample(64)
+        title = "Decoded from N(0, I), which this autoencoder knows nothing of" if point else "Samples from the prior"
+        save(plots.samples(drawn, title), folder / "samples.png")
+        known, labels = test[torch.arange(min(200, len(test)))], test.labels
+        if len(test) < 2:  # nothing lies between one datum and itself
+            known, labels = torch.cat([dataset.validation[:1], known]), None
+        start, end = pairs(known, labels)
+        lines = vae.interpolate(start.to(device), end.to(device), steps=10)
+        save(plots.interpolations(lines), folder / "interpolations.png")
+        shown = test.subset(slice(0, _LATENT_POINTS))
+        means = posterior_means(vae.guide, shown, seed=options.seed)
+        save(plots.latent_space(means, shown.labels, dataset.label_names), folder / "latent_space.png")
+
+
+def pairs(x: Tensor, labels: Tensor | None, count: int = 6) -> tuple[Tensor, Tensor]:
+    """Starts and ends to interpolate between, so many pairs at most, of different labels where there are labels."""
+    starts, ends = [], []
+    for i in range(0, len(x) - 1, 2):
+        j = next((j for j in range(i + 1, len(x)) if labels is None or labels[j] != labels[i]), i + 1)
+        starts.append(i)
+        ends.append(j)
+        if len(starts) == count:
+            break
+    return x[starts], x[ends]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all; its folder is made."""
+    options: dict[str, Any] = {"dpi": 150, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
+    write_file(path, lambda partial: figure.savefig(partial, **options))

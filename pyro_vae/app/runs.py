@@ -34,13 +34,7 @@ CONFIG, SUMMARY, METRICS, WEIGHTS, FIGURES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that was read back.
-
-    Attributes:
-        path: The folder.
-        config: The configuration.
-        summary: The numbers.
-    """
+    """A run folder that was read back: its path, configuration and numbers."""
 
     path: Path
     config: dict[str, Any]
@@ -50,8 +44,6 @@ class Run:
     def load(cls, path: str | os.PathLike[str]) -> Run:
         """Read a run folder.
 
-        Args:
-            path: The folder.
         Raises:
             ValueError: No such folder, a file missing or corrupt.
         """
@@ -64,13 +56,10 @@ class Run:
         return cls(path, _read_object(path / CONFIG), _read_object(path / SUMMARY))
 
     def vae(self, trust: Sequence[str] = ()) -> VAE:
-        """The fitted pair.
+        """The fitted pair; parts of the user's own are imported only where `trust` names them, ``module:Class``.
 
-        Args:
-            trust: Parts of the user's own, ``module:Class``, that may be imported.
         Raises:
-            ValueError: The weights are corrupt, not those of their architecture, or of
-                parts that are not trusted.
+            ValueError: The weights are corrupt, not those of their architecture, or of parts that are not trusted.
         """
         from pyro_vae.programs.vae import VAE
 
@@ -111,12 +100,8 @@ BUILT = (
 
 @contextlib.contextmanager
 def new_run(path: Path) -> Iterator[Path]:
-    """A folder to write a run into, which gets its name only when all is written.
+    """A folder to write a run into, which gets the name `path` only when all is written.
 
-    Args:
-        path: Where the run will lie.
-    Yields:
-        The folder to write to.
     Raises:
         ValueError: There is something already, or nothing can be written there.
     """

@@ -25,18 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vae.data.arrays import as_pixels
-from pyro_vae.data.binarization import BINARIZATIONS, Binarization
+from pyro_vae.data.arrays import as_pixels, not_readable, read_array, read_array_folder
 from pyro_vae.data.decoding import Framing, grey_level, suffixes
-from pyro_vae.data.files import not_readable, read_array, read_array_folder
 from pyro_vae.data.formats import is_file_of_arrays
 from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.sources import SPLITS, Source, divide
-from pyro_vae.data.splits import Dataset, Split
+from pyro_vae.data.splits import BINARIZATIONS, Binarization, Dataset, Split
 from pyro_vae.data.testbeds import LinearGaussian
-
-__all__ = ["DATASETS", "default_data_dir", "load"]
 
 DATASETS = ("digits", "mnist", "fashion-mnist", "frey", "celeba", "linear-gaussian")
 

@@ -6,13 +6,11 @@ mean the same thing everywhere: first a centre crop, then the shorter side is sc
 
 One picture file as levels: what its pixels look like on a page, and nothing that they hide.
 
-Turned as the EXIF tag says; transparent pixels lie on a background, white unless told
-otherwise, so that the colour stored under them never shows; a palette is looked up before
-grey is told from colour; every frame of a stack or an animation is an image. More than 8
-bits a channel are refused: Pillow would drop them without a word.
+Turned as the EXIF tag says; transparent pixels lie on a background, white unless told otherwise, so that the colour
+stored under them never shows; a palette is looked up before grey is told from colour; every frame of a stack or an
+animation is an image. More than 8 bits a channel are refused: Pillow would drop them without a word.
 
-Only formats whose decoders are plain code are opened: EPS, say, starts Ghostscript,
-whatever the file's name says.
+Only formats whose decoders are plain code are opened: EPS, say, starts Ghostscript, whatever the file's name says.
 """
 
 from __future__ import annotations
@@ -27,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-
-__all__ = ["AS_IT_IS", "Framing", "frames_of", "grey_level", "read_frames", "read_image", "suffixes"]
 
 # ITU-R 601, the weights that Pillow uses for convert("L").
 LUMA = (0.299, 0.587, 0.114)
@@ -170,13 +166,7 @@ def read_image(path: str | Path, framing: Framing = AS_IT_IS) -> Tensor:
 
 
 def read_frames(path: Path, frames: Sequence[int], framing: Framing = AS_IT_IS) -> list[Tensor]:
-    """Some of the frames of a stack or an animation, each as `read_image` gives one.
-
-    Args:
-        path: The file.
-        frames: Places among `frames_of(path)`.
-        framing: As for `read_image`.
-    """
+    """Frames of a stack or an animation, by their places among `frames_of(path)`, each as `read_image` gives one."""
     with _errors(path), _opened(path) as image:
         known = _frames(image)
         pixels = list(_decoded(image, path, [known[frame] for frame in frames], framing))

@@ -24,8 +24,6 @@ import numpy as np
 from pyro_vae.data.labels import PART_NAMES
 from pyro_vae.data.mnist import read_idx
 
-__all__ = ["REMEDIES", "Arrays", "is_file_of_arrays", "read_arrays", "read_folder_of_arrays"]
-
 SIDE = 28
 CIFAR = {3073: ("CIFAR-10", 1, "batches.meta.txt"), 3074: ("CIFAR-100", 2, "fine_label_names.txt")}
 IDX_IMAGES = re.compile(r"(.*?)(train|t10k|test)([-.].*)?images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
@@ -71,8 +69,6 @@ def is_file_of_arrays(path: Path) -> bool:
 def read_arrays(path: Path) -> Arrays:
     """The arrays in a file, with those of the files that belong to it.
 
-    Args:
-        path: A file of one of the formats above.
     Raises:
         ValueError: It is empty, broken, or not what its name says.
     """
@@ -92,8 +88,7 @@ def read_folder_of_arrays(folder: Path) -> Arrays | None:
     """The arrays of a folder in the layout of MNIST, CIFAR, Larochelle or OMNIGLOT; None if it has none of them.
 
     Args:
-        folder: The one with the files, or the one that torchvision makes around it
-            (MNIST, not MNIST/raw).
+        folder: The one with the files, or the one that torchvision makes around it (MNIST, not MNIST/raw).
     Raises:
         ValueError: It holds several datasets, or pickles.
     """

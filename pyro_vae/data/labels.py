@@ -7,10 +7,9 @@
 Nothing else (regression targets, several labels per datum, dates) names one class per
 datum. A fit needs no labels, so such labels are left out, and a line says so.
 
-Where an array has a name, it is a part (`train`, `val`, `test`, ...), a role (`images`, `x`, ... or `labels`,
-`y`, ...), or both in either order: x_train, train_images, X, testdata. Where no name tells,
-the shapes do if only one array can be the data: the only one of three or four axes, else the
-only one of two. Else the user says it.
+Where an array has a name, it is a part (`train`, `val`, `test`, ...), a role (`images`, `x`, ... or `labels`, `y`,
+...), or both in either order: x_train, train_images, X, testdata. Where no name tells, the shapes do if only one array
+can be the data: the only one of three or four axes, else the only one of two. Else the user says it.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor
-
-__all__ = ["IMAGE_WORDS", "PART_NAMES", "LABEL_WORDS", "as_labels", "chosen"]
 
 Labels = tuple[dict[str, Tensor], tuple[str, ...] | None]
 
@@ -106,15 +103,9 @@ def chosen(arrays: Mapping[str, np.ndarray], where: str, images: str | None = No
            labels: str | None = None) -> tuple[Keys, Keys, bool]:
     """The keys of data and labels by part; the part None is a heap that nobody has divided.
 
-    Args:
-        arrays: By key.
-        where: The file, for messages.
-        images: The key of the data, or what is left of the keys without their parts
-            ("sprites" of train_sprites, test_sprites).
-        labels: The same of the labels.
-    Returns:
-        Keys of the data, keys of the labels (none, if there are none), and whether the
-        labels were asked for.
+    `images` and `labels` are keys, or what is left of the keys without their parts ("sprites" of train_sprites,
+    test_sprites). The last value says whether the labels were asked for.
+
     Example:
         >>> arrays = {"train_images": np.zeros((5, 4, 4)), "test_images": np.zeros((3, 4, 4)), "y_train": np.zeros(5)}
         >>> chosen(arrays, "file")[:2]

@@ -1,6 +1,4 @@
-"""MNIST and Fashion-MNIST, and the IDX format of their files.
-
-The IDX format of MNIST and its descendants, gzipped or not, read with every check.
+"""MNIST and Fashion-MNIST, and the IDX format of their files and their descendants, gzipped or not.
 
 A file is a magic number (two zero bytes, a type byte that is 0x08 for unsigned bytes,
 the number of axes), one big-endian 32-bit size per axis, then the bytes. A reader that
@@ -23,7 +21,6 @@ import socket
 import struct
 import textwrap
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +28,6 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.sources import Source
-
-__all__ = ["FILES", "read_idx", "read_mnist_like"]
 
 KINDS = {1: "labels", 3: "images"}
 
@@ -105,16 +100,8 @@ FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], "fashion-mnist": [
 def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: int | None = None) -> Source:
     """MNIST or Fashion-MNIST: the last training images validate, the official test set tests.
 
-    Looked for in data_dir (the four files themselves, or torchvision's `MNIST/raw`), then,
-    for Fashion-MNIST, where Debian's package puts it, then on the network.
-
-    Args:
-        name: "mnist" or "fashion-mnist".
-        data_dir: Folder to look in, and to download to.
-        download: Whether the network may be tried.
-        held_out: Number of training images that validate; a sixtieth (1,000 of 60,000) if omitted.
-    Returns:
-        The raw images (N, 1, 28, 28), their labels, and where they came from.
+    Looked for in data_dir (the four files themselves, or torchvision's `MNIST/raw`), then, for Fashion-MNIST, where
+    Debian's package puts it, then on the network. A sixtieth (1,000 of 60,000) validates if `held_out` is omitted.
     """
     folder = _find(name, data_dir)
     if folder is None and download:
@@ -157,16 +144,15 @@ def _read_pair(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
     return images.unsqueeze(1), labels.long()
 
 
+def _spelled(folder: Path, name: str) -> Path | None:
+    """A file of MNIST under one of the names that it goes by."""
+    paths = [folder / (stem + suffix) for stem in (name, name.replace("-idx", ".idx")) for suffix in ("", ".gz")]
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _files_in(folder: Path) -> list[Path] | None:
-    found = []
-    for name in FILES:
-        spellings = (name, name.replace("-idx", ".idx"))
-        paths = [folder / (spelling + suffix) for spelling in spellings for suffix in ("", ".gz")]
-        existing = [path for path in paths if path.is_file()]
-        if not existing:
-            return None
-        found.append(existing[0])
-    return found
+    found = [path for name in FILES if (path := _spelled(folder, name)) is not None]
+    return found if len(found) == len(FILES) else None
 
 
 def _find(name: str, data_dir: Path) -> Path | None:
@@ -187,7 +173,7 @@ def _download(name: str, data_dir: Path) -> str:
     made = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
         socket.setdefaulttimeout(10.0)
-        with _quiet():
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             getattr(torchvision.datasets, TORCHVISION[name])(str(data_dir), download=True)
     except (OSError, RuntimeError) as error:
         for folder in made:
@@ -199,21 +185,10 @@ def _download(name: str, data_dir: Path) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
 def _missing(name: str, data_dir: Path, reason: str) -> str:
     also = f" or {DEBIAN[name]} (Debian package dataset-fashion-mnist)" if name in DEBIAN else ""
-    here = [file for file in FILES if _spelled_in(data_dir, file)]
+    here = [file for file in FILES if _spelled(data_dir, file)]
     partly = f" Only {', '.join(here)} lie there now." if here else ""
     return (f"no {name} in {data_dir}{also}, and {reason}. Put these four files, gzipped (.gz) or not, "
             f"into {os.path.join(data_dir, name)}: {', '.join(FILES)}; "
             f"or pass data_dir=, a folder that has them.{partly}")
-
-
-def _spelled_in(folder: Path, file: str) -> bool:
-    return any((folder / (stem + suffix)).is_file()
-               for stem in (file, file.replace("-idx", ".idx")) for suffix in ("", ".gz"))

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyro_vae.data.arrays import only
+from pyro_vae.data.arrays import not_readable, only
 from pyro_vae.data.decoding import AS_IT_IS, Framing, frames_of, read_frames, read_image, suffixes
-from pyro_vae.data.files import not_readable
 from pyro_vae.data.labels import PART_NAMES
 from pyro_vae.data.sources import SPLITS, Source, completed, cut, tenths
 
@@ -29,11 +28,8 @@ ARRAYS_TOO = "or a layout of torchvision, or a .npy or .npz file"
 
 
 def read_images(paths: Sequence[Path | tuple[Path, Sequence[int]]], framing: Framing = AS_IT_IS) -> Tensor:
-    """Image files of one size and colour as uint8 (N, C, H, W).
+    """Image files of one size and colour as uint8 (N, C, H, W); with a tuple, these frames of the file.
 
-    Args:
-        paths: The files, at least one; with a tuple, these frames of the file.
-        framing: Crop, size and channels to bring them to.
     Raises:
         ValueError: If two files differ in size or colour after framing; it names both.
     """
@@ -67,16 +63,10 @@ def read_images(paths: Sequence[Path | tuple[Path, Sequence[int]]], framing: Fra
 def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: int = 0) -> Source:
     """All images below a folder, of any depth, every frame of a stack or an animation; or one such file.
 
-    Subfolders named train and test (and validation) are taken as the split, at whatever
-    depth, and never as labels; else it is 80/10/10 in an order fixed by the seed. The
-    frames of one file stay in one part. Where every image lies in one of several
-    first-level subfolders, their names are the labels.
-
-    Args:
-        folder: Where to look; hidden files are passed over, other suffixes are counted.
-        framing: Crop, size, channels and background.
-        limit: Decode at most this many images of each split.
-        seed: Of the split.
+    Subfolders named train and test (and validation) are taken as the split, at whatever depth, and never as labels;
+    else it is 80/10/10 in an order fixed by the seed. The frames of one file stay in one part. Where every image lies
+    in one of several first-level subfolders, their names are the labels. At most `limit` images of each split are
+    decoded.
     """
     paths = _pictures(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -105,13 +95,9 @@ def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: 
 
 
 def read_celeba(data_dir: Path, framing: Framing, limit: int | None = None) -> Source:
-    """CelebA in torchvision's layout, with its official split.
+    """CelebA in torchvision's layout, with its official split: at most `limit` images of each part.
 
-    Args:
-        data_dir: Holds `celeba/img_align_celeba/*.jpg` and `celeba/list_eval_partition.txt`,
-            or is that `celeba` folder.
-        framing: Crop, size and channels.
-        limit: Decode at most this many images of each split.
+    data_dir holds `celeba/img_align_celeba/*.jpg` and `celeba/list_eval_partition.txt`, or is that `celeba` folder.
     """
     folder = next((place for place in (data_dir / "celeba", data_dir) if (place / "img_align_celeba").is_dir()), None)
     if folder is None or not (folder / "list_eval_partition.txt").is_file():

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.binarization import Binarization
-
-__all__ = ["SPLITS", "Source", "completed", "cut", "divide", "shuffled", "tenths"]
+from pyro_vae.data.splits import Binarization
 
 SPLITS = ("train", "validation", "test")
 
@@ -115,9 +113,8 @@ def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0)
         shares: Sizes of the pieces of n things.
         seed: Of the order of the groups.
     Returns:
-        The rows of each piece, and whether the groups were kept whole: with fewer groups
-        than pieces the rows are cut in their order instead, so that only neighbours
-        at the cuts are near-duplicates.
+        The rows of each piece, and whether the groups were kept whole: with fewer groups than pieces the rows are cut
+        in their order instead, so that only neighbours at the cuts are near-duplicates.
     Example:
         >>> cut(torch.tensor([1, 1, 1, 1]), lambda n: (n - 1, 1))
         ((tensor([2, 1, 0]), tensor([3])), True)
@@ -139,16 +136,10 @@ def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0)
 def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[dict[str, tuple[str, Tensor]], str]:
     """Three parts out of the two or three that the files have, none of them seen by another.
 
-    Without data to validate, a tenth of the training data does. Without test data, the
-    validation data are halved; the training data stay as they are.
-
-    Args:
-        given: Sizes of the groups of rows, as for `cut`, under train, validation, test.
-        what: The file or folder, for messages.
-        seed: Of the choice.
-    Returns:
-        For each part of the split the given part that it comes from and the rows of it;
-        and in words what was not as given.
+    Without data to validate, a tenth of the training data does. Without test data, the validation data are halved; the
+    training data stay as they are. `given` holds the sizes of the groups of rows, as for `cut`, by part. Returned are,
+    for each part of the split, the given part that it comes from and the rows of it; and in words what was not as
+    given.
     """
     def all_of(part: str) -> tuple[str, Tensor]:
         return part, torch.arange(int(given[part].sum()))

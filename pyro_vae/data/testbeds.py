@@ -7,9 +7,8 @@ The linear-Gaussian latent-variable model, which is probabilistic PCA:
     log p(x)    = log N(x; b, W W' + s^2 I)
     p(z | x)    = N(m(x), M^-1),   M = W' W / s^2 + I,   m(x) = M^-1 W' (x - b) / s^2
 
-The posterior's precision M does not depend on x, and it is diagonal only if the columns
-of W are orthogonal. So the best a factorised Gaussian can do is known, and so is what it
-loses, without any sampling:
+The posterior's precision M does not depend on x, and it is diagonal only if the columns of W are orthogonal. So the
+best a factorised Gaussian can do is known, and so is what it loses, without any sampling:
 
     min over factorised q of KL(q || p(z | x)) = (sum_d log M_dd - log det M) / 2
 
@@ -21,8 +20,6 @@ import math
 import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
-
-__all__ = ["LinearGaussian"]
 
 
 class LinearGaussian:

@@ -105,7 +105,7 @@ def refuse_other_scores(who: str, whose: str, again: Tensor, first: Tensor) -> N
         raise ValueError(
             f"{who} scores the same values differently a second time, though {whose} networks are in evaluation mode: "
             "it draws noise that no site knows of, such as torch.randn or F.dropout(..., training=True) in its code. "
-            "Make that noise a sample site, or leave it out."
+            "Make that noise a latent site (pyro.sample), or leave it out."
         )
 
 

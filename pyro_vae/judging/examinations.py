@@ -24,7 +24,7 @@ from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.results import RELEVANT, Mean, Nats, averaged
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, GapSplit, Latents, Remedy, Stages
 from pyro_vae.judging.weights import khat_ok
-from pyro_vae.parts.posteriors.normal import FullNormal
+from pyro_vae.parts.posteriors.amortized import FullNormal
 
 _NUM_SAMPLES = (5000, 2000, 1000, 500, 200, 100, 50, 25, 10, 5, 2)
 _ELBO_SAMPLES = 100

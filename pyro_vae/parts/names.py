@@ -3,9 +3,8 @@
 The two tables are the only place where a part is registered, by one line: a name, and where it lies. What else is to
 be known of it stands on the part (see `pyro_vae.protocols`).
 
-A name of our own stands for a class of this package. Anything else has the form
-``module:Class`` and is imported, which runs that module's code: so a file never gets
-one imported unless its reader trusts it by name.
+A name of our own stands for a class of this package. Anything else has the form ``module:Class`` and is imported, which
+runs that module's code: so a file never gets one imported unless its reader trusts it by name.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from typing import Any
 
 PARTS: dict[str, dict[str, str]] = {
     "posterior": {
-        "diagonal": "posteriors.normal:DiagonalNormal",
-        "full": "posteriors.normal:FullNormal",
-        "low-rank": "posteriors.normal:LowRankNormal",
+        "diagonal": "posteriors.amortized:DiagonalNormal",
+        "full": "posteriors.amortized:FullNormal",
+        "low-rank": "posteriors.amortized:LowRankNormal",
         "mixture": "posteriors.amortized:NormalMixture",
         "planar": "posteriors.planar:Planar",
         "sylvester": "posteriors.planar:Sylvester",
@@ -41,12 +40,12 @@ PARTS: dict[str, dict[str, str]] = {
     "likelihood": {
         "bernoulli": "likelihoods.likelihood:Bernoulli",
         "continuous-bernoulli": "likelihoods.likelihood:ContinuousBernoulli",
-        "normal": "likelihoods.normal:Normal",
-        "discretized-logistic": "likelihoods.levels:DiscretizedLogistic",
-        "logistic-mixture": "likelihoods.levels:MixtureOfDiscretizedLogistics",
-        "categorical": "likelihoods.levels:Categorical",
-        "poisson": "likelihoods.counts:Poisson",
-        "negative-binomial": "likelihoods.counts:NegativeBinomial",
+        "normal": "likelihoods.likelihood:Normal",
+        "discretized-logistic": "likelihoods.discrete:DiscretizedLogistic",
+        "logistic-mixture": "likelihoods.discrete:MixtureOfDiscretizedLogistics",
+        "categorical": "likelihoods.discrete:Categorical",
+        "poisson": "likelihoods.discrete:Poisson",
+        "negative-binomial": "likelihoods.discrete:NegativeBinomial",
     },
 }
 # Pairs of an encoder and a decoder: see `pyro_vae.parts.networks.dense.Networks`.
@@ -70,11 +69,8 @@ def is_foreign(name: str) -> bool:
 
 
 def check(kind: str, name: str) -> None:
-    """Refuse a name that no part of a kind has, without importing anything.
+    """Refuse a name that no part of a kind has and that is no ``module:Class``, without importing anything.
 
-    Args:
-        kind: "posterior", "prior" or "likelihood".
-        name: One of `PARTS`, or ``module:Class``.
     Raises:
         ValueError: Neither.
     """
@@ -100,9 +96,6 @@ def _path(family: type) -> str:
 def family(kind: str, given: Any) -> Any:
     """What makes a part: a class or function as it is, the class that a name stands for.
 
-    Args:
-        kind: "posterior" or "likelihood".
-        given: A class, a function, or a name.
     Raises:
         ValueError: Anything else, also a part that is made already.
     Example:
@@ -156,14 +149,7 @@ def check_supports(posterior: str, prior: str) -> None:
 
 
 def check_same_support(posterior: str, prior: str, q: Any, p: Any) -> None:
-    """As `check_supports`, of the parts themselves, or of their classes.
-
-    Args:
-        posterior: What the posterior is called.
-        prior: What the prior is called.
-        q: The posterior.
-        p: The prior.
-    """
+    """As `check_supports`, of the parts q and p themselves, or of their classes; the names are for the message."""
     from pyro_vae import protocols  # here, as it brings torch
 
     if protocols.same_support(q, p):
@@ -215,11 +201,8 @@ def _on(kind: str, part: Any) -> str:
 
 
 def find(kind: str, name: str) -> Any:
-    """The class that a name stands for.
+    """The class that a name of `PARTS`, or ``module:Class``, which is imported, stands for.
 
-    Args:
-        kind: "posterior", "prior" or "likelihood".
-        name: One of `PARTS`, or ``module:Class``, which is imported.
     Raises:
         ValueError: An unknown name, or one that cannot be imported.
     Example:
@@ -246,15 +229,10 @@ def build(
     defaults: Mapping[str, Any] | None = None,
     maker: Any = None,
 ) -> Any:
-    """A new part.
+    """A new part, by its class or by `maker`: what every part of its kind takes first, then its own keyword arguments.
 
-    Args:
-        kind: "posterior", "prior" or "likelihood".
-        name: One of `PARTS`, or ``module:Class``.
-        arguments: What every part of its kind takes first.
-        options: Its own keyword arguments.
-        defaults: Keyword arguments where the class takes them and none are given.
-        maker: What is called in place of the class.
+    The defaults are taken where the class knows them and none are given.
+
     Raises:
         ValueError: An unknown name, or an option that the class does not have.
     Example:

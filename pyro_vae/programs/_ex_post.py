@@ -1,10 +1,9 @@
 """A new prior for a fitted model, from where its guide puts the data.
 
-A model draws from p(z), but its likelihood has only learned the z that the guide visits:
-the aggregated posterior q(z) = E_data q(z | x). Where the two differ, samples are decoded
-from places where no datum lies; for a plain autoencoder, whose latent space nothing
-shapes, almost everywhere. A density fitted to draws of q(z) mends that after training,
-and leaves the likelihood as it is.
+A model draws from p(z), but its likelihood has only learned the z that the guide visits: the aggregated posterior q(z)
+= E_data q(z | x). Where the two differ, samples are decoded from places where no datum lies; for a plain autoencoder,
+whose latent space nothing shapes, almost everywhere. A density fitted to draws of q(z) mends that after training, and
+leaves the likelihood as it is.
 """
 
 from __future__ import annotations
@@ -50,12 +49,10 @@ def ex_post(
     Args:
         model: A fitted `Model`. It stays as it is.
         guide: Its guide.
-        data: A tensor (N, *x_shape), what an index tensor turns into one (a `Split`), or
-            an iterable of batches.
-        prior: "gaussian-mixture", fitted by expectation maximisation (scikit-learn), or a
-            module that returns a density over (D,), such as ``Flow(D, zuko.flows.NSF)``:
-            a copy of it is fitted by gradient steps on the latents in units of their
-            mean and standard deviation, and the best of them on a held-out tenth is kept.
+        data: A tensor (N, *x_shape), what an index tensor turns into one (a `Split`), or an iterable of batches.
+        prior: "gaussian-mixture", fitted by expectation maximisation (scikit-learn), or a module that returns a density
+            over (D,), such as ``Flow(D, zuko.flows.NSF)``: a copy of it is fitted by gradient steps on the latents in
+            units of their mean and standard deviation, and the best of them on a held-out tenth is kept.
         num_components: Of the Gaussian mixture.
         covariance: Of its components: "full" or "diagonal".
         num_steps: Gradient steps for a module.
@@ -63,8 +60,7 @@ def ex_post(
         batch_size: Data encoded, and latents per gradient step.
         seed: Of the draws and of the fit.
     Returns:
-        A model with the likelihood of the old one (the same module) and the new prior,
-        whose parameters are frozen.
+        A model with the likelihood of the old one (the same module) and the new prior, whose parameters are frozen.
     Raises:
         ValueError: A model without a likelihood of its own; an unknown prior; too few
             data; a latent that is not one vector per datum.
@@ -114,13 +110,7 @@ def aggregated_posterior(model: Program, guide: Program, data: Any, batch_size: 
 
 
 class Standardized(nn.Module):
-    """p(z) of z = loc + scale u, u from another prior: one written for numbers of size 1.
-
-    Args:
-        prior: A module that returns a distribution of event_shape (D,).
-        loc: (D,).
-        scale: Positive, (D,).
-    """
+    """p(z) of z = loc + scale u, (D,) each, u from another prior: one written for numbers of size 1."""
 
     loc: Tensor
     scale: Tensor

@@ -8,17 +8,15 @@ density of what comes out is known without a Jacobian matrix. One step k = 1, ..
     z   <- z + e * rho
     rho <- a_k (rho + e/2 * grad log p(x, z))        a_k = sqrt(beta_{k-1} / beta_k)
 
-The momentum starts hot, rho_0 ~ N(0, I / beta_0), and is cooled by a_k <= 1 down to
-beta_T = 1, so that samples travel first and settle then. Only the cooling changes
-volumes: log |det| = D sum_k log a_k, which telescopes to D/2 log beta_0. In the space of
-position and momentum the pair (z_T, rho_T) has the density
+The momentum starts hot, rho_0 ~ N(0, I / beta_0), and is cooled by a_k <= 1 down to beta_T = 1, so that samples travel
+first and settle then. Only the cooling changes volumes: log |det| = D sum_k log a_k, which telescopes to D/2 log
+beta_0. In the space of position and momentum the pair (z_T, rho_T) has the density
 
     log q(z_T, rho_T | x) = log q0(z_0 | x) + log N(rho_0; 0, I / beta_0) - D sum_k log a_k
 
-and the model extends to p(x, z) N(rho; 0, I). Their ratio is an unbiased estimate of
-p(x), which makes its logarithm a valid bound. But the guide's density of z_T alone is
-an integral over momenta that nobody knows: a sample that was not just drawn cannot be
-scored.
+and the model extends to p(x, z) N(rho; 0, I). Their ratio is an unbiased estimate of p(x), which makes its logarithm a
+valid bound. But the guide's density of z_T alone is an integral over momenta that nobody knows: a sample that was not
+just drawn cannot be scored.
 """
 
 from __future__ import annotations
@@ -75,11 +73,10 @@ def tempered_leapfrog(
 class Hamiltonian(Refined):
     """q(z | x) whose samples go T leapfrog steps from a base guide's towards p(z | x).
 
-    Every step costs a gradient of the model, and training differentiates through all of
-    them, the model's second derivatives included. Step size and tempering are learned.
-    A bound, but not a density of z: `log_q` and all that must score given samples
-    refuse it, and so do estimators that do. Momenta are drawn outside of Pyro's sites,
-    one for each sample and datum.
+    Every step costs a gradient of the model, and training differentiates through all of them, the model's second
+    derivatives included. Step size and tempering are learned. A bound, but not a density of z: `log_q` and all that
+    must score given samples refuse it, and so do estimators that do. Momenta are drawn outside of Pyro's sites, one for
+    each sample and datum.
 
     Args:
         model: The model.

@@ -5,11 +5,10 @@ is the amortization gap. A few steps on each datum's own ELBO close most of it:
 
     lambda_0 = encoder(x),   lambda_{t+1} = lambda_t + e * grad ELBO(x; lambda_t)
 
-The parameters are those of the distributions at the guide's sites, without constraints
-(log sigma, the Cholesky factor with the logarithm of its diagonal, ...), or, for a
-family that is not made of its parameters alone, such as a flow, all that its posterior's
-head returns. The result is again a member of the base guide's family, so whatever the
-base guide can do (score samples, an analytic KL), it can.
+The parameters are those of the distributions at the guide's sites, without constraints (log sigma, the Cholesky factor
+with the logarithm of its diagonal, ...), or, for a family that is not made of its parameters alone, such as a flow, all
+that its posterior's head returns. The result is again a member of the base guide's family, so whatever the base guide
+can do (score samples, an analytic KL), it can.
 """
 
 from __future__ import annotations
@@ -35,21 +34,18 @@ _Key = TypeVar("_Key", str, tuple[str, str])
 class SemiAmortized(Refined):
     """q(z | x): the base guide after a few gradient steps on its parameters, per datum.
 
-    The steps climb the model's ELBO, with the gradient along reparameterised samples.
-    Their noise is fresh at every step; its sequence is fixed by the seed, so that the
-    guide is a function of the batch: it scores samples by the distribution that it
-    draws them from. It is unaffected by scales, tempering and losses outside.
+    The steps climb the model's ELBO, with the gradient along reparameterised samples. Their noise is fresh at every
+    step; its sequence is fixed by the seed, so that the guide is a function of the batch: it scores samples by the
+    distribution that it draws them from. It is unaffected by scales, tempering and losses outside.
 
-    What trains the encoder: with ``differentiate`` the loss is differentiated through
-    the steps (at the price of second derivatives), so that the encoder learns to give
-    parameters from which the steps go far, as in the paper. Without, the change is
-    taken as a constant, and the encoder receives the gradient of the loss at the
-    refined parameters: cheaper, and it pulls the encoder to where the steps end.
+    What trains the encoder: with ``differentiate`` the loss is differentiated through the steps (at the price of second
+    derivatives), so that the encoder learns to give parameters from which the steps go far, as in the paper. Without,
+    the change is taken as a constant, and the encoder receives the gradient of the loss at the refined parameters:
+    cheaper, and it pulls the encoder to where the steps end.
 
-    One run costs the base guide once (twice for guides of several sites and for
-    families known by their heads only, which also run it in every step) and per step
-    the model and its gradient. The steps seed torch's generator, so a compiler that
-    captures the program has to leave it as it is.
+    One run costs the base guide once (twice for guides of several sites and for families known by their heads only,
+    which also run it in every step) and per step the model and its gradient. The steps seed torch's generator, so a
+    compiler that captures the program has to leave it as it is.
 
     Args:
         model: The model.

@@ -33,8 +33,7 @@ _METADATA = "pyro_vae.architecture"
 class VAE(nn.Module):
     """A model p(z) p(x | z) and a guide q(z | x), with what people expect of the pair.
 
-    ``vae.model`` and ``vae.guide`` are ordinary Pyro programs: everything that takes a
-    pair takes them.
+    ``vae.model`` and ``vae.guide`` are ordinary Pyro programs: everything that takes a pair takes them.
 
     Args:
         model: The generative model.
@@ -111,10 +110,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: Another value of pixels.
         """
-        if pixels not in ("mean", "draw"):
-            raise ValueError(f'got pixels={pixels!r}, wanted "mean" or "draw".')
-        given_z = self.decode(self.model.prior().expand([size]).sample())
-        return given_z.mean if pixels == "mean" else given_z.sample()
+        return pixels_of(self.decode(self.model.prior().expand([size]).sample()), pixels)
 
     @torch.no_grad()
     @checked
@@ -198,8 +194,7 @@ class VAE(nn.Module):
         """Read weights into this VAE.
 
         Raises:
-            ValueError: No such file, a corrupt one, or tensors that do not fit; the
-                weights are then as they were.
+            ValueError: No such file, a corrupt one, or tensors that do not fit; the weights are then as they were.
         """
         _metadata(path)
         before = {name: value.clone() for name, value in self.state_dict().items()}
@@ -209,6 +204,13 @@ class VAE(nn.Module):
             self.load_state_dict(before)
             lines = [line.strip() for line in str(error).splitlines()]
             raise ValueError(f"the weights in {path} do not fit this VAE: {' '.join(lines[1:2] or lines)}") from error
+
+
+def pixels_of(given_z: TorchDistribution, pixels: str) -> Tensor:
+    """The picture that people show, "mean" for E[x | z], or what the model claims, "draw" for a sample of p(x | z)."""
+    if pixels not in ("mean", "draw"):
+        raise ValueError(f'got pixels={pixels!r}, wanted "mean" or "draw".')
+    return given_z.mean if pixels == "mean" else given_z.sample()
 
 
 class _Plain:

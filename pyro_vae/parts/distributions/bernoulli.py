@@ -1,9 +1,6 @@
-"""Bernoulli and continuous Bernoulli by their logits.
+"""Bernoulli and continuous Bernoulli by their logits, accurate at all of them.
 
-A continuous Bernoulli by its logits, accurate at all of them.
-
-The density on [0, 1] proportional to p^x (1 - p)^(1 - x) is, in its logit l = log p / (1 - p), the
-exponential family
+The density on [0, 1] proportional to p^x (1 - p)^(1 - x) is, in its logit l = log p / (1 - p), the exponential family
 
     p(x; l) = exp(l x - A(l)),   A(l) = log (e^l - 1) / l = l/2 + log (sinh(l/2) / (l/2))
 
@@ -24,16 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.distributions import Bernoulli as PyroBernoulli
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import constraints
 from torch import Tensor
+
+from pyro_vae.parts.distributions.levels import Number
 
 
 class _BernoulliLogProb(torch.autograd.Function):
     """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's.
 
-    softplus(l) = max(l, 0) + log(1 + exp(-|l|)): ``log1p`` is not vectorised on the CPU,
-    and would only gain what lies below 1e-7. The maximum is taken off first, where it
-    cancels x l exactly at x = 1.
+    softplus(l) = max(l, 0) + log(1 + exp(-|l|)): ``log1p`` is not vectorised on the CPU, and would only gain what lies
+    below 1e-7. The maximum is taken off first, where it cancels x l exactly at x = 1.
     """
 
     @staticmethod
@@ -134,7 +132,7 @@ class _LogProb(torch.autograd.Function):
         return in_logits, in_x
 
 
-class ContinuousBernoulliLogits(TorchDistribution):
+class ContinuousBernoulliLogits(Number):
     """p(x) = exp(l x - A(l)) on [0, 1], A(l) = log (e^l - 1) / l.
 
     torch's ``ContinuousBernoulli`` clips its probabilities, so that in float32 log p is off by 2.5 nats at
@@ -158,12 +156,10 @@ class ContinuousBernoulliLogits(TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> ContinuousBernoulliLogits:
-        return ContinuousBernoulliLogits(self.logits.expand(batch_shape), validate_args=self._validate_args)
+    def _over(self, batch_shape: Any) -> ContinuousBernoulliLogits:
+        return ContinuousBernoulliLogits(self.logits.expand(batch_shape))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _score(self, value: Tensor) -> Tensor:
         logits, value = torch.broadcast_tensors(self.logits, value)
         return _LogProb.apply(logits, value)
 

@@ -1,9 +1,9 @@
 """Counts by the logarithm of their mean.
 
-The logarithm, not the mean, is what a network gives and what the density needs: log p has the term x log m, which
-is lost where m underflows. Between the negative binomial and the Poisson that it becomes as its concentration
-grows, the usual difference log Gamma(r + x) - log Gamma(r) loses all its digits; Stirling's series takes over. At the
-other end, r -> 0, where log Gamma(r) has a pole, Gamma(r) = Gamma(r + 1) / r leaves log r, which is given.
+The logarithm is what a network gives and what the density needs: log p has the term x log m, which is lost where m
+underflows. Between the negative binomial and the Poisson that it becomes as its concentration grows, the usual
+difference log Gamma(r + x) - log Gamma(r) loses all its digits; Stirling's series takes over. At the other end,
+r -> 0, where log Gamma(r) has a pole, Gamma(r) = Gamma(r + 1) / r leaves log r, which is given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.util import broadcast_all
 from torch import Tensor
 
-from pyro_vae.parts.distributions.levels import GreyLevels, to_level
+from pyro_vae.parts.distributions.levels import GreyLevels, Number, to_level
 
 # Where Stirling's series with five terms reaches 1e-18 and log Gamma itself is still small.
 _LARGE = 30.0
@@ -56,7 +56,7 @@ class Counts(constraints.Constraint):
         return f"counts v / {self.levels - 1} with v in 0, 1, 2, ...: binarization='none' without dequantisation"
 
 
-class LevelsAsCounts(TorchDistribution):
+class LevelsAsCounts(Number):
     """Grey levels x = v / (L - 1) whose v is a count, such as of photons: P(x) is the probability of v.
 
     Args:
@@ -68,7 +68,6 @@ class LevelsAsCounts(TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}
-    has_rsample = False
 
     def __init__(self, counts: TorchDistribution, levels: int, validate_args: bool | None = None) -> None:
         self.counts, self.levels = counts, GreyLevels(levels).levels
@@ -79,12 +78,10 @@ class LevelsAsCounts(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return self._support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> LevelsAsCounts:
-        return LevelsAsCounts(self.counts.expand(batch_shape), self.levels, validate_args=self._validate_args)
+    def _over(self, batch_shape: Any) -> LevelsAsCounts:
+        return LevelsAsCounts(self.counts.expand(batch_shape), self.levels)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _score(self, value: Tensor) -> Tensor:
         return self.counts.log_prob(to_level(value, self.levels))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -99,7 +96,7 @@ class LevelsAsCounts(TorchDistribution):
         return self.counts.variance / (self.levels - 1) ** 2
 
 
-class PoissonLogRate(TorchDistribution):
+class PoissonLogRate(Number):
     """p(x) = m^x e^-m / x!,   m = exp(log_rate).
 
     Args:
@@ -111,18 +108,15 @@ class PoissonLogRate(TorchDistribution):
 
     arg_constraints = {"log_rate": constraints.real}
     support = Counts()
-    has_rsample = False
 
     def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
         self.log_rate = log_rate
         super().__init__(log_rate.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> PoissonLogRate:
-        return PoissonLogRate(self.log_rate.expand(batch_shape), validate_args=self._validate_args)
+    def _over(self, batch_shape: Any) -> PoissonLogRate:
+        return PoissonLogRate(self.log_rate.expand(batch_shape))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _score(self, value: Tensor) -> Tensor:
         return value * self.log_rate - self.log_rate.exp() - torch.lgamma(value + 1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -138,7 +132,7 @@ class PoissonLogRate(TorchDistribution):
         return self.mean
 
 
-class NegativeBinomialLogMean(TorchDistribution):
+class NegativeBinomialLogMean(Number):
     """Counts of mean m and variance m + m^2 / r: a Poisson whose rate is Gamma(r, r / m).
 
         p(x) = Gamma(r + x) / (Gamma(r) x!)  (r / (r + m))^r  (m / (r + m))^x
@@ -153,19 +147,15 @@ class NegativeBinomialLogMean(TorchDistribution):
 
     arg_constraints = {"log_mean": constraints.real, "log_concentration": constraints.real}
     support = Counts()
-    has_rsample = False
 
     def __init__(self, log_mean: Tensor, log_concentration: Tensor, validate_args: bool | None = None) -> None:
         self.log_mean, self.log_concentration = broadcast_all(log_mean, log_concentration)
         super().__init__(self.log_mean.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> NegativeBinomialLogMean:
-        log_mean, log_r = self.log_mean.expand(batch_shape), self.log_concentration.expand(batch_shape)
-        return NegativeBinomialLogMean(log_mean, log_r, validate_args=self._validate_args)
+    def _over(self, batch_shape: Any) -> NegativeBinomialLogMean:
+        return NegativeBinomialLogMean(self.log_mean.expand(batch_shape), self.log_concentration.expand(batch_shape))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _score(self, value: Tensor) -> Tensor:
         log_r = self.log_concentration.clamp(max=_POISSON)
         r, logits = log_r.exp(), self.log_mean - log_r
         large = r > _LARGE

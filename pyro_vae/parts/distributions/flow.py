@@ -4,9 +4,8 @@ The distribution of z = f(u), u ~ p(u), for an invertible f.
 
     log q(z) = log p(u) - log |det df/du|,   u = f^-1(z)
 
-A draw knows its u, so its density costs nothing more. The density of any other z needs
-the inverse, which may be as cheap as f (coupling), take D passes (autoregressive flows
-that draw in one), or be absent.
+A draw knows its u, so its density costs nothing more. The density of any other z needs the inverse, which may be as
+cheap as f (coupling), take D passes (autoregressive flows that draw in one), or be absent.
 
 zuko's flows are modules of two directions: "forward" is z -> u for its own densities.
 Either may be taken for drawing here; whichever is forward costs one pass.
@@ -15,9 +14,8 @@ One flow per datum: the linear layers of a flow with weights that have a batch d
 
     y_b = W_b x_b + c_b,   W of (B, out, in), x of (..., B, in)
 
-The flow is the same module: while it runs, its weights are exchanged for those of the
-batch, and the products that they enter are taken datum by datum. All else in a flow is
-elementwise in the batch already.
+The flow is the same module: while it runs, its weights are exchanged for those of the batch, and the products that they
+enter are taken datum by datum. All else in a flow is elementwise in the batch already.
 """
 
 from __future__ import annotations
@@ -43,10 +41,9 @@ class Pushforward(TorchDistribution):
 
         log q(z) = log p(u) - log |det df/du|
 
-    The density of the latest draw is kept, for that very tensor only: not for a copy of
-    it, nor after it is changed in place, nor with gradients if it was drawn without.
-    It is a function of the parameters and of u; for its derivative with respect to z,
-    score a detached copy.
+    The density of the latest draw is kept, for that very tensor only: not for a copy of it, nor after it is changed in
+    place, nor with gradients if it was drawn without. It is a function of the parameters and of u; for its derivative
+    with respect to z, score a detached copy.
 
     Args:
         base: p(u), batch_shape (...), event_shape (D,).
@@ -84,10 +81,6 @@ class Pushforward(TorchDistribution):
         # Bounded on purpose: one draw, replaced by the next.
         self._latest = (z, _state(z), torch.is_grad_enabled(), self.base.log_prob(u) - log_det)
         return z
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(z), in nats.
@@ -137,8 +130,7 @@ def pushforward(
         context: (..., C); None for a flow without context.
         loc: (..., D); None for 0.
         log_scale: (..., D); None for 0.
-        fast: "sampling": f is the flow's own direction, one pass; "scoring": its inverse,
-            as zuko means it.
+        fast: "sampling": f is the flow's own direction, one pass; "scoring": its inverse, as zuko means it.
     """
     transform = flow.transform(context)  # type: ignore[operator]
     base = flow.base(context)  # type: ignore[operator]
@@ -224,13 +216,7 @@ def own_weights(flow: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def with_weights(q: Pushforward, flow: nn.Module, weights: Mapping[str, Tensor]) -> Pushforward:
-    """The distribution of a flow under weights per datum, (B, *shape) each by name.
-
-    Args:
-        q: Of batch_shape (B,), whose maps run the flow each time.
-        flow: The flow.
-        weights: Of `own_weights`, all or some.
-    """
+    """The distribution q of a flow, (B,), under weights per datum, (B, *shape) each, all or some of `own_weights`."""
 
     @contextlib.contextmanager
     def exchanged() -> Iterator[None]:

@@ -1,16 +1,9 @@
 """Grey levels: any distribution over them, and a rounded logistic.
 
-Distributions of grey levels.
-
 A pixel of L levels holds x = v / (L - 1) with v in 0, ..., L - 1, as `pyro_vae.data` gives 8-bit images with
 binarization="none" and no dequantisation: x = v / 255. Its distribution is discrete, so log p(x) is the log of
 a probability in nats, and bits per dimension are -log p / (dims log 2), with no correction for the scale of x
 (`bits_per_dimension(..., levels=1)`).
-
-`expand` never returns the distribution itself here, even where the shape stays: Pyro's ``Independent`` switches
-the validation of what it is given back off for good, and data that no level has would be scored in silence.
-
-A logistic distribution rounded to grey levels.
 
 A logistic variable y of location m and scale s, in units of levels, is rounded to the nearest level; what lies
 beyond the ends goes to the ends. With a = (v - 1/2 - m) / s and b = (v + 1/2 - m) / s,
@@ -23,7 +16,7 @@ at its centre. The lowest level drops S(-a) and the last factor, the highest dro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -31,6 +24,8 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.util import broadcast_all
 from torch import Tensor
+
+_Self = TypeVar("_Self", bound="Number")
 
 
 class GreyLevels(constraints.Constraint):
@@ -68,7 +63,35 @@ def to_level(x: Tensor, levels: int) -> Tensor:
     return (x * (levels - 1)).round()
 
 
-class CategoricalLevels(TorchDistribution):
+class Number(TorchDistribution):
+    """A distribution of one number, whose parameters have its batch_shape; abstract.
+
+    `expand` never returns the distribution itself, even where the shape stays: Pyro's ``Independent`` switches the
+    validation of what it is given back off for good, and data that no level has would be scored in silence.
+    """
+
+    has_rsample = False
+
+    def _over(self: _Self, batch_shape: Any) -> _Self:
+        """The same distribution over a batch_shape that the parameters expand to."""
+        raise NotImplementedError
+
+    def expand(self: _Self, batch_shape: Any, _instance: Any = None) -> _Self:
+        new = self._over(batch_shape)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._score(value)
+
+    def _score(self, value: Tensor) -> Tensor:
+        """log p of values that may be trusted."""
+        raise NotImplementedError
+
+
+class CategoricalLevels(Number):
     """P(x = v / (L - 1)) = softmax(logits)_v: any distribution of a pixel's grey level.
 
     Args:
@@ -79,7 +102,6 @@ class CategoricalLevels(TorchDistribution):
     """
 
     arg_constraints = {"logits": constraints.real_vector}
-    has_rsample = False
 
     def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
         self.logits = logits
@@ -95,13 +117,10 @@ class CategoricalLevels(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return self._support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> CategoricalLevels:
-        logits = self.logits.expand(*batch_shape, self.levels)
-        return CategoricalLevels(logits, validate_args=self._validate_args)
+    def _over(self, batch_shape: Any) -> CategoricalLevels:
+        return CategoricalLevels(self.logits.expand(*batch_shape, self.levels))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _score(self, value: Tensor) -> Tensor:
         log_p = self.logits.log_softmax(-1)
         index, log_p = torch.broadcast_tensors(to_level(value, self.levels).long().unsqueeze(-1), log_p)
         return log_p.gather(-1, index[..., :1]).squeeze(-1)
@@ -112,18 +131,20 @@ class CategoricalLevels(TorchDistribution):
             return level.to(self.logits.dtype) / (self.levels - 1)
 
     @property
+    def _grey(self) -> Tensor:
+        return torch.linspace(0, 1, self.levels, dtype=self.logits.dtype, device=self.logits.device)
+
+    @property
     def mean(self) -> Tensor:
-        grey = torch.linspace(0, 1, self.levels, dtype=self.logits.dtype, device=self.logits.device)
-        return self.logits.softmax(-1) @ grey
+        return self.logits.softmax(-1) @ self._grey
 
     @property
     def variance(self) -> Tensor:
-        grey = torch.linspace(0, 1, self.levels, dtype=self.logits.dtype, device=self.logits.device)
-        deviation = grey - self.mean.unsqueeze(-1)
+        deviation = self._grey - self.mean.unsqueeze(-1)
         return (self.logits.softmax(-1) * deviation.square()).sum(-1)
 
 
-class DiscretizedLogistic(TorchDistribution):
+class DiscretizedLogistic(Number):
     """P(x = v / (L - 1)): a logistic of the grey value, rounded to L levels.
 
     Args:
@@ -140,7 +161,6 @@ class DiscretizedLogistic(TorchDistribution):
     """
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
-    has_rsample = False
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None) -> None:
         self.loc, self.scale = broadcast_all(loc, scale)
@@ -152,13 +172,10 @@ class DiscretizedLogistic(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return self._support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretizedLogistic:
-        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
-        return DiscretizedLogistic(loc, scale, self.levels, validate_args=self._validate_args)
+    def _over(self, batch_shape: Any) -> DiscretizedLogistic:
+        return DiscretizedLogistic(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _score(self, value: Tensor) -> Tensor:
         # In units of levels the edges of neighbouring bins are the same float, so the sum telescopes to one.
         level, top = to_level(value, self.levels), self.levels - 1
         loc, scale = self.loc * top, self.scale * top

@@ -15,21 +15,18 @@ Weights. The conditional distribution functions
 
     u_d = F_d(z_d | z_1, ..., z_{d-1}) = sum_c w_c(z_1, ..., z_{d-1}) Phi((z_d - m_cd) / s_cd)
 
-turn a draw of the mixture into independent uniform numbers. Keeping those fixed while the
-logits l move defines how z moves, without any inverse of F, since dF/dz is triangular, with
-the conditional densities on its diagonal:
+turn a draw of the mixture into independent uniform numbers. Keeping those fixed while the logits l move defines how z
+moves, without any inverse of F, since dF/dz is triangular, with the conditional densities on its diagonal:
 
     dz = -(dF / dz)^-1 (dF / dl) dl
 
-Both are exact. The price of the second is variance: to make one component heavier, mass has
-to be moved there through whatever lies between, and the less lies there the faster it moves.
-For two components a standard deviations apart in one dimension the variance of the weights'
-gradient grows as exp(a^2 / 8). From about eight on, the weights learn slowly. The gradients
-of means and scales never suffer.
+Both are exact. The price of the second is variance: to make one component heavier, mass has to be moved there through
+whatever lies between, and the less lies there the faster it moves. For two components a standard deviations apart in
+one dimension the variance of the weights' gradient grows as exp(a^2 / 8). From about eight on, the weights learn
+slowly. The gradients of means and scales never suffer.
 
-Pyro's MixtureOfDiagNormals (Jankowiak and Karaletsos 2019, arXiv:1806.01856) moves the
-weights' mass along other paths, with the density itself as a divisor, which leaves the range
-of float32 in 50 dimensions, and it takes neither D = 1 nor a sample_shape.
+Pyro's MixtureOfDiagNormals (Jankowiak and Karaletsos 2019, arXiv:1806.01856) divides by the density, which leaves the
+range of float32 in 50 dimensions, and takes neither D = 1 nor a sample_shape.
 
 Reference: Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018. arXiv:1805.08498
 
@@ -43,15 +40,13 @@ For C diagonal normals the quadratic form falls apart into two matrix products,
 
     -1/2 sum_d (z_d - mu_cd)^2 / s_cd^2 = z^2 . (-1/2 / s_c^2) + z . (mu_c / s_c^2) - 1/2 |mu_c / s_c|^2
 
-which never hold more than (K, B, C) numbers. The three terms are large and cancel: in
-float32, at 500 components of scale 0.1 in 50 dimensions, the log density is off by
-1e-2 nats. The products are therefore taken in float64, which costs half as much again
-as float32, is still 15 times faster than the table, and is off by 2e-6.
+which never hold more than (K, B, C) numbers. The three terms are large and cancel: in float32, at 500 components of
+scale 0.1 in 50 dimensions, the log density is off by 1e-2 nats. The products are therefore taken in float64, which
+costs half as much again as float32, is still 15 times faster than the table, and is off by 2e-6.
 
-Components of any other kind, flows above all, have to score every value one by one: K B C
-evaluations of a network. They are taken in parts of bounded size, which are computed
-again on the way back, so that 50 samples of 64 data under 500 splines take seconds and not
-the machine's memory.
+Components of any other kind, flows above all, have to score every value one by one: K B C evaluations of a network.
+They are taken in parts of bounded size, which are computed again on the way back, so that 50 samples of 64 data under
+500 splines take seconds and not the machine's memory.
 """
 
 from __future__ import annotations
@@ -67,17 +62,17 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
+from pyro_vae.parts.distributions.normal import Kept
 from pyro_vae.protocols import passes
 
 _LOG_TWO_PI = math.log(2 * math.pi)
 
 
-class DiagonalNormalMixture(TorchDistribution):
+class DiagonalNormalMixture(Kept):
     """sum_c w_c N(z; m_c, diag s_c^2), with w = softmax(logits).
 
-    `rsample` carries the derivatives in means, scales and logits, in memory O(D^2 + C D) a
-    sample. They are first derivatives: a second one through a sample is not meant to be
-    taken. Arguments are trusted, not validated.
+    `rsample` carries the derivatives in means, scales and logits, in memory O(D^2 + C D) a sample. They are first
+    derivatives: a second one through a sample is not meant to be taken. Arguments are trusted, not validated.
 
     Args:
         loc: m, (..., C, D).
@@ -103,50 +98,35 @@ class DiagonalNormalMixture(TorchDistribution):
         batch_shape = torch.broadcast_shapes(loc.shape[:-2], scale.shape[:-2], logits.shape[:-1])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DiagonalNormalMixture:
-        new = self._get_checked_instance(DiagonalNormalMixture, _instance)
-        new._loc, new._scale, new._logits = self._loc, self._scale, self._logits
-        shape = torch.Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, shape) != shape:
-            raise ValueError(f"cannot expand batch_shape {tuple(self.batch_shape)} to {tuple(shape)}.")
-        super(DiagonalNormalMixture, new).__init__(shape, self.event_shape, validate_args=False)
-        return new
-
     @property
     def loc(self) -> Tensor:
         """m, (..., C, D)."""
-        return self._loc.expand(self.batch_shape + self._loc.shape[-2:])
+        return self._whole(self._loc, 2)
 
     @property
     def scale(self) -> Tensor:
         """s, (..., C, D)."""
-        return self._scale.expand(self.batch_shape + self._loc.shape[-2:])
+        return self._whole(self._scale, 2)
 
     @property
     def logits(self) -> Tensor:
         """log w, normalised, (..., C)."""
-        return self._logits.expand(self.batch_shape + self._logits.shape[-1:])
+        return self._whole(self._logits)
 
     @property
     def mean(self) -> Tensor:
-        mean = (self._logits.exp().unsqueeze(-1) * self._loc).sum(-2)
-        return mean.expand(self.batch_shape + self.event_shape)
+        return self._whole((self._logits.exp().unsqueeze(-1) * self._loc).sum(-2))
 
     @property
     def variance(self) -> Tensor:
         within = self._scale.square() + (self._loc - self.mean.unsqueeze(-2)).square()
-        variance = (self._logits.exp().unsqueeze(-1) * within).sum(-2)
-        return variance.expand(self.batch_shape + self.event_shape)
+        return self._whole((self._logits.exp().unsqueeze(-1) * within).sum(-2))
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_density = _log_normal(value.unsqueeze(-2), self._loc, self._scale).sum(-1)
         return (log_density + self._logits).logsumexp(-1).expand(
             torch.broadcast_shapes(self.batch_shape, value.shape[:-1])
         )
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            return self.rsample(sample_shape)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         z = self._draw(torch.Size(sample_shape)).detach()
@@ -208,7 +188,7 @@ _PAIRS = 2**14
 _CAPTURED = 3
 
 
-class SharedMixture(TorchDistribution):
+class SharedMixture(Kept):
     """p(z) = sum_c w_c p_c(z), with components that are not copied when it is expanded.
 
     Args:
@@ -249,12 +229,6 @@ class SharedMixture(TorchDistribution):
         weights, means = self.log_weights.exp(), self.components.mean
         spread = means - weights @ means
         return self._whole(weights @ (self.components.variance + spread.square()))
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> SharedMixture:
-        new = self._get_checked_instance(SharedMixture, _instance)
-        new.log_weights, new.components = self.log_weights, self.components
-        TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         normal = _diagonal(self.components)
@@ -308,9 +282,6 @@ class SharedMixture(TorchDistribution):
         candidates = self.components.sample(chosen.shape)
         index = chosen.reshape(-1, 1, 1).expand(-1, 1, *self.event_shape)
         return candidates.gather(1, index).squeeze(1)
-
-    def _whole(self, event: Tensor) -> Tensor:
-        return event.expand(self.batch_shape + self.event_shape)
 
 
 def _diagonal(components: TorchDistribution) -> tuple[Tensor, Tensor] | None:

@@ -1,9 +1,8 @@
 """Correlated Gaussians that plates expand for nothing.
 
-A plate over K particles expands a batch of B Gaussians to (K, B). With torch's and Pyro's
-multivariate normals the (D, D) matrices are then expanded too, and every triangular solve
-works on K copies of them. Here `expand` keeps the B matrices and changes the batch_shape
-only, and the K samples become columns of B solves.
+A plate over K particles expands a batch of B Gaussians to (K, B). With torch's and Pyro's multivariate normals the
+(D, D) matrices are then expanded too, and every triangular solve works on K copies of them. Here `expand` keeps the B
+matrices and changes the batch_shape only, and the K samples become columns of B solves.
 
 Both families also know KL(q || p) to a factorised Gaussian p in closed form, where torch
 has none for this pair of classes, so that Pyro's ``TraceMeanField_ELBO`` integrates it:
@@ -13,9 +12,10 @@ has none for this pair of classes, so that Pyro's ``TraceMeanField_ELBO`` integr
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -25,7 +25,55 @@ from torch.distributions import Independent, Normal, constraints, register_kl
 _LOG_TWO_PI = math.log(2 * math.pi)
 
 
-class CholeskyNormal(TorchDistribution):
+_Self = TypeVar("_Self", bound="Kept")
+
+
+class Kept(TorchDistribution):
+    """A distribution whose `expand` keeps the parameters as they are and changes the batch_shape only; abstract.
+
+    Its methods broadcast: what they return has the batch_shape, whatever the parameters have.
+    """
+
+    def expand(self: _Self, batch_shape: Any, _instance: Any = None) -> _Self:
+        shape = torch.Size(batch_shape)
+        if torch.broadcast_shapes(self.batch_shape, shape) != shape:
+            raise ValueError(f"cannot expand batch_shape {tuple(self.batch_shape)} to {tuple(shape)}.")
+        new = copy.copy(self)
+        new._batch_shape = shape
+        return new
+
+    def _whole(self, tensor: Tensor, dims: int = 1) -> Tensor:
+        """A tensor with that many dimensions of its own, over the whole batch."""
+        return tensor.expand(self.batch_shape + tensor.shape[tensor.dim() - dims :])
+
+
+class _Normal(Kept):
+    """N(z; m, S) by a factor of S: what the two below have in common."""
+
+    support = constraints.real_vector
+    has_rsample = True
+    _loc: Tensor
+
+    @property
+    def log_det(self) -> Tensor:
+        """log det S, (...)."""
+        raise NotImplementedError
+
+    @property
+    def loc(self) -> Tensor:
+        """m, (..., D)."""
+        return self._whole(self._loc)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    def entropy(self) -> Tensor:
+        """The entropy in nats, (...)."""
+        return 0.5 * (self.log_det + self.event_shape[0] * (1 + _LOG_TWO_PI))
+
+
+class CholeskyNormal(_Normal):
     """N(z; m, L L') with a lower-triangular L of positive diagonal.
 
         log p(z) = -|L^-1 (z - m)|^2 / 2 - sum_d log L_dd - D/2 log 2 pi
@@ -41,43 +89,25 @@ class CholeskyNormal(TorchDistribution):
     """
 
     arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
-    support = constraints.real_vector
-    has_rsample = True
 
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
         self._loc, self._scale_tril = loc, scale_tril
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], scale_tril.shape[:-2])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> CholeskyNormal:
-        new = self._get_checked_instance(CholeskyNormal, _instance)
-        new._loc, new._scale_tril = self._loc, self._scale_tril
-        shape = _expansion(self.batch_shape, batch_shape)
-        super(CholeskyNormal, new).__init__(shape, self.event_shape, validate_args=False)
-        return new
-
-    @property
-    def loc(self) -> Tensor:
-        """m, (..., D)."""
-        return self._loc.expand(self.batch_shape + self.event_shape)
-
     @property
     def scale_tril(self) -> Tensor:
         """L, (..., D, D)."""
-        return self._scale_tril.expand(self.batch_shape + self.event_shape + self.event_shape)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
+        return self._whole(self._scale_tril, 2)
 
     @property
     def variance(self) -> Tensor:
-        return self._scale_tril.square().sum(-1).expand(self.batch_shape + self.event_shape)
+        return self._whole(self._scale_tril.square().sum(-1))
 
     @property
     def covariance_matrix(self) -> Tensor:
         """L L', (..., D, D)."""
-        return (self._scale_tril @ self._scale_tril.mT).expand(self.scale_tril.shape)
+        return self._whole(self._scale_tril @ self._scale_tril.mT, 2)
 
     @property
     def log_det(self) -> Tensor:
@@ -95,12 +125,8 @@ class CholeskyNormal(TorchDistribution):
         white = _columnwise(solve, self._scale_tril, value - self._loc)
         return -0.5 * (white.square().sum(-1) + self.log_det + self.event_shape[0] * _LOG_TWO_PI)
 
-    def entropy(self) -> Tensor:
-        """The entropy in nats, (...)."""
-        return 0.5 * (self.log_det + self.event_shape[0] * (1 + _LOG_TWO_PI))
 
-
-class LowRankNormal(TorchDistribution):
+class LowRankNormal(_Normal):
     """N(z; m, S) with S = diag(s) (I + V V') diag(s), V of R columns.
 
     That is diag(s^2) + W W' with W = diag(s) V: written with V, the family is the same in
@@ -127,51 +153,31 @@ class LowRankNormal(TorchDistribution):
         "scale": constraints.independent(constraints.positive, 1),
         "factor": constraints.independent(constraints.real, 2),
     }
-    support = constraints.real_vector
-    has_rsample = True
 
     def __init__(self, loc: Tensor, scale: Tensor, factor: Tensor) -> None:
         self._loc, self._scale, self._factor = loc, scale, factor
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], scale.shape[:-1], factor.shape[:-2])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> LowRankNormal:
-        new = self._get_checked_instance(LowRankNormal, _instance)
-        new._loc, new._scale, new._factor = self._loc, self._scale, self._factor
-        shape = _expansion(self.batch_shape, batch_shape)
-        super(LowRankNormal, new).__init__(shape, self.event_shape, validate_args=False)
-        return new
-
-    @property
-    def loc(self) -> Tensor:
-        """m, (..., D)."""
-        return self._loc.expand(self.batch_shape + self.event_shape)
-
     @property
     def scale(self) -> Tensor:
         """s, (..., D)."""
-        return self._scale.expand(self.batch_shape + self.event_shape)
+        return self._whole(self._scale)
 
     @property
     def factor(self) -> Tensor:
         """V, (..., D, R)."""
-        return self._factor.expand(self.batch_shape + self._factor.shape[-2:])
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
+        return self._whole(self._factor, 2)
 
     @property
     def variance(self) -> Tensor:
-        spread = self._scale.square() * (1 + self._factor.square().sum(-1))
-        return spread.expand(self.batch_shape + self.event_shape)
+        return self._whole(self._scale.square() * (1 + self._factor.square().sum(-1)))
 
     @property
     def covariance_matrix(self) -> Tensor:
         """S, (..., D, D)."""
         wide = self._scale.unsqueeze(-1) * self._factor
-        matrix = torch.diag_embed(self._scale.square()) + wide @ wide.mT
-        return matrix.expand(self.batch_shape + self.event_shape + self.event_shape)
+        return self._whole(torch.diag_embed(self._scale.square()) + wide @ wide.mT, 2)
 
     @property
     def log_det(self) -> Tensor:
@@ -195,33 +201,13 @@ class LowRankNormal(TorchDistribution):
         quadratic = rest.square().sum(-1) + few.square().sum(-1)
         return -0.5 * (quadratic + self.log_det + self.event_shape[0] * _LOG_TWO_PI)
 
-    def entropy(self) -> Tensor:
-        """The entropy in nats, (...)."""
-        return 0.5 * (self.log_det + self.event_shape[0] * (1 + _LOG_TWO_PI))
-
     def _capacitance_tril(self) -> Tensor:
         one = torch.eye(self._factor.shape[-1], dtype=self._factor.dtype, device=self._factor.device)
         return torch.linalg.cholesky(one + self._factor.mT @ self._factor)
 
 
-def _expansion(old: torch.Size, new: Any) -> torch.Size:
-    """The new batch_shape, if the old one expands to it."""
-    new = torch.Size(new)
-    if torch.broadcast_shapes(old, new) != new:
-        raise ValueError(f"cannot expand batch_shape {tuple(old)} to {tuple(new)}.")
-    return new
-
-
 def _columnwise(operation: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, vectors: Tensor) -> Tensor:
-    """operation(A_b, v_kb) for all k and b, with the K vectors of one matrix as its columns.
-
-    Args:
-        operation: (*B, P, Q) and (*B, R, K) to (*B, S, K).
-        matrix: (*B, P, Q).
-        vectors: (..., R), broadcastable against (*B, R).
-    Returns:
-        (..., *B, S).
-    """
+    """operation(A_b, v_kb), (..., *B, S), with the K vectors (..., *B, R) of one matrix (*B, P, Q) as its columns."""
     shape = torch.broadcast_shapes(matrix.shape[:-2], vectors.shape[:-1])
     batch = shape[len(shape) - matrix.dim() + 2 :]
     lead = shape[: len(shape) - len(batch)]

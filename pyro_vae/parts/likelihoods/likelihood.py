@@ -1,10 +1,20 @@
-"""Likelihoods with independent pixels: what they have in common, and those of one number a pixel in [0, 1]."""
+"""Likelihoods with independent pixels: what they have in common, and those of binary and continuous data.
+
+A learned standard deviation is a minimum plus a positive function of an unconstrained number l: exp(l) for |l| <= 15,
+where every fit of data of a sane size stays, continued by its tangent above, e^15 (1 + l - 15), and by the reciprocal
+of that below. So the scale has the meaning of a logarithm, never overflows, whatever the network returns, and has a
+gradient everywhere: it is bounded smoothly and not cut off.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import pyro.distributions as dist
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
@@ -25,8 +35,7 @@ class Likelihood(nn.Module, ABC):
         values: What data it is a distribution of: "binary", "continuous", "levels" or "counts"; None if unsaid.
         standardize: What the guide is shown of the data in their place; None for the data.
     Raises:
-        ValueError: The decoder drops the leading dimensions of z, or its channels are
-            no multiple of n.
+        ValueError: The decoder drops the leading dimensions of z, or its channels are no multiple of n.
     """
 
     parameters_per_pixel: int = 1
@@ -58,6 +67,32 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def family(self, *parameters: Tensor) -> TorchDistribution:
         """The distribution of each pixel, from n tensors of the shape of the data, (..., *x_shape)."""
+
+    def _own(self, what: str, value: float | str, x_shape: tuple[int, ...] | None, start: float) -> None:
+        """A parameter log_`what` where `value` is "learned" or "per-pixel"; refuse what is no such choice."""
+        if isinstance(value, int | float):
+            if not value > 0:
+                raise ValueError(f"{what} must be positive, got {value}.")
+        elif value in ("learned", "per-pixel"):
+            if value == "per-pixel" and x_shape is None:
+                raise ValueError(f'{what}="per-pixel" needs x_shape, the shape of one datum.')
+            shape = tuple(x_shape or ()) if value == "per-pixel" else ()
+            setattr(self, f"log_{what}", nn.Parameter(torch.full(shape, start)))
+        elif value == "network":
+            self.parameters_per_pixel = 2
+        else:
+            raise ValueError(f'got {what}={value!r}, wanted a number, "learned", "per-pixel" or "network".')
+
+    def _owned(self, what: str, like: Tensor) -> Tensor:
+        """The parameter log_`what`; refuse data of another shape than it was built for."""
+        parameter: Tensor = getattr(self, f"log_{what}")
+        built, given = tuple(parameter.shape), tuple(like.shape[like.dim() - parameter.dim() :])
+        if built and built != given:
+            raise ValueError(
+                f'{what}="per-pixel" was built for x_shape {built}, but the decoder returned data of shape {given}. '
+                "Give both the shape of one datum."
+            )
+        return parameter
 
 
 class Bernoulli(Likelihood):
@@ -99,3 +134,114 @@ class ContinuousBernoulli(Likelihood):
     def family(self, *parameters: Tensor) -> TorchDistribution:
         (logits,) = parameters
         return ContinuousBernoulliLogits(logits)
+
+
+_LIMIT = 15.0
+
+
+def bounded_exp(l: Tensor) -> Tensor:  # noqa: E741 (as in the formula)
+    """exp(l) for |l| <= 15; e^15 (1 + l - 15) above, and its reciprocal at -l below: once differentiable, never inf.
+
+    Example:
+        >>> bounded_exp(torch.tensor([0.0, 1.0, 1000.0])).log()
+        tensor([ 0.0000,  1.0000, 21.8937])
+    """
+    above = (l - (_LIMIT - 1)).clamp(min=1)
+    below = (-l - (_LIMIT - 1)).clamp(min=1)
+    return l.clamp(-_LIMIT, _LIMIT).exp() * above / below
+
+
+class Normal(Likelihood):
+    """p(x | z) = prod_i N(x_i; mu_i(z), sigma_i^2): continuous data.
+
+    With `standardize` that is p(u | z) of u = (x - m) / s, and what it returns is the density of x by the change of
+    variables, prod_i N(x_i; m_i + s_i mu_i(z), (s_i sigma_i)^2): every scale here is then in units of s.
+
+    Args:
+        decoder: z, (..., D), to mu, (..., *x_shape); with scale="network" to mu and l, twice the channels.
+        scale: A number (fixed), "learned" (one for all pixels), "per-pixel" (one for each, shared by all data) or
+            "network" (a function of z). Unless fixed it is minimum_scale + bounded_exp(l).
+        x_shape: Shape of one datum; needed for "per-pixel".
+        initial_scale: Where a learned scale starts.
+        minimum_scale: Lower limit of a learned scale, without which a constant pixel has an unbounded density.
+        standardize: Has `loc` m and `scale` s, (*x_shape); None for u = x.
+    Raises:
+        ValueError: An unknown or non-positive scale, or "per-pixel" without x_shape.
+    Example:
+        >>> Normal(nn.Linear(2, 6), scale=0.1)(torch.zeros(5, 2)).event_shape
+        torch.Size([6])
+    """
+
+    values = "continuous"
+    log_scale: nn.Parameter  # where the scale is "learned" or "per-pixel"
+
+    def __init__(
+        self, decoder: nn.Module, scale: float | str = "learned", x_shape: tuple[int, ...] | None = None,
+        initial_scale: float = 1.0, minimum_scale: float = 1e-3, standardize: Standardize | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(decoder, standardize)
+        self.scale = scale
+        self.minimum_scale = minimum_scale
+        self._own("scale", scale, x_shape, math.log(max(initial_scale - minimum_scale, 1e-6)))
+
+    @classmethod
+    def default_options(
+        cls, x_shape: tuple[int, ...], scale: float | str, standardize: bool | None, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `pyro_vae.protocols.OfArchitecture`."""
+        # Images have one scale for all pixels, which their range says; columns have each its own.
+        wanted = standardize or (standardize is None and len(x_shape) == 1)
+        columns = Standardize(x_shape, automatic=not standardize) if wanted else None
+        return {"scale": scale, "x_shape": x_shape, "standardize": columns}
+
+    def learned_scale(self, l: Tensor) -> Tensor:  # noqa: E741
+        """sigma at l, of the same shape."""
+        return self.minimum_scale + bounded_exp(l)
+
+    def family(self, *parameters: Tensor) -> TorchDistribution:
+        loc = parameters[0]
+        if self.scale == "network":
+            scale = self.learned_scale(parameters[1])
+        elif isinstance(self.scale, str):
+            scale = self.learned_scale(self._owned("scale", loc)).expand_as(loc)
+        else:
+            scale = loc.new_full((), self.scale).expand_as(loc)
+        if self.standardize is None:
+            return dist.Normal(loc, scale, validate_args=False)
+        return StandardizedNormal(loc, scale, self.standardize.loc, self.standardize.scale)
+
+
+class StandardizedNormal(dist.Normal):
+    """N(x; m + s mu, (s sigma)^2), scored in the units of u = (x - m) / s.
+
+        log p(x) = log N(u; mu, sigma^2) - log s
+
+    The same number as that of the Normal with these moments, but for rounding: where m is large, x - (m + s mu) has
+    lost the digits that u - mu still has.
+
+    Args:
+        loc: mu, (...).
+        scale: sigma > 0, (...).
+        shift: m, broadcastable to mu.
+        stretch: s > 0, broadcastable to mu.
+    Example:
+        >>> StandardizedNormal(torch.zeros(()), torch.ones(()), torch.tensor(5.0), torch.tensor(2.0)).mean
+        tensor(5.)
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, shift: Tensor, stretch: Tensor) -> None:
+        self._unit, self._moved = (loc, scale), (shift, stretch)
+        super().__init__(shift + stretch * loc, stretch * scale, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> StandardizedNormal:
+        loc, scale = self._unit
+        expanded = StandardizedNormal(loc.expand(batch_shape), scale.expand(batch_shape), *self._moved)
+        expanded._validate_args = self._validate_args
+        return expanded
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        (loc, scale), (shift, stretch) = self._unit, self._moved
+        white = ((value - shift) / stretch - loc) / scale
+        return -0.5 * white.square() - scale.log() - stretch.log() - 0.5 * math.log(2 * math.pi)

@@ -18,16 +18,58 @@ from torch import Tensor, nn
 from pyro_vae.parts.networks.dense import Networks, as_image, halvings, leading_shape, make_activation
 
 
-class ConvEncoder(nn.Module):
+class _ImageEncoder(nn.Module):
+    """Layers, then a linear one to the features: what both encoders have in common."""
+
+    layers: nn.Sequential
+
+    def __init__(self, in_shape: Sequence[int], features: int) -> None:
+        super().__init__()
+        self.in_shape = as_image(in_shape)
+        self.out_features = features
+
+    def _finish(self, layers: list[nn.Module], channels: Sequence[int], activation: str) -> None:
+        height, width = halvings(self.in_shape[1:], len(channels))[-1]
+        last = nn.Linear(channels[-1] * height * width, self.out_features)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), last, make_activation(activation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        leading = leading_shape(x, self.in_shape, type(self).__name__)
+        return self.layers(x.reshape(-1, *self.in_shape)).reshape(*leading, self.out_features)
+
+
+class _ImageDecoder(nn.Module):
+    """Two linear layers to the smallest feature map, then others: what both decoders have in common."""
+
+    layers: nn.Sequential
+
+    def __init__(self, latent_dim: int, out_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.out_shape = as_image(out_shape)
+
+    def _start(
+        self, channels: Sequence[int], features: int, activation: str
+    ) -> tuple[list[nn.Module], list[tuple[int, int]]]:
+        """The first layers, and the sizes of the feature maps from the smallest on."""
+        sizes = halvings(self.out_shape[1:], len(channels))[::-1]
+        smallest = (channels[0], *sizes[0])
+        enter = [nn.Linear(self.latent_dim, features), make_activation(activation)]
+        return [*enter, nn.Linear(features, math.prod(smallest)), nn.Unflatten(-1, smallest)], sizes
+
+    def forward(self, z: Tensor) -> Tensor:
+        leading = leading_shape(z, (self.latent_dim,), type(self).__name__)
+        return self.layers(z.reshape(-1, self.latent_dim)).reshape(*leading, *self.out_shape)
+
+
+class ConvEncoder(_ImageEncoder):
     """Strided convolutions, then one linear layer: images to features.
 
     Args:
         in_shape: (C, H, W) of one image; any H and W.
         channels: Channels after each convolution, each halving H and W (rounded up).
-        features: Number of outputs.
+        features: Number of outputs, its `out_features`.
         activation: Name of the activation.
-    Attributes:
-        out_features: Number of outputs.
     Example:
         >>> import torch
         >>> ConvEncoder((1, 28, 20), channels=[8, 16])(torch.zeros(4, 2, 1, 28, 20)).shape
@@ -35,29 +77,17 @@ class ConvEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        in_shape: Sequence[int],
-        channels: Sequence[int] = (32, 64),
-        features: int = 256,
-        activation: str = "silu",
+        self, in_shape: Sequence[int], channels: Sequence[int] = (32, 64), features: int = 256, activation: str = "silu"
     ) -> None:
-        super().__init__()
-        self.in_shape = as_image(in_shape)
-        self.out_features = features
-        sizes = halvings(self.in_shape[1:], len(channels))
+        super().__init__(in_shape, features)
         layers: list[nn.Module] = []
         for before, after in zip([self.in_shape[0], *channels[:-1]], channels, strict=True):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), make_activation(activation)]
-        last = channels[-1] * sizes[-1][0] * sizes[-1][1]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(last, features), make_activation(activation))
-
-    def forward(self, x: Tensor) -> Tensor:
-        leading = leading_shape(x, self.in_shape, "ConvEncoder")
-        return self.layers(x.reshape(-1, *self.in_shape)).reshape(*leading, self.out_features)
+        self._finish(layers, channels, activation)
 
 
-class ConvDecoder(nn.Module):
-    """One linear layer, then transposed convolutions: latents to images.
+class ConvDecoder(_ImageDecoder):
+    """Two linear layers, then transposed convolutions: latents to images.
 
     Args:
         latent_dim: D.
@@ -72,37 +102,18 @@ class ConvDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        out_shape: Sequence[int],
-        channels: Sequence[int] = (64, 32),
-        features: int = 256,
+        self, latent_dim: int, out_shape: Sequence[int], channels: Sequence[int] = (64, 32), features: int = 256,
         activation: str = "silu",
-    ) -> None:
-        super().__init__()
-        self.latent_dim = latent_dim
-        self.out_shape = as_image(out_shape)
-        sizes = halvings(self.out_shape[1:], len(channels))[::-1]
-        smallest = (channels[0], *sizes[0])
-        layers: list[nn.Module] = [
-            nn.Linear(latent_dim, features),
-            make_activation(activation),
-            nn.Linear(features, math.prod(smallest)),
-            nn.Unflatten(-1, smallest),
-        ]
+    ) -> None:  # fmt: skip
+        super().__init__(latent_dim, out_shape)
+        layers, sizes = self._start(channels, features, activation)
         for i, (before, after) in enumerate(zip(channels, [*channels[1:], self.out_shape[0]], strict=True)):
             # Halving rounds up, so each doubling may have to give one row or column back.
             (height, width), (taller, wider) = sizes[i], sizes[i + 1]
             extra = (taller - (2 * height - 1), wider - (2 * width - 1))
-            layers += [
-                make_activation(activation),
-                nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra),
-            ]
+            convolution = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra)
+            layers += [make_activation(activation), convolution]
         self.layers = nn.Sequential(*layers)
-
-    def forward(self, z: Tensor) -> Tensor:
-        leading = leading_shape(z, (self.latent_dim,), "ConvDecoder")
-        return self.layers(z.reshape(-1, self.latent_dim)).reshape(*leading, *self.out_shape)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -146,19 +157,15 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="nearest")
 
 
-class ResidualEncoder(nn.Module):
+class ResidualEncoder(_ImageEncoder):
     """A convolution, stages of residual blocks, then one linear layer: images to features.
 
     For 28x28 images the default; for 32 and 64 pixels in colour three or four stages, channels=(64, 128, 256, 256).
 
     Args:
-        in_shape: (C, H, W) of one image; any H and W.
+        in_shape, features, activation: As of `ConvEncoder`.
         channels: Channels of each stage, each halving H and W (rounded up).
-        features: Number of outputs.
-        activation: Name of the activation.
         blocks: Residual blocks in each stage, of which the first halves.
-    Attributes:
-        out_features: Number of outputs.
     Raises:
         ValueError: A shape that is not (C, H, W), no stage, no block.
     Example:
@@ -171,41 +178,25 @@ class ResidualEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        in_shape: Sequence[int],
-        channels: Sequence[int] = (32, 64),
-        features: int = 256,
-        activation: str = "silu",
-        blocks: int = 1,
-    ) -> None:
-        super().__init__()
+        self, in_shape: Sequence[int], channels: Sequence[int] = (32, 64), features: int = 256,
+        activation: str = "silu", blocks: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(in_shape, features)
         _check_stages(channels, blocks)
-        self.in_shape = as_image(in_shape)
-        self.out_features = features
-        height, width = halvings(self.in_shape[1:], len(channels))[-1]
         layers: list[nn.Module] = [nn.Conv2d(self.in_shape[0], channels[0], 3, padding=1)]
         for before, after in zip([channels[0], *channels[:-1]], channels, strict=True):
             layers.append(ResidualBlock(before, after, activation, stride=2))
             layers += [ResidualBlock(after, after, activation) for _ in range(blocks - 1)]
-        last = channels[-1]
-        layers += [group_norm(last), make_activation(activation), nn.Flatten()]
-        layers += [nn.Linear(last * height * width, features), make_activation(activation)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        leading = leading_shape(x, self.in_shape, "ResidualEncoder")
-        return self.layers(x.reshape(-1, *self.in_shape)).reshape(*leading, self.out_features)
+        layers += [group_norm(channels[-1]), make_activation(activation)]
+        self._finish(layers, channels, activation)
 
 
-class ResidualDecoder(nn.Module):
+class ResidualDecoder(_ImageDecoder):
     """Two linear layers, stages of residual blocks, then a convolution: latents to images.
 
     Args:
-        latent_dim: D.
-        out_shape: (C, H, W) of one image; any H and W.
+        latent_dim, out_shape, features, activation: As of `ConvDecoder`.
         channels: Channels of each stage, each doubling H and W.
-        features: Width of the layer between latents and the first feature map.
-        activation: Name of the activation.
         blocks: Residual blocks in each stage, of which the last doubles.
     Raises:
         ValueError: A shape that is not (C, H, W), no stage, no block.
@@ -218,36 +209,18 @@ class ResidualDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        out_shape: Sequence[int],
-        channels: Sequence[int] = (64, 32),
-        features: int = 256,
-        activation: str = "silu",
-        blocks: int = 1,
-    ) -> None:
-        super().__init__()
+        self, latent_dim: int, out_shape: Sequence[int], channels: Sequence[int] = (64, 32), features: int = 256,
+        activation: str = "silu", blocks: int = 1,
+    ) -> None:  # fmt: skip
         _check_stages(channels, blocks)
-        self.latent_dim = latent_dim
-        self.out_shape = as_image(out_shape)
-        sizes = halvings(self.out_shape[1:], len(channels))[::-1]
-        smallest = (channels[0], *sizes[0])
-        layers: list[nn.Module] = [
-            nn.Linear(latent_dim, features),
-            make_activation(activation),
-            nn.Linear(features, math.prod(smallest)),
-            nn.Unflatten(-1, smallest),
-        ]
+        super().__init__(latent_dim, out_shape)
+        layers, sizes = self._start(channels, features, activation)
         for before, after, size in zip(channels, [*channels[1:], channels[-1]], sizes[1:], strict=True):
             layers += [ResidualBlock(before, before, activation) for _ in range(blocks - 1)]
             layers.append(ResidualBlock(before, after, activation, size=size))
         layers += [group_norm(channels[-1]), make_activation(activation)]
         layers.append(nn.Conv2d(channels[-1], self.out_shape[0], 3, padding=1))
         self.layers = nn.Sequential(*layers)
-
-    def forward(self, z: Tensor) -> Tensor:
-        leading = leading_shape(z, (self.latent_dim,), "ResidualDecoder")
-        return self.layers(z.reshape(-1, self.latent_dim)).reshape(*leading, *self.out_shape)
 
 
 def _check_stages(channels: Sequence[int], blocks: int) -> None:
@@ -256,15 +229,5 @@ def _check_stages(channels: Sequence[int], blocks: int) -> None:
                          "and at least one block.")
 
 
-CONVOLUTIONAL = Networks(
-    lambda x_shape, channels, activation: ConvEncoder(x_shape, channels, activation=activation),
-    lambda latent_dim, out_shape, channels, activation: ConvDecoder(
-        latent_dim, out_shape, channels, activation=activation
-    ),
-)
-RESIDUAL = Networks(
-    lambda x_shape, channels, activation: ResidualEncoder(x_shape, channels, activation=activation),
-    lambda latent_dim, out_shape, channels, activation: ResidualDecoder(
-        latent_dim, out_shape, channels, activation=activation
-    ),
-)
+CONVOLUTIONAL = Networks(ConvEncoder, ConvDecoder)
+RESIDUAL = Networks(ResidualEncoder, ResidualDecoder)

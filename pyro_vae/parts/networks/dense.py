@@ -53,13 +53,8 @@ ACTIVATIONS = tuple(_ACTIVATIONS)
 def make_activation(name: str) -> nn.Module:
     """The activation of that name.
 
-    Args:
-        name: One of `ACTIVATIONS`.
     Raises:
-        ValueError: Another name.
-    Example:
-        >>> make_activation("tanh")
-        Tanh()
+        ValueError: No name of `ACTIVATIONS`.
     """
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}, wanted one of {', '.join(ACTIVATIONS)}.")
@@ -120,22 +115,25 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, in_shape: Shape, hidden: Sequence[int], out_shape: Shape | None, activation: str = "silu"
+        self, in_shape: Shape, hidden: Sequence[int], out_shape: Shape | None, activation: str | None = "silu"
     ) -> None:
         super().__init__()
         self.in_shape = as_shape(in_shape)
         widths = [math.prod(self.in_shape), *integers("hidden", hidden)]
         layers: list[nn.Module] = []
         for before, after in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(before, after), make_activation(activation)]
+            layers += self._hidden(before, after, activation)
         self.out_shape = (widths[-1],) if out_shape is None else as_shape(out_shape)
         self.out_features = math.prod(self.out_shape)
         if out_shape is not None:
             layers.append(nn.Linear(widths[-1], self.out_features))
         self.layers = nn.Sequential(*layers)
 
+    def _hidden(self, before: int, after: int, activation: Any) -> list[nn.Module]:
+        return [nn.Linear(before, after), make_activation(activation)]
+
     def forward(self, x: Tensor) -> Tensor:
-        leading = leading_shape(x, self.in_shape, "MLP")
+        leading = leading_shape(x, self.in_shape, type(self).__name__)
         return self.layers(x.reshape(*leading, math.prod(self.in_shape))).reshape(*leading, *self.out_shape)
 
 
@@ -163,22 +161,15 @@ class GatedLinear(nn.Module):
         return self.activation(value) * torch.sigmoid(gate)
 
 
-class GatedMLP(nn.Module):
-    """Fully connected network of gated layers from one shape to another, over any leading dimensions.
+class GatedMLP(MLP):
+    """An `MLP` whose hidden layers are gated.
 
     Args:
-        in_shape: Shape of one input.
-        hidden: Widths of the hidden layers, each gated.
-        out_shape: Shape of one output, by a last linear layer; None ends with the last hidden layer (features for
-            a posterior's head).
+        in_shape, hidden, out_shape: As of `MLP`.
         activation: Name of the activation of the ungated half of each layer; None for none, as in the paper.
-    Attributes:
-        out_features: Number of outputs.
     Example:
         >>> GatedMLP((1, 8, 8), [32], None)(torch.zeros(5, 3, 1, 8, 8)).shape
         torch.Size([5, 3, 32])
-        >>> GatedMLP(2, [32], (1, 8, 8))(torch.zeros(5, 3, 2)).shape
-        torch.Size([5, 3, 1, 8, 8])
 
     Reference: Tomczak and Welling, VAE with a VampPrior, 2018. arXiv:1705.07120
     """
@@ -186,29 +177,17 @@ class GatedMLP(nn.Module):
     def __init__(
         self, in_shape: Shape, hidden: Sequence[int], out_shape: Shape | None, activation: str | None = None
     ) -> None:
-        super().__init__()
-        self.in_shape = as_shape(in_shape)
-        widths = [math.prod(self.in_shape), *hidden]
-        layers: list[nn.Module] = [
-            GatedLinear(before, after, activation) for before, after in zip(widths[:-1], widths[1:], strict=True)
-        ]
-        self.out_shape = (widths[-1],) if out_shape is None else as_shape(out_shape)
-        self.out_features = math.prod(self.out_shape)
-        if out_shape is not None:
-            layers.append(nn.Linear(widths[-1], self.out_features))
-        self.layers = nn.Sequential(*layers)
+        super().__init__(in_shape, hidden, out_shape, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        leading = leading_shape(x, self.in_shape, "GatedMLP")
-        return self.layers(x.reshape(*leading, math.prod(self.in_shape))).reshape(*leading, *self.out_shape)
+    def _hidden(self, before: int, after: int, activation: Any) -> list[nn.Module]:
+        return [GatedLinear(before, after, activation)]
 
 
 def set_output_mean(decoder: nn.Module, mean: Tensor, floor: float = 1e-3) -> None:
     """Start a decoder of logits at the mean image, as Burda et al. (2016) do.
 
-    The bias of the last layer becomes logit(mean), with the mean clipped to
-    [floor, 1 - floor]; a convolutional layer, whose bias is per channel, gets that of
-    the channel means.
+    The bias of the last layer becomes logit(mean), with the mean clipped to [floor, 1 - floor]; a convolutional layer,
+    whose bias is per channel, gets that of the channel means.
 
     Args:
         decoder: A network whose last layer with a bias gives the logits.
@@ -233,26 +212,28 @@ class Networks(NamedTuple):
     """An encoder and a decoder that go together: what a name of `pyro_vae.parts.names.NETWORKS` stands for.
 
     Attributes:
-        encoder: x_shape, hidden widths and the name of an activation, to a network from data to features.
-        decoder: latent_dim, out_shape, hidden widths and the activation, to one from latents to the data's shape.
+        encoder: (x_shape, hidden widths, activation=name) to a network from data to features.
+        decoder: (latent_dim, out_shape, hidden widths, activation=name) to one from latents to the data's shape.
         layers: Whether it has hidden layers.
     """
 
-    encoder: Callable[[tuple[int, ...], tuple[int, ...], str], nn.Module]
-    decoder: Callable[[int, tuple[int, ...], tuple[int, ...], str], nn.Module]
+    encoder: Callable[..., nn.Module]
+    decoder: Callable[..., nn.Module]
     layers: bool = True
 
 
-MLPS = Networks(
-    lambda x_shape, hidden, activation: MLP(x_shape, hidden, None, activation),
-    lambda latent_dim, out_shape, hidden, activation: MLP(latent_dim, hidden, out_shape, activation),
-)
-GATED = Networks(
-    lambda x_shape, hidden, _: GatedMLP(x_shape, hidden, None),
-    lambda latent_dim, out_shape, hidden, _: GatedMLP(latent_dim, hidden, out_shape),
-)
+def _dense(network: Callable[..., nn.Module], **fixed: Any) -> Networks:
+    """Both of one class; `fixed` holds whatever is not to be chosen by name."""
+    return Networks(
+        lambda x_shape, hidden, **options: network(x_shape, hidden, None, **options | fixed),
+        lambda latent_dim, out_shape, hidden, **options: network(latent_dim, hidden, out_shape, **options | fixed),
+    )
+
+
+MLPS = _dense(MLP)
+GATED = _dense(GatedMLP, activation=None)
 LINEAR = Networks(
-    lambda x_shape, *_: MLP(x_shape, (), None),
-    lambda latent_dim, out_shape, *_: MLP(latent_dim, (), out_shape),
+    lambda x_shape, *_, **__: MLP(x_shape, (), None),
+    lambda latent_dim, out_shape, *_, **__: MLP(latent_dim, (), out_shape),
     layers=False,
 )

@@ -4,9 +4,17 @@ A posterior owns an encoder (data to features) and a linear head from the featur
 its parameters, so that families are swapped without touching the network.
 """
 
-from pyro_vae.parts.posteriors.amortized import Amortized, Delta, NormalMixture, VonMisesFisher, mean
+from pyro_vae.parts.posteriors.amortized import (
+    Amortized,
+    Delta,
+    DiagonalNormal,
+    FullNormal,
+    LowRankNormal,
+    NormalMixture,
+    VonMisesFisher,
+    mean,
+)
 from pyro_vae.parts.posteriors.flow import IAF, MAF, NSF, Coupling, Flow
-from pyro_vae.parts.posteriors.normal import DiagonalNormal, FullNormal, LowRankNormal
 from pyro_vae.parts.posteriors.planar import Planar, Sylvester
 
 __all__ = [

@@ -2,9 +2,8 @@
 
     z = mu(x) + sigma(x) f(u; c(x)),   u ~ N(0, I)
 
-The head gives mu, log sigma and the context c, which every layer of f reads. f starts
-close to the identity, so that a flow starts as a diagonal normal and bends from there;
-splines, which act on [-5, 5] only, see a standardised u.
+The head gives mu, log sigma and the context c, which every layer of f reads. f starts close to the identity, so that a
+flow starts as a diagonal normal and bends from there; splines, which act on [-5, 5] only, see a standardised u.
 
 An autoregressive flow computes one direction in one pass and the other in D. Training
 needs draws, so f is the quick one (inverse autoregressive); the price, D passes, falls
@@ -20,35 +19,44 @@ from typing import Any
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.parts.distributions.flow import (
-    check_flow,
-    own_weights,
-    pushforward,
-    start_near_identity,
-    with_weights,
-    zuko_flows,
-)
+from pyro_vae.parts.distributions import flow as flows
+from pyro_vae.parts.distributions.flow import own_weights, pushforward, zuko_flows
 from pyro_vae.parts.posteriors.amortized import Amortized
 from pyro_vae.unconstrained import Free, Local
 
 _MANY = 16  # latents from which D passes a draw hurt
 
 
-class _AmortizedFlow(Amortized):
-    """What the flows below have in common. Not a posterior by itself: use `Flow`."""
+class Flow(Amortized):
+    """q(z | x) of any flow of zuko: z = mu(x) + sigma(x) f(u; c(x)).
+
+    Args:
+        encoder, latent_dim, features: As of `Amortized`.
+        flow: A class of zuko, or any callable that takes ``features`` and ``context`` and returns a flow.
+        context: Number of features C that the flow reads.
+        fast: The direction that takes one pass. "sampling" takes f in the direction in
+            which zuko scores, "scoring" as zuko means it.
+        options: What the flow takes, such as transforms=5, hidden_features=(64, 64).
+    Attributes:
+        rescoring: "one pass" where both directions are quick, or with fast="scoring". Flows without a closed-form
+            inverse (NAF, UNAF, SOSPF, BPF, GF) find it by bisection to 1e-6, and CNF by integration.
+    Raises:
+        ValueError: Not a flow, or one that does not live on R^D, such as the circular NCSF.
+    Example:
+        >>> import torch, zuko
+        >>> q = Flow(nn.Linear(3, 4), 2, zuko.flows.NSF, transforms=2, bins=4)(torch.zeros(5, 3))
+        >>> q.batch_shape, q.event_shape
+        (torch.Size([5]), torch.Size([2]))
+
+    Reference: Rozet et al., Zuko: Normalizing flows in PyTorch, 2022. zuko.readthedocs.io
+    """
 
     passes = 1
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        flow: Callable[..., nn.Module],
-        context: int,
-        fast: str,
-        features: int | None,
-        **options: Any,
-    ) -> None:
+        self, encoder: nn.Module, latent_dim: int, flow: Callable[..., nn.Module], context: int = 32,
+        fast: str = "sampling", features: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         if fast not in ("sampling", "scoring"):
             raise ValueError(f'got fast={fast!r}, wanted "sampling" or "scoring": which direction takes one pass.')
         if context < 1:
@@ -56,8 +64,8 @@ class _AmortizedFlow(Amortized):
         super().__init__(encoder, latent_dim, 2 * latent_dim + context, features)
         self.context, self.fast = context, fast
         self.flow = flow(features=latent_dim, context=context, **options)
-        check_flow(self.flow, latent_dim)
-        start_near_identity(self.flow)
+        flows.check_flow(self.flow, latent_dim)
+        flows.start_near_identity(self.flow)
         passes = max((getattr(module, "passes", 1) for module in self.flow.modules()), default=1)
         self.rescoring = "D passes" if fast == "sampling" and passes > 2 else "one pass"
         if fast == "scoring" and passes > 2 and latent_dim >= _MANY:
@@ -73,77 +81,46 @@ class _AmortizedFlow(Amortized):
         return pushforward(self.flow, context, loc, log_scale, self.fast)
 
     def local(self, parameters: Tensor) -> Local:
-        """The same flow with weights of its own for each datum, beside the head's numbers.
+        """The same flow with weights of its own for each datum, beside the head's numbers, from the trained ones on.
 
-        The weights start at the trained ones. All linear layers of the flow are freed;
-        a parameter elsewhere (a mixing matrix, the stacked layers of a NAF) stays as it
-        is. Memory is that of B flows, and so is the cost of a step.
+        All linear layers of the flow are freed; a parameter elsewhere (a mixing matrix, the stacked layers of a NAF)
+        stays as it is. Memory is that of B flows, and so is the cost of a step.
         """
         if parameters.dim() != 2:
             return super().local(parameters)
         weights = {f"flow.{name}": p.detach().expand(len(parameters), *p.shape) for name, p in own_weights(self.flow)}
 
         def build(free: Free) -> TorchDistribution:
-            loc, log_scale, context = free["parameters"].split([self.latent_dim, self.latent_dim, self.context], -1)
-            q = pushforward(self.flow, context, loc, log_scale, self.fast)
-            return with_weights(q, self.flow, {name: free[f"flow.{name}"] for name, _ in own_weights(self.flow)})
+            q = self.family(free["parameters"])
+            return flows.with_weights(q, self.flow, {name: free[f"flow.{name}"] for name, _ in own_weights(self.flow)})
 
         return Local({"parameters": parameters, **weights}, build, dict.fromkeys(weights, 0.1))
 
 
-class Flow(_AmortizedFlow):
-    """q(z | x) of any flow of zuko: z = mu(x) + sigma(x) f(u; c(x)).
+class _Affine(Flow):
+    """Layers u * s + m of zuko, in either direction: what `IAF`, `MAF` and `Coupling` have in common."""
 
-    Args:
-        encoder: x, (..., *x_shape), to features, (..., F).
-        latent_dim: D.
-        flow: A class of zuko, or any callable that takes ``features`` and ``context`` and
-            returns a flow.
-        context: Number of features C that the flow reads.
-        fast: The direction that takes one pass. "sampling" takes f in the direction in
-            which zuko scores, "scoring" as zuko means it.
-        features: F; read from ``encoder.out_features`` when not given.
-        options: What the flow takes, such as transforms=5, hidden_features=(64, 64).
-    Attributes:
-        rescoring: "one pass" where both directions are quick, or with fast="scoring".
-            Flows without a closed-form inverse (NAF, UNAF, SOSPF, BPF, GF) find it by
-            bisection to 1e-6, and CNF by integration.
-    Raises:
-        ValueError: Not a flow, or one that does not live on R^D, such as the circular NCSF.
-    Example:
-        >>> import torch, zuko
-        >>> q = Flow(nn.Linear(3, 4), 2, zuko.flows.NSF, transforms=2, bins=4)(torch.zeros(5, 3))
-        >>> q.batch_shape, q.event_shape
-        (torch.Size([5]), torch.Size([2]))
-
-    Reference: Rozet et al., Zuko: Normalizing flows in PyTorch, 2022. zuko.readthedocs.io
-    """
+    _flow, _fast = "MAF", "sampling"
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        flow: Callable[..., nn.Module],
-        context: int = 32,
-        fast: str = "sampling",
-        features: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(encoder, latent_dim, flow, context, fast, features, **options)
+        self, encoder: nn.Module, latent_dim: int, transforms: int = 3, hidden_features: Sequence[int] = (64, 64),
+        context: int = 32, features: int | None = None,
+    ) -> None:  # fmt: skip
+        options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
+        flow = getattr(zuko_flows(), self._flow)
+        super().__init__(encoder, latent_dim, flow, context, self._fast, features, **options)
 
 
-class IAF(_AmortizedFlow):
+class IAF(_Affine):
     """Inverse autoregressive flow: affine layers, one pass to draw, D passes to score other samples.
 
         u <- u * s_i(u_<i, c) + m_i(u_<i, c),   in alternating orders of the latents
 
     Args:
-        encoder: x, (..., *x_shape), to features, (..., F).
-        latent_dim: D.
+        encoder, latent_dim, features: As of `Amortized`.
         transforms: Number of layers.
-        hidden_features: Widths of each layer's masked network.
+        hidden_features: Widths of each layer's (masked) network.
         context: Number of features of x that every layer reads.
-        features: F; read from ``encoder.out_features`` when not given.
     Example:
         >>> import torch
         >>> IAF(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).rsample().shape
@@ -152,32 +129,13 @@ class IAF(_AmortizedFlow):
     Reference: Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow, 2016. arXiv:1606.04934
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        transforms: int = 3,
-        hidden_features: Sequence[int] = (64, 64),
-        context: int = 32,
-        features: int | None = None,
-    ) -> None:
-        options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(encoder, latent_dim, zuko_flows().MAF, context, "sampling", features, **options)
 
-
-class MAF(_AmortizedFlow):
-    """Masked autoregressive flow: one pass to score any sample, D passes to draw.
+class MAF(_Affine):
+    """Masked autoregressive flow: one pass to score any sample, D passes to draw. Takes what `IAF` takes.
 
     The direction for density estimation. As a posterior each training step draws, hence
     a warning where D is large; `IAF` is the same family the other way round.
 
-    Args:
-        encoder: x, (..., *x_shape), to features, (..., F).
-        latent_dim: D.
-        transforms: Number of layers.
-        hidden_features: Widths of each layer's masked network.
-        context: Number of features of x that every layer reads.
-        features: F; read from ``encoder.out_features`` when not given.
     Example:
         >>> import torch
         >>> MAF(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).log_prob(torch.zeros(5, 2)).shape
@@ -186,20 +144,32 @@ class MAF(_AmortizedFlow):
     Reference: Papamakarios et al., Masked Autoregressive Flow for Density Estimation, 2017. arXiv:1705.07057
     """
 
+    _fast = "scoring"
+
+
+class Coupling(_Affine):
+    """Affine coupling layers (RealNVP): one pass to draw and one to score any sample. Takes what `IAF` takes.
+
+        (u_a, u_b) <- (u_a, u_b * s(u_a, c) + m(u_a, c)),   a: every other latent, in turn
+
+    Example:
+        >>> import torch
+        >>> Coupling(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+
+    Reference: Dinh et al., Density estimation using Real NVP, 2017. arXiv:1605.08803
+    """
+
+    _flow = "RealNVP"
+
     def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        transforms: int = 3,
-        hidden_features: Sequence[int] = (64, 64),
-        context: int = 32,
-        features: int | None = None,
-    ) -> None:
-        options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(encoder, latent_dim, zuko_flows().MAF, context, "scoring", features, **options)
+        self, encoder: nn.Module, latent_dim: int, transforms: int = 4, hidden_features: Sequence[int] = (64, 64),
+        context: int = 32, features: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(encoder, latent_dim, transforms, hidden_features, context, features)
 
 
-class NSF(_AmortizedFlow):
+class NSF(Flow):
     """Neural spline flow: rational-quadratic splines in coupling layers, quick to draw and to score.
 
         (u_a, u_b) <- (g(u_a; c), g(u_b; u_a, c)),   g monotone and elementwise, halves in turn
@@ -208,15 +178,10 @@ class NSF(_AmortizedFlow):
     one in 1.7 million falls outside. The scale sigma(x) takes it where it is needed.
 
     Args:
-        encoder: x, (..., *x_shape), to features, (..., F).
-        latent_dim: D.
-        transforms: Number of layers.
         bins: Number of pieces of each spline.
         passes: 2 couples two halves; None makes every latent depend on all before it, which
             takes one pass to draw and D passes to score samples drawn elsewhere.
-        hidden_features: Widths of each layer's masked network.
-        context: Number of features of x that every layer reads.
-        features: F; read from ``encoder.out_features`` when not given.
+        encoder, latent_dim, transforms, hidden_features, context, features: As of `IAF`.
     Example:
         >>> import torch
         >>> NSF(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).rsample().shape
@@ -226,49 +191,10 @@ class NSF(_AmortizedFlow):
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        transforms: int = 3,
-        bins: int = 8,
-        hidden_features: Sequence[int] = (64, 64),
-        context: int = 32,
-        passes: int | None = 2,
+        self, encoder: nn.Module, latent_dim: int, transforms: int = 3, bins: int = 8,
+        hidden_features: Sequence[int] = (64, 64), context: int = 32, passes: int | None = 2,
         features: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         options: dict[str, Any] = {"transforms": transforms, "hidden_features": tuple(hidden_features)}
         options |= {"bins": bins, "passes": passes, "activation": nn.SiLU}
         super().__init__(encoder, latent_dim, zuko_flows().NSF, context, "sampling", features, **options)
-
-
-class Coupling(_AmortizedFlow):
-    """Affine coupling layers (RealNVP): one pass to draw and one to score any sample.
-
-        (u_a, u_b) <- (u_a, u_b * s(u_a, c) + m(u_a, c)),   a: every other latent, in turn
-
-    Args:
-        encoder: x, (..., *x_shape), to features, (..., F).
-        latent_dim: D.
-        transforms: Number of layers.
-        hidden_features: Widths of each layer's network.
-        context: Number of features of x that every layer reads.
-        features: F; read from ``encoder.out_features`` when not given.
-    Example:
-        >>> import torch
-        >>> Coupling(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).log_prob(torch.zeros(5, 2)).shape
-        torch.Size([5])
-
-    Reference: Dinh et al., Density estimation using Real NVP, 2017. arXiv:1605.08803
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        transforms: int = 4,
-        hidden_features: Sequence[int] = (64, 64),
-        context: int = 32,
-        features: int | None = None,
-    ) -> None:
-        options = {"transforms": transforms, "hidden_features": tuple(hidden_features), "activation": nn.SiLU}
-        super().__init__(encoder, latent_dim, zuko_flows().RealNVP, context, "sampling", features, **options)

@@ -23,18 +23,16 @@ Sylvester flows: planar flows that bend M directions in one step.
     z_i = z_{i-1} + Q R tanh(R~ Q' z_{i-1} + b),   i = 1, ..., N
     log |det dz_i/dz_{i-1}| = sum_m log(1 + (1 - tanh^2)_m r_mm r~_mm)
 
-Q is D x M with orthonormal columns, R and R~ are upper triangular; by Sylvester's identity
-only their diagonals enter the determinant, and a step is invertible where r_mm r~_mm > -1,
-for which the diagonals go through tanh. mu, sigma, Q, R, R~ and b of every step are
-functions of x. Q is one of
+Q is D x M with orthonormal columns, R and R~ are upper triangular; by Sylvester's identity only their diagonals enter
+the determinant, and a step is invertible where r_mm r~_mm > -1, for which the diagonals go through tanh. mu, sigma, Q,
+R, R~ and b of every step are functions of x. Q is one of
 
     orthogonal   the orthogonal factor of a free D x M matrix
     householder  a product of H reflections I - 2 v v' / |v|^2, M = D
     triangular   the identity and the reversal of the latents in turn, M = D
 
-A step's inverse is triangular as well: for a = R~ Q' z_{i-1} + b, a + R~ R tanh(a) = R~ Q'
-z_i + b, solved by M scalar equations, the last first. So any sample can be scored, in M
-passes a step.
+A step's inverse is triangular as well: for a = R~ Q' z_{i-1} + b, a + R~ R tanh(a) = R~ Q' z_i + b, solved by M scalar
+equations, the last first. So any sample can be scored, in M passes a step.
 """
 
 from __future__ import annotations
@@ -52,16 +50,18 @@ from torch.nn.functional import softplus
 from pyro_vae.parts.distributions.flow import Pushforward
 from pyro_vae.parts.posteriors.amortized import Amortized
 
+# One step: z to a, tanh(a) to what it adds to z, and a + slopes tanh(a) to tanh(a).
+Step: TypeAlias = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
 _STEPS = 16
 
 
 def invert_tanh_step(slope: Tensor, value: Tensor) -> Tensor:
     """The a that solves a + m tanh(a) = c, exact to rounding and differentiable in m and c.
 
-    The left side increases in a for m > -1, is odd, and on a >= 0 is convex for m < 0
-    and concave for m > 0. Newton's iteration from outside the root (convex) or inside it
-    (concave) is therefore monotone and needs no bracket; the start is the better of two
-    bounds, c - m and c / (1 + m). A fixed number of steps keeps it free of branches.
+    The left side increases in a for m > -1, is odd, and on a >= 0 is convex for m < 0 and concave for m > 0. Newton's
+    iteration from outside the root (convex) or inside it (concave) is therefore monotone and needs no bracket; the
+    start is the better of two bounds, c - m and c / (1 + m). A fixed number of steps keeps it free of branches.
 
     Args:
         slope: m > -1, any shape.
@@ -100,12 +100,10 @@ class Planar(Amortized):
     Starts close to its diagonal normal.
 
     Args:
-        encoder: x, (..., *x_shape), to features, (..., F).
-        latent_dim: D.
+        encoder, latent_dim, features: As of `Amortized`.
         num_flows: N.
-        features: F; read from ``encoder.out_features`` when not given.
     Raises:
-        ValueError: num_flows is not positive, or the number of features is unknown.
+        ValueError: num_flows is not positive.
     Example:
         >>> Planar(nn.Linear(3, 4), latent_dim=2, num_flows=3)(torch.zeros(5, 3)).event_shape
         torch.Size([2])
@@ -138,23 +136,34 @@ def _planar(base: TorchDistribution, w: Tensor, u: Tensor, b: Tensor) -> Pushfor
     wu = (w * u).sum(-1)
     wv = softplus(wu + _SHIFT) - (1 - _FLOOR)
     v = u + ((wv - wu) / w.square().sum(-1).clamp(min=1e-12)).unsqueeze(-1) * w
-    steps = list(zip(w.unbind(-2), v.unbind(-2), b.unsqueeze(-1).unbind(-2), wv.unsqueeze(-1).unbind(-2), strict=True))
+
+    def step(w: Tensor, v: Tensor, b: Tensor, wv: Tensor) -> Step:
+        return (
+            lambda z: (z * w).sum(-1, keepdim=True) + b, lambda tanh: v * tanh, lambda a: invert_tanh_step(wv, a).tanh()
+        )  # fmt: skip
+
+    parts = w.unbind(-2), v.unbind(-2), b.unsqueeze(-1).unbind(-2), wv.unsqueeze(-1).unbind(-2)
+    return _steps(base, [step(*of) for of in zip(*parts, strict=True)], wv.unsqueeze(-1))
+
+
+def _steps(base: TorchDistribution, steps: list[Step], slopes: Tensor) -> Pushforward:
+    """Steps z + out(tanh(into(z))) one after the other, log |det| = sum log(1 + (1 - tanh^2) slopes) over (N, M)."""
 
     def log_det(tanhs: list[Tensor]) -> Tensor:
-        return torch.log1p((1 - torch.cat(tanhs, -1).square()) * wv).sum(-1)
+        return torch.log1p((1 - torch.stack(tanhs, -2).square()) * slopes).sum((-2, -1))
 
     def push(z: Tensor) -> tuple[Tensor, Tensor]:
         tanhs = []
-        for w, v, b, _ in steps:
-            tanhs.append(((z * w).sum(-1, keepdim=True) + b).tanh())
-            z = z + v * tanhs[-1]
+        for into, out, _ in steps:
+            tanhs.append(into(z).tanh())
+            z = z + out(tanhs[-1])
         return z, log_det(tanhs)
 
     def pull(z: Tensor) -> tuple[Tensor, Tensor]:
         tanhs: list[Tensor] = []
-        for w, v, b, wv in reversed(steps):
-            tanhs.insert(0, invert_tanh_step(wv, (z * w).sum(-1, keepdim=True) + b).tanh())
-            z = z - v * tanhs[0]
+        for into, out, solve in reversed(steps):
+            tanhs.insert(0, solve(into(z)))
+            z = z - out(tanhs[0])
         return z, -log_det(tanhs)
 
     return Pushforward(base, push, pull)
@@ -175,14 +184,12 @@ class Sylvester(Amortized):
     "orthogonal" with a small num_ortho is several times quicker than the others.
 
     Args:
-        encoder: x, (..., *x_shape), to features, (..., F).
-        latent_dim: D.
+        encoder, latent_dim, features: As of `Amortized`.
         num_flows: N.
         kind: "orthogonal", "householder" or "triangular".
         num_ortho: M of "orthogonal", at most D; None for 16, or D if that is less. The
             other kinds bend all D directions.
         num_householder: H of "householder"; None for 8, or D if that is less.
-        features: F; read from ``encoder.out_features`` when not given.
     Raises:
         ValueError: An unknown kind, or a number that it does not take.
     Example:
@@ -230,7 +237,8 @@ class Sylvester(Amortized):
     def _rotations(self, vectors: Tensor) -> list[Rotation]:
         """Q of each step, from free numbers of (..., N, vectors * D)."""
         if self.kind == "triangular":
-            return [_identity if step % 2 == 0 else _reversal for step in range(self.num_flows)]
+            turns: list[Callable[[Tensor], Tensor]] = [lambda z: z, lambda z: z.flip(-1)]
+            return [(turns[step % 2], turns[step % 2]) for step in range(self.num_flows)]
         columns = vectors.unflatten(-1, (self.num_vectors, self.latent_dim)).mT
         if self.kind == "orthogonal":
             return [_matrix(q) for q in orthonormal(columns).unbind(-3)]
@@ -239,31 +247,21 @@ class Sylvester(Amortized):
 
 
 def orthonormal(a: Tensor) -> Tensor:
-    """The Q of A = Q R with a positive diagonal of R: Gram and Schmidt's basis, smooth in A.
+    """The Q of A = Q R, (..., D, M), with a positive diagonal of R: Gram and Schmidt's basis, smooth in A, M <= D.
 
-    The paper iterates Q <- Q (I + (I - Q'Q) / 2) until it converges, which takes as long
-    as the columns are close to dependent; a factorisation is exact after one step, and
-    the flow is as general, since R and R~ absorb any difference.
-
-    Args:
-        a: (..., D, M) with M <= D and independent columns.
-    Returns:
-        (..., D, M) with orthonormal columns.
+    The paper iterates Q <- Q (I + (I - Q'Q) / 2) until it converges, which takes as long as the columns are close to
+    dependent; a factorisation is exact after one step, and the flow is as general, since R and R~ absorb any
+    difference.
     """
     q, r = torch.linalg.qr(a)
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(q)
 
 
 def reflection_core(v: Tensor) -> Tensor:
-    """The T of (I - 2 v_1 v_1' / |v_1|^2) ... (I - 2 v_H v_H' / |v_H|^2) = I - V T V'.
+    """The T, (..., H, H), of (I - 2 v_1 v_1' / |v_1|^2) ... (I - 2 v_H v_H' / |v_H|^2) = I - V T V', V of (..., D, H).
 
-    T^-1 has half of V'V on its diagonal, all of it above, nothing below: H reflections
-    cost two products with V, without a loop.
-
-    Args:
-        v: V = (v_1, ..., v_H), (..., D, H), no column zero.
-    Returns:
-        T, upper triangular, (..., H, H).
+    T^-1 has half of V'V on its diagonal, all of it above, nothing below: H reflections cost two products with V,
+    without a loop. No column of V is zero.
     """
     gram = v.mT @ v
     inverse = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
@@ -275,26 +273,15 @@ def _sylvester(
 ) -> Pushforward:
     """Sylvester steps with R and R~ of (..., N, M, M) and b of (..., N, M)."""
     product = r.diagonal(dim1=-2, dim2=-1) * r_tilde.diagonal(dim1=-2, dim2=-1)
-    steps = list(zip(rotations, r.unbind(-3), r_tilde.unbind(-3), b.unbind(-2), strict=True))
 
-    def log_det(tanhs: list[Tensor]) -> Tensor:
-        return torch.log1p((1 - torch.stack(tanhs, -2).square()) * product).sum((-2, -1))
+    def step(rotation: Rotation, r: Tensor, r_tilde: Tensor, b: Tensor) -> Step:
+        down, up = rotation
+        return (
+            lambda z: _times(r_tilde, down(z)) + b, lambda tanh: up(_times(r, tanh)), lambda a: _solve(r_tilde @ r, a)
+        )  # fmt: skip
 
-    def push(z: Tensor) -> tuple[Tensor, Tensor]:
-        tanhs = []
-        for (down, up), r, r_tilde, b in steps:
-            tanhs.append((_times(r_tilde, down(z)) + b).tanh())
-            z = z + up(_times(r, tanhs[-1]))
-        return z, log_det(tanhs)
-
-    def pull(z: Tensor) -> tuple[Tensor, Tensor]:
-        tanhs: list[Tensor] = []
-        for (down, up), r, r_tilde, b in reversed(steps):
-            tanhs.insert(0, _solve(r_tilde @ r, _times(r_tilde, down(z)) + b))
-            z = z - up(_times(r, tanhs[0]))
-        return z, -log_det(tanhs)
-
-    return Pushforward(base, push, pull)
+    parts = rotations, r.unbind(-3), r_tilde.unbind(-3), b.unbind(-2)
+    return _steps(base, [step(*of) for of in zip(*parts, strict=True)], product)
 
 
 def _solve(s: Tensor, c: Tensor) -> Tensor:
@@ -311,18 +298,6 @@ def _solve(s: Tensor, c: Tensor) -> Tensor:
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     # Not matmul, which would copy the matrices for every particle.
     return torch.einsum("...ij,...j->...i", matrix, vector)
-
-
-def _identity_map(z: Tensor) -> Tensor:
-    return z
-
-
-def _flipped(z: Tensor) -> Tensor:
-    return z.flip(-1)
-
-
-_identity: Rotation = (_identity_map, _identity_map)
-_reversal: Rotation = (_flipped, _flipped)
 
 
 def _matrix(q: Tensor) -> Rotation:

@@ -1,12 +1,8 @@
 """Mixtures as priors: of Gaussians, and of the guide's own posteriors.
 
-The prior that is a mixture of the guide's own posteriors.
-
-The prior that maximises the ELBO of given data is the aggregated posterior,
-1/N sum_n q(z | x_n): it removes all of the mismatch between where the encoder puts the
-data and where the model believes them to be. It costs N passes and overfits. A mixture
-over a few hundred learned pseudo-inputs keeps the idea at a price that does not depend
-on N.
+The prior that maximises the ELBO of given data is the aggregated posterior, 1/N sum_n q(z | x_n): it removes all of the
+mismatch between where the encoder puts the data and where the model believes them to be. It costs N passes and
+overfits. A mixture over a few hundred learned pseudo-inputs keeps the idea at a price that does not depend on N.
 """
 
 from __future__ import annotations
@@ -37,8 +33,7 @@ class NormalMixture(nn.Module):
         covariance: "diagonal" or "full".
         spread: Standard deviation of the means at the start, between 0 and 1.
     Raises:
-        ValueError: A size that is not positive, an unknown covariance, or a spread
-            outside of (0, 1).
+        ValueError: A size that is not positive, an unknown covariance, or a spread outside of (0, 1).
     Example:
         >>> _ = torch.manual_seed(0)
         >>> NormalMixture(2, num_components=10)().log_prob(torch.zeros(5, 2)).shape
@@ -137,9 +132,8 @@ class VampPrior(nn.Module):
     and ``Guide(posterior)`` share it, train it once, and save it once. The posteriors of
     the pseudo-inputs are computed once per run of the model, whatever B and K are.
 
-    With bounds = (a, b) pseudo-inputs stay inside: u = a + (b - a) sigmoid(v), v free. At
-    the start they are kept 1 % of the range away from the limits, where v would be
-    infinite and could not move.
+    With bounds = (a, b) pseudo-inputs stay inside: u = a + (b - a) sigmoid(v), v free. At the start they are kept 1 %
+    of the range away from the limits, where v would be infinite and could not move.
 
     Args:
         posterior: x, (..., *x_shape), to a distribution of batch_shape (...) that can
@@ -199,15 +193,7 @@ class VampPrior(nn.Module):
         bounds: tuple[float, float] | None = None,
         learned_weights: bool = False,
     ) -> VampPrior:
-        """Pseudo-inputs that start at uniform noise: how a standard VAE builds it, before it has seen data.
-
-        Args:
-            posterior: As for the class.
-            x_shape: Shape of one datum.
-            num_components: C.
-            bounds: As for the class.
-            learned_weights: As for the class.
-        """
+        """C pseudo-inputs that start at uniform noise: how a standard VAE builds it, before it has seen data."""
         count = integer("num_components", num_components)
         return cls(posterior, torch.rand(count, *x_shape), bounds, learned_weights)
 
@@ -224,11 +210,9 @@ class VampPrior(nn.Module):
         """Pseudo-inputs that start at random data.
 
         Args:
-            posterior: As for the class.
+            posterior, bounds, learned_weights: As for the class.
             data: A tensor (N, *x_shape), or what an index tensor turns into one.
             num_components: C, at most N.
-            bounds: As for the class.
-            learned_weights: As for the class.
             seed: Of the choice.
         Raises:
             ValueError: More components than data.

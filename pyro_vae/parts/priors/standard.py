@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
+from pyro_vae.options import integer
 from pyro_vae.parts.distributions import spherical
 from pyro_vae.parts.distributions.flow import check_flow, pushforward, start_near_identity, zuko_flows
 
@@ -29,11 +30,9 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be a positive integer, got {latent_dim}.")
-        self.latent_dim = latent_dim
+        self.latent_dim = integer("latent_dim", latent_dim)
         # Non-persistent: a constant that follows the module's device and dtype.
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("loc", torch.zeros(self.latent_dim), persistent=False)
 
     def forward(self) -> TorchDistribution:
         return dist.Normal(self.loc, torch.ones_like(self.loc), validate_args=False).to_event(1)
@@ -77,15 +76,13 @@ class Flow(nn.Module):
 
         log p(z) = log N(f(z); 0, I) + log |det df/dz|
 
-    The prior of a variational autoencoder scores the guide's samples at every step and is
-    drawn from seldom, so the quick direction is scoring; an autoregressive flow then draws
-    in D passes. Built from a class it starts close to N(0, I); a ready flow is taken as
-    it is.
+    The prior of a variational autoencoder scores the guide's samples at every step and is drawn from seldom, so the
+    quick direction is scoring; an autoregressive flow then draws in D passes. Built from a class it starts close to
+    N(0, I); a ready flow is taken as it is.
 
     Args:
         latent_dim: D, or a ready flow of zuko without context.
-        flow: A class of zuko, or any callable that takes ``features`` and returns a flow;
-            None for zuko.flows.MAF.
+        flow: A class of zuko, or any callable that takes ``features`` and returns a flow; None for zuko.flows.MAF.
         options: What the class takes, such as transforms=5, hidden_features=(64, 64).
     Raises:
         ValueError: Not a flow, one that does not live on R^D, or one with a context.
@@ -116,12 +113,11 @@ class Flow(nn.Module):
             self.latent_dim = check_flow(self.flow)
             self._check_without_context()
             return
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be a positive integer, got {latent_dim}.")
+        size: int = integer("latent_dim", latent_dim)
         if flow is None:
             flow, options = zuko_flows().MAF, {"activation": nn.SiLU, **options}
-        self.flow = flow(features=latent_dim, **options)
-        self.latent_dim = check_flow(self.flow, latent_dim)
+        self.flow = flow(features=size, **options)
+        self.latent_dim = check_flow(self.flow, size)
         start_near_identity(self.flow)
 
     def _check_without_context(self) -> None:

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_vae.options import integer
 from pyro_vae.parts import names
 from pyro_vae.parts.networks import MLP
+from pyro_vae.parts.posteriors import mean
 from pyro_vae.programs.vae import VAE
 from pyro_vae.protocols import parameters_per_pixel
 
@@ -28,32 +29,34 @@ Conditional: TypeAlias = Callable[..., TorchDistribution]
 
 
 def pixel_likelihood(
-    family: str | Callable[[nn.Module], Any],
-    in_shape: int,
-    hidden: Sequence[int],
-    x_shape: Sequence[int],
+    family: str | Callable[[nn.Module], Any], in_shape: int, hidden: Sequence[int], x_shape: Sequence[int],
     activation: str,
-) -> Any:
-    """A likelihood on a dense decoder, with as many outputs for each pixel as its family takes.
-
-    Args:
-        family: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
-        in_shape: Dimensions that the decoder gets.
-        hidden: Widths of its hidden layers.
-        x_shape: Shape of one datum.
-        activation: Name of the activation.
-    """
+) -> Any:  # fmt: skip
+    """A likelihood (its class, name, or function of a decoder) on a dense decoder of as many outputs as it takes."""
     likelihood = names.made("likelihood", family, nn.Identity())  # how many outputs a pixel has is the family's to say
     n = integer("parameters_per_pixel", parameters_per_pixel(likelihood))
     likelihood.decoder = MLP(in_shape, hidden, (n * x_shape[0], *x_shape[1:]), activation)
     return likelihood
 
 
-def pixels_of(given_z: TorchDistribution, pixels: str) -> Tensor:
-    """The picture that people show, "mean" for E[x | z], or what the model claims, "draw" for a sample of p(x | z)."""
-    if pixels not in ("mean", "draw"):
-        raise ValueError(f'got pixels={pixels!r}, wanted "mean" or "draw".')
-    return given_z.mean if pixels == "mean" else given_z.sample()
+class Pair(nn.Module):
+    """A model and a guide of the zoo, and what people expect of it; abstract. y: what they take beside x."""
+
+    model: Any
+    guide: Any
+
+    def encode(self, x: Tensor, *y: Tensor) -> TorchDistribution:
+        """q(z | x) or q(z | x, y), batch_shape (B,)."""
+        return self.guide.posterior(x, *y)
+
+    def decode(self, z: Tensor, *y: Tensor) -> TorchDistribution:
+        """p(x | z) or p(x | z, y), batch_shape (...)."""
+        return self.model.likelihood(z, *y)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, *y: Tensor) -> Tensor:
+        """E[x' | z] at z = E_q[z | x], given y where the programs take it, (B, *x_shape)."""
+        return self.decode(mean(self.encode(x, *y)), *y).mean
 
 
 def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
@@ -63,10 +66,9 @@ def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
 
         fit(pair.model, pair.guide, data, loss=Objective(reconstruction))
 
-    It maximises log p(x | z(x)) alone, so nothing shapes its latent space: it
-    reconstructs better than a VAE, compresses and scores anomalies, and its "prior"
-    samples are decoded from places where no datum lies. It has no density over z:
-    every bound and every estimate of log p(x) refuses it.
+    It maximises log p(x | z(x)) alone, so nothing shapes its latent space: it reconstructs better than a VAE,
+    compresses and scores anomalies, and its "prior" samples are decoded from places where no datum lies. It has no
+    density over z: every bound and every estimate of log p(x) refuses it.
 
     Args:
         x_shape: Shape of one datum.
@@ -125,11 +127,8 @@ def readable(y: Tensor) -> bool:
 
 
 def one_hot(y: Tensor, num_classes: int) -> Tensor:
-    """Class numbers as rows of zeros and a one, (..., C) of booleans; of nan where there is no such class.
+    """Class numbers (...) as rows of zeros and a one, (..., C) of booleans; of nan where there is no such class.
 
-    Args:
-        y: Integers, (...).
-        num_classes: C.
     Raises:
         ValueError: A number that is no class, as far as values can be read here.
     Example:
@@ -137,10 +136,10 @@ def one_hot(y: Tensor, num_classes: int) -> Tensor:
         tensor([[0, 0, 1],
                 [1, 0, 0]], dtype=torch.int32)
     """
+    hot = y.unsqueeze(-1) == torch.arange(num_classes, device=y.device)
     if readable(y):
         class_check(y, num_classes)
-        return y.unsqueeze(-1) == torch.arange(num_classes, device=y.device)
-    hot = y.unsqueeze(-1) == torch.arange(num_classes, device=y.device)
+        return hot
     return torch.where(hot.any(-1, keepdim=True), hot.to(torch.get_default_dtype()), torch.nan)
 
 

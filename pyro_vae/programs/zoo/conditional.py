@@ -21,11 +21,12 @@ from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
-from pyro_vae.parts.posteriors import DiagonalNormal, mean
+from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.pair import Named, batch_check, data_check, event_check
+from pyro_vae.programs.pair import Named, batch_check, data_check, observe
+from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo import assembly
-from pyro_vae.programs.zoo.assembly import class_check, is_class_numbers, one_hot, pixel_likelihood, pixels_of, rows_of
+from pyro_vae.programs.zoo.assembly import class_check, is_class_numbers, one_hot, pixel_likelihood, rows_of
 
 
 class Joined(nn.Module):
@@ -84,22 +85,10 @@ class Joined(nn.Module):
 
 
 class ConditionalModel(Named):
-    """p(x, z | y), over a plate "data" of the sites "z" and "x".
-
-    Args:
-        prior: () to p(z), batch_shape (); or, with conditional_prior, y to p(z | y), batch_shape (B,).
-        likelihood: (z, y) to p(x | z, y).
-        conditional_prior: Whether the prior takes y.
-        y_dim: C where all three take y as rows (B, C); class numbers (B,) then become one-hot. None where y is
-            theirs to read.
-    """
+    """p(x, z | y), over a plate "data" of the sites "z" and "x"; the arguments are those of `Conditional`."""
 
     def __init__(
-        self,
-        prior: assembly.Conditional,
-        likelihood: assembly.Conditional,
-        conditional_prior: bool = False,
-        y_dim: int | None = None,
+        self, prior: assembly.Conditional, likelihood: assembly.Conditional, conditional_prior: bool, y_dim: int | None
     ) -> None:
         super().__init__()
         self.prior = prior
@@ -117,34 +106,18 @@ class ConditionalModel(Named):
         return self.prior(y) if self.conditional_prior else self.prior().expand([len(y)])
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
-        """Run the program.
-
-        Args:
-            x: Data, (B, *x_shape), to observe; None draws them.
-            y: What is known of each datum, (B, ...); of a pair that was built for C columns rows (B, C), or class
-                numbers (B,).
-        Returns:
-            x, observed or drawn.
-        """
+        """Observe x, (B, *x_shape), or draw it where it is None, given what is known of each datum, y (B, ...)."""
         _rows_check(x, y)
         y = _rows(self, y, None if x is None else len(x))
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", self.given_y(y))
-            given_z = self.likelihood(z, y)
-            if x is not None:
-                event_check("x", given_z, x)
-            return pyro.sample("x", given_z, obs=x)
+            return observe(self.likelihood(z, y), x)
 
 
 class ConditionalGuide(Named):
-    """q(z | x, y), over a plate "data" of the site "z".
+    """q(z | x, y), over a plate "data" of the site "z"; the arguments are those of `Conditional`."""
 
-    Args:
-        posterior: (x, y) to q(z | x, y), batch_shape (B,).
-        y_dim: As for `ConditionalModel`.
-    """
-
-    def __init__(self, posterior: assembly.Conditional, y_dim: int | None = None) -> None:
+    def __init__(self, posterior: assembly.Conditional, y_dim: int | None) -> None:
         super().__init__()
         self.posterior = posterior
         self.y_dim = y_dim
@@ -164,7 +137,7 @@ class ConditionalGuide(Named):
             return pyro.sample("z", posterior)
 
 
-class Conditional(nn.Module):
+class Conditional(assembly.Pair):
     """A conditional VAE, ``pair.model`` and ``pair.guide``, both programs of (x, y).
 
     Args:
@@ -183,13 +156,9 @@ class Conditional(nn.Module):
     """
 
     def __init__(
-        self,
-        prior: assembly.Conditional,
-        likelihood: assembly.Conditional,
-        posterior: assembly.Conditional,
-        conditional_prior: bool = False,
-        y_dim: int | None = None,
-    ) -> None:
+        self, prior: assembly.Conditional, likelihood: assembly.Conditional, posterior: assembly.Conditional,
+        conditional_prior: bool = False, y_dim: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = ConditionalModel(prior, likelihood, conditional_prior, y_dim)
         self.guide = ConditionalGuide(posterior, y_dim)
@@ -227,18 +196,13 @@ class Conditional(nn.Module):
         joined = Joined(names.made("posterior", posterior, encoder, latent_dim), event_dim=len(x_shape))
         return cls(prior, Joined(decoder), joined, conditional_prior, y_dim)
 
-    def encode(self, x: Tensor, y: Tensor) -> TorchDistribution:
+    def encode(self, x: Tensor, *y: Tensor) -> TorchDistribution:
         """q(z | x, y), batch_shape (B,)."""
-        return self.guide.posterior(x, _rows(self.guide, y, len(x)))
+        return super().encode(x, *(_rows(self.guide, one, len(x)) for one in y))
 
-    def decode(self, z: Tensor, y: Tensor) -> TorchDistribution:
+    def decode(self, z: Tensor, *y: Tensor) -> TorchDistribution:
         """p(x | z, y), batch_shape (...)."""
-        return self.model.likelihood(z, _rows(self.model, y))
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
-        """E[x' | z, y] at z = E_q[z | x, y], (B, *x_shape)."""
-        return self.decode(mean(self.encode(x, y)), y).mean
+        return super().decode(z, *(_rows(self.model, one) for one in y))
 
     @torch.no_grad()
     def sample(self, y: Tensor, *, pixels: str = "mean") -> Tensor:

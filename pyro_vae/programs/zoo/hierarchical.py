@@ -7,11 +7,10 @@ The guide climbs, the model comes down. The weight of one sample of all layers i
 
     log w = log p(x | z_1) + sum_l [log p(z_l | z_{l+1}) - log q(z_l | z_{l-1})],
 
-so every bound and every estimate holds unchanged. At the last layer, and only there, the
-expectation of log q - log p may be taken in closed form, KL(q(z_L | z_{L-1}) || p(z_L)): below it
-p(z_l | z_{l+1}) depends on what the guide drew from z_l. By default `fit` does so, which leaves the ELBO what it is
-and takes the noise of z_L's divergence out. The exact posterior has the guide's
-form: z_2 and x are independent given z_1.
+so every bound and every estimate holds unchanged. At the last layer, and only there, the expectation of log q - log p
+may be taken in closed form, KL(q(z_L | z_{L-1}) || p(z_L)): below it p(z_l | z_{l+1}) depends on what the guide drew
+from z_l. By default `fit` does so, which leaves the ELBO what it is and takes the noise of z_L's divergence out. The
+exact posterior has the guide's form: z_2 and x are independent given z_1.
 """
 
 from __future__ import annotations
@@ -28,20 +27,15 @@ from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
-from pyro_vae.parts.posteriors import DiagonalNormal, mean
+from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.pair import Named, batch_check, data_check, event_check
-from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
+from pyro_vae.programs.pair import Named, batch_check, data_check, observe
+from pyro_vae.programs.vae import pixels_of
+from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood
 
 
 class HierarchicalModel(Named):
-    """p(x, z_1, ..., z_L), over a plate "data" of the sites "z1", ..., "zL" and "x".
-
-    Args:
-        prior: () to p(z_L), batch_shape ().
-        conditionals: z_{l+1}, (..., D_{l+1}), to p(z_l | z_{l+1}), batch_shape (...), for l = 1, ..., L - 1.
-        likelihood: z_1, (..., D_1), to p(x | z_1), batch_shape (...).
-    """
+    """p(x, z_1, ..., z_L), over a plate "data" of the sites "z1", ..., "zL" and "x"; arguments as of `Hierarchical`."""
 
     def __init__(self, prior: Conditional, conditionals: Sequence[Conditional], likelihood: Conditional) -> None:
         super().__init__()
@@ -52,31 +46,16 @@ class HierarchicalModel(Named):
         self.likelihood = likelihood
 
     def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """Run the program.
-
-        Args:
-            x: Data, (B, *x_shape), to observe; None draws them.
-            size: B where x is None.
-        Returns:
-            x, observed or drawn.
-        """
+        """Run the program; arguments and result are those of `Model`."""
         with pyro.plate("data", size if x is None else len(x)):
             z = pyro.sample(f"z{self.num_layers}", self.prior())
             for layer in range(self.num_layers - 1, 0, -1):
                 z = pyro.sample(f"z{layer}", getattr(self, f"z{layer}_given_z{layer + 1}")(z))
-            given_z = self.likelihood(z)
-            if x is not None:
-                event_check("x", given_z, x)
-            return pyro.sample("x", given_z, obs=x)
+            return observe(self.likelihood(z), x)
 
 
 class HierarchicalGuide(Named):
-    """q(z_1, ..., z_L | x), over a plate "data" of the sites "z1", ..., "zL".
-
-    Args:
-        posteriors: x, (B, *x_shape), to q(z_1 | x), batch_shape (B,); then z_l, (..., D_l), to
-            q(z_{l+1} | z_l), batch_shape (...).
-    """
+    """q(z_1, ..., z_L | x), over a plate "data" of the sites "z1", ..., "zL"; arguments as of `Hierarchical`."""
 
     def __init__(self, posteriors: Sequence[Conditional]) -> None:
         super().__init__()
@@ -87,13 +66,7 @@ class HierarchicalGuide(Named):
             setattr(self, f"z{layer}_given_{f'z{layer - 1}' if layer > 1 else 'x'}", posterior)
 
     def forward(self, x: Tensor | None = None, **_: Any) -> Tensor:
-        """Draw z_1 ~ q(z_1 | x), z_2 ~ q(z_2 | z_1), ...
-
-        Args:
-            x: Data, (B, *x_shape).
-        Returns:
-            z_L, (B, D_L).
-        """
+        """Draw z_1 ~ q(z_1 | x), z_2 ~ q(z_2 | z_1), ...; returns z_L, (B, D_L)."""
         below = data_check(x)
         size, name = len(below), "x"
         with pyro.plate("data", size):
@@ -105,17 +78,17 @@ class HierarchicalGuide(Named):
         return below
 
 
-class Hierarchical(nn.Module):
+class Hierarchical(Pair):
     """A VAE of L >= 2 stochastic layers, ``pair.model`` and ``pair.guide``.
 
-    Any part of any layer is a callable that returns a distribution: a posterior of
-    `pyro_vae.parts.posteriors` serves for p(z_l | z_{l+1}) and q(z_{l+1} | z_l) as well,
-    since z is data to it.
+    Any part of any layer is a callable that returns a distribution: a posterior of `pyro_vae.parts.posteriors` serves
+    for p(z_l | z_{l+1}) and q(z_{l+1} | z_l) as well, since z is data to it.
 
     Args:
         prior: () to p(z_L), batch_shape ().
-        conditionals: The L - 1 conditionals p(z_l | z_{l+1}), the one next to the data first.
-        likelihood: z_1 to p(x | z_1).
+        conditionals: The L - 1 conditionals p(z_l | z_{l+1}), the one next to the data first, each from z_{l+1},
+            (..., D_{l+1}), to batch_shape (...).
+        likelihood: z_1, (..., D_1), to p(x | z_1), batch_shape (...).
         posteriors: The L conditionals q(z_1 | x), q(z_2 | z_1), ..., the one next to the data first.
     Raises:
         ValueError: Fewer than two layers, or model and guide of different depth.
@@ -128,12 +101,9 @@ class Hierarchical(nn.Module):
     """
 
     def __init__(
-        self,
-        prior: Conditional,
-        conditionals: Sequence[Conditional],
-        likelihood: Conditional,
+        self, prior: Conditional, conditionals: Sequence[Conditional], likelihood: Conditional,
         posteriors: Sequence[Conditional],
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if not conditionals or len(posteriors) != len(conditionals) + 1:
             raise ValueError(
@@ -162,8 +132,7 @@ class Hierarchical(nn.Module):
             latent_dims: D_1, ..., D_L, the layer next to the data first.
             hidden: Widths of the network between each layer and the one below (the data
                 for the first), in the guide; the model has them in reverse.
-            activation: Name of the activation.
-            likelihood: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
+            activation, likelihood: As of `Conditional.build`.
             posterior: A class of `pyro_vae.parts.posteriors`, or its name, for every q.
         Raises:
             ValueError: Not one network per layer, or fewer than two layers.
@@ -190,13 +159,9 @@ class Hierarchical(nn.Module):
         """L."""
         return self.model.num_layers
 
-    def encode(self, x: Tensor) -> TorchDistribution:
+    def encode(self, x: Tensor, *_: Tensor) -> TorchDistribution:
         """q(z_1 | x), batch_shape (B,); the layers above have no distribution given x in closed form."""
         return self.guide.z1_given_x(x)
-
-    def decode(self, z1: Tensor) -> TorchDistribution:
-        """p(x | z_1), batch_shape (...) for (..., D_1)."""
-        return self.model.likelihood(z1)
 
     @torch.no_grad()
     def latents(self, x: Tensor) -> list[Tensor]:
@@ -205,11 +170,6 @@ class Hierarchical(nn.Module):
         for layer in range(2, self.num_layers + 1):
             drawn.append(getattr(self.guide, f"z{layer}_given_z{layer - 1}")(drawn[-1]).sample())
         return drawn
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x' | z_1] at z_1 = E_q[z_1 | x], (B, *x_shape)."""
-        return self.decode(mean(self.encode(x))).mean
 
     @torch.no_grad()
     def sample(self, size: int = 1, *, pixels: str = "mean") -> Tensor:

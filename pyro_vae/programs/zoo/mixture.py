@@ -8,10 +8,9 @@ posterior is p(c | z), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums it ou
 
     p(x, z) = p(x | z) sum_c p(c) p(z | c).
 
-The same sum can be a prior p(z) like any other: ``pair.marginal`` is the plain `Model`
-with it, of the same modules. Both give the same ELBO at the same draws. The first
-keeps c as a site; the second is what `particles`, and every bound and estimate that
-stands on it, work with, since they draw each latent that a model has.
+The same sum can be a prior p(z) like any other: ``pair.marginal`` is the plain `Model` with it, of the same modules.
+Both give the same ELBO at the same draws. The first keeps c as a site; the second is what `particles`, and every bound
+and estimate that stands on it, work with, since they draw each latent that a model has.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
-from pyro_vae.parts.posteriors import DiagonalNormal, mean
-from pyro_vae.programs.pair import Guide, Model, Named, event_check
-from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood, pixels_of
+from pyro_vae.parts.posteriors import DiagonalNormal
+from pyro_vae.programs.pair import Guide, Model, Named, observe
+from pyro_vae.programs.vae import pixels_of
+from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood
 
 
 class Clusters(nn.Module):
@@ -46,12 +46,9 @@ class Clusters(nn.Module):
         torch.Size([2])
     """
 
+    @checked
     def __init__(self, num_clusters: int, latent_dim: int, spread: float = 1.0) -> None:
         super().__init__()
-        if num_clusters < 1 or latent_dim < 1:
-            raise ValueError(
-                f"num_clusters and latent_dim must be positive integers, got {num_clusters} and {latent_dim}."
-            )
         self.loc = nn.Parameter(spread * torch.randn(num_clusters, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(num_clusters, latent_dim))
 
@@ -79,23 +76,20 @@ class ClusterPrior(nn.Module):
 
     def forward(self) -> TorchDistribution:
         """p(z), batch_shape ()."""
-        everyone = torch.arange(len(self.logits), device=self.logits.device)
-        return dist.MixtureSameFamily(self.clusters(), self.components(everyone), validate_args=False)
+        return dist.MixtureSameFamily(self.clusters(), self._everyone(), validate_args=False)
+
+    def _everyone(self) -> TorchDistribution:
+        """p(z | c) of all c, batch_shape (C,)."""
+        return self.components(torch.arange(len(self.logits), device=self.logits.device))
 
     def responsibilities(self, z: Tensor) -> Tensor:
         """p(c | z), (..., C) for (..., D)."""
-        everyone = torch.arange(len(self.logits), device=self.logits.device)
-        log_joint = self.clusters().logits + self.components(everyone).log_prob(z.unsqueeze(-2))
+        log_joint = self.clusters().logits + self._everyone().log_prob(z.unsqueeze(-2))
         return log_joint.softmax(-1)
 
 
 class MixtureModel(Named):
-    """p(x, z, c), over a plate "data" of the sites "c", "z" and "x"; "c" is to be enumerated.
-
-    Args:
-        prior: p(c) and p(z | c).
-        likelihood: z, (..., D), to p(x | z), batch_shape (...).
-    """
+    """p(x, z, c), over a plate "data" of the sites "c", "z" and "x"; "c" is to be enumerated."""
 
     def __init__(self, prior: ClusterPrior, likelihood: Conditional) -> None:
         super().__init__()
@@ -103,24 +97,14 @@ class MixtureModel(Named):
         self.likelihood = likelihood
 
     def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """Run the program.
-
-        Args:
-            x: Data, (B, *x_shape), to observe; None draws them.
-            size: B where x is None.
-        Returns:
-            x, observed or drawn.
-        """
+        """Run the program; arguments and result are those of `Model`."""
         with pyro.plate("data", size if x is None else len(x)):
             c = pyro.sample("c", self.prior.clusters(), infer={"enumerate": "parallel"})
             z = pyro.sample("z", self.prior.components(c))
-            given_z = self.likelihood(z)
-            if x is not None:
-                event_check("x", given_z, x)
-            return pyro.sample("x", given_z, obs=x)
+            return observe(self.likelihood(z), x)
 
 
-class Mixture(nn.Module):
+class Mixture(Pair):
     """A VAE with C clusters in its latent space, ``pair.model`` and ``pair.guide``.
 
     Train it with the cluster summed out by Pyro, or in the prior; the two are equal:
@@ -128,8 +112,7 @@ class Mixture(nn.Module):
         fit(pair.model, pair.guide, x, loss=TraceEnum_ELBO(max_plate_nesting=1))
         fit(pair.marginal, pair.guide, x)
 
-    The second takes every bound and estimator, and is what to judge:
-    log_likelihood(pair.marginal, pair.guide, x).
+    The second takes every bound and estimator, and is what to judge: log_likelihood(pair.marginal, pair.guide, x).
 
     Args:
         num_clusters: C.
@@ -169,13 +152,7 @@ class Mixture(nn.Module):
         """Dense networks and Gaussian clusters with new weights.
 
         Args:
-            x_shape: Shape of one datum.
-            num_clusters: C.
-            latent_dim: D.
-            hidden: Widths of the hidden layers, from the data to the latent.
-            activation: Name of the activation.
-            likelihood: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
-            posterior: A class of `pyro_vae.parts.posteriors`, or its name.
+            num_clusters: C; all else as of `Conditional.build`.
         """
         decoder = pixel_likelihood(likelihood, latent_dim, hidden[::-1], x_shape, activation)
         encoder = MLP(x_shape, hidden, None, activation)
@@ -187,24 +164,11 @@ class Mixture(nn.Module):
         """p(z) p(x | z) with the cluster summed out: a plain program of the same modules."""
         return Model(self.model.prior, self.model.likelihood)
 
-    def encode(self, x: Tensor) -> TorchDistribution:
-        """q(z | x), batch_shape (B,)."""
-        return self.guide.posterior(x)
-
-    def decode(self, z: Tensor) -> TorchDistribution:
-        """p(x | z), batch_shape (...)."""
-        return self.model.likelihood(z)
-
     @torch.no_grad()
     def responsibilities(self, x: Tensor, num_samples: int = 100) -> Tensor:
         """p(c | x), (B, C), as the guide sees it: E_q(z|x) p(c | z), from samples."""
         z = self.encode(x).sample(torch.Size([num_samples]))
         return self.model.prior.responsibilities(z).mean(0)
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x' | z] at z = E_q[z | x], (B, *x_shape)."""
-        return self.decode(mean(self.encode(x))).mean
 
     @torch.no_grad()
     def sample(self, size: int = 1, *, cluster: int | None = None, pixels: str = "mean") -> Tensor:

@@ -3,21 +3,18 @@
     model   p(y) p(z) p(x | z, y)
     guide   q(y | x) q(z | x, y)
 
-With L(x, y) = E_q(z|x,y)[log p(x, y, z) - log q(z | x, y)], a bound on log p(x, y), the
-bound for a datum is
+With L(x, y) = E_q(z|x,y)[log p(x, y, z) - log q(z | x, y)], a bound on log p(x, y), the bound for a datum is
 
     L(x, y)                                       where its label y is known,
     sum_y q(y | x) (L(x, y) - log q(y | x))       on log p(x), where it is not.
 
-Both are one bound: where y is known, the guide's q(y | x) is the point at y, and the
-sum has one term. So one program takes batches in which labels are missing (y = -1), and
-Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums over y exactly, for labelled data over
-one term and zeros. The sum is taken in one pass, C evaluations of the networks a datum.
+Both are one bound: where y is known, the guide's q(y | x) is the point at y, and the sum has one term. So one program
+takes batches in which labels are missing (y = -1), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums over y exactly,
+for labelled data over one term and zeros. The sum is taken in one pass, C evaluations of the networks a datum.
 
-The first bound does not train q(y | x), so a classification term is added for labelled
-data, alpha log q(y | x). It is a surrogate, alpha (log q - its own value without
-gradient): zero in every bound, estimate and loss that is reported, and alpha grad log q
-in the gradient. No number is ever of another quantity than it says.
+The first bound does not train q(y | x), so a classification term is added for labelled data, alpha log q(y | x). It is
+a surrogate, alpha (log q - its own value without gradient): zero in every bound, estimate and loss that is reported,
+and alpha grad log q in the gradient. No number is ever of another quantity than it says.
 
 Under anything else than TraceEnum_ELBO the guide draws y, which is as valid, noisier,
 and not reparameterised: `particles` and log p(x) estimates are right as they stand.
@@ -40,13 +37,14 @@ from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
-from pyro_vae.programs.pair import Named, batch_check, data_check, event_check
+from pyro_vae.programs.pair import Named, batch_check, data_check, observe
+from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo.assembly import (
     Conditional,
+    Pair,
     class_check,
     is_class_numbers,
     pixel_likelihood,
-    pixels_of,
     readable,
 )
 from pyro_vae.programs.zoo.conditional import Joined
@@ -93,13 +91,7 @@ class Classifier(nn.Module):
 
 
 class SemiSupervisedModel(Named):
-    """p(x, y, z), over a plate "data" of the sites "y", "z" and "x", and "label" where labels are given.
-
-    Args:
-        labels: () to p(y), a categorical of batch_shape ().
-        prior: () to p(z), batch_shape ().
-        likelihood: (z, y) to p(x | z, y), y of class labels (...).
-    """
+    """p(x, y, z), over a plate "data" of the sites "y", "z" and "x", and "label" where labels are given."""
 
     def __init__(self, labels: Conditional, prior: Conditional, likelihood: Conditional) -> None:
         super().__init__()
@@ -114,15 +106,7 @@ class SemiSupervisedModel(Named):
             class_check(y, self.labels().logits.shape[-1], unknown=True)
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """Run the program.
-
-        Args:
-            x: Data, (B, *x_shape), to observe; None draws them.
-            y: Labels, (B,) of integers, -1 where unknown; None for none known.
-            size: B where x is None.
-        Returns:
-            x, observed or drawn.
-        """
+        """As `Model`, given labels y, (B,) of integers, -1 where unknown; None for none known."""
         labels = self.labels()
         label_check(x, y, labels)
         with pyro.plate("data", size if x is None else len(x)):
@@ -131,20 +115,11 @@ class SemiSupervisedModel(Named):
                 agree = (drawn == y) | (y < 0)
                 pyro.factor("label", torch.where(agree, labels.logits.new_zeros(()), -torch.inf))
             z = pyro.sample("z", self.prior())
-            given_z = self.likelihood(z, drawn)
-            if x is not None:
-                event_check("x", given_z, x)
-            return pyro.sample("x", given_z, obs=x)
+            return observe(self.likelihood(z, drawn), x)
 
 
 class SemiSupervisedGuide(Named):
-    """q(y | x) q(z | x, y), over a plate "data" of the sites "y" and "z"; q(y | x) a point where y is known.
-
-    Args:
-        classifier: x, (B, *x_shape), to q(y | x), a categorical of batch_shape (B,).
-        posterior: (x, y) to q(z | x, y), y of class labels (...).
-        alpha: Weight of log q(y | x) of each labelled datum, in the gradient only.
-    """
+    """q(y | x) q(z | x, y), over a plate "data" of the sites "y" and "z"; q(y | x) a point where y is known."""
 
     @checked
     def __init__(self, classifier: Conditional, posterior: Conditional, alpha: float = 1.0) -> None:
@@ -156,14 +131,7 @@ class SemiSupervisedGuide(Named):
         self.alpha = alpha
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, **_: Any) -> Tensor:
-        """Draw y ~ q(y | x) where it is not known, and z ~ q(z | x, y).
-
-        Args:
-            x: Data, (B, *x_shape).
-            y: Labels, (B,) of integers, -1 where unknown; None for none known.
-        Returns:
-            z, (B, D).
-        """
+        """Draw y ~ q(y | x) where it is not known, and z ~ q(z | x, y), (B, D)."""
         x = data_check(x)
         label_check(x, y)
         with pyro.plate("data", len(x)):
@@ -182,7 +150,7 @@ class SemiSupervisedGuide(Named):
             return pyro.sample("z", posterior)
 
 
-class SemiSupervised(nn.Module):
+class SemiSupervised(Pair):
     """A VAE with labels for some of its data (M2), ``pair.model`` and ``pair.guide``, programs of (x, y).
 
     Labels are integers, -1 where unknown. Train it with
@@ -208,14 +176,9 @@ class SemiSupervised(nn.Module):
     """
 
     def __init__(
-        self,
-        labels: Conditional,
-        prior: Conditional,
-        likelihood: Conditional,
-        classifier: Conditional,
-        posterior: Conditional,
-        alpha: float = 1.0,
-    ) -> None:
+        self, labels: Conditional, prior: Conditional, likelihood: Conditional, classifier: Conditional,
+        posterior: Conditional, alpha: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = SemiSupervisedModel(labels, prior, likelihood)
         self.guide = SemiSupervisedGuide(classifier, posterior, alpha)
@@ -237,14 +200,9 @@ class SemiSupervised(nn.Module):
         """Dense networks with new weights, p(y) uniform and p(z) standard normal.
 
         Args:
-            x_shape: Shape of one datum.
             num_classes: C.
-            latent_dim: D.
             hidden: Widths of the hidden layers, from the data to the latent; the classifier has the same.
-            alpha: Weight of log q(y | x) of each labelled datum, in the gradient only.
-            activation: Name of the activation.
-            likelihood: A class of `pyro_vae.parts.likelihoods`, its name, or a function of the decoder.
-            posterior: A class of `pyro_vae.parts.posteriors`, or its name.
+            alpha: As for the class; all else as of `Conditional.build`.
         """
         features = MLP(x_shape, (), None).out_features
         decoder = pixel_likelihood(likelihood, latent_dim + num_classes, hidden[::-1], x_shape, activation)
@@ -262,14 +220,6 @@ class SemiSupervised(nn.Module):
     def classify(self, x: Tensor) -> Tensor:
         """q(y | x), (B, C)."""
         return self.guide.classifier(x).probs
-
-    def encode(self, x: Tensor, y: Tensor) -> TorchDistribution:
-        """q(z | x, y), batch_shape (B,)."""
-        return self.guide.posterior(x, y)
-
-    def decode(self, z: Tensor, y: Tensor) -> TorchDistribution:
-        """p(x | z, y), batch_shape (...)."""
-        return self.model.likelihood(z, y)
 
     @torch.no_grad()
     def sample(self, y: Tensor, *, pixels: str = "mean") -> Tensor:
