@@ -30,6 +30,7 @@ import dis
 import enum
 import functools
 import gc
+import itertools
 import numbers
 import operator
 import os
@@ -40,8 +41,8 @@ import sys
 import sysconfig
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -192,6 +193,7 @@ class Reach:
         self._kept: list[Any] = []  # objects made on the way, whose id must stay theirs
         self._classes: dict[type, bool] = {}  # whether with what makes an instance
         self._foreign: dict[type, bool] = {}
+        self._original: dict[type, bool] = {}
         self._depth = 0
         self._later: list[tuple[str, Any, str]] = []
         self._where = ""
@@ -539,14 +541,10 @@ class Reach:
 
     def _is_owned(self, kind: type) -> bool:
         """Whether a class is what a trusted package made it: its name alone can be borrowed, its methods replaced."""
-        module = kind.__module__
-        if not _is_trusted(module):
-            return False
-        if not _made_in_python(kind):
-            return True
-        if any(isinstance(v, types.FunctionType) and not is_trusted(v) for v in vars(kind).values()):
-            return False
-        return module not in ("types", "builtins") or getattr(sys.modules[module], kind.__name__, None) is kind
+        known = self._original.get(kind)
+        if known is None:
+            known = self._original[kind] = _is_original(kind)
+        return known
 
     def _class(self, kind: type, said: str, making: bool = True) -> None:
         """What instances of a class can run and read of it; to make one, too, where the class itself is at hand."""
@@ -636,19 +634,14 @@ class Reach:
         self._names.update(_texts(code.co_consts))
         self._computed = self._computed or not _COMPUTED_NAMES.isdisjoint(code.co_names)
         before = self._where
-        instructions = list(dis.get_instructions(code))
-        line = code.co_firstlineno
-        for number, instruction in enumerate(instructions):
-            if instruction.starts_line is not None:
-                line = _line_of(instruction, line)
-                self._where = f"in {code.co_qualname}, line {line} of {pathlib.PurePath(code.co_filename).name}"
-            name, op = instruction.argval, instruction.opname
-            if op in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-                self._chain(self._global(space, name), name, instructions[number + 1 :])
-            elif op in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                self._place(space.get, name, name)
-            elif op == "IMPORT_NAME":
-                self._import(space, instruction, instructions[:number])
+        for reading in _readings(code):
+            self._where = f"in {code.co_qualname}, line {reading.line} of {pathlib.PurePath(code.co_filename).name}"
+            if reading.op == "read":
+                self._chain(self._global(space, reading.name), reading.name, reading.attributes)
+            elif reading.op == "write":
+                self._place(space.get, reading.name, reading.name)
+            else:
+                self._import(space, reading.name, reading.level)
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._code(constant, space)
@@ -662,30 +655,24 @@ class Reach:
             self._place(vars(builtins).get, name, name)
         return held
 
-    def _chain(self, value: Any, said: str, following: Iterable[Any]) -> None:
+    def _chain(self, value: Any, said: str, attributes: Iterable[str]) -> None:
         """Follow ``module.module.name`` as far as it goes through modules; the rest is for the value."""
-        for instruction in following:
+        for name in attributes:
             if not isinstance(value, types.ModuleType):
                 break
-            if instruction.opname in ("PUSH_NULL", "CACHE", "NOP", "PRECALL"):
-                continue
-            if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                break
-            module, said = value, f"{said}.{instruction.argval}"
-            value = vars(module).get(instruction.argval, _MISSING)
+            module, said = value, f"{said}.{name}"
+            value = vars(module).get(name, _MISSING)
             if isinstance(value, types.ModuleType):
                 if not _is_trusted(module.__name__):
-                    self._place(vars(module).get, instruction.argval, said)
+                    self._place(vars(module).get, name, said)
                 continue
-            self._attribute_of(module, instruction.argval, said.rsplit(".", 1)[0])
+            self._attribute_of(module, name, said.rsplit(".", 1)[0])
             return
         if value is not _MISSING:
             self._value(value, said)
 
-    def _import(self, space: dict[str, Any], instruction: Any, before: list[Any]) -> None:
-        name = instruction.argval
-        level = next((i.argval for i in reversed(before[-2:-1])), 0)
-        if isinstance(level, int) and level > 0:
+    def _import(self, space: dict[str, Any], name: str, level: int) -> None:
+        if level > 0:
             package = (space.get("__package__") or "").split(".")
             name = ".".join([*package[: len(package) - level + 1], name] if name else package)
         module = sys.modules.get(name)
@@ -792,6 +779,17 @@ def _is_denied(module: str | None, name: str) -> bool:
     return name in _DENIED or any(module == m or module.startswith(m + ".") for m in _DENIED_MODULES)
 
 
+def _is_original(kind: type) -> bool:
+    module = kind.__module__
+    if not _is_trusted(module):
+        return False
+    if not _made_in_python(kind):
+        return True
+    if any(isinstance(v, types.FunctionType) and not is_trusted(v) for v in vars(kind).values()):
+        return False
+    return module not in ("types", "builtins") or getattr(sys.modules[module], kind.__name__, None) is kind
+
+
 def _made_in_python(kind: type) -> bool:
     """Whether a class statement made it: a class of C can keep its state where nobody sees it."""
     if "__module__" not in vars(kind):
@@ -839,6 +837,45 @@ def _remembered(cache: dict[Any, Any]) -> tuple[Any, ...]:
 
 def _registrations(_: type) -> Any:
     return abc.get_cache_token()
+
+
+class _Reading(NamedTuple):
+    """What an instruction reads, writes or imports by name, the attributes read of it at once, and the line."""
+
+    op: str
+    name: str
+    line: int
+    attributes: tuple[str, ...] = ()
+    level: int = 0
+
+
+@functools.lru_cache(maxsize=4096)  # bytecode never changes, and to take it apart costs more than to follow it
+def _readings(code: types.CodeType) -> tuple[_Reading, ...]:
+    """The globals and imports that bytecode names (that of the functions inside it apart), in their order."""
+    found = []
+    instructions = list(dis.get_instructions(code))
+    line = code.co_firstlineno
+    for number, instruction in enumerate(instructions):
+        if instruction.starts_line is not None:
+            line = _line_of(instruction, line)
+        name, op = instruction.argval, instruction.opname
+        if op in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+            found.append(_Reading("read", name, line, tuple(_attributes_after(instructions, number))))
+        elif op in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            found.append(_Reading("write", name, line))
+        elif op == "IMPORT_NAME":
+            level = instructions[number - 2].argval if number > 1 else 0
+            found.append(_Reading("import", name, line, level=level if isinstance(level, int) else 0))
+    return tuple(found)
+
+
+def _attributes_after(instructions: Sequence[Any], number: int) -> Iterator[str]:
+    """The names in ``.a.b.c`` behind what an instruction loads."""
+    for instruction in itertools.islice(instructions, number + 1, None):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield instruction.argval
+        elif instruction.opname not in ("PUSH_NULL", "CACHE", "NOP", "PRECALL"):
+            return
 
 
 def _line_of(instruction: Any, line: int) -> int:
