@@ -81,7 +81,7 @@ def test_the_mean_gradient_and_variance_have_closed_forms():
     """For the ELBO at K = 1: d/db E log w = A x + b pulled to the posterior mean x/2, and its exact noise."""
     pair = Gaussian(dim=3, off=0.3)
     lab = gradient_lab(pair.model, pair.guide, pair.x, estimators=(REPARAMETERIZED,), num_samples=(1,), repeats=800,
-                       bound=elbo, reference_repeats=20)  # fmt: skip
+                       bound=elbo, reference_repeats=800)  # fmt: skip
     x, loc = pair.x[0], (pair.x @ pair.matrix.T + pair.shift)[0].detach()
     pull = x - 2 * loc  # d/dz of -(z^2 + (x - z)^2) / 2 at the mean
     encoder, decoder = lab.row(REPARAMETERIZED, 1), lab.row(REPARAMETERIZED, 1, "decoder")
