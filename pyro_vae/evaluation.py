@@ -263,6 +263,7 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.meeting: list[tuple[_Standing, Callable[[nn.Module], Any]]] = []
         self.resting: list[_Standing] = []
+        self.covered: list[set[int]] = []  # tensors of which somebody outside holds a copy
 
 
 _here = _Here()
@@ -299,7 +300,7 @@ def store_kept() -> Iterator[None]:
     store = pyro.get_param_store()
     kept = [(name, getattr(store, name)) for name in ("_params", "_param_to_name", "_constraints")]
     items = [dict(held) for _, held in kept]
-    covered = {id(t) for standing, _ in _here.meeting for t, _ in standing._copies.values()}
+    covered = {id(t) for standing, _ in _here.meeting for t, _ in standing._copies.values()}.union(*_here.covered)
     copies = [(t, t.detach().clone()) for t in items[0].values() if id(t) not in covered]
     try:
         yield
@@ -312,6 +313,25 @@ def store_kept() -> Iterator[None]:
             ):
                 held.clear()
                 held.update(before)
+        for tensor, value in copies:
+            _write(tensor, value)
+
+
+@contextlib.contextmanager
+def others_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Copy once what the parameter store holds and some modules do not own, such as the networks of earlier fits.
+
+    What is looked at inside would otherwise copy it each time.
+    """
+    own = {id(t) for module in modules for t in module.parameters()}
+    held = pyro.get_param_store()._params.values()
+    copies = [(t, t.detach().clone()) for t in held if isinstance(t, nn.Parameter) and id(t) not in own]
+    known = {id(t) for t, _ in copies}
+    _here.covered.append(known)
+    try:
+        yield
+    finally:
+        _here.covered.remove(known)
         for tensor, value in copies:
             _write(tensor, value)
 

@@ -188,6 +188,7 @@ class Reach:
         self._met: list[nn.Module] = []
         self._places: list[tuple[Callable[[Any], Any], Any]] = []
         self._said: list[str] = []  # what each place is called
+        self._whole: list[tuple[str, Any]] = []  # arrays, tensors and long lists, by name
         self._noted: set[tuple[int, int]] = set()
         self._seen: set[int] = set()
         self._kept: list[Any] = []  # objects made on the way, whose id must stay theirs
@@ -207,6 +208,19 @@ class Reach:
         """The name of a place that is not as it was."""
         found = self._first_change(self._now())
         return None if found is None else self._said[found]
+
+    def values(self) -> list[tuple[str, Any]]:
+        """What now stands where the programs read: plain values, code, arrays and tensors, each with its name.
+
+        The names are the same in every process, and what is read only to compare objects is left out.
+        """
+        looks = (tuple, len, type, _remembered, _bytes_of)
+        found = [
+            (said, value)
+            for (get, _), said, value in zip(self._places, self._said, self._now(), strict=True)
+            if get not in looks and _is_plain(value)
+        ]
+        return found + self._whole
 
     def _now(self) -> list[Any]:
         try:
@@ -319,6 +333,7 @@ class Reach:
 
     def _tensor(self, value: Tensor, said: str) -> None:
         """Not its numbers, but the hooks of its gradient, and that attributes may appear."""
+        self._whole.append((said, value))
         if value._backward_hooks is not None:
             self._code_in(value._backward_hooks, f"the hooks of {said}")
         self._place(len, vars(value), said)
@@ -345,6 +360,7 @@ class Reach:
             self._doubt("sys.modules")
             return
         if len(value) > _LARGEST_CONTAINER:
+            self._whole.append((said, value))
             self._doubt(f"{said}, a {type(value).__name__} of {len(value):,} items")
             return
         if isinstance(value, dict | types.MappingProxyType):
@@ -366,6 +382,7 @@ class Reach:
                 self._value(item, f"{said}[{index}]")
 
     def _array(self, value: np.ndarray, said: str) -> None:
+        self._whole.append((said, value))
         if value.dtype.hasobject or value.nbytes > _LARGEST_ARRAY:
             self._doubt(f"{said}, a NumPy array of {value.nbytes:,} bytes, too many to compare in every step")
             return
@@ -452,7 +469,8 @@ class Reach:
             return
         self._place(type, part, said)
         self._place(len, space, said)
-        self._held(part, {name: value for name, value in space.items() if name not in _CODE_ATTRIBUTES}, said)
+        if not kind.__module__.startswith(_OPAQUE):  # torch.compile's, around the module that it holds
+            self._held(part, {name: value for name, value in space.items() if name not in _CODE_ATTRIBUTES}, said)
         for slots in (part._parameters, part._buffers, part._modules):
             self._place(len, slots, said)
             for name, value in slots.items():
@@ -881,6 +899,14 @@ def _attributes_after(instructions: Sequence[Any], number: int) -> Iterator[str]
 def _line_of(instruction: Any, line: int) -> int:
     number = getattr(instruction, "line_number", None)  # from Python 3.13 on, where starts_line is a switch
     return number if number is not None else instruction.starts_line if instruction.starts_line else line
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is the same line of text in every process."""
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    plain = (bool, int, float, complex, str, bytes, type(None), types.CodeType, torch.dtype, np.generic)
+    return isinstance(value, plain)
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pyro_vae.traces import Program
 
 _METADATA = "pyro_vae.fit"
 _UNKNOWN = "not written there (by another version)"
+_NOT_READ = "not read"
 
 
 def named_tensors(
@@ -70,18 +72,24 @@ class Checkpoint:
         path: A file ending in .safetensors.
         tensors: What the fit changes, by name, from `named_tensors`.
         settings: What must be the same when the fit goes on, as plain data.
+        values: Gives what the programs read from Python now, a line for each place. What stayed as it was
+            until the fit was broken off must be the same when it goes on; what the fit itself moved (a
+            schedule in a dict) is warned of where it does not stand where it stood.
     Raises:
         ValueError: Another ending, or no such folder.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
-    ) -> None:
+        self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any],
+        values: Callable[[], dict[str, str]] = dict,
+    ) -> None:  # fmt: skip
         self.path = Path(path)
         if self.path.suffix != ".safetensors" or not self.path.parent.is_dir():
             raise ValueError(f"got checkpoint={str(path)!r}, wanted NAME.safetensors in a folder that exists.")
         self.tensors = dict(tensors)
         self.settings = json.loads(json.dumps(dict(settings)))
+        self.values = values
+        self.first_values = values()
 
     def write(
         self, progress: Mapping[str, Any], moments: Mapping[str, Mapping[str, Tensor]], best: Mapping[str, Tensor]
@@ -103,7 +111,9 @@ class Checkpoint:
         content["random"] = torch.get_rng_state()
         for device in {t.device for t in self.tensors.values() if t.device.type == "cuda"}:
             content[f"random/{device}"] = torch.cuda.get_rng_state(device)
-        header = {_METADATA: json.dumps({"settings": self.settings, "progress": dict(progress)})}
+        values = {"first": self.first_values, "last": self.values()}
+        written = {"settings": self.settings, "values": values, "progress": dict(progress)}
+        header = {_METADATA: json.dumps(written)}
         replace_file(self.path, lambda partial: save_file(content, str(partial), metadata=header))
 
     def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
@@ -136,6 +146,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self.path} is the checkpoint of another pair: {differing[0]!r} differs. Remove it to start afresh."
             )
+        self._compare(header.get("values", {"first": {}, "last": {}}))
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(stored[name])
@@ -150,3 +161,28 @@ class Checkpoint:
                 moments.setdefault(owner, {})[key] = tensor.to(self.tensors[owner].device) if tensor.dim() else tensor
         best = {name.removeprefix("best/"): t for name, t in content.items() if name.startswith("best/")}
         return header["progress"], moments, best
+
+    def _compare(self, written: Mapping[str, dict[str, str]]) -> None:
+        """Refuse other constants than the fit had; warn where what it moved itself stands elsewhere."""
+        first, last, now = written["first"], written["last"], self.first_values
+        moved = []
+        for name in [*last, *(name for name in now if name not in last)] if last and now else ():
+            was, is_now = last.get(name, _NOT_READ), now.get(name, _NOT_READ)
+            if was == is_now:
+                continue
+            if first.get(name, _NOT_READ) != was:
+                moved.append(f"{name} was {was} and is {is_now}")
+                continue
+            raise ValueError(
+                f"{self.path} is the checkpoint of another fit: {name}, which the programs read, was {was} there and "
+                f"is {is_now} now. Set it as it was, or remove the file to start afresh."
+            )
+        if moved:
+            warnings.warn(
+                f"the fit goes on from {self.path}, and what the programs moved by themselves does not stand where it "
+                f"stood when that was written: {'; '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}. So the end "
+                "is not that of the whole fit. Set it before the fit, or let fit hold the schedule (beta=).",
+                stacklevel=4,
+            )
+        # From here on the first values are those of the fit as it was begun.
+        self.first_values = first or now

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.parameters import plain_name
+from pyro_vae.reach import Reach
 
 _WHOLE = 100 * 2**20  # bytes that are hashed whole: a tenth of a second
 _ROWS = 4096  # of larger ones
 _DEPTH = 6
 _ITEMS = 20  # that are written out
 _OURS = ("torch", "pyro", "pyro_vae")  # whose code is told by its name
+# What torch and Pyro note down on modules and parameters for themselves.
+_BOOKS = re.compile(r"\.(training|unconstrained\.name|_(pyro|dynamo|super_module|is_torch)_\w+)$")
 _PASSING = frozenset({"last_bound", "max_plate_nesting", "training"})  # attributes that runs change
 
 
@@ -50,6 +54,30 @@ def program_fingerprint(program: Any) -> str:
         return f"{program.__name__} #{_code(program.__func__)} of {_module(program.__self__)}"
     function = getattr(program, "func", program)
     return f"{_name(function)} #{_code(function)}" if isinstance(function, types.FunctionType) else _name(type(program))
+
+
+def program_values(*roots: Any, but: Iterable[Tensor] = ()) -> dict[str, str]:
+    """What programs read from Python, a line for each place: numbers, texts, code, arrays and tensors.
+
+    Args:
+        *roots: Programs, and functions that shape a fit, such as a schedule.
+        but: Tensors that are told apart otherwise, such as parameters.
+    Returns:
+        Lines by the name of the place, such as ``state['beta']``; empty where more is reached than can be looked at.
+    """
+    reach = Reach(*roots)
+    if reach.full:
+        return {}
+    known, found = {id(tensor) for tensor in but}, {}
+    for name, value in reach.values():
+        if id(value) in known or _BOOKS.search(name):
+            continue
+        line = f"code #{_digest(_bytes(value))}" if isinstance(value, types.CodeType) else fingerprint(value)
+        several = plain_name(name)
+        while several in found:
+            several += "'"
+        found[several] = line
+    return found
 
 
 def _described(value: Any, path: tuple[int, ...]) -> str:

@@ -20,7 +20,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating, rests, undisturbed, unmoved
+from pyro_vae.evaluation import evaluating, others_kept, rests, undisturbed, unmoved
 from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
@@ -29,7 +29,7 @@ from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, ra
 from pyro_vae.inference.closed_form import ClosedForm, default_loss
 from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
+from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint, program_values
 from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
@@ -208,27 +208,29 @@ def fit(
         _learning(modules),
     ):  # fmt: skip
         check_data(modules, data)
-        batches = Batches(data, batch_size, place, programs=(model, guide))
-        batches.keep_together()
+        with others_kept(modules):
+            batches = Batches(data, batch_size, place, programs=(model, guide))
+            batches.keep_together()
         before_fit(modules, batches)
         _take_up_loaded(model, guide, batches)
-        with unmoved(modules) as met:  # statistics of batches are of the steps alone
-            point = check(model, guide, batches.first(), loss)
-        modules += [found for reference in met if (found := reference()) is not None]
-        validation_bound = validation_bound or (loss.bound if point else elbo)
-        if validation is not None:  # what cannot be scored is refused now, not after an epoch
-            validation = Batches(validation, 500, place, shuffle=False, programs=(model, guide))
-            with evaluating(model, guide, seed=0):
-                Objective().particles(model, guide, *validation.first())
-        best = _Best(modules)
-        steps = epochs * len(batches)
-        tempering = Tempering(
-            loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
-        )
-        given = compiled is not None
-        if compiled is None:
-            compiled = _compiled(loss, compile, steps, checkpoint is not None, len(batches))
-        stepper = _Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
+        with others_kept(modules):
+            with unmoved(modules) as met:  # statistics of batches are of the steps alone
+                point = check(model, guide, batches.first(), loss)
+            modules += [found for reference in met if (found := reference()) is not None]
+            validation_bound = validation_bound or (loss.bound if point else elbo)
+            if validation is not None:  # what cannot be scored is refused now, not after an epoch
+                validation = Batches(validation, 500, place, shuffle=False, programs=(model, guide))
+                with evaluating(model, guide, seed=0):
+                    Objective().particles(model, guide, *validation.first())
+            best = _Best(modules)
+            steps = epochs * len(batches)
+            tempering = Tempering(
+                loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
+            )
+            given = compiled is not None
+            if compiled is None:
+                compiled = _compiled(loss, compile, steps, checkpoint is not None, len(batches))
+            stepper = _Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
         if checkpoint is not None:
@@ -245,7 +247,9 @@ def fit(
             settings = {key: fingerprint(value) for key, value in settings.items()}
             settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
             settings |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
-            saved = Checkpoint(checkpoint, tensors, settings)
+            shaping = filter(callable, (beta, schedule, validation_bound, getattr(loss, "bound", None)))
+            values = functools.partial(program_values, model, guide, *shaping, but=list(tensors.values()))
+            saved = Checkpoint(checkpoint, tensors, settings, values)
             started -= _resumed(saved, history, best, stepper)
         quiet = None if progress is None else not progress
         with tqdm(total=stepper.total, initial=stepper.steps, disable=quiet, unit="batch") as bar:
