@@ -92,7 +92,7 @@ def undetermined(
     if not idle:
         return None
     return (
-        f"guide site {idle[0]!r} is auxiliary: it is none of the model's latent sites, and no latent is a function of "
+        f"guide site {idle[0]!r} is none of the model's latent sites: it is auxiliary, and no latent is a function of "
         f"it (a Delta at a value made of it). q(z) would have to be integrated over {idle[0]!r}, and "
         f"log q({idle[0]}) + log q(z) is no bound's. Make it a latent of the model as well, with a density given z, or "
         "draw z from one distribution."

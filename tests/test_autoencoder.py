@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.judging.distances import energy_distance
-from pyro_vae.judging.estimates import roc_auc
+from pyro_vae.judging.distances import energy_distance, roc_auc
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_vae.judging.distances import energy_distance
-from pyro_vae.judging.estimates import Estimate, anomaly_scores, elbo_terms, log_likelihood, roc_auc
+from pyro_vae.judging.distances import anomaly_scores, energy_distance, roc_auc
+from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.judging.weights import khat_limit, pareto_k, pareto_smoothed
 from pyro_vae.programs.pair import Guide
@@ -108,7 +108,7 @@ def test_a_discrete_latent_has_an_estimate_and_a_k_hat():
 
 def test_the_printed_line_carries_both_errors():
     pointwise = torch.tensor([-86.0, -87.0], dtype=torch.float64)
-    estimate = Estimate(-86.41, 0.0123, 0.24, -0.001, pointwise, pointwise, torch.tensor([0.1, 0.2]), 5000)
+    estimate = Estimate(-86.41, 0.0123, 0.24, pointwise, 5000, -0.001, pointwise, torch.tensor([0.1, 0.2]))
     assert str(estimate) == "log p(x) = -86.41 ± 0.01 (Monte Carlo; data ± 0.24) nats, k̂ ok for 100.0 %"
 
 

@@ -1,5 +1,6 @@
 """What ArviZ gets are the library's own numbers, in both of its versions."""
 
+import functools
 import importlib.util
 import json
 import warnings
@@ -198,11 +199,12 @@ def test_predictive_draws_follow_their_latents_and_the_prior():
     assert tree["posterior_predictive"]["x"].dims[-1] == "feature"
 
 
-def test_two_sites_of_plain_functions_with_an_inner_plate_and_keyword_arguments(tmp_path):
+def test_two_sites_of_plain_functions_with_an_inner_plate_and_options(tmp_path):
     torch.manual_seed(0)
     x, y = torch.randn(4, 3), torch.randn(4)
-    options = {"num_samples": 60, "num_chains": 2, "num_prior": 5, "scale": 0.5, "seed": 3}
-    tree = to_arviz(two_sites, two_guides, x, y, **options)
+    options = {"num_samples": 60, "num_chains": 2, "num_prior": 5, "seed": 3}
+    pair = [functools.partial(program, scale=0.5) for program in (two_sites, two_guides)]
+    tree = to_arviz(*pair, (x, y), **options)
     with seeded(3):
         table = particles(two_sites, two_guides, x, y, num_samples=60, scale=0.5)
     assert tree["posterior"]["w"].dims == ("chain", "draw", "datum", "pixels")
@@ -216,7 +218,7 @@ def test_two_sites_of_plain_functions_with_an_inner_plate_and_keyword_arguments(
     assert_allclose(flat(per_site["x"]) + flat(per_site["y"]), table.log_likelihood, rtol=1e-5, atol=1e-5)
     assert tree["observed_data"]["x"].dims == ("datum", "pixels")
     assert set(tree["prior_predictive"].data_vars) == {"x", "y"}
-    resampled = to_arviz(two_sites, two_guides, x, y, resample=True, **options)
+    resampled = to_arviz(*pair, (x, y), resample=True, **options)
     z = {name: flat(resampled["posterior"][name]) for name in ("w", "z1")}
     assert_allclose(flat(resampled["sample_stats"]["lp"]), log_joint(two_sites, z, x, y, scale=0.5), rtol=1e-5)
     if NETCDF:

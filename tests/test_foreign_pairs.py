@@ -14,11 +14,11 @@ from torch.nn.functional import softplus
 from pyro_vae.app import html
 from pyro_vae.inference.training import fit
 from pyro_vae.judging._gaps import gaps
-from pyro_vae.judging._quadrature import quadrature
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.arviz import to_arviz
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.judgement import judge
+from pyro_vae.judging.references import quadrature
 from pyro_vae.traces import simulate, sites
 from tests.test_judge import Strict, Ticks
 

@@ -20,7 +20,7 @@ from pyro_vae.judging.climbs import optimise, remaining
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.guides import compare_guides, fit_guide
 from pyro_vae.judging.local import local_form
-from pyro_vae.judging.weights import given_estimate, pool, score, scores_strangers
+from pyro_vae.judging.weights import given_estimate, pool, rescores, score
 from pyro_vae.parts.posteriors.amortized import Amortized, NormalMixture
 from pyro_vae.parts.posteriors.flow import IAF, NSF, Coupling
 from pyro_vae.parts.posteriors.normal import DiagonalNormal, FullNormal
@@ -531,8 +531,8 @@ def test_the_log_p_of_a_datum_is_no_maximum():
 def test_who_may_be_pooled():
     torch.manual_seed(0)
     model, guide = small_pair()
-    assert scores_strangers(model, guide, (binary(3),))
+    assert rescores(model, guide, (binary(3),))
     encoder = nn.Sequential(nn.Flatten(-3), nn.Linear(16, 4))
-    assert not scores_strangers(model, Guide(IAF(encoder, 3)), (binary(3),))  # D passes
-    assert scores_strangers(model, Guide(Coupling(encoder, 3)), (binary(3),))
+    assert not rescores(model, Guide(IAF(encoder, 3)), (binary(3),))  # D passes
+    assert rescores(model, Guide(Coupling(encoder, 3)), (binary(3),))
     assert issubclass(IAF, Amortized)

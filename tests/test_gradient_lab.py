@@ -10,7 +10,8 @@ from torch import nn
 
 from pyro_vae.inference.bounds import elbo, iwae, vr_max
 from pyro_vae.inference.estimators import ESTIMATORS
-from pyro_vae.judging.gradients import _Part, _quality, gradient_lab
+from pyro_vae.judging.distances import gradient_quality
+from pyro_vae.judging.gradients import _Part, gradient_lab
 from tests.pairs import binary, small_pair
 
 REPARAMETERIZED, LANDING, DOUBLY, SCORE = ESTIMATORS
@@ -118,11 +119,11 @@ def correlated(rows, seed, shift=0.0):
 
 
 def test_the_test_of_bias_has_its_level_and_the_errors_are_errors():
-    found = [_quality(correlated(60, s), correlated(120, 10_000 + s)) for s in range(300)]
+    found = [gradient_quality(correlated(60, s), correlated(120, 10_000 + s)) for s in range(300)]
     p = torch.tensor([f[2] for f in found])
     for level in (0.05, 0.2, 0.5):
         assert abs((p < level).double().mean() - level) < 4 * math.sqrt(level * (1 - level) / 300) + 0.02
-    shifted = [_quality(correlated(60, s, 0.8), correlated(120, 10_000 + s)) for s in range(300)]
+    shifted = [gradient_quality(correlated(60, s, 0.8), correlated(120, 10_000 + s)) for s in range(300)]
     bias = torch.tensor([f[0] for f in shifted])
     assert abs(bias.mean() - 5 * 0.8**2) < 4 * bias.std() / math.sqrt(300)  # unbiased, though means are noisy
     assert torch.tensor([f[1] for f in shifted]).mean() == pytest.approx(bias.std().item(), rel=0.15)

@@ -12,9 +12,9 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.judging._collapse import collapse, linear_optimum
-from pyro_vae.judging.information import mutual_information, rate_distortion
+from pyro_vae.judging.estimates import rate_distortion
+from pyro_vae.judging.information import mutual_information, probe
 from pyro_vae.judging.latents import kl_per_dimension
-from pyro_vae.judging.probes import probe
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import NSF, FullNormal
 from pyro_vae.programs.pair import Guide
@@ -230,7 +230,7 @@ def test_information_refuses_what_it_cannot_score():
             low = pyro.sample("low", dist.Normal(2 * x / 3, (2 / 3) ** 0.5))
             pyro.sample("top", dist.Normal(low / 2, 0.5**0.5))
 
-    with pytest.raises(ValueError, match="guide site 'helper' is auxiliary"):
+    with pytest.raises(ValueError, match="guide site 'helper' is none of the model's latent sites: it is auxiliary"):
         mutual_information(layered_model, auxiliary, torch.zeros(5))
 
 

@@ -19,7 +19,7 @@ from pyro_vae.app.commands import judge_run
 from pyro_vae.judging._calibration import calibration
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.judgement import Judgement, judge
-from pyro_vae.judging.nats import Nats
+from pyro_vae.judging.results import Nats
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, GapSplit, Latents, Remedy, Stages
 from pyro_vae.judging.verdicts import Finding, verdict
 from tests.pairs import binary, linear_pair, small_pair
@@ -342,3 +342,20 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["judge", "points"]) == 2
     assert "plain autoencoder" in capsys.readouterr().err
+
+
+def test_a_judgement_is_a_table_and_a_figure():
+    parts = {"inference": Nats(0.61, 0.02), "approximation": Nats(0.6, 0.02), "amortization": Nats(0.01, 0.02)}
+    gaps = GapSplit(status="done", num_data=50, **parts)
+    found = Judgement(Stages(gaps=gaps), ())
+    frame = found.to_frame()
+    assert list(frame["stage"]) == [stage.title for stage in found.stages] and list(frame["status"]).count("done") == 1
+    assert frame["num_data"][2] == 50 and frame["found"][2] == str(gaps) and "family" in found._repr_html_()
+    heights = [bar.get_height() for bar in found.plot().axes[0].patches]
+    assert heights == pytest.approx([0.6, 0.01])
+    whole = Judgement(Stages(gaps=GapSplit(status="done", num_data=50, inference=Nats(0.61, 0.02))), ())
+    assert [bar.get_height() for bar in whole.plot().axes[0].patches] == pytest.approx([0.61])
+    bounds = Bounds(status="done", num_data=50, curve_samples=(1, 2), curve=(-3.0, -2.5), curve_mc_stderr=(0.1, 0.1))
+    assert list(Judgement(Stages(bounds=bounds), ()).plot().axes[0].lines[0].get_ydata()) == [-3.0, -2.5]
+    with pytest.raises(ValueError, match="neither gaps nor bounds were done"):
+        Judgement(Stages(), ()).plot()

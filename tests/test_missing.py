@@ -297,7 +297,7 @@ def test_the_effective_number_of_proposals_is_all_of_them_with_the_exact_posteri
 
 def test_proposals_in_chunks_are_proposals(monkeypatch):
     bed = Bed()
-    monkeypatch.setattr("pyro_vae.judging.imputation._CHUNK", 7 * bed.x.numel())
+    monkeypatch.setattr("pyro_vae.judging.sweeps._CHUNK", 7 * 512 * len(bed.x))
     _, ess = impute(bed.model, bed.guide(), (bed.damaged(), bed.mask), num_samples=50)
     assert torch.allclose(ess, torch.full_like(ess, 50.0), rtol=1e-9)
 

@@ -53,7 +53,7 @@ NONE = {
     "swapped": (guide, model, "the guide observes 'x'.*The order is .model, guide, data."),
     "the model twice": (model, model, "the guide observes 'x'"),
     "nothing observed": (blind, guide, "the model observes nothing, only draws .'z', 'x'."),
-    "an idle auxiliary site": (model, with_auxiliary, "'u' is auxiliary: it is none of the model's latent sites, and no latent is a function of it"),
+    "an idle auxiliary site": (model, with_auxiliary, "'u' is none of the model's latent sites: it is auxiliary, and no latent is a function of it"),
 }
 
 

@@ -12,9 +12,8 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
-from pyro_vae.judging._quadrature import quadrature
 from pyro_vae.judging.distances import guide_distances, sliced_wasserstein, squared_mmd
-from pyro_vae.judging.references import diagnostics, reference
+from pyro_vae.judging.references import diagnostics, quadrature, reference
 from tests.pairs import linear_pair, small_pair
 
 

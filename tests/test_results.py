@@ -14,10 +14,10 @@ from pyro_vae.judging._collapse import collapse
 from pyro_vae.judging._gaps import gaps
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.distances import guide_distances
-from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood, rate_distortion
 from pyro_vae.judging.gradients import gradient_lab
 from pyro_vae.judging.guides import compare_guides
-from pyro_vae.judging.information import mutual_information, rate_distortion
+from pyro_vae.judging.information import mutual_information
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.references import reference
 from pyro_vae.judging.results import Mean, Measured, Result, averaged
@@ -135,7 +135,7 @@ def test_a_mean_counts_what_remained_to_climb():
     found = Mean.of(value, variance, 7, left)
     assert (found.value, found.mc_stderr, found.num_samples) == (2.0, math.hypot(1.0, 1.0), 7)
     assert torch.equal(found.pointwise_stderr, torch.tensor([2.0, 6.0]).sqrt())
-    assert str(found) == "2.00 ± 1.41" and found.said == "2.00 ± 1.41 (Monte Carlo; data ± 1.00) nats"
+    assert str(found) == "2.00 ± 1.41" and found.with_errors == "2.00 ± 1.41 (Monte Carlo; data ± 1.00) nats"
     assert math.isnan(averaged(value[:1], variance[:1])["data_stderr"])
 
 
@@ -152,6 +152,7 @@ PLOTS = {
     "bdmc": "Bracket of log p(x), simulated data", "gaps": "Inference gap by guide", "sbc": None,
     "compare_guides": "Inference gap by guide", "gradient_lab": "Gradients of iwae by number of samples",
     "curve": "Bounds on log p(x) by number of samples", "kl_per_dimension": "KL by latent: 1 of 1 carry",
+    "collapse": "KL by latent: 1 of 1 carry",
 }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
-from pyro_vae.judging.estimates import anomaly_scores, log_likelihood, roc_auc
+from pyro_vae.judging.distances import anomaly_scores, roc_auc
+from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 

@@ -1,24 +1,21 @@
 """Is the guide's uncertainty right? Simulation-based calibration of an amortized posterior.
 
-Draw z ~ p(z) and x ~ p(x | z): then z is a draw of the true posterior p(z | x). If q(z | x) is
-that posterior, z and L draws z_1, ..., z_L ~ q(z | x) are alike, so that for each component d
+Draw z ~ p(z) and x ~ p(x | z): then z is a draw of the true posterior p(z | x). If q(z | x) is that posterior, z and L
+draws z_1, ..., z_L ~ q(z | x) are alike, so that for each component d
 
     r_d = #{l : z_ld < z_d}   is uniform on 0, 1, ..., L.
 
-A guide that is too narrow leaves z in its tails (a U of ranks), one too wide in its middle, a
-shifted one on one side. An amortized guide needs no refitting: one run of it for each simulated x.
-What is tested is the guide *on data from the model*, averaged over them; errors that cancel
-over x are not seen, nor are those on real data that the model would not draw.
+A guide that is too narrow leaves z in its tails (a U of ranks), one too wide in its middle, a shifted one on one side.
+What is tested is the guide *on data from the model*, averaged over them; errors that cancel over x are not seen, nor
+are those on real data that the model would not draw.
 
-The test is simultaneous over the whole range of ranks: at each of L points the number of
-ranks below is binomial, and the statistic is the smallest of the L two-sided tail
-probabilities, whose distribution under uniformity is simulated. Central intervals are sets of
-ranks, |r - L/2| < j, so the coverage curve has bands of the same kind.
+The test is simultaneous over the whole range of ranks: at each of L points the number of ranks below is binomial, and
+the statistic is the smallest of the L two-sided tail probabilities, whose distribution under uniformity is simulated.
+Central intervals are sets of ranks, |r - L/2| < j, so the coverage curve has bands of the same kind.
 
-References: Talts et al., Validating Bayesian inference algorithms with simulation-based
-calibration, 2018. arXiv:1804.06788. Saeilynoja et al., Graphical test for discrete uniformity
-and its applications in goodness of fit evaluation and multiple sample comparison, 2022.
-arXiv:2103.10522
+References: Talts et al., Validating Bayesian inference algorithms with simulation-based calibration, 2018.
+arXiv:1804.06788. Saeilynoja et al., Graphical test for discrete uniformity and its applications in goodness of fit
+evaluation and multiple sample comparison, 2022. arXiv:2103.10522
 """
 
 from __future__ import annotations
@@ -34,8 +31,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.results import Result, table
-from pyro_vae.judging.sweeps import sweep
+from pyro_vae.judging.results import Result, listed, table
+from pyro_vae.judging.sweeps import refuse_points, sweep
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
 
@@ -49,8 +46,7 @@ class Bands:
     Attributes:
         nominal: Where the curves are read, and what they are on average under calibration, (J,).
         empirical: The curves, (J, C).
-        lower: Lower edge of the band, (J,).
-        upper: Upper edge, (J,).
+        lower, upper: Edges of the band, (J,).
         level: Probability that all C curves stay within it everywhere, at least.
     """
 
@@ -171,13 +167,12 @@ class Calibration(Result):
             return f"{head}: calibrated as far as it sees ({smallest} of {which})"
         share, error = self.covered()
         worst = [i for i in self.adjusted.argsort().tolist() if not self.passed[i]]
-        listed = "; ".join(
+        shown = listed([
             f"{self.names[i]} {self.verdicts[i]} (p = {self.adjusted[i]:.2g}, 90 % intervals cover "
             f"{100 * share[i]:.1f} ± {100 * error[i]:.1f} %)"
-            for i in worst[:5]
-        )
-        more = f"; and {len(worst) - 5} more" if len(worst) > 5 else ""
-        return f"{head}: not calibrated, {len(worst)} of {which}: {listed}{more}"
+            for i in worst
+        ], 5, "; ")  # fmt: skip
+        return f"{head}: not calibrated, {len(worst)} of {which}: {shown}"
 
 
 @checked
@@ -197,8 +192,7 @@ def sbc(
     """Simulation-based calibration of the guide: are true latents uniform among its draws?
 
     Args:
-        data: As for `fit`: serves for its shape, and for what the model conditions on (labels, masks);
-            gone through again where there are fewer than wanted.
+        data: Serve for their shape, and for what the model conditions on; gone through again where there are fewer.
         num_samples: L, an odd number of draws for each.
         num_data: N, how many (z, x) to simulate.
         level: Of the tests and bands.
@@ -210,19 +204,12 @@ def sbc(
         ValueError: N < 2, an even L, a level outside (0, 1); a guide with a point site; a site that equals no
             argument, or several; and all that `particles` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5))
         >>> sbc(model, guide, torch.zeros(100), num_data=500).calibrated
         True
-
-    Reference: Talts et al., Validating Bayesian inference algorithms with simulation-based
-        calibration, 2018. arXiv:1804.06788
     """
     if num_data < 2:
         raise ValueError(f"got num_data={num_data}, wanted at least two simulated data. Raise it.")
@@ -233,11 +220,7 @@ def sbc(
         run.expect(num_data)
         for batch, truth in run.simulated(num_data, observed, again=True):
             drawn = run.draw(batch, num_samples)
-            if drawn.points:
-                raise ValueError(
-                    f"guide site {drawn.points[0]!r} is a point (Delta) without a density: it claims no "
-                    "uncertainty that could be calibrated. Give the site a distribution."
-                )
+            refuse_points(drawn, ": it claims no uncertainty that could be calibrated")
             components = Components(model, batch)
             z = components.columns({name: truth[name].unsqueeze(0) for name in components.sites})
             ranks.append(_ranks(z[0], components.columns(drawn.latents)).cpu())

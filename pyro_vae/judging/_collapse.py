@@ -4,11 +4,10 @@ A latent that the guide ignores has q(z_d | x) = p(z_d) for every x: its diverge
 zero, and its posterior mean does not move with the data. Both are checked. The posterior has
 collapsed altogether where the rate, the sum of all divergences, is about zero.
 
-Whether that is a failure of training can be said for the linear model, probabilistic PCA. With
-the data covariance's eigenvalues l_1 >= l_2 >= ... and a noise variance s^2, the weights of
-maximum likelihood have W'W = diag(max(l_d - s^2, 0)) up to a rotation of z: a direction whose
-eigenvalue is below s^2 is dead at the *optimum of log p(x)*, no matter which bound is climbed,
-and the linear VAE's ELBO has the same optima. With s^2 free its optimum is the mean of the
+Whether that is a failure of training can be said for the linear model, probabilistic PCA. With the data covariance's
+eigenvalues l_1 >= l_2 >= ... and a noise variance s^2, the weights of maximum likelihood have W'W = diag(max(l_d - s^2,
+0)) up to a rotation of z: a direction whose eigenvalue is below s^2 is dead at the *optimum of log p(x)*, no matter
+which bound is climbed, and the linear VAE's ELBO has the same optima. With s^2 free its optimum is the mean of the
 eigenvalues left out.
 
 References: Tipping and Bishop, Probabilistic principal component analysis, 1999. Lucas et al.,
@@ -29,7 +28,7 @@ from torch import Tensor
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.latents import DEAD_KL, DEAD_VARIANCE, DimensionKL, kl_per_dimension
-from pyro_vae.judging.results import Result, table
+from pyro_vae.judging.results import Result, listed, table
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import checked
 from pyro_vae.traces import Program, sites
@@ -128,11 +127,14 @@ class Collapse(Result):
         spread = {"variance": self.variance, "variance_data_stderr": self.variance_data_stderr}
         return table(latent=self.names, **spread, kl=self.component_kl, dead=self.dead)
 
+    def plot(self) -> Any:
+        """The divergences in falling order, as a figure."""
+        return self.kl.plot()
+
     def __str__(self) -> str:
         rule = f"variance of the mean < {self.variance_threshold:g} and KL < {self.kl_threshold:g} nats"
         found = self.dead_names
-        shown = ", ".join(found[:20]) + (f", and {len(found) - 20} more" if len(found) > 20 else "")
-        text = f"{len(found)} of {len(self.names)} latents dead ({rule})" + (f": {shown}" if found else "")
+        text = f"{len(found)} of {len(self.names)} latents dead ({rule})" + (f": {listed(found, 20)}" if found else "")
         error = self.kl.data_stderr.square().sum().sqrt()
         text += f"; rate {self.kl.total:.3f} ± {error:.3f} nats over {self.kl.num_data} data"
         if self.collapsed:
@@ -156,9 +158,8 @@ def collapse(
 ) -> Collapse:
     """Find dead latents and a collapsed posterior, in any pair.
 
-    A component is dead where Var_x(E_q[z_d | x]) and KL(q(z_d | x) || p(z_d)) are both below their
-    thresholds. Where only the divergence of a whole site is known (a flow, a full
-    covariance), the variance decides.
+    A component is dead where Var_x(E_q[z_d | x]) and KL(q(z_d | x) || p(z_d)) are both below their thresholds. Where
+    only the divergence of a whole site is known (a flow, a full covariance), the variance decides.
 
     Args:
         model: A Pyro program for p(x, z); a linear-Gaussian one is recognised, and its optimum reported.

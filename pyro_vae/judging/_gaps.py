@@ -3,19 +3,16 @@
     log p(x) - L[q]   =   (log p(x) - L[q*])   +   (L[q*] - L[q])
     inference gap     =   approximation gap    +   amortization gap
 
-L is the ELBO of a datum, q what the guide says of it, and q* the best member of the same
-family *for that datum*, found by gradient steps on its own parameters (`local`). A family
-that cannot bend as the posterior does has an approximation gap; an encoder that does not
-find the best member has an amortization gap.
+L is the ELBO of a datum, q the guide, and q* the best member of the same family *for that datum*, found by gradient
+steps on its own parameters (`local`). A family that cannot bend as the posterior does has an approximation gap; an
+encoder that does not find the best member has an amortization gap.
 
-Three errors are in such a split, and all are reported per datum. log p(x) is estimated: by
-importance sampling from the guide and the local optima together (`pyro_vae.judging.weights`), or by
-whatever estimate is given. Both bounds are estimated, at draws that no step has seen.
-And the steps end before the optimum: what the bound might still have risen, judged by how it
-rose last, is added to the error of q*, as if it were noise of that size.
+Three errors are in such a split, and all are reported per datum. log p(x) is estimated: by importance sampling from
+the guide and the local optima together (`weights`), or by whatever estimate is given. Both bounds are estimated, at
+draws that no step has seen. And the steps end before the optimum: what the bound might still have risen, judged by how
+it rose last, is added to the error of q*, as if it were noise of that size.
 
-Reference: Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders, 2018.
-arXiv:1801.03558
+Reference: Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders, 2018. arXiv:1801.03558
 """
 
 from __future__ import annotations
@@ -30,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.inference.trees import at
-from pyro_vae.judging.climbs import Climb, Optimum, climbed, optimise
+from pyro_vae.judging.climbs import Climb, climbed, optimise
 from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
-from pyro_vae.judging.results import Mean, Result, row
+from pyro_vae.judging.results import Mean, Result, aligned, at_least, one_of, row
 from pyro_vae.judging.sweeps import Sweep, sweep
-from pyro_vae.judging.weights import Scored, khat_ok, pool, score, scores_strangers
+from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
 from pyro_vae.options import checked
 from pyro_vae.protocols import has_start
 from pyro_vae.traces import Program, draw, plate_nesting
@@ -53,10 +50,7 @@ class FamilyGaps(Result):
         approximation: log p(x) - L[q*], or None.
         amortization: L[q*] - L[q], or None.
         inference: log p(x) - L[q], or None.
-        remaining: What L[q*] may still have risen, per datum, (N,), counted in the errors.
-        slope: How much it rose over the last window, per datum, (N,).
-        steps: Steps taken, per datum, (N,).
-        stopped: Whether the bound had stopped rising before the steps were used up, (N,).
+        remaining, slope, steps, stopped: As in `Climb`, per datum, (N,); what remains is counted in the errors.
         reason: Why there is no q*, or no amortized value.
     """
 
@@ -79,8 +73,7 @@ class Gaps(Result):
     Attributes:
         families: Per family; the guide's own comes first.
         log_likelihood: log p(x), the same for all.
-        bias: Jackknife estimate of its bias (negative: all gaps are too small by this); nan
-            where it was given.
+        bias: Jackknife estimate of its bias (negative: all gaps are too small by this); nan where it was given.
         pareto_k: k-hat per datum of its weights, (N,), nan where it was given.
         source: Where it is from.
         num_samples: K per bound.
@@ -145,21 +138,15 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
         ['set  family  log p(x)  L[q*]  L[q]  approximation  amortization  inference gap']
     """
     cells = [
-        (name, family, result.log_likelihood, r.optimum, r.amortized, r.approximation, r.amortization, r.inference)
+        [name, family, *(("-" if part is None else str(part)) for part in (
+            result.log_likelihood, r.optimum, r.amortized, r.approximation, r.amortization, r.inference))]
         for name, result in results.items()
         for family, r in result.families.items()
-    ]
-    first = max([len(c[0]) for c in cells] + [3]) if not cells or any(c[0] for c in cells) else 0
-    second = max([len(c[1]) for c in cells] + [6])
-    titles = ["log p(x)", "L[q*]", "L[q]", "approximation", "amortization", "inference gap"]
-    text = [[str(part) if part is not None else "-" for part in c[2:]] for c in cells]
-    widths = [max([len(line[i]) for line in text] + [len(title)]) for i, title in enumerate(titles)]
-
-    def line(name: str, family: str, parts: list[str]) -> str:
-        start = f"{name:{first}}  " if first else ""
-        return start + f"{family:{second}}  " + "  ".join(f"{p:>{w}}" for p, w in zip(parts, widths, strict=True))
-
-    return [line("set", "family", titles)] + [line(c[0], c[1], parts) for c, parts in zip(cells, text, strict=True)]
+    ]  # fmt: skip
+    lines = [["set", "family", "log p(x)", "L[q*]", "L[q]", "approximation", "amortization", "inference gap"], *cells]
+    if cells and not any(name for name, *_ in cells):
+        lines = [line[1:] for line in lines]
+    return aligned(lines, left=len(lines[0]) - 6)
 
 
 @checked
@@ -190,10 +177,9 @@ def gaps(
       which only the number of features is ever asked, and the latent dimension;
     * a posterior, of which the family is taken (a flow: and the weights to start from).
 
-    The guide's own family needs no mention. A guide without a local form (a point with a
-    density, a sampler that is not reparameterised) has its total gap given, and the reason.
-    Data go through in chunks, so that memory is bounded. Training and test data are two calls,
-    which `gap_table` lays side by side.
+    The guide's own family needs no mention. A guide without a local form (a point with a density, a sampler that is not
+    reparameterised) has its total gap given, and the reason. Data go through in chunks, so that memory is bounded.
+    Training and test data are two calls, which `gap_table` lays side by side.
 
     Args:
         families: By name, as above.
@@ -213,92 +199,85 @@ def gaps(
         ValueError: An option out of range; a family that is none; a guide without density, and
             all that `particles` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):   # the mean is right, the scale twice what it should be
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 2 * 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 2 * 0.5**0.5))  # the scale is twice what it should be
         >>> row = gaps(model, guide, torch.zeros(4), num_samples=4000).families["guide"]
         >>> abs(row.approximation.value) < 0.01, abs(row.amortization.value - (1.5 - math.log(2))) < 0.05
         (True, True)
 
-    Reference: Cremer et al., Inference Suboptimality in Variational Autoencoders, 2018. arXiv:1801.03558
     """
-    _check_options(start, num_samples, learning_rate, num_steps, window, tolerance)
+    _check(start, num_samples, learning_rate, num_steps, window, tolerance)
     named = _named(guide, families or {})
     guides = {name: value for name, value in named.items() if _is_guide(value)}
-    steps: dict[str, Any] = {
-        "num_samples": STEP_SAMPLES, "learning_rate": learning_rate, "num_steps": num_steps, "window": window,
-        "tolerance": tolerance,
-    }  # fmt: skip
-    found: dict[str, list[Scored]] = {}
-    mixed: list[Scored] = []
+    options: dict[str, Any] = {"num_steps": num_steps, "window": window, "tolerance": tolerance}
+    found, unscaled = Proposals(), Unscaled()(model)
     climbs: dict[str, list[Climb]] = {name: [] for name in named}
     with sweep(model, *guides.values(), data=data, batch_size=250, copies=STEP_SAMPLES, besides=named.values(),
                validate=False, seed=seed, device=device, progress=progress, title="gaps") as run:  # fmt: skip
-        sample = at(run.first, slice(2))
-        _ = draw(model, guide, sample, {}).log_weight  # refused: no density, or a scale of one site
-        families = {name: _family(name, value, model, guide, sample) for name, value in named.items()}
-        reasons, width = _obstacles(families, model, guide, sample, start)
+        made, reasons, width = _families(named, model, guide, at(run.first, slice(2)), start)
         run.at_most(_FREE // width)
-        unscaled = Unscaled()(model)
-        pooled: list[str] = []
         run.expect(len(run) * (len(named) - len(reasons)))
         for number, batch in enumerate(run):
-            proposals = {name: Unscaled()(value) for name, value in guides.items()}
+            proposals: dict[str, Program] = {name: Unscaled()(value) for name, value in guides.items()}
             nesting = {name: run.nesting(value) for name, value in guides.items()}
-            forms: dict[str, tuple[LocalForm, Optimum]] = {}
-            for name in named:
-                if name in reasons:
-                    continue
-                form = _form(families[name], model, guide, batch, start)
-                best = optimise(model, form, batch, progress=functools.partial(_tell, run, name), **steps)
-                forms[name] = form, best
-                proposals[f"{name} (local)"] = form.guide(best.rows)
-                nesting[f"{name} (local)"] = plate_nesting(model, form.guide(best.rows), *batch)
+            able = [name for name, value in guides.items() if number == 0 and rescores(model, value, batch)]
+            for name in [name for name in named if name not in reasons]:
+                form = _form(made[name], model, guide, batch, start)
+                tell = functools.partial(_tell, run, name)
+                best = optimise(model, form, batch, learning_rate=learning_rate, progress=tell, **options)
                 climbs[name].append(climbed(unscaled, form, best, batch, num_samples))
+                local, which = form.guide(best.rows), f"{name} (local)"
+                proposals[which], nesting[which] = local, plate_nesting(model, local, *batch)
+                if number == 0 and form.rescoring == "one pass" and rescores(unscaled, local, batch):
+                    able.append(which)
                 run.tick()
-            if number == 0:
-                pooled = [name for name, value in guides.items() if scores_strangers(model, value, batch)]
-                for name, (form, best) in forms.items():
-                    if form.rescoring == "one pass" and scores_strangers(unscaled, form.guide(best.rows), batch):
-                        pooled.append(f"{name} (local)")
-            own, both = score(unscaled, proposals, pooled, batch, num_samples, nesting)
-            for name, scored in own.items():
-                found.setdefault(name, []).append(scored)
-            mixed += [both] if both is not None else []
-    scores = {name: Scored.joined(parts) for name, parts in found.items()}
-    best_known, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled, log_likelihood)
-    without = "a family without an encoder, so without an amortization gap"
-    rows = {
-        name: _row(best_known, scores.get(name), scores.get(f"{name} (local)"), Climb.joined(climbs[name]),
-                   reasons.get(name) if name in guides else without, num_samples)
-        for name in named
-    }  # fmt: skip
-    log_p = Mean.of(best_known.log_p, best_known.log_p_variance, num_samples)
-    return Gaps(rows, log_p, best_known.bias.mean().item(), best_known.pareto_k, source, num_samples)
+            found.pooled = able if number == 0 else found.pooled
+            found.add(unscaled, proposals, batch, num_samples, nesting)
+    scores, level, source = found.result(log_likelihood)
+    reasons |= {name: "a family without an encoder, so without an amortization gap" for name in named.keys() - guides}
+    ways = {name: Climb.joined(parts) for name, parts in climbs.items()}
+    rows = {name: _row(name, level, scores, way, reasons.get(name), num_samples) for name, way in ways.items()}
+    log_p = Mean.of(level.log_p, level.log_p_variance, num_samples)
+    return Gaps(rows, log_p, level.bias.mean().item(), level.pareto_k, source, num_samples)
 
 
-def _obstacles(
-    families: dict[str, Any], model: Program, guide: Program, args: tuple[Any, ...], start: str
-) -> tuple[dict[str, str], int]:
-    """Which guides have no local form, and why; and the most free parameters that a datum has."""
+def _check(start: str, num_samples: int, learning_rate: float, num_steps: int, window: int, tolerance: float) -> None:
+    one_of(("guide", "fresh"), start=start)
+    at_least(2, num_samples=num_samples)
+    at_least(4, num_steps=num_steps)
+    at_least(1, window=window)
+    if not learning_rate > 0 or not tolerance >= 0:
+        raise ValueError(
+            f"got learning_rate={learning_rate} and tolerance={tolerance}, wanted a positive rate and a tolerance "
+            "of 0 or more nats."
+        )
+
+
+def _tell(run: Sweep, name: str, done: int) -> None:
+    run.tick(family=name, window=done)
+
+
+def _families(
+    named: Mapping[str, Any], model: Program, guide: Program, args: tuple[Any, ...], start: str
+) -> tuple[dict[str, Any], dict[str, str], int]:
+    """What has a local form, which guides have none, and why; and the most free parameters that a datum has."""
+    _ = draw(model, guide, args, {}).log_weight  # refused: no density, or a scale of one site
+    made = {name: _family(name, value, model, guide, args) for name, value in named.items()}
     reasons, width = {}, 1
-    for name, family in families.items():
+    for name, family in made.items():
         try:
             width = max(width, _form(family, model, guide, args, start).start.shape[1])
         except ValueError as error:
             if not _is_guide(family):
                 raise
             reasons[name] = f"no local form, since {error}"
-    return reasons, width
+    return made, reasons, width
 
 
 def _row(
-    best: Scored, own: Scored | None, local: Scored | None, climb: Climb | None, reason: str | None, num_samples: int
+    name: str, best: Scored, scores: Mapping[str, Scored], climb: Climb | None, reason: str | None, num_samples: int
 ) -> FamilyGaps:
     left = None if climb is None else climb.remaining
 
@@ -309,7 +288,8 @@ def _row(
 
     nothing = torch.zeros_like(best.log_p), torch.zeros_like(best.log_p)
     level = best.log_p, best.log_p_variance
-    first, second = (None if s is None else (s.elbo, s.elbo_variance) for s in (own, local))
+    both = scores.get(name), scores.get(f"{name} (local)")
+    first, second = (None if s is None else (s.elbo, s.elbo_variance) for s in both)
     return FamilyGaps(
         amortized=difference(first, nothing),
         optimum=difference(second, nothing, left),
@@ -368,23 +348,3 @@ def _form(family: Any, model: Program, guide: Program, args: tuple[Any, ...], st
     if start == "fresh":
         loc, scale = torch.zeros_like(loc), torch.ones_like(scale)
     return family_form(family, model, args, loc, scale)
-
-
-def _tell(run: Sweep, name: str, done: int) -> None:
-    run.tick(family=name, window=done)
-
-
-def _check_options(
-    start: str, num_samples: int, learning_rate: float, num_steps: int, window: int, tolerance: float
-) -> None:
-    if start not in ("guide", "fresh"):
-        raise ValueError(f"got start={start!r}, wanted 'guide' or 'fresh'.")
-    least = {"num_samples": (num_samples, 2), "num_steps": (num_steps, 4), "window": (window, 1)}
-    for name, (value, wanted) in least.items():
-        if value < wanted:
-            raise ValueError(f"got {name}={value}, wanted at least {wanted}.")
-    if not learning_rate > 0 or not tolerance >= 0:
-        raise ValueError(
-            f"got learning_rate={learning_rate} and tolerance={tolerance}, wanted a positive rate and a tolerance "
-            "of 0 or more nats."
-        )

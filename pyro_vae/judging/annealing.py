@@ -6,23 +6,20 @@ distributions log f_t = (1 - b_t) log f_0 + b_t log p(x, u). Its weight
     log w = sum_{t=1}^{T} (b_t - b_{t-1}) (log p(x, u_{t-1}) - log f_0(u_{t-1})),
     u_t ~ K_t(u_{t-1}),   K_t a Hamiltonian move that leaves f_t invariant,
 
-is an unbiased estimate of p(x), so the log of its mean over C chains is, on average, a
-**lower** bound on log p(x). Run backwards from an exact draw of the posterior with the
-same kernels (each is reversible, so in reverse order they make the reverse chain), the
-weight has E[1 / w] = 1 / p(x). Exact draws exist where x itself was simulated: (z, x) ~
-p(z) p(x | z) makes z a draw of p(z | x). One backward chain r beside C forward ones gives
+is an unbiased estimate of p(x), so the log of its mean over C chains is, on average, a **lower** bound on log p(x). Run
+backwards from an exact draw of the posterior with the same kernels (each is reversible, so in reverse order they make
+the reverse chain), the weight has E[1 / w] = 1 / p(x). Exact draws exist where x itself was simulated: (z, x) ~ p(z)
+p(x | z) makes z a draw of p(z | x). One backward chain r beside C forward ones gives
 
     E log (w_r + w_1 + ... + w_C) / (C + 1)  >=  log p(x),
 
-an **upper** bound, since it is the divergence of the backward process from the forward one.
-Both close as T grows: the bracket of bidirectional Monte Carlo. On real data no exact
-draw exists, and no upper bound is claimed.
+an **upper** bound, since it is the divergence of the backward process from the forward one. Both close as T grows: the
+bracket of bidirectional Monte Carlo. On real data no exact draw exists, and no upper bound is claimed.
 
-References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Grosse et al.,
-Sandwiching the marginal likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543.
-Wu et al., On the quantitative analysis of decoder-based generative models, 2017.
-arXiv:1611.04273. Brekelmans et al., Improving mutual information estimation with annealed
-and energy-based bounds, 2022. arXiv:2303.06992
+References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Grosse et al., Sandwiching the marginal
+likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543. Wu et al., On the quantitative analysis of
+decoder-based generative models, 2017. arXiv:1611.04273. Brekelmans et al., Improving mutual information estimation with
+annealed and energy-based bounds, 2022. arXiv:2303.06992
 """
 
 from __future__ import annotations
@@ -38,8 +35,8 @@ from torch import Tensor
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.trees import joined
 from pyro_vae.judging.densities import Pair
-from pyro_vae.judging.hamiltonian import SCHEDULES, Density, Kernels, Moves, State, pilot
-from pyro_vae.judging.results import Mean, Measured, Result, averaged, row
+from pyro_vae.judging.hamiltonian import SCHEDULES, Kernels, Moves, anneal, pilot
+from pyro_vae.judging.results import Mean, Measured, Result, at_least, averaged, one_of, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Scored
 from pyro_vae.options import checked
@@ -51,11 +48,10 @@ class Annealed(Measured):
     """A lower bound on log p(x) by annealed importance sampling, averaged over data, in nats.
 
     Attributes:
-        value: Mean over the data of log 1/C sum_c w_c.
-        mc_stderr: Monte Carlo standard error of the value, given these data.
-        data_stderr: Standard error of the value for the population of the data.
-        bias: Jackknife estimate of the bias of the value (negative: it is too low).
+        value, mc_stderr, data_stderr: Of the mean over the data of log 1/C sum_c w_c, as in `Measured`.
         pointwise: log 1/C sum_c w_c per datum, (N,).
+        num_samples: C.
+        bias: Jackknife estimate of the bias of the value (negative: it is too low).
         pointwise_stderr: Its Monte Carlo standard error, (N,).
         log_weight: log w_c, (C, N).
         ess: Effective number of chains per datum, (sum w)^2 / sum w^2, (N,).
@@ -63,14 +59,9 @@ class Annealed(Measured):
         kernels: What the chains used, frozen before they ran, one for each batch.
         start: "guide" or "prior".
         num_steps: T.
-        num_samples: C.
     """
 
-    value: float
-    mc_stderr: float
-    data_stderr: float
     bias: float
-    pointwise: Tensor
     pointwise_stderr: Tensor
     log_weight: Tensor
     ess: Tensor
@@ -78,11 +69,10 @@ class Annealed(Measured):
     kernels: tuple[Kernels, ...]
     start: str
     num_steps: int
-    num_samples: int
 
     def __str__(self) -> str:
         return (
-            f"log p(x) >= {self.said}, annealed from the {self.start} over {self.num_steps} steps, acceptance "
+            f"log p(x) >= {self.with_errors}, annealed from the {self.start} over {self.num_steps} steps, acceptance "
             f"{self.acceptance.mean():.2f}, chain ESS {self.ess.mean():.1f} of {self.num_samples}"
         )
 
@@ -152,7 +142,7 @@ def ais(
     """Estimate log p(x) by annealed importance sampling: a lower bound that closes with T.
 
     Args:
-        guide: A Pyro program for q(z | x); from the prior it only scales the moves, and may be None.
+        guide: From the prior it only scales the moves, and may be None.
         num_samples: C, chains for each datum.
         num_steps: T, steps of the path; 1 is plain importance sampling.
         start: Where chains begin: "guide" or "prior".
@@ -173,14 +163,10 @@ def ais(
         ValueError: A setting out of range; a discrete, enumerated, point or auxiliary latent;
             from the guide, one that cannot score a sample that it did not draw.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5))
         >>> result = ais(model, guide, torch.zeros(3), num_samples=4, num_steps=5)
         >>> round(result.value, 4), round(result.mc_stderr, 4)   # the guide is exact: log N(0; 0, 2)
         (-1.2655, 0.0)
@@ -221,27 +207,21 @@ def bdmc(
 ) -> Bracket:
     """Bracket log p(x) on data simulated from the model: bidirectional Monte Carlo.
 
-    Data are simulated with their exact latents, in the shape of the given ones. Each
-    simulated site replaces the argument that it equals up to shape.
+    Data are simulated with their exact latents, in the shape of the given ones.
 
     Args:
-        model: A Pyro program for p(x, z), whose arguments are the batch.
-        guide: A Pyro program for q(z | x); from the prior it may be None.
         data: As for `fit`: what is not simulated (labels, masks) stays as it is here.
-        num_samples: C, as all other settings in `ais`.
+        model, guide, num_samples: As all other settings in `ais`.
         num_data: How many to simulate, at most as many as there are data.
-        observed: Which argument each observed site is, by position, as
-            {"x": 0}, where the values do not tell.
+        observed: Which argument each observed site is, by position, as {"x": 0}, where the values do not tell.
     Returns:
         Both bounds with their errors.
     Raises:
         ValueError: As for `ais`; or a site equals no argument, or several.
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> bracket = bdmc(model, None, torch.zeros(50), start="prior", num_steps=100)
         >>> truth = dist.Normal(0.0, 2**0.5).log_prob(bracket.data[0]).mean()
         >>> bool(bracket.lower.value - 0.01 < truth < bracket.upper.value + 0.01), bracket.width.value < 0.05
@@ -265,59 +245,28 @@ def bdmc(
             backward.append(anneal(density, position, forward[0], backward=True, tick=run.tick, moves=moves))
             found.append(tuple(forward))
             simulated.append(batch)
-    lower = _annealed(found, options)
+    return _bracketed(_annealed(found, options), backward, joined(simulated))
+
+
+def _bracketed(lower: Annealed, backward: list[tuple[Tensor, Tensor]], data: tuple[Any, ...]) -> Bracket:
+    """Both bounds, from the forward chains and those from the exact draws."""
+    count = lower.num_samples
     weight = torch.cat([w.double().cpu() for w, _ in backward], 1)
     # One chain from the exact draw beside C from the start; averaged over which one it is.
-    ahead, behind = lower.log_weight.logsumexp(0) - math.log(1 + num_samples), weight - math.log(1 + num_samples)
+    ahead, behind = lower.log_weight.logsumexp(0) - math.log(1 + count), weight - math.log(1 + count)
     upper = torch.logaddexp(ahead, behind)
-    spread = upper.var(0) / num_samples if num_samples > 1 else torch.full_like(upper[0], math.nan)
+    spread = upper.var(0) / count if count > 1 else torch.full_like(upper[0], math.nan)
     # The forward chains' share of the error, as a log of their mean has it; of the width what it does not cancel.
     share = torch.sigmoid(ahead - behind).mean(0)
     variances = [spread + (lower.pointwise_stderr * s).square() for s in (share, 1 - share)]
     return Bracket(
         lower=lower,
-        upper=Mean.of(upper.mean(0), variances[0], num_samples),
-        width=Mean.of(upper.mean(0) - lower.pointwise, variances[1], num_samples),
+        upper=Mean.of(upper.mean(0), variances[0], count),
+        width=Mean.of(upper.mean(0) - lower.pointwise, variances[1], count),
         backward_log_weight=weight,
         backward_acceptance=torch.cat([a.double().cpu() for _, a in backward]),
-        data=joined(simulated),
+        data=data,
     )
-
-
-def anneal(
-    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Any = None,
-    moves: Moves | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run chains along the path of the kernels, and weigh them.
-
-    Args:
-        density: u to the log densities of both ends, and their gradients.
-        position: Draws from f_0, (C, B, U); backwards exact draws from the posterior.
-        kernels: Temperatures and moves.
-        backward: From the posterior to f_0.
-        tick: Called after every move.
-        moves: The moves of this density by the kernels' leapfrog steps, where they are captured.
-    Returns:
-        log w, (C, B) in float64, and the mean probability of acceptance, (B,).
-    """
-    transition = Moves(density, kernels.num_leapfrog, compile=False) if moves is None else moves
-    state = State.at(density, position)
-    total = torch.zeros_like(state.values[0], dtype=torch.float64)
-    accepted = torch.zeros_like(state.values[0, 0])
-    gaps = kernels.beta.diff(dim=0)
-    count = len(gaps)
-    for step in range(count):
-        t = count - 1 - step if backward else step
-        total = total + gaps[t] * (state.values[1] - state.values[0]).double()
-        move = t if backward else t + 1  # between the weights of t and of the next
-        if step + 1 < count:
-            state, acceptance = transition(
-                state, kernels.mixture(move), kernels.step_size[move - 1], kernels.scale(move)
-            )
-            accepted = accepted + acceptance.mean(0)
-            if tick is not None:
-                tick()
-    return total, accepted / (count - 1) if count > 1 else torch.full_like(accepted, math.nan)
 
 
 class _Options(NamedTuple):
@@ -334,6 +283,7 @@ class _Options(NamedTuple):
 
     @property
     def coarse(self) -> int:
+        """Distributions of the pilot."""
         wanted = max(50, self.num_steps // 4) if self.pilot_steps is None else self.pilot_steps
         return max(2, min(wanted, self.num_steps))
 
@@ -343,17 +293,13 @@ class _Options(NamedTuple):
         return self.coarse + 9 if self.num_steps > 1 else 0
 
     def check(self, guide: Program | None) -> None:
-        for name in ("num_steps", "num_samples", "num_leapfrog"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name}={getattr(self, name)}, wanted a positive integer.")
+        at_least(1, num_steps=self.num_steps, num_samples=self.num_samples, num_leapfrog=self.num_leapfrog)
         if self.pilot_chains < 2:
             raise ValueError(f"got pilot_chains={self.pilot_chains}, wanted at least 2 to average over.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"got schedule={self.schedule!r}, wanted one of {', '.join(map(repr, SCHEDULES))}.")
+        one_of(SCHEDULES, schedule=self.schedule)
+        one_of(("guide", "prior"), start=self.start)
         if not 0 < self.target_acceptance < 1:
             raise ValueError(f"got target_acceptance={self.target_acceptance}, wanted a probability such as 0.75.")
-        if self.start not in ("guide", "prior"):
-            raise ValueError(f"got start={self.start!r}, wanted 'guide' or 'prior'.")
         if self.start == "guide" and guide is None:
             raise ValueError("got start='guide' without a guide. Pass one, or anneal from the prior: start='prior'.")
         if self.compile not in (True, False, "auto"):
@@ -387,22 +333,15 @@ def _forward(
 
 
 def _precision(draws: Tensor) -> Tensor:
-    variance = draws.var(0)
-    return 1 / variance.clamp(min=1e-12)
+    return 1 / draws.var(0).clamp(min=1e-12)
 
 
 def _annealed(found: list[tuple[Any, ...]], options: _Options) -> Annealed:
     weight = torch.cat([w.cpu() for _, w, _ in found], 1)
     scored = Scored.of(weight)
     return Annealed(
-        **averaged(scored.log_p, scored.log_p_variance),
-        bias=scored.bias.mean().item(),
-        pointwise_stderr=scored.log_p_variance.sqrt(),
-        log_weight=weight,
-        ess=scored.ess,
-        acceptance=torch.cat([a.double().cpu() for _, _, a in found]),
-        kernels=tuple(k for k, _, _ in found),
-        start=options.start,
-        num_steps=options.num_steps,
-        num_samples=options.num_samples,
-    )
+        **averaged(scored.log_p, scored.log_p_variance), bias=scored.bias.mean().item(), ess=scored.ess,
+        pointwise_stderr=scored.log_p_variance.sqrt(), log_weight=weight,
+        acceptance=torch.cat([a.double().cpu() for _, _, a in found]), kernels=tuple(k for k, _, _ in found),
+        start=options.start, num_steps=options.num_steps, num_samples=options.num_samples,
+    )  # fmt: skip

@@ -9,21 +9,19 @@ An amortized guide has a posterior per datum, so every group has the dimensions
     sample_stats       log p(x, z_k), log q(z_k | x), log w_k per draw; k-hat, ESS, log p(x) per datum
     observed_data      x                        datum, the data's own
 
-Draws of a guide are independent, so "chains" are but a partition of them: R-hat is defined
-and equals 1 up to noise, and says nothing of how far q(z | x) is from p(z | x); k-hat does.
-Resampled by their importance weights, each chain from its own weights only, they are draws
-from p(z | x) as far as the weights carry it, and there R-hat does tell: where few weights
-dominate, the chains disagree.
+Draws of a guide are independent, so "chains" are but a partition of them: R-hat is defined and equals 1 up to noise,
+and says nothing of how far q(z | x) is from p(z | x); k-hat does. Resampled by their importance weights, each chain
+from its own weights only, they are draws from p(z | x) as far as the weights carry it, and there R-hat does tell: where
+few weights dominate, the chains disagree.
 
-ArviZ's leave-one-out score is invalid here. It needs parameters that all data share; with
-one latent per datum, leaving x out leaves the prior. Held-out log p(x) is the score.
+ArviZ's leave-one-out score is invalid here. It needs parameters that all data share; with one latent per datum, leaving
+x out leaves the prior. Held-out log p(x) is the score.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,15 +33,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae.atomic import write_file
-from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import whole
-from pyro_vae.judging.components import Scorer
-from pyro_vae.judging.sweeps import chunk_sizes
-from pyro_vae.judging.weights import pareto_k, pareto_smoothed
+from pyro_vae.judging.components import Scorer, placed
+from pyro_vae.judging.results import at_least
+from pyro_vae.judging.sweeps import Sweep, chunk_sizes, in_chunks, sweep
+from pyro_vae.judging.weights import Scored, pareto_smoothed
 from pyro_vae.options import checked
-from pyro_vae.parameters import device_of
 from pyro_vae.sites import plates
-from pyro_vae.traces import Particles, Program, draw, plate_nesting, predict, simulate
+from pyro_vae.traces import Program, predict, simulate
 from pyro_vae.version import __version__
 
 LOO_IS_INVALID = (
@@ -57,28 +53,27 @@ _EVENTS = {1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column"
 def to_arviz(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_samples: int = 1000,
     num_chains: int = 4,
     num_prior: int = 100,
     num_predictive: int = 100,
     resample: bool = False,
     smooth: bool = True,
-    seed: int | None = 0,
     coords: Mapping[str, Sequence[Any]] | None = None,
     protocol: Mapping[str, Any] | None = None,
-    **kwargs: Any,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
 ) -> Any:
     """Draws and log densities of a pair as ArviZ data.
 
-    Of as many data as `log_likelihood` takes at a time (38 of 512 numbers or fewer, with 80
-    samples or more), the draws are its own under the same seed. Predictive draws belong to the
-    first posterior draws of each chain.
+    Of as many data as `log_likelihood` takes at a time (38 of 512 numbers or fewer, with 80 samples or more), the draws
+    are its own under the same seed. Predictive draws belong to the first posterior draws of each chain.
 
     Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        args: What both take, usually the batch. Memory grows with its size times K.
+        data: As for `fit`; all of them are one batch, and memory grows with its size times K.
         num_samples: K, guide draws per datum in all chains together.
         num_chains: Chains that the K draws are laid out in; a divisor of K.
         num_prior: Draws from the prior, and of data from it, for each datum.
@@ -86,10 +81,9 @@ def to_arviz(
         resample: Posterior draws resampled with replacement by their importance weights,
             each chain from its own, instead of draws from the guide.
         smooth: Resample by Pareto-smoothed weights instead of raw ones.
-        seed: Seed of everything drawn; None goes on with torch's random state.
         coords: Coordinates of dimensions, such as {"datum": names}.
         protocol: What the numbers depend on (data, split, binarisation), kept as an attribute.
-        kwargs: Keyword arguments that both take.
+        model, guide, seed, device, progress: As for `log_likelihood`.
     Returns:
         InferenceData (ArviZ 0.x) or DataTree (1.x). Dimensions are datum; latent (of several
         vector latents ``<site>_latent``); channel, row, column of images, feature of vectors; inner
@@ -112,60 +106,39 @@ def to_arviz(
 
     Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
-    _check_sizes(num_samples, num_chains, num_prior, num_predictive)
-    place = device_of(model, guide)
-    if args and not kwargs:
-        args = whole((model, guide), args, place)
-    elif place is not None:
-        args = tuple(x.to(place) if isinstance(x, Tensor) else x for x in args)
-    with evaluating(model, guide, seed=seed):
-        layout = _Layout(Scorer(model, args, kwargs), coords or {})
-        sizes = chunk_sizes((*args, *kwargs.values()), num_samples)
-        table, observed = _drawn(model, guide, args, kwargs, sizes, layout)
-        weight = table.log_weight.double().cpu()
-        stats = {
-            "lp": table.log_joint,
-            "log_q": torch.stack(list(table.log_q.values())).sum(0),
-            "log_weight": table.log_weight,
-        }
-        index = _resampled(weight, num_chains, smooth) if resample else None
-        latents = {name: layout.chained(name, table.latents[name], num_chains, index) for name in layout.latents}
+    at_least(1, num_samples=num_samples, num_chains=num_chains, num_prior=num_prior, num_predictive=num_predictive)
+    if num_samples % num_chains:
+        raise ValueError(
+            f"got num_samples={num_samples} in num_chains={num_chains} chains, wanted a multiple of {num_chains}."
+        )
+    with sweep(model, guide, data=data, batch_size=None, seed=seed, device=device, progress=progress,
+               title="ArviZ") as run:  # fmt: skip
+        args = run.whole()
+        layout = _Layout(Scorer(model, args), coords or {}, num_chains)
+        drawn, observed, stats = _drawn(run, args, num_samples, layout)
+        index = _resampled(stats["log_weight"].double().cpu(), num_chains, smooth) if resample else None
+        latents = {name: layout.chained(name, drawn[name], index) for name in layout.latents}
         kept = min(max(1, num_predictive // num_chains), num_samples // num_chains)
-        shown = {name: z[:, :kept].flatten(0, 1).to(place) for name, z in latents.items()}
-        predicted = _predicted(model, shown, args, kwargs, sizes[0])
-        simulations = [simulate(model, *args, **kwargs) for _ in range(num_prior)]
-    scores = {name: layout.chained(None, s, num_chains, index) for name, s in observed.items()}
-    posterior = {name: z.cpu() for name, z in latents.items()}
+        shown = {name: z[:, :kept].flatten(0, 1).to(drawn[name].device) for name, z in latents.items()}
+        predicted = _predicted(model, shown, args, chunk_sizes(args, num_samples)[0])
+        simulations = [simulate(model, *args) for _ in range(num_prior)]
     groups = {
-        "posterior": layout.dataset("posterior", posterior),
-        "posterior_predictive": layout.dataset(
-            "posterior_predictive", {name: x.unflatten(0, (num_chains, kept)) for name, x in predicted.items()}
-        ),
-        "log_likelihood": layout.dataset("log_likelihood", scores, per_datum=True),
-        "sample_stats": layout.dataset(
-            "sample_stats", {n: layout.chained(None, s, num_chains, index) for n, s in stats.items()}, per_datum=True
-        ),
-        "prior": layout.dataset(
-            "prior", {n: torch.stack([s.latents[n] for s in simulations])[None] for n in layout.latents}
-        ),
-        "prior_predictive": layout.dataset(
-            "prior_predictive", {n: torch.stack([s.observations[n] for s in simulations])[None] for n in layout.data}
-        ),
-        "observed_data": layout.dataset("observed_data", {n: layout.sites[n]["value"] for n in layout.data}),
+        "posterior": {name: z.cpu() for name, z in latents.items()},
+        "posterior_predictive": {name: x.unflatten(0, (num_chains, kept)) for name, x in predicted.items()},
+        "log_likelihood": {name: layout.chained(None, score, index) for name, score in observed.items()},
+        "sample_stats": {name: layout.chained(None, stat, index) for name, stat in stats.items()},
+        "prior": {name: torch.stack([s.latents[name] for s in simulations])[None] for name in layout.latents},
+        "prior_predictive": {n: torch.stack([s.observations[n] for s in simulations])[None] for n in layout.data},
+        "observed_data": {name: layout.sites[name]["value"] for name in layout.data},
     }
-    _add_diagnostics(groups["sample_stats"], table.log_weight, layout.datum)
-    groups["log_likelihood"].attrs["note"] = LOO_IS_INVALID
-    groups["posterior"].attrs["draws"] = (
-        "guide q(z | x), independent: chains are a partition of them"
-        if not resample
-        else f"guide draws resampled by their {'Pareto-smoothed ' if smooth else ''}importance weights, per chain"
-    )
-    about = _versions(protocol or {}) | {
-        "num_samples": num_samples,
-        "resampled": int(resample),
-        "seed": "none" if seed is None else seed,
-    }
-    return _assembled(groups, about)
+    datasets = {name: layout.dataset(name, values) for name, values in groups.items()}
+    _add_diagnostics(datasets["sample_stats"], stats["log_weight"], layout.datum)
+    datasets["log_likelihood"].attrs["note"] = LOO_IS_INVALID
+    independent = "guide q(z | x), independent: chains are a partition of them"
+    resampled = f"guide draws resampled by their {'Pareto-smoothed ' * smooth}importance weights, per chain"
+    datasets["posterior"].attrs["draws"] = resampled if resample else independent
+    settings = {"num_samples": num_samples, "resampled": int(resample), "seed": "none" if seed is None else seed}
+    return _assembled(datasets, _versions(protocol or {}) | settings)
 
 
 @checked
@@ -192,14 +165,14 @@ def save_arviz(tree: Any, path: str | os.PathLike[str]) -> None:
 class _Layout:
     """Which axis of which site is which dimension, and what it is called."""
 
-    def __init__(self, scorer: Scorer, coords: Mapping[str, Sequence[Any]]) -> None:
-        self.scorer, self.sites, self.size = scorer, scorer.sites, scorer.frame.data_size
+    def __init__(self, scorer: Scorer, coords: Mapping[str, Sequence[Any]], num_chains: int) -> None:
+        self.scorer, self.sites, self.num_chains = scorer, scorer.sites, num_chains
         # A factor has no value to show.
         shown = [name for name, site in self.sites.items() if site["value"].numel()]
         self.latents = [name for name in shown if not self.sites[name]["is_observed"]]
         self.data = [name for name in shown if self.sites[name]["is_observed"]]
         self._known: dict[str, int] = {}
-        self.datum = self._name("", "datum", self.size)
+        self.datum = self._name("", "datum", scorer.frame.data_size)
         vectors = [name for name in self.latents if self.sites[name]["fn"].event_dim == 1]
         self.dims: dict[str, list[str]] = {}
         self.axis: dict[str, int] = {}  # that of the data in (*plates, *event)
@@ -219,7 +192,7 @@ class _Layout:
             else:
                 default = tuple(f"{name}_dim_{i}" for i in range(count))
                 events = _EVENTS.get(count, default) if name in self.data else default
-            self.axis[name] = deepest + scorer.frame.data_dim
+            self.axis[name], _ = placed(site, scorer.frame.data_dim)
             self.dims[name] = found + [self._name(name, e, n) for e, n in zip(events, event, strict=True)]
         self.coords = self._checked(coords)
 
@@ -242,9 +215,9 @@ class _Layout:
                 )
         return {name: np.asarray(values) for name, values in coords.items()}
 
-    def chained(self, name: str | None, values: Tensor, num_chains: int, index: Tensor | None) -> Tensor:
+    def chained(self, name: str | None, values: Tensor, index: Tensor | None) -> Tensor:
         """(K, ...) as (C, S, ...), on the CPU, resampled where there is an index (C, S, B)."""
-        values = values.cpu().unflatten(0, (num_chains, -1))
+        values = values.cpu().unflatten(0, (self.num_chains, -1))
         if index is None:
             return values
         axis = 2 + (0 if name is None else self.axis[name])
@@ -253,9 +226,9 @@ class _Layout:
         chosen = moved.gather(1, index.reshape(*index.shape, *(1 for _ in rest)).expand(*index.shape, *rest))
         return chosen.movedim(2, axis)
 
-    def dataset(self, group: str, values: Mapping[str, Tensor], per_datum: bool = False) -> Any:
+    def dataset(self, group: str, values: Mapping[str, Tensor]) -> Any:
         """One group, by ArviZ's own `from_dict`."""
-        az = _arviz()
+        az, per_datum = _arviz(), group in ("log_likelihood", "sample_stats")
         arrays = {name: _array(x) for name, x in values.items()}
         dims = {name: [self.datum] if per_datum else self.dims[name] for name in values}
         with warnings.catch_warnings():
@@ -264,59 +237,39 @@ class _Layout:
                 found = az.from_dict(**{group: arrays}, dims=dims, coords=self.coords)[group]
             else:
                 found = az.from_dict({group: arrays}, dims=dims, coords=self.coords)[group].to_dataset()
-        if per_datum:
-            for name in arrays:
-                found[name].attrs["units"] = "nats"
+        for name in arrays if per_datum else ():
+            found[name].attrs["units"] = "nats"
         return found
 
 
-def _drawn(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: list[int], layout: _Layout
-) -> tuple[Particles, dict[str, Tensor]]:
-    """All particles, and log p(x | z_k) per observed site, in chunks of K."""
-    nesting = plate_nesting(model, guide, *args, **kwargs) if sum(sizes) > 1 else 0
-    tables, scores = [], []
-    for size in sizes:
-        table = draw(model, guide, args, kwargs, size, max_plate_nesting=nesting)
-        if len(layout.data) == 1:
-            scores.append({layout.data[0]: table.log_likelihood})
-        else:
-            found = layout.scorer({name: table.latents[name] for name in table.log_prior})
-            scores.append({name: found[name] for name in layout.data})
-        tables.append(table)
-    first = tables[0]
-    joined = first._replace(
-        log_likelihood=torch.cat([t.log_likelihood for t in tables]),
-        log_prior={name: torch.cat([t.log_prior[name] for t in tables]) for name in first.log_prior},
-        log_q={name: torch.cat([t.log_q[name] for t in tables]) for name in first.log_q},
-        latents={name: torch.cat([t.latents[name] for t in tables]) for name in first.latents},
-    )
-    return joined, {name: torch.cat([s[name] for s in scores]) for name in layout.data}
+def _drawn(run: Sweep, args: tuple[Any, ...], num_samples: int, layout: _Layout) -> Iterator[dict[str, Tensor]]:
+    """Latents, log p(x | z_k) per observed site, and the other log densities, of all K."""
+    parts = []
+    model, guide = run.programs
+    for table in in_chunks(model, guide, args, num_samples, run.nesting(guide) if num_samples > 1 else 0):
+        scores = {name: table.log_likelihood for name in layout.data}
+        if len(scores) > 1:
+            scores = layout.scorer({name: table.latents[name] for name in table.log_prior})
+        stats = {"lp": table.log_joint, "log_weight": table.log_weight}  # refuses a guide without density
+        stats["log_q"] = torch.stack(list(table.log_q.values())).sum(0)
+        parts.append((table.latents, {name: scores[name] for name in layout.data}, stats))
+    for column in zip(*parts, strict=True):
+        yield {name: torch.cat([part[name] for part in column]) for name in column[0]}
 
 
-def _predicted(
-    model: Program, latents: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int
-) -> dict[str, Tensor]:
+def _predicted(model: Program, latents: Mapping[str, Tensor], args: tuple[Any, ...], size: int) -> dict[str, Tensor]:
     """x_k ~ p(x | z_k), (K, *plates, *event) per observed site, on the CPU."""
     count = len(next(iter(latents.values())))
+
+    def parts(size: int) -> list[dict[str, Tensor]]:
+        starts = range(0, count, size)
+        return [predict(model, {name: z[i : i + size] for name, z in latents.items()}, *args) for i in starts]
+
     try:
-        parts = list(_predictions(model, latents, args, kwargs, size, count))
+        found = parts(size)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
-        # It does not broadcast over a leading dimension, as drawing from the guide has said already.
-        parts = list(_predictions(model, latents, args, kwargs, 1, count))
-    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-
-
-def _predictions(
-    model: Program,
-    latents: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    size: int,
-    count: int,
-) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, count, size):
-        yield predict(model, {name: z[start : start + size] for name, z in latents.items()}, *args, **kwargs)
+        found = parts(1)  # it does not broadcast over a leading dimension, as drawing from the guide has warned already
+    return {name: torch.cat([part[name].cpu() for part in found]) for name in found[0]}
 
 
 def _resampled(log_weight: Tensor, num_chains: int, smooth: bool) -> Tensor:
@@ -330,11 +283,11 @@ def _resampled(log_weight: Tensor, num_chains: int, smooth: bool) -> Tensor:
 
 def _add_diagnostics(sample_stats: Any, log_weight: Tensor, datum: str) -> None:
     """What the importance weights say of each datum."""
-    weight = log_weight.double().cpu()
+    scored = Scored.of(log_weight)
     for name, values, text in (
-        ("pareto_k", pareto_k(log_weight), "Pareto k-hat of the guide's importance weights"),
-        ("ess", 1 / weight.softmax(0).square().sum(0), "effective number of guide draws, (sum w)^2 / sum w^2"),
-        ("log_evidence", weight.logsumexp(0) - math.log(len(weight)), "log p(x) by importance sampling, nats"),
+        ("pareto_k", scored.pareto_k, "Pareto k-hat of the guide's importance weights"),
+        ("ess", scored.ess, "effective number of guide draws, (sum w)^2 / sum w^2"),
+        ("log_evidence", scored.log_p, "log p(x) by importance sampling, nats"),
     ):
         sample_stats[name] = (datum, values.numpy(), {"long_name": text})
 
@@ -349,19 +302,6 @@ def _versions(protocol: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": json.dumps(dict(protocol), default=str),
         "units": "nats",
     }
-
-
-def _check_sizes(num_samples: int, num_chains: int, num_prior: int, num_predictive: int) -> None:
-    for name, value in (
-        ("num_samples", num_samples), ("num_chains", num_chains), ("num_prior", num_prior),
-        ("num_predictive", num_predictive),
-    ):  # fmt: skip
-        if value < 1:
-            raise ValueError(f"got {name}={value}, wanted a positive integer.")
-    if num_samples % num_chains:
-        raise ValueError(
-            f"got num_samples={num_samples} in num_chains={num_chains} chains, wanted a multiple of {num_chains}."
-        )
 
 
 def _assembled(groups: Mapping[str, Any], about: Mapping[str, Any]) -> Any:

@@ -1,11 +1,20 @@
-"""A budget of time that is kept: work in pieces, begun where they fit, and broken off where they did not."""
+"""A pair under examination, and a budget of time that is kept: work in pieces of a fixed schedule, so that a seed gives
+the same numbers, begun where they fit, and broken off where they did not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pyro.poutine.messenger import Messenger
+
+from pyro_vae.inference.trees import at, rows
+from pyro_vae.judging.estimates import Estimate
+from pyro_vae.judging.results import Mean
+from pyro_vae.traces import Program
+
+R = TypeVar("R")
 
 
 class OutOfTime(BaseException):
@@ -13,14 +22,7 @@ class OutOfTime(BaseException):
 
 
 class Deadline(Messenger):
-    """Breaks off whatever runs inside once its time is up: the clock is looked at at every sample statement.
-
-    Args:
-        clock: Gives seconds.
-        end: By that clock.
-    Raises:
-        OutOfTime: The time is up.
-    """
+    """Breaks off whatever runs inside once its time is up: the clock is looked at at every sample statement."""
 
     def __init__(self, clock: Callable[[], float], end: float) -> None:
         super().__init__()
@@ -32,12 +34,7 @@ class Deadline(Messenger):
 
 
 class Budget:
-    """Seconds for several stages, each of which has its share of what is left.
-
-    Args:
-        seconds: For all.
-        clock: Gives seconds.
-    """
+    """Seconds, by a clock, for several stages, each of which has its share of what is left."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self.clock = clock
@@ -63,3 +60,81 @@ class Budget:
     def fits(self, seconds: float) -> bool:
         """Whether work of so many seconds fits: half as much again, since a machine has other things to do."""
         return self.clock() + 1.5 * seconds <= self.stage_end
+
+
+@dataclass
+class Examination:
+    """A pair under examination, what may be spent on it, and what later stages take from earlier ones.
+
+    Attributes:
+        model, guide: Pyro programs.
+        data: One batch, the arguments of both.
+        num_samples: K that was asked for.
+        observed: Which argument each observed site is.
+        options: Device, seed and progress of each estimate.
+        budget: Of time.
+        per_draw: Seconds for one sample of one datum, in bulk.
+        judged: The estimate of log p(x) at K.
+        better: One at more samples.
+        best: One that uses the best q of each datum too, where it can be relied upon.
+    """
+
+    model: Program
+    guide: Program
+    data: tuple[Any, ...]
+    num_samples: int
+    observed: Mapping[str, int] | None
+    options: dict[str, Any]
+    budget: Budget
+    per_draw: float = 0.0
+    judged: Estimate | None = None
+    better: Estimate | None = None
+    best: Mean | None = None
+
+    @property
+    def num_data(self) -> int:
+        """How many data there are."""
+        return rows(self.data)
+
+    def part(self, start: int, stop: int) -> tuple[Any, ...]:
+        """Some of the data."""
+        return at(self.data, slice(start, stop))
+
+    def of(self, start: int, stop: int) -> tuple[Any, ...]:
+        """The pair with some of the data, as every diagnostic takes them."""
+        return self.model, self.guide, self.part(start, stop)
+
+    def seeded(self, add: int) -> dict[str, Any]:
+        """The options with another seed."""
+        return self.options | {"seed": self.options["seed"] + add}
+
+    def pieces(self, factor: int, work: Callable[[int, int], R], cost: Callable[[float, int, int], float]) -> list[R]:
+        """What came of 4 data, then of factor times as many, and so on, as long as there is time.
+
+        Args:
+            factor: By which the pieces grow.
+            work: Does the data from one index to another.
+            cost: Seconds for a piece, from those of the one before, its size and that of the piece.
+        Raises:
+            OutOfTime: Not even the first one could be done.
+        """
+        stops = [min(4, self.num_data)]
+        while stops[-1] < self.num_data:
+            stops.append(min(self.num_data, stops[-1] * factor))
+        if len(stops) > 2 and stops[-1] - stops[-2] < 4:
+            stops.pop(-2)
+        found: list[R] = []
+        took, size = 0.0, 0
+        for start, stop in zip([0, *stops], stops, strict=False):
+            if found and not self.budget.fits(cost(took, size, stop - start)):
+                break
+            began = self.budget.clock()
+            try:
+                with self.budget.piece():
+                    found.append(work(start, stop))
+            except OutOfTime:
+                if not found:
+                    raise
+                break
+            took, size = self.budget.clock() - began, stop - start
+        return found

@@ -7,6 +7,7 @@ estimates what remains.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from torch import Tensor
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.local import LocalForm, Unscaled
-from pyro_vae.judging.sweeps import chunk_sizes
+from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.traces import Program, draw, plate_nesting
+
+_PATIENCE = 2  # windows
 
 
 class Optimum(NamedTuple):
@@ -26,13 +29,13 @@ class Optimum(NamedTuple):
 
     Attributes:
         rows: The best parameters found, (B, P).
-        path: Averages over the last three windows at the full rate, the latest first, (B, P) each.
+        path: Averages over the last three windows at the full rate, the latest first, (B, 3, P).
         steps: Taken, per datum, (B,).
         stopped: Whether the bound had stopped rising before the steps were used up, (B,).
     """
 
     rows: Tensor
-    path: tuple[Tensor, Tensor, Tensor]
+    path: Tensor
     steps: Tensor
     stopped: Tensor
 
@@ -43,8 +46,7 @@ class Climb(NamedTuple):
     Attributes:
         remaining: What the bound may still have risen, in nats.
         slope: How much it rose over the last window.
-        steps: Steps taken.
-        stopped: Whether the bound had stopped rising before the steps were used up.
+        steps, stopped: As in `Optimum`.
     """
 
     remaining: Tensor
@@ -58,6 +60,33 @@ class Climb(NamedTuple):
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else None
 
 
+class _Climbers(NamedTuple):
+    """The data that still climb, a row each: parameters, Adam's moments and rate, the best window and the last ones."""
+
+    datum: Tensor
+    theta: Tensor
+    first: Tensor
+    second: Tensor
+    rate: Tensor
+    best: Tensor
+    best_rows: Tensor
+    misses: Tensor
+    settling: Tensor
+    stopped: Tensor
+    path: Tensor  # (B, 3, P)
+
+    @classmethod
+    def at(cls, start: Tensor, learning_rate: float) -> _Climbers:
+        size, zeros = len(start), torch.zeros_like(start)
+        no = torch.zeros(size, dtype=torch.bool, device=start.device)
+        best = start.new_full((size,), -math.inf, dtype=torch.float64)
+        return cls(
+            torch.arange(size, device=start.device), start.clone(), zeros, zeros.clone(),
+            start.new_full((size, 1), learning_rate), best, start.clone(), no.long(), no, no,
+            start.unsqueeze(1).repeat(1, 3, 1),
+        )  # fmt: skip
+
+
 def optimise(
     model: Program,
     form: LocalForm,
@@ -68,101 +97,83 @@ def optimise(
     num_steps: int = 2000,
     window: int = 100,
     tolerance: float = 0.01,
-    patience: int = 2,
     progress: Callable[[int], None] | None = None,
 ) -> Optimum:
     """Climb each datum's ELBO until it stops rising.
 
-    The ELBO is averaged over windows of steps. A datum whose window has not beaten its best one
-    by more than the tolerance, ``patience`` times in a row, goes back to the average of the
-    parameters over the second half of its best window, takes one more window from there
-    at a rate that falls from a third to a hundredth, and ends at the average over the
-    second half of that. Data that have ended no longer cost anything.
-
-    Args:
-        model: A Pyro program for p(x, z).
-        form: The family at this batch.
-        args: The batch.
-        num_samples: Samples per step and datum.
-        learning_rate: Adam's.
-        num_steps: Upper limit.
-        window: Steps over which the ELBO is averaged; at most a quarter of num_steps.
-        tolerance: Nats per window.
-        patience: Windows.
-        progress: Told the number of steps done in each window.
+    The ELBO is averaged over windows of steps, of at most a quarter of all. A datum whose window has not beaten its
+    best one by more than the tolerance, in nats, twice in a row, goes back to the average of the parameters over the
+    second half of its best window, takes one more window from there at a rate that falls from a third to a hundredth,
+    and ends at the average over the second half of that. Data that have ended no longer cost anything.
     """
     window = max(1, min(window, num_steps // 4))
     model = Unscaled()(model)
     nesting = plate_nesting(model, form.guide(form.start), *args)
-    theta = form.start.clone()
-    size = len(theta)
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
-    rate = theta.new_full((size, 1), learning_rate)
-    best, best_rows = theta.new_full((size,), -math.inf, dtype=torch.float64), theta.clone()
-    path = (theta.clone(), theta.clone(), theta.clone())
-    misses = theta.new_zeros(size, dtype=torch.long)
-    settling = theta.new_zeros(size, dtype=torch.bool)
-    stopped = settling.clone()
-    rows = torch.arange(size, device=theta.device)
-    ends = theta.clone(), theta.clone(), theta.clone()
-    result = Optimum(theta.clone(), ends, theta.new_zeros(size), stopped.clone())
-    fall = 0.03 ** (1 / window)
+    now = _Climbers.at(form.start, learning_rate)
+    result = Optimum(now.theta.clone(), now.path.clone(), torch.zeros_like(now.theta[:, 0]), now.stopped.clone())
     step = 0
-    while len(rows):
-        total, average = torch.zeros_like(best), torch.zeros_like(theta)
-        for inside in range(window):
-            step += 1
-            value, gradient = _slope(model, form, theta, args, num_samples, nesting)
-            first.lerp_(gradient, 0.1)
-            second.lerp_(gradient.square(), 0.001)
-            unbiased = (second / (1 - 0.999**step)).sqrt() + 1e-8
-            rate = torch.where(settling[:, None], rate * fall, rate)
-            theta = theta + rate * form.pace * (first / (1 - 0.9**step)) / unbiased
-            total += value.double()
-            if inside >= window // 2:
-                average += theta
-        total, average = total / window, average / (window - window // 2)
+    while len(now.datum):
+        slope = functools.partial(_slope, model, form, args, num_samples, nesting)
+        now, total, average = _window(now, slope, form.relative_rates, step, window)
+        step += window
         if progress is not None:
             progress(window)
         # What settles ends here, at the average; the best rows are kept where it came out no number.
-        ended = settling
-        finite = average.isfinite().all(1, keepdim=True)
-        result.rows[rows[ended]] = torch.where(finite, average, best_rows)[ended]
-        result.steps[rows[ended]] = float(step)
-        result.stopped[rows[ended]] = stopped[ended]
-        for kept, latest in zip(result.path, path, strict=True):
-            kept[rows[ended]] = latest[ended]
-        path = (torch.where(finite, average, best_rows), path[0], path[1])
-        rises = total > best + tolerance
-        better = total > best
-        best_rows = torch.where(better[:, None], average, best_rows)
-        best = torch.where(better, total, best)
-        misses = torch.where(rises, 0, misses + 1)
-        stopped = misses >= patience
-        last = step + 2 * window > num_steps  # the next window is the last that fits
-        settling = stopped | last
-        theta = torch.where(settling[:, None], best_rows, theta)
-        rate = torch.where(settling[:, None], learning_rate / 3, rate)
-        keep = ~ended
-        if not bool(keep.all()):
-            theta, first, second, rate, best, best_rows, misses, settling, stopped, rows = (
-                x[keep] for x in (theta, first, second, rate, best, best_rows, misses, settling, stopped, rows)
-            )
-            path = (path[0][keep], path[1][keep], path[2][keep])
-            args = at(args, keep)
+        average_or_best = torch.where(average.isfinite().all(1, keepdim=True), average, now.best_rows)
+        ended, at_end = now.settling, now.datum[now.settling]
+        result.rows[at_end] = average_or_best[ended]
+        result.steps[at_end] = float(step)
+        result.stopped[at_end] = now.stopped[ended]
+        result.path[at_end] = now.path[ended]
+        better = total > now.best
+        best_rows = torch.where(better[:, None], average, now.best_rows)
+        misses = torch.where(total > now.best + tolerance, 0, now.misses + 1)
+        stopped = misses >= _PATIENCE
+        settling = stopped | (step + 2 * window > num_steps)  # the next window is the last that fits
+        now = now._replace(
+            path=torch.cat([average_or_best.unsqueeze(1), now.path[:, :2]], 1),
+            best_rows=best_rows,
+            best=torch.where(better, total, now.best),
+            misses=misses,
+            stopped=stopped,
+            settling=settling,
+            theta=torch.where(settling[:, None], best_rows, now.theta),
+            rate=torch.where(settling[:, None], learning_rate / 3, now.rate),
+        )
+        if bool(ended.any()):
+            now, args = _Climbers(*(x[~ended] for x in now)), at(args, ~ended)
     return result
+
+
+def _window(
+    now: _Climbers, slope: Callable[[Tensor], tuple[Tensor, Tensor]], rates: Tensor, step: int, window: int
+) -> tuple[_Climbers, Tensor, Tensor]:
+    """Adam's steps of one window, the ELBO averaged over it, and the parameters over its second half."""
+    theta, rate, fall = now.theta, now.rate, 0.03 ** (1 / window)
+    total, average = torch.zeros_like(now.best), torch.zeros_like(theta)
+    for inside in range(window):
+        step += 1
+        value, gradient = slope(theta)
+        now.first.lerp_(gradient, 0.1)
+        now.second.lerp_(gradient.square(), 0.001)
+        unbiased = (now.second / (1 - 0.999**step)).sqrt() + 1e-8
+        rate = torch.where(now.settling[:, None], rate * fall, rate)
+        theta = theta + rate * rates * (now.first / (1 - 0.9**step)) / unbiased
+        total += value.double()
+        if inside >= window // 2:
+            average += theta
+    return now._replace(theta=theta, rate=rate), total / window, average / (window - window // 2)
 
 
 def climbed(model: Program, form: LocalForm, best: Optimum, args: tuple[Any, ...], num_samples: int) -> Climb:
     """What remains of each datum's climb, at one noise for all three places."""
     nesting = plate_nesting(model, form.guide(form.start), *args)
-    sizes = chunk_sizes(args, max(2, min(num_samples, 200)))
     seed = int(torch.randint(2**31, ()).item())
     weights = []
-    for rows in best.path:
+    for rows in best.path.unbind(1):
         with seeded(seed):
-            parts = [draw(model, form.guide(rows), args, {}, k, max_plate_nesting=nesting).log_weight for k in sizes]
-        weights.append(torch.cat(parts).double().cpu())
+            chunks = in_chunks(model, form.guide(rows), args, max(2, min(num_samples, 200)), nesting)
+            weights.append(torch.cat([chunk.log_weight for chunk in chunks]).double().cpu())
     left, slope = remaining(*weights)
     return Climb(left, slope, best.steps.double().cpu(), best.stopped.cpu())
 
@@ -175,9 +186,7 @@ def remaining(latest: Tensor, before: Tensor, earlier: Tensor) -> tuple[Tensor, 
     rise that cannot be told from noise is taken as large as its noise.
 
     Args:
-        latest: log weights at the last window's parameters, (K, B).
-        before: At the one before, at the same noise, (K, B).
-        earlier: At the one before that, (K, B).
+        latest, before, earlier: log weights at the last three windows' parameters, at the same noise, (K, B) each.
     Returns:
         What remains and the rise d, (B,) each, in nats per datum.
     """
@@ -192,7 +201,7 @@ def remaining(latest: Tensor, before: Tensor, earlier: Tensor) -> tuple[Tensor, 
 
 
 def _slope(
-    model: Program, form: LocalForm, theta: Tensor, args: tuple[Any, ...], num_samples: int, nesting: int
+    model: Program, form: LocalForm, args: tuple[Any, ...], num_samples: int, nesting: int, theta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The ELBO per datum at some samples, and its gradient."""
     with torch.enable_grad():

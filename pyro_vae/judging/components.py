@@ -1,8 +1,10 @@
 """The sites of a program, apart: their log densities at given latents, and the latents as columns of scalars.
 
-`Scorer` runs a program once to learn its structure, and then once per evaluation for all
-chains and data together. `Components` has one column for each scalar component of a model's latents, whatever its
-sites are called.
+`Scorer` runs a program once to learn its structure, and then once per evaluation for all chains and data together.
+`Components` has one column for each scalar component of a model's latents, whatever its sites are called.
+`simulated_batch` puts a model's own data into its arguments: which argument is which site is told by their values, so
+that a user's own program needs no convention. A site replaces the argument that it equals up to shape, as
+``obs=x.reshape(-1, 784)`` does, and where none or several do, the caller says which.
 """
 
 from __future__ import annotations
@@ -18,35 +20,22 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.inference.capture import Uncapturable, capturing
-from pyro_vae.sites import (
-    Frame,
-    common_scale,
-    data_frame,
-    depth,
-    plates,
-    sample_sites,
-    site_log_prob,
-)
-from pyro_vae.traces import Program, run_at
+from pyro_vae.sites import Frame, common_scale, data_frame, depth, plates, sample_sites, site_log_prob
+from pyro_vae.traces import Program, run_at, simulate, sites
 
 
 class Scorer:
     """log p of a program's sites at given latents, for all chains in one run of the program.
 
-    Args:
-        program: A Pyro program.
-        args: What it takes.
     Attributes:
         sites: Its sites, as one plain run gave them.
         frame: Where its data lie.
-    Raises:
-        ValueError: What `data_frame` and `common_scale` refuse.
     """
 
-    def __init__(self, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
-        self.program, self.args, self.kwargs = program, args, dict(kwargs or {})
+    def __init__(self, program: Program, args: tuple[Any, ...]) -> None:
+        self.program, self.args = program, args
         with torch.random.fork_rng(), torch.no_grad():
-            plain = poutine.trace(program).get_trace(*args, **self.kwargs)
+            plain = poutine.trace(program).get_trace(*args)
         common_scale([plain])
         self.nesting = depth(plain)
         self.frame = data_frame([plain], 1, self.nesting, args=args)
@@ -77,7 +66,7 @@ class Scorer:
         return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
 
     def _score(self, latents: Mapping[str, Tensor], chains: int) -> dict[str, Tensor]:
-        trace = run_at(self.program, self.sites, latents, self.nesting, self.args, self.kwargs)
+        trace = run_at(self.program, self.sites, latents, self.nesting, self.args, {})
         dim = -1 - self.nesting if chains > 1 else None
         frame = Frame(chains, dim, self.frame.data_dim, self.frame.data_size)
         return {site["name"]: site_log_prob(site, frame) for site in sample_sites(trace)}
@@ -87,23 +76,42 @@ class FixedScorer:
     """As `Scorer`, for a guide of one site: its distribution depends on x only, so the network runs once."""
 
     def __init__(self, scorer: Scorer) -> None:
-        (self.site,) = scorer.sites.values()
-        self.data_dim, self.data_size = scorer.frame.data_dim, scorer.frame.data_size
+        (self.site,), self.frame = scorer.sites.values(), scorer.frame
 
     def __call__(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        value = latents[self.site["name"]]
-        deepest = max(-dim for dim in plates(self.site))
-        chains = len(value)
-        frame = Frame(chains, -1 - deepest, self.data_dim, self.data_size)
-        return {self.site["name"]: site_log_prob({**self.site, "value": value}, frame)}
+        name, deepest = self.site["name"], max(-dim for dim in plates(self.site))
+        frame = Frame(len(latents[name]), -1 - deepest, self.frame.data_dim, self.frame.data_size)
+        return {name: site_log_prob({**self.site, "value": latents[name]}, frame)}
+
+
+def fastest(scorer: Scorer) -> Scorer | FixedScorer:
+    """Of a guide: without running its network again, where it has a single site."""
+    return FixedScorer(scorer) if len(scorer.sites) == 1 else scorer
+
+
+def placed(site: Any, data_dim: int, event: tuple[int, ...] | None = None) -> tuple[int, tuple[int, ...]]:
+    """Which axis of a site's value, (*plates, *event), is that of the data, and its shape without that axis."""
+    value, count = site["value"].shape, site["fn"].event_dim
+    deepest = max(-dim for dim in plates(site))
+    batch = value[: len(value) - count]
+    whole = (*batch[len(batch) - deepest :], *(value[len(value) - count :] if event is None else event))
+    axis = deepest + data_dim
+    return axis, whole[:axis] + whole[axis + 1 :]
+
+
+def refuse_other_scores(who: str, whose: str, again: Tensor, first: Tensor) -> None:
+    """Refuse a program that scores the same values differently a second time."""
+    if not torch.allclose(again, first, rtol=1e-3, atol=1e-2, equal_nan=True):
+        raise ValueError(
+            f"{who} scores the same values differently a second time, though {whose} networks are in evaluation mode: "
+            "it draws noise that no site knows of, such as torch.randn or F.dropout(..., training=True) in its code. "
+            "Make that noise a sample site, or leave it out."
+        )
 
 
 class Components:
     """Names and columns of all latent components of a model: C of them.
 
-    Args:
-        model: A Pyro program for p(x, z).
-        args: A batch.
     Attributes:
         names: "z[0]", "z[1]", ..., "top" for a scalar site, "low[3,1]" with inner plates or larger events, (C,).
         sites: Number of components by site, in the order of the model.
@@ -111,16 +119,14 @@ class Components:
     Raises:
         ValueError: The model has no latent site, or no plate that all sites share.
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         ...         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
         >>> components = Components(model, (torch.zeros(5),))
-        >>> components.names
-        ('z[0]', 'z[1]')
-        >>> components.columns({"z": torch.zeros(7, 5, 2)}).shape
-        torch.Size([7, 5, 2])
+        >>> components.names, components.columns({"z": torch.zeros(7, 5, 2)}).shape
+        (('z[0]', 'z[1]'), torch.Size([7, 5, 2]))
     """
 
     def __init__(self, model: Program, args: tuple[Any, ...]) -> None:
@@ -132,21 +138,16 @@ class Components:
         for name, site in scorer.sites.items():
             if site["is_observed"]:
                 continue
-            value, event = site["value"], site["fn"].event_dim
-            batch = value.shape[: value.dim() - event]
-            deepest = max(-dim for dim in plates(site))
-            whole = (*batch[len(batch) - deepest :], *value.shape[value.dim() - event :])
-            axis = deepest + scorer.frame.data_dim
-            shape = whole[:axis] + whole[axis + 1 :]
-            self._axes[name] = 1 + axis
-            self.sites[name] = math.prod(shape)
-            self.shapes[name] = shape
+            axis, shape = placed(site, scorer.frame.data_dim)
+            self._axes[name], self.sites[name], self.shapes[name] = 1 + axis, math.prod(shape), shape
             # A dimension that no plate has, as beside a data plate at dim -2, is none to speak of.
+            event, deepest = site["fn"].event_dim, max(-dim for dim in plates(site))
+            batch = site["value"].shape[: site["value"].dim() - event]
             empty = [batch[len(batch) + dim] == 1 and dim not in plates(site) for dim in range(-deepest, 0)]
-            told = [not e for i, e in enumerate([*empty, *[False] * event]) if i != axis]
+            named = [not e for i, e in enumerate([*empty, *[False] * event]) if i != axis]
             for index in itertools.product(*map(range, shape)):
-                index = tuple(i for i, say in zip(index, told, strict=True) if say)
-                names.append(f"{name}[{','.join(map(str, index))}]" if index else name)
+                shown = ",".join(str(i) for i, show in zip(index, named, strict=True) if show)
+                names.append(f"{name}[{shown}]" if shown else name)
         if not names:
             raise ValueError("the model has no latent site, so there is no posterior to judge.")
         self.names = tuple(names)
@@ -165,6 +166,66 @@ class Components:
 
     def shared(self, name: str, rows: Tensor, size: int) -> Tensor:
         """Rows as samples that all of B data share, (rows, *plates, *event)."""
-        axis = self._axes[name]
         wide = rows.unsqueeze(1).expand(len(rows), size, *rows.shape[1:])
-        return wide.movedim(1, axis)
+        return wide.movedim(1, self._axes[name])
+
+
+def simulated_batch(
+    model: Program, args: tuple[Any, ...], observed: Mapping[str, int] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    """Draw (z, x) ~ p(z) p(x | z) in the shape of a batch.
+
+    Args:
+        observed: Position of the argument that an observed site is, as {"x": 0}, where the values do not tell.
+        model, args: The batch serves for its shape, and for what the model conditions on.
+    Returns:
+        The arguments with simulated data in them, and the latents that the data were drawn from.
+    Raises:
+        ValueError: A site equals no argument, or several; or the model observes nothing.
+    """
+    given = {name: site["value"] for name, site in sites(model, *args).items() if site["is_observed"]}
+    if not given:
+        raise ValueError(
+            "the model observes no site with these arguments, so there are no data to simulate. "
+            "Write the data site as pyro.sample(name, distribution, obs=x)."
+        )
+    named = dict(observed or {})
+    unknown = [name for name in named if name not in given]
+    if unknown:
+        raise ValueError(f"got observed={{{unknown[0]!r}: ...}}, wanted one of the model's data sites, {list(given)}.")
+    places = {name: _place(name, value, args, named.get(name)) for name, value in given.items()}
+    if len(set(places.values())) < len(places):
+        raise ValueError(
+            f"two observed sites are one and the same argument, {places}, so simulated data have no place. Make them "
+            "one site, or two arguments."
+        )
+    drawn = simulate(model, *args)
+    replaced = list(args)
+    for name, place in places.items():
+        replaced[place] = drawn.observations[name].reshape(args[place].shape).to(args[place].dtype)
+    return tuple(replaced), drawn.latents
+
+
+def _place(site: str, value: Tensor, args: tuple[Any, ...], named: int | None) -> int:
+    if named is not None:
+        if not -len(args) <= named < len(args) or not isinstance(args[named], Tensor):
+            raise ValueError(
+                f"got observed={{{site!r}: {named}}}, wanted the position of a tensor among {len(args)} arguments."
+            )
+        if args[named].numel() != value.numel():
+            raise ValueError(
+                f"argument {named} has {args[named].numel()} values, and site {site!r} {value.numel()}: wanted as many."
+            )
+        return named % len(args)
+    same = [
+        i
+        for i, x in enumerate(args)
+        if isinstance(x, Tensor) and x.numel() == value.numel() and bool((x.flatten() == value.flatten()).all())
+    ]
+    if len(same) != 1:
+        found = "none" if not same else f"those at {same}"
+        raise ValueError(
+            f"simulated data of site {site!r} replace the argument that it equals up to shape, and of {len(args)} "
+            f"arguments {found} did. Say which it is by its position: observed={{{site!r}: 0}}."
+        )
+    return same[0]

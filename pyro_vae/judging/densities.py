@@ -1,8 +1,8 @@
 """The log densities of a pair as functions of unconstrained latents, with their gradients.
 
-Markov chains want one vector per chain and datum. `Latents` lays all latent sites of a
-model side by side as u, (C, B, U) for C chains, B data and U unconstrained dimensions,
-and takes constrained sites through z = T(u), whose Jacobian enters every density:
+Markov chains want one vector per chain and datum. `Latents` lays all latent sites of a model side by side as u,
+(C, B, U) for C chains, B data and U unconstrained dimensions, and takes constrained sites through z = T(u), whose
+Jacobian enters every density:
 
     log f(u) = log f(z) + log |det dT / du|,   z = T(u)
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.auxiliary import points_among
-from pyro_vae.judging.components import FixedScorer, Scorer
-from pyro_vae.sites import deterministic, kind, plates, unwrapped
+from pyro_vae.judging.components import Scorer, fastest, placed, refuse_other_scores
+from pyro_vae.sites import deterministic, kind, unwrapped
 from pyro_vae.traces import Program, draw
 
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]  # u, (C, B, U), to (J, C, B) and (J, C, B, U)
@@ -39,16 +39,10 @@ class Site(NamedTuple):
 
 
 class Latents:
-    """The latent sites of a model side by side: u, (C, B, U).
+    """The latent sites of a model side by side, in its order: u, (C, B, U); U is their size.
 
-    Args:
-        scorer: The model's.
-    Attributes:
-        sites: In the order of the model.
-        size: U.
     Raises:
-        ValueError: No latent, a discrete or enumerated one, or one whose support has no
-            unconstrained coordinates.
+        ValueError: No latent, a discrete or enumerated one, or one whose support has no unconstrained coordinates.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -58,22 +52,14 @@ class Latents:
                 continue
             _continuous(name, site)
             transform, event = _transform(name, site)
-            batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-            deepest = max(-dim for dim in plates(site))
-            whole = tuple(batch[len(batch) - deepest :]) + event
-            axis = 1 + deepest + scorer.frame.data_dim
-            shape = whole[: axis - 1] + whole[axis:]
-            self.sites.append(Site(name, transform, axis, shape, math.prod(shape)))
+            axis, shape = placed(site, scorer.frame.data_dim, event)
+            self.sites.append(Site(name, transform, 1 + axis, shape, math.prod(shape)))
         if not self.sites:
             raise ValueError("the model has no latent site, so there is nothing to sample. Its log_prob is exact.")
         self.size = sum(site.size for site in self.sites)
 
     def pack(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """u, (C, B, U), of values per site, (C, *plates, *event).
-
-        Raises:
-            ValueError: A value lies outside the support of the model's site.
-        """
+        """u, (C, B, U), of values per site, (C, *plates, *event), which have to lie in the supports of the model."""
         columns = []
         for site in self.sites:
             value = latents[site.name]
@@ -103,12 +89,8 @@ class Latents:
 
 
 class Pair:
-    """What chains need of a model/guide pair at one batch.
+    """What chains need of a model/guide pair at one batch; without a guide only the prior is used.
 
-    Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x), or None where only the prior is used.
-        args: The batch.
     Raises:
         ValueError: Discrete, enumerated, auxiliary or point sites, by name with a remedy.
     """
@@ -118,9 +100,10 @@ class Pair:
         self.joint = Scorer(model, args)
         self.latents = Latents(self.joint)
         self.names = [site.name for site in self.latents.sites]
-        self._guide_score: Scorer | FixedScorer | None = None
         if guide is not None:
-            self._check_guide(guide, args)
+            scorer = Scorer(guide, args)
+            self._check_guide(guide, scorer)
+            self._guide_sites, self._guide_score = scorer.sites, fastest(scorer)
 
     def from_guide(self, num_chains: int) -> Tensor:
         """Draws u ~ q(z | x), (C, B, U)."""
@@ -137,14 +120,10 @@ class Pair:
     def posterior_density(self) -> Density:
         """log p(x, T(u)) + log |dT/du|, as the one row of J = 1."""
         self._check_repeatable()
-        return functools.partial(_evaluate, self._joint_only)
+        return functools.partial(_evaluate, lambda u: [self.log_posterior(u)])
 
     def path_density(self, start: str) -> Density:
-        """The two ends of an annealing path, J = 2: log p0(u) and log p(x, u).
-
-        Raises:
-            ValueError: start is "guide" and the guide cannot score a sample that it did not draw.
-        """
+        """The two ends of an annealing path, J = 2: log p0(u), of the guide or the prior, and log p(x, u)."""
         self._check_repeatable()
         if start == "prior":
             return functools.partial(_evaluate, self._prior_and_joint)
@@ -153,11 +132,8 @@ class Pair:
 
     def log_posterior(self, u: Tensor) -> Tensor:
         """log p(x, T(u)) + log |dT/du|, (C, B), without gradients."""
-        return self._joint_only(u)[0]
-
-    def _joint_only(self, u: Tensor) -> list[Tensor]:
         latents, jacobian = self.latents.unpack(u)
-        return [_total(self.joint(latents).values(), jacobian)]
+        return _total(self.joint(latents).values(), jacobian)
 
     def _prior_and_joint(self, u: Tensor) -> list[Tensor]:
         latents, jacobian = self.latents.unpack(u)
@@ -167,52 +143,42 @@ class Pair:
 
     def _guide_and_joint(self, u: Tensor) -> list[Tensor]:
         latents, jacobian = self.latents.unpack(u)
-        assert self._guide_score is not None
         scores = self._guide_score(latents)
         guide = _total([scores[name] for name in self.names], jacobian)
         return [guide, _total(self.joint(latents).values(), jacobian)]
 
-    def _check_guide(self, guide: Program, args: tuple[Any, ...]) -> None:
-        scorer = Scorer(guide, args)
-        points = points_among(guide, scorer.sites.values(), args, {})
+    def _check_guide(self, guide: Program, scorer: Scorer) -> None:
+        remedy = 'anneal from the prior: ais(model, None, data, start="prior").'
+        points = points_among(guide, scorer.sites.values(), self.args, {})
         for name, site in scorer.sites.items():
             if name in points:
                 raise ValueError(
                     f"guide site {name!r} is a point (Delta) without a density, so chains cannot start from it. Give "
-                    'the site a distribution, or anneal from the prior: ais(model, None, data, start="prior").'
+                    f"the site a distribution, or {remedy}"
                 )
             if name not in self.names and not site["is_observed"]:
                 raise ValueError(
                     f"guide site {name!r} is none of the model's latent sites, {self.names}, so the density of the "
-                    "guide's draws is not known. Anneal from the prior: "
-                    'ais(model, None, data, start="prior").'
+                    f"guide's draws is not known. A{remedy[1:]}"
                 )
         absent = [name for name in self.names if name not in scorer.sites]
         if absent:
             raise ValueError(
                 f"latent site {absent[0]!r} of the model has no counterpart in the guide, which has "
-                f'{list(scorer.sites)}. Add it, or anneal from the prior: ais(model, None, data, start="prior").'
+                f"{list(scorer.sites)}. Add it, or {remedy}"
             )
-        self._guide_sites = scorer.sites
-        self._guide_score = FixedScorer(scorer) if len(scorer.sites) == 1 else scorer
 
     def _check_repeatable(self) -> None:
         drawn = self.latents.unpack(self.from_prior(2))[0]
         first, second = self.joint(drawn), self.joint(drawn)
         for name, score in first.items():
-            if not torch.allclose(second[name], score, rtol=1e-3, atol=1e-2, equal_nan=True):
-                raise ValueError(
-                    f"site {name!r} of the model scores the same values differently a second time, though its networks "
-                    "are in evaluation mode: it draws noise that no site knows of, such as torch.randn or "
-                    "F.dropout(..., training=True) in its code. Make that noise a latent site, or leave it out."
-                )
+            refuse_other_scores(f"site {name!r} of the model", "its", second[name], score)
 
     def _check_rescoring(self) -> None:
-        """Score draws as strangers, and compare with what their own draw said."""
-        assert self.guide is not None and self._guide_score is not None
+        """Score draws as if another had made them, and compare with their own densities."""
+        assert self.guide is not None
         drawn = draw(self.model, self.guide, self.args, {}, 2)
         remedy = 'Anneal from the prior (start="prior"), or use a guide with an inverse, such as a coupling flow.'
-        kinds = {name: kind(site["fn"]) for name, site in self._guide_sites.items()}
         for name, site in self._guide_sites.items():
             if isinstance(unwrapped(site["fn"]), Delta):
                 raise ValueError(
@@ -222,17 +188,13 @@ class Pair:
         try:
             again = self._guide_score({name: drawn.latents[name].clone() for name in self.names})
         except (KeyError, NotImplementedError) as error:
+            kinds = {name: kind(site["fn"]) for name, site in self._guide_sites.items()}
             raise ValueError(
                 f"the guide, {kinds}, cannot score a sample that it did not draw (rescoring is impossible): its "
                 f"transform has no inverse. {remedy}"
             ) from error
         for name in self.names:
-            if not torch.allclose(again[name], drawn.log_q[name], rtol=1e-3, atol=1e-2):
-                raise ValueError(
-                    f"guide site {name!r} scores its own draws differently a second time, though the guide's networks "
-                    "are in evaluation mode: it draws noise that no site knows of, such as torch.randn or "
-                    "F.dropout(..., training=True) in its code. Make that noise a sample site, or leave it out."
-                )
+            refuse_other_scores(f"guide site {name!r}", "the guide's", again[name], drawn.log_q[name])
 
 
 def _evaluate(ends: Callable[[Tensor], list[Tensor]], u: Tensor) -> tuple[Tensor, Tensor]:

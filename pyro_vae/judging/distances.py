@@ -1,5 +1,5 @@
-"""How far draws are from others, in numbers that know their own noise: a guide's from a reference posterior's, and
-samples from data.
+"""How far draws are from others, in numbers that know their own noise: a guide's from a reference posterior's, samples
+from data, and outliers from the rest.
 
 Every distance comes with its null value: what two halves of the reference give against each
 other, which is what an exact guide would show. The halves are made of whole chains, so
@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 
 from pyro_vae.judging.densities import Pair
+from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.references import Reference
 from pyro_vae.judging.results import Result
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
+
+_BOOTSTRAPS = 200
+SCORES = ("log-likelihood", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,7 @@ class GuideDistances(Result):
     Attributes:
         variance_ratio: Var_q / Var_ref, (N, U): below one the guide is too narrow.
         mean_error: (E_q - E_ref) in standard deviations of the reference, (N, U).
-        sliced_wasserstein: W_2 averaged over directions, in standard deviations of the
-            reference, (N,).
+        sliced_wasserstein: W_2 averaged over directions, in standard deviations of the reference, (N,).
         mmd: Unbiased squared maximum mean discrepancy, (N,); can be slightly negative.
         null_variance_ratio, null_mean_error, null_sliced_wasserstein, null_mmd: The same
             between two halves of the reference.
@@ -50,20 +53,17 @@ class GuideDistances(Result):
     null_mmd: Tensor
 
     def rows(self) -> list[dict[str, Any]]:
-        def rms(x: Tensor) -> float:
-            return x.square().mean().sqrt().item()
-
-        def ratio(x: Tensor) -> float:
-            return x.log().mean().exp().item()
-
-        found = [
-            ("variance ratio", ratio(self.variance_ratio), ratio(self.null_variance_ratio)),
-            ("mean error (sd)", rms(self.mean_error), rms(self.null_mean_error)),
-            ("sliced Wasserstein (sd)", *(x.mean().item() for x in (self.sliced_wasserstein,
-                                                                    self.null_sliced_wasserstein))),
-            ("squared MMD", self.mmd.mean().item(), self.null_mmd.mean().item()),
-        ]  # fmt: skip
-        return [{"distance": name, "value": value, "null": null} for name, value, null in found]
+        parts = {
+            "variance ratio": lambda x: x.log().mean().exp(),
+            "mean error (sd)": lambda x: x.square().mean().sqrt(),
+            "sliced Wasserstein (sd)": lambda x: x.mean(),
+            "squared MMD": lambda x: x.mean(),
+        }
+        fields = ("variance_ratio", "mean_error", "sliced_wasserstein", "mmd")
+        return [
+            {"distance": name, "value": f(getattr(self, of)).item(), "null": f(getattr(self, f"null_{of}")).item()}
+            for (name, f), of in zip(parts.items(), fields, strict=True)
+        ]
 
     def __str__(self) -> str:
         shown = "{distance} {value:.3g} (null {null:.3g})"
@@ -84,16 +84,13 @@ def guide_distances(
 ) -> GuideDistances:
     """Compare a guide with the draws of a reference posterior, datum by datum.
 
-    As many guide draws are taken as half of the reference holds, so that values and nulls
-    have the same noise.
+    As many guide draws are taken as half of the reference holds, so that values and nulls have the same noise.
 
     Args:
-        guide: The guide to judge; not necessarily the one that the reference started from.
-        data: The data of the reference, in its order.
+        guide, data: The data are those of the reference, in its order, and the guide any.
         reference: What `reference` returned, from an even number of chains.
         num_directions: Directions of the sliced Wasserstein distance.
-        seed: Seed of the draws and directions.
-        model, device, progress: As for `log_likelihood`.
+        model, seed, device, progress: As for `log_likelihood`.
     Returns:
         The distances with their null values, in unconstrained coordinates.
     Raises:
@@ -127,14 +124,8 @@ def guide_distances(
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """sqrt of the mean over directions of the squared W_2 between projections, per datum.
+    """sqrt of the mean over directions, (L, U), of the squared W_2 between projections of (K, B, U), per datum, (B,).
 
-    Args:
-        x: (K, B, U).
-        y: (K, B, U).
-        directions: Unit vectors, (L, U).
-    Returns:
-        (B,).
     Example:
         >>> x = torch.arange(6.0).reshape(3, 1, 2)
         >>> sliced_wasserstein(x, x + torch.tensor([3.0, 0.0]), torch.eye(2))    # sqrt((9 + 0) / 2)
@@ -155,12 +146,8 @@ def squared_mmd(x: Tensor, y: Tensor, most: int = 500) -> Tensor:
 
         E k(X, X') + E k(Y, Y') - 2 E k(X, Y)
 
-    Args:
-        x: (K, B, U), in units in which the reference has variance one.
-        y: (M, B, U).
-        most: Draws of each that are used, evenly spaced: the cost is their square.
-    Returns:
-        (B,).
+    Of x, (K, B, U), and y, (M, B, U), in units in which the reference has variance one, so many draws are used at most,
+    evenly spaced: the cost is their square.
     """
     x, y = (s[:: math.ceil(len(s) / most)] for s in (x, y))
     dims = x.shape[-1]
@@ -172,19 +159,15 @@ def squared_mmd(x: Tensor, y: Tensor, most: int = 500) -> Tensor:
     return torch.stack(found)
 
 
-def _off_diagonal(kernel: Tensor) -> Tensor:
-    count = len(kernel)
-    return (kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))
+def _off_diagonal(table: Tensor) -> Tensor:
+    """Mean of what stands off the diagonal: of pairs of different draws."""
+    count = len(table)
+    return (table.sum() - table.diagonal().sum()) / (count * (count - 1))
 
 
 class Distance(NamedTuple):
-    """A distance between two sets, and the spread of what halves of the second give.
-
-    Attributes:
-        value: The distance.
-        null: Root mean square of the distance between random halves of the data: a
-            value of this size is nothing.
-    """
+    """A distance between two sets, and the root mean square of that between random halves of the second: a value of
+    the size of this null is nothing."""
 
     value: float
     null: float
@@ -200,10 +183,8 @@ def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: 
     can be slightly negative; ``null`` says how large a value is still nothing.
 
     Args:
-        samples: (N, *shape).
-        data: (M, *shape).
-        halvings: Random halvings of the data for the null value.
-        seed: Seed of the halvings.
+        samples, data: (N, *shape) and (M, *shape).
+        halvings, seed: Random halvings of the data for the null value.
     Returns:
         The distance, beside that of two halves of the data.
     Raises:
@@ -229,5 +210,113 @@ def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: 
 
 def _squared_energy(x: Tensor, y: Tensor) -> float:
     between = torch.cdist(x, y).mean()
-    within = [torch.cdist(s, s).sum() / (len(s) * (len(s) - 1)) for s in (x, y)]
+    within = [_off_diagonal(torch.cdist(s, s)) for s in (x, y)]
     return (2 * between - within[0] - within[1]).item()
+
+
+@checked
+def anomaly_scores(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    score: str = "log-likelihood",
+    num_samples: int = 100,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    compile: bool | str = "auto",
+) -> Tensor:
+    """How strange each datum is, in nats: higher is stranger.
+
+        "log-likelihood"    - log 1/K sum_k p(x, z_k) / q(z_k | x)
+        "reconstruction"    - 1/K sum_k log p(x | z_k)
+
+    The first needs a density over z; the second is all that a plain autoencoder has.
+
+    Args:
+        score: "log-likelihood" or "reconstruction".
+        num_samples: K; a point guide needs only one.
+        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
+    Returns:
+        Scores, (N,).
+    Raises:
+        ValueError: Another score, or "log-likelihood" with a point guide.
+    """
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
+    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    if score == "log-likelihood":
+        return -log_likelihood(model, guide, data, num_samples=num_samples, compile=compile, **options).pointwise
+    with sweep(model, guide, data=data, title="reconstruction", **options) as run:
+        parts = [
+            torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)
+        ]
+    return -torch.cat(parts).double().cpu()
+
+
+def roc_auc(inliers: Tensor, outliers: Tensor) -> float:
+    """Area under the ROC curve: P(outlier scores above inlier), ties counting half.
+
+    Args:
+        inliers: Scores of ordinary data.
+        outliers: Scores of strange data.
+    Returns:
+        A share, one half where the scores tell nothing.
+    Example:
+        >>> roc_auc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+        0.875
+    """
+    from sklearn.metrics import roc_auc_score
+
+    labels = torch.cat([torch.zeros(len(inliers)), torch.ones(len(outliers))])
+    return float(roc_auc_score(labels.numpy(), torch.cat([inliers, outliers]).cpu().double().numpy()))
+
+
+def gradient_quality(table: Tensor, reference: Tensor) -> tuple[Any, ...]:
+    """Gradients, (R, P), beside those of a reference, (R', P): bias^2 and its error, p-value, norm of the reference,
+    variance and its error, SNR and its error, SNR per parameter (see `pyro_vae.judging.gradients`)."""
+    from scipy.stats import chi2
+
+    count, far = len(table), len(reference)
+    mean, expected = table.mean(0), reference.mean(0)
+    centred, away = table - mean, reference - expected
+    trace = centred.square().sum() / (count - 1)
+    trace_far = away.square().sum() / (far - 1)
+    difference = mean - expected
+    distance = difference.square().sum()
+    noise = trace / count + trace_far / far
+    # tr(A B) of two covariances from inner products of different draws.
+    square = (
+        _off_diagonal((centred @ centred.T).square()) / count**2
+        + 2 * (centred @ away.T).square().mean() / (count * far)
+        + _off_diagonal((away @ away.T).square()) / far**2
+    )
+    p_value = 1.0 if distance == 0 else 0.0
+    if noise > 0 and square > 0:
+        p_value = float(chi2.sf((distance * noise / square).item(), (noise.square() / square).item()))
+    projected = (centred @ difference).var() / count + (away @ difference).var() / far
+    signal = (expected.square().sum() - trace_far / far).clamp(min=0)
+    spread, snr = _bootstrap(table)
+    deviation = table.std(0)
+    seen = deviation > 0
+    each = (mean.abs() / deviation)[seen].mean() if bool(seen.any()) else torch.tensor(math.nan)
+    ratio = ((mean.square().sum() - trace / count).clamp(min=0) / trace).sqrt()
+    error, size = (2 * square + 4 * projected).clamp(min=0).sqrt().item(), table.shape[1]
+    bias = (distance - noise).item(), error, p_value, signal.sqrt().item()
+    return *bias, (trace / size).item(), spread / size, ratio.item(), snr, each.item()
+
+
+def _bootstrap(table: Tensor) -> tuple[float, float]:
+    """Standard errors of the trace of the covariance, and of the SNR."""
+    count = len(table)
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(count, (_BOOTSTRAPS, count), generator=generator)
+    share = torch.full(picks.shape, 1 / count, dtype=table.dtype)
+    weight = torch.zeros_like(share).scatter_add_(1, picks, share)
+    mean = weight @ table
+    trace = (weight @ table.square().sum(1) - mean.square().sum(1)) * count / (count - 1)
+    # The mean of a resample carries the noise of the draws twice.
+    signal = (mean.square().sum(1) - 2 * trace / count).clamp(min=0)
+    ratio = torch.where(trace > 0, signal / trace, 0.0).sqrt()
+    return trace.std().item(), ratio.std().item()

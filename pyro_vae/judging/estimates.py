@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Scored, at_fewer, fewer, khat_limit, khat_ok
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
-
-SCORES = ("log-likelihood", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,17 @@ class Curve(Result):
     def rows(self) -> list[dict[str, Any]]:
         return table(num_samples=self.num_samples, value=self.value, mc_stderr=self.mc_stderr)
 
+    def at(self, num_samples: int) -> tuple[float, float]:
+        """The curve at any K, linear in log K, and its error: a quarter of the step between two points is added."""
+        after = next(i for i, k in enumerate(self.num_samples) if k >= num_samples)
+        if self.num_samples[after] == num_samples:
+            return self.value[after].item(), self.mc_stderr[after].item()
+        a, b = self.num_samples[after - 1 : after + 1]
+        share = math.log(num_samples / a) / math.log(b / a)
+        low, high = self.value[after - 1 : after + 1].tolist()
+        noise = self.mc_stderr[after - 1 : after + 1].max().item()
+        return low + share * (high - low), math.hypot(noise, (high - low) / 4)
+
     def __str__(self) -> str:
         form = "K = {num_samples:<6d} {value:.3f} ± {mc_stderr:.3f} nats"
         return "\n".join(form.format(**row) for row in self.rows())
@@ -60,29 +69,21 @@ class Estimate(Measured):
     """An estimate of log p(x), averaged over data, in nats.
 
     Attributes:
-        value: Mean over the data of log 1/K sum_k w_k.
-        mc_stderr: Monte Carlo standard error of the value, given these data.
-        data_stderr: Standard error of the value for the population of the data.
-        bias: Jackknife estimate of the bias of the value (negative: it is too low).
+        value, mc_stderr, data_stderr, num_samples: Of the mean over the data of log 1/K sum_k w_k, as in `Measured`.
         pointwise: log 1/K sum_k w_k per datum, (N,); where the guide has one density for all data
             (``AutoDiagonalNormal``), one number for all of them, over N.
+        bias: Jackknife estimate of the bias of the value (negative: it is too low).
         ess: Effective number of samples per datum, (sum w)^2 / sum w^2, (N,).
         pareto_k: k-hat per datum, (N,).
-        num_samples: K.
         smoothed: log 1/K sum_k w_k per datum after Pareto smoothing of the largest weights, (N,): less noisy
             where k-hat is high, and no longer a lower bound in expectation.
         smoothed_stderr: Monte Carlo standard error of its mean, from the smoothed weights.
         curve: The plain estimate against K.
     """
 
-    value: float
-    mc_stderr: float
-    data_stderr: float
     bias: float
-    pointwise: Tensor
     ess: Tensor
     pareto_k: Tensor
-    num_samples: int
     smoothed: Tensor | None = None
     smoothed_stderr: float = math.nan
     curve: Curve | None = None
@@ -110,11 +111,7 @@ class Estimate(Measured):
         return self.curve.num_samples[len(inside) - int(inside.sum())] if bool(inside[-1]) else None
 
     def advice(self, tolerance: float | None = None) -> str:
-        """Which K is enough, in words: whether k-hat allows an answer, and what the bias makes of it.
-
-        Args:
-            tolerance: As for `enough`.
-        """
+        """Which K is enough, in words: whether k-hat allows an answer, and what the bias makes of it; as `enough`."""
         count, limit = self.num_samples, self._tolerance(tolerance)
         if math.isnan(self.khat_ok) or math.isnan(self.bias):
             return f"K = {count} is too small to judge: take num_samples >= 25 for a bias and a k̂."
@@ -124,9 +121,8 @@ class Estimate(Measured):
                 "misses mass of the posterior there, so that neither error nor bias can be trusted. A larger K helps "
                 "slowly: enrich the guide, or anneal (ais)."
             )
-        against = f"{limit:.2g} nats" + (", a tenth of the error of the data" if tolerance is None else "")
-        if math.isnan(self.data_stderr) and tolerance is None:
-            against = f"{limit:.2g} nats"
+        tenth = tolerance is None and not math.isnan(self.data_stderr)
+        against = f"{limit:.2g} nats" + ", a tenth of the error of the data" * tenth
         enough = self.enough(tolerance)
         if enough is not None:
             smaller = "" if enough == count else f"; K = {enough} would do"
@@ -154,7 +150,7 @@ class Estimate(Measured):
         return khat_ok(self.pareto_k, self.num_samples)
 
     def __str__(self) -> str:
-        text = f"log p(x) = {self.said}"
+        text = f"log p(x) = {self.with_errors}"
         if math.isnan(self.khat_ok):
             return f"{text}, k̂ unknown at K = {self.num_samples}"
         text += f", k̂ ok for {100 * self.khat_ok:.1f} %"
@@ -168,25 +164,35 @@ class ElboTerms(Measured):
     """The ELBO and its two terms, averaged over data, in nats: value = reconstruction - kl.
 
     Attributes:
-        value: E_q[log p(x, z) - log q(z | x)].
+        value, mc_stderr, data_stderr, num_samples: Of E_q[log p(x, z) - log q(z | x)], as in `Measured`.
+        pointwise: The ELBO per datum, (N,); where the guide has one density for all data, (1,).
         reconstruction: E_q[log p(x | z)].
         kl: KL(q(z | x) || p(z)), as E_q[log q(z | x) - log p(z)].
-        mc_stderr: Monte Carlo standard error of the value, given these data.
-        data_stderr: Standard error of the value for the population of the data.
-        pointwise: The ELBO per datum, (N,); where the guide has one density for all data, (1,).
-        num_samples: K.
     """
 
-    value: float
     reconstruction: float
     kl: float
-    mc_stderr: float
-    data_stderr: float
-    pointwise: Tensor
-    num_samples: int
 
     def __str__(self) -> str:
-        return f"ELBO = {self.said} = reconstruction {self.reconstruction:.2f} - KL {self.kl:.2f}"
+        return f"ELBO = {self.with_errors} = reconstruction {self.reconstruction:.2f} - KL {self.kl:.2f}"
+
+
+@dataclass(frozen=True)
+class RateDistortion(Measured):
+    """The ELBO and its two parts with their errors, averaged over data, in nats: value = -(rate + distortion).
+
+    Attributes:
+        value, mc_stderr, data_stderr, pointwise, num_samples: Of the ELBO, as in `Measured`.
+        rate: R = E KL(q(z | x) || p(z)).
+        distortion: D = -E log p(x | z).
+    """
+
+    rate: Mean
+    distortion: Mean
+
+    def __str__(self) -> str:
+        over = f"{len(self.pointwise)} data, {self.num_samples} samples each"
+        return f"rate {self.rate.with_errors}, distortion {self.distortion.with_errors}, {over}"
 
 
 @checked
@@ -205,16 +211,14 @@ def log_likelihood(
 
         log p(x) ~ log 1/K sum_k p(x, z_k) / q(z_k | x),   z_k ~ q(z | x)
 
-    Data and samples go through in chunks, so that memory is bounded whatever their
-    numbers: some tens of megabytes beside the data.
+    Data and samples go through in chunks, so that memory is bounded: some tens of megabytes beside the data.
 
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
         data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches.
         num_samples: K.
-        seed: Seed of the samples (and of a binarisation drawn on the way); None goes
-            on with torch's random state.
+        seed: Seed of the samples (and of a binarisation drawn on the way); None goes on with torch's random state.
         device: Where the batches go; where the modules are when not given.
         progress: Show a bar; None shows it on a terminal only.
         compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where there are
@@ -225,14 +229,10 @@ def log_likelihood(
     Raises:
         ValueError: K < 1, a guide without density, and all that `particles` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5))
         >>> print(log_likelihood(model, guide, torch.zeros(3), num_samples=100))
         log p(x) = -1.27 ± 0.00 (Monte Carlo; data ± 0.00) nats, k̂ ok for 100.0 %
 
@@ -246,7 +246,7 @@ def log_likelihood(
             parts.append(Scored.of(log_weight, joint))
             totals += at_fewer(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
     scored = Scored.joined(parts)
-    _say_not_finite(scored.log_p, "log p(x)")
+    _warn_not_finite(scored.log_p, "log p(x)")
     count = len(scored.log_p)
     return Estimate(
         **averaged(scored.log_p, scored.log_p_variance),
@@ -282,20 +282,41 @@ def elbo_terms(
     Returns:
         The terms with their errors.
     Raises:
-        ValueError: K < 1, a guide without density, and all that `particles` refuses.
+        ValueError: A guide without density, and all that `particles` refuses.
     """
     with sweep(model, guide, data=data, seed=seed, device=device, progress=progress, title="ELBO") as run:
         bound, likelihood, _ = moments(run, num_samples, compile)
-    _say_not_finite(bound.pointwise, "the ELBO")
-    return ElboTerms(
-        value=bound.value,
-        reconstruction=likelihood.value,
-        kl=(likelihood.pointwise - bound.pointwise).mean().item(),
-        mc_stderr=bound.mc_stderr,
-        data_stderr=bound.data_stderr,
-        pointwise=bound.pointwise,
-        num_samples=num_samples,
-    )
+    _warn_not_finite(bound.pointwise, "the ELBO")
+    kl = (likelihood.pointwise - bound.pointwise).mean().item()
+    return ElboTerms(**bound.measured(), reconstruction=likelihood.value, kl=kl)
+
+
+@checked
+def rate_distortion(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    num_samples: int = 100,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    compile: bool | str = "auto",
+) -> RateDistortion:
+    """Rate and distortion of a pair.
+
+    Args:
+        num_samples: K, samples averaged per datum.
+        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
+    Returns:
+        Both with their errors.
+
+    Reference: Alemi et al., Fixing a broken ELBO, 2018. arXiv:1711.00464
+    """
+    with sweep(model, guide, data=data, seed=seed, device=device, progress=progress, title="rate") as run:
+        bound, likelihood, rate = moments(run, num_samples, compile)
+    distortion = replace(likelihood, value=-likelihood.value, pointwise=-likelihood.pointwise)
+    return RateDistortion(**bound.measured(), rate=rate, distortion=distortion)
 
 
 def moments(run: Sweep, num_samples: int, compile: bool | str = "auto") -> tuple[Mean, Mean, Mean]:
@@ -311,67 +332,8 @@ def moments(run: Sweep, num_samples: int, compile: bool | str = "auto") -> tuple
     return bound, reconstruction, kl
 
 
-@checked
-def anomaly_scores(
-    model: Program,
-    guide: Program,
-    data: Any,
-    *,
-    score: str = "log-likelihood",
-    num_samples: int = 100,
-    seed: int | None = 0,
-    device: str | torch.device | None = None,
-    progress: bool | None = None,
-    compile: bool | str = "auto",
-) -> Tensor:
-    """How strange each datum is, in nats: higher is stranger.
-
-        "log-likelihood"    - log 1/K sum_k p(x, z_k) / q(z_k | x)
-        "reconstruction"    - 1/K sum_k log p(x | z_k)
-
-    The first needs a density over z; the second is all that a plain autoencoder has.
-
-    Args:
-        score: "log-likelihood" or "reconstruction".
-        num_samples: K; a point guide needs only one.
-        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
-    Returns:
-        Scores, (N,).
-    Raises:
-        ValueError: Another score, or "log-likelihood" with a point guide.
-    """
-    if score not in SCORES:
-        raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
-    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
-    if score == "log-likelihood":
-        return -log_likelihood(model, guide, data, num_samples=num_samples, compile=compile, **options).pointwise
-    with sweep(model, guide, data=data, title="reconstruction", **options) as run:
-        parts = [
-            torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)
-        ]
-    return -torch.cat(parts).double().cpu()
-
-
-def roc_auc(inliers: Tensor, outliers: Tensor) -> float:
-    """Area under the ROC curve: P(outlier scores above inlier), ties counting half.
-
-    Args:
-        inliers: Scores of ordinary data.
-        outliers: Scores of strange data.
-    Returns:
-        A share, one half where the scores tell nothing.
-    Example:
-        >>> roc_auc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
-        0.875
-    """
-    from sklearn.metrics import roc_auc_score
-
-    labels = torch.cat([torch.zeros(len(inliers)), torch.ones(len(outliers))])
-    return float(roc_auc_score(labels.numpy(), torch.cat([inliers, outliers]).cpu().double().numpy()))
-
-
-def _say_not_finite(pointwise: Tensor, what: str) -> None:
-    """One line where an estimate is no number: which rows, and what to look at."""
+def _warn_not_finite(pointwise: Tensor, what: str) -> None:
+    """Which rows of an estimate are no number, and what to look at."""
     bad = (~torch.isfinite(pointwise)).nonzero().flatten()
     if len(bad):
         rows = ", ".join(str(int(row)) for row in bad[:3]) + (", ..." if len(bad) > 3 else "")

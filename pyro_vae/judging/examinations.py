@@ -1,159 +1,38 @@
-"""How the stages of a judgement are done: in pieces of a fixed schedule, so that a seed gives the same numbers.
-
-The pieces (4, 8, 16, ... data; 50, 100, 200, ... steps) are the same whatever the time; where it ends, what was done
-so far is the result. Gaps and the remedy are in `pyro_vae.judging.gap_examinations`.
-"""
+"""How the stages of a judgement are done: in pieces of a fixed schedule (4, 8, 16, ... data; 50, 100, 200, ... steps),
+the same whatever the time; where it ends, what was done so far is the result."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.inference.batches import seeded
-from pyro_vae.inference.trees import at, leaves, rows
+from pyro_vae.inference.trees import leaves
 from pyro_vae.judging._calibration import sbc
+from pyro_vae.judging._gaps import STEP_SAMPLES, FamilyGaps, Gaps, gaps
 from pyro_vae.judging.annealing import Bracket, bdmc
-from pyro_vae.judging.budget import Budget, OutOfTime
+from pyro_vae.judging.budget import Examination, OutOfTime
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, kl_per_dimension
-from pyro_vae.judging.nats import RELEVANT, Nats
-from pyro_vae.judging.results import Mean
-from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, Latents, Stages
+from pyro_vae.judging.results import RELEVANT, Mean, Nats, averaged
+from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, GapSplit, Latents, Remedy, Stages
 from pyro_vae.judging.weights import khat_ok
-from pyro_vae.traces import Program
+from pyro_vae.parts.posteriors.normal import FullNormal
 
 _NUM_SAMPLES = (5000, 2000, 1000, 500, 200, 100, 50, 25, 10, 5, 2)
 _ELBO_SAMPLES = 100
 _NUM_CHAINS = 8
-R = TypeVar("R")
+_GAP_SAMPLES, _GAP_STEPS, _WINDOW = 1000, 1000, 50
 
 
-@dataclass
-class Examination:
-    """A pair under examination, what may be spent on it, and what later stages take from earlier ones.
-
-    Attributes:
-        model: A Pyro program.
-        guide: A Pyro program.
-        data: One batch, the arguments of both.
-        num_samples: K that was asked for.
-        observed: Which argument each observed site is.
-        options: Device, seed and progress of each estimate.
-        budget: Of time.
-        per_draw: Seconds for one sample of one datum, in bulk.
-        judged: The estimate of log p(x) at K.
-        better: One at more samples.
-        best: One that uses the best q of each datum too, where it can be relied upon.
-    """
-
-    model: Program
-    guide: Program
-    data: tuple[Any, ...]
-    num_samples: int
-    observed: Mapping[str, int] | None
-    options: dict[str, Any]
-    budget: Budget
-    per_draw: float = 0.0
-    judged: Pooled | None = None
-    better: Pooled | None = None
-    best: Mean | None = None
-
-    @property
-    def num_data(self) -> int:
-        """How many data there are."""
-        return rows(self.data)
-
-    def part(self, start: int, stop: int) -> tuple[Any, ...]:
-        """Some of the data."""
-        return at(self.data, slice(start, stop))
-
-    def pieces(self, factor: int, work: Callable[[int, int], R], cost: Callable[[float, int, int], float]) -> list[R]:
-        """What came of 4 data, then of factor times as many, and so on, as long as there is time.
-
-        Args:
-            factor: By which the pieces grow.
-            work: Does the data from one index to another.
-            cost: Seconds for a piece, from those of the one before, its size and that of the piece.
-        Raises:
-            OutOfTime: Not even the first one could be done.
-        """
-        stops = [min(4, self.num_data)]
-        while stops[-1] < self.num_data:
-            stops.append(min(self.num_data, stops[-1] * factor))
-        if len(stops) > 2 and stops[-1] - stops[-2] < 4:
-            stops.pop(-2)
-        found: list[R] = []
-        took, size = 0.0, 0
-        for start, stop in zip([0, *stops], stops, strict=False):
-            if found and not self.budget.fits(cost(took, size, stop - start)):
-                break
-            began = self.budget.clock()
-            try:
-                with self.budget.piece():
-                    found.append(work(start, stop))
-            except OutOfTime:
-                if not found:
-                    raise
-                break
-            took, size = self.budget.clock() - began, stop - start
-        return found
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """One estimate of the data of several pieces, of the same K."""
-
-    log_p: Nats
-    bias: float
-    pointwise: Tensor
-    pareto_k: Tensor
-    num_samples: int
-    curve_samples: tuple[int, ...]
-    curve: Tensor
-    curve_mc_stderr: Tensor
-
-    @classmethod
-    def of(cls, parts: Sequence[Estimate]) -> Pooled:
-        """From the estimates of the pieces."""
-        curves = [part.curve for part in parts if part.curve is not None]
-        assert len(curves) == len(parts)
-        return cls(
-            log_p=pooled(parts),
-            bias=weighted(parts, [part.bias for part in parts]),
-            pointwise=torch.cat([part.pointwise for part in parts]),
-            pareto_k=torch.cat([part.pareto_k for part in parts]),
-            num_samples=parts[0].num_samples,
-            curve_samples=curves[0].num_samples,
-            curve=weighted(parts, [curve.value for curve in curves]),
-            curve_mc_stderr=weighted(parts, [curve.mc_stderr for curve in curves], errors=True),
-        )
-
-    @property
-    def khat_ok(self) -> float:
-        """Share of the data whose k-hat is small enough; nan where K is too small to say."""
-        return khat_ok(self.pareto_k, self.num_samples)
-
-    def at(self, num_samples: int) -> tuple[float, float]:
-        """The curve at any K, linear in log K, and its error: a quarter of the step between two points is added."""
-        after = next(i for i, k in enumerate(self.curve_samples) if k >= num_samples)
-        if self.curve_samples[after] == num_samples:
-            return self.curve[after].item(), self.curve_mc_stderr[after].item()
-        a, b = self.curve_samples[after - 1 : after + 1]
-        share = math.log(num_samples / a) / math.log(b / a)
-        low, high = self.curve[after - 1 : after + 1].tolist()
-        noise = self.curve_mc_stderr[after - 1 : after + 1].max().item()
-        return low + share * (high - low), math.hypot(noise, (high - low) / 4)
-
-
-def weighted(parts: Sequence[Any], values: Sequence[Any], errors: bool = False) -> Any:
+def _weighted(parts: Sequence[Any], values: Sequence[Any], errors: bool = False) -> Any:
     """A mean over pieces by their numbers of data, or the error of one."""
     sizes = [len(part.pointwise) for part in parts]
     if errors:
@@ -161,59 +40,71 @@ def weighted(parts: Sequence[Any], values: Sequence[Any], errors: bool = False) 
     return sum(n * v for n, v in zip(sizes, values, strict=True)) / sum(sizes)
 
 
-def pooled(parts: Sequence[Any]) -> Nats:
-    """The value of all pieces, with its errors."""
+def _averaged(parts: Sequence[Any]) -> dict[str, Any]:
+    """Value, errors and values per datum over pieces."""
     pointwise = torch.cat([part.pointwise for part in parts])
-    count = len(pointwise)
-    spread = pointwise.std().item() / math.sqrt(count) if count > 1 else math.nan
-    return Nats(pointwise.mean().item(), weighted(parts, [p.mc_stderr for p in parts], errors=True), spread)
+    error = _weighted(parts, [part.mc_stderr for part in parts], errors=True)
+    return averaged(pointwise, torch.full_like(pointwise, math.nan)) | {"mc_stderr": error}
+
+
+def _pooled(parts: Sequence[Estimate]) -> Estimate:
+    """One estimate of the data of several pieces, of the same K."""
+    curves = [part.curve for part in parts if part.curve is not None]
+    return Estimate(
+        **_averaged(parts),
+        bias=_weighted(parts, [part.bias for part in parts]),
+        ess=torch.cat([part.ess for part in parts]),
+        pareto_k=torch.cat([part.pareto_k for part in parts]),
+        num_samples=parts[0].num_samples,
+        curve=Curve(
+            curves[0].num_samples,
+            _weighted(parts, [curve.value for curve in curves]),
+            _weighted(parts, [curve.mc_stderr for curve in curves], errors=True),
+        ),
+    )
 
 
 def examine_bounds(pair: Examination, stages: Stages) -> Bounds:
     """The ELBO, and log p(x) at the K that was asked for and at a larger one."""
-    model, guide = pair.model, pair.guide
-    seed = pair.options["seed"]
     count, more = _affordable(pair)
-
     draws = _ELBO_SAMPLES + count + (more > count) * more
     per_draw = [pair.per_draw]
 
     def work(start: int, stop: int) -> tuple[Any, Estimate, Estimate]:
-        began, part = pair.budget.clock(), pair.part(start, stop)
-        options = pair.options | {"seed": seed + start}
-        terms = elbo_terms(model, guide, part, num_samples=_ELBO_SAMPLES, **options)
-        judged = better = log_likelihood(model, guide, part, num_samples=count, **options)
+        began = pair.budget.clock()
+        terms = elbo_terms(*pair.of(start, stop), num_samples=_ELBO_SAMPLES, **pair.seeded(start))
+        judged = better = log_likelihood(*pair.of(start, stop), num_samples=count, **pair.seeded(start))
         if more > count:  # of another seed: what one lacks is measured against the other
-            options["seed"] = seed + start + 2**32
-            better = log_likelihood(model, guide, part, num_samples=more, **options)
+            better = log_likelihood(*pair.of(start, stop), num_samples=more, **pair.seeded(start + 2**32))
         per_draw.append((pair.budget.clock() - began) / (draws * (stop - start)))
         return terms, judged, better
 
     found = pair.pieces(2, work, lambda took, size, coming: took * coming / size)
-    terms, judged, better = (list(column) for column in zip(*found, strict=True))
-    pair.judged, pair.better = Pooled.of(judged), Pooled.of(better)
-    total = len(pair.judged.pointwise)
+    terms, *estimates = (list(column) for column in zip(*found, strict=True))
+    pair.judged, pair.better = judged, better = _pooled(estimates[0]), _pooled(estimates[1])
     pair.per_draw = min(pair.per_draw, per_draw[-1])
+    total = len(judged.pointwise)
+    assert better.curve is not None
     return Bounds(
         status="done",
         num_data=total,
         num_samples=count,
         num_samples_asked=pair.num_samples,
-        elbo=pooled(terms),
-        reconstruction=weighted(terms, [t.reconstruction for t in terms]),
-        kl=weighted(terms, [t.kl for t in terms]),
-        log_p=pair.judged.log_p,
-        bias=pair.judged.bias,
-        khat_ok=pair.judged.khat_ok,
-        better=pair.better.log_p,
+        elbo=Nats(*(_averaged(terms)[name] for name in ("value", "mc_stderr", "data_stderr"))),
+        reconstruction=_weighted(terms, [t.reconstruction for t in terms]),
+        kl=_weighted(terms, [t.kl for t in terms]),
+        log_p=Nats.of(judged),
+        bias=judged.bias,
+        khat_ok=judged.khat_ok,
+        better=Nats.of(better),
         better_samples=more,
-        better_bias=pair.better.bias,
-        better_khat_ok=pair.better.khat_ok,
-        curve_samples=pair.better.curve_samples,
-        curve=tuple(pair.better.curve.tolist()),
-        curve_mc_stderr=tuple(pair.better.curve_mc_stderr.tolist()),
-        pareto_k=pair.better.pareto_k,
-        pointwise=pair.better.pointwise,
+        better_bias=better.bias,
+        better_khat_ok=better.khat_ok,
+        curve_samples=better.curve.num_samples,
+        curve=tuple(better.curve.value.tolist()),
+        curve_mc_stderr=tuple(better.curve.mc_stderr.tolist()),
+        pareto_k=better.pareto_k,
+        pointwise=better.pointwise,
         data=next((leaf for _, leaf in leaves(pair.part(0, total)) if isinstance(leaf, Tensor)), None),
     )
 
@@ -224,7 +115,7 @@ def _affordable(pair: Examination) -> tuple[int, int]:
     with budget.piece():
         for draws in (100, 2000):
             began = budget.clock()
-            log_likelihood(pair.model, pair.guide, pair.part(0, 2), num_samples=draws, **pair.options)
+            log_likelihood(*pair.of(0, 2), num_samples=draws, **pair.options)
             took = budget.clock() - began
             pair.per_draw = took / (2 * draws)
             # A hundred draws of a small model cost what Python costs, and say little of thousands.
@@ -242,43 +133,36 @@ def with_missing(pair: Examination, bounds: Bounds) -> Bounds:
     judged, better, best = pair.judged, pair.better, pair.best
     if judged is None or better is None:
         return bounds
+    curve = better.curve
     compared: Comparison = "larger K"
+    assert curve is not None
     if best is not None and better.khat_ok < 0.9:
         size = min(len(best.pointwise), len(judged.pointwise))
-        difference = best.pointwise[:size] - judged.pointwise[:size]
-        spread = difference.std().item() / math.sqrt(size) if size > 1 else math.nan
+        missing = _mean(best.pointwise[:size] - judged.pointwise[:size])
         noise = best.pointwise_stderr[:size].square().sum().sqrt().item() / size
-        missing, compared = Nats(difference.mean().item(), math.hypot(spread, noise)), "best q"
+        missing, compared = Nats(missing.value, math.hypot(missing.mc_stderr, noise)), "best q"
     elif better.num_samples == judged.num_samples:
-        missing, compared = Nats(-judged.bias, judged.log_p.mc_stderr), "jackknife"
+        missing, compared = Nats(-judged.bias, judged.mc_stderr), "jackknife"
     else:
         # One draw of few samples is noisy: what they lack on average, the blocks of the larger K know.
-        value, noise = better.at(judged.num_samples)
-        short = better.curve[-1].item() - value + abs(better.bias)
-        missing = Nats(short, math.hypot(noise, better.log_p.mc_stderr))
-    enough = None
-    if better.khat_ok >= 0.9:
-        # What the curve lacks at K', from its own end, whose bias the jackknife tells.
-        lacks = (better.curve[-1] - better.curve + abs(better.bias)).tolist()
-        good = [k for k, v in zip(better.curve_samples, lacks, strict=True) if v <= RELEVANT]
-        enough = good[0] if good else None
+        value, noise = curve.at(judged.num_samples)
+        missing = Nats(curve.value[-1].item() - value + abs(better.bias), math.hypot(noise, better.mc_stderr))
+    enough = better.enough(RELEVANT) if better.khat_ok >= 0.9 else None
     return dataclasses.replace(bounds, missing=missing, compared_with=compared, enough=enough)
 
 
 def examine_latents(pair: Examination, stages: Stages) -> Latents:
     """Which latents move with the data, and what each carries."""
     count = max(stages.bounds.num_data, min(pair.num_data, 16))
-    part = pair.part(0, count)
-    seed = pair.options["seed"]
+    threshold = Latents().threshold
     with pair.budget.piece():
-        with seeded(seed):
+        with seeded(pair.options["seed"]):
             components = Components(pair.model, pair.part(0, 2))
-        threshold = Latents().threshold
         units = [
-            active_units(pair.guide, part, threshold=threshold, site=name, **pair.options)
+            active_units(pair.guide, pair.part(0, count), threshold=threshold, site=name, **pair.options)
             for name in components.sites
         ]
-        kl = kl_per_dimension(pair.model, pair.guide, part, **pair.options)
+        kl = kl_per_dimension(*pair.of(0, count), **pair.options)
     variance = torch.cat([found.variance.double() for found in units]).tolist()
     return Latents(
         status="done",
@@ -290,14 +174,104 @@ def examine_latents(pair: Examination, stages: Stages) -> Latents:
     )
 
 
+def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
+    """What the guide loses, of as many data as there is time for."""
+
+    def work(start: int, stop: int) -> Gaps:
+        return _gaps(pair, start, stop, {})
+
+    def cost(took: float, size: int, coming: int) -> float:
+        draws = (coming - size) * (1000 * STEP_SAMPLES * 3 + 2 * _GAP_SAMPLES)
+        # Many data at once cost less than one by one: at most in proportion, and at least what they compute.
+        return min(took * coming / size, took + max(draws * pair.per_draw, 0.0))
+
+    parts = pair.pieces(4, work, cost)
+    own = [part.families["guide"] for part in parts]
+    level = _whole([part.log_likelihood for part in parts])
+    assert level is not None
+    share = khat_ok(torch.cat([part.pareto_k for part in parts]), _GAP_SAMPLES)
+    if math.isnan(share) or share >= 0.9:
+        pair.best = level
+    return GapSplit(
+        status="done",
+        num_data=len(level.pointwise),
+        num_samples=_GAP_SAMPLES,
+        inference=Nats.of(_whole([row.inference for row in own])),
+        approximation=Nats.of(_whole([row.approximation for row in own], own)),
+        amortization=Nats.of(_whole([row.amortization for row in own], own)),
+        unsplit=own[0].reason or "",
+        log_p=Nats.of(level),
+        source=parts[-1].source,
+        bias=_weighted([part.log_likelihood for part in parts], [part.bias for part in parts]),
+        khat_ok=share,
+        remaining=_average([row.remaining for row in own]),
+        stopped=_average([row.stopped for row in own]),
+        num_steps=_average([row.steps for row in own]),
+    )
+
+
+def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
+    """What a normal of full covariance would gain, where the family is at fault."""
+    if not stages.gaps.split:
+        return Remedy(reason="the family's part of the gap is not known")
+    if not stages.gaps.approximation.material():
+        return Remedy(reason="not needed, since the family costs nothing that matters")
+    size, least = min(16, stages.gaps.num_data), min(4, stages.gaps.num_data)
+    both, took = None, 0.0
+    for stop in dict.fromkeys((least, size)):
+        if both is not None and not pair.budget.fits(took * stop / least):
+            break
+        began = pair.budget.clock()
+        try:
+            with pair.budget.piece():
+                both = _gaps(pair, 0, stop, {"FullNormal": FullNormal})
+        except OutOfTime:
+            if both is None:
+                raise
+        took = pair.budget.clock() - began
+    assert both is not None
+    own, full = both.families["guide"], both.families["FullNormal"]
+    if own.optimum is None or full.optimum is None or own.approximation is None or full.approximation is None:
+        return Remedy(status="not possible", reason=own.reason or full.reason or "one of them has no local form")
+    return Remedy(
+        status="done",
+        num_data=len(full.optimum.pointwise),
+        gain=Nats.of(full.optimum).minus(Nats.of(own.optimum)),
+        approximation_before=own.approximation.value,
+        approximation=full.approximation.value,
+    )
+
+
+def _gaps(pair: Examination, start: int, stop: int, families: Mapping[str, Any]) -> Gaps:
+    return gaps(*pair.of(start, stop), families=families, num_samples=_GAP_SAMPLES, num_steps=_GAP_STEPS,
+                window=_WINDOW, **pair.seeded(start))  # fmt: skip
+
+
+def _whole(parts: Sequence[Mean | None], climbed: Sequence[FamilyGaps] = ()) -> Mean | None:
+    """One part of the data of all pieces; what remained to climb does not average out over the data."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    variance = torch.cat([part.pointwise_stderr.square() for part in known])
+    remaining = None
+    if climbed:
+        remaining = torch.cat([row.remaining for row in climbed if row.remaining is not None])
+        variance = (variance - remaining.square()).clamp(min=0)
+    return Mean.of(torch.cat([part.pointwise for part in known]), variance, _GAP_SAMPLES, remaining)
+
+
+def _average(values: Sequence[Tensor | None]) -> float:
+    known = [value for value in values if value is not None]
+    return torch.cat(known).double().mean().item() if len(known) == len(values) else math.nan
+
+
 def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
     """log p(x) of simulated data from both sides, and what importance sampling lacks there."""
-    budget = pair.budget
     found, start = _bracket(pair)
     lower, count = found.lower, len(found.upper.pointwise)
     importance, low, high = math.nan, Nats(), Nats()
     if pair.judged is not None:
-        with contextlib.suppress(OutOfTime), budget.piece():
+        with contextlib.suppress(OutOfTime), pair.budget.piece():
             num_samples = pair.judged.num_samples
             there = log_likelihood(pair.model, pair.guide, found.data, num_samples=num_samples, **pair.options)
             importance = there.value
@@ -316,10 +290,8 @@ def _bracket(pair: Examination) -> tuple[Bracket, str]:
 
     def anneal(num_data: int, num_steps: int, start: str) -> Bracket:
         with budget.piece():
-            return bdmc(
-                pair.model, pair.guide, pair.part(0, num_data), num_data=num_data, num_steps=num_steps, start=start,
-                num_samples=_NUM_CHAINS, observed=pair.observed, **pair.options,
-            )  # fmt: skip
+            return bdmc(*pair.of(0, num_data), num_data=num_data, num_steps=num_steps, start=start,
+                        num_samples=_NUM_CHAINS, observed=pair.observed, **pair.options)  # fmt: skip
 
     began, start = budget.clock(), "guide"
     try:
@@ -339,9 +311,8 @@ def _bracket(pair: Examination) -> tuple[Bracket, str]:
 
 
 def _mean(pointwise: Tensor) -> Nats:
-    count = len(pointwise)
-    error = pointwise.std().item() / math.sqrt(count) if count > 1 else math.nan
-    return Nats(pointwise.mean().item(), error)
+    found = averaged(pointwise, torch.zeros(()))
+    return Nats(found["value"], found["data_stderr"])
 
 
 def examine_calibration(pair: Examination, stages: Stages) -> Calibrated:
@@ -357,9 +328,8 @@ def examine_calibration(pair: Examination, stages: Stages) -> Calibrated:
             with contextlib.suppress(OutOfTime), budget.piece():
                 found = sbc(pair.model, pair.guide, pair.data, num_data=count, **settings)
             break
-    coverage, _ = found.covered(0.9)
     return Calibrated(
         status="done", num_data=len(found.ranks), num_draws=found.num_samples, level=found.level,
         calibrated=found.calibrated, names=found.names, verdicts=found.verdicts,
-        p_value=tuple(found.adjusted.tolist()), coverage_90=tuple(coverage.tolist()), found=found,
+        p_value=tuple(found.adjusted.tolist()), coverage_90=tuple(found.covered(0.9)[0].tolist()), found=found,
     )  # fmt: skip

@@ -1,18 +1,17 @@
 """A laboratory for gradient estimators: bias, variance, signal-to-noise and cost at a frozen state.
 
-At fixed parameters and data, an estimator's gradient g of a K-sample bound L_K is a random vector. With
-R independent draws of it, and a reference r of the mean gradient of the *same* L_K,
+At fixed parameters and data, an estimator's gradient g of a K-sample bound L_K is a random vector. With R independent
+draws of it, and a reference r of the mean gradient of the *same* L_K,
 
     bias^2 = |E g - E r|^2     variance = mean over parameters of Var(g_p)     SNR = |E g| / sqrt(tr Cov(g))
 
-A plain square of a noisy mean is too large by the trace of its covariance, which is taken off from
-bias^2 and |E g|^2. Whether a bias is there at all is a test: under no bias the
-squared distance of the two means is a weighted sum of chi-squares, approximated by a scaled
-chi-square of the same mean and variance, whose traces are estimated from inner products of different draws.
+A plain square of a noisy mean is too large by the trace of its covariance, which is taken off from bias^2 and |E g|^2.
+Whether there is a bias at all is a test: under none the squared distance of the two means is a weighted sum of
+chi-squares, approximated by a scaled chi-square whose mean and variance are estimated from inner products of different
+draws.
 
-For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like
-K^(-1/2), and that of the decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The
-doubly-reparameterised gradient rises for both.
+For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like K^(-1/2), and that of the
+decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The doubly-reparameterised one rises for both.
 
 References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
 arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
@@ -21,11 +20,10 @@ arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 201
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -36,15 +34,13 @@ from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.per_datum import Counting, Unit
+from pyro_vae.judging.distances import gradient_quality
 from pyro_vae.judging.results import Result, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
 from pyro_vae.parameters import trainable
 from pyro_vae.sites import lengths
 from pyro_vae.traces import Program
-
-_BOOTSTRAPS = 200
-_NineNumbers: TypeAlias = tuple[float, float, float, float, float, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -57,14 +53,11 @@ class GradientQuality:
         estimator: Its name.
         num_samples: K.
         part: "encoder" (the guide's parameters), "decoder" (the model's) or "shared".
-        squared_bias: |E g - E r|^2, unbiased, so that it can be slightly negative.
-        squared_bias_stderr: Its standard error.
+        squared_bias: |E g - E r|^2, unbiased, so that it can be slightly negative, and its standard error.
         bias_p_value: Probability of as large a distance from the reference without a bias.
         norm: |E r| of the reference.
-        variance: Mean over the parameters of Var(g_p).
-        variance_stderr: Its standard error, by the bootstrap, as of all that follow.
+        variance: Mean over the parameters of Var(g_p); its standard error is by the bootstrap, as of all that follow.
         snr: |E g| / sqrt(tr Cov(g)).
-        snr_stderr: Its standard error.
         parameter_snr: Mean over the parameters of |E g_p| / sd(g_p); without any signal it is sqrt(2 / (pi R)).
         seconds: Median time for one gradient.
         cost: That time, relative to the reparameterised gradient of the same K; nan where that was not run.
@@ -99,11 +92,10 @@ class GradientLab(Result):
         measured: For each K, estimator and part.
         skipped: (estimator, K, reason) of what the bound or the pair does not allow.
         bound: Name of the bound.
-        repeats: R, gradients drawn of each.
+        repeats, reference_repeats: R, gradients drawn of each, and of the reference.
         reference: The estimator of the reference.
-        reference_repeats: Gradients drawn for it.
         num_data: B.
-        num_parameters: By part; and how many of them were looked at where there are more.
+        num_parameters: By part.
         seed: Of the draws.
     """
 
@@ -124,64 +116,49 @@ class GradientLab(Result):
         """The SNR of each estimator and part against K, a figure."""
         from pyro_vae.plots import bounds_by_samples
 
-        curves: dict[str, dict[int, GradientQuality]] = {}
+        counts = sorted({each.num_samples for each in self.measured})
+        values: dict[str, list[float]] = {}
+        errors: dict[str, list[float]] = {}
         for each in self.measured:
-            curves.setdefault(f"{each.estimator} ({each.part})", {})[each.num_samples] = each
-        counts = sorted({count for curve in curves.values() for count in curve})
-        values, errors = (
-            {name: [getattr(curve.get(k), field, math.nan) for k in counts] for name, curve in curves.items()}
-            for field in ("snr", "snr_stderr")
-        )
+            for curves, value in ((values, each.snr), (errors, each.snr_stderr)):
+                curve = curves.setdefault(f"{each.estimator} ({each.part})", [math.nan] * len(counts))
+                curve[counts.index(each.num_samples)] = value
         figure = bounds_by_samples(counts, values, errors)
         figure.axes[0].set(ylabel="signal-to-noise ratio", yscale="log")
         figure.axes[0].set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
         return figure
 
     def row(self, estimator: str, num_samples: int, part: str = "encoder") -> GradientQuality:
-        """One of what was measured.
-
-        Raises:
-            ValueError: It was not measured.
-        """
-        for each in self.measured:
-            if (each.estimator, each.num_samples, each.part) == (estimator, num_samples, part):
-                return each
-        raise ValueError(
-            f"got ({estimator!r}, {num_samples}, {part!r}), wanted one of "
-            f"{sorted({(r.estimator, r.num_samples, r.part) for r in self.measured})}."
-        )
+        """One of what was measured; a ValueError where it was not."""
+        known = {(each.estimator, each.num_samples, each.part): each for each in self.measured}
+        if (estimator, num_samples, part) not in known:
+            raise ValueError(f"got ({estimator!r}, {num_samples}, {part!r}), wanted one of {sorted(known)}.")
+        return known[estimator, num_samples, part]
 
     def slope(self, estimator: str, part: str = "encoder") -> tuple[float, float]:
-        """Exponent of K in the SNR by weighted least squares on logarithms, and its standard error.
-
-        Raises:
-            ValueError: Fewer than two K with a signal.
-        """
+        """Exponent of K in the SNR by weighted least squares on logarithms, and its error; of two K with a signal."""
         of = [r for r in self.measured if (r.estimator, r.part) == (estimator, part)]
-        rows = [r for r in of if r.snr > 0 and r.snr_stderr > 0]
+        rows = [(math.log(r.num_samples), math.log(r.snr), (r.snr / r.snr_stderr) ** 2) for r in of
+                if r.snr > 0 and r.snr_stderr > 0]  # fmt: skip
         if len(rows) < 2:
             raise ValueError(f"got {len(rows)} values of K with an SNR of {estimator!r} ({part}), wanted two or more.")
-        x = torch.tensor([math.log(r.num_samples) for r in rows], dtype=torch.float64)
-        y = torch.tensor([math.log(r.snr) for r in rows], dtype=torch.float64)
-        weight = torch.tensor([(r.snr / r.snr_stderr) ** 2 for r in rows], dtype=torch.float64)
+        x, y, weight = torch.tensor(rows, dtype=torch.float64).T
         centred = x - (weight * x).sum() / weight.sum()
         spread = (weight * centred.square()).sum()
         return ((weight * centred * y).sum() / spread).item(), spread.rsqrt().item()
 
     def __str__(self) -> str:
-        head = (
+        lines = [
             f"gradients of {self.bound} per datum on {self.num_data} data, {self.repeats} draws each; bias against "
-            f"{self.reference_repeats} of {self.reference} at the same K"
-        )
-        titles = f"{'bias/norm':>9} {'p':>7}  {'variance':>18}  {'SNR':>17}  cost"
-        lines = [head, f"{'part':8} {'K':>5}  {'estimator':24} {titles}"]
+            f"{self.reference_repeats} of {self.reference} at the same K",
+            f"{'part':8} {'K':>5}  {'estimator':24} {'bias/norm':>9} {'p':>7}  {'variance':>18}  {'SNR':>17}  cost",
+        ]
         for r in sorted(self.measured, key=lambda r: (r.part != "encoder", r.part, r.num_samples)):
             lines.append(
                 f"{r.part:8} {r.num_samples:5d}  {r.estimator:24} {r.relative_bias:9.3f} {r.bias_p_value:7.2g}  "
                 f"{r.variance:8.2e} ± {r.variance_stderr:7.1e}  {r.snr:7.3f} ± {r.snr_stderr:7.3f}  {r.cost:.2f}"
             )
-        lines += [f"left out: {estimator} at K = {k}: {reason}" for estimator, k, reason in self.skipped]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"left out: {name} at K = {k}: {reason}" for name, k, reason in self.skipped)])
 
 
 @checked
@@ -203,15 +180,13 @@ def gradient_lab(
 ) -> GradientLab:
     """Measure gradient estimators of a bound at the pair's present parameters, which stay as they are.
 
-    The bound is that of the networks in evaluation mode, as everywhere in this package: what dropout adds to the
-    variance of a training step is noise of the network, and no estimator's fault.
+    The networks are in evaluation mode: what dropout adds to the variance of a training step is no estimator's fault.
 
     Args:
         data: As for `fit`; all of them are one batch.
-        estimators: As for `Objective`.
+        estimators, bound: As for `Objective`; the bound is one that all of them estimate.
         num_samples: Values of K.
         repeats: R, gradients drawn of each; at least 10.
-        bound: The bound, one that all of these estimate.
         reference: The unbiased estimator that the others are compared with; None for "reparameterized", or
             "score-function" where samples cannot be reparameterised.
         reference_repeats: Gradients drawn for it; None for four times as many.
@@ -220,14 +195,11 @@ def gradient_lab(
     Returns:
         Bias, variance, SNR and cost of each estimator for each K, encoder and decoder apart.
     Raises:
-        ValueError: An unknown estimator, fewer than 10 repeats, a pair without parameters, or none of the estimators
-            goes with the bound and the pair.
+        ValueError: An option out of range, a pair without parameters, or no estimator that goes with bound and pair.
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> encoder = torch.nn.Linear(1, 1)
         >>> def guide(x):
         ...     pyro.module("encoder", encoder)
@@ -239,42 +211,34 @@ def gradient_lab(
     """
     _check(estimators, num_samples, repeats, reference)
     far = 4 * repeats if reference_repeats is None else reference_repeats
-    measured: list[GradientQuality] = []
-    skipped: list[tuple[str, int, str]] = []
-    truth = reference
-    with sweep(model, guide, data=data, batch_size=sys.maxsize, whole=True, seed=seed, device=device,
-               progress=progress, title="gradients") as run:  # fmt: skip
+    with sweep(model, guide, data=data, batch_size=None, seed=seed, device=device, progress=progress,
+               title="gradients") as run:  # fmt: skip
         bench = _Bench(run, bound, max_parameters)
         run.expect(len(num_samples) * (len(estimators) * repeats + far))
+        truth = reference
         for count in num_samples:
             with seeded(None if seed is None else seed + 1_000_003):
                 truth, expected = bench.reference(truth, count, far)
-            drawn: dict[str, tuple[dict[str, Tensor], float]] = {}
-            for estimator in estimators:
-                try:
-                    with seeded(seed):
-                        drawn[estimator] = bench.draws(estimator, count, repeats)
-                except ValueError as error:
-                    skipped.append((estimator, count, str(error)))
-            base = drawn["reparameterized"][1] if "reparameterized" in drawn else math.nan
-            for estimator, (gradients, seconds) in drawn.items():
-                for part, table in gradients.items():
-                    found = _quality(table, expected[part])
-                    measured.append(GradientQuality(estimator, count, part, *found, seconds, seconds / base))
-    if not measured:
-        raise ValueError(f"none of the estimators goes with this bound and pair. {skipped[0][0]}: {skipped[0][2]}")
+            bench.measure(estimators, count, repeats, expected, seed)
+    if not bench.measured:
+        raise ValueError("none of the estimators goes with this bound and pair. {0}: {2}".format(*bench.skipped[0]))
     assert truth is not None
-    return GradientLab(
-        measured=tuple(measured),
-        skipped=tuple(skipped),
-        bound=getattr(bound, "__name__", repr(bound)),
-        repeats=repeats,
-        reference=truth,
-        reference_repeats=far,
-        num_data=bench.unit.rows,
-        num_parameters={name: part.size for name, part in bench.parts.items()},
-        seed=seed,
-    )
+    sizes = {name: part.size for name, part in bench.parts.items()}
+    called = getattr(bound, "__name__", repr(bound))
+    found = tuple(bench.measured), tuple(bench.skipped)
+    return GradientLab(*found, called, repeats, truth, far, bench.unit.rows, sizes, seed)
+
+
+def _check(estimators: Sequence[str], num_samples: Sequence[int], repeats: int, reference: str | None) -> None:
+    unknown = [name for name in (*estimators, reference or "reparameterized") if name not in ESTIMATORS]
+    if unknown:
+        raise ValueError(f"unknown estimator {unknown[0]!r}, wanted one of {', '.join(ESTIMATORS)}.")
+    if reference == "sticking-the-landing":
+        raise ValueError(f"got reference={reference!r}, which is biased for K > 1, wanted one as 'reparameterized'.")
+    if repeats < 10:
+        raise ValueError(f"got repeats={repeats}, wanted at least 10 gradients, between which there is a variance.")
+    if not estimators or not num_samples:
+        raise ValueError("got no estimator or no K, wanted at least one of each.")
 
 
 class _Part:
@@ -292,34 +256,21 @@ class _Part:
         return (flat if self.index is None else flat[self.index]).double().cpu()
 
 
-def _check(estimators: Sequence[str], num_samples: Sequence[int], repeats: int, reference: str | None) -> None:
-    for name in (*estimators, *([] if reference is None else [reference])):
-        if name not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {name!r}, wanted one of {', '.join(ESTIMATORS)}.")
-    if reference == "sticking-the-landing":
-        raise ValueError(
-            "got reference='sticking-the-landing', which is biased for K > 1, wanted an unbiased estimator such as "
-            "'reparameterized'."
-        )
-    if repeats < 10:
-        raise ValueError(f"got repeats={repeats}, wanted at least 10 gradients, between which there is a variance.")
-    if not estimators or not num_samples:
-        raise ValueError("got no estimator or no K, wanted at least one of each.")
-
-
 def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, list[Tensor]]:
     """Trainable tensors by part, as the programs declare and own them."""
     declared = [_declared(guide, args), _declared(model, args)]
     known = {id(p) for side in declared for p in side}
     # A module that holds both programs as methods owns the parameters of both: what they declare comes first.
-    own = [
-        [*side, *(p for p in trainable(program) if id(p) not in known)]
+    guides, models = (
+        {id(p): p for p in [*side, *(p for p in trainable(program) if id(p) not in known)]}
         for side, program in zip(declared, (guide, model), strict=True)
-    ]
-    ids = [{id(p) for p in side} for side in own]
-    both = ids[0] & ids[1]
-    sides = (("encoder", 0, ids[0] - both), ("decoder", 1, ids[1] - both), ("shared", 0, both))
-    parts = {name: [p for p in own[side] if id(p) in which] for name, side, which in sides if which}
+    )
+    found = {
+        "encoder": [p for i, p in guides.items() if i not in models],
+        "decoder": [p for i, p in models.items() if i not in guides],
+        "shared": [p for i, p in guides.items() if i in models],
+    }
+    parts = {name: side for name, side in found.items() if side}
     if not parts:
         raise ValueError(
             "neither model nor guide has parameters, so there is no gradient. Declare them with pyro.param or "
@@ -333,34 +284,51 @@ def _declared(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
         program(*args)
     nodes: list[Any] = list(capture.trace.nodes.values())
     found = [site["value"].unconstrained() for site in nodes if site["type"] == "param"]
-    unique = {id(p): p for p in found if p.requires_grad}
-    return list(unique.values())
+    return list({id(p): p for p in found if p.requires_grad}.values())
 
 
 class _Bench:
     """A pair at one batch, whose gradients are drawn."""
 
     def __init__(self, run: Sweep, bound: Bound, max_parameters: int) -> None:
-        (self.model, self.guide), self.args = run.programs, run.whole()
-        self.bound, self.run = bound, run
+        (self.model, self.guide), self.args, self.bound, self.run = run.programs, run.whole(), bound, run
+        self.measured: list[GradientQuality] = []
+        self.skipped: list[tuple[str, int, str]] = []
         with seeded(0):
             found = _parts(self.model, self.guide, self.args)
             self.parts = {name: _Part(parameters, max_parameters) for name, parameters in found.items()}
-        # What a loss of this batch is a multiple of.
-        with torch.random.fork_rng(), Counting() as counting:
+        with torch.random.fork_rng(), Counting() as counting:  # what a loss of this batch is a multiple of
             trace = poutine.trace(self.guide).get_trace(*self.args)
             poutine.replay(self.model, trace=trace)(*self.args)
         self.unit: Unit = counting.unit(lengths(self.args))
 
     def reference(self, wanted: str | None, count: int, repeats: int) -> tuple[str, dict[str, Tensor]]:
         """The unbiased estimator, and its gradients."""
-        reason = ""
+        reasons = []
         for name in ("reparameterized", "score-function") if wanted is None else (wanted,):
             try:
                 return name, self.draws(name, count, repeats)[0]
             except ValueError as error:
-                reason = reason or str(error)
-        raise ValueError(f"no unbiased reference gradient exists for this bound and pair: {reason}")
+                reasons.append(str(error))
+        raise ValueError(f"no unbiased reference gradient exists for this bound and pair: {reasons[0]}")
+
+    def measure(
+        self, estimators: Sequence[str], count: int, repeats: int, expected: dict[str, Tensor], seed: int | None
+    ) -> None:
+        """All estimators at one K, beside the gradients of the reference, each at the same noise."""
+        drawn: dict[str, tuple[dict[str, Tensor], float]] = {}
+        for estimator in estimators:
+            try:
+                with seeded(seed):
+                    drawn[estimator] = self.draws(estimator, count, repeats)
+            except ValueError as error:
+                self.skipped.append((estimator, count, str(error)))
+        base = drawn["reparameterized"][1] if "reparameterized" in drawn else math.nan
+        for estimator, (gradients, seconds) in drawn.items():
+            for part, table in gradients.items():
+                found = gradient_quality(table, expected[part])
+                cost = {"seconds": seconds, "cost": seconds / base}
+                self.measured.append(GradientQuality(estimator, count, part, *found, **cost))
 
     def draws(self, estimator: str, count: int, repeats: int) -> tuple[dict[str, Tensor], float]:
         """Gradients of the bound per datum, (R, P) by part, and the median time of one."""
@@ -380,65 +348,3 @@ class _Bench:
             times.append(time.perf_counter() - start)
             self.run.tick()
         return {name: torch.stack(rows) for name, rows in found.items()}, sorted(times)[len(times) // 2]
-
-
-def _quality(table: Tensor, reference: Tensor) -> _NineNumbers:
-    """What gradients (R, P) are beside those of the reference, (R', P): fields of `GradientQuality`, in their order."""
-    from scipy.stats import chi2
-
-    count, far = len(table), len(reference)
-    mean, expected = table.mean(0), reference.mean(0)
-    centred, away = table - mean, reference - expected
-    trace = centred.square().sum() / (count - 1)
-    trace_far = away.square().sum() / (far - 1)
-    difference = mean - expected
-    distance = difference.square().sum()
-    noise = trace / count + trace_far / far
-    # tr(A B) of two covariances from inner products of different draws.
-    square = (
-        _off_diagonal(centred @ centred.T) / count**2
-        + 2 * (centred @ away.T).square().mean() / (count * far)
-        + _off_diagonal(away @ away.T) / far**2
-    )
-    p_value = 1.0 if distance == 0 else 0.0
-    if noise > 0 and square > 0:
-        p_value = float(chi2.sf((distance * noise / square).item(), (noise.square() / square).item()))
-    along = (centred @ difference).var() / count + (away @ difference).var() / far
-    signal = (expected.square().sum() - trace_far / far).clamp(min=0)
-    spread, snr = _bootstrap(table)
-    deviation = table.std(0)
-    seen = deviation > 0
-    each = (mean.abs() / deviation)[seen].mean() if bool(seen.any()) else torch.tensor(math.nan)
-    ratio = ((mean.square().sum() - trace / count).clamp(min=0) / trace).sqrt()
-    return (
-        (distance - noise).item(),
-        (2 * square + 4 * along).clamp(min=0).sqrt().item(),
-        p_value,
-        signal.sqrt().item(),
-        (trace / table.shape[1]).item(),
-        spread / table.shape[1],
-        ratio.item(),
-        snr,
-        each.item(),
-    )
-
-
-def _off_diagonal(gram: Tensor) -> Tensor:
-    """Mean square of the inner products of different draws."""
-    size = len(gram)
-    return (gram.square().sum() - gram.diagonal().square().sum()) / (size * (size - 1))
-
-
-def _bootstrap(table: Tensor) -> tuple[float, float]:
-    """Standard errors of the trace of the covariance, and of the SNR."""
-    count = len(table)
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(count, (_BOOTSTRAPS, count), generator=generator)
-    share = torch.full(picks.shape, 1 / count, dtype=table.dtype)
-    weight = torch.zeros_like(share).scatter_add_(1, picks, share)
-    mean = weight @ table
-    trace = (weight @ table.square().sum(1) - mean.square().sum(1)) * count / (count - 1)
-    # The mean of a resample carries the noise of the draws twice.
-    signal = (mean.square().sum(1) - 2 * trace / count).clamp(min=0)
-    ratio = torch.where(trace > 0, signal / trace, 0.0).sqrt()
-    return trace.std().item(), ratio.std().item()

@@ -1,8 +1,7 @@
 """Guides compared on one and the same posterior.
 
-Two guides trained with a model of their own each approximate two posteriors, and their
-ELBOs differ for two reasons at once. With the model frozen, p(x, z) and so p(z | x) are
-the same for all, and what differs is the approximation:
+Two guides trained with a model of their own each approximate two posteriors, and their ELBOs differ for two reasons at
+once. With the model frozen, p(z | x) is the same for all, and what differs is the approximation:
 
     log p(x) - ELBO_q(x) = KL(q(z | x) || p(z | x))
 
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 
 from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
-from pyro_vae.judging.results import Mean, Result, row
+from pyro_vae.judging.results import Mean, Result, aligned, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.weights import Scored, khat_ok, pool, score, scores_strangers
+from pyro_vae.judging.weights import Proposals, khat_ok, rescores
 from pyro_vae.options import checked
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
@@ -35,27 +34,22 @@ from pyro_vae.traces import Program
 def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **options: Any) -> History:
     """Fit a guide under a frozen model, so that guides are compared on one posterior.
 
-    The model's parameters (and what the guide shares with them) get no gradient, its
-    modules stay in evaluation mode, and its ``requires_grad`` flags, modes and buffers come
-    back as they were, also after an error. Not a bit of it changes. (A module that model and
-    guide are both methods of is left in evaluation mode, as by `fit`.)
+    The model's parameters (and what the guide shares with them) get no gradient, its modules stay in evaluation mode,
+    and its ``requires_grad`` flags, modes and buffers come back as they were, also after an error. Not a bit of it
+    changes. (A module that model and guide are both methods of is left in evaluation mode, as by `fit`.)
 
     Args:
-        model: A Pyro program for p(x, z), trained.
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
         loss: A Pyro ELBO or an `Objective`; those that raise a bound of the guide.
         options: Those of `fit`: epochs, learning_rate, seed, ...
+        model, guide, data: As for `fit`: the model trained, the guide to be trained in place.
     Returns:
-        The history. The guide is trained in place.
+        The history.
     Raises:
         ValueError: The guide has nothing to train, and all that `fit` refuses.
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> net = nn.Linear(1, 1)
         >>> def guide(x):
         ...     pyro.module("net", net)
@@ -79,10 +73,7 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
 def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[None]:
     """The model without gradients, so that `fit` keeps its modules in evaluation mode, and its buffers as they were.
 
-    Args:
-        model: A Pyro program.
-        guide: That of the same pair, which may be a method of the same module.
-        args: A batch, with which the model is run once to see what it reads.
+    It is run once with a batch to see what it reads. The guide may be a method of the same module.
     """
     mine, theirs = modules_of(model), _parts(modules_of(guide))
     tensors: dict[int, Tensor] = {id(p): p for module in mine if id(module) not in theirs for p in module.parameters()}
@@ -94,12 +85,8 @@ def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[No
             tensor.requires_grad_(False)
         still = _parts(part for module in mine for part in _frozen_parts(module))
         # What has no parameters, such as dropout, belongs to the model where it alone runs it.
-        rest = _parts(module for reference in ran if (module := reference()) is not None)
-        rest = {
-            key: part
-            for key, part in rest.items()
-            if key not in still and not any(p.requires_grad for p in part.parameters())
-        }
+        alive = _parts(module for reference in ran if (module := reference()) is not None)
+        rest = {k: m for k, m in alive.items() if k not in still and not any(p.requires_grad for p in m.parameters())}
         if rest:
             with unmoved(modules_of(guide)), unmoved([]) as seen, own_parameters(model, guide):
                 with torch.random.fork_rng(), torch.no_grad():
@@ -199,27 +186,21 @@ class Comparison(Result):
         """The gap of each guide, as a figure."""
         from pyro_vae.plots import gap_bars
 
-        parts = {name: one.gap for name, one in self.scores.items()}
-        return gap_bars([{"guide": n, "total": g.value, "total_stderr": g.mc_stderr} for n, g in parts.items()])
+        gaps = ((name, one.gap) for name, one in self.scores.items())
+        return gap_bars([{"guide": name, "total": gap.value, "total_stderr": gap.mc_stderr} for name, gap in gaps])
 
     def __str__(self) -> str:
-        width = max(len(name) for name in [*self.scores, "guide"])
         best = max(self.scores, key=lambda name: self.scores[name].elbo.value)
-        count = len(self.log_likelihood.pointwise)
-        lines = [
-            f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})",
-            f"{'guide':{width}}  {'ELBO':>16}  {'log p(x) from it':>16}  {'gap':>14}  {'behind the best':>16}  k̂ ok",
-        ]
+        lines = [["guide", "ELBO", "log p(x) from it", "gap", "behind the best", "k̂ ok"]]
         for name, one in self.scores.items():
             behind = self.difference(best, name)
             away = "" if name == best else f"{behind.value:.2f} ± {behind.data_stderr:.2f}"
             ok = khat_ok(one.pareto_k, self.num_samples)
-            numbers = "  ".join(
-                f"{part.value:{size}.2f} ± {part.mc_stderr:5.2f}"
-                for part, size in ((one.elbo, 8), (one.log_likelihood, 8), (one.gap, 6))
-            )
-            lines.append(f"{name:{width}}  {numbers}  {away:>16}  {f'{100 * ok:.0f} %' if ok == ok else '?':>4}")
-        return "\n".join(lines)
+            lines.append([name, str(one.elbo), str(one.log_likelihood), str(one.gap), away,
+                          f"{100 * ok:.0f} %" if ok == ok else "?"])  # fmt: skip
+        count = len(self.log_likelihood.pointwise)
+        head = f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})"
+        return "\n".join([head, *aligned(lines)])
 
 
 @checked
@@ -240,7 +221,7 @@ def compare_guides(
     pooled estimate of `pyro_vae.judging.weights`, never a maximum per datum.
 
     Args:
-        guides: Pyro programs for q(z | x), by name.
+        guides: By name.
         num_samples: K, samples per datum and guide.
         log_likelihood: An estimate of log p(x) of these data, such as that of `ais`.
         model, data, seed, device, progress: As for `log_likelihood`.
@@ -250,10 +231,8 @@ def compare_guides(
         ValueError: No guide, or K < 2; and all that `particles` refuses.
     Example:
         >>> import math, pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> def guide(x, scale=0.5**0.5):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, scale))
@@ -266,18 +245,13 @@ def compare_guides(
         raise ValueError(
             f"got {len(guides)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
         )
-    own: dict[str, list[Scored]] = {name: [] for name in guides}
-    mixed = []
+    found = Proposals()
     with sweep(model, *guides.values(), data=data, seed=seed, device=device, progress=progress, title="guides") as run:
-        pooled = [name for name, guide in guides.items() if scores_strangers(model, guide, run.first)]
+        found.pooled = [name for name, guide in guides.items() if rescores(model, guide, run.first)]
         nesting = {name: run.nesting(guide) for name, guide in guides.items()}
         for batch in run:
-            scores, both = score(model, guides, pooled, batch, num_samples, nesting)
-            for name, scored in scores.items():
-                own[name].append(scored)
-            mixed += [both] if both is not None else []
-    scores = {name: Scored.joined(parts) for name, parts in own.items()}
-    best, source = pool(scores, Scored.joined(mixed) if mixed else None, pooled, log_likelihood)
+            found.add(model, guides, batch, num_samples, nesting)
+    scores, best, source = found.result(log_likelihood)
     rows = {
         name: GuideScore(
             elbo=Mean.of(scored.elbo, scored.elbo_variance, num_samples),

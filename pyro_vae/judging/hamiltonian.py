@@ -1,25 +1,23 @@
 """Hamiltonian Monte Carlo for many data at once, each with its own step size and acceptance.
 
-For C chains of B data, a position u and a momentum v ~ N(0, I) move in coordinates that a
-scale s (per datum and dimension) has made comparable, with the leapfrog steps
+For C chains of B data, a position u and a momentum v ~ N(0, I) move in coordinates that a scale s (per datum and
+dimension) has made comparable, with the leapfrog steps
 
     v <- v + e/2 s g(u),   u <- u + e s v,   v <- v + e/2 s g(u),   g = gradient of log f
 
-and the end is accepted with probability min(1, f(u') N(v') / f(u) N(v)), per chain and
-datum. The move leaves f invariant whatever e and s are, as long as they do not depend on
-the chain that moves; so they are tuned beforehand, on other draws.
+and the end is accepted with probability min(1, f(u') N(v') / f(u) N(v)), per chain and datum. The move leaves f
+invariant whatever e and s are, as long as they do not depend on the chain that moves; so they are tuned beforehand, on
+other draws.
 
-The density may have several rows f_j, (J, C, B), of which a move targets the geometric
-mixture sum_j a_j log f_j. Keeping the rows apart lets an annealed chain change a without
-evaluating anything anew.
-
-A path of T distributions from f_0 (the prior, or the guide) to f_T (the posterior),
+The density may have several rows f_j, (J, C, B), of which a move targets the geometric mixture sum_j a_j log f_j.
+Keeping the rows apart lets an annealed chain change a without evaluating anything anew. A path of T distributions
 
     log f_t = (1 - b_t) log f_0 + b_t log f_T,   0 = b_0 < b_1 < ... < b_T = 1,
 
-needs T - 1 moves, one for each distribution in between. What they use (`Kernels`: temperatures, step sizes, scales) is
-found in a `pilot`, by chains that are thrown away, and then *frozen*: a kernel that adapts to the chain it moves leaves
-nothing invariant, and the weights would estimate something else than p(x).
+from the prior or the guide to the posterior, needs T - 1 moves, one for each distribution in between. What they use
+(`Kernels`: temperatures, step sizes, scales) is found in a `pilot`, by chains that are thrown away, and then *frozen*:
+a kernel that adapts to the chain it moves leaves nothing invariant, and the weights would estimate something else than
+p(x).
 
 References: Neal, MCMC using Hamiltonian dynamics, 2011. arXiv:1206.1901. Grosse et al., Sandwiching the marginal
 likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543
@@ -29,16 +27,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_vae.inference.replays import Replayed
+from pyro_vae.judging.densities import Density
 from pyro_vae.traces import Program
-
-Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 SCHEDULES = ("sigmoid", "linear", "adaptive")
 # A trajectory whose length is exactly a period of the target would never leave its start.
@@ -65,20 +62,15 @@ class State(NamedTuple):
 
 
 class Adaptation(NamedTuple):
-    """Dual averaging of log step sizes, one per datum, (B,) each.
+    """Dual averaging of log step sizes, one per datum, (B,) each: what to use next, and what to freeze at the end.
 
-    Attributes:
-        log_step: What to use next.
-        averaged: What to freeze at the end.
-        error: Running mean of target minus acceptance.
-        centre: What log_step is shrunk towards.
-        updates: So far.
+    Reference: Hoffman and Gelman, The No-U-Turn Sampler, 2014, section 3.2. arXiv:1111.4246
     """
 
     log_step: Tensor
     averaged: Tensor
-    error: Tensor
-    centre: Tensor
+    error: Tensor  # running mean of target minus acceptance
+    centre: Tensor  # what log_step is shrunk towards
     updates: int
 
     @classmethod
@@ -88,10 +80,7 @@ class Adaptation(NamedTuple):
         return cls(log_step, log_step, torch.zeros_like(log_step), log_step + math.log(2.0), 0)
 
     def update(self, acceptance: Tensor, target: float) -> Adaptation:
-        """Take in the acceptance of one move, averaged over chains, (B,).
-
-        Reference: Hoffman and Gelman, The No-U-Turn Sampler, 2014, section 3.2. arXiv:1111.4246
-        """
+        """Take in the acceptance of one move, averaged over chains, (B,)."""
         count = self.updates + 1
         weight = 1 / (count + 10)
         error = (1 - weight) * self.error + weight * (target - acceptance)
@@ -104,17 +93,13 @@ class Adaptation(NamedTuple):
 def transition(
     state: State, density: Density, mixture: Tensor, step_size: Tensor, scale: Tensor, num_leapfrog: int
 ) -> tuple[State, Tensor]:
-    """One Metropolis-corrected move of every chain.
-
-    The step size of each chain is jittered by up to 20 %, independently of where it is.
+    """One Metropolis-corrected move of every chain, whose step size is jittered by up to 20 %, wherever it is.
 
     Args:
-        state: Where the chains are.
-        density: u to log f_j and gradients.
         mixture: a, (J,), or (J, B) for each datum its own.
-        step_size: e per datum, (B,).
-        scale: s, (B, U).
+        step_size, scale: e, (B,), and s, (B, U).
         num_leapfrog: Leapfrog steps, each of which evaluates the density once.
+        state, density: Where the chains are, and u to log f_j and gradients.
     Returns:
         The new state, and the probability of acceptance, (C, B).
     Example:
@@ -152,26 +137,10 @@ def transition(
 
 
 class Moves:
-    """Many moves of one density: `transition`, captured and replayed.
+    """Many moves of one density: `transition`, captured and replayed (see `pyro_vae.inference.replays`).
 
-    Trajectory, gradients and acceptance are one function of tensors, so that nothing of Pyro is
-    left in a move once it has been captured (see `pyro_vae.inference.replays`). Temperatures, step
-    sizes and scales are its inputs; the noise is that of `transition`.
-
-    Args:
-        density: u to log f_j and gradients.
-        num_leapfrog: Leapfrog steps a move.
-        programs: The programs that the density runs.
-        calls: How many moves are expected.
-        compile: As for `Replayed`.
-    Example:
-        >>> def normal(u):
-        ...     return -0.5 * u.square().sum(-1)[None], -u[None]
-        >>> move = Moves(normal, 2)
-        >>> state, acceptance = move(State.at(normal, torch.zeros(4, 3, 2)), torch.ones(1), torch.ones(3),
-        ...                          torch.ones(3, 2))
-        >>> state.position.shape, acceptance.shape
-        (torch.Size([4, 3, 2]), torch.Size([4, 3]))
+    Trajectory, gradients and acceptance are one function of tensors, so that nothing of Pyro is left in a move once it
+    has been captured. Temperatures, step sizes and scales are its inputs; the noise is that of `transition`.
     """
 
     def __init__(
@@ -206,8 +175,7 @@ class Kernels(NamedTuple):
     Attributes:
         beta: b_t, (T + 1, B).
         step_size: e_t of the moves t = 1, ..., T - 1, (T - 1, B).
-        precision: 1 / s^2 at both ends of the path, (2, B, U); in between it is their
-            mixture, as for Gaussians.
+        precision: 1 / s^2 at both ends of the path, (2, B, U); in between it is their mixture, as for Gaussians.
         num_leapfrog: Leapfrog steps a move.
     """
 
@@ -231,13 +199,6 @@ def schedule(name: str, num_steps: int) -> Tensor:
 
         linear:   b_t = t / T
         sigmoid:  b_t = (s_t - s_0) / (s_T - s_0),   s_t = sigmoid(4 (2 t / T - 1))
-
-    Args:
-        name: "linear" or "sigmoid".
-        num_steps: T.
-    Example:
-        >>> schedule("linear", 4)
-        tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
     t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     if name == "linear":
@@ -261,29 +222,14 @@ def pilot(
 ) -> Kernels:
     """Tune step sizes, and an adaptive schedule, on chains that are then thrown away.
 
-    The pilot anneals along a path of fewer distributions. At each, the log step size of a
-    datum moves in proportion to how far its acceptance, averaged over the chains, is from
-    the target; smoothed over neighbours it is read off at the temperatures of the path.
-
-    The adaptive schedule spends equal thermodynamic length on every step,
+    The pilot anneals along a path of `pilot_steps` distributions. At each, the log step size of a datum moves in
+    proportion to how far its acceptance, averaged over the chains, is from the target; smoothed over neighbours it is
+    read off at the temperatures of the path. The adaptive schedule spends equal thermodynamic length on every step,
 
         b_{t+1} - b_t  proportional to  1 / sd_{f_t}[log f_T - log f_0],
 
-    for each datum by itself.
-
-    Args:
-        density: u to the log densities of both ends.
-        position: Draws from f_0, (P, B, U).
-        precision: As in `Kernels`.
-        name: "sigmoid", "linear" or "adaptive".
-        num_steps: T.
-        num_leapfrog: Leapfrog steps a move.
-        pilot_steps: Distributions on the pilot's path.
-        target_acceptance: Wanted probability of acceptance.
-        moved: Called after each move.
-        moves: The moves of this density by so many leapfrog steps, where they are captured.
-    Returns:
-        The kernels.
+    for each datum by itself. It starts at draws from f_0, (P, B, U), and calls `moved` after each move; with `moves`,
+    those of this density by so many leapfrog steps are captured.
     """
     size = position.shape[1]
     coarse = schedule("linear" if name == "linear" else "sigmoid", max(2, min(pilot_steps, num_steps)))
@@ -313,6 +259,40 @@ def pilot(
     at_grid = torch.stack([_read(beta[:, b], coarse, grid) for b in range(size)], 1)
     found = torch.stack([_read(at_grid[1:-1, b], grid[1:], log_steps[:, b]) for b in range(size)], 1)
     return Kernels(beta.to(position.device), found.exp().to(precision), precision, num_leapfrog)
+
+
+def anneal(
+    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Any = None,
+    moves: Moves | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run chains along the path of the kernels, and weigh them; `moves` are the captured ones of this density.
+
+    Args:
+        density: u to the log densities of both ends, and their gradients.
+        position: Draws from f_0, (C, B, U); backwards exact draws from the posterior.
+        kernels: Temperatures and moves.
+        backward: From the posterior to f_0.
+        tick: Called after every move.
+    Returns:
+        log w, (C, B) in float64, and the mean probability of acceptance, (B,).
+    """
+    run = Moves(density, kernels.num_leapfrog, compile=False) if moves is None else moves
+    state = State.at(density, position)
+    total = torch.zeros_like(state.values[0], dtype=torch.float64)
+    accepted = torch.zeros_like(state.values[0, 0])
+    gaps = kernels.beta.diff(dim=0)
+    count = len(gaps)
+    for step in range(count):
+        t = count - 1 - step if backward else step
+        total = total + gaps[t] * (state.values[1] - state.values[0]).double()
+        move = t if backward else t + 1  # between the weights of t and of the next
+        if step + 1 < count:
+            step_size, scale = kernels.step_size[move - 1], kernels.scale(move)
+            state, acceptance = run(state, kernels.mixture(move), step_size, scale)
+            accepted = accepted + acceptance.mean(0)
+            if tick is not None:
+                tick()
+    return total, accepted / (count - 1) if count > 1 else torch.full_like(accepted, math.nan)
 
 
 def _equal_lengths(coarse: Tensor, speed: Tensor, num_steps: int) -> Tensor:

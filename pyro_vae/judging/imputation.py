@@ -12,19 +12,16 @@ arXiv:1812.02633; Rubin, sampling importance resampling, 1987.
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.sweeps import in_chunks, sweep
 from pyro_vae.options import checked
 from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, sites
-
-_CHUNK = 2**22  # floats per tensor of decoder output
 
 
 class Imputation(NamedTuple):
@@ -54,17 +51,13 @@ def impute(
 ) -> Imputation:
     """Draw the missing pixels given the observed ones, by importance resampling from the guide.
 
-    The networks run in evaluation mode.
-
     Args:
-        model: A Pyro program for p(x, z) that takes (x, mask), such as `Model`.
-        guide: A Pyro program for q(z | x) that takes (x, mask), such as `Guide`.
+        model, guide: Pyro programs for p(x, z) and q(z | x) that take (x, mask), such as `Model` and `Guide`.
         data: (x, mask): x of (B, *x_shape), in which missing pixels may hold anything, NaN too; the mask True where a
             pixel is observed, broadcastable to x.
         num_samples: K, samples of the guide to choose from.
         num_imputations: S, completed copies of each datum.
-        seed: Seed of the draws; None goes on with torch's random state.
-        device, progress: As for `log_likelihood`.
+        seed, device, progress: As for `log_likelihood`.
     Returns:
         The completed data, and how many samples they really had to choose from.
     Raises:
@@ -81,6 +74,40 @@ def impute(
         >>> draws.shape, abs(draws[:, 0, 1].mean().item() - 3) < 0.1
         (torch.Size([500, 1, 2]), True)
     """
+    x, mask = _masked(data, guide)
+    with sweep(model, guide, data=(x, mask), batch_size=None, seed=seed, device=device, progress=progress,
+               title="imputation") as run:  # fmt: skip
+        if len(run.first) != 2:
+            raise ValueError("the pair takes no mask, wanted programs model(x, mask), guide(x, mask), as a VAE's are.")
+        x, mask = run.whole()
+        observed = [name for name, site in sites(model, x, mask).items() if site["is_observed"]]
+        if len(observed) != 1:
+            raise ValueError(
+                f"the model observes the sites {observed}, wanted one, which holds the data to complete."
+            )
+        nesting = run.nesting(guide) if num_samples > 1 else 0
+        tables = list(in_chunks(model, guide, (x, mask), num_samples, nesting))
+        weight = torch.softmax(torch.cat([table.log_weight for table in tables]).double(), 0)
+        if not bool(torch.isfinite(weight).all()):
+            row = int((~torch.isfinite(weight)).any(0).nonzero()[0])
+            raise ValueError(
+                f"row {row} has no density at any of the {num_samples} samples, wanted data that the model can have "
+                "drawn. Look at what is observed of it."
+            )
+        latents = {name: torch.cat([table.latents[name] for table in tables]) for name in tables[0].latents}
+        chosen = torch.multinomial(weight.T, num_imputations, replacement=True).T  # (S, B)
+        rows = torch.arange(len(x), device=chosen.device)
+        draws = []
+        for index in chosen:
+            kept = {name: value[index, rows] for name, value in latents.items()}
+            program = poutine.condition(poutine.uncondition(model), data=kept)
+            drawn: Tensor = poutine.trace(program).get_trace(x, mask).nodes[observed[0]]["value"]  # type: ignore[assignment]
+            draws.append(torch.where(mask, x, drawn))
+    return Imputation(torch.stack(draws), 1 / weight.square().sum(0))
+
+
+def _masked(data: Any, guide: Program) -> tuple[Tensor, Tensor]:
+    """Data, with 0 where they are missing, and a mask of the same shape."""
     if not isinstance(data, tuple | list) or len(data) != 2:
         got = f"{len(data)} columns" if isinstance(data, tuple | list) else f"data of type {type(data).__name__}"
         raise ValueError(f"got {got}, wanted (x, mask), the mask True where x is observed: (x, ~x.isnan()).")
@@ -95,39 +122,4 @@ def impute(
             f"got a mask of shape {tuple(mask.shape)} for data of shape {tuple(x.shape)}, wanted one that broadcasts "
             "to the data. For one mask a datum add the dimensions of the pixels: mask[:, None, None, None]."
         ) from error
-    x = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))  # what stands there is nobody's business
-    with sweep(model, guide, data=(x, mask), batch_size=sys.maxsize, whole=True, seed=seed, device=device,
-               progress=progress, title="imputation") as run:  # fmt: skip
-        if len(run.first) != 2:
-            raise ValueError("the pair takes no mask, wanted programs model(x, mask), guide(x, mask), as a VAE's are.")
-        x, mask = run.whole()
-        observed = [name for name, site in sites(model, x, mask).items() if site["is_observed"]]
-        if len(observed) != 1:
-            raise ValueError(
-                f"the model observes the sites {observed}, wanted one, which holds the data to complete."
-            )
-        log_weight, latents = _proposals(run, x, mask, num_samples)
-        weight = torch.softmax(log_weight.double(), 0)
-        if not bool(torch.isfinite(weight).all()):
-            row = int((~torch.isfinite(weight)).any(0).nonzero()[0])
-            raise ValueError(
-                f"row {row} has no density at any of the {num_samples} samples, wanted data that the model can have "
-                "drawn. Look at what is observed of it."
-            )
-        chosen = torch.multinomial(weight.T, num_imputations, replacement=True).T  # (S, B)
-        rows = torch.arange(len(x), device=chosen.device)
-        draws = []
-        for index in chosen:
-            kept = {name: value[index, rows] for name, value in latents.items()}
-            program = poutine.condition(poutine.uncondition(model), data=kept)
-            drawn: Tensor = poutine.trace(program).get_trace(x, mask).nodes[observed[0]]["value"]  # type: ignore[assignment]
-            draws.append(torch.where(mask, x, drawn))
-    return Imputation(torch.stack(draws), 1 / weight.square().sum(0))
-
-
-def _proposals(run: Sweep, x: Tensor, mask: Tensor, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """log w, (K, B), and the latents, (K, B, ...) each, in chunks that fit in memory."""
-    size = max(1, _CHUNK // max(1, x.numel()))
-    tables = [run.draw((x, mask), min(size, count - start)) for start in range(0, count, size)]
-    latents = {name: torch.cat([table.latents[name] for table in tables]) for name in tables[0].latents}
-    return torch.cat([table.log_weight for table in tables]), latents
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)), mask

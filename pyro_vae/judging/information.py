@@ -1,4 +1,4 @@
-"""How much the latents say about the data: rate, distortion, and mutual information.
+"""How much the latents say: about the data (mutual information), and about labels (probes).
 
 The ELBO is a rate and a distortion, in nats per datum,
 
@@ -14,10 +14,9 @@ For N data and q_N(z) = 1/N sum_m q(z | x_m),
     lower:  E log q(z_n | x_n) / (1/N sum_m q(z_n | x_m))            (leave-in)
     upper:  E log q(z_n | x_n) / (1/(N-1) sum_{m != n} q(z_n | x_m)) (leave-one-out)
 
-The leave-in estimate is the information about *which of these N data* it was, and no
-approximation of that. For the population of the data it is a lower bound in expectation,
-and the leave-one-out estimate an upper one. The first cannot exceed log N: near this
-limit it says only that z tells all N data apart.
+The leave-in estimate is the information about *which of these N data* it was, and no approximation of that. For the
+population of the data it is a lower bound in expectation, and the leave-one-out estimate an upper one. The first cannot
+exceed log N: near this limit it says only that z tells all N data apart.
 
 References: Hoffman and Johnson, ELBO surgery: yet another way to carve up the variational
 evidence lower bound, 2016. Alemi et al., Fixing a broken ELBO, 2018. arXiv:1711.00464.
@@ -33,41 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.judging.components import Components, FixedScorer, Scorer
-from pyro_vae.judging.estimates import moments
-from pyro_vae.judging.results import Mean, Measured
+from pyro_vae.judging.components import Components, FixedScorer, Scorer, fastest, refuse_other_scores
+from pyro_vae.judging.latents import posterior_means
+from pyro_vae.judging.results import Mean, Measured, Result
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import checked
 from pyro_vae.traces import Particles, Program, log_q
 
+METHODS = ("knn", "linear")
 _CHUNK = 2**22  # log densities that are held at once
-
-
-@dataclass(frozen=True)
-class RateDistortion(Measured):
-    """The ELBO and its two parts with their errors, averaged over data, in nats: value = -(rate + distortion).
-
-    Attributes:
-        value: The ELBO.
-        mc_stderr: Its Monte Carlo standard error, given these data.
-        data_stderr: Its standard error for the population of the data.
-        pointwise: It per datum, (N,).
-        num_samples: K, per datum.
-        rate: R = E KL(q(z | x) || p(z)).
-        distortion: D = -E log p(x | z).
-    """
-
-    value: float
-    mc_stderr: float
-    data_stderr: float
-    pointwise: Tensor
-    num_samples: int
-    rate: Mean
-    distortion: Mean
-
-    def __str__(self) -> str:
-        over = f"{len(self.pointwise)} data, {self.num_samples} samples each"
-        return f"rate {self.rate.said}, distortion {self.distortion.said}, {over}"
 
 
 @dataclass(frozen=True)
@@ -76,21 +49,13 @@ class MutualInformation(Measured):
 
     Attributes:
         value: I_q(x; z) by the leave-in estimate: exact for these N data, a lower bound for their population.
-        mc_stderr: Its Monte Carlo standard error, given these data; nan for one sample per datum, as of all parts.
-        data_stderr: Its standard error for the population of the data.
-        pointwise: Its terms per datum, (N,).
-        num_samples: Samples per datum.
+        mc_stderr: As in `Measured`; nan for one sample per datum, as of all parts.
         upper: The leave-one-out estimate: an upper bound for the population, infinite where posteriors hardly overlap.
         rate: R = E log q(z | x) / p(z) from the same samples.
         marginal_kl: KL(q(z) || p(z)) = R - I, from above for the population.
         limit: log N, which the value cannot exceed.
     """
 
-    value: float
-    mc_stderr: float
-    data_stderr: float
-    pointwise: Tensor
-    num_samples: int
     upper: Mean
     rate: Mean
     marginal_kl: Mean
@@ -102,49 +67,42 @@ class MutualInformation(Measured):
         return self.value > self.limit - 0.5
 
     def __str__(self) -> str:
-        def said(part: Any) -> str:
-            return f"{part.value:.2f} ± {part.data_stderr:.2f}"
-
+        found = self, self.upper, self.marginal_kl, self.rate
+        value, upper, marginal, rate = (f"{part.value:.2f} ± {part.data_stderr:.2f}" for part in found)
         text = (
-            f"I(x; z) = {said(self)} to {said(self.upper)} nats, KL(q(z) || p(z)) <= {said(self.marginal_kl)}, of a "
-            f"rate of {said(self.rate)} ({len(self.pointwise)} data, {self.num_samples} samples each; limit log N = "
-            f"{self.limit:.2f})"
+            f"I(x; z) = {value} to {upper} nats, KL(q(z) || p(z)) <= {marginal}, of a rate of {rate} "
+            f"({len(self.pointwise)} data, {self.num_samples} samples each; limit log N = {self.limit:.2f})"
         )
         if self.saturated:
             text += "; at its limit: z tells these data apart, and how much more it says they are too few to show"
         return text
 
 
-@checked
-def rate_distortion(
-    model: Program,
-    guide: Program,
-    data: Any,
-    *,
-    num_samples: int = 100,
-    seed: int | None = 0,
-    device: str | torch.device | None = None,
-    progress: bool | None = None,
-    compile: bool | str = "auto",
-) -> RateDistortion:
-    """Rate and distortion of a pair.
+@dataclass(frozen=True)
+class Accuracy(Result):
+    """Share of test labels that a classifier of the posterior means gets right.
 
-    Args:
-        num_samples: K, samples averaged per datum.
-        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
-    Returns:
-        Both with their errors.
-    Raises:
-        ValueError: K < 1, a guide without density, and all that `particles` refuses.
-
-    Reference: Alemi et al., Fixing a broken ELBO, 2018. arXiv:1711.00464
+    Attributes:
+        value: The share.
+        data_stderr: Its binomial standard error, given the training data.
+        baseline: The share of the commonest training label: what no knowledge gives.
+        num_test: Test data.
+        num_train: Training data.
+        protocol: The classifier, in words.
     """
-    with sweep(model, guide, data=data, seed=seed, device=device, progress=progress, title="rate") as run:
-        bound, likelihood, rate = moments(run, num_samples, compile)
-    distortion = replace(likelihood, value=-likelihood.value, pointwise=-likelihood.pointwise)
-    return RateDistortion(
-        bound.value, bound.mc_stderr, bound.data_stderr, bound.pointwise, num_samples, rate=rate, distortion=distortion
-    )
+
+    value: float
+    data_stderr: float
+    baseline: float
+    num_test: int
+    num_train: int
+    protocol: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.protocol}: {100 * self.value:.1f} ± {100 * self.data_stderr:.1f} % of {self.num_test} test labels "
+            f"(trained on {self.num_train}; always the commonest: {100 * self.baseline:.1f} %)"
+        )
 
 
 @checked
@@ -173,14 +131,10 @@ def mutual_information(
         ValueError: Fewer than three data; a guide with a point or auxiliary site, one that cannot score a sample
             that it did not draw, or one that is random beyond its draw.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(0 * x, 1.0))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(0 * x, 1.0))
         >>> found = mutual_information(model, guide, torch.zeros(50))
         >>> found.value, found.upper.value, found.marginal_kl.value
         (0.0, 0.0, 0.0)
@@ -190,29 +144,12 @@ def mutual_information(
     with sweep(model, guide, data=data, batch_size=200, copies=num_samples, num_data=num_data, seed=seed,
                device=device, progress=progress, title="I(x; z)") as run:  # fmt: skip
         args, draws, rates = _collected(run, num_samples)
-        components = Components(model, args[0])
-        sizes = [rate.shape[1] for rate in rates]
-        count = sum(sizes)
+        count = sum(rate.shape[1] for rate in rates)
         if count < 3:
             raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one. "
                              "Give more data.")
         scorers = [_scorer(guide, batch, drawn) for batch, drawn in zip(args, draws, strict=True)]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        # Of lower and upper bound, per sample and datum; and what leaving one datum out adds to others' samples.
-        terms = torch.zeros(2, num_samples, count, dtype=torch.float64)
-        without = torch.zeros(2, count, dtype=torch.float64)
-        run.expect(len(draws))
-        for start, size, drawn in zip(starts, sizes, draws, strict=True):
-            own = torch.arange(start, start + size).repeat(num_samples)
-            rows = {name: components.rows(name, drawn.latents[name]) for name in components.sites}
-            step = max(1, _CHUNK // (max(sizes) * len(components.names)))
-            scored = []
-            for first in range(0, len(own), step):
-                part = {name: z[first : first + step] for name, z in rows.items()}
-                table = torch.cat([_scores(s, components, part, n) for s, n in zip(scorers, sizes, strict=True)], 1)
-                scored.append(_terms(table.double().cpu(), own[first : first + step], without))
-            terms[:, :, start : start + size] = torch.cat(scored, 1).reshape(2, num_samples, size)
-            run.tick()
+        terms, without = _aggregated(run, Components(model, args[0]), scorers, draws, num_samples)
     rate = torch.cat(rates, 1)
     values = torch.stack([*terms, rate, rate - terms[0]])  # (4, K, N)
     mean = values.mean(1)
@@ -224,19 +161,38 @@ def mutual_information(
     left_out /= count - 1
     left_out[:2] += torch.log((others - 1) / others)
     left_out[3] = left_out[2] - left_out[0]
+    errors = ((count - 1) * left_out.var(1, correction=0)).sqrt().tolist()  # the jackknife's
     lower, upper, rated, marginal = (
-        replace(Mean.of(m, v, num_samples), data_stderr=_jackknife(out))
-        for m, v, out in zip(mean, spread, left_out, strict=True)
+        replace(Mean.of(m, v, num_samples), data_stderr=error) for m, v, error in zip(mean, spread, errors, strict=True)
     )
-    return MutualInformation(
-        lower.value, lower.mc_stderr, lower.data_stderr, lower.pointwise, num_samples, upper, rated, marginal,
-        math.log(count),
-    )  # fmt: skip
+    return MutualInformation(**lower.measured(), upper=upper, rate=rated, marginal_kl=marginal, limit=math.log(count))
 
 
-def _collected(
-    run: Sweep, num_samples: int
-) -> tuple[list[tuple[Any, ...]], list[Particles], list[Tensor]]:
+def _aggregated(
+    run: Sweep, components: Components, scorers: list[Scorer | FixedScorer], draws: list[Particles], num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Terms of both bounds, (2, K, N), and what leaving one datum out adds to others' samples, (2, N)."""
+    sizes = [drawn.log_weight.shape[1] for drawn in draws]
+    count, start = sum(sizes), 0
+    terms = torch.zeros(2, num_samples, count, dtype=torch.float64)
+    without = torch.zeros(2, count, dtype=torch.float64)
+    step = max(1, _CHUNK // (max(sizes) * len(components.names)))
+    run.expect(len(draws))
+    for size, drawn in zip(sizes, draws, strict=True):
+        own = torch.arange(start, start + size).repeat(num_samples)
+        rows = {name: components.rows(name, drawn.latents[name]) for name in components.sites}
+        scored = []
+        for first in range(0, len(own), step):
+            part = {name: z[first : first + step] for name, z in rows.items()}
+            table = torch.cat([_scores(s, components, part, n) for s, n in zip(scorers, sizes, strict=True)], 1)
+            scored.append(_terms(table.double().cpu(), own[first : first + step], without))
+        terms[:, :, start : start + size] = torch.cat(scored, 1).reshape(2, num_samples, size)
+        start += size
+        run.tick()
+    return terms, without
+
+
+def _collected(run: Sweep, num_samples: int) -> tuple[list[tuple[Any, ...]], list[Particles], list[Tensor]]:
     """Batches, their draws, and the terms of the rate, (K, B) each."""
     args, draws, rates = [], [], []
     for batch in run:
@@ -258,14 +214,8 @@ def _scorer(guide: Program, batch: tuple[Any, ...], drawn: Particles) -> Scorer 
     """Scores latents under the posteriors of a batch, once it has scored the batch's own draws as it drew them."""
     again = log_q(guide, {name: z[:1] for name, z in drawn.latents.items()}, *batch)
     first = sum(score[:1] for score in drawn.log_q.values())
-    if not torch.allclose(again, torch.as_tensor(first), rtol=1e-3, atol=1e-2):
-        raise ValueError(
-            "the guide scores its own draws differently a second time, though its networks are in evaluation mode: it "
-            "draws noise that no site knows of, such as torch.randn or F.dropout(..., training=True) in its code. Make "
-            "that noise a sample site, or leave it out."
-        )
-    scorer = Scorer(guide, batch)
-    return FixedScorer(scorer) if len(scorer.sites) == 1 else scorer
+    refuse_other_scores("the guide", "its", again, torch.as_tensor(first))
+    return fastest(Scorer(guide, batch))
 
 
 def _scores(scorer: Scorer | FixedScorer, components: Components, rows: dict[str, Tensor], size: int) -> Tensor:
@@ -288,7 +238,86 @@ def _terms(table: Tensor, own: Tensor, without: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _jackknife(left_out: Tensor) -> float:
-    """Standard error from the estimates without each datum."""
-    count = len(left_out)
-    return math.sqrt((count - 1) * left_out.var(correction=0).item())
+@checked
+def probe(
+    guide: Program,
+    data: Any,
+    *,
+    labels: Tensor,
+    test_data: Any,
+    test_labels: Tensor,
+    method: str = "knn",
+    num_neighbours: int = 10,
+    site: str | None = None,
+    num_samples: int = 64,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Accuracy:
+    """Accuracy of a classifier of the posterior means.
+
+    "knn": the majority of the nearest neighbours in Euclidean distance, each dimension as it
+    is (dead dimensions have means that hardly move, and so do not count). "linear": multinomial
+    logistic regression on standardised means, with an L2 penalty of 1.
+
+    Args:
+        guide: A Pyro program for q(z | x).
+        data: As for `fit`, from which the classifier learns.
+        labels: (N,) integers.
+        test_data: As for `fit`, on which it is scored.
+        test_labels: (M,) integers.
+        method: "knn" or "linear".
+        num_neighbours: Of "knn".
+        site: As for `posterior_means`, as all that follow.
+    Returns:
+        The accuracy with its error.
+    Raises:
+        ValueError: Another method; labels of another length than the data; no such site.
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x, 1.0))
+        >>> x, y = torch.tensor([-1.0, -2.0, 1.0, 2.0]), torch.tensor([0, 0, 1, 1])
+        >>> probe(guide, x, labels=y, test_data=x, test_labels=y, num_neighbours=1).value
+        1.0
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, wanted one of {', '.join(map(repr, METHODS))}.")
+    options: dict[str, Any] = {"site": site, "num_samples": num_samples, "seed": seed, "device": device}
+    features = []
+    for part, given, which in ((data, labels, "labels"), (test_data, test_labels, "test_labels")):
+        means = posterior_means(guide, part, progress=progress, **options)
+        means = means.reshape(len(means), -1)
+        if given.dim() != 1 or len(given) != len(means):
+            raise ValueError(
+                f"got {which} of shape {tuple(given.shape)} for {len(means)} data, wanted ({len(means)},)."
+            )
+        features.append(means.double().cpu().numpy())
+    known, wanted = labels.cpu().numpy(), test_labels.cpu().numpy()
+    classifier, protocol = _classifier(method, min(num_neighbours, len(known)))
+    right = int((classifier.fit(features[0], known).predict(features[1]) == wanted).sum())
+    size = len(wanted)
+    share = (right + 0.5) / (size + 1)  # so that all right is not without error
+    commonest = torch.mode(labels.flatten().cpu()).values.item()
+    return Accuracy(
+        value=right / size,
+        data_stderr=math.sqrt(share * (1 - share) / size),
+        baseline=float((wanted == commonest).mean()),
+        num_test=size,
+        num_train=len(known),
+        protocol=protocol,
+    )
+
+
+def _classifier(method: str, num_neighbours: int) -> tuple[Any, str]:
+    """A classifier, and what it is in words."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if method == "knn":
+        return KNeighborsClassifier(num_neighbours), f"{num_neighbours} nearest neighbours of posterior means"
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return classifier, "linear probe of posterior means"

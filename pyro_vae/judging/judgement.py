@@ -22,18 +22,18 @@ from typing import Any
 import torch
 
 from pyro_vae.inference.batches import seeded
-from pyro_vae.judging.budget import Budget, OutOfTime
+from pyro_vae.judging.budget import Budget, Examination, OutOfTime
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.examinations import (
-    Examination,
     examine_bounds,
     examine_bracket,
     examine_calibration,
+    examine_gaps,
     examine_latents,
+    examine_remedy,
     with_missing,
 )
-from pyro_vae.judging.gap_examinations import examine_gaps, examine_remedy
-from pyro_vae.judging.nats import plain
+from pyro_vae.judging.results import Result, at_least, plain
 from pyro_vae.judging.stages import Stage, Stages
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.verdicts import Culprit, Finding, verdict
@@ -48,7 +48,7 @@ _EXAMINE: dict[str, Callable[[Examination, Stages], Stage]] = {
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgement(Result):
     """What was found out about a pair, with its protocol and verdict.
 
     Attributes:
@@ -75,11 +75,31 @@ class Judgement:
         """Plain data; numbers that are not finite are None. Tensors are left out."""
         return {
             "version": VERSION,
-            "protocol": plain(self.protocol),
+            "protocol": plain(self.protocol, finite=True),
             "stages": {name: stage.to_dict() for name, stage in self.stages._asdict().items()},
-            "findings": plain(self.findings),
+            "findings": plain(self.findings, finite=True),
             "culprits": list(self.culprits),
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"stage": stage.title, "status": stage.status, "num_data": stage.num_data, "seconds": stage.seconds,
+                 "found": str(stage)} for stage in self.stages]  # fmt: skip
+
+    def plot(self) -> Any:
+        """What the guide loses, split where that is known; else the estimate of log p(x) against K, as a figure."""
+        from pyro_vae.plots import bounds_by_samples, gap_bars
+
+        gaps, bounds = self.stages.gaps, self.stages.bounds
+        parts = {"approximation": gaps.approximation, "amortization": gaps.amortization}
+        if not gaps.split:
+            parts = {"total": gaps.inference}
+        if gaps.inference.known:
+            values = {name: part.value for name, part in parts.items()}
+            return gap_bars([{"guide": "guide"} | values | {f"{n}_stderr": p.mc_stderr for n, p in parts.items()}])
+        if bounds.done:
+            name = "importance-weighted bound"
+            return bounds_by_samples(bounds.curve_samples, {name: bounds.curve}, {name: bounds.curve_mc_stderr})
+        raise ValueError("neither gaps nor bounds were done, so there is nothing to draw. See their reasons.")
 
     def to_json(self) -> str:
         """As JSON."""
@@ -145,23 +165,17 @@ def judge(
     Raises:
         ValueError: No data, or an option out of range.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):   # the mean is right, the scale three times what it should be
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 3 * 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 3 * 0.5**0.5))  # the scale is three times what it should be
         >>> judge(model, guide, torch.linspace(-1, 1, 8), num_data=4, budget=60).culprits  # doctest: +SKIP
         ('encoder',)
     """
-    for name, value in (("num_data", num_data), ("num_samples", num_samples)):
-        if value < 2:
-            raise ValueError(f"got {name}={value}, wanted at least 2.")
+    at_least(2, num_data=num_data, num_samples=num_samples)
     if not budget > 0:
         raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
-    with sweep(model, guide, data=data, batch_size=num_data, num_data=num_data, whole=True, seed=seed, device=device,
+    with sweep(model, guide, data=data, batch_size=num_data, num_data=num_data, seed=seed, device=device,
                progress=progress, title="judge") as run:  # fmt: skip
         with seeded(seed):
             first = run.whole()  # drawn once for all stages

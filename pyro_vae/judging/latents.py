@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.results import Result, table
-from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.results import Result, listed, table
+from pyro_vae.judging.sweeps import Sweep, refuse_points, sweep
 from pyro_vae.options import checked
 from pyro_vae.protocols import closed_form_kl
 from pyro_vae.sites import data_plate, factors, lengths, plates
@@ -88,11 +88,10 @@ class DimensionKL(Result):
     def __str__(self) -> str:
         shown = self.value.argsort(descending=True).tolist()
         errors = ["" if math.isnan(e) else f" ± {e:.3f}" for e in self.data_stderr.tolist()]  # one datum has none
-        each = ", ".join(f"{self.names[i]} {self.value[i]:.3f}{errors[i]}" for i in shown[:20])
-        more = f", and {len(shown) - 20} more" if len(shown) > 20 else ""
+        each = listed([f"{self.names[i]} {self.value[i]:.3f}{errors[i]}" for i in shown], 20)
         how = "closed form" if all(self.exact) else f"{self.num_samples} samples where no closed form is known"
         over = "one datum" if self.num_data == 1 else f"{self.num_data} data"
-        return f"KL = {self.total:.3f} nats over {over} ({how}{'; ± of the data' * (self.num_data > 1)}): {each}{more}"
+        return f"KL = {self.total:.3f} nats over {over} ({how}{'; ± of the data' * (self.num_data > 1)}): {each}"
 
 
 @checked
@@ -110,11 +109,10 @@ def kl_per_dimension(
 
         KL_d = E_x KL(q(z_d | x) || p(z_d))
 
-    In closed form where torch or Pyro has one registered for the two distributions, and the
-    prior of the site depends on no other latent; else from samples. Of a site whose
-    dimensions are dependent (a flow, a full covariance, a mixture) the sum over its dimensions.
-    Of a layer under or above another it is the conditional divergence, averaged over the guide's
-    draws of the other.
+    In closed form where torch or Pyro has one registered for the two distributions, and the prior of the site depends
+    on no other latent; else from samples. Of a site whose dimensions are dependent (a flow, a full covariance, a
+    mixture) the sum over its dimensions. Of a layer under or above another it is the conditional divergence, averaged
+    over the guide's draws of the other.
 
     Args:
         num_samples: K, samples per datum.
@@ -142,41 +140,37 @@ def kl_per_dimension(
         components = Components(model, run.first)
         for batch in run:
             particles = run.draw(batch, num_samples)
-            if particles.points:
-                raise ValueError(
-                    f"guide site {particles.points[0]!r} is a point (Delta) without a density, so its divergence from "
-                    "the prior is infinite. Give the site a distribution."
-                )
+            refuse_points(particles, ", so its divergence from the prior is infinite")
             parts.append({site: _divergence(particles, site, components) for site in components.sites})
-    names: list[str] = []
-    exact: list[bool] = []
-    columns = []
-    start = 0
-    for site, size in components.sites.items():
-        # Of all batches the same way: by dimensions where each could, in closed form where each could.
-        found = [part[site] for part in parts]
-        apart = all(values.shape[-1] == size for values, _ in found)
-        columns.append([values if apart else values.sum(-1, keepdim=True) for values, _ in found])
-        names += components.names[start : start + size] if apart else [site]
-        exact += [all(closed for _, closed in found)] * (size if apart else 1)
-        start += size
-    table = [torch.cat(sites_of_batch, -1).double().cpu() for sites_of_batch in zip(*columns, strict=True)]
+    names, exact, table = _aligned(components, parts)
     mean = torch.cat([values.mean(0) for values in table])  # (N, M)
     count = len(mean)
     spread = [values.var(0) / len(values) if len(values) > 1 else values[0] * math.nan for values in table]
     mc = torch.cat(spread).sum(0).sqrt() / count
     if num_samples == 1:
         mc = torch.where(torch.tensor(exact), 0.0, mc)
-    return DimensionKL(
-        names=tuple(names),
-        value=mean.mean(0),
-        mc_stderr=mc,
-        data_stderr=mean.std(0) / math.sqrt(count) if count > 1 else torch.full_like(mean[0], math.nan),
-        pointwise=mean,
-        exact=tuple(exact),
-        num_samples=num_samples,
-        num_data=count,
-    )
+    data_stderr = mean.std(0) / math.sqrt(count) if count > 1 else torch.full_like(mean[0], math.nan)
+    return DimensionKL(tuple(names), mean.mean(0), mc, data_stderr, mean, tuple(exact), num_samples, count)
+
+
+def _aligned(
+    components: Components, parts: list[dict[str, tuple[Tensor, bool]]]
+) -> tuple[list[str], list[bool], list[Tensor]]:
+    """Names of the columns, which are closed forms, and the terms of each batch, (K, B, M).
+
+    They are of all batches the same: by dimensions where each could, in closed form where each could.
+    """
+    names: list[str] = []
+    exact: list[bool] = []
+    columns, start = [], 0
+    for site, size in components.sites.items():
+        found = [part[site] for part in parts]
+        apart = all(values.shape[-1] == size for values, _ in found)
+        columns.append([values if apart else values.sum(-1, keepdim=True) for values, _ in found])
+        names += components.names[start : start + size] if apart else [site]
+        start += size
+        exact += [all(closed for _, closed in found)] * (size if apart else 1)
+    return names, exact, [torch.cat(sites, -1).double().cpu() for sites in zip(*columns, strict=True)]
 
 
 def _divergence(particles: Particles, site: str, components: Components) -> tuple[Tensor, bool]:
@@ -236,12 +230,9 @@ def posterior_means(
     samples where not, as for a flow, or a layer above another.
 
     Args:
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
         site: Name of the latent site; None for the only one.
         num_samples: Samples per datum where the mean is not known.
-        seed: Seed of those samples, and of a binarization drawn on the way; None goes on with torch's random state.
-        device, progress: As for `log_likelihood`.
+        guide, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The means, on the CPU.
     Raises:
@@ -318,10 +309,8 @@ def active_units(
     unused dimension would show 1/64 of its prior variance, and count.
 
     Args:
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`.
         threshold: 0.01 in the reference.
-        site: As for `posterior_means`, as all that follow.
+        guide, data, site, num_samples, seed, device, progress: As for `posterior_means`.
     Returns:
         The count and the variances.
     Raises:

@@ -2,17 +2,11 @@
 
     q*(z | x_n) = q(z; lambda_n),   lambda_n = argmax ELBO(x_n; lambda)
 
-What a guide lacks at lambda_n is the fault of its family; what it lacks on the way there
-that of its encoder. A guide's local form has the same distributions at its sites, with
-free parameters in rows, one row per datum, and no network between:
-
-* an `Amortized` posterior says what its family is made of (`Amortized.local`), a flow's
-  own weights included;
-* of any other distribution the parameters are taken and their constraints lifted;
-* where a later site depends on the draw of an earlier one, the guide is run, and what is
-  free is added to what it gives.
-
-How the rows are found is in `pyro_vae.judging.climbs`.
+What a guide lacks at lambda_n is the fault of its family; what it lacks on the way there that of its encoder. A guide's
+local form has the same distributions at its sites, with free parameters in rows, one row per datum, and no network
+between. An `Amortized` posterior says what its family is made of (`Amortized.local`), a flow's own weights included; of
+any other distribution the parameters are taken and their constraints lifted; where a later site depends on the draw of
+an earlier one, the guide is run, and what is free is added to what it gives. How the rows are found is in `climbs`.
 """
 
 from __future__ import annotations
@@ -40,13 +34,13 @@ class LocalForm(NamedTuple):
 
     Attributes:
         start: Where the rows start, (B, P).
-        pace: Relative learning rate of each column, (P,).
+        relative_rates: Relative learning rate of each column, (P,).
         guide: From rows (B', P) to a guide of as many data.
         rescoring: What it takes to score a draw that it did not make, as of a posterior.
     """
 
     start: Tensor
-    pace: Tensor
+    relative_rates: Tensor
     guide: Callable[..., Program]
     rescoring: Rescoring = "one pass"
 
@@ -55,8 +49,6 @@ def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> L
     """The local form of a guide at a batch.
 
     Args:
-        guide: A Pyro program for q(z | x).
-        args: The batch.
         start: "guide" at the guide's own values; "fresh" near mean 0 and variance 1.
     Raises:
         ValueError: It has none, and why: a point, an auxiliary or unreparameterised
@@ -74,12 +66,8 @@ def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> L
     pieces = _pieces(sites, first, frame)
     elsewhere = _pieces([again.nodes[site["name"]] for site in sites], second, frame)
     free = [piece.local.free for piece in pieces]
-    same = all(
-        torch.equal(one[key], two.local.free[key])
-        for one, two in zip(free, elsewhere, strict=True)
-        for key in one
-    )  # fmt: skip
-    if not same:
+    others = [piece.local.free for piece in elsewhere]
+    if not all(torch.equal(one[key], two[key]) for one, two in zip(free, others, strict=True) for key in one):
         if start == "fresh":
             raise ValueError("its sites depend on each other's draws, so its networks stay and there is no fresh start")
         return _dependent(guide, pieces, first)
@@ -93,12 +81,8 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
 
     Args:
         posterior: It has ``local`` and ``parameters_near``, as `Amortized`.
-        model: The model, of a single latent site in the data plate alone.
-        args: The batch.
-        loc: Where it starts, (B, D).
-        scale: And how wide, (B, D).
-    Raises:
-        ValueError: The model has several latent sites, or inner plates.
+        model, args: With a single latent site in the data plate alone.
+        loc, scale: Where it starts, and how wide, (B, D).
     """
     with torch.no_grad():
         trace, frame = _run(model, args)
@@ -157,7 +141,7 @@ class _Piece(NamedTuple):
         parts = zip(self.shapes.items(), rows.split(sizes, 1), strict=True)
         return {k: part.reshape(len(rows), *shape).movedim(0, self.axis) for (k, shape), part in parts}
 
-    def pace(self) -> Tensor:
+    def relative_rates(self) -> Tensor:
         some = next(iter(self.local.free.values()))
         return torch.cat([
             some.new_full((math.prod(shape),), self.local.rates.get(k, 1.0)) for k, shape in self.shapes.items()
@@ -209,7 +193,7 @@ def _independent(pieces: list[_Piece]) -> LocalForm:
         return program
 
     start = torch.cat([piece.pack(piece.local.free) for piece in pieces], 1)
-    return LocalForm(start.detach().clone(), torch.cat([piece.pace() for piece in pieces]), guide, _rescoring(pieces))
+    return _form(pieces, start.detach().clone(), guide)
 
 
 def _dependent(guide: Program, pieces: list[_Piece], outputs: Heads) -> LocalForm:
@@ -233,11 +217,12 @@ def _dependent(guide: Program, pieces: list[_Piece], outputs: Heads) -> LocalFor
         return Unscaled()(program)
 
     start = torch.cat([torch.zeros_like(piece.pack(piece.local.free)) for piece in pieces], 1)
-    return LocalForm(start, torch.cat([piece.pace() for piece in pieces]), local, _rescoring(pieces))
+    return _form(pieces, start, local)
 
 
-def _rescoring(pieces: list[_Piece]) -> Rescoring:
-    return rescoring(*(piece.posterior for piece in pieces))
+def _form(pieces: list[_Piece], start: Tensor, guide: Callable[..., Program]) -> LocalForm:
+    rates = torch.cat([piece.relative_rates() for piece in pieces])
+    return LocalForm(start, rates, guide, rescoring(*(piece.posterior for piece in pieces)))
 
 
 @contextlib.contextmanager
@@ -253,10 +238,9 @@ def _plates(piece: _Piece, size: int, made: dict[str, Any]) -> Iterator[None]:
 
 
 class _Landing(TorchDistribution):
-    """Draws from one distribution and scores by the same one at still parameters.
-
-    So the gradient of the ELBO goes through the sample alone. The part left out is zero on
-    average, and without it the noise vanishes where q is the posterior.
+    """Draws from one distribution and scores by the same one at still parameters, so that the gradient of the ELBO goes
+    through the sample alone. The part left out is zero on average, and without it the noise vanishes where q is the
+    posterior.
 
     Reference: Roeder, Wu and Duvenaud, Sticking the Landing, 2017. arXiv:1703.09194
     """

@@ -8,7 +8,8 @@ A number for a set of data has
     pointwise     the number per datum, (N,)
     num_samples   K, samples per datum
 
-A table compares several. Both print, and both have `to_dict`, `to_frame` and a form for notebooks.
+A table compares several. Both print, and both have `to_dict`, `to_frame` and a form for notebooks. `Nats` is what a
+judgement keeps of a number: as JSON, without what stands behind it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+# Nats below which nothing is said to be at fault.
+RELEVANT = 0.05
 
 
 class Result:
@@ -32,7 +37,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python: tensors become lists."""
-        return {name: _plain(value) for name, value in _fields(self)}
+        return {name: plain(value) for name, value in _fields(self)}
 
     def to_frame(self, pointwise: bool = False) -> Any:
         """The table as a pandas frame.
@@ -76,32 +81,16 @@ class Result:
         return head, [[_cell(line.get(name)) for name in head] for line in rows]
 
 
-class Measured(Result):
-    """A number for a set of data, in nats, with both of its errors."""
-
-    value: float
-    mc_stderr: float
-    data_stderr: float
-    pointwise: Tensor
-    num_samples: int
-
-    @property
-    def said(self) -> str:
-        """The number with its errors."""
-        return f"{self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats"
-
-
 @dataclass(frozen=True)
-class Mean(Measured):
-    """A bound, a gap, a term: anything averaged over data, in nats.
+class Measured(Result):
+    """A number for a set of data, in nats, with both of its errors: a bound, a gap, a term.
 
     Attributes:
         value: The mean over the data.
         mc_stderr: Its error given these data: Monte Carlo, and what remained to climb where steps led there.
-        data_stderr: Standard error of the mean for the population of the data.
+        data_stderr: Its standard error for the population of the data; nan for one datum.
         pointwise: Per datum, (N,).
         num_samples: K.
-        pointwise_stderr: Monte Carlo error per datum, (N,).
     """
 
     value: float
@@ -109,6 +98,25 @@ class Mean(Measured):
     data_stderr: float
     pointwise: Tensor
     num_samples: int
+
+    def measured(self) -> dict[str, Any]:
+        """The fields that every number for a set of data has, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
+
+    @property
+    def with_errors(self) -> str:
+        """The number and both of its errors, in words."""
+        return f"{self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats"
+
+
+@dataclass(frozen=True)
+class Mean(Measured):
+    """A number whose Monte Carlo errors are known per datum.
+
+    Attributes:
+        pointwise_stderr: They, (N,).
+    """
+
     pointwise_stderr: Tensor
 
     @classmethod
@@ -125,13 +133,7 @@ class Mean(Measured):
 
 
 def averaged(pointwise: Tensor, variance: Tensor) -> dict[str, Any]:
-    """The fields that every `Measured` has, from values and Monte Carlo variances per datum, (N,).
-
-    Example:
-        >>> import torch
-        >>> averaged(torch.tensor([1.0, 1.0]).double(), torch.tensor([2.0, 2.0]))
-        {'value': 1.0, 'mc_stderr': 1.0, 'data_stderr': 0.0, 'pointwise': tensor([1., 1.], dtype=torch.float64)}
-    """
+    """The fields of a `Measured` but for num_samples, from values and Monte Carlo variances per datum, (N,)."""
     count = len(pointwise)
     return {
         "value": pointwise.mean().item(),
@@ -141,14 +143,99 @@ def averaged(pointwise: Tensor, variance: Tensor) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Nats:
+    """A mean over data in nats, with its errors; nan where it, or an error, is not known.
+
+    Attributes:
+        value: The mean.
+        mc_stderr: Monte Carlo standard error, given these data.
+        data_stderr: Standard error for the population of the data.
+    Example:
+        >>> str(Nats(1.23456, 0.002)), Nats(0.2, 0.05).material(), Nats(0.2, 0.11).material()
+        ('1.235 ± 0.002', True, False)
+    """
+
+    value: float = math.nan
+    mc_stderr: float = math.nan
+    data_stderr: float = math.nan
+
+    @classmethod
+    def of(cls, measured: Measured | None) -> Nats:
+        """What is known of a number for a set of data."""
+        return cls() if measured is None else cls(measured.value, measured.mc_stderr, measured.data_stderr)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a value."""
+        return math.isfinite(self.value)
+
+    def material(self, size: float = RELEVANT) -> bool:
+        """Whether it is above twice its error and of a size that matters; an unknown error is none to rely on."""
+        return self.known and self.value > 2 * self.mc_stderr and self.value > size
+
+    def of_population(self) -> Nats:
+        """The same number as an answer for all data of the kind: both errors in one, where both are known."""
+        if not math.isfinite(self.data_stderr):
+            return self
+        return Nats(self.value, math.hypot(self.mc_stderr, self.data_stderr))
+
+    def minus(self, other: Nats) -> Nats:
+        """The difference of two independent numbers."""
+        return Nats(self.value - other.value, math.hypot(self.mc_stderr, other.mc_stderr))
+
+    def __str__(self) -> str:
+        if not self.known:
+            return "unknown"
+        error = self.mc_stderr
+        if not math.isfinite(error):
+            return f"{self.value:.2f}"
+        digits = 2 if error >= 0.005 or error == 0 else min(4, -math.floor(math.log10(error)))
+        return f"{self.value:.{digits}f} ± {error:.{digits}f}"
+
+
 def over_data(data_stderr: float) -> str:
-    """The error for the population in words; a single datum says nothing of others.
+    """The error for the population in words; a single datum says nothing of others."""
+    return "one datum" if math.isnan(data_stderr) else f"data ± {data_stderr:.2f}"
+
+
+def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """Names in a row, and how many more there are.
 
     Example:
-        >>> over_data(0.24), over_data(float("nan"))
-        ('data ± 0.24', 'one datum')
+        >>> listed("abc", 2)
+        'a, b, and 1 more'
     """
-    return "one datum" if math.isnan(data_stderr) else f"data ± {data_stderr:.2f}"
+    return between.join(names[:most]) + (f"{between}and {len(names) - most} more" if len(names) > most else "")
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Cells as lines of one length, the first columns flush left and the others flush right.
+
+    Example:
+        >>> aligned([["set", "bound"], ["test", "-1.2"]])
+        ['set   bound', 'test   -1.2']
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    forms = [f"{'<' if i < left else '>'}{width}" for i, width in enumerate(widths)]
+    return ["  ".join(map(format, line, forms)) for line in lines]
+
+
+def at_least(least: int, **values: int) -> None:
+    """Refuse numbers that are less."""
+    for name, value in values.items():
+        if value < least:
+            wanted = "a positive integer" if least == 1 else f"at least {least}"
+            raise ValueError(f"got {name}={value}, wanted {wanted}.")
+
+
+def one_of(choices: Sequence[str], **values: str) -> None:
+    """Refuse words that are none of the choices."""
+    for name, value in values.items():
+        if value not in choices:
+            words = [repr(choice) for choice in choices]
+            wanted = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
+            raise ValueError(f"got {name}={value!r}, wanted {wanted}.")
 
 
 def table(**columns: Any) -> list[dict[str, Any]]:
@@ -178,18 +265,35 @@ def _fields(result: Any) -> list[tuple[str, Any]]:
     return [(field.name, getattr(result, field.name)) for field in dataclasses.fields(result)]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any, finite: bool = False) -> Any:
+    """As plain Python: tensors as lists, named fields as dicts; if asked, what is not finite as None."""
     if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        value = value.tolist()
     if dataclasses.is_dataclass(value):
-        return {name: _plain(each) for name, each in _fields(value)}
-    if hasattr(value, "_asdict"):
-        return _plain(value._asdict())
+        value = dict(_fields(value))
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): plain(each, finite) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each, finite) for each in value]
+    if finite and isinstance(value, float) and not math.isfinite(value):
+        return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def typed(kind: Any, value: Any) -> Any:
+    """What `plain` made finite, as the field's type again."""
+    if kind is Nats:
+        return Nats(**{name: typed(float, item) for name, item in value.items()})
+    if kind is float:
+        return math.nan if value is None else float(value)
+    if typing.get_origin(kind) in (tuple, dict):
+        inner = [each for each in typing.get_args(kind) if each is not Ellipsis][-1]
+        if isinstance(value, dict):
+            return {key: typed(inner, item) for key, item in value.items()}
+        return tuple(typed(inner, item) for item in value)
+    return value
 
 
 def _cell(value: Any) -> str:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from pyro_vae.judging._calibration import Calibration
 from pyro_vae.judging.annealing import Bracket
-from pyro_vae.judging.nats import Nats, plain, typed
-from pyro_vae.judging.results import over_data
+from pyro_vae.judging.results import Nats, over_data, plain, typed
 
 Status = Literal["done", "left out", "not possible"]
 Comparison = Literal["larger K", "best q", "jackknife"]
@@ -31,14 +30,9 @@ def _tensor() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What all stages have.
+    """What all stages have: whether they were done and why not, seconds taken, and the number of data looked at.
 
-    Attributes:
-        status: Whether it was done.
-        reason: Why not.
-        late: Whether it was left out for want of time.
-        seconds: What it took.
-        num_data: How many data it looked at.
+    `late` says that a stage was left out for want of time.
     """
 
     title: ClassVar[str]
@@ -65,7 +59,7 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite are None."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata.get("json", True)]
-        return {name: plain(getattr(self, name)) for name in names}
+        return {name: plain(getattr(self, name), finite=True) for name in names}
 
     @classmethod
     def from_dict(cls: type[T], values: dict[str, Any]) -> T:
@@ -79,27 +73,17 @@ class Bounds(Stage):
     """The ELBO and the estimate of log p(x) that is judged, beside a better one.
 
     Attributes:
-        num_samples: K of the estimate that is judged.
-        num_samples_asked: What was asked for.
-        elbo: The ELBO.
-        reconstruction: E_q[log p(x | z)].
-        kl: KL(q(z | x) || p(z)).
-        log_p: The estimate at K.
-        bias: Its bias, by the jackknife.
-        khat_ok: Share of the data whose k-hat is small enough.
-        better: The estimate at `better_samples`.
-        better_samples: As many as there was time for, K at least.
-        better_bias: Its bias.
-        better_khat_ok: Its share of the data with a small k-hat.
-        curve_samples: K' = 1, 2, 5, ..., `better_samples`.
-        curve: The estimate at each K'.
-        curve_mc_stderr: Its errors.
+        num_samples, num_samples_asked: K of the estimate that is judged, and what was asked for.
+        elbo, reconstruction, kl: The ELBO and its two terms.
+        log_p, bias, khat_ok: The estimate at K, its bias by the jackknife, and the share of the data whose k-hat is
+            small enough.
+        better, better_bias, better_khat_ok: The same at `better_samples`: as many as there was time for, K at least.
+        curve, curve_mc_stderr: The estimate and its errors at `curve_samples`, K' = 1, 2, 5, ..., `better_samples`.
         missing: What the estimate at K lacks.
         compared_with: What that was measured against: the better estimate, one that uses the best q of each datum
             too, or its own limit, by the jackknife.
         enough: The smallest K' that lacks no more than `RELEVANT`, where k-hat allows an answer.
-        pareto_k: k-hat per datum of the better estimate.
-        pointwise: The better estimate per datum.
+        pareto_k, pointwise: k-hat and the better estimate per datum.
         data: The data.
     """
 
@@ -200,13 +184,10 @@ class GapSplit(Stage):
     Attributes:
         num_samples: K of the bounds.
         inference: log p(x) - ELBO.
-        approximation: The family's part; not known where the guide has no local form.
-        amortization: The encoder's part.
+        approximation, amortization: The family's part, not known where the guide has no local form; the encoder's.
         unsplit: Why there are no parts.
-        log_p: log p(x).
-        source: Where it is from.
-        bias: Of it, by the jackknife.
-        khat_ok: Share of the data whose k-hat is small enough.
+        log_p, source, bias, khat_ok: log p(x), where it is from, its bias, and the share of the data whose k-hat is
+            small enough.
         remaining: What the search for the best members may still have risen by.
         stopped: Share of the data for which it ended by itself.
         num_steps: Steps of the search, on average.
@@ -270,15 +251,12 @@ class Bracketed(Stage):
     """log p(x) of simulated data from both sides, by annealing.
 
     Attributes:
-        num_steps: T.
-        num_chains: C.
+        num_steps, num_chains: T and C.
         start: Where the chains began, "guide" or "prior".
-        lower: Lower bound.
-        upper: Upper bound.
+        lower, upper: The bounds.
         width: Between them; its error is over the simulations.
         importance: The importance-sampling estimate of the same data.
-        below_lower: What it lacks to the lower bound.
-        below_upper: And to the upper bound.
+        below_lower, below_upper: What it lacks to the bounds.
         found: All of it.
     """
 
@@ -313,9 +291,7 @@ class Calibrated(Stage):
         num_draws: Draws of the guide that each true latent was ranked among.
         level: Of the tests.
         calibrated: Whether no component fails.
-        names: Of the components.
-        verdicts: One for each: "calibrated", or what the guide is there.
-        p_value: After Holm's correction.
+        names, verdicts, p_value: Of the components; "calibrated", or what the guide is there; after Holm's correction.
         coverage_90: Share of the central intervals of level 0.9 that hold the truth.
         found: All of it.
     """

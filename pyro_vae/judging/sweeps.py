@@ -10,16 +10,14 @@ left to a diagnostic is what it does with a batch:
             drawn = run.draw(batch, num_samples)
 
 An estimate whose K does not fit into memory takes the samples of a batch in chunks (`Sweep.particles`), captured and
-replayed where there are many of them (`Sweep.tables`). Data may be simulated on the way (`Sweep.simulated`): a model
-observes sites and takes arguments, and which argument is which site is told by their values. So a user's own program
-needs no convention: a site replaces the argument that it equals up to shape, as ``obs=x.reshape(-1, 784)`` does, and
-where none or several do, the caller says which.
+replayed where there are many of them (`Sweep.tables`). Data may be simulated on the way (`Sweep.simulated`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -39,9 +37,10 @@ from pyro_vae.inference.memory import reused_memory
 from pyro_vae.inference.rehearsal import Rehearsal
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.trees import at, joined, rows, values
+from pyro_vae.judging.components import simulated_batch
 from pyro_vae.parameters import device_of
 from pyro_vae.sites import kind, lengths, unwrapped
-from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting, simulate, sites
+from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
 _CHUNK = 3 * 2**19
@@ -50,12 +49,7 @@ _HELD = 2**22
 
 
 class Sweep:
-    """Programs at work on data; made by `sweep`. Iterating over it gives the batches, as tuples of arguments.
-
-    Attributes:
-        programs: The model, its guide and what else runs; a diagnostic of one program has one.
-        batches: The data.
-    """
+    """Programs at work on data; made by `sweep`. Iterating over it gives the batches, as tuples of arguments."""
 
     def __init__(
         self, programs: tuple[Program, ...], batches: Batches, num_data: int | None, title: str, progress: bool | None,
@@ -112,10 +106,7 @@ class Sweep:
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Tensor]]]:
         """Batches whose data are drawn from the model, with the latents they were drawn from (see `simulated_batch`).
 
-        Args:
-            num_data: How many.
-            observed: As for `simulated_batch`.
-            again: Whether to go through the data again where they are fewer.
+        With `again` the data are gone through again where they are fewer.
         """
         while num_data > 0:
             for batch in self._upto(num_data):
@@ -142,16 +133,10 @@ class Sweep:
         found = self._lay_out(num_samples)
         for batch in self:
             nesting = plate_nesting(model, guide, *batch) if found.joint else found.nesting  # refuses it
-            sizes = chunk_sizes(batch, num_samples)
-            yield (draw(model, guide, batch, {}, size, max_plate_nesting=nesting) for size in sizes)
+            yield in_chunks(model, guide, batch, num_samples, nesting)
 
     def tables(self, num_samples: int, compile: bool | str = "auto") -> Iterator[tuple[Tensor, Tensor, int]]:
-        """For each batch its log weights and log likelihoods, (K, B) each, and the data of each column.
-
-        Args:
-            num_samples: K.
-            compile: As for `Replayed`.
-        """
+        """For each batch its log weights and log likelihoods, (K, B) each, and the data of each column."""
         found = self._lay_out(num_samples)
         chunks: dict[int, Replayed] = {}
         count = len(self)
@@ -219,12 +204,11 @@ class Sweep:
 def sweep(
     *programs: Program | None,
     data: Any,
-    batch_size: int = 100,
+    batch_size: int | None = 100,
     copies: int = 1,
     num_data: int | None = None,
     besides: Iterable[Any] = (),
     validate: bool = True,
-    whole: bool = False,
     device: str | torch.device | None = None,
     seed: int | None = None,
     progress: bool | None = None,
@@ -235,13 +219,12 @@ def sweep(
     Args:
         programs: The model, its guide, and what else runs; None among them is passed over.
         data: As for `fit`.
-        batch_size: Data at a time, at most.
+        batch_size: Data at a time, at most; None for all of them.
         copies: Samples of each datum that are held at once: so many fewer data make a batch.
         num_data: Only the first so many of the data.
         besides: Modules that are to be in evaluation mode as well.
         validate: Whether Pyro looks at all values. A trajectory that leaves the numbers is rejected, where validation
             would raise.
-        whole: Whether all data make one batch, whatever their number.
         device: Where the batches go; where the modules are when not given.
         seed: Seed of the noise inside; None goes on with the random states as they are.
         progress: Show a bar; None shows it on a terminal only.
@@ -249,14 +232,10 @@ def sweep(
     Raises:
         ValueError: What `Batches` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5))
         >>> with sweep(model, guide, data=torch.zeros(5), batch_size=3, seed=0) as run:
         ...     [run.draw(batch, 7).log_weight.shape for batch in run]
         [torch.Size([7, 3]), torch.Size([7, 2])]
@@ -269,16 +248,15 @@ def sweep(
             stack.enter_context(context)
         if not validate:
             stack.enter_context(validation_enabled(False))
-        batches = Batches(data, batch_size, place, False, given)
+        batches = Batches(data, batch_size or sys.maxsize, place, False, given)
         if batches.tolerated:  # Pyro's validation looks before it masks
             stack.enter_context(validation_enabled(False))
         run = Sweep(given, batches, num_data, title, progress)
         if len(given) > 1 and batches.shown is not None and batches.shown.error is None:
             _look_at_supports(batches.shown)
-            reason = undetermined(given[1], batches.shown.latents.values(), run.first, {}) if len(given) == 2 else None
-            if reason is not None:
+            if len(given) == 2 and (reason := undetermined(given[1], batches.shown.latents.values(), run.first, {})):
                 raise ValueError(reason)
-        if not whole:
+        if batch_size is not None:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
         try:
             yield run
@@ -287,10 +265,7 @@ def sweep(
 
 
 def _look_at_supports(shown: Rehearsal) -> None:
-    """Refuse a guide that draws where the prior has no mass; say it of one that cannot draw where the prior has some.
-
-    The weights know nothing of what is never drawn, and so neither do the errors and k-hat.
-    """
+    """Refuse a guide that draws where the prior has no mass; warn of one that cannot draw where the prior has some."""
     for name, site in shown.latents.items():
         prior = shown.sites.get(name)
         if prior is None or prior["is_observed"] or site["is_observed"] or isinstance(unwrapped(site["fn"]), Delta):
@@ -316,6 +291,22 @@ def _look_at_supports(shown: Rehearsal) -> None:
             )
 
 
+def in_chunks(
+    model: Program, guide: Program, batch: tuple[Any, ...], num_samples: int, nesting: int
+) -> Iterator[Particles]:
+    """K samples of one batch, so many at a time as fit."""
+    return (draw(model, guide, batch, {}, k, max_plate_nesting=nesting) for k in chunk_sizes(batch, num_samples))
+
+
+def refuse_points(drawn: Particles, consequence: str) -> None:
+    """Refuse a guide with a point site, of whose density something is asked."""
+    if drawn.points:
+        raise ValueError(
+            f"guide site {drawn.points[0]!r} is a point (Delta) without a density{consequence}. Give the site a "
+            "distribution."
+        )
+
+
 def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:
     """The sizes of the chunks in which K samples of one batch are drawn: who takes the same gets the same draws."""
     return _sizes(num_samples, max(1, _CHUNK // values(batch) // max(rows(batch), 1)))
@@ -336,75 +327,3 @@ def _chunk(programs: tuple[Program, ...], size: int, nesting: int, *batch: Any) 
     model, guide = programs
     particles = draw(model, guide, batch, {}, size, True if capturing() else None, nesting)
     return particles.log_weight, particles.log_likelihood
-
-
-def simulated_batch(
-    model: Program, args: tuple[Any, ...], observed: Mapping[str, int] | None = None
-) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-    """Draw (z, x) ~ p(z) p(x | z) in the shape of a batch.
-
-    Args:
-        model: A Pyro program for p(x, z).
-        args: A batch, which serves for its shape, and for what the model conditions on.
-        observed: Position of the argument that an observed site is, as {"x": 0}, where the
-            values do not tell.
-    Returns:
-        The arguments with simulated data in them, and the latents that the data were drawn from.
-    Raises:
-        ValueError: A site equals no argument, or several; or the model observes nothing.
-    Example:
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-        >>> (x,), latents = simulated_batch(model, (torch.zeros(5, 1),))
-        >>> x.shape, latents["z"].shape
-        (torch.Size([5, 1]), torch.Size([5]))
-    """
-    given = {name: site["value"] for name, site in sites(model, *args).items() if site["is_observed"]}
-    if not given:
-        raise ValueError(
-            "the model observes no site with these arguments, so there are no data to simulate. "
-            "Write the data site as pyro.sample(name, distribution, obs=x)."
-        )
-    named = dict(observed or {})
-    unknown = [name for name in named if name not in given]
-    if unknown:
-        raise ValueError(f"got observed={{{unknown[0]!r}: ...}}, wanted one of the model's data sites, {list(given)}.")
-    places = {name: _place(name, value, args, named.get(name)) for name, value in given.items()}
-    if len(set(places.values())) < len(places):
-        raise ValueError(
-            f"two observed sites are one and the same argument, {places}, so simulated data have no place. Make them "
-            "one site, or two arguments."
-        )
-    drawn = simulate(model, *args)
-    replaced = list(args)
-    for name, place in places.items():
-        replaced[place] = drawn.observations[name].reshape(args[place].shape).to(args[place].dtype)
-    return tuple(replaced), drawn.latents
-
-
-def _place(site: str, value: Tensor, args: tuple[Any, ...], named: int | None) -> int:
-    if named is not None:
-        if not -len(args) <= named < len(args) or not isinstance(args[named], Tensor):
-            raise ValueError(
-                f"got observed={{{site!r}: {named}}}, wanted the position of a tensor among {len(args)} arguments."
-            )
-        if args[named].numel() != value.numel():
-            raise ValueError(
-                f"argument {named} has {args[named].numel()} values, and site {site!r} {value.numel()}: wanted as many."
-            )
-        return named % len(args)
-    same = [
-        i
-        for i, x in enumerate(args)
-        if isinstance(x, Tensor) and x.numel() == value.numel() and bool((x.flatten() == value.flatten()).all())
-    ]
-    if len(same) != 1:
-        found = "none" if not same else f"those at {same}"
-        raise ValueError(
-            f"simulated data of site {site!r} replace the argument that it equals up to shape, and of {len(args)} "
-            f"arguments {found} did. Say which it is by its position: observed={{{site!r}: 0}}."
-        )
-    return same[0]

@@ -14,11 +14,11 @@ kinds in it: the Monte Carlo error, and what other data of the kind would give.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pyro_vae.judging.nats import RELEVANT, Nats
+from pyro_vae.judging.results import RELEVANT, Nats, listed
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Remedy, Stages
 
 About = Literal["posterior", "latents", "estimate", "calibration", "protocol"]
@@ -174,7 +174,7 @@ def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
             yield Finding("latents", f"{text}.")
         else:
             advice = "That costs nothing but time: a smaller latent_dim would do, or free bits to use them."
-            yield Finding("latents", f"{text}; unused: {_few(latents.unused, 6)}.", None, advice)
+            yield Finding("latents", f"{text}; unused: {listed(latents.unused, 6)}.", None, advice)
     elif dead is not None:
         return
     elif not gaps.split:
@@ -274,7 +274,7 @@ def _failing(found: Calibrated) -> str:
     for name, kind in zip(found.names, found.verdicts, strict=True):
         if kind != "calibrated":
             by_kind.setdefault(kind, []).append(name)
-    text = "; ".join(f"{kind} in {_few(names)}" for kind, names in by_kind.items())
+    text = "; ".join(f"{kind} in {listed(names, 4)}" for kind, names in by_kind.items())
     if "too narrow" in by_kind and found.coverage_90:
         text += f" (90 % intervals cover down to {100 * min(found.coverage_90):.0f} %)"
     return text
@@ -288,7 +288,3 @@ def _over(stages: Stages) -> str:
     spread = stages.gaps.inference.data_stderr
     others = f"; ± {spread:.2f} for others" if math.isfinite(spread) else ""
     return f"({stages.gaps.num_data} data{others})"
-
-
-def _few(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

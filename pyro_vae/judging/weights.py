@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.judging.sweeps import chunk_sizes
+from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.options import checked
 from pyro_vae.protocols import rescoring
 from pyro_vae.reach import parts_of
@@ -68,12 +68,7 @@ class Scored(NamedTuple):
 
     @classmethod
     def of(cls, log_weight: Tensor, joint: int = 1) -> Scored:
-        """From (K, B).
-
-        Args:
-            log_weight: log p(x, z_k) - log q(z_k | x).
-            joint: How many data each column stands for; all numbers are then per datum.
-        """
+        """From log p(x, z_k) - log q(z_k | x), (K, B), of which each column stands for so many data."""
         smooth, k = pareto_smoothed(log_weight)
         weight = log_weight.double().cpu()
         count = len(weight)
@@ -112,12 +107,7 @@ def variance(log_weight: Tensor) -> Tensor:
 
 
 def fewer(num_samples: int) -> list[int]:
-    """1, 2, 5, 10, ... below K, and K.
-
-    Example:
-        >>> fewer(30)
-        [1, 2, 5, 10, 20, 30]
-    """
+    """1, 2, 5, 10, ... below K, and K."""
     decades = [m * 10**e for e in range(len(str(num_samples))) for m in (1, 2, 5)]
     return [k for k in decades if k < num_samples] + [num_samples]
 
@@ -160,9 +150,8 @@ def khat_ok(pareto_k: Tensor, num_samples: int) -> float:
 def pareto_k(log_weight: Tensor) -> Tensor:
     """Shape k of the generalised Pareto tail of each datum's weights.
 
-    The weights have finite moments up to order 1/k: below 0.5 their variance is
-    finite; up to `khat_limit` the estimate is usable; above it the guide misses mass
-    of the posterior, and the error estimate itself is too small.
+    The weights have finite moments up to order 1/k: below 0.5 their variance is finite; up to `khat_limit` the estimate
+    is usable; above it the guide misses mass of the posterior, and the error estimate itself is too small.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
@@ -182,20 +171,18 @@ def pareto_k(log_weight: Tensor) -> Tensor:
 def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Log weights whose largest are replaced by the quantiles of their fitted Pareto tail, and k-hat.
 
-    Smoothing trades a little bias for much variance where single weights dominate. The
-    smoothed weights keep the scale of the raw ones, and none exceeds the largest of them.
+    Smoothing trades a little bias for much variance where single weights dominate. The smoothed weights keep the scale
+    of the raw ones, and none exceeds the largest of them.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
     Returns:
-        The smoothed log weights, (K, B), and k-hat, (B,), both in float64. Constant weights or tails,
+        The smoothed log weights, (K, B), and k-hat, (B,), as in `pareto_k`, both in float64. Constant weights or tails,
         and fewer than 25 weights, stay as they are.
     Example:
         >>> smooth, k = pareto_smoothed(torch.zeros(100, 2))
         >>> bool((smooth == 0).all())
         True
-
-    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     smooth = log_weight.detach().cpu().double()
     k = torch.full((smooth.shape[1],), float("nan"), dtype=torch.float64)
@@ -240,32 +227,18 @@ def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(
-    model: Program,
-    proposals: Mapping[str, Program],
-    pooled: list[str],
-    args: tuple[Any, ...],
-    num_samples: int,
+    model: Program, proposals: Mapping[str, Program], pooled: list[str], args: tuple[Any, ...], num_samples: int,
     nesting: Mapping[str, int],
-) -> tuple[dict[str, Scored], Scored | None]:
-    """Score one batch by every proposal alone, and by the mixture of those to be pooled.
+) -> tuple[dict[str, Scored], Scored | None]:  # fmt: skip
+    """Score one batch by every proposal alone, and by the mixture of those to be pooled; None without any.
 
-    Args:
-        model: A Pyro program for p(x, z).
-        proposals: Guides, by name.
-        pooled: Names of those that score each other's draws.
-        args: The batch.
-        num_samples: K for each proposal.
-        nesting: Depth of plates, by proposal.
-    Returns:
-        Each proposal's own scores; those of the pooled weights, None without any.
+    The depth of the plates is that of each proposal; those that are pooled score each other's draws.
     """
-    sizes = chunk_sizes(args, num_samples)
     own: dict[str, list[Tensor]] = {name: [] for name in proposals}
     mixed: list[Tensor] = []
     with torch.no_grad():
         for name, proposal in proposals.items():
-            for size in sizes:
-                table = draw(model, proposal, args, {}, size, max_plate_nesting=nesting[name])
+            for table in in_chunks(model, proposal, args, num_samples, nesting[name]):
                 own[name].append(table.log_weight)
                 if name not in pooled:
                     continue
@@ -280,7 +253,7 @@ def score(
     )
 
 
-def scores_strangers(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
+def rescores(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
     """Whether a guide scores, in one pass, draws that it did not make."""
     if rescoring(proposal, *parts_of(proposal)) != "one pass":
         return False
@@ -329,3 +302,31 @@ def pool(
     log_p, stderr = given_estimate(given, len(found.log_p))
     unknown = torch.full_like(log_p, math.nan)
     return found._replace(log_p=log_p, log_p_variance=stderr.square(), bias=unknown, pareto_k=unknown), "given"
+
+
+class Proposals:
+    """What the weights of several proposals for one log p(x) say, batch by batch.
+
+    Attributes:
+        pooled: Names of those that score each other's draws.
+    """
+
+    def __init__(self) -> None:
+        self.pooled: list[str] = []
+        self._own: dict[str, list[Scored]] = {}
+        self._mixed: list[Scored] = []
+
+    def add(
+        self, model: Program, proposals: Mapping[str, Program], args: tuple[Any, ...], num_samples: int,
+        nesting: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        """Score a batch, as `score`."""
+        own, mixed = score(model, proposals, self.pooled, args, num_samples, nesting)
+        for name, scored in own.items():
+            self._own.setdefault(name, []).append(scored)
+        self._mixed += [] if mixed is None else [mixed]
+
+    def result(self, given: Any = None) -> tuple[dict[str, Scored], Scored, str]:
+        """Each by itself, and what `pool` makes of all."""
+        own = {name: Scored.joined(parts) for name, parts in self._own.items()}
+        return own, *pool(own, Scored.joined(self._mixed) if self._mixed else None, self.pooled, given)

@@ -1,8 +1,7 @@
 """Figures of how good an approximation is: plain numbers in, matplotlib figures out.
 
-Every function takes lists, arrays or tensors, so that what a report keeps as JSON can be
-drawn again; missing numbers (None or nan) are left out. Bands and error bars are two
-standard errors unless a docstring says otherwise.
+Every function takes lists, arrays or tensors, so that what a report keeps as JSON can be drawn again; missing numbers
+(None or nan) are left out. Bands and error bars are two standard errors unless a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -70,10 +69,9 @@ def bracket(
 ) -> Figure:
     """The interval that holds log p(x) of each simulated datum, and its width.
 
-    Above, data are ordered by their lower bound; below stands the width on a scale of its own,
-    since brackets are narrow beside what data differ by. A width may be negative by noise.
-    Errors stand at the bounds and not at the width, since both bounds share their forward chains;
-    the mean width is given with one standard error over the data.
+    Above, data are ordered by their lower bound; below stands the width on a scale of its own, since brackets are
+    narrow beside what data differ by. A width may be negative by noise. Errors stand at the bounds and not at the
+    width, since both bounds share their forward chains; the mean width is given with one standard error over the data.
 
     Args:
         lower: Lower bound per datum, (N,), nats.
@@ -116,10 +114,9 @@ def gap_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
         log p(x) - ELBO = (log p(x) - ELBO of the best q for x) + (that - ELBO)
 
     Args:
-        rows: One per guide and split: {"guide", "split", "approximation",
-            "approximation_stderr", "amortization", "amortization_stderr"}, nats per datum, or
-            {"guide", "split", "total", "total_stderr"} where the total alone is known. Errors
-            may be missing.
+        rows: One per guide and split: {"guide", "split", "approximation", "approximation_stderr", "amortization",
+            "amortization_stderr"}, nats per datum, or {"guide", "split", "total", "total_stderr"} where the total alone
+            is known. Errors may be missing.
     """
     guides = list(dict.fromkeys(str(row["guide"]) for row in rows))
     splits = list(dict.fromkeys(str(row.get("split", "")) for row in rows))

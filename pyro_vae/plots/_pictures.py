@@ -1,7 +1,6 @@
 """Figures of a fitted pair: tensors in, matplotlib figures out, nothing global touched.
 
-Images are (N, C, H, W) in [0, 1], grey or RGB; vectors, (N, D), are shown as the rows
-of a heat map.
+Images are (N, C, H, W) in [0, 1], grey or RGB; vectors, (N, D), are shown as the rows of a heat map.
 """
 
 from __future__ import annotations
@@ -17,7 +16,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pyro_vae.plots._canvas import BLUE, GREY, INCHES, ORANGE, canvas, pixels
+from pyro_vae.plots._canvas import (
+    BLUE,
+    GREY,
+    INCHES,
+    ORANGE,
+    canvas,
+    label_axes,
+    number,
+    pixels,
+    show_legend,
+    titled_axes,
+)
 
 _MAX_LABELS = 20
 
@@ -32,7 +42,7 @@ def training_curve(
         finals: Numbers to compare with, by name, as dotted lines.
         name: What the bound is called.
     """
-    figure, axes = _figure(INCHES, 3.8)
+    figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch")
     epochs = [record["epoch"] for record in records]
     shown: list[float] = []
     for key, label, colour in (("bound", "training", BLUE), ("validation", "validation", ORANGE)):
@@ -43,18 +53,12 @@ def training_curve(
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, marker=marker, ms=4, label=label)
             shown += [v for e, v in points if e > 0.1 * epochs[-1]] or [v for _, v in points]
     for i, (label, value) in enumerate((finals or {}).items()):
-        text = f"{label}: {value:.2f}".replace("-", "\N{MINUS SIGN}")
-        axes.axhline(value, color=GREY, lw=1, ls=(":", "--")[i % 2], label=text)
+        axes.axhline(value, color=GREY, lw=1, ls=(":", "--")[i % 2], label=f"{label}: {number(value)}")
         shown.append(value)
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
     pad = 0.06 * (high - low) or 1.0
     axes.set_ylim(low - pad, high + pad)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(f"{name} (nats per datum)")
-    axes.set_title("Training curve", loc="left")
-    axes.grid(alpha=0.25, lw=0.6)
-    axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
+    show_legend(axes, loc="lower right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -162,12 +166,8 @@ def latent_space(z: Tensor, labels: Tensor | None = None, names: Sequence[str] |
                 handle.set_alpha(1)
     else:
         axes.scatter(points[:, 0], points[:, 1], color=BLUE, **style)
-    axes.set_xlabel(horizontal)
-    axes.set_ylabel(vertical)
+    label_axes(axes, vertical, "Latent space: posterior means of test data", horizontal)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set_title("Latent space: posterior means of test data", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2, lw=0.6)
     return figure
 
 
