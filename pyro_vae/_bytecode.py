@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import pathlib
 import types
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Named(NamedTuple):
     level: int = 0
 
 
+@functools.lru_cache(maxsize=4096)  # bytecode never changes, and to take it apart costs more than to follow it
 def named_in(code: types.CodeType) -> tuple[Named, ...]:
     """The globals and imports of code, in its order, without those of the code inside it.
 

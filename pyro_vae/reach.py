@@ -164,6 +164,7 @@ class Reach:
         self._kept: list[Any] = []  # objects made on the way, whose id must stay theirs
         self._classes: dict[type, bool] = {}  # whether with what makes an instance
         self._foreign: dict[type, bool] = {}
+        self._original: dict[type, bool] = {}
         self._depth = 0
         self._later: list[tuple[str, Any, str]] = []
         self._where = ""
@@ -478,14 +479,10 @@ class Reach:
 
     def _is_owned(self, kind: type) -> bool:
         """Whether a class is what a trusted package made it: its name alone can be borrowed, its methods replaced."""
-        module = kind.__module__
-        if not trust.trusted_module(module):
-            return False
-        if not trust.made_in_python(kind):
-            return True
-        if any(isinstance(v, types.FunctionType) and not is_trusted(v) for v in vars(kind).values()):
-            return False
-        return module not in ("types", "builtins") or getattr(sys.modules[module], kind.__name__, None) is kind
+        known = self._original.get(kind)
+        if known is None:
+            known = self._original[kind] = _is_original(kind)
+        return known
 
     def _class(self, kind: type, label: str, making: bool = True) -> None:
         """What instances of a class can run and read of it; to make one, too, where the class itself is at hand."""

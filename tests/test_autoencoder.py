@@ -12,7 +12,7 @@ def fitted():
     """A VAE and an autoencoder of the same networks, fitted to the digits, and the test images."""
     digits = pv.load("digits")
     options = {"latent_dim": 16, "hidden": (128,)}
-    settings = {"epochs": 60, "batch_size": 64, "learning_rate": 3e-3, "schedule": "one-cycle", "seed": 0}
+    settings = {"epochs": 20, "batch_size": 64, "learning_rate": 3e-3, "schedule": "one-cycle", "seed": 0}
     torch.manual_seed(0)
     vae = pv.VAE.build(digits.x_shape, **options)
     torch.manual_seed(0)

@@ -308,10 +308,10 @@ def test_the_hierarchical_pair_integrates_its_last_layer_by_default():
     x = torch.bernoulli(torch.rand(12, 1, 4, 4))
     with torch.no_grad():
         plain, closed = (
-            torch.tensor([loss.loss(pair.model, pair.guide, x) / 12 for _ in range(800)])
+            torch.tensor([loss.loss(pair.model, pair.guide, x) / 12 for _ in range(400)])
             for loss in (Trace_ELBO(), ClosedForm(pair.guide.closed_form))
         )
-    error = math.hypot(plain.std(), closed.std()) / math.sqrt(800)
+    error = math.hypot(plain.std(), closed.std()) / math.sqrt(400)
     assert abs(plain.mean() - closed.mean()) < 4 * error and closed.std() < plain.std()
     options = {"epochs": 2, "batch_size": 6, "seed": 0, "progress": False, "learning_rate": 1e-30}
     by_default = fit(pair.model, pair.guide, x, **options)

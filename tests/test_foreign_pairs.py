@@ -158,7 +158,7 @@ def pair(request):
         (x,) = simulate(model, torch.zeros(200, columns)).observations.values()
     fit(model, guide, x, epochs=60, learning_rate=rate, batch_size=50, seed=0, progress=False)
     x = x[:6]
-    grid = quadrature(model, guide, x, num_points=71)
+    grid = quadrature(model, guide, x, num_points=45)
     assert (grid.rim < 1e-6).all()
     return model, guide, x, grid.log_evidence
 
@@ -194,7 +194,7 @@ def test_the_bracket_holds_the_evidence_of_simulated_data(pair):
     model, guide, x, _ = pair
     found = bdmc(model, guide, x, num_data=6, num_steps=50)
     assert found.data[0].shape == x.shape
-    exact = quadrature(model, guide, found.data[0], num_points=71)
+    exact = quadrature(model, guide, found.data[0], num_points=45)
     assert (exact.rim < 1e-6).all()
     truth = exact.log_evidence.mean().item()
     assert found.lower.value - 4 * found.lower.mc_stderr - 1e-3 < truth < found.upper.value + 4 * found.upper.mc_stderr + 1e-3

@@ -199,9 +199,9 @@ def test_planted_too_small_a_number_of_samples(count):
     assert f"K = {count} is too small" in str(few)
     bounds = few.stages.bounds
     truth = pair.bed.log_evidence(x[: bounds.num_data]).mean().item()
-    many = [log_likelihood(pair.model, pair.guide, x[: bounds.num_data], num_samples=count, seed=s) for s in range(400)]
+    many = [log_likelihood(pair.model, pair.guide, x[: bounds.num_data], num_samples=count, seed=s) for s in range(150)]
     values = torch.tensor([e.value for e in many])
-    lacks, noise = truth - values.mean().item(), values.std().item() / 400**0.5
+    lacks, noise = truth - values.mean().item(), values.std().item() / 150**0.5
     assert abs(lacks - bounds.missing.value) < 4 * math.hypot(bounds.missing.mc_stderr, noise)
     assert abs(truth - bounds.better.value) < 0.02
     assert bounds.missing.mc_stderr < lacks / 3

@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -121,7 +123,9 @@ class Capture:
             self.results = _owned([*results, *gradients], [*results, *self.leaves])
             return list(self.results)
 
-        graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
+        # One mode for the shapes of all nodes: without it make_fx sets up one, with a stack trace, for each node.
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
         self._read = folded(graph)
         check_shapes(graph)
         self._takes_args = bool(args)
