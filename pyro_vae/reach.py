@@ -627,6 +627,17 @@ _KINDS: tuple[tuple[Any, Callable[[Reach, Any, str], None], bool], ...] = (
 )
 
 
+def _is_original(kind: type) -> bool:
+    module = kind.__module__
+    if not trust.trusted_module(module):
+        return False
+    if not trust.made_in_python(kind):
+        return True
+    if any(isinstance(v, types.FunctionType) and not is_trusted(v) for v in vars(kind).values()):
+        return False
+    return module not in ("types", "builtins") or getattr(sys.modules[module], kind.__name__, None) is kind
+
+
 def modules_of(*programs: Any) -> list[nn.Module]:
     """The modules that programs own, wherever they hold them: outermost ones, each once.
 
