@@ -3,6 +3,7 @@
     import pyro_vae as pv
 
     pv.fit(model, guide, data)    two plain Pyro programs, p(z) p(x | z) and q(z | x), then the data
+    pv.fit(vae, data)             the same where one thing holds both, as `vae.model` and `vae.guide`; so everywhere
 
     the pair        VAE (holds one made of parts)  Model  Guide  SemiAmortized  Hamiltonian  autoencoder
     its parts       pv.posteriors  pv.priors  pv.likelihoods  pv.networks  pv.distributions  pv.zoo (ready-made pairs)

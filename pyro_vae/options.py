@@ -9,6 +9,14 @@
 each with ``| None`` where None is an answer. `checked` reads this off a signature once, when the function is made, and
 looks at what is given in each call; whole numbers, and floats of NumPy, reach the function as Python's own. The ranges
 that hold wherever a name occurs are in one table below; what depends on the function is the function's to say.
+
+A pair in one piece, such as a `VAE`, a run or an object of one's own with the two programs as its attributes ``model``
+and ``guide``, may stand in the place of both:
+
+    f(vae, data)       is f(vae.model, vae.guide, data)
+    g(vae, data)       is g(vae.guide, data) where g takes a guide alone, and g(vae.model, data) where it takes a model
+
+An object that is a program itself is taken as that program.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ import inspect
 import math
 import numbers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -64,9 +72,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     given = inspect.signature(function).parameters.values()
     rules = {p.name: rule for p in given if (rule := _rule(p)) is not None}
     places = [p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    programs = [name for name in places if name in _PROGRAMS]
+    unpacked = functools.partial(_unpacked, function.__qualname__.removesuffix(".__init__"), places, programs)
 
     @functools.wraps(function)
     def looked_at(*args: Any, **kwargs: Any) -> R:
+        if programs:
+            args, kwargs = unpacked(args, kwargs)
         for name in kwargs:
             if name in rules:
                 kwargs[name] = rules[name](name, kwargs[name])
@@ -135,6 +147,64 @@ def function_of(name: str, value: Any, optional: bool = False) -> Any:
 
 
 _PROGRAMS = ("model", "guide")
+_Given = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def is_pair(value: Any) -> bool:
+    """Whether an object has the two programs of a pair, ``model`` and ``guide``, and is none itself.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> is_pair(SimpleNamespace(model=print, guide=print)), is_pair(print)
+        (True, False)
+    """
+    return _has_both(value) and not _is_program(value)
+
+
+def _has_both(value: Any) -> bool:
+    return not isinstance(value, Tensor | type) and all(callable(getattr(value, name, None)) for name in _PROGRAMS)
+
+
+def _is_program(value: Any) -> bool:
+    """Whether it can be called; a module can where its class says what that does."""
+    if isinstance(value, torch.nn.Module):
+        return type(value).forward is not torch.nn.Module.forward
+    return callable(value)
+
+
+def _unpacked(function: str, places: Sequence[str], programs: Sequence[str], args: Any, kwargs: dict[str, Any]) -> _Given:
+    """The arguments of a call, with a pair in one piece as the programs that the function takes (see the module).
+
+    Raises:
+        ValueError: A pair with a guide beside it, a pair without data, or one that may be meant as a program.
+    """
+    at = places.index(programs[0])
+    by_name = len(args) <= at
+    first = kwargs.get(programs[0]) if by_name else args[at]
+    if not _has_both(first):
+        return args, kwargs
+    before, rest = (args, ()) if by_name else (args[:at], args[at + 1 :])
+    both = len(programs) == 2
+    beside = both and ("guide" in kwargs or bool(rest) and callable(rest[0]))
+    kind = type(first).__name__
+    if _is_program(first):
+        if beside or not both:
+            return args, kwargs
+        raise ValueError(
+            f"got a {kind} and no guide, wanted a pair: it has a model and a guide, but is a program itself. Say which "
+            f"is meant: {function}(model, guide, ...) with its model, and it or its guide."
+        )
+    if beside:
+        raise ValueError(
+            f"got a {kind}, which holds a model and a guide, and another guide beside it, wanted one pair. Call "
+            f"{function}(vae, ...), or with the guide {function}(vae.model, guide, ...)."
+        )
+    if "data" in places and not rest and "data" not in kwargs:
+        raise ValueError(f"got a {kind} and no data, wanted both. Call {function}(vae, data, ...).")
+    own = tuple(getattr(first, name) for name in programs)
+    if by_name:
+        return args, kwargs | dict(zip(programs, own, strict=True))
+    return (*before, *own, *rest), kwargs
 
 
 def device(name: str, value: Any, optional: bool = False) -> Any:

@@ -31,6 +31,7 @@ from pyro_vae.sites import sample_sites
 from pyro_vae.traces import Program
 
 
+@checked
 def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **options: Any) -> History:
     """Fit a guide under a frozen model, so that guides are compared on one posterior.
 
