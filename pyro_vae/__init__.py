@@ -14,7 +14,7 @@
     how good        log_likelihood  elbo_terms  Estimate  ais  bdmc  quadrature  judge (everything, within a budget)
     whose fault     gaps  compare_guides  reference  guide_distances  sbc  gradient_lab
     the latents     active_units  collapse  kl_per_dimension  mutual_information  rate_distortion  probe
-    use             impute  anomaly_scores  roc_auc  energy_distance  to_arviz  pv.plots
+    use             open (a run folder)  impute  anomaly_scores  roc_auc  energy_distance  to_arviz  pv.plots
     data            load  Dataset  Split  binarize  dequantize  LinearGaussian (exact answers)  pv.data
     log densities   particles  Particles  log_joint  log_q  simulate
     parts of yours  pv.testing (the laws that every part obeys)
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyro_vae import data as data
     from pyro_vae import plots as plots
     from pyro_vae import testing as testing
+    from pyro_vae.app.opening import open as open
     from pyro_vae.data import Dataset as Dataset
     from pyro_vae.data import LinearGaussian as LinearGaussian
     from pyro_vae.data import Split as Split

@@ -172,7 +172,9 @@ def _is_program(value: Any) -> bool:
     return callable(value)
 
 
-def _unpacked(function: str, places: Sequence[str], programs: Sequence[str], args: Any, kwargs: dict[str, Any]) -> _Given:
+def _unpacked(
+    function: str, places: Sequence[str], programs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Given:
     """The arguments of a call, with a pair in one piece as the programs that the function takes (see the module).
 
     Raises:
@@ -183,7 +185,7 @@ def _unpacked(function: str, places: Sequence[str], programs: Sequence[str], arg
     first = kwargs.get(programs[0]) if by_name else args[at]
     if not _has_both(first):
         return args, kwargs
-    before, rest = (args, ()) if by_name else (args[:at], args[at + 1 :])
+    before, rest = args[:at], args[at + 1 :]
     both = len(programs) == 2
     beside = both and ("guide" in kwargs or bool(rest) and callable(rest[0]))
     kind = type(first).__name__

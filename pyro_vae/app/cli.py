@@ -120,7 +120,7 @@ def fit(config: Path | None, **given: Any) -> int:
       pyro-vae fit
       pyro-vae fit --data mnist --data-dir ~/mnist --out runs/mnist
       pyro-vae fit --data photos/ --image-size 32 --latent-dim 64
-      pyro-vae fit --config runs/mnist/config.json --seed 1
+      pyro-vae fit --config runs/mnist --seed 1
     """
     from pyro_vae.app.runs import free_path, refuse_existing
 

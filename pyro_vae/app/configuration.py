@@ -27,11 +27,15 @@ _WORDS = {
 def read_config(path: Path) -> dict[str, Any]:
     """Options by field name, of the right types, from a YAML or (.json) JSON file; None for an option set to nothing.
 
-    Keys are option names, with - or _. A run's own config.json is such a file.
+    Keys are option names, with - or _. A run's own config.json is such a file, and a run folder stands for it.
 
     Raises:
         ValueError: Unreadable, not a mapping, an unknown key, a value of a wrong type.
     """
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"got --config {path}, a folder without config.json, wanted a run folder or a file.")
+        path = path / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -265,7 +269,7 @@ FIT = _options(
     _option("Run", "--out", "RUN", "Run folder to make. [default: runs/<data>-<n>]"),
     _option("Run", "--checkpoint", "FILE", "A .safetensors file for the state after each epoch: the same command goes "
             "on from it, to the bit. It is removed when the run is written."),
-    _option("Run", "--config", "FILE", "Read options from YAML or JSON, such as a run's config.json; the command line "
+    _option("Run", "--config", "FILE|RUN", "Read options from YAML or JSON, or from a run folder; the command line "
             "wins.", click.Path(path_type=Path)),
     click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),
 )  # fmt: skip
