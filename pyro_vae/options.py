@@ -5,6 +5,7 @@
     switches        ``bool``: True and False, Python's or NumPy's
     functions       ``Callable[...]`` and ``Program``: whatever can be called
     devices         ``str | torch.device``: one that is here and takes a tensor
+    words           ``str`` where the name is in `SPELLED`: "One_Cycle" is "one-cycle"
 
 each with ``| None`` where None is an answer. `checked` reads this off a signature once, when the function is made, and
 looks at what is given in each call; whole numbers, and floats of NumPy, reach the function as Python's own. The ranges
@@ -26,12 +27,15 @@ import inspect
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_vae.words import did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +52,8 @@ LEAST = dict.fromkeys(
 WORDS = {"kl_warmup_steps": "a number of steps"}
 FINITE = {"learning_rate", "beta"}
 FILLED = {"x_shape"}
+# Options that are one of a few words: neither case nor hyphens and underscores count.
+SPELLED = {"estimator", "kernel", "matmul_precision", "method", "per", "pixels", "schedule", "score", "start"}
 _MOST = 2**63
 
 
@@ -73,12 +79,17 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     rules = {p.name: rule for p in given if (rule := _rule(p)) is not None}
     places = [p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     programs = [name for name in places if name in _PROGRAMS]
-    unpacked = functools.partial(_unpacked, function.__qualname__.removesuffix(".__init__"), places, programs)
+    title = function.__qualname__.removesuffix(".__init__")
+    known = None if any(p.kind is p.VAR_KEYWORD for p in given) else frozenset(p.name for p in given)
+    unpacked = functools.partial(_unpacked, title, places, programs)
 
     @functools.wraps(function)
     def looked_at(*args: Any, **kwargs: Any) -> R:
         if programs:
             args, kwargs = unpacked(args, kwargs)
+        if known is not None and not known.issuperset(kwargs):
+            name = next(name for name in kwargs if name not in known)
+            raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.{did_you_mean(name, known)}")
         for name in kwargs:
             if name in rules:
                 kwargs[name] = rules[name](name, kwargs[name])
@@ -263,6 +274,11 @@ def _nested(name: str, value: Any, optional: bool = False) -> Any:
     return integers(name, value, optional, integers)
 
 
+def _name(name: str, value: Any) -> Any:
+    """One of a few words, in whatever spelling; which there are is the function's to say."""
+    return value.casefold().replace("_", "-") if isinstance(value, str) else value
+
+
 def _path(name: str, value: Any, optional: bool = False) -> Any:
     if isinstance(value, str | os.PathLike):
         return value
@@ -275,6 +291,7 @@ _KINDS: dict[frozenset[str], Kind] = {
     frozenset({"bool"}): _flag,
     frozenset({"Program"}): function_of,
     frozenset({"Bound"}): function_of,
+    frozenset({"Bound", "str"}): lambda name, value, _: value if isinstance(value, str) else function_of(name, value),
     frozenset({"str", "torch.device"}): device,
     frozenset({"Sequence[int]"}): integers,
     frozenset({"Sequence[Sequence[int]]"}): _nested,
@@ -288,6 +305,8 @@ def _rule(parameter: inspect.Parameter) -> Rule | None:
     text = text if isinstance(text, str) else inspect.formatannotation(text)
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         return None
+    if parameter.name in SPELLED and "str" in re.findall(r"[\w.]+", text):
+        return _name
     optional = text.endswith(" | None")
     text = text.removesuffix(" | None")
     called = text.startswith("Callable[") and "] | " not in text

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions, did_you_mean
+from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions
 from pyro_vae.parts import names
+from pyro_vae.words import did_you_mean
 
 # Options of the command that are no part of a run's configuration.
 COMMAND_ONLY = {"out": "str", "checkpoint": "str", "quiet": "bool"}

@@ -183,12 +183,12 @@ class Comparison(Result):
             for name, one in self.scores.items()
         ]
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """The gap of each guide, as a figure."""
         from pyro_vae.plots import gap_bars
 
         gaps = ((name, one.gap) for name, one in self.scores.items())
-        return gap_bars([{"guide": name, "total": gap.value, "total_stderr": gap.mc_stderr} for name, gap in gaps])
+        return gap_bars([{"guide": name, "total": gap.value, "total_stderr": gap.mc_stderr} for name, gap in gaps], ax)
 
     def __str__(self) -> str:
         best = max(self.scores, key=lambda name: self.scores[name].elbo.value)

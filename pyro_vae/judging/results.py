@@ -17,12 +17,15 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from pyro_vae.words import did_you_mean
 
 # Nats below which nothing is said to be at fault.
 RELEVANT = 0.05
@@ -61,6 +64,17 @@ class Result:
             )
         columns = {n: v for n, v in _fields(self) if isinstance(v, Tensor) and v.shape == each.shape}
         return pandas.DataFrame({name: value.tolist() for name, value in columns.items()})
+
+    def to_latex(self) -> str:
+        """The table in LaTeX, between the rules of booktabs, with numbers as in notebooks."""
+        head, body = self._cells()
+        return latex([head, *body])
+
+    def plot(self, ax: Any = None) -> Any:
+        """The numbers of the table with two standard errors each, as a figure, or drawn into `ax`."""
+        from pyro_vae.plots import number_bars
+
+        return number_bars(self.rows(), ax=ax)
 
     def _repr_html_(self) -> str:
         head, body = self._cells()
@@ -221,6 +235,40 @@ def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     return ["  ".join(map(format, line, forms)) for line in lines]
 
 
+def latex(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Cells as a table of LaTeX with the rules of the package booktabs; the first line is the head.
+
+    Args:
+        lines: The head and the rows.
+        left: Columns that are flush left; the others are flush right.
+    Example:
+        >>> print(latex([["guide", "k_ok"], ["a & b", "-1.2 ± 0.1"]]))
+        \\begin{tabular}{lr}
+        \\toprule
+        guide & k\\_ok \\\\
+        \\midrule
+        a \\& b & $-1.2 \\pm 0.1$ \\\\
+        \\bottomrule
+        \\end{tabular}
+    """
+    head, *body = [" & ".join(map(_latex_cell, line)) + r" \\" for line in lines]
+    form = "l" * left + "r" * (len(lines[0]) - left)
+    rules = [rf"\begin{{tabular}}{{{form}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(rules)
+
+
+_ESCAPED = {c: "\\" + c for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+def _latex_cell(text: str) -> str:
+    if re.fullmatch(r"[-+]?\d[\d.,]*(e[-+]?\d+)?( ± \d[\d.]*)?", text):
+        return f"${text.replace('±', chr(92) + 'pm')}$"
+    escaped = "".join(_ESCAPED.get(each, each) for each in text)
+    return escaped.replace("±", r"$\pm$").replace("k̂", r"$\hat{k}$")
+
+
 def at_least(least: int, **values: int) -> None:
     """Refuse numbers that are less."""
     for name, value in values.items():
@@ -233,9 +281,10 @@ def one_of(choices: Sequence[str], **values: str) -> None:
     """Refuse words that are none of the choices."""
     for name, value in values.items():
         if value not in choices:
+            hint = did_you_mean(value, choices)
             words = [repr(choice) for choice in choices]
             wanted = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-            raise ValueError(f"got {name}={value!r}, wanted {wanted}.")
+            raise ValueError(f"got {name}={value!r}, wanted {wanted}.{hint}")
 
 
 def table(**columns: Any) -> list[dict[str, Any]]:

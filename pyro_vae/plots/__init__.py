@@ -2,10 +2,12 @@
 
     of a fitted pair    training_curve · reconstructions · samples · interpolations · gallery · latent_space
     of a judgement      bounds_by_samples · gap_bars · khat_against_log_p · bracket · rank_histogram ·
-                        coverage_curve · kl_by_dimension
+                        coverage_curve · kl_by_dimension · number_bars (of any table)
+
+What draws one pair of axes takes ``ax=``, where it draws then; all return the figure.
 """
 
-from pyro_vae.plots._bounds import bounds_by_samples, bracket, gap_bars, khat_against_log_p
+from pyro_vae.plots._bounds import bounds_by_samples, bracket, gap_bars, khat_against_log_p, number_bars
 from pyro_vae.plots._latents import coverage_curve, kl_by_dimension, rank_histogram
 from pyro_vae.plots._pictures import (
     gallery,
@@ -26,6 +28,7 @@ __all__ = [
     "khat_against_log_p",
     "kl_by_dimension",
     "latent_space",
+    "number_bars",
     "rank_histogram",
     "reconstructions",
     "samples",

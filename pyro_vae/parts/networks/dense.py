@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.options import integers
+from pyro_vae.words import one_of
 
 
 class _SoftplusFunction(torch.autograd.Function):
@@ -56,9 +57,7 @@ def make_activation(name: str) -> nn.Module:
     Raises:
         ValueError: No name of `ACTIVATIONS`.
     """
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}, wanted one of {', '.join(ACTIVATIONS)}.")
-    return _ACTIVATIONS[name]()
+    return _ACTIVATIONS[one_of("activation", name, ACTIVATIONS)]()
 
 
 Shape: TypeAlias = int | Sequence[int]
