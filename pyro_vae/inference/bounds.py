@@ -56,7 +56,8 @@ def named(name: str) -> Bound:
         >>> named("IWAE") is iwae
         True
     """
-    bound: Bound = getattr(sys.modules[__name__], one_of("bound", name, __all__))
+    here = sys.modules[__name__]
+    bound: Bound = getattr(here, one_of("bound", name, vars(here)["__all__"]))
     return bound
 
 

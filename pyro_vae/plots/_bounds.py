@@ -109,7 +109,7 @@ def bracket(
     below.vlines(place, 0, width[order], color=GREY, lw=0.8)
     below.plot(place, width[order], "o", color=DARK, ms=3)
     if log_p is not None:
-        below.plot(place, (array(log_p) - low)[order], "x", color="black", ms=4, mew=0.9)
+        below.plot(place, (array(log_p) - low)[order], "x", color="black", ms=4, mew=0.9, label="log p(x)")
     mean = float(np.nanmean(width))
     spread = float(np.nanstd(width, ddof=1) / len(width) ** 0.5) if len(width) > 1 else np.nan
     below.axhline(0, color=GREY, lw=0.8)

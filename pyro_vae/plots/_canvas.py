@@ -33,10 +33,10 @@ def axes_of(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]
     if ax is None:
         figure = canvas(width, height)
         return figure, figure.subplots()
-    figure = ax.figure
-    while not isinstance(figure, Figure):  # of a part of a figure
-        figure = figure.figure
-    return figure, ax
+    found: Any = ax.figure
+    while found.figure is not found:  # a part of a figure
+        found = found.figure
+    return found, ax
 
 
 def titled_axes(ylabel: str, title: str, xlabel: str, ax: Axes | None = None) -> tuple[Figure, Axes]:
