@@ -117,16 +117,15 @@ class GradientLab(Result):
         from pyro_vae.plots import bounds_by_samples
 
         counts = sorted({each.num_samples for each in self.measured})
-        values: dict[str, list[float]] = {}
-        errors: dict[str, list[float]] = {}
+        values, errors = dict[str, list[float]](), dict[str, list[float]]()
         for each in self.measured:
             for curves, value in ((values, each.snr), (errors, each.snr_stderr)):
                 curve = curves.setdefault(f"{each.estimator} ({each.part})", [math.nan] * len(counts))
                 curve[counts.index(each.num_samples)] = value
         figure = bounds_by_samples(counts, values, errors, ax=ax)
-        axes = figure.axes[0] if ax is None else ax
-        axes.set(ylabel="signal-to-noise ratio", yscale="log")
-        axes.set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
+        ax = figure.axes[0] if ax is None else ax
+        ax.set(ylabel="signal-to-noise ratio", yscale="log")
+        ax.set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
         return figure
 
     def row(self, estimator: str, num_samples: int, part: str = "encoder") -> GradientQuality:
