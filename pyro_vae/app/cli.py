@@ -271,6 +271,39 @@ def anomalies(**options: Any) -> None:
 
 
 @commands.command()
+@_run
+@click.argument("data", metavar="DATA")
+@_trust
+@click.option("--out", metavar="FILE", type=_PATH, required=True, help="A .csv, a .npz (arrays mean and scale) or a "
+              ".parquet (needs pandas and pyarrow).")  # fmt: skip
+@_data_dir
+@_seed
+def encode(**options: Any) -> None:
+    """Write mean and scale of q(z | x) for data, one row each.
+
+    DATA is a folder of images or an image (rows have their file names), an array in a .npy, any other data that fit
+    takes, or train, validation or test, the run's own.
+    """
+    from pyro_vae.app.encoding import encode_run
+
+    encode_run(**options)
+
+
+@commands.command()
+@_run
+@_trust
+@click.option("--out", metavar="DIR", type=_PATH, help="[default: RUN/export]")
+def export(**options: Any) -> None:
+    """Write encoder and decoder as .pt2 files of torch.export, which run without this package.
+
+    A file is kept only if it gives what the networks give, to 1e-6.
+    """
+    from pyro_vae.app.exporting import export_run
+
+    export_run(**options)
+
+
+@commands.command()
 @click.option("--posterior", "posteriors", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--bound", "bounds", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--estimator", "estimators", metavar="NAME", multiple=True, help="Only these. [default: all]")

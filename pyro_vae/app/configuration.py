@@ -214,12 +214,14 @@ FIT = _options(
             "each time, once, cut at one half, or not at all. [default: by dataset]"),
     click.option("--dequantize/--no-dequantize", cls=GroupedOption, group="Data", default=None,
                  help="Spread 8-bit levels by uniform noise, for a normal likelihood. [default: by dataset]"),
-    _option("Data", "--image-size", "N", "Scale images to N x N.", int),
+    _option("Data", "--image-size", "N", "Scale images to N x N. [default: as they are; of several sizes one, 64 at "
+            "most]", int),
     _option("Data", "--crop", "N", "Cut out the centred N x N square first.", int),
     _option("Data", "--channels", "[1|3]", "Make images grey or colour.", int),
     _option("Data", "--background", "white|black|0..255", "What transparent pixels lie on. [default: white]"),
     _option("Data", "--images", "KEY", "Which array of a file is the data. [default: by name, then by shape]"),
-    _option("Data", "--labels", "KEY", "Which array of a file is the labels. [default: by name]"),
+    _option("Data", "--labels", "KEY", "Which array of a file is the labels; of celeba, which attribute. [default: by "
+            "name; Smiling]"),
     _option("Data", "--limit", "N", "Train on the first N images only.", int),
     _option("Model", "--network", _choice("network"), "Fully connected, plain or gated, convolutional, plain or "
             "residual, or no hidden layer."),
@@ -247,6 +249,8 @@ FIT = _options(
     _option("Training", "--estimator", _choice("estimator"), "Of the bound's gradient. [default: reparameterized]"),
     _option("Training", "--regularizers", "A=1,B=2", "Added to the training loss, by weight: mmd, total-correlation, "
             "free-bits (in nats)."),
+    _option("Training", "--beta", "B", "Weight of the KL in the elbo that is trained: above 1 a simpler latent space, "
+            "below 1 sharper pictures; ELBOs are reported at 1. [default: 1]", float),
     _option("Training", "--epochs", "N", "Passes through the data.", int),
     _option("Training", "--batch-size", "B", "Images in a step.", int),
     _option("Training", "--learning-rate", "RATE", "Peak learning rate of Adam.", float),

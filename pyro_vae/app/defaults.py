@@ -71,6 +71,7 @@ class FitOptions:
     num_samples: int = 1
     estimator: str = "reparameterized"
     regularizers: dict[str, Any] = field(default_factory=dict)
+    beta: float = 1.0
     epochs: int = 100
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -125,6 +126,9 @@ class FitOptions:
         if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
             widths = ",".join(map(str, self.hidden))
             raise ValueError(f"got --hidden {widths!r}, wanted positive widths such as 400,400.")
+        if self.beta != 1 and (self.bound != "elbo" or self.posterior == "point"):
+            what = f"--bound {self.bound}" if self.bound != "elbo" else "--posterior point"
+            raise ValueError(f"got --beta {self.beta:g} with {what}: it weighs the KL of the elbo. Leave it out.")
         if self.posterior == "point" and (self.bound != "elbo" or self.num_samples > 1):
             raise ValueError(
                 f"got --posterior point with --bound {self.bound} of {self.num_samples} samples: a plain autoencoder "
@@ -144,7 +148,7 @@ class FitOptions:
 
 _LEAST = {
     "image_size": 1, "crop": 1, "channels": 1, "limit": 1, "latent_dim": 1, "num_samples": 1, "epochs": 1,
-    "batch_size": 1, "threads": 1, "clip_norm": 0, "kl_warmup": 0, "kl_warmup_steps": 0,
+    "batch_size": 1, "threads": 1, "clip_norm": 0, "beta": 0, "kl_warmup": 0, "kl_warmup_steps": 0,
     "patience": 1, "seed": 0, "evaluation_samples": 2,
     "evaluation_images": 2,
 }  # fmt: skip

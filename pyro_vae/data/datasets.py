@@ -62,13 +62,14 @@ def load(
         binarization: "dynamic", "static", "threshold" or "none"; the dataset's own if omitted.
         dequantize: Whether levels get uniform noise; the dataset's own if omitted.
             True by itself means binarization "none".
-        image_size: Scale the shorter side to this and crop the longer one.
+        image_size: Scale the shorter side to this and crop the longer one. A folder of images of several sizes is
+            brought to one, of 64 pixels at most, if neither it nor crop is given, and a line says so.
         crop: Cut out a centred square of this side first.
         channels: 1 to make images grey, 3 to make them colour.
         background: What transparent pixels of picture files lie on: "white", which they do if
             omitted, "black", or a grey level 0..255.
         images: Which array of a file is the data, where its names and shapes leave it open.
-        labels: Which array of a file is the labels.
+        labels: Which array of a file is the labels; of celeba which attribute, "Smiling" if omitted.
         limit: Keep at most this many data of each split, the first ones.
         seed: Of the static binarization, of the split of folders and files, and of the
             weights and draws of "linear-gaussian". The other splits are fixed.
@@ -97,7 +98,8 @@ def load(
     framing = Framing(crop, image_size, channels, grey_level(background))
     told = {"background": background, "images": images, "labels": labels}
     if isinstance(name, str) and name in DATASETS:
-        _refuse(told if name != "celeba" else {**told, "background": None}, name, "or folders of one's own")
+        allowed = {"background": None, "labels": None} if name == "celeba" else {}
+        _refuse({**told, **allowed}, name, "or folders of one's own")
     folder = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     source, framing = _read(name, folder, framing, limit, seed, download, told)
     if binarization is None:
@@ -132,7 +134,7 @@ def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, s
     """The source with its frames applied, and the framing that was applied."""
     if name == "celeba":
         framing = replace(framing, crop=framing.crop or 148, image_size=framing.image_size or 64)
-        return read_celeba(folder, framing, limit), framing
+        return read_celeba(folder, framing, limit, told["labels"]), framing
     readers: dict[str, Callable[[], Source]] = {
         "digits": _digits,
         "mnist": lambda: read_mnist_like("mnist", folder, download),
