@@ -11,7 +11,7 @@
     bounds          elbo  iwae  renyi  vr_max  miwae  ciwae  piwae  cubo  wake_sleep (all in pv.bounds)
                     reconstruction  map_estimate (for guides that are a point)
     regularizers    mmd  total_correlation  free_bits
-    how good        log_likelihood  elbo_terms  Estimate  ais  bdmc  quadrature  judge (everything, within a budget)
+    how good        log_likelihood  elbo_terms  Estimate  ais  bdmc  quadrature  identity  judge (everything)
     whose fault     gaps  compare_guides  reference  guide_distances  sbc  gradient_lab
     the latents     active_units  collapse  kl_per_dimension  mutual_information  rate_distortion  probe
     use             open (a run folder)  impute  anomaly_scores  roc_auc  energy_distance  to_arviz  pv.plots
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging import gaps as gaps
     from pyro_vae.judging import gradient_lab as gradient_lab
     from pyro_vae.judging import guide_distances as guide_distances
+    from pyro_vae.judging import identity as identity
     from pyro_vae.judging import impute as impute
     from pyro_vae.judging import judge as judge
     from pyro_vae.judging import kl_per_dimension as kl_per_dimension
