@@ -100,14 +100,14 @@ class Architecture:
 
     def encoder(self) -> nn.Module:
         """Data to features."""
-        return names.networks(self.network).encoder(self.x_shape, self.hidden, activation=self.activation)
+        return names.networks(self.network).encoder(self.x_shape, self.hidden, self.activation)
 
     def decoder(self, parameters_per_pixel: int = 1) -> nn.Module:
         """Latents to the parameters of the likelihood."""
         parameters_per_pixel = integer("parameters_per_pixel", parameters_per_pixel)
         out_shape = (parameters_per_pixel * self.x_shape[0], *self.x_shape[1:])
         make = names.networks(self.network).decoder
-        return make(self.latent_dim, out_shape, self.hidden[::-1], activation=self.activation)
+        return make(self.latent_dim, out_shape, self.hidden[::-1], self.activation)
 
     def pair(self) -> tuple[Model, Guide]:
         """p(z) p(x | z) and q(z | x) with new weights.

@@ -224,8 +224,10 @@ class Networks(NamedTuple):
 def _dense(network: Callable[..., nn.Module], **fixed: Any) -> Networks:
     """Both of one class; `fixed` holds whatever is not to be chosen by name."""
     return Networks(
-        lambda x_shape, hidden, **options: network(x_shape, hidden, None, **options | fixed),
-        lambda latent_dim, out_shape, hidden, **options: network(latent_dim, hidden, out_shape, **options | fixed),
+        lambda x_shape, hidden, activation: network(x_shape, hidden, None, **{"activation": activation} | fixed),
+        lambda latent_dim, out_shape, hidden, activation: network(
+            latent_dim, hidden, out_shape, **{"activation": activation} | fixed
+        ),
     )
 
 
