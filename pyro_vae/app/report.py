@@ -21,6 +21,7 @@ from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.latents import posterior_means
+from pyro_vae.judging.results import about_weights, kind_of, lower_bound
 from pyro_vae.programs.vae import VAE
 
 
@@ -103,15 +104,16 @@ def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None)
 
 
 def _log_likelihood(summary: Mapping[str, Any]) -> str:
-    text = (
-        f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; "
-        f"{_over_data(summary['test_log_likelihood_data_stderr'])}) nats"
-    )
+    """Of summaries that are older than `log_likelihood_is` too, as the rule is one of the share that they hold."""
     ok = summary.get("test_khat_ok")
-    if ok is None or math.isnan(ok):
-        return text + ", k-hat unknown at so few samples"
-    text += f", k-hat ok for {100 * ok:.1f} %"
-    return text if ok >= 0.9 else text + " (unreliable: read it as a lower bound)"
+    ok = math.nan if ok is None else ok
+    over_data = _over_data(summary["test_log_likelihood_data_stderr"])
+    if kind_of(ok) == "lower bound":
+        value = f"{lower_bound(summary['test_log_likelihood'])} nats ({over_data})"
+    else:
+        value = f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; {over_data}) nats"
+    samples = summary.get("protocol", {}).get("log_likelihood_samples", "so few samples")
+    return value + about_weights(ok, samples, hat="k-hat")
 
 
 def _nats(summary: Mapping[str, Any], key: str) -> str:

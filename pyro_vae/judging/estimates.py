@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.judging.results import Mean, Measured, Result, averaged, table
+from pyro_vae.judging.results import Kind, Mean, Measured, Result, about_weights, averaged, kind_of, table
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Scored, at_fewer, fewer, khat_limit, khat_ok
 from pyro_vae.options import checked
@@ -72,7 +72,8 @@ class Estimate(Measured):
         value, mc_stderr, data_stderr, num_samples: Of the mean over the data of log 1/K sum_k w_k, as in `Measured`.
         pointwise: log 1/K sum_k w_k per datum, (N,); where the guide has one density for all data
             (``AutoDiagonalNormal``), one number for all of them, over N.
-        bias: Jackknife estimate of the bias of the value (negative: it is too low).
+        bias: Jackknife estimate of the bias of the value (negative: it is too low); where the value is a lower
+            bound, so is its size, and it is not quoted.
         ess: Effective number of samples per datum, (sum w)^2 / sum w^2, (N,).
         pareto_k: k-hat per datum, (N,).
         smoothed: log 1/K sum_k w_k per datum after Pareto smoothing of the largest weights, (N,): less noisy
@@ -115,7 +116,7 @@ class Estimate(Measured):
         count, limit = self.num_samples, self._tolerance(tolerance)
         if math.isnan(self.khat_ok) or math.isnan(self.bias):
             return f"K = {count} is too small to judge: take num_samples >= 25 for a bias and a k̂."
-        if self.khat_ok < 0.9:
+        if self.kind == "lower bound":
             return (
                 f"k̂ is above {khat_limit(count):.2f} for {100 * (1 - self.khat_ok):.1f} % of the data: the guide "
                 "misses mass of the posterior there, so that neither error nor bias can be trusted. A larger K helps "
@@ -149,14 +150,13 @@ class Estimate(Measured):
         """Share of the data whose k-hat is below `khat_limit`; nan where K is too small to say."""
         return khat_ok(self.pareto_k, self.num_samples)
 
+    @property
+    def kind(self) -> Kind:
+        """By `kind_of`: "estimate", "lower bound", or "unchecked" for fewer than 25 samples."""
+        return kind_of(self.khat_ok)
+
     def __str__(self) -> str:
-        text = f"log p(x) = {self.with_errors}"
-        if math.isnan(self.khat_ok):
-            return f"{text}, k̂ unknown at K = {self.num_samples}"
-        text += f", k̂ ok for {100 * self.khat_ok:.1f} %"
-        if self.khat_ok < 0.9:
-            text += " (unreliable: read it as a lower bound, and raise num_samples or enrich the guide)"
-        return text
+        return f"log p(x) {self.equation}{about_weights(self.khat_ok, self.num_samples)}"
 
 
 @dataclass(frozen=True)

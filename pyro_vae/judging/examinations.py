@@ -257,7 +257,8 @@ def _whole(parts: Sequence[Mean | None], climbed: Sequence[FamilyGaps] = ()) -> 
     if climbed:
         remaining = torch.cat([row.remaining for row in climbed if row.remaining is not None])
         variance = (variance - remaining.square()).clamp(min=0)
-    return Mean.of(torch.cat([part.pointwise for part in known]), variance, _GAP_SAMPLES, remaining)
+    bound = any(part.bound for part in known)
+    return Mean.of(torch.cat([part.pointwise for part in known]), variance, _GAP_SAMPLES, remaining, bound)
 
 
 def _average(values: Sequence[Tensor | None]) -> float:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
-from pyro_vae.judging.results import Mean, Result, aligned, row
+from pyro_vae.judging.results import Mean, Result, aligned, kind_of, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.weights import Proposals, khat_ok, rescores
+from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
 from pyro_vae.options import checked
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
@@ -199,7 +199,8 @@ class Comparison(Result):
             lines.append([name, str(one.elbo), str(one.log_likelihood), str(one.gap), away,
                           f"{100 * ok:.0f} %" if ok == ok else "?"])  # fmt: skip
         count = len(self.log_likelihood.pointwise)
-        head = f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})"
+        equals = "" if self.log_likelihood.bound else "= "
+        head = f"{count} data, one frozen model: log p(x) {equals}{self.log_likelihood} nats ({self.source})"
         return "\n".join([head, *aligned(lines)])
 
 
@@ -252,13 +253,20 @@ def compare_guides(
         for batch in run:
             found.add(model, guides, batch, num_samples, nesting)
     scores, best, source = found.result(log_likelihood)
+
+    def misses(scored: Scored) -> bool:
+        return kind_of(khat_ok(scored.pareto_k, num_samples)) == "lower bound"
+
     rows = {
         name: GuideScore(
             elbo=Mean.of(scored.elbo, scored.elbo_variance, num_samples),
-            log_likelihood=Mean.of(scored.log_p, scored.log_p_variance, num_samples),
-            gap=Mean.of(best.log_p - scored.elbo, best.log_p_variance + scored.elbo_variance, num_samples),
+            log_likelihood=Mean.of(scored.log_p, scored.log_p_variance, num_samples, bound=misses(scored)),
+            gap=Mean.of(
+                best.log_p - scored.elbo, best.log_p_variance + scored.elbo_variance, num_samples, bound=misses(best)
+            ),
             pareto_k=scored.pareto_k,
         )
         for name, scored in scores.items()
     }
-    return Comparison(rows, Mean.of(best.log_p, best.log_p_variance, num_samples), source, num_samples)
+    level = Mean.of(best.log_p, best.log_p_variance, num_samples, bound=misses(best))
+    return Comparison(rows, level, source, num_samples)

@@ -10,6 +10,11 @@ A number for a set of data has
 
 A table compares several. Both print, and both have `to_dict`, `to_frame` and a form for notebooks. `Nats` is what a
 judgement keeps of a number: as JSON, without what stands behind it.
+
+A log p(x) by importance sampling may miss mass of the posterior. Then it is a lower bound, and its Monte Carlo error
+and its bias by the jackknife, which are of the same weights, have missed that mass as well. `kind_of` is the rule, and
+everything that prints such a number prints it as `lower_bound` does: ``>= 2216.8``, without an error, never
+``2216.81 ± 0.10``.
 """
 
 from __future__ import annotations
@@ -20,12 +25,44 @@ import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 # Nats below which nothing is said to be at fault.
 RELEVANT = 0.05
+# The share of the data whose k-hat must be good for their mean to be an estimate with an error.
+TRUSTED = 0.9
+
+Kind = Literal["estimate", "lower bound", "unchecked"]
+
+
+def kind_of(khat_ok: float) -> Kind:
+    """What a mean of log p(x) over data is, by the share of them whose k-hat is below `khat_limit`.
+
+    The rule, for all data together: an estimate where the share is 0.9 or more, a lower bound where it is less, and
+    unchecked where K is too small for a k-hat.
+
+    Example:
+        >>> kind_of(0.99), kind_of(0.23), kind_of(math.nan)
+        ('estimate', 'lower bound', 'unchecked')
+    """
+    if math.isnan(khat_ok):
+        return "unchecked"
+    return "estimate" if khat_ok >= TRUSTED else "lower bound"
+
+
+def lower_bound(value: float) -> str:
+    """A number that is one, in words: rounded down, so that it stays one.
+
+    Example:
+        >>> lower_bound(2216.89), lower_bound(-86.41), lower_bound(0.269)
+        ('>= 2216.8', '>= -86.5', '>= 0.26')
+    """
+    if not math.isfinite(value):
+        return f">= {value}"
+    digits = 1 if abs(value) >= 10 else 2
+    return f">= {math.floor(10**digits * value) / 10**digits:.{digits}f}"
 
 
 class Result:
@@ -81,6 +118,26 @@ class Result:
         return head, [[_cell(line.get(name)) for name in head] for line in rows]
 
 
+def about_weights(khat_ok: float, num_samples: int, hat: str = "k̂") -> str:
+    """What follows a log p(x) by importance sampling: whether its weights can be relied upon.
+
+    Args:
+        khat_ok: As for `kind_of`.
+        num_samples: K.
+        hat: How k-hat is written.
+    Example:
+        >>> about_weights(0.992, 100), about_weights(math.nan, 5)
+        (', k̂ ok for 99.2 %', ', k̂ unknown at K = 5')
+    """
+    kind = kind_of(khat_ok)
+    if kind == "unchecked":
+        return f", {hat} unknown at K = {num_samples}"
+    text = f", {hat} ok for {100 * khat_ok:.1f} %"
+    if kind == "estimate":
+        return text
+    return text + " (a lower bound: the weights of the others miss mass; raise num_samples or enrich the guide)"
+
+
 @dataclass(frozen=True)
 class Measured(Result):
     """A number for a set of data, in nats, with both of its errors: a bound, a gap, a term.
@@ -104,9 +161,21 @@ class Measured(Result):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
 
     @property
+    def kind(self) -> Kind:
+        """Whether the value is an estimate, of which the error holds, or a lower bound, of which it does not."""
+        return "estimate"
+
+    @property
     def with_errors(self) -> str:
-        """The number and both of its errors, in words."""
+        """The number and both of its errors, in words; of a lower bound only that of the data."""
+        if self.kind == "lower bound":
+            return f"{lower_bound(self.value)} nats ({over_data(self.data_stderr)})"
         return f"{self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats"
+
+    @property
+    def equation(self) -> str:
+        """As `with_errors`, with the sign that belongs behind its name: "= -86.41 ± ..." or ">= -86.5 ..."."""
+        return self.with_errors if self.kind == "lower bound" else f"= {self.with_errors}"
 
 
 @dataclass(frozen=True)
@@ -115,21 +184,29 @@ class Mean(Measured):
 
     Attributes:
         pointwise_stderr: They, (N,).
+        bound: Whether the value is, or stands on, a log p(x) that is a lower bound (see `kind_of`).
     """
 
     pointwise_stderr: Tensor
+    bound: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return "lower bound" if self.bound else "estimate"
 
     @classmethod
-    def of(cls, pointwise: Tensor, variance: Tensor, num_samples: int, left: Tensor | None = None) -> Mean:
+    def of(
+        cls, pointwise: Tensor, variance: Tensor, num_samples: int, left: Tensor | None = None, bound: bool = False
+    ) -> Mean:
         """From values and Monte Carlo variances per datum, and what remained to climb, which does not average out."""
         found = averaged(pointwise, variance)
         if left is not None:
             found["mc_stderr"] = math.hypot(found["mc_stderr"], left.mean().item())
             variance = variance + left.square()
-        return cls(**found, num_samples=num_samples, pointwise_stderr=variance.sqrt())
+        return cls(**found, num_samples=num_samples, pointwise_stderr=variance.sqrt(), bound=bound)
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.mc_stderr:.2f}"
+        return lower_bound(self.value) if self.bound else f"{self.value:.2f} ± {self.mc_stderr:.2f}"
 
 
 def averaged(pointwise: Tensor, variance: Tensor) -> dict[str, Any]:
@@ -151,19 +228,25 @@ class Nats:
         value: The mean.
         mc_stderr: Monte Carlo standard error, given these data.
         data_stderr: Standard error for the population of the data.
+        bound: Whether it is a lower bound (see `kind_of`), which prints without its error.
     Example:
         >>> str(Nats(1.23456, 0.002)), Nats(0.2, 0.05).material(), Nats(0.2, 0.11).material()
         ('1.235 ± 0.002', True, False)
+        >>> f"log p(x) {Nats(-86.41, 0.1).equation}", f"log p(x) {Nats(-86.41, 0.1, bound=True).equation}"
+        ('log p(x) = -86.41 ± 0.10', 'log p(x) >= -86.5')
     """
 
     value: float = math.nan
     mc_stderr: float = math.nan
     data_stderr: float = math.nan
+    bound: bool = False
 
     @classmethod
     def of(cls, measured: Measured | None) -> Nats:
         """What is known of a number for a set of data."""
-        return cls() if measured is None else cls(measured.value, measured.mc_stderr, measured.data_stderr)
+        if measured is None:
+            return cls()
+        return cls(measured.value, measured.mc_stderr, measured.data_stderr, measured.kind == "lower bound")
 
     @property
     def known(self) -> bool:
@@ -178,15 +261,22 @@ class Nats:
         """The same number as an answer for all data of the kind: both errors in one, where both are known."""
         if not math.isfinite(self.data_stderr):
             return self
-        return Nats(self.value, math.hypot(self.mc_stderr, self.data_stderr))
+        return Nats(self.value, math.hypot(self.mc_stderr, self.data_stderr), bound=self.bound)
 
     def minus(self, other: Nats) -> Nats:
         """The difference of two independent numbers."""
-        return Nats(self.value - other.value, math.hypot(self.mc_stderr, other.mc_stderr))
+        return Nats(self.value - other.value, math.hypot(self.mc_stderr, other.mc_stderr), bound=self.bound)
+
+    @property
+    def equation(self) -> str:
+        """With the sign that belongs behind its name."""
+        return str(self) if self.bound and self.known else f"= {self}"
 
     def __str__(self) -> str:
         if not self.known:
             return "unknown"
+        if self.bound:
+            return lower_bound(self.value)
         error = self.mc_stderr
         if not math.isfinite(error):
             return f"{self.value:.2f}"
@@ -251,13 +341,22 @@ def table(**columns: Any) -> list[dict[str, Any]]:
 
 
 def row(result: Any) -> dict[str, Any]:
-    """The numbers and words among the fields of a dataclass; of a `Mean` the value and its errors."""
+    """The numbers and words among the fields of a dataclass; of a `Mean` the value and its errors.
+
+    A lower bound is named as one, and has neither a Monte Carlo error nor a bias.
+    """
     found: dict[str, Any] = {}
     for name, value in _fields(result):
         if isinstance(value, Measured):
-            found |= {name: value.value, f"{name}_mc_stderr": value.mc_stderr, f"{name}_data_stderr": value.data_stderr}
+            bound = value.kind == "lower bound"
+            error = None if bound else value.mc_stderr
+            found |= {name: value.value, f"{name}_mc_stderr": error, f"{name}_data_stderr": value.data_stderr}
+            found |= {f"{name}_is": value.kind} if bound else {}
         elif value is None or isinstance(value, bool | int | float | str):
             found[name] = value
+    if isinstance(result, Measured) and result.kind == "lower bound":
+        found |= {name: None for name in ("mc_stderr", "bias", "smoothed_stderr") if name in found}
+        found["is"] = result.kind
     return found
 
 
@@ -285,7 +384,7 @@ def plain(value: Any, finite: bool = False) -> Any:
 def typed(kind: Any, value: Any) -> Any:
     """What `plain` made finite, as the field's type again."""
     if kind is Nats:
-        return Nats(**{name: typed(float, item) for name, item in value.items()})
+        return Nats(**{name: item if name == "bound" else typed(float, item) for name, item in value.items()})
     if kind is float:
         return math.nan if value is None else float(value)
     if typing.get_origin(kind) in (tuple, dict):
