@@ -37,7 +37,7 @@ from pyro_vae.inference.batches import seeded  # noqa: E402
 from pyro_vae.judging._gaps import Gaps, gaps  # noqa: E402
 from pyro_vae.judging.annealing import Bracket, bdmc  # noqa: E402
 from pyro_vae.judging.guides import fit_guide  # noqa: E402
-from pyro_vae.judging.results import kind_of, lower_bound  # noqa: E402
+from pyro_vae.judging.quotes import kind_of, lower_bound  # noqa: E402
 from pyro_vae.parts.networks import MLP  # noqa: E402
 from pyro_vae.parts.posteriors import IAF  # noqa: E402
 
@@ -131,8 +131,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for name, row in r["families"].items():
             log_p, gap = _value(r["log_likelihood"], below), _value(row["approximation"], below)
             lines.append(
-                f"| {r['images']:,} {part} | {name} | {log_p} | {_value(row['optimum'])} | {_value(row['amortized'])} | "
-                f"{gap} + {_value(row['amortization'])} = **{_value(row['inference'], below)}** |"
+                f"| {r['images']:,} {part} | {name} | {log_p} | {_value(row['optimum'])} | "
+                f"{_value(row['amortized'])} | {gap} + {_value(row['amortization'])} = "
+                f"**{_value(row['inference'], below)}** |"
             )
     if "train" in results:
         for name, (log_p, best, amortized) in CREMER.items():

@@ -40,7 +40,7 @@ from pyro_vae.app.evaluation import versions  # noqa: E402
 from pyro_vae.atomic import replace_file  # noqa: E402
 from pyro_vae.inference.batches import seeded  # noqa: E402
 from pyro_vae.judging.latents import active_units  # noqa: E402
-from pyro_vae.judging.results import kind_of, lower_bound  # noqa: E402
+from pyro_vae.judging.quotes import kind_of, lower_bound  # noqa: E402
 from pyro_vae.parts.networks import set_output_mean  # noqa: E402
 from pyro_vae.programs.zoo import Hierarchical  # noqa: E402
 
@@ -181,7 +181,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _log_p(r: dict[str, Any]) -> str:
-    """log p(x) as it may be quoted (see `pyro_vae.judging.results`)."""
+    """log p(x) as it may be quoted (see `pyro_vae.judging.quotes`)."""
     if kind_of(r["khat_ok"]) == "lower bound":
         return lower_bound(r["log_likelihood"])
     return f"{r['log_likelihood']:.2f} ± {_one(r['stderr'])}"

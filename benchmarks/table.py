@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.judging.results import kind_of, lower_bound
+from pyro_vae.judging.quotes import kind_of, lower_bound
 
 
 def protocol_of(summary: dict[str, Any]) -> str:

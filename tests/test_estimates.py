@@ -16,7 +16,8 @@ import torch
 from pyro_vae.judging.distances import anomaly_scores, energy_distance, roc_auc
 from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, posterior_means
-from pyro_vae.judging.results import Nats, lower_bound, plain, typed
+from pyro_vae.judging.quotes import lower_bound
+from pyro_vae.judging.results import Nats, plain, typed
 from pyro_vae.judging.weights import khat_limit, pareto_k, pareto_smoothed
 from pyro_vae.programs.pair import Guide
 from pyro_vae.programs.zoo import autoencoder
@@ -67,7 +68,7 @@ def test_the_jackknife_sees_the_bias():
 
 def test_k_hat_knows_a_narrow_guide_and_is_per_datum():
     narrow, x = linear_pair(stretch=0.45)
-    estimate = log_likelihood(narrow.model, narrow.guide, x, num_samples=2000)
+    estimate = log_likelihood(narrow.model, narrow.guide, x, num_samples=2000, method="importance")
     assert estimate.pareto_k.median() > 0.7
     assert "(a lower bound: the weights of the others miss mass" in str(estimate)
     weights = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -134,6 +135,48 @@ def test_where_the_weights_miss_mass_the_number_is_a_lower_bound_everywhere():
     assert str(kept.minus(Nats(2210.0, 0.02))) == ">= 6.80" and typed(Nats, plain(kept, finite=True)) == kept
     unknown = Estimate(1.0, 0.1, 0.2, bound.pointwise, 5, 0.1, bound.pointwise, torch.full((10,), math.nan))
     assert unknown.kind == "unchecked" and "k̂ unknown at K = 5" in str(unknown)
+
+
+def test_quadrature_takes_over_where_the_weights_miss_mass():
+    narrow, x = linear_pair(stretch=0.3)
+    truth = narrow.bed.log_evidence(x)
+    sampled = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000, method="importance", progress=False)
+    assert sampled.kind == "lower bound" and sampled.method == "importance"
+    found = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000, progress=False)
+    assert found.method == "quadrature" and found.kind == "estimate"
+    assert (found.pointwise - truth).abs().max() < 1e-6 and found.mc_stderr < 1e-6
+    assert str(found) == f"log p(x) = {truth.mean():.2f} nats (data ± {found.data_stderr:.2f}), by quadrature"
+    assert "K plays no part" in found.advice()
+    # Too few samples for so many points of a grid, or good weights: importance sampling stays.
+    few = log_likelihood(narrow.model, narrow.guide, x, num_samples=700, progress=False)
+    assert few.method == "importance" and few.kind == "lower bound"
+    good, _ = linear_pair(stretch=1.2)
+    kept = log_likelihood(good.model, good.guide, x, num_samples=1000, progress=False)
+    asked = log_likelihood(good.model, good.guide, x, method="quadrature", progress=False)
+    assert kept.method == "importance" and asked.method == "quadrature"
+    assert ((kept.pointwise - asked.pointwise).abs() < 5 * ((1000 / kept.ess - 1) / 999).sqrt()).all()
+    assert abs(kept.value - asked.value) < 4 * kept.mc_stderr
+
+
+def test_a_grid_that_has_not_converged_is_not_taken():
+    """A prior of heavy tails under data that say nothing: no grid of eight standard deviations holds its mass."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.StudentT(1.5, x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.tanh(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0 * x, 0.3).to_event(1))
+
+    x = torch.tensor([[0.3], [1.0]], dtype=torch.float64)
+    found = log_likelihood(model, guide, x, num_samples=1000, progress=False)
+    assert found.method == "importance" and found.kind == "lower bound"
+    with pytest.raises(ValueError, match=r"the grids of 2 of 2 data have not converged .* Use method='importance'"):
+        log_likelihood(model, guide, x, method="quadrature", progress=False)
+    with pytest.raises(ValueError, match="got method='exact', wanted one of 'auto', 'importance', 'quadrature'"):
+        log_likelihood(model, guide, x, method="exact")
 
 
 def test_comparisons_and_gaps_from_a_lower_bound_are_lower_bounds():
@@ -397,7 +440,7 @@ def test_advice_on_k():
     assert good.enough(abs(good.bias) / 10) is None and good.enough(1e-15) is None
     assert "falls like 1/K, K = 10000 would do." in strict
     narrow, x = linear_pair(stretch=0.45)
-    bad = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000)
+    bad = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000, method="importance")
     assert "misses mass of the posterior" in bad.advice() and "enrich the guide" in bad.advice()
     assert "too small to judge" in log_likelihood(pair.model, pair.guide, x, num_samples=5).advice()
     with pytest.raises(ValueError, match=r"got tolerance=-1, wanted a positive number of nats"):

@@ -72,6 +72,7 @@ def _densities(vae: VAE, test: Split, num_samples: int, options: dict[str, Any])
         "test_kl": terms.kl,
         "test_log_likelihood": estimate.value,
         "log_likelihood_is": estimate.kind,
+        "log_likelihood_by": estimate.method,
         "test_log_likelihood_stderr": estimate.mc_stderr,
         "test_log_likelihood_data_stderr": estimate.data_stderr,
         "test_log_likelihood_bias": estimate.bias,

@@ -21,7 +21,7 @@ from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.latents import posterior_means
-from pyro_vae.judging.results import about_weights, kind_of, lower_bound
+from pyro_vae.judging.quotes import about_weights, kind_of, lower_bound
 from pyro_vae.programs.vae import VAE
 
 
@@ -108,12 +108,15 @@ def _log_likelihood(summary: Mapping[str, Any]) -> str:
     ok = summary.get("test_khat_ok")
     ok = math.nan if ok is None else ok
     over_data = _over_data(summary["test_log_likelihood_data_stderr"])
-    if kind_of(ok) == "lower bound":
+    method = summary.get("log_likelihood_by", "importance")
+    if method == "quadrature":
+        value = f"{summary['test_log_likelihood']:.2f} nats ({over_data})"
+    elif kind_of(ok) == "lower bound":
         value = f"{lower_bound(summary['test_log_likelihood'])} nats ({over_data})"
     else:
         value = f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; {over_data}) nats"
     samples = summary.get("protocol", {}).get("log_likelihood_samples", "so few samples")
-    return value + about_weights(ok, samples, hat="k-hat")
+    return value + about_weights(ok, samples, "k-hat", method)
 
 
 def _nats(summary: Mapping[str, Any], key: str) -> str:

@@ -17,7 +17,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer
@@ -253,8 +253,8 @@ def mean_bound(
     with evaluating(model, guide, seed=seed):
         batches = data
         if not isinstance(data, Batches):
-            batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
-        for batch in batches:
+            batches = Batches(one_draw(data, seed), batch_size, place, shuffle=False, programs=(model, guide))
+        for batch in NoiseOfData(seed).passed(batches):
             particles = objective.particles(model, guide, *batch)
             total += bound(particles).double().sum().item()
             count += particles.num_data

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.climbs import Climb, climbed, optimise
 from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
-from pyro_vae.judging.results import Mean, Result, aligned, at_least, kind_of, one_of, row
+from pyro_vae.judging.results import Mean, Result, aligned, at_least, one_of, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
 from pyro_vae.options import checked
@@ -110,11 +110,9 @@ class Gaps(Result):
         return gap_bars([bar for bar in bars if len(bar) > 1])
 
     def __str__(self) -> str:
-        count = len(self.log_likelihood.pointwise)
         ok = "" if math.isnan(self.khat_ok) else f", k̂ ok for {100 * self.khat_ok:.1f} %"
-        equals = "" if self.log_likelihood.bound else "= "
-        head = f"{count} data: log p(x) {equals}{self.log_likelihood} nats ({self.source}{ok})"
-        lines = [head, *gap_table({"": self})]
+        lines = [f"{len(self.pareto_k)} data: log p(x) {self.log_likelihood.signed} nats ({self.source}{ok})"]
+        lines += gap_table({"": self})
         for name, one in self.families.items():
             if one.remaining is not None and one.steps is not None and one.stopped is not None:
                 lines.append(
@@ -240,9 +238,8 @@ def gaps(
     scores, level, source = found.result(log_likelihood)
     reasons |= {name: "a family without an encoder, so without an amortization gap" for name in named.keys() - guides}
     ways = {name: Climb.joined(parts) for name, parts in climbs.items()}
-    bound = kind_of(khat_ok(level.pareto_k, num_samples)) == "lower bound"
-    rows = {name: _row(name, level, scores, way, reasons.get(name), num_samples, bound) for name, way in ways.items()}
-    log_p = Mean.of(level.log_p, level.log_p_variance, num_samples, bound=bound)
+    rows = {name: _row(name, level, scores, way, reasons.get(name), num_samples) for name, way in ways.items()}
+    log_p = Mean.of(level.log_p, level.log_p_variance, num_samples, bound=level.kind(num_samples) == "lower bound")
     return Gaps(rows, log_p, level.bias.mean().item(), level.pareto_k, source, num_samples)
 
 
@@ -280,18 +277,17 @@ def _families(
 
 
 def _row(
-    name: str, best: Scored, scores: Mapping[str, Scored], climb: Climb | None, reason: str | None, num_samples: int,
-    bound: bool,
-) -> FamilyGaps:  # fmt: skip
+    name: str, best: Scored, scores: Mapping[str, Scored], climb: Climb | None, reason: str | None, num_samples: int
+) -> FamilyGaps:
     left = None if climb is None else climb.remaining
 
     def difference(upper: Any, lower: Any, remains: Tensor | None = None) -> Mean | None:
         if upper is None or lower is None:
             return None
-        return Mean.of(upper[0] - lower[0], upper[1] + lower[1], num_samples, remains, bound and upper is level)
+        return Mean.of(upper[0] - lower[0], upper[1] + lower[1], num_samples, remains, below and upper is level)
 
     nothing = torch.zeros_like(best.log_p), torch.zeros_like(best.log_p)
-    level = best.log_p, best.log_p_variance
+    level, below = (best.log_p, best.log_p_variance), best.kind(num_samples) == "lower bound"
     both = scores.get(name), scores.get(f"{name} (local)")
     first, second = (None if s is None else (s.elbo, s.elbo_variance) for s in both)
     return FamilyGaps(

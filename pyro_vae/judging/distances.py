@@ -247,7 +247,9 @@ def anomaly_scores(
         raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
     if score == "log-likelihood":
-        return -log_likelihood(model, guide, data, num_samples=num_samples, compile=compile, **options).pointwise
+        return -log_likelihood(
+            model, guide, data, num_samples=num_samples, method="importance", compile=compile, **options
+        ).pointwise
     with sweep(model, guide, data=data, title="reconstruction", **options) as run:
         parts = [
             torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)

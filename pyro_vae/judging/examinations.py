@@ -73,9 +73,11 @@ def examine_bounds(pair: Examination, stages: Stages) -> Bounds:
     def work(start: int, stop: int) -> tuple[Any, Estimate, Estimate]:
         began = pair.budget.clock()
         terms = elbo_terms(*pair.of(start, stop), num_samples=_ELBO_SAMPLES, **pair.seeded(start))
-        judged = better = log_likelihood(*pair.of(start, stop), num_samples=count, **pair.seeded(start))
+        options = {"method": "importance"} | pair.seeded(start)
+        judged = better = log_likelihood(*pair.of(start, stop), num_samples=count, **options)
         if more > count:  # of another seed: what one lacks is measured against the other
-            better = log_likelihood(*pair.of(start, stop), num_samples=more, **pair.seeded(start + 2**32))
+            options |= pair.seeded(start + 2**32)
+            better = log_likelihood(*pair.of(start, stop), num_samples=more, **options)
         per_draw.append((pair.budget.clock() - began) / (draws * (stop - start)))
         return terms, judged, better
 
@@ -115,7 +117,7 @@ def _affordable(pair: Examination) -> tuple[int, int]:
     with budget.piece():
         for draws in (100, 2000):
             began = budget.clock()
-            log_likelihood(*pair.of(0, 2), num_samples=draws, **pair.options)
+            log_likelihood(*pair.of(0, 2), num_samples=draws, method="importance", **pair.options)
             took = budget.clock() - began
             pair.per_draw = took / (2 * draws)
             # A hundred draws of a small model cost what Python costs, and say little of thousands.
@@ -273,8 +275,8 @@ def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
     importance, low, high = math.nan, Nats(), Nats()
     if pair.judged is not None:
         with contextlib.suppress(OutOfTime), pair.budget.piece():
-            num_samples = pair.judged.num_samples
-            there = log_likelihood(pair.model, pair.guide, found.data, num_samples=num_samples, **pair.options)
+            options = {"num_samples": pair.judged.num_samples, "method": "importance"} | pair.options
+            there = log_likelihood(pair.model, pair.guide, found.data, **options)
             importance = there.value
             low, high = (_mean(bound - there.pointwise) for bound in (lower.pointwise, found.upper.pointwise))
     return Bracketed(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
-from pyro_vae.judging.results import Mean, Result, aligned, kind_of, row
+from pyro_vae.judging.results import Mean, Result, aligned, row
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
 from pyro_vae.options import checked
@@ -199,8 +199,7 @@ class Comparison(Result):
             lines.append([name, str(one.elbo), str(one.log_likelihood), str(one.gap), away,
                           f"{100 * ok:.0f} %" if ok == ok else "?"])  # fmt: skip
         count = len(self.log_likelihood.pointwise)
-        equals = "" if self.log_likelihood.bound else "= "
-        head = f"{count} data, one frozen model: log p(x) {equals}{self.log_likelihood} nats ({self.source})"
+        head = f"{count} data, one frozen model: log p(x) {self.log_likelihood.signed} nats ({self.source})"
         return "\n".join([head, *aligned(lines)])
 
 
@@ -255,7 +254,7 @@ def compare_guides(
     scores, best, source = found.result(log_likelihood)
 
     def misses(scored: Scored) -> bool:
-        return kind_of(khat_ok(scored.pareto_k, num_samples)) == "lower bound"
+        return scored.kind(num_samples) == "lower bound"
 
     rows = {
         name: GuideScore(

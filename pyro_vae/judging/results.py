@@ -11,10 +11,7 @@ A number for a set of data has
 A table compares several. Both print, and both have `to_dict`, `to_frame` and a form for notebooks. `Nats` is what a
 judgement keeps of a number: as JSON, without what stands behind it.
 
-A log p(x) by importance sampling may miss mass of the posterior. Then it is a lower bound, and its Monte Carlo error
-and its bias by the jackknife, which are of the same weights, have missed that mass as well. `kind_of` is the rule, and
-everything that prints such a number prints it as `lower_bound` does: ``>= 2216.8``, without an error, never
-``2216.81 ± 0.10``.
+What is a lower bound prints as one (`quotes`).
 """
 
 from __future__ import annotations
@@ -25,44 +22,14 @@ import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from pyro_vae.judging.quotes import Kind, lower_bound, over_data
+
 # Nats below which nothing is said to be at fault.
 RELEVANT = 0.05
-# The share of the data whose k-hat must be good for their mean to be an estimate with an error.
-TRUSTED = 0.9
-
-Kind = Literal["estimate", "lower bound", "unchecked"]
-
-
-def kind_of(khat_ok: float) -> Kind:
-    """What a mean of log p(x) over data is, by the share of them whose k-hat is below `khat_limit`.
-
-    The rule, for all data together: an estimate where the share is 0.9 or more, a lower bound where it is less, and
-    unchecked where K is too small for a k-hat.
-
-    Example:
-        >>> kind_of(0.99), kind_of(0.23), kind_of(math.nan)
-        ('estimate', 'lower bound', 'unchecked')
-    """
-    if math.isnan(khat_ok):
-        return "unchecked"
-    return "estimate" if khat_ok >= TRUSTED else "lower bound"
-
-
-def lower_bound(value: float) -> str:
-    """A number that is one, in words: rounded down, so that it stays one.
-
-    Example:
-        >>> lower_bound(2216.89), lower_bound(-86.41), lower_bound(0.269)
-        ('>= 2216.8', '>= -86.5', '>= 0.26')
-    """
-    if not math.isfinite(value):
-        return f">= {value}"
-    digits = 1 if abs(value) >= 10 else 2
-    return f">= {math.floor(10**digits * value) / 10**digits:.{digits}f}"
 
 
 class Result:
@@ -116,26 +83,6 @@ class Result:
         rows = self.rows()
         head = list(dict.fromkeys(name for line in rows for name in line))
         return head, [[_cell(line.get(name)) for name in head] for line in rows]
-
-
-def about_weights(khat_ok: float, num_samples: int, hat: str = "k̂") -> str:
-    """What follows a log p(x) by importance sampling: whether its weights can be relied upon.
-
-    Args:
-        khat_ok: As for `kind_of`.
-        num_samples: K.
-        hat: How k-hat is written.
-    Example:
-        >>> about_weights(0.992, 100), about_weights(math.nan, 5)
-        (', k̂ ok for 99.2 %', ', k̂ unknown at K = 5')
-    """
-    kind = kind_of(khat_ok)
-    if kind == "unchecked":
-        return f", {hat} unknown at K = {num_samples}"
-    text = f", {hat} ok for {100 * khat_ok:.1f} %"
-    if kind == "estimate":
-        return text
-    return text + " (a lower bound: the weights of the others miss mass; raise num_samples or enrich the guide)"
 
 
 @dataclass(frozen=True)
@@ -208,6 +155,11 @@ class Mean(Measured):
     def __str__(self) -> str:
         return lower_bound(self.value) if self.bound else f"{self.value:.2f} ± {self.mc_stderr:.2f}"
 
+    @property
+    def signed(self) -> str:
+        """With the sign that belongs behind its name."""
+        return str(self) if self.bound else f"= {self}"
+
 
 def averaged(pointwise: Tensor, variance: Tensor) -> dict[str, Any]:
     """The fields of a `Measured` but for num_samples, from values and Monte Carlo variances per datum, (N,)."""
@@ -232,7 +184,7 @@ class Nats:
     Example:
         >>> str(Nats(1.23456, 0.002)), Nats(0.2, 0.05).material(), Nats(0.2, 0.11).material()
         ('1.235 ± 0.002', True, False)
-        >>> f"log p(x) {Nats(-86.41, 0.1).equation}", f"log p(x) {Nats(-86.41, 0.1, bound=True).equation}"
+        >>> f"log p(x) {Nats(-86.41, 0.1).signed}", f"log p(x) {Nats(-86.41, 0.1, bound=True).signed}"
         ('log p(x) = -86.41 ± 0.10', 'log p(x) >= -86.5')
     """
 
@@ -268,7 +220,7 @@ class Nats:
         return Nats(self.value - other.value, math.hypot(self.mc_stderr, other.mc_stderr), bound=self.bound)
 
     @property
-    def equation(self) -> str:
+    def signed(self) -> str:
         """With the sign that belongs behind its name."""
         return str(self) if self.bound and self.known else f"= {self}"
 
@@ -282,11 +234,6 @@ class Nats:
             return f"{self.value:.2f}"
         digits = 2 if error >= 0.005 or error == 0 else min(4, -math.floor(math.log10(error)))
         return f"{self.value:.{digits}f} ± {error:.{digits}f}"
-
-
-def over_data(data_stderr: float) -> str:
-    """The error for the population in words; a single datum says nothing of others."""
-    return "one datum" if math.isnan(data_stderr) else f"data ± {data_stderr:.2f}"
 
 
 def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
