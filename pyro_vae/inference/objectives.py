@@ -20,7 +20,7 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
-from pyro_vae.inference.regularizers import Regularizer
+from pyro_vae.inference.regularizers import Regularizer, free_bits, mmd, total_correlation
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, sleep_phase, wake_sleep
 from pyro_vae.options import checked, number
 from pyro_vae.parameters import device_of
@@ -63,7 +63,7 @@ class Objective(ELBO):
         last_bound: The bound of the most recent call in nats, summed over data, with
             the scale and at beta = 1; a tensor without gradient.
     Raises:
-        ValueError: K < 1; beta != 1 with another bound; a bound and an estimator that do
+        ValueError: K < 1; a beta that is negative or no number, or not 1 with another bound; a bound and an estimator that do
             not go together; a guide site that the estimator needs reparameterised, or
             able to score a sample, and that is not; all that `particles` refuses.
     Example:
@@ -86,12 +86,26 @@ class Objective(ELBO):
         max_plate_nesting: int | None = None,
     ) -> None:
         number("beta", beta)
+        if not float(beta) >= 0 or math.isinf(float(beta)):
+            raise ValueError(
+                f"beta must be a finite number that is not negative, got {float(beta):g}: it is the weight of log q - "
+                "log p(z), which a negative one would drive apart. Pass 1 for the ELBO, below 1 for less of it."
+            )
         for factory, example in _EXAMPLES:
             if bound is factory:
                 raise ValueError(f"got the function {factory.__name__}, wanted what it returns, such as {example}.")
         reason = refusal(bound, estimator, num_samples)
         if reason is not None:
             raise ValueError(reason)
+        if not _is_one(beta) and bound is not elbo:
+            raise ValueError(_beside_elbo(bound, beta))
+        for regularizer in regularizers:
+            if not callable(regularizer) or regularizer in (mmd, free_bits, total_correlation):
+                name = getattr(regularizer, "__name__", repr(regularizer))
+                raise ValueError(
+                    f"got {name} among the regularizers, wanted functions of (particles, model, guide): what "
+                    "mmd(10.0), free_bits(0.5) or total_correlation(5.0) return."
+                )
         super().__init__(
             num_particles=num_samples,
             max_plate_nesting=math.inf if max_plate_nesting is None else max_plate_nesting,
@@ -143,7 +157,7 @@ class Objective(ELBO):
         plain = particles
         if not _is_one(self.beta):
             if self.bound is not elbo:
-                raise ValueError(f"beta={self.beta:g} tempers the elbo only, got {self!r}. Leave beta at 1.")
+                raise ValueError(_beside_elbo(self.bound, self.beta))
             particles = _tempered(particles, self.beta)
             values = self.bound(particles)
         sign = particles.scale if self.upper else -particles.scale
@@ -203,6 +217,11 @@ class Objective(ELBO):
 
     def _get_trace(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("Objective reads its particles through pyro_vae.traces.")
+
+
+def _beside_elbo(bound: Bound, beta: float | Tensor) -> str:
+    name = getattr(bound, "__name__", repr(bound))
+    return f"beta={float(beta):g} tempers the elbo only, got the bound {name}. Leave beta at 1."
 
 
 def _is_one(beta: float | Tensor) -> bool:

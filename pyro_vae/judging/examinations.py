@@ -272,6 +272,8 @@ def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
     """log p(x) of simulated data from both sides, and what importance sampling lacks there."""
     found, start = _bracket(pair)
     lower, count = found.lower, len(found.upper.pointwise)
+    if found.reason is not None:
+        return Bracketed(status="not possible", num_data=count, reason=found.missing)
     importance, low, high = math.nan, Nats(), Nats()
     if pair.judged is not None:
         with contextlib.suppress(OutOfTime), pair.budget.piece():
