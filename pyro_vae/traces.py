@@ -255,8 +255,8 @@ def particles(
                     observed = [name for name, site in sites(model, *args, **kwargs).items() if site["is_observed"]]
                 if not observed:
                     raise ValueError(
-                        "the model observes nothing, so there is no p(x): wanted pyro.sample(name, distribution, obs=x). "
-                        "The order is (model, guide, data)."
+                        "the model observes nothing, so there is no p(x): wanted pyro.sample(name, distribution, "
+                        "obs=x). The order is (model, guide, data)."
                     )
         return found
 

@@ -206,6 +206,23 @@ def test_anomalies_are_ranked_and_scored(run, tmp_path, capsys):
     assert (tmp_path / "top.png").exists()
 
 
+def test_a_score_that_is_fooled_says_so_and_others_are_offered(run, tmp_path, capsys):
+    # The mean of the digits: what the pair expects, and no digit.
+    mean = data.load("digits").train.mean().mul(255).round().to(torch.uint8).numpy()
+    np.savez(tmp_path / "mean.npz", images=np.repeat((mean > 127).astype(np.uint8) * 255, 40, 0))
+    argv = ("anomalies", run, "--top", 1, "-K", 10, "--picture", tmp_path / "top.png", "--outliers", tmp_path / "mean.npz")
+    command(*argv)
+    said = capsys.readouterr().out
+    assert float(said.split("ROC-AUC ")[1].split(":")[0]) < 0.5
+    assert "ROC-AUC below 0.5: " in said and "ratio (p(x) against the compressed size), regret" in said
+    command(*argv, "--score", "ratio")
+    corrected = capsys.readouterr().out
+    assert "-log p(x) - compressed size (nats)" in corrected
+    assert "by ratio, " in corrected  # a compressor has nothing to say of 64 pixels
+    command(*argv[:6], "--picture", tmp_path / "top.png", "--score", "regret")
+    assert "ELBO(best q) - ELBO(q) (nats)" in capsys.readouterr().out
+
+
 def test_outliers_of_another_shape_are_refused_with_the_remedy(run, tmp_path, capsys):
     np.savez(tmp_path / "large.npz", images=np.zeros((20, 12, 12), dtype=np.uint8))
     argv = ("anomalies", run, "-K", 5, "--outliers", tmp_path / "large.npz", "--picture", tmp_path / "top.png")

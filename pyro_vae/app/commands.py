@@ -25,10 +25,17 @@ from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
-from pyro_vae.judging.distances import anomaly_scores, roc_auc
+from pyro_vae.judging.anomalies import anomaly_scores, explained, roc_auc
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
+
+_UNITS = {
+    "log-likelihood": "-log p(x)",
+    "reconstruction": "-E_q log p(x|z)",
+    "ratio": "-log p(x) - compressed size",
+    "regret": "ELBO(best q) - ELBO(q)",
+}
 
 
 def options_of(run: Run) -> FitOptions:
@@ -185,9 +192,9 @@ def rank_anomalies(
     """`pyro-vae anomalies`: test data from strange to ordinary; returns scores (and ROC-AUC)."""
     options, vae, seed = _opened(run, trust, seed, device)
     score = score or ("reconstruction" if _point(vae) else "log-likelihood")
-    if score == "log-likelihood" and _point(vae):
+    if score != "reconstruction" and _point(vae):
         raise ValueError(
-            f"got --score log-likelihood for {run}, a plain autoencoder: a point has no density over z and no "
+            f"got --score {score} for {run}, a plain autoencoder: a point has no density over z and no "
             "log p(x). Use --score reconstruction."
         )
     settings: dict[str, Any] = {"score": score, "num_samples": 1 if _point(vae) else num_samples, "seed": seed}
@@ -199,7 +206,7 @@ def rank_anomalies(
     scores = anomaly_scores(vae.model, vae.guide, test, **settings)
     order = scores.argsort(descending=True, stable=True)
     shown = order[:top]
-    unit = "-log p(x)" if score == "log-likelihood" else "-E_q log p(x|z)"
+    unit = _UNITS[score]
     name = _label_names(dataset, test)
     rows = [("rank", "test datum", *(("label",) if test.labels is not None else ()), f"{unit} (nats)")]
     rows += [(str(r + 1), str(i), *name(i), f"{scores[i]:.2f}") for r, i in enumerate(shown.tolist())]
@@ -211,6 +218,8 @@ def rank_anomalies(
         result |= {"outlier_scores": outside, "roc_auc": roc_auc(scores, outside)}
         click.echo(f"{outliers}: mean {outside.mean():.2f}, median {outside.median():.2f}, of {len(outside)}")
         click.echo(f"ROC-AUC {result['roc_auc']:.4f}: the chance that one of {outliers} scores above a test datum")
+        if (why := explained(result["roc_auc"], score, outliers)) is not None:
+            click.echo(why)
     if out is not None:
         _write_csv(out, test, scores, order, result.get("outlier_scores"))
         click.echo(out)

@@ -63,8 +63,8 @@ class Objective(ELBO):
         last_bound: The bound of the most recent call in nats, summed over data, with
             the scale and at beta = 1; a tensor without gradient.
     Raises:
-        ValueError: K < 1; a beta that is negative or no number, or not 1 with another bound; a bound and an estimator that do
-            not go together; a guide site that the estimator needs reparameterised, or
+        ValueError: K < 1; a beta that is negative or no number, or not 1 with another bound; a
+            bound and an estimator that do not go together; a guide site that the estimator needs reparameterised, or
             able to score a sample, and that is not; all that `particles` refuses.
     Example:
         >>> from pyro_vae.inference.bounds import iwae
