@@ -3,7 +3,8 @@
     python benchmarks/anomalies.py --mnist path/to/mnist --fashion /usr/share/datasets/fashion-mnist
 
 Small by default: 5 epochs on 10,000 images, 500 test images of either kind. Prints a Markdown table of ROC-AUCs with
-their standard errors: the chance that an image of the other kind scores above one of the kind that was fitted. `ratio, background` fits a second pair to images of which a tenth of the pixels are noise.
+their standard errors: the chance that an image of the other kind scores above one of the kind that was fitted.
+`ratio, background` fits a second pair to images of which a tenth of the pixels are noise.
 """
 
 from __future__ import annotations
@@ -68,6 +69,9 @@ def rows(arguments: argparse.Namespace) -> list[str]:
                 ("log-likelihood", {}), ("reconstruction", {}), ("ratio", {}),
                 ("ratio", {"background": (behind.model, behind.guide)}), ("regret", {}),
             ):  # fmt: skip
+                if kind == "grey" and score == "ratio" and not more:
+                    cells.append("unsound")
+                    continue
                 found = [
                     anomaly_scores(vae.model, vae.guide, x, score=score, num_samples=50, progress=False, **more)
                     for x in tests

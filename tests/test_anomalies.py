@@ -50,8 +50,12 @@ def test_a_ratio_is_the_likelihood_less_that_of_the_background():
     found = anomaly_scores(model, off_by(0.0), X, score="ratio", background=(background, behind), **QUIET)
     wanted = dist.Normal(0.0, 10**0.5).log_prob(X[:, 0]) - dist.Normal(0.0, 2**0.5).log_prob(X[:, 0])
     assert torch.allclose(found, wanted.double(), atol=1e-5)
-    plain = anomaly_scores(model, off_by(0.0), X, score="ratio", **QUIET)
-    assert torch.allclose(plain + dist.Normal(0.0, 2**0.5).log_prob(X[:, 0]).double(), -compressed_size(X), atol=1e-5)
+    ones = torch.tensor([[1.0], [0.0]])
+    plain = anomaly_scores(model, off_by(0.0), ones, score="ratio", **QUIET)
+    wanted = -dist.Normal(0.0, 2**0.5).log_prob(ones[:, 0]).double() - compressed_size(ones)
+    assert torch.allclose(plain, wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="sound for zeros and ones only, .* score='regret', or a pair"):
+        anomaly_scores(model, off_by(0.0), X, score="ratio", **QUIET)
     with pytest.raises(ValueError, match="got a background for score='regret', wanted a pair"):
         anomaly_scores(model, off_by(0.0), X, score="regret", background=(background, behind))
 

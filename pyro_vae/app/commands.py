@@ -19,6 +19,7 @@ from pyro_vae.app import evaluation, report
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import read, the_device
+from pyro_vae.app.remarks import of_image
 from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
@@ -167,6 +168,7 @@ def reconstruct_images(
         raise ValueError(f"{run} is of vectors of shape {shape}, wanted a run of images.")
     x = torch.cat([_as_data(path, shape, options, seed)[None] for path in images])
     rows = [("image", *(("E_q log p(x|z)", "KL", "ELBO", "log p(x)") if not _point(vae) else ("log p(x|z)",)))]
+    bound: Tensor | None = None
     with seeded(seed), torch.no_grad():
         if _point(vae):
             terms = [particles(vae.model, vae.guide, x).log_likelihood.mean(0)]
@@ -175,9 +177,16 @@ def reconstruct_images(
             likelihood, elbo = drawn.log_likelihood.mean(0), drawn.log_weight.mean(0)
             estimate = log_likelihood(vae.model, vae.guide, x, num_samples=num_samples, seed=seed, progress=False)
             terms = [likelihood, likelihood - elbo, elbo, estimate.pointwise]
+            bound = estimate.trusted
         picture = plots.reconstructions(x, vae.reconstruct(x))
     rows += [(path.name, *(f"{float(term[i]):.2f}" for term in terms)) for i, path in enumerate(images)]
+    if bound is not None:
+        rows = [(*row[:-1], row[-1] if i == 0 or bound[i - 1] else f">= {row[-1]}") for i, row in enumerate(rows)]
     _print_table(rows)
+    levels = Run.load(run).summary.get("train_levels")
+    for path, image in zip(images, x, strict=True):
+        if (line := of_image(image, levels)) is not None:
+            click.echo(f"{path.name} {line}")
     path = out or Path("reconstructions.png")
     report.save(picture, path)
     click.echo(path)

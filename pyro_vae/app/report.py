@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.app import evaluation
 from pyro_vae.app.defaults import FitOptions
+from pyro_vae.app.remarks import remarks
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset
 from pyro_vae.inference.batches import seeded
@@ -59,6 +60,7 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
     if "sample_energy_distance" in summary:
         distance, null = summary["sample_energy_distance"], summary["sample_energy_distance_null"]
         found.append(("samples", f"energy distance {distance:.4f} to the test data (their own halves: {null:.4f})"))
+    found += [("note", line) for line in remarks(summary)]
     if summary.get("left_out"):
         found.append(("left out", "; ".join(summary["left_out"])))
     if "protocol" in summary:

@@ -5,9 +5,11 @@ so that data of another kind which are simpler have a *higher* p(x) than the dat
 half (Nalisnick et al., 2019). Two scores correct for that:
 
     ratio     - log p(x) + log p_0(x): against a background model p_0 that knows how simple x is and not what it shows.
-              By default p_0 is a compressor, log p_0(x) = - (length of x, losslessly compressed) (Serra et al., 2020):
-              it needs no second fit, and serves binary and grey images alike, packed as bits or as bytes. Or it is a
-              second pair, fitted to the same data with a share of the pixels replaced by noise (Ren et al., 2019).
+              Of binary data p_0 is a compressor, log p_0(x) = - (length of x, losslessly compressed) (Serra et al.,
+              2020), which needs no second fit. Or it is a second pair, fitted to the same data with a share of the
+              pixels replaced by noise (Ren et al., 2019). Of grey data only the second is sound here: the density of a
+              likelihood of one scale varies far less from image to image than the size of a file does, which then
+              decides alone (ROC-AUC 0.02 for MNIST against Fashion-MNIST, where log p(x) has 0.80).
     regret    max over q of ELBO(x; q) - ELBO(x; the guide's q): what refitting q to this image alone gains. An encoder
               is near its optimum on the data that it was trained for, and far from it elsewhere (Xiao et al., 2020).
 
@@ -68,7 +70,7 @@ def anomaly_scores(
     data, which have a high p(x) whatever they show (see the module).
 
     Args:
-        score: One of these.
+        score: One of these; without a background "ratio" takes binary data only.
         num_samples: K; a point guide needs only one.
         background: For "ratio", a pair (model, guide) fitted to noisier data; None for the compressed size.
         num_steps: For "regret", gradient steps on the parameters of q for each datum.
@@ -76,7 +78,8 @@ def anomaly_scores(
     Returns:
         Scores, (N,).
     Raises:
-        ValueError: Another score; a point guide where a density is needed; data that are no single tensor to compress.
+        ValueError: Another score; a point guide where a density is needed; data that are not one binary tensor, to be
+            compressed.
     """
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
@@ -139,10 +142,10 @@ def _shortest(levels: np.ndarray, binary: bool) -> int:
 
 
 def _compressed(batch: tuple[Any, ...]) -> Tensor:
-    if len(batch) != 1 or not isinstance(batch[0], Tensor):
+    if len(batch) != 1 or not isinstance(batch[0], Tensor) or not bool(((batch[0] == 0) | (batch[0] == 1)).all()):
         raise ValueError(
-            f"score='ratio' compresses the data, wanted one tensor and got {len(batch)} arguments. Pass a background "
-            "pair: background=(model, guide)."
+            "score='ratio' compares log p(x) with the compressed size of x, which is sound for zeros and ones only, "
+            "and these data are others. Use score='regret', or a pair fitted to noisier data: background=(model, guide)."
         )
     return compressed_size(batch[0])
 

@@ -147,6 +147,11 @@ class Estimate(Measured):
         return khat_ok(self.pareto_k, self.num_samples)
 
     @property
+    def trusted(self) -> Tensor:
+        """Of which data the value stands by itself, and is no lower bound, (N,): k-hat is good, or not known."""
+        return ~(self.pareto_k >= khat_limit(self.num_samples))
+
+    @property
     def kind(self) -> Kind:
         """By `kind_of`: "estimate", "lower bound", or "unchecked" for fewer than 25 samples."""
         return kind_of(self.khat_ok, self.method)
