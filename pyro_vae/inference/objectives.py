@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
-from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
+from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, named, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer, free_bits, mmd, total_correlation
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, sleep_phase, wake_sleep
@@ -48,7 +48,7 @@ class Objective(ELBO):
     alone: then the loss is plus the bound.
 
     Args:
-        bound: Particles to one number per datum: `elbo`, `iwae`, `renyi(0.5)`, ...
+        bound: Particles to one number per datum: `elbo`, `iwae`, `renyi(0.5)`, ..., or a name such as "iwae".
         num_samples: K, drawn in one pass where the pair broadcasts.
         estimator: "reparameterized" (the total derivative), "sticking-the-landing",
             "doubly-reparameterized", or "score-function" (for samples that cannot be
@@ -77,7 +77,7 @@ class Objective(ELBO):
     @checked
     def __init__(
         self,
-        bound: Bound = elbo,
+        bound: Bound | str = elbo,
         num_samples: int = 1,
         *,
         estimator: str = "reparameterized",
@@ -91,6 +91,7 @@ class Objective(ELBO):
                 f"beta must be a finite number that is not negative, got {float(beta):g}: it is the weight of log q - "
                 "log p(z), which a negative one would drive apart. Pass 1 for the ELBO, below 1 for less of it."
             )
+        bound = named(bound) if isinstance(bound, str) else bound
         for factory, example in _EXAMPLES:
             if bound is factory:
                 raise ValueError(f"got the function {factory.__name__}, wanted what it returns, such as {example}.")

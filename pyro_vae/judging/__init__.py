@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging._gaps import Gaps as Gaps
     from pyro_vae.judging._gaps import gap_table as gap_table
     from pyro_vae.judging._gaps import gaps as gaps
+    from pyro_vae.judging._identity import identity as identity
     from pyro_vae.judging.annealing import Annealed as Annealed
     from pyro_vae.judging.annealing import Bracket as Bracket
     from pyro_vae.judging.annealing import ais as ais

@@ -145,7 +145,8 @@ def _compressed(batch: tuple[Any, ...]) -> Tensor:
     if len(batch) != 1 or not isinstance(batch[0], Tensor) or not bool(((batch[0] == 0) | (batch[0] == 1)).all()):
         raise ValueError(
             "score='ratio' compares log p(x) with the compressed size of x, which is sound for zeros and ones only, "
-            "and these data are others. Use score='regret', or a pair fitted to noisier data: background=(model, guide)."
+            "and these data are others. Use score='regret', or a pair fitted to noisier data: "
+            "background=(model, guide)."
         )
     return compressed_size(batch[0])
 

@@ -26,7 +26,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vae.judging.quotes import Kind, lower_bound, over_data
+from pyro_vae.judging.quotes import Kind, lower_bound
+from pyro_vae.judging.quotes import over_data as over_data
+from pyro_vae.judging.tables import aligned as aligned
+from pyro_vae.judging.tables import latex
+from pyro_vae.judging.tables import listed as listed
+from pyro_vae.words import did_you_mean
 
 # Nats below which nothing is said to be at fault.
 RELEVANT = 0.05
@@ -65,6 +70,17 @@ class Result:
             )
         columns = {n: v for n, v in _fields(self) if isinstance(v, Tensor) and v.shape == each.shape}
         return pandas.DataFrame({name: value.tolist() for name, value in columns.items()})
+
+    def to_latex(self) -> str:
+        """The table in LaTeX, between the rules of booktabs, with numbers as in notebooks."""
+        head, body = self._cells()
+        return latex([head, *body])
+
+    def plot(self, ax: Any = None) -> Any:
+        """The numbers of the table with two standard errors each, as a figure, or drawn into `ax`."""
+        from pyro_vae.plots import number_bars
+
+        return number_bars(self.rows(), ax=ax)
 
     def _repr_html_(self) -> str:
         head, body = self._cells()
@@ -236,28 +252,6 @@ class Nats:
         return f"{self.value:.{digits}f} ± {error:.{digits}f}"
 
 
-def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
-    """Names in a row, and how many more there are.
-
-    Example:
-        >>> listed("abc", 2)
-        'a, b, and 1 more'
-    """
-    return between.join(names[:most]) + (f"{between}and {len(names) - most} more" if len(names) > most else "")
-
-
-def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Cells as lines of one length, the first columns flush left and the others flush right.
-
-    Example:
-        >>> aligned([["set", "bound"], ["test", "-1.2"]])
-        ['set   bound', 'test   -1.2']
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    forms = [f"{'<' if i < left else '>'}{width}" for i, width in enumerate(widths)]
-    return ["  ".join(map(format, line, forms)) for line in lines]
-
-
 def at_least(least: int, **values: int) -> None:
     """Refuse numbers that are less."""
     for name, value in values.items():
@@ -270,9 +264,10 @@ def one_of(choices: Sequence[str], **values: str) -> None:
     """Refuse words that are none of the choices."""
     for name, value in values.items():
         if value not in choices:
+            hint = did_you_mean(value, choices)
             words = [repr(choice) for choice in choices]
             wanted = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-            raise ValueError(f"got {name}={value!r}, wanted {wanted}.")
+            raise ValueError(f"got {name}={value!r}, wanted {wanted}.{hint}")
 
 
 def table(**columns: Any) -> list[dict[str, Any]]:
