@@ -227,7 +227,7 @@ def rank_anomalies(
         result |= {"outlier_scores": outside, "roc_auc": roc_auc(scores, outside)}
         click.echo(f"{outliers}: mean {outside.mean():.2f}, median {outside.median():.2f}, of {len(outside)}")
         click.echo(f"ROC-AUC {result['roc_auc']:.4f}: the chance that one of {outliers} scores above a test datum")
-        if (why := explained(result["roc_auc"], score, outliers)) is not None:
+        if (why := explained(result["roc_auc"], score, str(outliers))) is not None:
             click.echo(why)
     if out is not None:
         _write_csv(out, test, scores, order, result.get("outlier_scores"))

@@ -86,13 +86,13 @@ def anomaly_scores(
     if background is not None and (score != "ratio" or len(background) != 2):
         raise ValueError(f"got a background for score={score!r}, wanted a pair (model, guide) for score='ratio'.")
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
-    by_weights = {"num_samples": num_samples, "method": "importance", "compile": compile} | options
+    by_weights: dict[str, Any] = {"num_samples": num_samples, "method": "importance", "compile": compile} | options
     if score in ("log-likelihood", "ratio"):
         found = -log_likelihood(model, guide, data, **by_weights).pointwise
         if score == "log-likelihood":
             return found
         if background is not None:
-            return found + log_likelihood(*background, data, **by_weights).pointwise
+            return found + log_likelihood(background[0], background[1], data, **by_weights).pointwise
         with sweep(model, guide, data=data, title="compressed", **options) as run:
             return found - torch.cat([_compressed(batch) for batch in run])
     if score == "regret":

@@ -164,7 +164,7 @@ def _by_quadrature(
         if beside is not None and (dims is None or cost(dims) > _POINTS_PER_SAMPLE * beside[1]):
             return None
         for batch in run:
-            found = on_grids(Pair(*run.programs, batch))
+            found = on_grids(Pair(model, guide, batch))
             parts.append(found)
             if beside is not None:
                 rows = slice(done, done + len(found.error))

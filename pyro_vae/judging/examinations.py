@@ -73,7 +73,7 @@ def examine_bounds(pair: Examination, stages: Stages) -> Bounds:
     def work(start: int, stop: int) -> tuple[Any, Estimate, Estimate]:
         began = pair.budget.clock()
         terms = elbo_terms(*pair.of(start, stop), num_samples=_ELBO_SAMPLES, **pair.seeded(start))
-        options = {"method": "importance"} | pair.seeded(start)
+        options: dict[str, Any] = {"method": "importance"} | pair.seeded(start)
         judged = better = log_likelihood(*pair.of(start, stop), num_samples=count, **options)
         if more > count:  # of another seed: what one lacks is measured against the other
             options |= pair.seeded(start + 2**32)
@@ -277,7 +277,7 @@ def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
     importance, low, high = math.nan, Nats(), Nats()
     if pair.judged is not None:
         with contextlib.suppress(OutOfTime), pair.budget.piece():
-            options = {"num_samples": pair.judged.num_samples, "method": "importance"} | pair.options
+            options: dict[str, Any] = {"num_samples": pair.judged.num_samples, "method": "importance"} | pair.options
             there = log_likelihood(pair.model, pair.guide, found.data, **options)
             importance = there.value
             low, high = (_mean(bound - there.pointwise) for bound in (lower.pointwise, found.upper.pointwise))

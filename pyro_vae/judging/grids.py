@@ -163,7 +163,7 @@ def on_grids(
     found = _fitted(pair, mean, covariance, coarse, search, levels, reach, refinements)
     missed = ~(found.outside <= 1e-6)
     if bool(missed.any()):
-        far = _Coarse(*(x[:, missed] for x in coarse[:2]), coarse.cell)
+        far = coarse._replace(points=coarse.points[:, missed], log_f=coarse.log_f[:, missed])
         again = _fitted(_at(pair, missed), *far.moments(), far, search, levels, reach, refinements)
         for old, new in zip(found, again, strict=True):
             old[missed] = new
