@@ -20,11 +20,11 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating, others_kept, rests, undisturbed, unmoved
+from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
 from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
-from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
+from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors
 from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
 from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
@@ -47,6 +47,7 @@ from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
 _SIZES = 10_000  # sizes of batches whose unit is remembered
+_WARM = 6  # steps of a kind, at most, until it is captured
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
 # Inductor costs up to half a minute and saves at least a quarter of the time of a replay.
 _COMPILER_SECONDS, _SAVED, _TIMED = 20.0, 0.25, 40
@@ -157,7 +158,8 @@ def fit(
         callback: Called with each epoch's record.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
             If it is there already, the fit goes on from it, to the bit; and does not if
-            anything that shapes the result is another: the data, the loss, the optimiser, ...
+            anything that shapes the result is another: the data, the loss, the optimiser, ... A
+            `pyro_vae.inference.checkpoints.Sparing` is written less often, and leaves ``compile`` as it is.
         compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
             Inductor; "auto" captures them in fits of 500 steps or more and compiles them where,
             by the clock, a minute or more of them lies ahead, unless there is a checkpoint: a
@@ -228,7 +230,8 @@ def fit(
             )
             given = compiled is not None
             if compiled is None:
-                compiled = _compiled(loss, compile, steps, checkpoint is not None, len(batches))
+                kept = checkpoint is not None and not isinstance(checkpoint, Sparing)
+                compiled = _compiled(loss, compile, steps, kept, len(batches))
             stepper = _Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
@@ -249,6 +252,8 @@ def fit(
             shaping = filter(callable, (beta, schedule, validation_bound, getattr(loss, "bound", None)))
             values = functools.partial(program_values, model, guide, *shaping, but=list(tensors.values()))
             saved = Checkpoint(checkpoint, tensors, settings, values)
+            if isinstance(checkpoint, Sparing) and not given:
+                stepper.warm_up(list(tensors.values()))
             started -= _resumed(saved, history, best, stepper)
         quiet = None if progress is None else not progress
         with tqdm(total=stepper.total, initial=stepper.steps, disable=quiet, unit="batch") as bar:
@@ -272,7 +277,7 @@ def fit(
                     if patience is not None and settled:
                         best.offer(record["validation"], epoch, stepper.parameters())
                         history.stopped_early = epoch - best.epoch >= patience
-                    if checkpoint is not None:
+                    if checkpoint is not None and (epoch == epochs or history.stopped_early or saved.due()):
                         _saved(saved, history, best, stepper)
                     if history.stopped_early:
                         break
@@ -316,7 +321,7 @@ def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Step
     names = {id(t): name for name, t in checkpoint.tensors.items()}
     progress = {
         "records": history.records, "steps": stepper.steps, "best_epoch": best.epoch, "stopped": history.stopped_early,
-        "best_value": best.value if best.epoch else None,
+        "best_value": best.value if best.epoch else None, "compiled": stepper.compiles,
     }  # fmt: skip
     assert isinstance(stepper.optimizer, Fused)
     moments = stepper.optimizer.moments(checkpoint.tensors)
@@ -333,6 +338,9 @@ def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _St
     progress, moments, copies = found
     history.records, history.stopped_early = progress["records"], progress["stopped"]
     stepper.steps = progress["steps"]
+    if stepper.considers and progress.get("compiled") and stepper.graph is not None:
+        stepper.graph.compiled.compile_after = 0
+    stepper.considers = stepper.considers and stepper.steps < _TIMED
     stepper.optimizer.restore(checkpoint.tensors, moments)
     best.epoch = progress["best_epoch"]
     best.value = -math.inf if progress["best_value"] is None else progress["best_value"]
@@ -431,6 +439,38 @@ class _Stepper:
     def parameters(self) -> list[Tensor]:
         """What was trained so far, whoever owns it."""
         return list(self.optimizer.parameters if isinstance(self.optimizer, Fused) else self.optimizer.optim_objs)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether Inductor compiles the steps."""
+        return self.graph is not None and self.graph.compiled.compile_after is not None
+
+    def warm_up(self, tensors: Sequence[Tensor]) -> None:
+        """Have the graphs of all kinds of steps, and nothing else, so that every step to come is a replay.
+
+        The steps that graphs are made from differ from replays by rounding. A fit that goes on would take such steps
+        anew, in the middle, where the whole fit replayed.
+        """
+        if self.graph is None:
+            return
+        if self.batches.columns is None or not isinstance(self.optimizer, Fused) or not self.optimizer.can_start_afresh:
+            self.graph = None
+            return
+        kept, considers, self.considers = [(t, t.detach().clone()) for t in tensors], self.considers, False
+        with noise_kept():
+            kinds = {lengths(choice): choice for choice in self.batches.choices()}
+            for choice in kinds.values():
+                before = self.graph.compiled.captures
+                for _ in range(_WARM):
+                    self.steps = 0  # of which weight the graphs are
+                    self._step(choice)
+                    if self.graph.compiled.captures > before:
+                        break
+        self.steps, self.considers = 0, considers
+        self.optimizer.start_afresh()
+        with torch.no_grad():
+            for tensor, copied in kept:
+                tensor.copy_(copied)
 
     def epoch(self, bar: tqdm) -> dict[str, Any]:
         """One pass; its averages."""
