@@ -46,6 +46,7 @@ from pyro_vae.sites import lengths
 from pyro_vae.traces import Program
 
 _LOOK = 20  # steps between two looks at the loss
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"  # within 80 columns
 _SIZES = 10_000  # sizes of batches whose unit is remembered
 _WARM = 6  # steps of a kind, at most, until it is captured
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
@@ -155,7 +156,9 @@ def fit(
             ``torch.set_float32_matmul_precision``, or "bfloat16", which rounds what goes into
             linear and convolutional layers (see `pyro_vae.inference.hardware`).
         progress: Show a bar; None shows it on a terminal only.
-        callback: Called with each epoch's record.
+        callback: Called with each epoch's record. If it has a method ``early``, that is called once after twenty steps,
+            with the seconds that a step takes and the number of steps to come; if it has a method ``resumed``, that
+            gets the records of a fit that goes on from a checkpoint.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
             If it is there already, the fit goes on from it, to the bit; and does not if
             anything that shapes the result is another: the data, the loss, the optimiser, ... A
@@ -255,20 +258,27 @@ def fit(
             if isinstance(checkpoint, Sparing) and not given:
                 stepper.warm_up(list(tensors.values()))
             started -= _resumed(saved, history, best, stepper)
+            if hasattr(callback, "resumed"):
+                callback.resumed(history.records)
+        stepper.early = getattr(callback, "early", None)
         quiet = None if progress is None else not progress
-        with tqdm(total=stepper.total, initial=stepper.steps, disable=quiet, unit="batch") as bar:
+        with tqdm(
+            total=stepper.total, initial=stepper.steps, disable=quiet, bar_format=_BAR, dynamic_ncols=True,
+            desc=f"epoch {len(history) + 1}/{epochs}",
+        ) as bar:  # fmt: skip
             try:
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
                     _train(modules)  # a callback may have looked at pictures in evaluation mode
+                    bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                     record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(bar)
                     best.settle()
                     if validation is not None:
                         record["validation"] = mean_bound(model, guide, validation, validation_bound, device=place)
                     record["seconds"] = time.perf_counter() - started
                     history.records.append(record)
-                    columns = [key for key in ("loss", "bound", "validation") if key in record]
-                    shown: dict[str, Any] = {key: f"{record[key]:.2f}" for key in columns}
-                    bar.set_postfix(epoch=epoch, **shown, images_per_s=f"{record['images_per_second']:,.0f}")
+                    columns = ["bound" if "bound" in record else "loss", *(["validation"] if "validation" in record else [])]
+                    shown = ", ".join(f"{key} {record[key]:.2f}" for key in columns)
+                    bar.set_postfix_str(shown, refresh=False)
                     if callback is not None:
                         callback(record)
                     # While the weight of the divergence rises, a validation bound says nothing about the end.
@@ -403,6 +413,8 @@ class _Stepper:
                 self.weight, compiled = Number(1.0), None
             model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)
         self.considers, self._timed = False, 0.0
+        self.early: Callable[[float, int], None] | None = None
+        self._taken, self._clock = 0, 0.0
         self.batches = batches
         if held is not None and len(batches) > 1:
             raise ValueError(
@@ -490,7 +502,13 @@ class _Stepper:
             bar.update(1)
             if self.steps % _LOOK == 0:
                 self._check_finite(summed)
-                bar.set_postfix(loss=f"{float(value) / self.unit.whole:.2f}", refresh=False)
+                if self.steps < len(self.batches):  # later the bar shows what the last epoch came to
+                    bar.set_postfix_str(f"loss of a batch {float(value) / self.unit.whole:.2f}", refresh=False)
+            self._taken += 1
+            if self._taken == _LOOK // 2:
+                self._clock = time.perf_counter()
+            elif self._taken == _LOOK and self.early is not None:
+                self.early((time.perf_counter() - self._clock) / (_LOOK - _LOOK // 2), self.total - self.steps)
         self._check_finite(summed)
         record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):

@@ -1,6 +1,6 @@
 """Figures: numbers and tensors in, matplotlib figures out; no display is needed and nothing global is touched.
 
-    of a fitted pair    training_curve · reconstructions · samples · interpolations · gallery · latent_space
+    of a fitted pair    training_curve · reconstructions · samples · interpolations · gallery · latent_space(s)
     of a judgement      bounds_by_samples · gap_bars · khat_against_log_p · bracket · rank_histogram ·
                         coverage_curve · kl_by_dimension
 """
@@ -11,6 +11,7 @@ from pyro_vae.plots._pictures import (
     gallery,
     interpolations,
     latent_space,
+    latent_spaces,
     reconstructions,
     samples,
     training_curve,
@@ -26,6 +27,7 @@ __all__ = [
     "khat_against_log_p",
     "kl_by_dimension",
     "latent_space",
+    "latent_spaces",
     "rank_histogram",
     "reconstructions",
     "samples",

@@ -33,14 +33,16 @@ _MAX_LABELS = 20
 
 
 def training_curve(
-    records: Sequence[Mapping[str, Any]], finals: Mapping[str, float] | None = None, name: str = "ELBO"
-) -> Figure:
+    records: Sequence[Mapping[str, Any]], finals: Mapping[str, float] | None = None, name: str = "ELBO",
+    note: str = "",
+) -> Figure:  # fmt: skip
     """The bound by epoch, scaled so that the part after the steep start can be read.
 
     Args:
         records: One per epoch, as in `History.records`.
         finals: Numbers to compare with, by name, as dotted lines.
         name: What the bound is called.
+        note: What to look at, in a line or two below.
     """
     figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch")
     epochs = [record["epoch"] for record in records]
@@ -60,6 +62,9 @@ def training_curve(
     axes.set_ylim(low - pad, high + pad)
     show_legend(axes, loc="lower right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if note:
+        figure.set_figheight(figure.get_figheight() + 0.2 * (1 + note.count("\n")))
+        figure.supxlabel(note, fontsize=8, color="#4a5568", x=0.02, ha="left")
     return figure
 
 
@@ -68,6 +73,7 @@ def reconstructions(
     reconstructed: Tensor,
     title: str = "Originals and reconstructions",
     names: tuple[str, str] = ("original", "reconstructed"),
+    grey: Tensor | None = None,
 ) -> Figure:
     """Originals above their reconstructions.
 
@@ -76,6 +82,7 @@ def reconstructions(
         reconstructed: E[x | z], of the same shape.
         title: Above the picture.
         names: What the two are called.
+        grey: The grey levels that binary data were drawn from, of the same shape, to be shown above them.
     """
     if _is_vector(x):
         return _heatmaps({names[0]: x, names[1]: reconstructed, "difference": x - reconstructed}, title)
@@ -83,9 +90,10 @@ def reconstructions(
     rows: list[Tensor] = []
     labels: list[str] = []
     for start in range(0, len(x), columns):
-        rows += [x[start : start + columns], reconstructed[start : start + columns]]
-        labels += names
-    return _mosaic(rows, title, labels, gap_after=2)
+        part = slice(start, start + columns)
+        rows += [x[part], reconstructed[part]] if grey is None else [grey[part], x[part], reconstructed[part]]
+        labels += names if grey is None else ("grey levels", "drawn", names[1])
+    return _mosaic(rows, title, labels, gap_after=2 if grey is None else 3)
 
 
 def samples(x: Tensor, title: str = "Samples from the prior") -> Figure:
@@ -149,7 +157,33 @@ def latent_space(z: Tensor, labels: Tensor | None = None, names: Sequence[str] |
         labels: One integer per datum, (N,), or None.
         names: Name of each label.
     """
-    figure, axes = _figure(6.2 if labels is not None else 5.4, 5.2)
+    return latent_spaces({"": z}, labels, names)
+
+
+def latent_spaces(
+    views: Mapping[str, Tensor], labels: Tensor | None = None, names: Sequence[str] | None = None
+) -> Figure:
+    """As `latent_space`, of several guides side by side.
+
+    Args:
+        views: Posterior means of the same data, (N, D), by a title each.
+        labels: One integer per datum, (N,), or None.
+        names: Name of each label.
+    """
+    single = len(views) == 1
+    legend_width = 0.8 if labels is not None else 0.0
+    figure = canvas(5.4 * len(views) * (1 if single else 0.82) + legend_width, 5.2 if single else 4.9)
+    grid = figure.subplots(1, len(views), squeeze=False)[0]
+    for axes, (title, z) in zip(grid, views.items(), strict=True):
+        _scatter(axes, z, labels, names, title, legend=axes is grid[-1])
+    if not single:
+        figure.suptitle("Latent space: posterior means of test data", x=0.02, ha="left", fontsize=11)
+    return figure
+
+
+def _scatter(
+    axes: Axes, z: Tensor, labels: Tensor | None, names: Sequence[str] | None, title: str, legend: bool
+) -> None:
     points, (horizontal, vertical) = plane(z)
     style: dict[str, Any] = {"s": 9 if len(points) > 1000 else 16, "linewidths": 0, "alpha": 0.75}
     found = labels.unique().tolist() if labels is not None else []
@@ -160,15 +194,17 @@ def latent_space(z: Tensor, labels: Tensor | None = None, names: Sequence[str] |
             name = names[label] if names and label < len(names) else str(label)
             axes.scatter(chosen[:, 0], chosen[:, 1], color=colours(i), label=name, **style)
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-        legend = axes.legend(frameon=False, markerscale=1.6, title="label", **beside)
-        for handle in legend.legend_handles:
+        shown = axes.legend(frameon=False, markerscale=1.6, title="label", **beside) if legend else None
+        for handle in shown.legend_handles if shown is not None else ():
             if handle is not None:
                 handle.set_alpha(1)
     else:
         axes.scatter(points[:, 0], points[:, 1], color=BLUE, **style)
-    label_axes(axes, vertical, "Latent space: posterior means of test data", horizontal)
+    title = title or "Latent space: posterior means of test data"
+    if z.flatten(1).shape[1] > 2 and "plane" not in title:
+        title += ", in the plane"
+    label_axes(axes, vertical, title, horizontal)
     axes.set_aspect("equal", adjustable="datalim")
-    return figure
 
 
 def plane(z: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
