@@ -298,7 +298,9 @@ def combinations(
 
 
 def _say(quiet: bool) -> Callable[[str], None]:
-    return (lambda _: None) if quiet else lambda text: click.echo(text, err=True)
+    from tqdm import tqdm
+
+    return (lambda _: None) if quiet else lambda text: tqdm.write(text, file=sys.stderr)  # beside a bar, if any
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pyro_vae import plots
 from pyro_vae.app import evaluation, report
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
-from pyro_vae.app.fitting import read, second_vae, the_device
+from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.runs import CONFIG, FIGURES, Run, is_unfinished, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
@@ -94,8 +94,8 @@ def draw_run(run: Path, data_dir: str | None = None, trust: tuple[str, ...] = ()
     records = loaded.metrics()
     if is_unfinished(run) and len(records) < options.epochs:
         click.echo(f"an unfinished run, as it stood after epoch {len(records)} of {options.epochs}", err=True)
-    second = None if loaded.summary.get("interrupted") else second_vae(vae, dataset, options)
-    report.draw(vae, dataset, records, loaded.summary, options, run / FIGURES, second)
+    views = {} if loaded.summary.get("interrupted") else second_view(vae, dataset, options)
+    report.draw(vae, dataset, records, loaded.summary, options, run / FIGURES, views)
     paths = [run / FIGURES / name for name in PICTURES]
     paths.append(write_page(run, options, loaded.summary))
     for path in paths:

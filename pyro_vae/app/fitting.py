@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae.app import evaluation, report
 from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions
@@ -31,9 +33,11 @@ from pyro_vae.app.runs import (
     write_lines,
 )
 from pyro_vae.data import DATASETS, Dataset, load
+from pyro_vae.data.splits import Binarization
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.training import History, fit
+from pyro_vae.judging.latents import posterior_means
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
@@ -108,8 +112,8 @@ def fit_run(
         try:
             try:  # what was trained is worth more than what goes wrong after it
                 if history.records:
-                    second = None if history.interrupted else second_vae(vae, dataset, options)
-                    report.draw(vae, dataset, history.records, {}, options, folder / FIGURES, second)
+                    views = {} if history.interrupted else second_view(vae, dataset, options)
+                    report.draw(vae, dataset, history.records, {}, options, folder / FIGURES, views)
             except Exception as error:
                 failure = error
             if not history.interrupted:
@@ -140,10 +144,10 @@ def fit_run(
 
 def _evaluating(plan: evaluation.Plan, is_whole: bool) -> str:
     """What is evaluated, in a line."""
-    text = f"evaluating on {plan.images:,} test data with {plan.num_samples:,} samples, {report.about(plan.seconds)}"
+    text = f"evaluating {plan.images:,} test data, {plan.num_samples:,} samples each: {report.about(plan.seconds)}"
     if is_whole and plan.num_samples >= FULL_SAMPLES:
         return text
-    return f"{text} (--full: {plan.full_images:,} with {FULL_SAMPLES:,}, {report.about(plan.full_seconds)})"
+    return f"{text} (--full: {report.about(plan.full_seconds)})"
 
 
 def _describe(options: FitOptions, dataset: Dataset, say: Callable[[str], None]) -> None:
@@ -178,7 +182,7 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         seed=options.seed, **framing,
     )  # fmt: skip
     if open_ and kind == "binary" and dataset.train.binarization == "none":
-        dataset = _drawn_afresh(dataset)  # binary files are binary by themselves: these are grey
+        dataset = _redrawn(dataset, "dynamic")  # binary files are binary by themselves: these are grey
     if options.limit is not None:
         train = dataset.train.subset(slice(0, options.limit))
         dataset = dataclasses.replace(dataset, train=train, protocol=dataset.protocol | {"limit": options.limit})
@@ -235,10 +239,11 @@ def _is_vamp(prior: str) -> bool:
     return isinstance(family, type) and issubclass(family, VampPrior)
 
 
-def _drawn_afresh(dataset: Dataset) -> Dataset:
-    splits = {name: dataclasses.replace(getattr(dataset, name), binarization="dynamic", dequantize=False)
+def _redrawn(dataset: Dataset, binarization: Binarization) -> Dataset:
+    """The same data, binarised otherwise."""
+    splits = {name: dataclasses.replace(getattr(dataset, name), binarization=binarization, dequantize=False)
               for name in ("train", "validation", "test")}  # fmt: skip
-    protocol = dataset.protocol | {"binarization": "dynamic", "dequantize": False}
+    protocol = dataset.protocol | {"binarization": binarization, "dequantize": False}
     return dataclasses.replace(dataset, protocol=protocol, **splits)
 
 
@@ -322,26 +327,34 @@ def _fit(
         )
 
 
-def second_vae(vae: VAE, dataset: Dataset, options: FitOptions) -> VAE | None:
-    """A small VAE of two latents, to look at where the classes lie; None where the data are not few, small and
-    labelled, or the pair has no more than two latents itself.
+def second_view(vae: VAE, dataset: Dataset, options: FitOptions) -> dict[str, Tensor]:
+    """Posterior means of the test data in the plane of a second, small VAE of two latents, by a title.
+
+    Nothing where the data are not few, small and labelled, or the pair has no more than two latents itself. Grey levels
+    are taken as they are: what is left of a digit of 64 zeros and ones does not tell the classes apart in a plane.
     """
-    small = len(dataset.train) * dataset.train[:1].numel() <= SMALL
+    small = len(dataset.train) * math.prod(dataset.x_shape) <= SMALL
     if not small or dataset.test.labels is None or options.latent_dim <= 2 or evaluation.is_autoencoder(vae):
-        return None
-    plain: dict[str, Any] = {"posterior": "diagonal", "posterior_options": {}, "prior": "normal", "prior_options": {}}
-    options = dataclasses.replace(options, latent_dim=2, **plain)
+        return {}
+    changes: dict[str, Any] = {"latent_dim": 2, "posterior": "diagonal", "posterior_options": {}, "prior": "normal",
+                               "prior_options": {}, "bound": "elbo", "bound_options": {}, "num_samples": 1,
+                               "regularizers": {}, "estimator": "reparameterized"}  # fmt: skip
+    title = "a second, small VAE of two latents"
+    if dataset.train.binarization == "dynamic" and dataset.train.pixels.dtype == torch.uint8:
+        dataset = _redrawn(dataset, "none")
+        changes |= {"likelihood": "normal", "likelihood_options": {}, "scale": 0.15, "binarization": "none"}
+        title += ", of the grey levels"
+    options = dataclasses.replace(options, **changes)
     second = build(options, dataset)
     with _threads(options.threads):
         history = fit(
-            second.model, second.guide, dataset.train, epochs=min(options.epochs, 100), batch_size=64,
-            learning_rate=2e-3, schedule="one-cycle", seed=options.seed, progress=False, loss=the_loss(
-                dataclasses.replace(options, bound="elbo", bound_options={}, num_samples=1, regularizers={},
-                                    estimator="reparameterized"), second),
+            second.model, second.guide, dataset.train, loss=the_loss(options, second), epochs=min(options.epochs, 40),
+            batch_size=64, learning_rate=5e-3, schedule="one-cycle", seed=options.seed, progress=False,
         )  # fmt: skip
     if history.interrupted:
         raise KeyboardInterrupt
-    return second
+    shown = report.latent_data(dataset, options)
+    return {title: posterior_means(second.guide, shown, seed=options.seed)}
 
 
 @contextlib.contextmanager

@@ -60,8 +60,8 @@ class Progress:
         now = time.perf_counter()
         if self._cost and self._spent + self._cost > SHARE * (now - self._started):
             return
-        self.vae.save(self.folder / WEIGHTS)
         write_lines(self.folder / METRICS, self.records)
+        self.vae.save(self.folder / WEIGHTS)
         if not self._failed:
             try:
                 report.draw_progress(self.vae, self.dataset, self.records, self.options, self.folder / FIGURES)

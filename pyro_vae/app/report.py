@@ -18,7 +18,7 @@ from pyro_vae import plots
 from pyro_vae.app import evaluation
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.atomic import write_file
-from pyro_vae.data import Dataset
+from pyro_vae.data import Dataset, Split
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.latents import posterior_means
@@ -159,14 +159,14 @@ def about(seconds: float) -> str:
 _LATENT_POINTS = 5000
 _SHOWN = 20  # originals and reconstructions
 CURVE = (
-    "Higher is better. Both still rising: train longer. Validation falling away from training: it overfits.\n"
-    "Validation is scored after each epoch, training during it, by {name} of its batches."
+    "Higher is better. Both still rising: train longer. Validation falling below training: overfitting.\n"
+    "Training is the mean over an epoch in which the weights still move; validation is scored at its end."
 )
 
 
 def draw(
     vae: VAE, dataset: Dataset, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], options: FitOptions,
-    folder: Path, second: VAE | None = None,
+    folder: Path, views: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Draw the five pictures of a run into a folder.
 
@@ -177,7 +177,7 @@ def draw(
         numbers: What `evaluate` found, or nothing.
         options: The configuration.
         folder: Where they go.
-        second: A VAE of two latents of the same data, whose latents are shown beside those of the pair.
+        views: Latents of `latent_data` by other guides, shown beside those of the pair, by their titles.
     """
     point = evaluation.is_autoencoder(vae)
     test = evaluation.test_data(dataset, options.seed, options.evaluation_images)
@@ -192,14 +192,17 @@ def draw(
         lines = vae.interpolate(start.to(device), end.to(device), steps=10)
         title = "Interpolations between test data" + ("" if point or not _binary(dataset) else ", as probabilities")
         save(plots.interpolations(lines, title), folder / "interpolations.png")
-        shown = test.subset(slice(0, _LATENT_POINTS))
-        views = {"": posterior_means(vae.guide, shown, seed=options.seed)}
-        if second is not None:
-            views = {
-                f"this run: {views[''].flatten(1).shape[1]} latents, in the plane": views[""],
-                "a second, small VAE of two latents": posterior_means(second.guide, shown, seed=options.seed),
-            }
-        save(plots.latent_spaces(views, shown.labels, dataset.label_names), folder / "latent_space.png")
+        shown = latent_data(dataset, options)
+        means = posterior_means(vae.guide, shown, seed=options.seed)
+        title = f"this run: {means.flatten(1).shape[1]} latents, principal components" if views else ""
+        figure = plots.latent_spaces({title: means} | dict(views or {}), shown.labels, dataset.label_names)
+        save(figure, folder / "latent_space.png")
+
+
+def latent_data(dataset: Dataset, options: FitOptions) -> Split:
+    """The test data whose latents are shown."""
+    images = min(options.evaluation_images or _LATENT_POINTS, _LATENT_POINTS)
+    return evaluation.test_data(dataset, options.seed, images)
 
 
 def draw_progress(
@@ -223,9 +226,7 @@ def draw_curve(
     }  # fmt: skip
     point = evaluation.is_autoencoder(vae)
     name = "reconstruction" if point else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
-    bound = "the reconstruction" if point else f"the {options.bound} objective"
-    figure = plots.training_curve(records, finals, name, note=CURVE.format(name=bound))
-    save(figure, folder / "training_curve.png")
+    save(plots.training_curve(records, finals, name, note=CURVE), folder / "training_curve.png")
 
 
 def _draw_data(vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, when: str = "") -> None:

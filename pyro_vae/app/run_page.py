@@ -47,7 +47,7 @@ def write_page(run: Path, options: FitOptions, summary: Mapping[str, Any]) -> Pa
     pictures = {
         name: (run / FIGURES / name).read_bytes() for name in PICTURES if (run / FIGURES / name).is_file()
     }
-    text = page(str(run), summary, pictures, changed(options), next_commands(run, summary))
+    text = page(f"Run {run}", summary, pictures, changed(options), next_commands(run, summary))
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
 

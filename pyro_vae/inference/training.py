@@ -258,8 +258,9 @@ def fit(
             if isinstance(checkpoint, Sparing) and not given:
                 stepper.warm_up(list(tensors.values()))
             started -= _resumed(saved, history, best, stepper)
-            if hasattr(callback, "resumed"):
-                callback.resumed(history.records)
+            resumed = getattr(callback, "resumed", None)
+            if resumed is not None:
+                resumed(history.records)
         stepper.early = getattr(callback, "early", None)
         quiet = None if progress is None else not progress
         with tqdm(
@@ -276,8 +277,8 @@ def fit(
                         record["validation"] = mean_bound(model, guide, validation, validation_bound, device=place)
                     record["seconds"] = time.perf_counter() - started
                     history.records.append(record)
-                    columns = ["bound" if "bound" in record else "loss", *(["validation"] if "validation" in record else [])]
-                    shown = ", ".join(f"{key} {record[key]:.2f}" for key in columns)
+                    keys = [key for key in ("bound" if "bound" in record else "loss", "validation") if key in record]
+                    shown = ", ".join(f"{key} {record[key]:.2f}" for key in keys)
                     bar.set_postfix_str(shown, refresh=False)
                     if callback is not None:
                         callback(record)

@@ -201,8 +201,8 @@ def _scatter(
     else:
         axes.scatter(points[:, 0], points[:, 1], color=BLUE, **style)
     title = title or "Latent space: posterior means of test data"
-    if z.flatten(1).shape[1] > 2 and "plane" not in title:
-        title += ", in the plane"
+    if z.flatten(1).shape[1] > 2 and "principal" not in title:
+        title += ", principal components"
     label_axes(axes, vertical, title, horizontal)
     axes.set_aspect("equal", adjustable="datalim")
 
