@@ -38,7 +38,8 @@ class FitOptions:
     """The configuration of a run: plain data, one field for each option of the command.
 
     A field that is None after `resolve` is really none (no clipping, no limit), but for `evaluation_images`: as many as
-    a minute allows, or with `full` the whole test set. `likelihood`, `binarization` and the framing of data given by a path are settled when the data have been read.
+    a minute allows, or with `full` the whole test set. `likelihood`, `binarization` and the framing of data given by a
+    path are settled when the data have been read.
 
     What each field means is said by the command's help: `pyro_vae.app.configuration.FIT`.
     """

@@ -17,7 +17,7 @@ from pyro_vae.atomic import write_file
 PICTURES = {
     "reconstructions.png": "What the pair makes of test data: the originals, and E[x | z] for a z drawn from q(z | x).",
     "samples.png": "What the model makes of nothing but noise: E[x | z] for z drawn from p(z).",
-    "latent_space.png": "Where the guide puts test data: the mean of q(z | x), coloured by label where there are labels.",
+    "latent_space.png": "Where the guide puts test data: the mean of q(z | x), coloured by label if there are labels.",
     "training_curve.png": "The bound by epoch.",
     "interpolations.png": "Straight lines in latent space between the codes of two test data, decoded.",
 }
@@ -44,9 +44,7 @@ def write_page(run: Path, options: FitOptions, summary: Mapping[str, Any]) -> Pa
         summary: Its numbers.
     """
     path = run / REPORT
-    pictures = {
-        name: (run / FIGURES / name).read_bytes() for name in PICTURES if (run / FIGURES / name).is_file()
-    }
+    pictures = {name: (run / FIGURES / name).read_bytes() for name in PICTURES if (run / FIGURES / name).is_file()}
     text = page(f"Run {run}", summary, pictures, changed(options), next_commands(run, summary))
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
@@ -58,9 +56,10 @@ def page(
 ) -> str:  # fmt: skip
     """The page, from the summary of a run, its pictures as PNG by name, and words for the rest."""
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in report.lines(summary))
+    captions = {name: escape(PICTURES.get(name, name)) for name in pictures}
     figures = "".join(
-        f'<figure><img alt="{escape(PICTURES.get(name, name))}" src="data:image/png;base64,'
-        f'{base64.b64encode(data).decode("ascii")}"><figcaption>{escape(PICTURES.get(name, name))}</figcaption></figure>'
+        f'<figure><img alt="{captions[name]}" src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
+        f"<figcaption>{captions[name]}</figcaption></figure>"
         for name, data in pictures.items()
     )
     differing = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in options.items())

@@ -185,7 +185,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which goes with the process that holds it."""
     with (path / UNFINISHED).open("rb") as file:
         if not _locked(file):
-            raise ValueError(f"got --out {path}, which another process is writing. Wait for it, or name another folder.")
+            raise ValueError(f"got --out {path}, which another process is writing. Wait, or name another folder.")
         yield
 
 
