@@ -21,6 +21,7 @@ from pyro_vae.plots._canvas import (
     GREY,
     INCHES,
     ORANGE,
+    axes_of,
     canvas,
     label_axes,
     number,
@@ -35,6 +36,7 @@ _MAX_LABELS = 20
 def training_curve(
     records: Sequence[Mapping[str, Any]], finals: Mapping[str, float] | None = None, name: str = "ELBO",
     note: str = "",
+    ax: Axes | None = None,
 ) -> Figure:  # fmt: skip
     """The bound by epoch, scaled so that the part after the steep start can be read.
 
@@ -42,9 +44,10 @@ def training_curve(
         records: One per epoch, as in `History.records`.
         finals: Numbers to compare with, by name, as dotted lines.
         name: What the bound is called.
-        note: What to look at, in a line or two below.
+        note: What to look at, in a line or two below a figure of its own.
+        ax: Axes to draw into; a figure of its own if omitted.
     """
-    figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch")
+    figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch", ax)
     epochs = [record["epoch"] for record in records]
     shown: list[float] = []
     for key, label, colour in (("bound", "training", BLUE), ("validation", "validation", ORANGE)):
@@ -62,7 +65,7 @@ def training_curve(
     axes.set_ylim(low - pad, high + pad)
     show_legend(axes, loc="lower right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if note:
+    if note and ax is None:
         figure.set_figheight(figure.get_figheight() + 0.2 * (1 + note.count("\n")))
         figure.supxlabel(note, fontsize=8, color="#4a5568", x=0.02, ha="left")
     return figure
@@ -74,6 +77,7 @@ def reconstructions(
     title: str = "Originals and reconstructions",
     names: tuple[str, str] = ("original", "reconstructed"),
     grey: Tensor | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Originals above their reconstructions.
 
@@ -83,9 +87,10 @@ def reconstructions(
         title: Above the picture.
         names: What the two are called.
         grey: The grey levels that binary data were drawn from, of the same shape, to be shown above them.
+        ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if _is_vector(x):
-        return _heatmaps({names[0]: x, names[1]: reconstructed, "difference": x - reconstructed}, title)
+        return _heatmaps({names[0]: x, names[1]: reconstructed, "difference": x - reconstructed}, title, ax=ax)
     columns = min(len(x), 10)
     rows: list[Tensor] = []
     labels: list[str] = []
@@ -93,33 +98,35 @@ def reconstructions(
         part = slice(start, start + columns)
         rows += [x[part], reconstructed[part]] if grey is None else [grey[part], x[part], reconstructed[part]]
         labels += names if grey is None else ("grey levels", "drawn", names[1])
-    return _mosaic(rows, title, labels, gap_after=2 if grey is None else 3)
+    return _mosaic(rows, title, labels, gap_after=2 if grey is None else 3, ax=ax)
 
 
-def samples(x: Tensor, title: str = "Samples from the prior") -> Figure:
+def samples(x: Tensor, title: str = "Samples from the prior", ax: Axes | None = None) -> Figure:
     """Samples in a square, or in the nearest full rectangle.
 
     Args:
         x: Samples, (N, *x_shape).
         title: Above the picture.
+        ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if _is_vector(x):
-        return _heatmaps({"": x}, title)
+        return _heatmaps({"": x}, title, ax=ax)
     square = int(np.ceil(len(x) ** 0.5))
     columns = next((c for c in range(square, 2 * square + 1) if len(x) % c == 0), square)
-    return _mosaic(list(x.split(columns)), title)
+    return _mosaic(list(x.split(columns)), title, ax=ax)
 
 
-def interpolations(x: Tensor, title: str = "Interpolations between test data") -> Figure:
+def interpolations(x: Tensor, title: str = "Interpolations between test data", ax: Axes | None = None) -> Figure:
     """Straight lines in latent space, one a row.
 
     Args:
         x: E[x | z] along each line, (N, steps, *x_shape).
         title: Above the picture.
+        ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if x.dim() == 3:
-        return _heatmaps({f"pair {i + 1}": line for i, line in enumerate(x[:4])}, title)
-    return _mosaic(list(x), title)
+        return _heatmaps({f"pair {i + 1}": line for i, line in enumerate(x[:4])}, title, ax=ax)
+    return _mosaic(list(x), title, ax=ax)
 
 
 def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
@@ -149,15 +156,20 @@ def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
     return figure
 
 
-def latent_space(z: Tensor, labels: Tensor | None = None, names: Sequence[str] | None = None) -> Figure:
+def latent_space(
+    z: Tensor, labels: Tensor | None = None, names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Figure:
     """Posterior means coloured by label: both latents, or the first two principal components.
 
     Args:
         z: Posterior means, (N, D).
         labels: One integer per datum, (N,), or None.
         names: Name of each label.
+        ax: Axes to draw into; a figure of its own if omitted.
     """
-    return latent_spaces({"": z}, labels, names)
+    figure, axes = axes_of(ax, 6.2 if labels is not None else 5.4, 5.2)
+    _scatter(axes, z, labels, names, "", legend=True)
+    return figure
 
 
 def latent_spaces(
@@ -228,11 +240,6 @@ def plane(z: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
     return (u[:, :2] * s[:2]).numpy(), (names[0], names[1])
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = canvas(width, height)
-    return figure, figure.subplots()
-
-
 def _is_vector(x: Tensor) -> bool:
     return x.dim() == 2
 
@@ -241,7 +248,9 @@ def _show(axes: Axes, image: np.ndarray) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
-def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_after: int = 0) -> Figure:
+def _mosaic(
+    rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_after: int = 0, ax: Axes | None = None
+) -> Figure:
     """Rows of images as one picture, with thin white lines between them."""
     columns = max(len(row) for row in rows)
     _, height, width = rows[0].shape[1:]
@@ -258,7 +267,7 @@ def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_afte
             top, left = r * high + breaks[r], c * wide
             picture[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
     inches = min(INCHES, max(3.2, 0.75 * columns))
-    figure, axes = _figure(inches, inches * picture.shape[0] / picture.shape[1] + 0.4)
+    figure, axes = axes_of(ax, inches, inches * picture.shape[0] / picture.shape[1] + 0.4)
     axes.imshow(picture, interpolation="antialiased")
     axes.set_xticks([])
     axes.set_yticks([r * high + breaks[r] + high / 2 for r in range(len(labels))], labels, fontsize=7)
@@ -268,8 +277,12 @@ def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_afte
     return figure
 
 
-def _heatmaps(panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = ()) -> Figure:
+def _heatmaps(
+    panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = (), ax: Axes | None = None
+) -> Figure:
     """Vectors as rows of heat maps that share one colour scale."""
+    if ax is not None:
+        raise ValueError("got ax= for vectors, wanted images: heat maps have several axes. Leave ax out.")
     arrays = {name: x.detach().float().cpu().numpy() for name, x in panels.items()}
     limit = max(float(np.abs(a).max()) for a in arrays.values()) or 1.0
     figure = canvas(INCHES if len(panels) > 1 else 5.0, 4.2)
