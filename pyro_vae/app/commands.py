@@ -1,4 +1,4 @@
-"""What the commands on a finished run do: evaluate, judge, sample, reconstruct, rank anomalies."""
+"""What the commands on a run do: evaluate, draw, judge, sample, reconstruct, rank anomalies."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.app import evaluation, report
 from pyro_vae.app.configuration import convert
-from pyro_vae.app.defaults import FitOptions, resolve
-from pyro_vae.app.fitting import read, the_device
+from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
+from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.remarks import of_image
-from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json
+from pyro_vae.app.runs import CONFIG, FIGURES, Run, is_unfinished, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
@@ -60,17 +60,27 @@ def _opened(
 def evaluate_run(
     run: Path, evaluation_samples: int | None = None, evaluation_images: int | None = None, seed: int | None = None,
     data_dir: str | None = None, device: str = "auto", as_json: bool = False, out: Path | None = None,
-    trust: tuple[str, ...] = (),
+    trust: tuple[str, ...] = (), full: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
     options, vae, seed = _opened(run, trust, seed, device)
-    images = evaluation_images or options.evaluation_images
+    known = Run.load(run).summary
+    done = known.get("protocol", {}) if "evaluation_seconds" in known and not full else {}
+    images = evaluation_images or (None if full else options.evaluation_images)
     _, dataset = _data(options, vae, data_dir, images)
-    settings: dict[str, Any] = {
-        "num_samples": evaluation_samples or options.evaluation_samples,
-        "images": images,
-        "seed": seed,
-    }
+    if full:
+        settings: dict[str, Any] = {"num_samples": evaluation_samples or FULL_SAMPLES, "images": images}
+    elif done:
+        settings = {
+            "num_samples": evaluation_samples or done.get("log_likelihood_samples", options.evaluation_samples),
+            "images": images or done["test_images"],
+        }
+    else:
+        samples = evaluation_samples or options.evaluation_samples
+        planned = dataclasses.replace(options, evaluation_samples=samples, evaluation_images=images)
+        plan = evaluation.plan(vae, dataset, planned)
+        settings = {"num_samples": plan.num_samples, "images": plan.images}
+    settings["seed"] = seed
     numbers = evaluation.evaluate(vae, dataset, **settings, progress=False if as_json else None)
     numbers["protocol"] = evaluation.protocol(vae, dataset, **settings)
     if as_json:
@@ -80,6 +90,25 @@ def evaluate_run(
     if out is not None:
         write_json(out, numbers | {"run": str(run)})
     return numbers
+
+
+def draw_run(run: Path, data_dir: str | None = None, trust: tuple[str, ...] = ()) -> list[Path]:
+    """`pyro-vae draw`: the pictures and the page of a run, drawn again, of an unfinished one too; returns where."""
+    from pyro_vae.app.run_page import PICTURES, write_page
+
+    options, vae, _ = _opened(run, trust, None)
+    loaded = Run.load(run)
+    _, dataset = _data(options, vae, data_dir, options.evaluation_images)
+    records = loaded.metrics()
+    if is_unfinished(run) and len(records) < options.epochs:
+        click.echo(f"an unfinished run, as it stood after epoch {len(records)} of {options.epochs}", err=True)
+    views = {} if loaded.summary.get("interrupted") else second_view(vae, dataset, options)
+    report.draw(vae, dataset, records, loaded.summary, options, run / FIGURES, views)
+    paths = [run / FIGURES / name for name in PICTURES]
+    paths.append(write_page(run, options, loaded.summary))
+    for path in paths:
+        click.echo(path)
+    return paths
 
 
 def judge_run(
