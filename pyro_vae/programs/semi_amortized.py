@@ -37,7 +37,7 @@ from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of
 _Key = TypeVar("_Key", str, tuple[str, str])
 # Of measured steps: how far the first moves the parameter of the steepest slope, how much longer the next is where one
 # helped and how much shorter where not, and how many times the samples of a step the last look takes.
-_FIRST, _LONGER, _SHORTER, _CHECKS = 0.25, 1.5, 4.0, 4
+_FIRST, _LONGER, _SHORTER, _CHECKS = 0.1, 1.5, 2.0, 4
 
 
 class SemiAmortized(Refined):
@@ -64,7 +64,7 @@ class SemiAmortized(Refined):
             what helps (see above), at twice the cost.
         momentum: Share of the last change that is added to the next, in [0, 1).
         max_change: No parameter moves further in one step; None for no limit.
-        num_samples: Samples per step behind the gradient; None for 1, or 8 where steps are measured.
+        num_samples: Samples per step behind the gradient; None for 1, or 16 where steps are measured.
         differentiate: Differentiate the loss through the steps.
         seed: Of the steps' noise. None draws it anew in every run: the guide is then
             another one in every run, and cannot score samples that it did not draw.
@@ -100,7 +100,7 @@ class SemiAmortized(Refined):
         super().__init__(model, guide, num_steps)
         limited = max_change is None or max_change > 0
         measured = step_size is None
-        num_samples = (8 if measured else 1) if num_samples is None else num_samples
+        num_samples = (16 if measured else 1) if num_samples is None else num_samples
         if not (measured or step_size > 0) or not 0 <= momentum < 1 or num_samples < 1 or not limited:
             raise ValueError(
                 f"got step_size={step_size}, momentum={momentum}, max_change={max_change}, num_samples={num_samples}, "
@@ -223,6 +223,13 @@ class SemiAmortized(Refined):
         through: bool,
     ) -> dict[_Key, Tensor]:
         """What the steps add to the parameters."""
+        if self.seed is None:
+            return self._found(guide, like, axes, args, kwargs, through)
+        return self._once(args, kwargs, lambda: self._found(guide, like, axes, args, kwargs, through))
+
+    def _found(
+        self, guide: Any, like: Mapping[_Key, Tensor], axes: Mapping[_Key, int], args: Any, kwargs: Any, through: bool
+    ) -> dict[_Key, Tensor]:
         zeros = {key: torch.zeros_like(value, requires_grad=True) for key, value in like.items()}
 
         def climb(changes: dict[_Key, Tensor]) -> tuple[Tensor, list[Tensor]]:
