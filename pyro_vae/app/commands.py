@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -19,14 +20,19 @@ from pyro_vae.app import evaluation, report
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import read, the_device
-from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json
+from pyro_vae.app.runs import CONFIG, FIGURES, METRICS, Run, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.training import History
 from pyro_vae.judging.distances import anomaly_scores, roc_auc
 from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.judging.remedies import elbo_gain
+from pyro_vae.programs.hamiltonian import Hamiltonian
+from pyro_vae.programs.refined import Refined
+from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 
@@ -52,7 +58,7 @@ def _opened(
 def evaluate_run(
     run: Path, evaluation_samples: int | None = None, evaluation_images: int | None = None, seed: int | None = None,
     data_dir: str | None = None, device: str = "auto", as_json: bool = False, out: Path | None = None,
-    trust: tuple[str, ...] = (),
+    trust: tuple[str, ...] = (), refine: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
     options, vae, seed = _opened(run, trust, seed, device)
@@ -63,15 +69,36 @@ def evaluate_run(
         "images": images,
         "seed": seed,
     }
-    numbers = evaluation.evaluate(vae, dataset, **settings, progress=False if as_json else None)
-    numbers["protocol"] = evaluation.protocol(vae, dataset, **settings)
+    progress = False if as_json else None
+    refined: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        judged = vae
+        if refine is not None:
+            guide = stack.enter_context(_refined(refine, vae, run).kept())
+            judged = VAE(vae.model, guide, vae.architecture)
+            test = evaluation.test_data(dataset, seed, images)
+            gain = elbo_gain(vae.model, vae.guide, guide, test, seed=seed, progress=progress)
+            refined = {"refined_by": refine, "elbo_gain": gain.value, "elbo_gain_stderr": gain.mc_stderr}
+        numbers = evaluation.evaluate(judged, dataset, **settings, progress=progress)
+    numbers["protocol"] = evaluation.protocol(vae, dataset, **settings) | refined
     if as_json:
         click.echo(json.dumps(numbers | {"run": str(run)}, indent=2))
     else:
         report.show(numbers, run)
+    if refined and not as_json:
+        click.echo(f"refined by {refine}: the ELBO is {refined['elbo_gain']:.3f} ± {refined['elbo_gain_stderr']:.3f} "
+                   "nats above that of the run's own guide (paired by datum)")  # fmt: skip
     if out is not None:
         write_json(out, numbers | {"run": str(run)})
     return numbers
+
+
+def _refined(name: str, vae: VAE, run: Path) -> Refined:
+    """A run's guide, refined with the help of its model."""
+    if _point(vae):
+        raise ValueError(f"got --refine {name} for {run}, a plain autoencoder: a point has no ELBO to climb.")
+    kinds: dict[str, type[Refined]] = {"semi-amortized": SemiAmortized, "hamiltonian": Hamiltonian}
+    return kinds[name](vae.model, vae.guide).eval()
 
 
 def judge_run(
@@ -85,6 +112,7 @@ def judge_run(
     from pyro_vae.app import html
     from pyro_vae.judging.judgement import judge
 
+    loaded = Run.load(run)
     options, vae, seed = _opened(run, trust, seed, device)
     if _point(vae):
         raise ValueError(
@@ -98,10 +126,13 @@ def judge_run(
             raise ValueError(f"got --out {out}, wanted a folder to write to: {error.strerror}.") from error
     _, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed, num_data)
+    records = loaded.metrics() if (run / METRICS).is_file() else None
+    history = None if records is None else History(records, stopped_early=bool(loaded.summary.get("stopped_early")))
     # Loading has its time already, and the pictures are to have theirs.
     left = budget - (time.monotonic() - started) - min(15.0, 0.15 * budget)
     found = judge(
-        vae.model, vae.guide, test, budget=max(left, 0.01), num_data=num_data, seed=seed,
+        vae.model, vae.guide, test, history=history, training=dataset.train, budget=max(left, 0.01), num_data=num_data,
+        seed=seed,
         num_samples=options.evaluation_samples if num_samples is None else num_samples,
         progress=False if as_json else None,
     )  # fmt: skip
@@ -109,7 +140,7 @@ def judge_run(
         "run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions(),
         "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
-    found = dataclasses.replace(found, protocol=found.protocol | about)
+    found = dataclasses.replace(found, protocol=found.protocol | about).of_run(str(run), loaded.config)
     text = found.to_json()
     write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)
