@@ -9,7 +9,7 @@ import functools
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -28,9 +28,10 @@ from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import History
 from pyro_vae.judging.distances import anomaly_scores, roc_auc
-from pyro_vae.judging.estimates import log_likelihood
-from pyro_vae.judging.remedies import elbo_gain
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.remedies import paired
 from pyro_vae.programs.hamiltonian import Hamiltonian
+from pyro_vae.programs.pair import Guide
 from pyro_vae.programs.refined import Refined
 from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.vae import VAE
@@ -75,9 +76,11 @@ def evaluate_run(
         judged = vae
         if refine is not None:
             guide = stack.enter_context(_refined(refine, vae, run).kept())
-            judged = VAE(vae.model, guide, vae.architecture)
+            judged = VAE(vae.model, cast(Guide, guide), vae.architecture)
             test = evaluation.test_data(dataset, seed, images)
-            gain = elbo_gain(vae.model, vae.guide, guide, test, seed=seed, progress=progress)
+            before, after = (elbo_terms(vae.model, each, test, num_samples=evaluation.ELBO_SAMPLES, seed=seed,
+                                        progress=progress).pointwise for each in (vae.guide, guide))  # fmt: skip
+            gain = paired(after - before)
             refined = {"refined_by": refine, "elbo_gain": gain.value, "elbo_gain_stderr": gain.mc_stderr}
         numbers = evaluation.evaluate(judged, dataset, **settings, progress=progress)
     numbers["protocol"] = evaluation.protocol(vae, dataset, **settings) | refined
@@ -97,8 +100,8 @@ def _refined(name: str, vae: VAE, run: Path) -> Refined:
     """A run's guide, refined with the help of its model."""
     if _point(vae):
         raise ValueError(f"got --refine {name} for {run}, a plain autoencoder: a point has no ELBO to climb.")
-    kinds: dict[str, type[Refined]] = {"semi-amortized": SemiAmortized, "hamiltonian": Hamiltonian}
-    return kinds[name](vae.model, vae.guide).eval()
+    kind = {"semi-amortized": SemiAmortized, "hamiltonian": Hamiltonian}[name]
+    return cast(Refined, kind(vae.model, vae.guide).eval())
 
 
 def judge_run(

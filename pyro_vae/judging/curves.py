@@ -27,7 +27,7 @@ def records_of(history: History | Sequence[Mapping[str, Any]] | None) -> Records
     """
     if history is None:
         return None
-    records = list(getattr(history, "records", history))
+    records: list[Any] = list(history.records if isinstance(history, History) else history)
     if not all(isinstance(record, Mapping) for record in records):
         raise ValueError(
             f"got history of type {type(history).__name__}, wanted what fit returned, or a run's metrics: one mapping "

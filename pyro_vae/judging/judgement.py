@@ -136,7 +136,7 @@ class Judgement(Result):
 
     def lines(self) -> list[tuple[str, str]]:
         """The report as (what, text) pairs; the verdict comes first."""
-        found = []
+        found: list[tuple[str, str]] = []
         for finding in self.findings:
             found.append(("" if found else "verdict", str(finding)))
             if finding.command:

@@ -93,8 +93,8 @@ def _over_all(posterior: Any) -> bool:
 def _posterior(guide: Any) -> Any:
     """A posterior of an encoder and a linear head, as `Amortized`; None where the guide has none."""
     found = getattr(guide, "posterior", None)
-    able = has_head(found) and isinstance(found.head, nn.Linear) and isinstance(getattr(found, "encoder", None), nn.Module)
-    return found if able else None
+    able = has_head(found) and isinstance(found.head, nn.Linear)
+    return found if able and isinstance(getattr(found, "encoder", None), nn.Module) else None
 
 
 class _Trial:
@@ -179,22 +179,6 @@ class _Trial:
         return Nats(found.value, math.hypot(found.mc_stderr, own.optimum.mc_stderr, full.optimum.mc_stderr))
 
 
-def elbo_gain(
-    model: Program, guide: Program, other: Program, data: Any, *, num_samples: int = _SAMPLES, **options: Any
-) -> Nats:
-    """What the ELBO of another guide of the model is above that of the first, paired by datum.
-
-    Args:
-        num_samples: K, samples of each.
-        options: Seed, device and progress, as for `elbo_terms`.
-        model, guide, other, data: Two guides of one model, and data.
-    Returns:
-        The gain; its error is that of its mean for other data of the kind.
-    """
-    before, after = (elbo_terms(model, each, data, num_samples=num_samples, **options) for each in (guide, other))
-    return paired(after.pointwise - before.pointwise)
-
-
 def paired(gain: Tensor) -> Nats:
     """A gain per datum, with the error of its mean for other data of the kind."""
     error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
@@ -216,7 +200,7 @@ class Beside(nn.Module):
         return torch.cat([self.encoder(x), self.other(x)], -1)
 
 
-def widened(guide: Any, args: tuple[Any, ...]) -> Any:
+def _widened(guide: Any, args: tuple[Any, ...]) -> Any:
     """A copy of a guide with another encoder beside its own, whose features count for nothing yet."""
     result = copy.deepcopy(guide)
     posterior = _posterior(result)
@@ -228,7 +212,8 @@ def widened(guide: Any, args: tuple[Any, ...]) -> Any:
     finally:
         hook.remove()
     head = posterior.head
-    width = max([m.out_features for m in posterior.encoder.modules() if isinstance(m, nn.Linear)], default=head.in_features)
+    linear = [part for part in posterior.encoder.modules() if isinstance(part, nn.Linear)]
+    width = max([part.out_features for part in linear], default=head.in_features)
     other = MLP(tuple(seen[0].shape[1:]), [width, width], None).to(head.weight)
     wide = nn.Linear(head.in_features + width, head.out_features, bias=head.bias is not None).to(head.weight)
     with torch.no_grad():
@@ -258,5 +243,5 @@ def _of_family(family: Any) -> Callable[[Any, tuple[Any, ...]], Any]:
 
 
 _MADE: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {
-    "train": _same, "wider": widened, **{name: _of_family(family) for name, family in _FAMILIES.items()},
+    "train": _same, "wider": _widened, **{name: _of_family(family) for name, family in _FAMILIES.items()},
 }  # fmt: skip

@@ -19,7 +19,8 @@ _WORDS = {
 }
 _WHAT = {
     "train": "Train longer.", "wider": "Widen the networks.", "full": "Try FullNormal.", "local": "Try FullNormal.",
-    "iaf": "Try a flow (IAF).", "refine": "Refine its posterior datum by datum (SemiAmortized): nothing is fitted anew.",
+    "iaf": "Try a flow (IAF).",
+    "refine": "Refine its posterior datum by datum (SemiAmortized): nothing is fitted anew.",
 }  # fmt: skip
 
 
@@ -34,8 +35,8 @@ def training(found: Training) -> Iterator[Finding]:
     if overfitted(found):
         yield Finding(
             "training",
-            f"It overfitted: the validation bound was best after {found.best_epoch} of {found.epochs} epochs, and ended "
-            f"{found.fallen} nats lower.{beside}",
+            f"It overfitted: the validation bound was best after {found.best_epoch} of {found.epochs} epochs, and "
+            f"ended {found.fallen} nats lower.{beside}",
             "overfitting",
             "Stop there, and keep the best weights: that much is known to be gained, read off the curve of this fit.",
             "patience",
@@ -66,8 +67,8 @@ def remedies(stages: Stages) -> Iterator[Finding]:
     if remedy.done:
         idle = [f"{name} {gain}" for name, gain in zip(remedy.tried, remedy.gains, strict=True) if not gain.material()]
         if idle:
-            text = f"No gain above twice its error and {RELEVANT} nats, so not advised: {listed(idle, 6)} ({_where(remedy)})."
-            yield Finding("advice", text)
+            text = f"No gain above twice its error and {RELEVANT} nats, so not advised: {listed(idle, 6)}"
+            yield Finding("advice", f"{text} ({_where(remedy)}).")
         if not helped and not over:
             yield Finding("advice", "The pair is not worth changing for its gap: leave it as it is.")
     elif remedy.late or (remedy.status == "not possible" and remedy.reason):

@@ -133,8 +133,8 @@ def _unsure(name: str, part: Nats, whole: Nats, num_data: int) -> Finding:
     """The larger part of a gap, of which too few data are known to blame it, or the other one in its stead."""
     error = part.of_population().mc_stderr
     few = f"on {num_data} data only: ± {error:.2g} nats"
-    text = f"The {name}'s share is the larger, {part.value:.3g} of {whole.value:.3g} nats, {few}, which is too few to say."
-    return Finding("posterior", text, None, _DATA_OR_TIME, "data", max(100, 4 * num_data))
+    text = f"The {name}'s share is the larger, {part.value:.3g} of {whole.value:.3g} nats, {few}"
+    return Finding("posterior", f"{text}, which is too few to say.", None, _DATA_OR_TIME, "data", max(100, 4 * num_data))
 
 
 def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:

@@ -209,8 +209,8 @@ class Hamiltonian(Refined):
             dimensions = math.prod(site["fn"].event_shape)
             log_start = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
             log_momentum = sum_rightmost(_log_normal(noise[name]), event_dim) + dimensions * log_cooling
-            volume = dimensions * log_cooling
-            log_density[name] = log_start + log_momentum - sum_rightmost(_log_normal(momentum[name]), event_dim) - volume
+            log_end = sum_rightmost(_log_normal(momentum[name]), event_dim)
+            log_density[name] = log_start + log_momentum - log_end - dimensions * log_cooling  # of the volume
         return position, log_density
 
     def _step_size(self, site: Any, share: Tensor | None, args: tuple[Any, ...]) -> Tensor:

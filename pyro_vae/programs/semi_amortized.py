@@ -100,8 +100,9 @@ class SemiAmortized(Refined):
         super().__init__(model, guide, num_steps)
         limited = max_change is None or max_change > 0
         measured = step_size is None
+        positive = step_size is None or step_size > 0
         num_samples = (16 if measured else 1) if num_samples is None else num_samples
-        if not (measured or step_size > 0) or not 0 <= momentum < 1 or num_samples < 1 or not limited:
+        if not positive or not 0 <= momentum < 1 or num_samples < 1 or not limited:
             raise ValueError(
                 f"got step_size={step_size}, momentum={momentum}, max_change={max_change}, num_samples={num_samples}, "
                 "wanted a positive step_size or None, a momentum in [0, 1), a positive max_change or None, and at "
