@@ -1,12 +1,12 @@
-"""Does the first advice of `pyro-vae judge` help? Eight cases, three seeds each: fit, judge, do what it says, and compare.
+"""Does the first advice of `pyro-vae judge` help? Eight cases, three seeds each: fit, judge, do what it says, compare.
 
     python benchmarks/verdicts.py --data-dir path/to/data            # all that is not there yet; resumable
     python benchmarks/verdicts.py --cases digits,frey --seeds 1
     python benchmarks/verdicts.py --print                            # the table of what is there
 
-A case is a `pyro-vae fit` of about a minute on two cores. Its first advice is typed as it stands; where it asks to judge
-more data, that is done once, and the first advice of that judgement counts. Reported is held-out log p(x) of the same
-test data before and after, and their difference, paired by datum, with its error. "leave it" is an advice, too.
+A case is a `pyro-vae fit` of about a minute on two cores. Its first advice is typed as it stands; where it asks to
+judge more data, that is done once, and the first advice of that judgement counts. Reported is held-out log p(x) of the
+same test data before and after, and their difference, paired by datum, with its error. "leave it" is an advice, too.
 
 Data: digits and linear-gaussian need none. For fashion-mnist `apt install dataset-fashion-mnist`; Frey faces as a file
 in DIR/frey (see `pyro_vae.data`); photos are tiles of the two photographs that scikit-learn ships.
@@ -101,7 +101,8 @@ def one(case: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         found = judged(folder, 2 * budget, 200)
     kept = [finding for finding in found.advice if finding.remedy != "data"]
     result = {
-        "case": case, "seed": seed, "fit": " ".join(arguments), "log_p": before.value, "log_p_mc_stderr": before.mc_stderr,
+        "case": case, "seed": seed, "fit": " ".join(arguments),
+        "log_p": before.value, "log_p_mc_stderr": before.mc_stderr,
         "log_p_data_stderr": before.data_stderr, "khat_ok": before.khat_ok, "culprits": list(found.culprits),
         "verdict": list(found.verdict), "advice": "leave it", "gain": 0.0, "gain_stderr": 0.0,
     }  # fmt: skip
@@ -154,11 +155,11 @@ def directory(case: str, given: argparse.Namespace) -> list[str]:
     if case not in PLACES:
         return []
     roots = [Path(given.data_dir)] if given.data_dir else []
-    tried = [root / place for place in PLACES[case] for root in (*roots, Path("/"))]
+    tried = [root / place for place in PLACES[case] for root in (*roots, Path.cwd())]  # an absolute place stays
     for path in tried:
-        if path.is_dir() and path != Path("/"):
+        if path.is_dir():
             return ["--data-dir", str(path)]
-    raise FileNotFoundError(f"no folder {' or '.join(map(str, tried))}; see the head of {Path(__file__).name} for its data")
+    raise FileNotFoundError(f"no folder {' or '.join(map(str, tried))}; {Path(__file__).name} says where to get it")
 
 
 def photos(folder: Path, size: int = 16) -> Path:
@@ -185,13 +186,13 @@ def photos(folder: Path, size: int = 16) -> Path:
 
 def line(found: dict[str, Any]) -> str:
     error = found["gain_stderr"]
-    verdict = "leave it" if found["advice"] == "leave it" else (
-        "harm" if found["gain"] < -2 * error else "gain" if found["gain"] > 2 * error else "within the error")  # fmt: skip
-    advice = found["advice"].replace("--config", "").split("config.json")[-1].strip()
-    return (
-        f"| {found['case']} | {found['seed']} | {found['log_p']:.2f} | {', '.join(found['culprits']) or '-'} | `{advice}` "
-        f"| {found['gain']:+.2f} ± {error:.2f} | {verdict} |"
-    )
+    came = "harm" if found["gain"] < -2 * error else "gain" if found["gain"] > 2 * error else "within the error"
+    if found["advice"] == "leave it":
+        came = ""
+    advice = found["advice"].split("config.json")[-1].strip()
+    blamed = ", ".join(found["culprits"]) or "-"
+    gain = f"{found['gain']:+.2f} ± {error:.2f}"
+    return f"| {found['case']} | {found['seed']} | {found['log_p']:.2f} | {blamed} | `{advice}` | {gain} | {came} |"
 
 
 def table(results: Path) -> str:

@@ -23,6 +23,7 @@ import torch
 
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import History
+from pyro_vae.inference.trees import rows
 from pyro_vae.judging.budget import Budget, Examination, OutOfTime
 from pyro_vae.judging.curves import examine_training, records_of
 from pyro_vae.judging.estimates import log_likelihood
@@ -210,6 +211,7 @@ def judge(
     protocol = {
         "num_data": pair.num_data,
         "num_samples": num_samples,
+        "num_training": 0 if pair.training is None else rows(pair.training),
         "seed": seed,
         "budget_seconds": budget,
         "seconds": round(clock() - pair.budget.started, 3),

@@ -133,4 +133,6 @@ class Remedy(Stage):
     def summary(self) -> str:
         gains = ", ".join(f"{name} {gain}" for name, gain in zip(self.tried, self.gains, strict=True))
         where = "half of these data" if self.own_data else f"{self.num_training} training data"
-        return f"ELBO gained: {gains} nats; {self.num_data} data; {self.num_steps} steps on {where}, model frozen"
+        missed = f"; not tried: {'; '.join(self.failed)}" if self.failed else ""
+        fits = f"; {self.num_steps} steps on {where}, model frozen" if self.num_steps else ""
+        return f"ELBO gained: {gains} nats; {self.num_data} data{fits}{missed}"

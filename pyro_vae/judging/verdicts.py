@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pyro_vae.judging.advice import Culprit as Culprit
 from pyro_vae.judging.advice import Finding as Finding
 from pyro_vae.judging.results import RELEVANT, Nats, listed
-from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Stages
+from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, GapSplit, Stages
 from pyro_vae.judging.tried import remedies, training
 
 _TIME, _DATA_OR_TIME = "Give more time (budget).", "Judge more data (num_data), or give more time (budget)."
@@ -90,8 +90,8 @@ def _parts(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     gaps = stages.gaps
     yield Finding(
         "posterior",
-        f"Of the {gaps.inference} nats between ELBO and log p(x) {_over(stages)}, {gaps.approximation} are the "
-        f"family's and {gaps.amortization} the encoder's.",
+        f"Of the {gaps.inference} nats between ELBO and log p(x) {_over(stages)}, {_share(gaps.approximation, gaps)} "
+        f"are the family's and {_share(gaps.amortization, gaps)} the encoder's.",
     )
     size = max(RELEVANT, 0.1 * abs(gaps.inference.value))
     parts = {"family": gaps.approximation, "encoder": gaps.amortization}
@@ -129,12 +129,17 @@ def _dead(stages: Stages, gain: Nats) -> Finding:
     )
 
 
+def _share(part: Nats, gaps: GapSplit) -> str:
+    return f"{part} ({100 * part.value / gaps.inference.value:.0f} %)"
+
+
 def _unsure(name: str, part: Nats, whole: Nats, num_data: int) -> Finding:
     """The larger part of a gap, of which too few data are known to blame it, or the other one in its stead."""
     error = part.of_population().mc_stderr
     few = f"on {num_data} data only: ± {error:.2g} nats"
     text = f"The {name}'s share is the larger, {part.value:.3g} of {whole.value:.3g} nats, {few}"
-    return Finding("posterior", f"{text}, which is too few to say.", None, _DATA_OR_TIME, "data", max(100, 4 * num_data))
+    more = max(100, 4 * num_data)
+    return Finding("posterior", f"{text}, which is too few to say.", None, _DATA_OR_TIME, "data", more)
 
 
 def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
