@@ -42,7 +42,7 @@ CASES = {
     "fashion-mnist": "--data fashion-mnist --limit 6000 --hidden 200,200 --latent-dim 20 --epochs 30 --batch-size 128",
     "frey": "--data frey --epochs 150",
     "photos": "--data PHOTOS --hidden 200,200 --latent-dim 20 --epochs 60",
-    "overfitted": f"{DIGITS} --limit 300 --hidden 512,512 --epochs 600 --schedule constant",
+    "overfitted": f"{DIGITS} --binarization threshold --limit 300 --hidden 512,512 --epochs 600 --schedule constant",
     "under-trained": f"{DIGITS} --epochs 8 --schedule constant",
     "collapsed": f"{DIGITS} --likelihood normal --scale 2 --epochs 60",
     "good": "--data linear-gaussian",

@@ -132,6 +132,12 @@ def test_a_fault_is_no_advice_and_what_helped_is_ranked_by_what_it_gained():
     assert "not worth changing" not in text
     none = tried(full=(0.01, 0.02), wider=(-0.3, 0.1))
     assert typed(gaps=fault, remedy=none) == [] and "not worth changing" in said(gaps=fault, remedy=none)
+    harmed = replace(remedy, joint=(Nats(-0.2, 0.05), Nats(), Nats(0.1, 0.05), Nats(), Nats()))
+    assert [name for name, _ in typed(gaps=fault, remedy=harmed)] == ["train"]
+    assert "changed by -0.20 ± 0.05 nats: not advised" in said(gaps=fault, remedy=harmed)
+    assert "log p(x) of these data gained 0.10 ± 0.05" in said(gaps=fault, remedy=harmed)
+    unfinished = Training(status="done", epochs=50, curve="validation", rising=Nats(0.1, 0.01))
+    assert [n for n, _ in typed(gaps=fault, remedy=remedy, training=unfinished)] == ["epochs", "train", "full"]
     late = Remedy(late=True, reason="wider: it did not fit into the time")
     assert "none is advised: wider: it did not fit" in said(gaps=fault, remedy=late)
 
@@ -242,7 +248,8 @@ def test_a_spoilt_encoder_is_trained_on_and_measured_on_held_out_data(fitted):
     shown = found.of_run("runs/a b", {"epochs": 15, "hidden": [16]})
     assert any("pyro-vae fit --config 'runs/a b'/config.json --epochs 30" in f.command for f in shown.advice)
     assert found.lines()[0][0] == "verdict" and any(line == "  type" for line, _ in found.lines())
-    # Numbers of the trial itself: the gain is that of a guide fitted by hand in the same way.
+    together = [remedy.joint_gain(name).known for name in remedy.tried if gains[name].material() and name != "refine"]
+    assert together and any(together)
     assert gains["refine"].value > -2 * gains["refine"].mc_stderr
 
 

@@ -9,6 +9,7 @@ the same change is another question, and the verdict says so.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.inference.training import fit
 from pyro_vae.inference.trees import at, rows
 from pyro_vae.judging.budget import Examination, OutOfTime
-from pyro_vae.judging.estimates import elbo_terms
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.examinations import gaps_of
 from pyro_vae.judging.guides import fit_guide
 from pyro_vae.judging.results import Nats
@@ -32,7 +34,7 @@ from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.protocols import has_head
 from pyro_vae.traces import Program
 
-_STEPS, _BATCH, _RATE, _SAMPLES = (1000, 500, 250, 100), 64, 1e-3, 100
+_STEPS, _BATCH, _RATE, _SAMPLES = (1000, 500, 250, 100, 50), 64, 1e-3, 100
 _FAMILIES: dict[str, Any] = {"full": FullNormal, "iaf": IAF}
 _BROKEN = (ValueError, NotImplementedError, RuntimeError, TypeError, KeyError, IndexError, AttributeError)
 
@@ -61,12 +63,19 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
             failed.append(f"{name}: it did not fit into the time")
         except _BROKEN as error:
             failed.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
+    joint: dict[str, Nats] = {}
+    for name in [name for name, gain in tried.items() if name in _MADE and gain.material()]:
+        try:
+            joint[name] = trial.joint(name)
+        except (OutOfTime, *_BROKEN):  # then what is known is that of the frozen model
+            break
     if not tried:
         late = any(text.endswith("the time") for text in failed)
         return Remedy(status="left out" if late else "not possible", late=late, reason="; ".join(failed),
                       failed=tuple(failed))  # fmt: skip
     return Remedy(
         status="done", num_data=rows(held), tried=tuple(tried), gains=tuple(tried.values()), failed=tuple(failed),
+        joint=tuple(joint.get(name, Nats()) for name in tried),
         num_steps=trial.num_steps, num_training=rows(training), own_data=own,
     )  # fmt: skip
 
@@ -104,21 +113,24 @@ class _Trial:
         self.pair, self.training, self.held = pair, training, held
         self.num_steps = 0
         self._base: Tensor | None = None
+        self._log_p: Tensor | None = None
 
     def settle(self, fits: int) -> None:
         """How many steps there is time for, by a few that are timed."""
         budget = self.pair.budget
         if not fits:
             return
-        for steps in (2, 10):  # of which the first pays for what comes once
+        times = []
+        for steps in (2, 2, 12):  # of which the first pays for what comes once
             began = budget.clock()
             try:
                 with budget.piece():
                     self._fit(copy.deepcopy(self.pair.guide), steps)
             except (OutOfTime, *_BROKEN):
                 return
-            took = (budget.clock() - began) / steps
-        self.num_steps = next((n for n in _STEPS if budget.fits(took * n * fits)), 0)
+            times.append(budget.clock() - began)
+        once, step = times[1], max(times[2] - times[1], 0.1 * times[2]) / 10
+        self.num_steps = next((n for n in _STEPS if budget.fits((once + step * n) * (fits + 2))), 0)
 
     def gain(self, name: str) -> Nats:
         """What one remedy gains over the guide, on the data held out."""
@@ -135,16 +147,30 @@ class _Trial:
         with budget.piece():
             return self._over_base(self._elbo(model, candidate, self.held))
 
-    def _fit(self, guide: Any, steps: int) -> None:
+    def joint(self, name: str) -> Nats:
+        """What log p(x) of held-out data gains where model and guide are then trained on together, as a fit would."""
+        budget, settings = self.pair.budget, {"num_samples": _SAMPLES, **self.pair.options}
+        with budget.piece(), torch.enable_grad():
+            model, guide = copy.deepcopy((self.pair.model, self.pair.guide))
+            guide = _MADE[name](guide, at(self.training, slice(2)))
+            self._fit(guide, self.num_steps, model)
+        with budget.piece():
+            after = log_likelihood(model, guide, self.held, **settings).pointwise
+            if self._log_p is None:
+                self._log_p = log_likelihood(self.pair.model, self.pair.guide, self.held, **settings).pointwise
+        return paired(after - self._log_p)
+
+    def _fit(self, guide: Any, steps: int, model: Any = None) -> None:
         count = min(rows(self.training), steps * _BATCH)
         # A split draws its noise afresh in every batch, as in the fit; what was drawn for good is overfitted sooner.
         again = getattr(self.pair.training_source, "subset", None)
         data = at(self.training, slice(count)) if again is None else again(slice(count))
         batch = min(_BATCH, count)
         epochs = math.ceil(steps / math.ceil(count / batch))
+        run = functools.partial(fit_guide, self.pair.model) if model is None else functools.partial(fit, model)
         with torch.enable_grad():
-            fit_guide(self.pair.model, guide, data, epochs=epochs, batch_size=batch, learning_rate=_RATE,
-                      schedule="one-cycle", compile=False, **self.pair.options)  # fmt: skip
+            run(guide, data, epochs=epochs, batch_size=batch, learning_rate=_RATE,
+                schedule="one-cycle", compile=False, **self.pair.options)  # fmt: skip
 
     def _elbo(self, model: Program, guide: Program, data: tuple[Any, ...]) -> Tensor:
         return elbo_terms(model, guide, data, num_samples=_SAMPLES, **self.pair.options).pointwise

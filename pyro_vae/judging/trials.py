@@ -108,6 +108,8 @@ class Remedy(Stage):
             one), "full" and "iaf" (another family with its own encoder, started from the present one), "refine"
             (`SemiAmortized`), "local" (a full normal fitted to each datum, where the guide cannot be copied).
         gains: ELBO over that of the guide, paired by datum; both errors in one.
+        joint: What log p(x) gained where model and guide were then trained on together for as many steps; not known
+            where that was not tried.
         failed: Which could not be tried, and why.
         num_steps: Steps of each fit.
         num_training: Data that they were fitted on.
@@ -119,6 +121,7 @@ class Remedy(Stage):
 
     tried: tuple[str, ...] = ()
     gains: tuple[Nats, ...] = ()
+    joint: tuple[Nats, ...] = ()
     failed: tuple[str, ...] = ()
     num_steps: int = 0
     num_training: int = 0
@@ -126,9 +129,21 @@ class Remedy(Stage):
 
     @property
     def ranked(self) -> tuple[tuple[str, Nats], ...]:
-        """What helped by more than two standard errors and a size that matters, the most helpful first."""
+        """What helped by more than two standard errors and a size that matters, the most helpful first; not what did
+        harm to log p(x) in a joint training."""
         found = [(name, gain) for name, gain in zip(self.tried, self.gains, strict=True) if gain.material()]
+        found = [(name, gain) for name, gain in found if name not in self.harmful]
         return tuple(sorted(found, key=lambda each: -each[1].value))
+
+    @property
+    def harmful(self) -> dict[str, Nats]:
+        """What lowered log p(x) in a joint training, by more than two standard errors."""
+        known = dict(zip(self.tried, self.joint, strict=False))
+        return {name: gain for name, gain in known.items() if gain.value < -2 * gain.mc_stderr}
+
+    def joint_gain(self, name: str) -> Nats:
+        """What log p(x) gained in a joint training."""
+        return dict(zip(self.tried, self.joint, strict=False)).get(name, Nats())
 
     def summary(self) -> str:
         gains = ", ".join(f"{name} {gain}" for name, gain in zip(self.tried, self.gains, strict=True))

@@ -59,11 +59,13 @@ def remedies(stages: Stages) -> Iterator[Finding]:
     """What helped, the most helpful first; or that nothing is worth changing."""
     remedy, curve = stages.remedy, stages.training
     over = overfitted(curve)
-    helped = [(gain, _helped(name, gain, remedy)) for name, gain in remedy.ranked if not over or name == "refine"]
+    helped = [_helped(name, gain, remedy) for name, gain in remedy.ranked if not over or name == "refine"]
     if curve.done and curve.rising.material() and not over:
-        helped.append((curve.rising, _unfinished(curve)))
-    helped.sort(key=lambda each: -each[0].value)
-    yield from (finding for _, finding in helped)
+        helped.insert(0, _unfinished(curve))  # known of a joint training, as the others are not
+    yield from helped
+    for name, gain in remedy.harmful.items():
+        text = f"{_WORDS[name]}, helped under the frozen model, but trained on together with it"
+        yield Finding("advice", f"{text} log p(x) of held-out data changed by {gain} nats: not advised.")
     if remedy.done:
         idle = [f"{name} {gain}" for name, gain in zip(remedy.tried, remedy.gains, strict=True) if not gain.material()]
         if idle:
@@ -78,6 +80,9 @@ def remedies(stages: Stages) -> Iterator[Finding]:
 
 def _helped(name: str, gain: Nats, remedy: Remedy) -> Finding:
     joint = "" if name == "refine" else " A joint training may behave otherwise."
+    together = remedy.joint_gain(name)
+    if together.known:
+        joint = f" Trained on together with the model for as many steps, log p(x) of these data gained {together} nats."
     text = f"{_WORDS[name]}, gained {gain} nats of ELBO ({_where(remedy)}).{joint}"
     return Finding("advice", text, None, _WHAT[name], name)
 
