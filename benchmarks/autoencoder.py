@@ -67,7 +67,7 @@ def draws(vae: VAE, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gaussian_codes(pair: VAE, x: Tensor, size: int) -> Tensor:
-    codes = mean(pair.encode(x))
+    codes = mean(pair.posterior(x))
     # The codes of a bottleneck may span fewer dimensions than it has.
     covariance = codes.T.cov() + 1e-4 * torch.eye(codes.shape[1])
     return torch.distributions.MultivariateNormal(codes.mean(0), covariance).sample((size,))
@@ -77,7 +77,7 @@ def measure(name: str, pair: VAE, train: Split, x: Tensor, outliers: dict[str, T
     """One trained pair: a row of numbers (two for the autoencoder, by where its z come from)."""
     model, guide = pair.model, pair.guide
     with torch.no_grad():
-        at_mean = pair.decode(mean(pair.encode(x))).log_prob(x).mean().item()
+        at_mean = pair.decode(mean(pair.posterior(x))).log_prob(x).mean().item()
     z = pair.model.prior().expand([len(x)]).sample()
     row = {"at mean": at_mean, "samples": energy_distance(draws(pair, z), x).value}
     scores = {"reconstruction": 1} if name == PLAIN else {"reconstruction": 100, "log-likelihood": 100}

@@ -3,6 +3,7 @@
     import pyro_vae as pv
 
     pv.fit(model, guide, data)    two plain Pyro programs, p(z) p(x | z) and q(z | x), then the data
+    pv.fit(vae, data)             the same where one thing holds both, as `vae.model` and `vae.guide`; so everywhere
 
     the pair        VAE (holds one made of parts)  Model  Guide  SemiAmortized  Hamiltonian  autoencoder
     its parts       pv.posteriors  pv.priors  pv.likelihoods  pv.networks  pv.distributions  pv.zoo (ready-made pairs)
@@ -10,10 +11,10 @@
     bounds          elbo  iwae  renyi  vr_max  miwae  ciwae  piwae  cubo  wake_sleep (all in pv.bounds)
                     reconstruction  map_estimate (for guides that are a point)
     regularizers    mmd  total_correlation  free_bits
-    how good        log_likelihood  elbo_terms  Estimate  ais  bdmc  quadrature  judge (everything, within a budget)
+    how good        log_likelihood  elbo_terms  Estimate  ais  bdmc  quadrature  identity  judge (everything)
     whose fault     gaps  compare_guides  reference  guide_distances  sbc  gradient_lab
     the latents     active_units  collapse  kl_per_dimension  mutual_information  rate_distortion  probe
-    use             impute  anomaly_scores  roc_auc  energy_distance  to_arviz  pv.plots
+    use             open (a run folder)  impute  anomaly_scores  roc_auc  energy_distance  to_arviz  pv.plots
     data            load  Dataset  Split  binarize  dequantize  LinearGaussian (exact answers)  pv.data
     log densities   particles  Particles  log_joint  log_q  simulate
     parts of yours  pv.testing (the laws that every part obeys)
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pyro_vae import data as data
     from pyro_vae import plots as plots
     from pyro_vae import testing as testing
+    from pyro_vae.app.opening import open as open
     from pyro_vae.data import Dataset as Dataset
     from pyro_vae.data import LinearGaussian as LinearGaussian
     from pyro_vae.data import Split as Split
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging import gaps as gaps
     from pyro_vae.judging import gradient_lab as gradient_lab
     from pyro_vae.judging import guide_distances as guide_distances
+    from pyro_vae.judging import identity as identity
     from pyro_vae.judging import impute as impute
     from pyro_vae.judging import judge as judge
     from pyro_vae.judging import kl_per_dimension as kl_per_dimension

@@ -5,10 +5,19 @@
     switches        ``bool``: True and False, Python's or NumPy's
     functions       ``Callable[...]`` and ``Program``: whatever can be called
     devices         ``str | torch.device``: one that is here and takes a tensor
+    words           ``str`` where the name is in `SPELLED`: "One_Cycle" is "one-cycle"
 
 each with ``| None`` where None is an answer. `checked` reads this off a signature once, when the function is made, and
 looks at what is given in each call; whole numbers, and floats of NumPy, reach the function as Python's own. The ranges
 that hold wherever a name occurs are in one table below; what depends on the function is the function's to say.
+
+A pair in one piece, such as a `VAE`, a run or an object of one's own with the two programs as its attributes ``model``
+and ``guide``, may stand in the place of both:
+
+    f(vae, data)       is f(vae.model, vae.guide, data)
+    g(vae, data)       is g(vae.guide, data) where g takes a guide alone, and g(vae.model, data) where it takes a model
+
+An object that is a program itself is taken as that program.
 """
 
 from __future__ import annotations
@@ -18,12 +27,15 @@ import inspect
 import math
 import numbers
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_vae.words import did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +52,8 @@ LEAST = dict.fromkeys(
 WORDS = {"kl_warmup_steps": "a number of steps"}
 FINITE = {"learning_rate", "beta"}
 FILLED = {"x_shape"}
+# Options that are one of a few words: neither case nor hyphens and underscores count.
+SPELLED = {"estimator", "kernel", "matmul_precision", "method", "per", "pixels", "schedule", "score", "start"}
 _MOST = 2**63
 
 
@@ -64,9 +78,18 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     given = inspect.signature(function).parameters.values()
     rules = {p.name: rule for p in given if (rule := _rule(p)) is not None}
     places = [p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    programs = [name for name in places if name in _PROGRAMS]
+    title = function.__qualname__.removesuffix(".__init__")
+    known = None if any(p.kind is p.VAR_KEYWORD for p in given) else frozenset(p.name for p in given)
+    unpacked = functools.partial(_unpacked, title, places, programs)
 
     @functools.wraps(function)
     def looked_at(*args: Any, **kwargs: Any) -> R:
+        if programs:
+            args, kwargs = unpacked(args, kwargs)
+        if known is not None and not known.issuperset(kwargs):
+            name = next(name for name in kwargs if name not in known)
+            raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.{did_you_mean(name, known)}")
         for name in kwargs:
             if name in rules:
                 kwargs[name] = rules[name](name, kwargs[name])
@@ -135,6 +158,66 @@ def function_of(name: str, value: Any, optional: bool = False) -> Any:
 
 
 _PROGRAMS = ("model", "guide")
+_Given = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def is_pair(value: Any) -> bool:
+    """Whether an object has the two programs of a pair, ``model`` and ``guide``, and is none itself.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> is_pair(SimpleNamespace(model=print, guide=print)), is_pair(print)
+        (True, False)
+    """
+    return _has_both(value) and not _is_program(value)
+
+
+def _has_both(value: Any) -> bool:
+    return not isinstance(value, Tensor | type) and all(callable(getattr(value, name, None)) for name in _PROGRAMS)
+
+
+def _is_program(value: Any) -> bool:
+    """Whether it can be called; a module can where its class says what that does."""
+    if isinstance(value, torch.nn.Module):
+        return type(value).forward is not torch.nn.Module.forward
+    return callable(value)
+
+
+def _unpacked(
+    function: str, places: Sequence[str], programs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Given:
+    """The arguments of a call, with a pair in one piece as the programs that the function takes (see the module).
+
+    Raises:
+        ValueError: A pair with a guide beside it, a pair without data, or one that may be meant as a program.
+    """
+    at = places.index(programs[0])
+    by_name = len(args) <= at
+    first = kwargs.get(programs[0]) if by_name else args[at]
+    if not _has_both(first):
+        return args, kwargs
+    before, rest = args[:at], args[at + 1 :]
+    both = len(programs) == 2
+    beside = both and ("guide" in kwargs or bool(rest) and callable(rest[0]))
+    kind = type(first).__name__
+    if _is_program(first):
+        if beside or not both:
+            return args, kwargs
+        raise ValueError(
+            f"got a {kind} and no guide, wanted a pair: it has a model and a guide, but is a program itself. Say which "
+            f"is meant: {function}(model, guide, ...) with its model, and it or its guide."
+        )
+    if beside:
+        raise ValueError(
+            f"got a {kind}, which holds a model and a guide, and another guide beside it, wanted one pair. Call "
+            f"{function}(vae, ...), or with the guide {function}(vae.model, guide, ...)."
+        )
+    if "data" in places and not rest and "data" not in kwargs:
+        raise ValueError(f"got a {kind} and no data, wanted both. Call {function}(vae, data, ...).")
+    own = tuple(getattr(first, name) for name in programs)
+    if by_name:
+        return args, kwargs | dict(zip(programs, own, strict=True))
+    return (*before, *own, *rest), kwargs
 
 
 def device(name: str, value: Any, optional: bool = False) -> Any:
@@ -191,6 +274,11 @@ def _nested(name: str, value: Any, optional: bool = False) -> Any:
     return integers(name, value, optional, integers)
 
 
+def _name(name: str, value: Any) -> Any:
+    """One of a few words, in whatever spelling; which there are is the function's to say."""
+    return value.casefold().replace("_", "-") if isinstance(value, str) else value
+
+
 def _path(name: str, value: Any, optional: bool = False) -> Any:
     if isinstance(value, str | os.PathLike):
         return value
@@ -203,6 +291,7 @@ _KINDS: dict[frozenset[str], Kind] = {
     frozenset({"bool"}): _flag,
     frozenset({"Program"}): function_of,
     frozenset({"Bound"}): function_of,
+    frozenset({"Bound", "str"}): lambda name, value, _: value if isinstance(value, str) else function_of(name, value),
     frozenset({"str", "torch.device"}): device,
     frozenset({"Sequence[int]"}): integers,
     frozenset({"Sequence[Sequence[int]]"}): _nested,
@@ -216,6 +305,8 @@ def _rule(parameter: inspect.Parameter) -> Rule | None:
     text = text if isinstance(text, str) else inspect.formatannotation(text)
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         return None
+    if parameter.name in SPELLED and "str" in re.findall(r"[\w.]+", text):
+        return _name
     optional = text.endswith(" | None")
     text = text.removesuffix(" | None")
     called = text.startswith("Callable[") and "] | " not in text

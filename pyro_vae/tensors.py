@@ -60,11 +60,7 @@ def data_of(x: Any, network: nn.Module | None = None, name: str = "x") -> Tensor
     """Data in the hand, as `fit` would hand them to a network: a tensor of its type, where it is.
 
     Floats take the type of the network's parameters, integers and booleans stay what they are (a network that embeds
-    tokens takes them so, see `running`).
-
-    Args:
-        x: A tensor, an array or frame, a sparse matrix, or a list of single data.
-        network: Whose parameters say the type and the device.
+XX        network: Whose parameters say the type and the device.
         name: For messages.
     Raises:
         ValueError: No numbers, or a single one.
@@ -72,6 +68,10 @@ def data_of(x: Any, network: nn.Module | None = None, name: str = "x") -> Tensor
         >>> data_of(np.zeros((2, 3)), nn.Linear(3, 1)).dtype
         torch.float32
     """
+    if isinstance(getattr(x, "pixels", None), Tensor):  # a Split: what it hands out, and not what it holds
+        x = x[:]
+    elif _is_image(x) or isinstance(x, list | tuple) and x and all(map(_is_image, x)):
+        x = _images([x] if _is_image(x) else list(x), name)
     if isinstance(x, Tensor):
         tensor = x if x.layout == torch.strided else x.to_dense()
     else:
@@ -93,6 +93,31 @@ def data_of(x: Any, network: nn.Module | None = None, name: str = "x") -> Tensor
         return tensor
     # Pixels are float32, whatever the default dtype is; the networks need not be.
     return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+
+def _is_image(x: Any) -> bool:
+    """Whether it is an image of Pillow, which need not be imported for that."""
+    return type(x).__module__.partition(".")[0] == "PIL" and hasattr(x, "convert")
+
+
+def _images(images: list[Any], name: str) -> Tensor:
+    grey = all(image.mode in ("1", "L", "P", "LA", "I", "I;16", "F") and not _coloured(image) for image in images)
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)[:3])
+        raise ValueError(f"got {name} of images of {len(sizes)} sizes ({shown}, ...), wanted one. Call image.resize.")
+    deep = [image.mode for image in images if image.mode.startswith(("I", "F"))]
+    if deep:
+        raise ValueError(f"got {name} of images of mode {deep[0]}, wanted 8 bits a channel. Convert to L or RGB.")
+    arrays = [np.asarray(image.convert("L" if grey else "RGB")) for image in images]
+    levels = torch.from_numpy(np.stack(arrays))
+    return (levels.unsqueeze(1) if grey else levels.movedim(-1, 1)).float() / 255
+
+
+def _coloured(image: Any) -> bool:
+    return image.mode == "P" and image.getpalette() is not None and any(
+        len(set(image.getpalette()[i : i + 3])) > 1 for i in range(0, len(image.getpalette()), 3)
+    )
 
 
 def running(function: Any, x: Tensor, *others: Any, network: nn.Module) -> Any:

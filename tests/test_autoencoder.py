@@ -25,7 +25,7 @@ def fitted():
 
 def reconstruction_of(pair, x):
     with torch.no_grad():
-        q = pair.encode(x)
+        q = pair.posterior(x)
         return pair.decode(q.mean).log_prob(x)
 
 
@@ -59,7 +59,7 @@ def test_both_score_anomalies(fitted):
 
 def test_its_latent_space_has_no_structure_that_the_prior_knows(fitted):
     vae, ae, x = fitted
-    spread = [pair.encode(x).mean.detach().square().mean().item() for pair in (vae, ae)]
+    spread = [pair.posterior(x).mean.detach().square().mean().item() for pair in (vae, ae)]
     assert spread[0] < 1  # E|mu|^2 / D < 1 = E|z|^2 / D under the prior: the rest is the width of q
     assert spread[1] > 3
 

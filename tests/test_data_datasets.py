@@ -14,7 +14,7 @@ RANDOM = np.random.default_rng(0)
 
 @pytest.mark.parametrize("arguments, options, message", [
     (("mnits",), {}, "got dataset 'mnits', wanted one of digits, mnist, .*Did you mean 'mnist'"),
-    (("fashion_mnist",), {}, "Did you mean 'fashion-mnist'"),
+    (("fashon_mnist",), {}, "Did you mean 'fashion-mnist'"),
     (("/no/such/folder",), {}, "got dataset '/no/such/folder', wanted one of .* that exists"),
     (("digits",), {"binarization": "dynamc"}, "got binarization 'dynamc', wanted one of .*Did you mean 'dynamic'"),
     (("digits",), {"limit": 0}, "got limit=0, wanted a number of data >= 1"),

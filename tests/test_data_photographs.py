@@ -72,11 +72,13 @@ def test_limit_decodes_no_more_than_it_keeps(tmp_path, monkeypatch):
     assert torch.equal(limited.train.pixels, full.train.pixels[:2])
 
 
-def test_mixed_images_need_a_size_or_a_colour(tmp_path):
+def test_mixed_sizes_become_one_and_mixed_colours_need_a_word(tmp_path):
     write_images(tmp_path / "one", 6, (9, 6, 3))
     write_images(tmp_path / "two", 6, (12, 12, 3), "bmp")
-    with pytest.raises(ValueError, match=r"differ in size: .*00\d.* is .*, .*00\d.* is .*wanted one size. Pass image_size="):
-        load(tmp_path)
+    with pytest.warns(UserWarning, match=r"images of 2 sizes, from 9x6 to 12x12 \(height x width\), were scaled and cut to 6x6"):
+        found = load(tmp_path)
+    same = load(tmp_path, image_size=6)
+    assert found.x_shape == (3, 6, 6) and torch.equal(found.train.pixels, same.train.pixels) and found.protocol["image_size"] == 6
     assert load(tmp_path, image_size=5).x_shape == (3, 5, 5)
     write_images(tmp_path / "three", 6, (9, 6))
     with pytest.raises(ValueError, match=r"differ in colour: .*00\d.* is .*, .*00\d.* is .*wanted one kind. Pass channels=1"):
@@ -177,3 +179,31 @@ def test_bad_celeba(tmp_path, listing, message):
 def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none\.png could not be decoded: there is no such file"):
         photographs.read_image(tmp_path / "none.png")
+
+
+def test_large_images_of_several_sizes_become_64_and_one_size_stays(tmp_path):
+    write_images(tmp_path / "a", 3, (80, 100, 3), "jpg")
+    assert load(tmp_path / "a").x_shape == (3, 80, 100)
+    write_images(tmp_path / "b", 3, (100, 80, 3), "jpg")
+    with pytest.warns(UserWarning, match="to 64x64"):
+        assert load(tmp_path).x_shape == (3, 64, 64)
+
+
+def test_celeba_has_an_attribute_for_labels(tmp_path):
+    write_images(tmp_path / "celeba" / "img_align_celeba", 6, (218, 178, 3), "jpg")
+    (tmp_path / "celeba" / "list_eval_partition.txt").write_text("".join(f"{i:03d}.jpg {i // 2}\n" for i in range(6)))
+    assert load("celeba", tmp_path, image_size=8).train.labels is None
+    with pytest.raises(ValueError, match="wanted the attributes in .*list_attr_celeba.txt. Fetch"):
+        load("celeba", tmp_path, labels="Male")
+    has = {"Male": [1, -1, 1, 1, -1, -1], "Smiling": [-1, 1, 1, -1, 1, 1]}
+    lines = ["6", " ".join(has), *(f"{i:03d}.jpg  {has['Male'][i]}  {has['Smiling'][i]}" for i in range(6))]
+    (tmp_path / "celeba" / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
+    data = load("celeba", tmp_path, image_size=8)
+    assert data.label_names == ("not Smiling", "Smiling") and data.protocol["attributes"] == ["Male", "Smiling"]
+    assert [part.labels.tolist() for part in (data.train, data.validation, data.test)] == [[0, 1], [1, 0], [1, 1]]
+    assert load("celeba", tmp_path, image_size=8, labels="male", limit=1).test.labels.tolist() == [0]
+    with pytest.raises(ValueError, match="Did you mean 'Smiling'"):
+        load("celeba", tmp_path, labels="Smilling")
+    (tmp_path / "celeba" / "list_attr_celeba.txt").write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match="no line for 005.jpg"):
+        load("celeba", tmp_path)

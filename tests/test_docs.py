@@ -31,7 +31,7 @@ def blocks(page, kind):
 
 def test_there_is_no_block_that_no_test_runs():
     kinds = {page: {kind for kind, _ in BLOCK.findall(text)} for page, text in WORDS.items()}
-    assert {page for page, found in kinds.items() if "python" in found} == {"README.md", "contributing.md", "errors.md"}
+    assert {page for page, found in kinds.items() if "python" in found} == {"README.md", "contributing.md", "errors.md", "users.md"}
     assert all(found <= {"python", "bash", "text"} for found in kinds.values()), kinds
     assert len(CASES) + 1 == len(blocks("errors.md", "python")) and len(CASES) == len(blocks("errors.md", "text"))
     assert len(CASES) >= 15
@@ -56,6 +56,85 @@ def test_each_error_is_met_as_the_page_says(title, program, message, tmp_path, m
         run(blocks("errors.md", "python")[0] + program, title, tmp_path, monkeypatch)
     pattern = ".*".join(re.escape(part.strip()) for part in message.split("..."))
     assert re.match(pattern, str(met.value), re.DOTALL), f"got: {met.value}"
+
+
+SMALL = [(r"epochs=\d+", "epochs=1"), (r"num_samples=\d+", "num_samples=20"), (r"hidden=\(256,\)", "hidden=(16,)"),
+         (r"side=15", "side=3"), (r"digits\.test\.frozen\(0\)", "digits.test.frozen(0).subset(range(40))"),
+         (r"digits\.train", "digits.train.subset(range(150))")]  # fmt: skip
+
+
+def user(title):
+    """The python blocks of one of the three users, made small, by the heading that they are under."""
+    (section,) = [part for part in re.split(r"^## ", WORDS["users.md"], flags=re.MULTILINE) if part.startswith(title)]
+    found = {}
+    for part in re.split(r"^### ", section, flags=re.MULTILINE):
+        for kind, body in BLOCK.findall(part):
+            if kind == "python":
+                found[part.splitlines()[0]] = body
+    return found
+
+
+def made_small(code):
+    for pattern, small in SMALL:
+        code = re.sub(pattern, small, code)
+    return code
+
+
+def test_own_photos_from_a_folder_to_a_page(tmp_path, monkeypatch, capsys):
+    import numpy as np
+    from PIL import Image
+
+    from pyro_vae.app.cli import main
+
+    random = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        Image.fromarray(random.integers(0, 256, (40 + i % 3, 36, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    (shell,) = blocks("users.md", "bash")
+    more = {"fit": ["--epochs", "1", "--hidden", "8", "--latent-dim", "2", "--evaluation-samples", "10"], "judge": ["--budget", "3"]}
+    for line in shell.splitlines():
+        words = line.split()[1:]
+        assert main([*words, *more.get(words[0], [])]) == 0, line
+    assert (tmp_path / "runs" / "photos" / "judgement.html").stat().st_size > 1000
+    assert len((tmp_path / "z.csv").read_text().splitlines()) == 41 and (tmp_path / "new.png").exists()
+    (script,) = user("Own photos").values()
+    run(made_small(script), "photos", tmp_path, monkeypatch)
+    assert "runs/photos: a run on" in capsys.readouterr().out
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("again.png", "curve.png"))
+
+
+def test_the_nine_cells_of_a_lecturer(tmp_path, monkeypatch, capsys):
+    import matplotlib
+
+    matplotlib.use("agg")
+    cells = user("A lecture")
+    setup, *nine = cells.values()
+    assert len(nine) == 9 and all(len(cell.strip().splitlines()) <= 3 for cell in nine)
+    scope = {"__name__": "lecture"}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(made_small(setup), "setup", "exec"), scope)
+    for title, cell in list(cells.items())[1:]:
+        *before, last = made_small(cell).strip().splitlines()
+        exec(compile("\n".join(before), title, "exec"), scope)
+        answer = eval(compile(last, title, "eval"), scope)
+        if last.startswith("print"):
+            continue
+        assert answer.axes and all(axes.has_data() for axes in answer.axes), title
+    # The identity holds within its error, of a guide that was hardly trained.
+    said = re.search(r"apart by (-?[\d.]+) ± ([\d.]+) nats", capsys.readouterr().out)
+    assert abs(float(said[1])) <= 4 * float(said[2]) + 2e-3
+
+
+def test_the_frozen_study_of_a_researcher(tmp_path, monkeypatch, capsys):
+    (script,) = user("A frozen study").values()
+    lines = [line for line in script.strip().splitlines() if line and not line.startswith("import")]
+    assert len(lines) <= 10
+    run(made_small(script), "study", tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    table = said[said.index("\\begin{tabular}") :].splitlines()
+    assert len([line for line in table if line.endswith("\\\\")]) == 9 and "nsf, iwae (of 2)" in said
+    assert table[2].startswith("guide & ELBO & iwae 5 & iwae 50 &")
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_class_numbers_are_their_one_hot_rows(prior, dtype):
             call(pair.model, pair.guide, (X, given), num_samples=7, progress=False).pointwise for given in (y, hot)
         )
         assert torch.equal(found, wanted)
-    assert torch.equal(pair.encode(X, y).mean, pair.encode(X, hot).mean)
+    assert torch.equal(pair.posterior(X, y).mean, pair.posterior(X, hot).mean)
     assert torch.equal(pair.reconstruct(X, y), pair.reconstruct(X, hot))
     torch.manual_seed(1)
     drawn = pair.sample(y)
@@ -129,7 +129,7 @@ def test_one_vector_is_never_one_row_for_all():
 def test_a_number_of_each_datum_is_a_row_of_one():
     pair = Conditional.build((6,), 1, latent_dim=2, hidden=(8,))
     y = torch.randn(60)
-    assert torch.equal(pair.encode(X, y).mean, pair.encode(X, y[:, None]).mean)
+    assert torch.equal(pair.posterior(X, y).mean, pair.posterior(X, y[:, None]).mean)
 
 
 def test_where_values_cannot_be_read_a_label_that_is_no_class_is_nan_and_not_no_class():

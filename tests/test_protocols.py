@@ -103,7 +103,7 @@ def test_the_support_of_a_part_of_any_origin_is_checked(posterior):
     with pytest.raises(ValueError, match=r"supports are 'sphere' and 'real', and KL.* infinite. Use prior 'hyperspherical'"):
         build(posterior=posterior)
     vae = build(posterior=posterior, prior="hyperspherical")
-    assert torch.allclose(vae.encode(torch.rand(5, 4)).sample().norm(dim=-1), torch.ones(5))
+    assert torch.allclose(vae.posterior(torch.rand(5, 4)).sample().norm(dim=-1), torch.ones(5))
     with pytest.raises(ValueError, match="Use posterior 'von-mises-fisher'"):
         build(prior="hyperspherical")
 
@@ -134,7 +134,7 @@ def test_a_likelihood_of_ones_own_is_standardized_as_ours():
 def test_a_registered_divergence_is_found_wherever_one_is_taken():
     vae = build(posterior="mine:WideNormal")
     x = (torch.rand(6, 4, generator=torch.Generator().manual_seed(1)) < 0.5).float()
-    q, p = vae.encode(x), vae.model.prior()
+    q, p = vae.posterior(x), vae.model.prior()
     wanted = q.mean.square().sum(-1) + 21.0
     assert torch.allclose(closed_form_kl(q, p.expand([6])), wanted, rtol=1e-6)
     assert torch.allclose(kl_divergence(q, p.expand([6])), wanted, rtol=1e-6)

@@ -133,7 +133,7 @@ def test_weights_from_before_there_was_standardizing_keep_their_meaning(tmp_path
     save_file(tensors, str(tmp_path / "old.safetensors"), metadata={"pyro_vae.architecture": json.dumps(built)})
     loaded, x = pv.VAE.load(tmp_path / "old.safetensors"), torch.randn(5, 4)
     assert loaded.guide.standardize is None
-    assert torch.equal(loaded.encode(x).mean, old.encode(x).mean)
+    assert torch.equal(loaded.posterior(x).mean, old.posterior(x).mean)
 
 
 @pytest.mark.parametrize("x", [torch.randn(50, 4), torch.rand(50, 4), torch.randn(50, 4) * 3.5])
@@ -175,7 +175,7 @@ def test_a_missing_number_is_shown_as_the_mean_of_its_column():
     mask[:, 1] = False
     pv.fit(vae.model, vae.guide, (torch.where(mask, x, torch.nan), mask), epochs=1, progress=False, seed=0)
     known = torch.where(mask, x, vae.guide.standardize.loc)
-    assert torch.allclose(vae.encode(x, mask).mean, vae.encode(known).mean, atol=1e-6)
+    assert torch.allclose(vae.posterior(x, mask).mean, vae.posterior(known).mean, atol=1e-6)
 
 
 def test_one_datum_has_no_spread_and_its_size_has_to_do():

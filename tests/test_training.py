@@ -681,7 +681,7 @@ def test_a_point_guide_trains_under_its_own_objective():
 
     def score():
         with torch.no_grad():
-            return pair.decode(pair.encode(x).mean).log_prob(x).mean().item()
+            return pair.decode(pair.posterior(x).mean).log_prob(x).mean().item()
 
     before, start = weights(pair), score()
     history = fit(

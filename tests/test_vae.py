@@ -64,7 +64,7 @@ def outputs(vae, x):
     """Everything random at one seed, everything else as it is."""
     torch.manual_seed(3)
     with torch.no_grad():
-        q = vae.encode(x)
+        q = vae.posterior(x)
         p = vae.decode(q.mean)
         return [q.mean, q.sample(), p.log_prob(x), p.mean, p.sample(), vae.reconstruct(x), vae.sample(3, pixels="draw")]
 
@@ -236,20 +236,20 @@ def test_encode_and_decode_are_the_sites_of_the_programs(name):
     guide = poutine.trace(vae.guide).get_trace(x)
     z = guide.nodes["z"]["value"]
     model = poutine.trace(poutine.condition(vae.model, {"z": z})).get_trace(x)
-    assert torch.equal(vae.encode(x).mean, guide.nodes["z"]["fn"].mean)
-    assert torch.equal(vae.encode(x).log_prob(z), guide.nodes["z"]["fn"].log_prob(z))
+    assert torch.equal(vae.posterior(x).mean, guide.nodes["z"]["fn"].mean)
+    assert torch.equal(vae.posterior(x).log_prob(z), guide.nodes["z"]["fn"].log_prob(z))
     assert torch.equal(vae.decode(z).mean, model.nodes["x"]["fn"].mean)
     assert torch.equal(vae.decode(z).log_prob(x), model.nodes["x"]["fn"].log_prob(x))
     wanted = vae.model.prior().log_prob(z).sum() + vae.decode(z).log_prob(x).sum()
     assert torch.allclose(model.log_prob_sum(), wanted, rtol=1e-6)
     stacked = torch.stack([z, -z])
     assert torch.allclose(vae.decode(stacked).mean[1], vae.decode(-z).mean, rtol=1e-6, atol=1e-6)
-    assert torch.equal(vae.reconstruct(x), vae.decode(vae.encode(x).mean).mean) and not vae.reconstruct(x).requires_grad
+    assert torch.equal(vae.reconstruct(x), vae.decode(vae.posterior(x).mean).mean) and not vae.reconstruct(x).requires_grad
 
 
 def test_a_point_encodes_to_what_its_guide_returns():
     vae, x = built("point"), binary(5)
-    assert torch.equal(vae.encode(x).mean, vae.guide(x))
+    assert torch.equal(vae.posterior(x).mean, vae.guide(x))
     assert torch.equal(vae.reconstruct(x), vae.decode(vae.guide(x)).mean)
 
 
@@ -262,7 +262,7 @@ def test_interpolation_runs_straight_from_one_reconstruction_to_the_other(name):
     assert torch.allclose(path[:, 0], vae.reconstruct(start), rtol=1e-6, atol=1e-6)
     assert torch.allclose(path[:, -1], vae.reconstruct(end), rtol=1e-6, atol=1e-6)
     with torch.no_grad():
-        a, b = vae.encode(start).mean, vae.encode(end).mean
+        a, b = vae.posterior(start).mean, vae.posterior(end).mean
         assert torch.allclose(path[:, 1], vae.decode(0.75 * a + 0.25 * b).mean, rtol=1e-5, atol=1e-6)
     assert vae.interpolate(start, end).shape[1] == 10
 
@@ -427,12 +427,12 @@ def test_encode_and_reconstruct_see_what_the_guide_sees_of_a_mask():
     x, mask = torch.rand(5, 4), torch.rand(5, 4) < 0.5
     for given, seen in ((mask, torch.where(mask, x, 0.0)), (None, x)):
         shown = torch.cat([seen, torch.ones(5, 4) if given is None else given.float()], 1)
-        assert torch.equal(vae.encode(x, given).mean, posterior(shown).mean)
-        assert torch.equal(vae.encode(x, given).mean, pyro.poutine.trace(vae.guide).get_trace(x, given).nodes["z"]["fn"].mean)
+        assert torch.equal(vae.posterior(x, given).mean, posterior(shown).mean)
+        assert torch.equal(vae.posterior(x, given).mean, pyro.poutine.trace(vae.guide).get_trace(x, given).nodes["z"]["fn"].mean)
         assert torch.equal(vae.reconstruct(x, given), vae.decode(posterior(shown).mean).mean)
     holes = torch.where(mask, x, torch.nan)
     assert torch.equal(vae.reconstruct(holes, mask), vae.reconstruct(x, mask))
-    assert not torch.equal(vae.encode(x, mask).mean, vae.encode(x).mean)
+    assert not torch.equal(vae.posterior(x, mask).mean, vae.posterior(x).mean)
 
 
 def test_a_poisson_vae_of_8_bit_images_is_the_commands_or_says_how(tmp_path):
@@ -478,20 +478,20 @@ def test_parts_under_torch_compile_save_and_load_under_their_plain_names(tmp_pat
         assert set(file.keys()) == names
     plain = VAE.load(tmp_path / "compiled.safetensors")
     x = torch.rand(3, 6)
-    assert torch.equal(plain.encode(x).mean, vae.encode(x).mean)
+    assert torch.equal(plain.posterior(x).mean, vae.posterior(x).mean)
     assert torch.equal(plain.model.prior().log_prob(torch.zeros(2)), vae.model.prior().log_prob(torch.zeros(2)))
-    before = plain.encode(x).mean
+    before = plain.posterior(x).mean
     vae.load_weights(tmp_path / "plain.safetensors")  # and into one that is compiled
-    assert not torch.equal(vae.encode(x).mean, before)
+    assert not torch.equal(vae.posterior(x).mean, before)
     vae.load_weights(tmp_path / "compiled.safetensors")
-    assert torch.equal(vae.encode(x).mean, before)
+    assert torch.equal(vae.posterior(x).mean, before)
 
 
 def test_pixels_of_the_usual_type_go_into_a_model_of_doubles():
     torch.manual_seed(0)
     vae = VAE.build((6,), latent_dim=2, hidden=(8,)).double()
     x = torch.rand(3, 6)
-    assert torch.equal(vae.encode(x).mean, vae.encode(x.double()).mean)
+    assert torch.equal(vae.posterior(x).mean, vae.posterior(x.double()).mean)
     assert vae.reconstruct(x).dtype == vae.interpolate(x, x, 2).dtype == torch.float64
 
 

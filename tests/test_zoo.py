@@ -504,7 +504,7 @@ def test_log_p_of_a_mixture_by_quadrature_and_responsibilities_by_bayes():
         step = (grid[1] - grid[0]).log()
         joint = torch.logsumexp(likelihood.unsqueeze(-1) + given_c.unsqueeze(1), 0) + step + log_pc
         # The guide's view of c, by quadrature: the integral of q(z | x) p(c | z).
-        q = pair.encode(x).log_prob(grid.reshape(-1, 1, 1)).exp()
+        q = pair.posterior(x).log_prob(grid.reshape(-1, 1, 1)).exp()
         view = (q.unsqueeze(-1) * (given_c + log_pc).softmax(-1).unsqueeze(1)).sum(0) * (grid[1] - grid[0])
     exact = joint.logsumexp(-1).mean().item()
     wide = pv.Guide(lambda x: dist.Normal(torch.zeros(len(x), 1).double(), 3.0).to_event(1))  # heavier than any component
@@ -581,7 +581,7 @@ def test_fit_refuses_what_would_count_the_cluster_without_drawing_it():
 
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z2", pair.encode(x))
+            pyro.sample("z2", pair.posterior(x))
 
     def model(x):
         with pyro.plate("data", len(x)):

@@ -24,6 +24,7 @@ from pyro_vae.app.configuration import GroupedCommand, convert, read_config
 from pyro_vae.app.defaults import CHOICES, option, resolve
 from pyro_vae.parts import names
 from pyro_vae.version import __version__
+from pyro_vae.words import did_you_mean, spelled
 
 PROGRAM = "pyro-vae"
 
@@ -94,7 +95,21 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("No CUDA runtime is found")
 
 
+class _Commands(click.Group):
+    """Commands of which a typo gets a hint."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            known = self.list_commands(ctx)
+            raise ValueError(f"unknown command {args[0]!r}, wanted one of {', '.join(known)}."
+                             + did_you_mean(args[0], known))
+        return super().resolve_command(ctx, args)
+
+
 @click.group(
+    cls=_Commands,
     invoke_without_command=True,
     epilog="Start with 'pyro-vae fit': the digits, in under a minute. PYRO_VAE_DEBUG=1 shows tracebacks.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -120,7 +135,7 @@ def fit(config: Path | None, **given: Any) -> int:
       pyro-vae fit
       pyro-vae fit --data mnist --data-dir ~/mnist --out runs/mnist
       pyro-vae fit --data photos/ --image-size 32 --latent-dim 64
-      pyro-vae fit --config runs/mnist/config.json --seed 1
+      pyro-vae fit --config runs/mnist --seed 1
     """
     from pyro_vae.app.runs import free_path, refuse_existing
 
@@ -143,6 +158,10 @@ def fit(config: Path | None, **given: Any) -> int:
         click.echo(f"{PROGRAM}: interrupted: what was trained so far is in {path}", err=True)
         return 130
     return 0
+
+
+def _word(*words: str) -> click.Choice[str]:
+    return click.Choice(words, case_sensitive=False)
 
 
 _PATH = click.Path(path_type=Path)
@@ -205,7 +224,7 @@ def judge(**options: Any) -> None:
 @_run
 @_trust
 @click.option("-n", "--number", metavar="N", type=click.IntRange(1, 10_000), default=64, help="[default: 64]")
-@click.option("--pixels", type=click.Choice(["mean", "draw"]), default="mean", help="E[x | z], or a draw of p(x | z). "
+@click.option("--pixels", type=_word("mean", "draw"), default="mean", help="E[x | z], or a draw of p(x | z). "
               "[default: mean]")  # fmt: skip
 @click.option("--out", metavar="FILE|DIR", type=_PATH, help="A .png of all, a .npy array, or a "
               "folder for one PNG each. [default: RUN/figures/samples-<n>-seed<seed>.png]")  # fmt: skip
@@ -235,7 +254,7 @@ def reconstruct(**options: Any) -> None:
 @commands.command()
 @_run
 @_trust
-@click.option("--score", type=click.Choice(["log-likelihood", "reconstruction"]), help="[default: log-likelihood; "
+@click.option("--score", type=_word("log-likelihood", "reconstruction"), help="[default: log-likelihood; "
               "reconstruction for an autoencoder]")  # fmt: skip
 @click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples. [default: 100]")
 @click.option("--top", metavar="N", type=click.IntRange(1, 1000), default=16, help="How many to show. [default: 16]")
@@ -255,6 +274,39 @@ def anomalies(**options: Any) -> None:
 
 
 @commands.command()
+@_run
+@click.argument("data", metavar="DATA")
+@_trust
+@click.option("--out", metavar="FILE", type=_PATH, required=True, help="A .csv, a .npz (arrays mean and scale) or a "
+              ".parquet (needs pandas and pyarrow).")  # fmt: skip
+@_data_dir
+@_seed
+def encode(**options: Any) -> None:
+    """Write mean and scale of q(z | x) for data, one row each.
+
+    DATA is a folder of images or an image (rows have their file names), an array in a .npy, any other data that fit
+    takes, or train, validation or test, the run's own.
+    """
+    from pyro_vae.app.encoding import encode_run
+
+    encode_run(**options)
+
+
+@commands.command()
+@_run
+@_trust
+@click.option("--out", metavar="DIR", type=_PATH, help="[default: RUN/export]")
+def export(**options: Any) -> None:
+    """Write encoder and decoder as .pt2 files of torch.export, which run without this package.
+
+    A file is kept only if it gives what the networks give, to 1e-6.
+    """
+    from pyro_vae.app.exporting import export_run
+
+    export_run(**options)
+
+
+@commands.command()
 @click.option("--posterior", "posteriors", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--bound", "bounds", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--estimator", "estimators", metavar="NAME", multiple=True, help="Only these. [default: all]")
@@ -269,10 +321,14 @@ def combinations(
 
     for kind, given in (("bound", bounds), ("estimator", estimators)):
         for name in given:
-            if name not in CHOICES[kind]:
-                raise ValueError(f"got --{kind} {name!r}, wanted one of {', '.join(CHOICES[kind])}.")
-    for name in posteriors:
-        names.check("posterior", name)
+            if spelled(name, CHOICES[kind]) is None:
+                hint = did_you_mean(name, CHOICES[kind])
+                raise ValueError(f"got --{kind} {name!r}, wanted one of {', '.join(CHOICES[kind])}.{hint}")
+    posteriors = tuple(names.check("posterior", name) for name in posteriors)
+    bounds, estimators = (
+        tuple(spelled(name, CHOICES[kind]) or name for name in given)
+        for kind, given in (("bound", bounds), ("estimator", estimators))
+    )
     outcomes = losses.combinations(posteriors or None, bounds or None, estimators or None)
     records = [outcome._asdict() for outcome in outcomes]
     click.echo(json.dumps(records, indent=2) if as_json else losses.table(outcomes))

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions, did_you_mean
+from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions
 from pyro_vae.parts import names
+from pyro_vae.words import did_you_mean
 
 # Options of the command that are no part of a run's configuration.
 COMMAND_ONLY = {"out": "str", "checkpoint": "str", "quiet": "bool"}
@@ -27,11 +28,15 @@ _WORDS = {
 def read_config(path: Path) -> dict[str, Any]:
     """Options by field name, of the right types, from a YAML or (.json) JSON file; None for an option set to nothing.
 
-    Keys are option names, with - or _. A run's own config.json is such a file.
+    Keys are option names, with - or _. A run's own config.json is such a file, and a run folder stands for it.
 
     Raises:
         ValueError: Unreadable, not a mapping, an unknown key, a value of a wrong type.
     """
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"got --config {path}, a folder without config.json, wanted a run folder or a file.")
+        path = path / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -209,12 +214,14 @@ FIT = _options(
             "each time, once, cut at one half, or not at all. [default: by dataset]"),
     click.option("--dequantize/--no-dequantize", cls=GroupedOption, group="Data", default=None,
                  help="Spread 8-bit levels by uniform noise, for a normal likelihood. [default: by dataset]"),
-    _option("Data", "--image-size", "N", "Scale images to N x N.", int),
+    _option("Data", "--image-size", "N", "Scale images to N x N. [default: as they are; of several sizes one, 64 at "
+            "most]", int),
     _option("Data", "--crop", "N", "Cut out the centred N x N square first.", int),
     _option("Data", "--channels", "[1|3]", "Make images grey or colour.", int),
     _option("Data", "--background", "white|black|0..255", "What transparent pixels lie on. [default: white]"),
     _option("Data", "--images", "KEY", "Which array of a file is the data. [default: by name, then by shape]"),
-    _option("Data", "--labels", "KEY", "Which array of a file is the labels. [default: by name]"),
+    _option("Data", "--labels", "KEY", "Which array of a file is the labels; of celeba, which attribute. [default: by "
+            "name; Smiling]"),
     _option("Data", "--limit", "N", "Train on the first N images only.", int),
     _option("Model", "--network", _choice("network"), "Fully connected, plain or gated, convolutional, plain or "
             "residual, or no hidden layer."),
@@ -242,6 +249,8 @@ FIT = _options(
     _option("Training", "--estimator", _choice("estimator"), "Of the bound's gradient. [default: reparameterized]"),
     _option("Training", "--regularizers", "A=1,B=2", "Added to the training loss, by weight: mmd, total-correlation, "
             "free-bits (in nats)."),
+    _option("Training", "--beta", "B", "Weight of the KL in the elbo that is trained: above 1 a simpler latent space, "
+            "below 1 sharper pictures; ELBOs are reported at 1. [default: 1]", float),
     _option("Training", "--epochs", "N", "Passes through the data.", int),
     _option("Training", "--batch-size", "B", "Images in a step.", int),
     _option("Training", "--learning-rate", "RATE", "Peak learning rate of Adam.", float),
@@ -265,7 +274,7 @@ FIT = _options(
     _option("Run", "--out", "RUN", "Run folder to make. [default: runs/<data>-<n>]"),
     _option("Run", "--checkpoint", "FILE", "A .safetensors file for the state after each epoch: the same command goes "
             "on from it, to the bit. It is removed when the run is written."),
-    _option("Run", "--config", "FILE", "Read options from YAML or JSON, such as a run's config.json; the command line "
+    _option("Run", "--config", "FILE|RUN", "Read options from YAML or JSON, or from a run folder; the command line "
             "wins.", click.Path(path_type=Path)),
     click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),
 )  # fmt: skip

@@ -6,14 +6,14 @@ dataset. This module imports nothing heavy, so that ``pyro-vae fit --help`` can 
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pyro_vae.parts import names
+from pyro_vae.words import did_you_mean, spelled
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("constant", "cosine", "one-cycle"),
@@ -71,6 +71,7 @@ class FitOptions:
     num_samples: int = 1
     estimator: str = "reparameterized"
     regularizers: dict[str, Any] = field(default_factory=dict)
+    beta: float = 1.0
     epochs: int = 100
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -91,13 +92,19 @@ class FitOptions:
         object.__setattr__(self, "hidden", tuple(self.hidden))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value not in choices:
+            if value is None:
+                continue
+            found = spelled(value, choices) if isinstance(value, str) else None
+            if found is None:
                 raise ValueError(
                     f"got {option(name)} {value!r}, wanted one of {', '.join(choices)}." + did_you_mean(value, choices)
                 )
+            object.__setattr__(self, name, found)
         for kind in names.PARTS:
             if getattr(self, kind) is not None:
-                names.check(kind, getattr(self, kind))
+                object.__setattr__(self, kind, names.check(kind, getattr(self, kind)))
+        regularizers = {spelled(name, REGULARIZERS) or name: value for name, value in self.regularizers.items()}
+        object.__setattr__(self, "regularizers", regularizers)
         for name in self.regularizers:
             if name not in REGULARIZERS:
                 raise ValueError(
@@ -119,6 +126,9 @@ class FitOptions:
         if self.network != "linear" and not (self.hidden and all(width > 0 for width in self.hidden)):
             widths = ",".join(map(str, self.hidden))
             raise ValueError(f"got --hidden {widths!r}, wanted positive widths such as 400,400.")
+        if self.beta != 1 and (self.bound != "elbo" or self.posterior == "point"):
+            what = f"--bound {self.bound}" if self.bound != "elbo" else "--posterior point"
+            raise ValueError(f"got --beta {self.beta:g} with {what}: it weighs the KL of the elbo. Leave it out.")
         if self.posterior == "point" and (self.bound != "elbo" or self.num_samples > 1):
             raise ValueError(
                 f"got --posterior point with --bound {self.bound} of {self.num_samples} samples: a plain autoencoder "
@@ -138,7 +148,7 @@ class FitOptions:
 
 _LEAST = {
     "image_size": 1, "crop": 1, "channels": 1, "limit": 1, "latent_dim": 1, "num_samples": 1, "epochs": 1,
-    "batch_size": 1, "threads": 1, "clip_norm": 0, "kl_warmup": 0, "kl_warmup_steps": 0,
+    "batch_size": 1, "threads": 1, "clip_norm": 0, "beta": 0, "kl_warmup": 0, "kl_warmup_steps": 0,
     "patience": 1, "seed": 0, "evaluation_samples": 2,
     "evaluation_images": 2,
 }  # fmt: skip
@@ -188,6 +198,7 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
     for name in given:
         if name not in known:
             raise ValueError(f"got the option {name!r}, wanted one of {', '.join(known)}." + did_you_mean(name, known))
+    given = {name: _as_spelled(name, value) for name, value in given.items()}
     data = str(given.get("data", "digits"))
     row = DATASETS.get(data, OTHER)
     values = vars(row) | {"data": data} | dict(given)
@@ -197,10 +208,10 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
         values["hidden"] = ()
     if values["bound"] != "elbo" and "num_samples" not in given:
         values["num_samples"] = 50
-    names.check("posterior", values["posterior"])
+    values["posterior"] = names.check("posterior", values["posterior"])
     if "prior" not in given:
         values["prior"] = names.prior_for(values["posterior"])
-    names.check("prior", values["prior"])
+    values["prior"] = names.check("prior", values["prior"])
     names.check_supports(values["posterior"], values["prior"])
     for name in ("clip_norm", "patience"):
         values[name] = values[name] or None  # 0 turns it off
@@ -231,6 +242,15 @@ def _binarization(data: str, given: Mapping[str, Any], likelihood: str | None) -
     return {}
 
 
+def _as_spelled(name: str, value: Any) -> Any:
+    """A name as the tables spell it; what is none of theirs, and the path of something, stays for others to judge."""
+    if name == "data" and isinstance(value, str | Path) and not Path(value).expanduser().exists():
+        return spelled(str(value), DATASETS) or value
+    if name in CHOICES and isinstance(value, str):
+        return spelled(value, CHOICES[name]) or value
+    return value
+
+
 def option(name: str) -> str:
     """A field as the user types it.
 
@@ -239,10 +259,3 @@ def option(name: str) -> str:
         '--batch-size'
     """
     return "--" + name.replace("_", "-")
-
-
-def did_you_mean(got: object, known: Sequence[str]) -> str:
-    """A hint at the nearest known word, or nothing."""
-    close = difflib.get_close_matches(str(got).lower().replace("-", "_"), [k.replace("-", "_") for k in known], n=1)
-    names = {k.replace("-", "_"): k for k in known}
-    return f" Did you mean {names[close[0]]!r}?" if close else ""

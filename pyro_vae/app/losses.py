@@ -55,13 +55,13 @@ def the_loss(options: FitOptions, vae: VAE) -> Any:
     """
     if not has_density(vae.guide.posterior):
         return Objective(reconstruction)
-    plain = options.bound == "elbo" and options.num_samples == 1 and not options.regularizers
+    plain = options.bound == "elbo" and options.num_samples == 1 and not options.regularizers and options.beta == 1
     if plain and options.estimator == "reparameterized" and _has_closed_form(vae):
         return TraceMeanField_ELBO()
     regularizers = [_REGULARIZERS[name](weight) for name, weight in options.regularizers.items()]
     return Objective(
         the_bound(options.bound, options.bound_options), options.num_samples, estimator=options.estimator,
-        regularizers=regularizers,
+        beta=options.beta, regularizers=regularizers,
     )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ A name goes before a folder of the same name: write "./digits" for the folder. D
 are binary already are read as such ("threshold"); float data are handed on as they are.
 """
 
-import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,6 +32,7 @@ from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.sources import SPLITS, Source, divide
 from pyro_vae.data.splits import BINARIZATIONS, Binarization, Dataset, Split
 from pyro_vae.data.testbeds import LinearGaussian
+from pyro_vae.words import did_you_mean, spelled
 
 DATASETS = ("digits", "mnist", "fashion-mnist", "frey", "celeba", "linear-gaussian")
 
@@ -62,13 +62,14 @@ def load(
         binarization: "dynamic", "static", "threshold" or "none"; the dataset's own if omitted.
         dequantize: Whether levels get uniform noise; the dataset's own if omitted.
             True by itself means binarization "none".
-        image_size: Scale the shorter side to this and crop the longer one.
+        image_size: Scale the shorter side to this and crop the longer one. A folder of images of several sizes is
+            brought to one, of 64 pixels at most, if neither it nor crop is given, and a line says so.
         crop: Cut out a centred square of this side first.
         channels: 1 to make images grey, 3 to make them colour.
         background: What transparent pixels of picture files lie on: "white", which they do if
             omitted, "black", or a grey level 0..255.
         images: Which array of a file is the data, where its names and shapes leave it open.
-        labels: Which array of a file is the labels.
+        labels: Which array of a file is the labels; of celeba which attribute, "Smiling" if omitted.
         limit: Keep at most this many data of each split, the first ones.
         seed: Of the static binarization, of the split of folders and files, and of the
             weights and draws of "linear-gaussian". The other splits are fixed.
@@ -84,15 +85,21 @@ def load(
         >>> digits.train[:128].unique()
         tensor([0., 1.])
     """
-    if binarization is not None and binarization not in BINARIZATIONS:
-        raise ValueError(f"got binarization {binarization!r}, wanted one of {', '.join(BINARIZATIONS)}."
-                         + _did_you_mean(str(binarization), BINARIZATIONS))
+    if binarization is not None:
+        known = spelled(str(binarization), BINARIZATIONS)
+        if known is None:
+            raise ValueError(f"got binarization {binarization!r}, wanted one of {', '.join(BINARIZATIONS)}."
+                             + did_you_mean(str(binarization), BINARIZATIONS))
+        binarization = known  # type: ignore[assignment]
+    if isinstance(name, str) and not Path(name).expanduser().exists():
+        name = spelled(name, DATASETS) or name
     if limit is not None and limit < 1:
         raise ValueError(f"got limit={limit}, wanted a number of data >= 1, or None for all.")
     framing = Framing(crop, image_size, channels, grey_level(background))
     told = {"background": background, "images": images, "labels": labels}
     if isinstance(name, str) and name in DATASETS:
-        _refuse(told if name != "celeba" else {**told, "background": None}, name, "or folders of one's own")
+        allowed = {"background": None, "labels": None} if name == "celeba" else {}
+        _refuse({**told, **allowed}, name, "or folders of one's own")
     folder = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     source, framing = _read(name, folder, framing, limit, seed, download, told)
     if binarization is None:
@@ -127,7 +134,7 @@ def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, s
     """The source with its frames applied, and the framing that was applied."""
     if name == "celeba":
         framing = replace(framing, crop=framing.crop or 148, image_size=framing.image_size or 64)
-        return read_celeba(folder, framing, limit), framing
+        return read_celeba(folder, framing, limit, told["labels"]), framing
     readers: dict[str, Callable[[], Source]] = {
         "digits": _digits,
         "mnist": lambda: read_mnist_like("mnist", folder, download),
@@ -146,7 +153,7 @@ def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, s
             return read_folder(path, framing, limit, seed), framing
         if found is None and not path.is_file():
             raise ValueError(f"got dataset {str(name)!r}, wanted one of {', '.join(DATASETS)}, or the path of a folder "
-                             "of images or of a .npy or .npz file that exists." + _did_you_mean(str(name), DATASETS))
+                             "of images or of a .npy or .npz file that exists." + did_you_mean(str(name), DATASETS))
         if found is None and not is_file_of_arrays(path):
             raise ValueError(f"got the file {path}, wanted a .npy or .npz file or a folder of images. "
                              + not_readable(path))
@@ -212,8 +219,3 @@ def _linear_gaussian(seed: int) -> Source:
         pixels=dict(zip(SPLITS, x.split(sizes), strict=True)), testbed=testbed,
         origin=f"drawn from {testbed!r}", split="independent draws, 20000/2000/2000",
     )
-
-
-def _did_you_mean(got: str, known: tuple[Any, ...]) -> str:
-    close = difflib.get_close_matches(got.lower().replace("_", "-"), known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

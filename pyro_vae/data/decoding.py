@@ -137,6 +137,7 @@ SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp",
                       ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"})
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
 ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
+_ORIENTATION = 0x0112
 NO_PAGE = 0b101  # bits of TIFF's NewSubfileType: a smaller copy, a mask
 
 
@@ -175,17 +176,20 @@ def read_frames(path: Path, frames: Sequence[int], framing: Framing = AS_IT_IS) 
     return pixels
 
 
-def frames_of(path: Path) -> tuple[int, bool, bool]:
-    """How many images a file holds, whether it is a JPEG with more beside the first, and whether it is transparent.
+def frames_of(path: Path) -> tuple[int, bool, bool, tuple[int, int] | None]:
+    """How many images a file holds, whether it is a JPEG with more beside the first, whether it is transparent, and the
+    height and width of the first, upright.
 
     A file that cannot be opened counts as one: what is wrong is said when it is decoded.
     """
     try:
         with _opened(path) as image:
             transparent = _transparent(image)
-            return len(_frames(image)), image.format == "MPO", transparent
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            size = image.size if turned else image.size[::-1]
+            return len(_frames(image)), image.format == "MPO", transparent, size
     except Exception:
-        return 1, False, False
+        return 1, False, False, None
 
 
 class _errors:

@@ -9,8 +9,9 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,10 +21,13 @@ from pyro_vae.data.arrays import not_readable, only
 from pyro_vae.data.decoding import AS_IT_IS, Framing, frames_of, read_frames, read_image, suffixes
 from pyro_vae.data.labels import PART_NAMES
 from pyro_vae.data.sources import SPLITS, Source, completed, cut, tenths
+from pyro_vae.words import one_of
 
 __all__ = ["read_celeba", "read_folder", "read_image", "read_images"]
 
 PART = re.compile(rf"({'|'.join(PART_NAMES)})(?:[-_ ]?(?:sets?|data|images?|imgs?|\d{{4}}))?", re.IGNORECASE)
+ATTRIBUTES = "list_attr_celeba.txt"
+MOST_BY_DEFAULT = 64  # pixels a side, of images that have to be made one size
 ARRAYS_TOO = "or a layout of torchvision, or a .npy or .npz file"
 
 
@@ -70,10 +74,11 @@ def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: 
     """
     paths = _pictures(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        counts, beside, transparent = zip(*pool.map(frames_of, paths), strict=True)
+        counts, beside, transparent, sizes = zip(*pool.map(frames_of, paths), strict=True)
     if any(beside):
         warnings.warn(f"{folder}: {sum(beside)} JPEG files hold more pictures behind the first (MPO); "
                       "the first was taken.", stacklevel=4)
+    framing, notes = _one_size(folder, framing, {size for size in sizes if size is not None})
     groups = torch.tensor(counts)
     inner = [path.relative_to(folder).parts[:-1] for path in paths]
     kinds, inner = _kinds(folder, inner)
@@ -90,14 +95,27 @@ def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: 
         labels=None if labels is None else {name: labels[rows[name]] for name in SPLITS},
         label_names=names if labelled else None, origin=str(folder), split=how,
         dequantize=not binary, binarization="threshold" if binary else "none",
-        notes={"background": framing.background} if any(transparent) else {},
+        notes=notes | ({"background": framing.background} if any(transparent) else {}),
     )
 
 
-def read_celeba(data_dir: Path, framing: Framing, limit: int | None = None) -> Source:
+def _one_size(folder: Path, framing: Framing, sizes: set[tuple[int, int]]) -> tuple[Framing, dict[str, object]]:
+    """A framing that makes one size of images of several, where none was asked for; and a note of it."""
+    if framing.image_size is not None or framing.crop is not None or len(sizes) < 2:
+        return framing, {}
+    side = min(MOST_BY_DEFAULT, min(min(size) for size in sizes))
+    low, high = (f"{height}x{width}" for height, width in (min(sizes), max(sizes)))
+    warnings.warn(f"{folder}: images of {len(sizes)} sizes, from {low} to {high} (height x width), were scaled and cut "
+                  f"to {side}x{side}. For another size pass image_size=, or --image-size.", stacklevel=5)
+    return replace(framing, image_size=side), {"image_size": side}
+
+
+def read_celeba(data_dir: Path, framing: Framing, limit: int | None = None, attribute: str | None = None) -> Source:
     """CelebA in torchvision's layout, with its official split: at most `limit` images of each part.
 
     data_dir holds `celeba/img_align_celeba/*.jpg` and `celeba/list_eval_partition.txt`, or is that `celeba` folder.
+    Where `list_attr_celeba.txt` lies beside, an attribute is the labels, 1 for those that have it: `attribute`, or
+    "Smiling".
     """
     folder = next((place for place in (data_dir / "celeba", data_dir) if (place / "img_align_celeba").is_dir()), None)
     if folder is None or not (folder / "list_eval_partition.txt").is_file():
@@ -117,8 +135,38 @@ def read_celeba(data_dir: Path, framing: Framing, limit: int | None = None) -> S
     if empty:
         raise ValueError(f"{folder / 'list_eval_partition.txt'} names no images for {', '.join(empty)}, "
                          "wanted some for each of train (0), validation (1) and test (2). Fetch the list again.")
+    labels, names, notes = _attribute(folder, {name: parts[name][:limit] for name in SPLITS}, attribute)
     pixels = {name: read_images(parts[name][:limit], framing) for name in SPLITS}
-    return Source(pixels=pixels, origin=str(folder), dequantize=True, split="official list_eval_partition.txt")
+    return Source(pixels=pixels, origin=str(folder), dequantize=True, split="official list_eval_partition.txt",
+                  labels=labels, label_names=names, notes=notes)
+
+
+def _attribute(
+    folder: Path, parts: Mapping[str, Sequence[Path]], name: str | None
+) -> tuple[dict[str, Tensor] | None, tuple[str, ...] | None, dict[str, object]]:
+    """One attribute of the images in each part, its names for no and yes, and a note of it."""
+    path = folder / ATTRIBUTES
+    if not path.is_file():
+        if name is not None:
+            raise ValueError(f"got labels={name!r} for celeba, wanted the attributes in {path}. Fetch the file too.")
+        return None, None, {}
+    lines = [line.split() for line in path.read_text().splitlines()]
+    known = lines[1] if len(lines) > 1 else []
+    usual = "Smiling" if "Smiling" in known else known[0] if known else ""
+    found = one_of("attribute of celeba", name or usual, known)
+    column = known.index(found) + 1
+    values: dict[str, int] = {}
+    for number, words in enumerate(lines[2:], start=3):
+        if words and (len(words) != len(known) + 1 or words[column] not in ("-1", "1")):
+            raise ValueError(f"{path}, line {number}: got {' '.join(words)[:60]!r}, wanted a file name and -1 or 1 for "
+                             f"each of {len(known)} attributes. Fetch the list again.")
+        if words:
+            values[words[0]] = int(words[column] == "1")
+    missing = next((file.name for files in parts.values() for file in files if file.name not in values), None)
+    if missing is not None:
+        raise ValueError(f"{path} has no line for {missing}, wanted one for each image. Fetch the list again.")
+    labels = {part: torch.tensor([values[file.name] for file in files]) for part, files in parts.items()}
+    return labels, (f"not {found}", found), {"labels": found, "attributes": known}
 
 
 def _pictures(folder: Path) -> list[Path]:

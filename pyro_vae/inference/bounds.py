@@ -21,6 +21,7 @@ Bounds under which model and guide follow different functions are in `split_boun
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from torch import Tensor
 from pyro_vae._lazy import attach
 from pyro_vae.options import checked
 from pyro_vae.traces import Particles
+from pyro_vae.words import one_of
 
 if TYPE_CHECKING:  # bounds of two parts, which stand on these
     from pyro_vae.inference.split_bounds import cubo as cubo
@@ -43,6 +45,20 @@ else:
 
 Bound: TypeAlias = Callable[[Particles], Tensor]
 OfWeights: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def named(name: str) -> Bound:
+    """The bound of a name, in whatever spelling; of one with options, the function that makes it.
+
+    Raises:
+        ValueError: There is none of that name.
+    Example:
+        >>> named("IWAE") is iwae
+        True
+    """
+    here = sys.modules[__name__]
+    bound: Bound = getattr(here, one_of("bound", name, vars(here)["__all__"]))
+    return bound
 
 
 @dataclass(frozen=True, repr=False)

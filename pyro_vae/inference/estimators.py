@@ -40,6 +40,7 @@ from torch import Tensor
 from pyro_vae.inference.bounds import ELBO, IWAE, VR_MAX, Bound, WeightBound, elbo, iwae, vr_max
 from pyro_vae.inference.split_bounds import SplitBound, Wake
 from pyro_vae.traces import Particles
+from pyro_vae.words import did_you_mean
 
 ESTIMATORS = ("reparameterized", "sticking-the-landing", "doubly-reparameterized", "score-function")
 
@@ -113,7 +114,8 @@ def refusal(bound: Bound, estimator: str, num_samples: int) -> str | None:
         'doubly-reparameterized needs a bound whose'
     """
     if estimator not in ESTIMATORS:
-        return f"unknown estimator {estimator!r}, wanted one of {', '.join(ESTIMATORS)}."
+        hint = did_you_mean(estimator, ESTIMATORS)
+        return f"unknown estimator {estimator!r}, wanted one of {', '.join(ESTIMATORS)}.{hint}"
     if estimator == "reparameterized" and not isinstance(bound, WeightBound | SplitBound):
         return None
     known = weight_bound(bound, num_samples)

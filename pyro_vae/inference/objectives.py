@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches
-from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, renyi
+from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, named, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, sleep_phase, wake_sleep
@@ -48,7 +48,7 @@ class Objective(ELBO):
     alone: then the loss is plus the bound.
 
     Args:
-        bound: Particles to one number per datum: `elbo`, `iwae`, `renyi(0.5)`, ...
+        bound: Particles to one number per datum: `elbo`, `iwae`, `renyi(0.5)`, ..., or a name such as "iwae".
         num_samples: K, drawn in one pass where the pair broadcasts.
         estimator: "reparameterized" (the total derivative), "sticking-the-landing",
             "doubly-reparameterized", or "score-function" (for samples that cannot be
@@ -77,7 +77,7 @@ class Objective(ELBO):
     @checked
     def __init__(
         self,
-        bound: Bound = elbo,
+        bound: Bound | str = elbo,
         num_samples: int = 1,
         *,
         estimator: str = "reparameterized",
@@ -86,6 +86,7 @@ class Objective(ELBO):
         max_plate_nesting: int | None = None,
     ) -> None:
         number("beta", beta)
+        bound = named(bound) if isinstance(bound, str) else bound
         for factory, example in _EXAMPLES:
             if bound is factory:
                 raise ValueError(f"got the function {factory.__name__}, wanted what it returns, such as {example}.")

@@ -44,12 +44,17 @@ from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
 from pyro_vae.sites import lengths
 from pyro_vae.traces import Program
+from pyro_vae.words import did_you_mean
 
 _LOOK = 20  # steps between two looks at the loss
 _SIZES = 10_000  # sizes of batches whose unit is remembered
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
 # Inductor costs up to half a minute and saves at least a quarter of the time of a replay.
 _COMPILER_SECONDS, _SAVED, _TIMED = 20.0, 0.25, 40
+
+
+# What a record may hold.
+COLUMNS = ("epoch", "loss", "bound", "validation", "learning_rate", "beta", "seconds", "images_per_second")
 
 
 @dataclass
@@ -74,8 +79,36 @@ class History:
     interrupted: bool = False
 
     def __getitem__(self, column: str) -> list[Any]:
-        """One column over the epochs, such as history["loss"]."""
+        """One column over the epochs, such as history["loss"]; None where a record has no such number.
+
+        Raises:
+            ValueError: No such column.
+        """
+        known = [*COLUMNS, *(key for record in self.records for key in record if key not in COLUMNS)]
+        if column not in known:
+            there = [name for name in dict.fromkeys(known) if any(name in record for record in self.records)] or COLUMNS
+            raise ValueError(
+                f"got the column {column!r}, wanted one of {', '.join(there)}.{did_you_mean(column, there)}"
+            )
         return [record.get(column) for record in self.records]
+
+    def to_frame(self) -> Any:
+        """The records as a pandas frame, one row per epoch.
+
+        Raises:
+            ValueError: pandas is missing.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ValueError("to_frame needs pandas, which is not installed. Run: pip install pandas") from error
+        return pandas.DataFrame(self.records)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Training and validation bound by epoch, as a figure, or drawn into `ax`."""
+        from pyro_vae.plots import training_curve
+
+        return training_curve(self.records, ax=ax)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -619,7 +652,8 @@ class _Best:
 def _check_options(loss: Any, patience: int | None, validation: Any, schedule: Any) -> None:
     """What the types of the options (see `pyro_vae.options`) do not say."""
     if not callable(schedule) and not (isinstance(schedule, str) and schedule in SCHEDULES):
-        raise ValueError(f"unknown schedule {schedule!r}, wanted one of {', '.join(SCHEDULES)} or a function.")
+        hint = did_you_mean(schedule, SCHEDULES)
+        raise ValueError(f"unknown schedule {schedule!r}, wanted one of {', '.join(SCHEDULES)} or a function.{hint}")
     if callable(schedule):
         value_of("schedule", schedule, 0.0)
     if patience is not None and (patience < 1 or validation is None):

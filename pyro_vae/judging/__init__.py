@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging.guides import Comparison as Comparison
     from pyro_vae.judging.guides import compare_guides as compare_guides
     from pyro_vae.judging.guides import fit_guide as fit_guide
+    from pyro_vae.judging._identity import identity as identity
     from pyro_vae.judging.imputation import Imputation as Imputation
     from pyro_vae.judging.imputation import impute as impute
     from pyro_vae.judging.information import Accuracy as Accuracy

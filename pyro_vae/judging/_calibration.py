@@ -148,12 +148,12 @@ class Calibration(Result):
             chi_square=self.chi_square, coverage_90=share, coverage_90_data_stderr=error,
         )  # fmt: skip
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """The ranks of the worst components, as a figure."""
         from pyro_vae.plots import rank_histogram
 
         worst = self.adjusted.argsort()[:8].tolist()
-        return rank_histogram(self.ranks[:, worst], self.num_samples, names=[self.names[i] for i in worst])
+        return rank_histogram(self.ranks[:, worst], self.num_samples, names=[self.names[i] for i in worst], ax=ax)
 
     def _folded(self) -> Tensor:
         return ((2 * self.ranks - self.num_samples).abs() - 1) // 2

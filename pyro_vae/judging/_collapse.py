@@ -127,9 +127,9 @@ class Collapse(Result):
         spread = {"variance": self.variance, "variance_data_stderr": self.variance_data_stderr}
         return table(latent=self.names, **spread, kl=self.component_kl, dead=self.dead)
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """The divergences in falling order, as a figure."""
-        return self.kl.plot()
+        return self.kl.plot(ax)
 
     def __str__(self) -> str:
         rule = f"variance of the mean < {self.variance_threshold:g} and KL < {self.kl_threshold:g} nats"

@@ -95,7 +95,7 @@ class Gaps(Result):
         common = row(self)
         return [{"family": name} | row(family) | common for name, family in self.families.items()]
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """The gaps of each family as stacked bars, a figure."""
         from pyro_vae.plots import gap_bars
 
@@ -107,7 +107,7 @@ class Gaps(Result):
             known = {key: part for key, part in parts.items() if part is not None}
             bars.append({"guide": name} | {key: part.value for key, part in known.items()}
                         | {f"{key}_stderr": part.mc_stderr for key, part in known.items()})  # fmt: skip
-        return gap_bars([bar for bar in bars if len(bar) > 1])
+        return gap_bars([bar for bar in bars if len(bar) > 1], ax)
 
     def __str__(self) -> str:
         count = len(self.log_likelihood.pointwise)

@@ -108,12 +108,12 @@ class Bracket(Result):
         error = "(one datum)" if math.isnan(self.width.data_stderr) else f"± {self.width.data_stderr:.2f}"
         return f"[{self.lower.value:.2f}, {self.upper.value:.2f}] nats (width {self.width.value:.2f} {error})"
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """The interval of each datum, as a figure."""
         from pyro_vae.plots import bracket
 
         return bracket(self.lower.pointwise, self.upper.pointwise, lower_stderr=self.lower.pointwise_stderr,
-                       upper_stderr=self.upper.pointwise_stderr)  # fmt: skip
+                       upper_stderr=self.upper.pointwise_stderr, ax=ax)  # fmt: skip
 
 
 _NUMBERS = ("value", "mc_stderr", "data_stderr", "num_samples")

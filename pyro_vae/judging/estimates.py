@@ -56,12 +56,12 @@ class Curve(Result):
         form = "K = {num_samples:<6d} {value:.3f} ± {mc_stderr:.3f} nats"
         return "\n".join(form.format(**row) for row in self.rows())
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """The estimate against K, as a figure."""
         from pyro_vae.plots import bounds_by_samples
 
         name = "importance-weighted bound"
-        return bounds_by_samples(self.num_samples, {name: self.value}, {name: self.mc_stderr})
+        return bounds_by_samples(self.num_samples, {name: self.value}, {name: self.mc_stderr}, ax=ax)
 
 
 @dataclass(frozen=True)

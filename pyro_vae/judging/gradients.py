@@ -112,20 +112,20 @@ class GradientLab(Result):
     def rows(self) -> list[dict[str, Any]]:
         return [row(each) | {"relative_bias": each.relative_bias} for each in self.measured]
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """The SNR of each estimator and part against K, a figure."""
         from pyro_vae.plots import bounds_by_samples
 
         counts = sorted({each.num_samples for each in self.measured})
-        values: dict[str, list[float]] = {}
-        errors: dict[str, list[float]] = {}
+        values, errors = dict[str, list[float]](), dict[str, list[float]]()
         for each in self.measured:
             for curves, value in ((values, each.snr), (errors, each.snr_stderr)):
                 curve = curves.setdefault(f"{each.estimator} ({each.part})", [math.nan] * len(counts))
                 curve[counts.index(each.num_samples)] = value
-        figure = bounds_by_samples(counts, values, errors)
-        figure.axes[0].set(ylabel="signal-to-noise ratio", yscale="log")
-        figure.axes[0].set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
+        figure = bounds_by_samples(counts, values, errors, ax=ax)
+        ax = figure.axes[0] if ax is None else ax
+        ax.set(ylabel="signal-to-noise ratio", yscale="log")
+        ax.set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
         return figure
 
     def row(self, estimator: str, num_samples: int, part: str = "encoder") -> GradientQuality:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,16 +21,20 @@ from torch import Tensor, nn
 
 from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
+from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, interval, pooled
 from pyro_vae.judging.results import Mean, Result, aligned, row
 from pyro_vae.judging.sweeps import sweep
+from pyro_vae.judging.tables import latex
 from pyro_vae.judging.weights import Proposals, khat_ok, rescores
 from pyro_vae.options import checked
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
 from pyro_vae.traces import Program
+from pyro_vae.words import did_you_mean
 
 
+@checked
 def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **options: Any) -> History:
     """Fit a guide under a frozen model, so that guides are compared on one posterior.
 
@@ -136,19 +140,26 @@ def _leaves(model: Program, args: tuple[Any, ...]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class GuideScore:
-    """One guide on a given posterior, averaged over data, in nats.
+    """One guide on a given posterior, or several under one name, averaged over data, in nats.
 
     Attributes:
         elbo: The ELBO.
         log_likelihood: log p(x) by importance sampling from this guide alone.
         gap: log p(x) - ELBO = KL(q || p(z | x)), with the log p(x) common to all guides.
-        pareto_k: k-hat per datum of its weights, (N,).
+        pareto_k: k-hat per datum of its weights, (N,); of several guides (m N,).
+        bounds: Other bounds, by name and K, such as "iwae 50".
+        intervals: 95 % intervals of "elbo", "gap" and the other bounds: over seeds of several guides, of the Monte
+            Carlo error of one (see `pyro_vae.judging.contenders`).
+        num_guides: How many were pooled.
     """
 
     elbo: Mean
     log_likelihood: Mean
     gap: Mean
     pareto_k: Tensor
+    bounds: dict[str, Mean] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    num_guides: int = 1
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,7 @@ class Comparison(Result):
     """Guides of one frozen model, side by side.
 
     Attributes:
-        scores: Per guide.
+        scores: Per guide, or per group of guides.
         log_likelihood: log p(x) common to all.
         source: Where it is from.
         num_samples: K.
@@ -171,62 +182,87 @@ class Comparison(Result):
         """The ELBO of the first guide minus that of the second, paired by datum."""
         for name in (first, second):
             if name not in self.scores:
-                raise ValueError(f"got no guide {name!r}, wanted one of {', '.join(map(repr, self.scores))}.")
+                hint = did_you_mean(name, self.scores)
+                raise ValueError(f"got no guide {name!r}, wanted one of {', '.join(map(repr, self.scores))}.{hint}")
         a, b = self.scores[first].elbo, self.scores[second].elbo
         variance = a.pointwise_stderr.square() + b.pointwise_stderr.square()
         return Mean.of(a.pointwise - b.pointwise, variance, self.num_samples)
 
     def rows(self) -> list[dict[str, Any]]:
-        return [
-            {"guide": name} | row(one) | {"khat_ok": khat_ok(one.pareto_k, self.num_samples)}
-            for name, one in self.scores.items()
-        ]
+        """One for each guide: the numbers with their errors, and the ends of the intervals."""
+        found = []
+        for name, one in self.scores.items():
+            line = {"guide": name} | row(one) | {"khat_ok": khat_ok(one.pareto_k, self.num_samples)}
+            for label, mean in one.bounds.items():
+                line |= {label: mean.value, f"{label}_mc_stderr": mean.mc_stderr}
+            for label, (low, high) in one.intervals.items():
+                line |= {f"{label}_low": low, f"{label}_high": high}
+            found.append(line)
+        return found
 
-    def plot(self) -> Any:
-        """The gap of each guide, as a figure."""
+    def plot(self, ax: Any = None) -> Any:
+        """The gap of each guide, as a figure, or drawn into `ax`."""
         from pyro_vae.plots import gap_bars
 
         gaps = ((name, one.gap) for name, one in self.scores.items())
-        return gap_bars([{"guide": name, "total": gap.value, "total_stderr": gap.mc_stderr} for name, gap in gaps])
+        return gap_bars([{"guide": name, "total": gap.value, "total_stderr": gap.mc_stderr} for name, gap in gaps], ax)
+
+    def to_latex(self) -> str:
+        """What is printed, in LaTeX with the rules of booktabs."""
+        return latex(self._lines())
 
     def __str__(self) -> str:
+        count = len(self.log_likelihood.pointwise)
+        head = f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})"
+        pooled = max(one.num_guides for one in self.scores.values()) > 1
+        foot = ["[ , ]: 95 % over guides of other seeds, or 2 Monte Carlo errors of one guide"] if pooled else []
+        return "\n".join([head, *aligned(self._lines()), *foot])
+
+    def _lines(self) -> list[list[str]]:
         best = max(self.scores, key=lambda name: self.scores[name].elbo.value)
-        lines = [["guide", "ELBO", "log p(x) from it", "gap", "behind the best", "k̂ ok"]]
+        others = list(next(iter(self.scores.values())).bounds)
+        several = any(one.num_guides > 1 for one in self.scores.values())
+        lines = [["guide", "ELBO", *others, "log p(x) from it", "gap", "behind the best", "k̂ ok"]]
         for name, one in self.scores.items():
             behind = self.difference(best, name)
             away = "" if name == best else f"{behind.value:.2f} ± {behind.data_stderr:.2f}"
             ok = khat_ok(one.pareto_k, self.num_samples)
-            lines.append([name, str(one.elbo), str(one.log_likelihood), str(one.gap), away,
-                          f"{100 * ok:.0f} %" if ok == ok else "?"])  # fmt: skip
-        count = len(self.log_likelihood.pointwise)
-        head = f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})"
-        return "\n".join([head, *aligned(lines)])
+            shown = {"elbo": one.elbo, "gap": one.gap} | one.bounds
+            cells = {key: f"{mean.value:.2f} [{one.intervals[key][0]:.2f}, {one.intervals[key][1]:.2f}]" if several
+                     else str(mean) for key, mean in shown.items()}  # fmt: skip
+            called = name if one.num_guides == 1 else f"{name} (of {one.num_guides})"
+            lines.append([called, cells["elbo"], *(cells[key] for key in others), str(one.log_likelihood),
+                          cells["gap"], away, f"{100 * ok:.0f} %" if ok == ok else "?"])  # fmt: skip
+        return lines
 
 
 @checked
 def compare_guides(
     model: Program,
-    guides: Mapping[str, Program],
+    guides: Any,
     data: Any,
     *,
+    bounds: Mapping[Any, Any] | None = None,
     num_samples: int = 1000,
     log_likelihood: Any = None,
     seed: int | None = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Comparison:
-    """Compare guides of one model: ELBO, log p(x) and gap of each, with paired differences.
+    """Compare guides of one model: ELBO, other bounds, log p(x) and gap of each, with paired differences.
 
     The log p(x) from which all gaps are measured is one for all: the one given, or the
     pooled estimate of `pyro_vae.judging.weights`, never a maximum per datum.
 
     Args:
-        guides: By name.
+        guides: By name, or in a list; a guide, or a pair with this model, which stands for its guide. A list of them
+            under one name, such as one family fitted from several seeds, is pooled.
+        bounds: Other bounds, and the K or several at which they are wanted: ``{"iwae": (5, 50)}``, by name or bound.
         num_samples: K, samples per datum and guide.
         log_likelihood: An estimate of log p(x) of these data, such as that of `ais`.
         model, data, seed, device, progress: As for `log_likelihood`.
     Returns:
-        The scores, printed as a table.
+        The scores with their intervals, printed as a table.
     Raises:
         ValueError: No guide, or K < 2; and all that `particles` refuses.
     Example:
@@ -241,24 +277,32 @@ def compare_guides(
         >>> abs(found.scores["wide"].gap.value - (1 - math.log(2)) / 2) < 0.03   # KL(N(0, 1) || N(0, 1/2))
         True
     """
-    if not guides or num_samples < 2:
+    groups, wanted = groups_of(guides, model), bounds_at(bounds)
+    if num_samples < 2:
         raise ValueError(
-            f"got {len(guides)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
+            f"got {len(groups)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
         )
-    found = Proposals()
-    with sweep(model, *guides.values(), data=data, seed=seed, device=device, progress=progress, title="guides") as run:
-        found.pooled = [name for name, guide in guides.items() if rescores(model, guide, run.first)]
-        nesting = {name: run.nesting(guide) for name, guide in guides.items()}
+    found, every = Proposals(), {name: guide for group in groups.values() for name, guide in group.items()}
+    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    with sweep(model, *every.values(), data=data, title="guides", **options) as run:
+        found.pooled = [name for name, guide in every.items() if rescores(model, guide, run.first)]
+        nesting = {name: run.nesting(guide) for name, guide in every.items()}
         for batch in run:
-            found.add(model, guides, batch, num_samples, nesting)
+            found.add(model, every, batch, num_samples, nesting)
     scores, best, source = found.result(log_likelihood)
-    rows = {
-        name: GuideScore(
-            elbo=Mean.of(scored.elbo, scored.elbo_variance, num_samples),
-            log_likelihood=Mean.of(scored.log_p, scored.log_p_variance, num_samples),
-            gap=Mean.of(best.log_p - scored.elbo, best.log_p_variance + scored.elbo_variance, num_samples),
-            pareto_k=scored.pareto_k,
-        )
-        for name, scored in scores.items()
-    }
+    others = bound_values(wanted, num_samples, model, every, data, options) if wanted else {}
+    rows: dict[str, GuideScore] = {}
+    for name, members in groups.items():
+        own = [scores[member] for member in members]
+        numbers = {
+            "elbo": [Mean.of(s.elbo, s.elbo_variance, num_samples) for s in own],
+            "log_likelihood": [Mean.of(s.log_p, s.log_p_variance, num_samples) for s in own],
+            "gap": [Mean.of(best.log_p - s.elbo, best.log_p_variance + s.elbo_variance, num_samples) for s in own],
+        } | {label: [each[member] for member in members] for label, each in others.items()}
+        means = {key: each[0] if len(each) == 1 else pooled(each) for key, each in numbers.items()}
+        intervals = {key: interval(each) for key, each in numbers.items() if key != "log_likelihood"}
+        rows[name] = GuideScore(
+            means["elbo"], means["log_likelihood"], means["gap"], torch.cat([s.pareto_k for s in own]),
+            {label: means[label] for label in others}, intervals, len(own),
+        )  # fmt: skip
     return Comparison(rows, Mean.of(best.log_p, best.log_p_variance, num_samples), source, num_samples)

@@ -90,7 +90,7 @@ class Judgement(Result):
         return [{"stage": stage.title, "status": stage.status, "num_data": stage.num_data, "seconds": stage.seconds,
                  "found": str(stage)} for stage in self.stages]  # fmt: skip
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """What the guide loses, split where that is known; else the estimate of log p(x) against K, as a figure."""
         from pyro_vae.plots import bounds_by_samples, gap_bars
 
@@ -100,10 +100,10 @@ class Judgement(Result):
             parts = {"total": gaps.inference}
         if gaps.inference.known:
             values = {name: part.value for name, part in parts.items()}
-            return gap_bars([{"guide": "guide"} | values | {f"{n}_stderr": p.mc_stderr for n, p in parts.items()}])
+            return gap_bars([{"guide": "guide"} | values | {f"{n}_stderr": p.mc_stderr for n, p in parts.items()}], ax)
         if bounds.done:
             name = "importance-weighted bound"
-            return bounds_by_samples(bounds.curve_samples, {name: bounds.curve}, {name: bounds.curve_mc_stderr})
+            return bounds_by_samples(bounds.curve_samples, {name: bounds.curve}, {name: bounds.curve_mc_stderr}, ax=ax)
         raise ValueError("neither gaps nor bounds were done, so there is nothing to draw. See their reasons.")
 
     def to_json(self) -> str:

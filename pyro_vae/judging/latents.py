@@ -79,11 +79,11 @@ class DimensionKL(Result):
         errors = {"mc_stderr": self.mc_stderr, "data_stderr": self.data_stderr}
         return table(latent=self.names, value=self.value, **errors, exact=self.exact)
 
-    def plot(self) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """The divergences in falling order, as a figure."""
         from pyro_vae.plots import kl_by_dimension
 
-        return kl_by_dimension(self.value, self.data_stderr, threshold=DEAD_KL, names=self.names)
+        return kl_by_dimension(self.value, self.data_stderr, threshold=DEAD_KL, names=self.names, ax=ax)
 
     def __str__(self) -> str:
         shown = self.value.argsort(descending=True).tolist()

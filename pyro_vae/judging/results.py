@@ -24,6 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_vae.judging.tables import latex
+from pyro_vae.words import did_you_mean
+
 # Nats below which nothing is said to be at fault.
 RELEVANT = 0.05
 
@@ -61,6 +64,17 @@ class Result:
             )
         columns = {n: v for n, v in _fields(self) if isinstance(v, Tensor) and v.shape == each.shape}
         return pandas.DataFrame({name: value.tolist() for name, value in columns.items()})
+
+    def to_latex(self) -> str:
+        """The table in LaTeX, between the rules of booktabs, with numbers as in notebooks."""
+        head, body = self._cells()
+        return latex([head, *body])
+
+    def plot(self, ax: Any = None) -> Any:
+        """The numbers of the table with two standard errors each, as a figure, or drawn into `ax`."""
+        from pyro_vae.plots import number_bars
+
+        return number_bars(self.rows(), ax=ax)
 
     def _repr_html_(self) -> str:
         head, body = self._cells()
@@ -233,9 +247,10 @@ def one_of(choices: Sequence[str], **values: str) -> None:
     """Refuse words that are none of the choices."""
     for name, value in values.items():
         if value not in choices:
+            hint = did_you_mean(value, choices)
             words = [repr(choice) for choice in choices]
             wanted = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-            raise ValueError(f"got {name}={value!r}, wanted {wanted}.")
+            raise ValueError(f"got {name}={value!r}, wanted {wanted}.{hint}")
 
 
 def table(**columns: Any) -> list[dict[str, Any]]:

@@ -9,11 +9,12 @@ runs that module's code: so a file never gets one imported unless its reader tru
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pyro_vae.words import did_you_mean, key, one_of, spelled
 
 PARTS: dict[str, dict[str, str]] = {
     "posterior": {
@@ -68,11 +69,16 @@ def is_foreign(name: str) -> bool:
     return ":" in name
 
 
-def check(kind: str, name: str) -> None:
-    """Refuse a name that no part of a kind has and that is no ``module:Class``, without importing anything.
+def check(kind: str, name: str) -> str:
+    """A name that a part of a kind has, in whatever spelling, or ``module:Class``, without importing anything.
 
+    Returns:
+        The name as the table spells it.
     Raises:
         ValueError: Neither.
+    Example:
+        >>> check("posterior", "IAF"), check("posterior", "FullNormal"), check("likelihood", "discretized_logistic")
+        ('iaf', 'full', 'discretized-logistic')
     """
     if not isinstance(name, str):
         own = f" For this class pass {_path(name)!r}." if isinstance(name, type) else ""
@@ -80,11 +86,15 @@ def check(kind: str, name: str) -> None:
             f"got {kind}={name!r}, wanted a name: one of {', '.join(PARTS[kind])}, or module:Class.{own}"
         )
     module, colon, attribute = name.partition(":")
-    if name in PARTS[kind] or colon and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
-        return
-    close = difflib.get_close_matches(name, PARTS[kind], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown {kind} {name!r}, wanted one of {', '.join(PARTS[kind])}, or module:Class.{hint}")
+    if colon and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
+        return name
+    return one_of(kind, own_name(kind, name), PARTS[kind], ", or module:Class")
+
+
+def own_name(kind: str, name: str) -> str:
+    """The name of a class of this package that is called by that of the class; else what was given."""
+    classes = {key(where.partition(":")[2]): short for short, where in PARTS[kind].items()}
+    return name if spelled(name, PARTS[kind]) else classes.get(key(name), name)
 
 
 def _path(family: type) -> str:
@@ -209,7 +219,7 @@ def find(kind: str, name: str) -> Any:
         >>> find("posterior", "diagonal").__name__
         'DiagonalNormal'
     """
-    check(kind, name)
+    name = check(kind, name)
     where = name if is_foreign(name) else f"pyro_vae.parts.{PARTS[kind][name]}"
     module, _, attribute = where.partition(":")
     try:
@@ -249,7 +259,8 @@ def build(
     takes_all = any(p.kind is p.VAR_KEYWORD for p in taken)
     for option in () if takes_all else options:
         if option not in known:
-            raise ValueError(f"{kind} {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}.")
+            hint = did_you_mean(option, known)
+            raise ValueError(f"{kind} {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}.{hint}")
     filled = {key: value for key, value in (defaults or {}).items() if takes_all or key in known} | dict(options)
     try:
         return maker(*arguments, **filled)
@@ -263,7 +274,6 @@ def networks(name: str) -> Any:
     Raises:
         ValueError: An unknown name.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}, wanted one of {', '.join(NETWORKS)}.")
+    name = one_of("network", name, NETWORKS)
     module, _, attribute = NETWORKS[name].partition(":")
     return getattr(importlib.import_module(f"pyro_vae.parts.{module}"), attribute)

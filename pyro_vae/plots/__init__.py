@@ -2,11 +2,16 @@
 
     of a fitted pair    training_curve · reconstructions · samples · interpolations · gallery · latent_space
     of a judgement      bounds_by_samples · gap_bars · khat_against_log_p · bracket · rank_histogram ·
-                        coverage_curve · kl_by_dimension
+                        coverage_curve · kl_by_dimension · number_bars (of any table)
+
+    asked of a pair     latent_scatter · latent_grid · attribute · posterior_contours · rate_distortion
+
+What draws one pair of axes takes ``ax=``, where it draws then; all return the figure.
 """
 
-from pyro_vae.plots._bounds import bounds_by_samples, bracket, gap_bars, khat_against_log_p
+from pyro_vae.plots._bounds import bounds_by_samples, bracket, gap_bars, khat_against_log_p, number_bars
 from pyro_vae.plots._latents import coverage_curve, kl_by_dimension, rank_histogram
+from pyro_vae.plots._lecture import attribute, latent_grid, latent_scatter, posterior_contours, rate_distortion
 from pyro_vae.plots._pictures import (
     gallery,
     interpolations,
@@ -17,6 +22,7 @@ from pyro_vae.plots._pictures import (
 )
 
 __all__ = [
+    "attribute",
     "bounds_by_samples",
     "bracket",
     "coverage_curve",
@@ -25,8 +31,13 @@ __all__ = [
     "interpolations",
     "khat_against_log_p",
     "kl_by_dimension",
+    "latent_grid",
+    "latent_scatter",
     "latent_space",
+    "number_bars",
+    "posterior_contours",
     "rank_histogram",
+    "rate_distortion",
     "reconstructions",
     "samples",
     "training_curve",

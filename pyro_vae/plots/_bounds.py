@@ -25,6 +25,7 @@ from pyro_vae.plots._canvas import (
     MIDDLE,
     Numbers,
     array,
+    axes_of,
     canvas,
     label_axes,
     number,
@@ -41,6 +42,7 @@ def bounds_by_samples(
     stderr: Mapping[str, Numbers] | None = None,
     log_p: float | None = None,
     log_p_stderr: float = 0.0,
+    ax: Axes | None = None,
 ) -> Figure:
     """Bounds on log p(x) against K.
 
@@ -50,8 +52,9 @@ def bounds_by_samples(
         stderr: Their standard errors, by the same names.
         log_p: The best estimate of log p(x), as a line.
         log_p_stderr: Its standard error.
+        ax: Axes to draw into; a figure of its own if omitted.
     """
-    figure, axes = titled_axes("nats per datum", "Bounds on log p(x) by number of samples", "samples K")
+    figure, axes = titled_axes("nats per datum", "Bounds on log p(x) by number of samples", "samples K", ax)
     _level(axes, log_p, log_p_stderr)
     for (marker, dash, colour), (name, values) in zip(styles(bounds), bounds.items(), strict=True):
         _curve(axes, array(num_samples), values, (stderr or {}).get(name), name, marker, dash, colour)
@@ -66,6 +69,7 @@ def bracket(
     log_p: Numbers | None = None,
     lower_stderr: Numbers | None = None,
     upper_stderr: Numbers | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """The interval that holds log p(x) of each simulated datum, and its width.
 
@@ -79,36 +83,44 @@ def bracket(
         log_p: The exact value or another estimate per datum, (N,).
         lower_stderr: Standard error per datum, (N,).
         upper_stderr: Standard error per datum, (N,).
+        ax: Axes to draw the upper part into; a figure of its own with both if omitted.
     """
     low, high = array(lower), array(upper)
     order, place = np.argsort(low), np.arange(len(low))
-    figure = canvas(INCHES, 4.8)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    if ax is None:
+        figure = canvas(INCHES, 4.8)
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    else:
+        (figure, above), below = axes_of(ax, INCHES, 3.2), None
     above.vlines(place, low[order], high[order], color=DARK, lw=2.2, label="bracket")
     bounds = ((low, lower_stderr, "^", DARK, "lower bound"), (high, upper_stderr, "v", MIDDLE, "upper bound"))
     for values, error, marker, colour, name in bounds:
         above.plot(place, values[order], marker, color=colour, ms=4, alpha=0.8, label=name)
         if error is not None:
             above.errorbar(place, values[order], 2 * array(error)[order], fmt="none", ecolor=colour, lw=0.8)
+    if log_p is not None:
+        above.plot(place, array(log_p)[order], "x", color="black", ms=4, mew=0.9, label="log p(x)")
+    label_axes(above, "nats", "Bracket of log p(x), simulated data", "" if ax is None else "datum, by lower bound")
+    above.xaxis.set_major_locator(MaxNLocator(integer=True))
+    show_legend(above, loc="upper left")
+    if below is None:
+        return figure
     width = high - low
     below.vlines(place, 0, width[order], color=GREY, lw=0.8)
     below.plot(place, width[order], "o", color=DARK, ms=3)
     if log_p is not None:
-        for axes, base in ((above, 0), (below, low[order])):
-            axes.plot(place, array(log_p)[order] - base, "x", color="black", ms=4, mew=0.9, label="log p(x)")
+        below.plot(place, (array(log_p) - low)[order], "x", color="black", ms=4, mew=0.9, label="log p(x)")
     mean = float(np.nanmean(width))
     spread = float(np.nanstd(width, ddof=1) / len(width) ** 0.5) if len(width) > 1 else np.nan
     below.axhline(0, color=GREY, lw=0.8)
     below.axhline(mean, color=MIDDLE, lw=1.2, ls="--")
-    label_axes(above, "nats", "Bracket of log p(x), simulated data")
     label_axes(below, "above lower (nats)", "Width of the bracket", "datum, by lower bound")
     below.set_title(f"mean {number(mean, 3)} ± {spread:.3f} nats", loc="right", fontsize=9)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    show_legend(above, loc="upper left")
     return figure
 
 
-def gap_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def gap_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figure:
     """What each guide loses, approximation and amortization gap stacked, train beside test.
 
         log p(x) - ELBO = (log p(x) - ELBO of the best q for x) + (that - ELBO)
@@ -117,11 +129,11 @@ def gap_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
         rows: One per guide and split: {"guide", "split", "approximation", "approximation_stderr", "amortization",
             "amortization_stderr"}, nats per datum, or {"guide", "split", "total", "total_stderr"} where the total alone
             is known. Errors may be missing.
+        ax: Axes to draw into; a figure of its own if omitted.
     """
     guides = list(dict.fromkeys(str(row["guide"]) for row in rows))
     splits = list(dict.fromkeys(str(row.get("split", "")) for row in rows))
-    figure = canvas(max(4.5, min(12.0, 1.4 + 1.3 * len(guides) * max(len(splits), 1) / 1.5)), 4.0)
-    axes = figure.subplots()
+    figure, axes = axes_of(ax, max(4.5, min(12.0, 1.4 + 1.3 * len(guides) * max(len(splits), 1) / 1.5)), 4.0)
     width = 0.8 / len(splits)
     ticks, labels, named = [], [], set()
 
@@ -166,8 +178,9 @@ def gap_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def khat_against_log_p(
-    pareto_k: Numbers, log_p: Numbers, limit: float = 0.7, images: Tensor | None = None, worst: int = 8
-) -> Figure:
+    pareto_k: Numbers, log_p: Numbers, limit: float = 0.7, images: Tensor | None = None, worst: int = 8,
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
     """k-hat of each datum against its log p(x), and the data where it is worst.
 
     Args:
@@ -176,7 +189,10 @@ def khat_against_log_p(
         limit: Above it weights are unreliable, `khat_limit(K)`.
         images: The data, (N, C, H, W) in [0, 1]; those of largest k-hat are shown.
         worst: How many of them.
+        ax: Axes to draw into, without images; a figure of its own if omitted.
     """
+    if ax is not None and images is not None:
+        raise ValueError("got ax= and images, wanted one of the two: the images have axes of their own.")
     k, x = array(pareto_k), array(log_p)
     shown = min(worst, len(k)) if images is not None else 0
     finite = k[np.isfinite(k)]
@@ -185,12 +201,12 @@ def khat_against_log_p(
     pad = 0.08 * max(high - low, 0.5)
     floor = low - 2 * pad
     order = np.argsort(-np.nan_to_num(k, nan=-np.inf, neginf=-np.inf), kind="stable")[:shown]
-    figure = canvas(INCHES, 4.0 + (1.3 if shown else 0))
     if shown:
+        figure = canvas(INCHES, 5.3)
         grid = figure.add_gridspec(2, shown, height_ratios=(3.6, 1))
         axes = figure.add_subplot(grid[0, :])
     else:
-        axes = figure.subplots()
+        figure, axes = axes_of(ax, INCHES, 4.0)
     good = np.isfinite(k) & (k <= limit)
     bad = np.isfinite(k) & (k > limit)
     exact = np.isneginf(k)
@@ -223,6 +239,40 @@ def khat_against_log_p(
         panel.set_yticks([])
         panel.set_title(f"{i + 1}", fontsize=8, pad=2)
         panel.set_xlabel(f"k̂ {number(k[datum], 2)}", fontsize=7)
+    return figure
+
+
+def number_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figure:
+    """The numbers of a table, one group of points for each column, with two standard errors where it has them.
+
+    Args:
+        rows: Numbers and words by name; of a number "elbo" the error is "elbo_mc_stderr", or "mc_stderr" of "value".
+        ax: Axes to draw into; a figure of its own if omitted.
+    Raises:
+        ValueError: There is no number to draw.
+    """
+    heads = list(dict.fromkeys(name for row in rows for name in row))
+    numbers = [n for n in heads if all(type(row.get(n)) in (int, float) for row in rows)]
+    shown = [n for n in numbers if "stderr" not in n and not n.startswith("num_")]
+    if not rows or not shown:
+        raise ValueError(f"got a table of {', '.join(heads) or 'nothing'}, wanted one with numbers in it.")
+    words = [" ".join(row[n] for n in heads if isinstance(row.get(n), str)) for row in rows]
+    names = [word or str(i + 1) for i, word in enumerate(words)]
+    figure, axes = axes_of(ax, INCHES, 1.2 + 0.32 * len(rows) * len(shown))
+    place, ticks, labels = 0.0, [], []
+    for index, column in enumerate(shown):
+        for row, name in zip(rows, names, strict=True):
+            error = row.get("mc_stderr" if column == "value" else f"{column}_mc_stderr")
+            marker, _, colour = styles(dict.fromkeys(shown))[index]
+            bar = 2 * error if isinstance(error, float) and np.isfinite(error) else None
+            axes.errorbar(row[column], place, xerr=bar, fmt=marker, color=colour, ms=5, capsize=3)
+            ticks.append(place)
+            labels.append(column if len(rows) == 1 else f"{column}, {name}" if len(shown) > 1 else name)
+            place += 1
+        place += 0.5
+    axes.set_yticks(ticks, labels, fontsize=8)
+    axes.invert_yaxis()
+    label_axes(axes, "", "Values, with two standard errors", shown[0] if len(shown) == 1 else "value")
     return figure
 
 

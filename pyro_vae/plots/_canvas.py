@@ -28,9 +28,19 @@ def canvas(width: float, height: float) -> Figure:
     return figure
 
 
-def titled_axes(ylabel: str, title: str, xlabel: str) -> tuple[Figure, Axes]:
-    figure = canvas(INCHES, 3.8)
-    axes = figure.subplots()
+def axes_of(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    """Where to draw: the axes that were given, or the only ones of a new figure of so many inches."""
+    if ax is None:
+        figure = canvas(width, height)
+        return figure, figure.subplots()
+    found: Any = ax.figure
+    while found.figure is not found:  # a part of a figure
+        found = found.figure
+    return found, ax
+
+
+def titled_axes(ylabel: str, title: str, xlabel: str, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    figure, axes = axes_of(ax, INCHES, 3.8)
     label_axes(axes, ylabel, title, xlabel)
     return figure, axes
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -16,7 +17,7 @@ from pyro_vae.plots._canvas import (
     MIDDLE,
     Numbers,
     array,
-    canvas,
+    axes_of,
     label_axes,
     latent_name,
     panels_of,
@@ -26,7 +27,9 @@ from pyro_vae.plots._canvas import (
 )  # fmt: skip
 
 
-def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20, names: Sequence[str] = ()) -> Figure:
+def rank_histogram(
+    ranks: Numbers, num_draws: int, num_bins: int = 20, names: Sequence[str] = (), ax: Axes | None = None
+) -> Figure:
     """Simulation-based calibration: ranks of the true latents among draws of the guide.
 
     The band holds 95 % of each bar's counts if ranks are uniform. A hump means a guide that is too
@@ -37,6 +40,7 @@ def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20, names: Se
         num_draws: L, draws of the guide that each was ranked among.
         num_bins: Bars; the nearest number that divides L + 1 is taken.
         names: Of the latents, of which the first eight are shown.
+        ax: Axes to draw the first one into; a figure of its own with all if omitted.
     """
     from scipy.stats import binom
 
@@ -46,7 +50,7 @@ def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20, names: Se
     bins = min((b for b in range(1, places + 1) if places % b == 0), key=lambda b: abs(b - num_bins))
     counts = [np.histogram(v, bins, (-0.5, num_draws + 0.5))[0] for v in values.T]
     low, high = binom.ppf([0.025, 0.975], len(values), 1 / bins)
-    figure, panels = panels_of(len(counts))
+    figure, panels = panels_of(len(counts)) if ax is None else (axes_of(ax, 4.2, 3.4)[0], [ax])
     edges = np.linspace(-0.5, num_draws + 0.5, bins + 1)
     for d, (axes, count) in enumerate(zip(panels, counts, strict=False)):
         axes.axhspan(low, high, color=LIGHT, alpha=0.45, lw=0, zorder=0)
@@ -61,13 +65,14 @@ def rank_histogram(ranks: Numbers, num_draws: int, num_bins: int = 20, names: Se
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("simulations")
     some = f"; {len(panels)} of {len(counts)} latents" if len(panels) < len(counts) else ""
-    figure.suptitle(f"Calibration: ranks, 95 % band per bar{some}", x=0.02, ha="left", fontsize=11)
+    if ax is None:
+        figure.suptitle(f"Calibration: ranks, 95 % band per bar{some}", x=0.02, ha="left", fontsize=11)
     return figure
 
 
 def coverage_curve(
     levels: Numbers, coverage: Mapping[str, Numbers], num_data: int, lower: Numbers | None = None,
-    upper: Numbers | None = None, level: float = 0.95,
+    upper: Numbers | None = None, level: float = 0.95, ax: Axes | None = None,
 ) -> Figure:  # fmt: skip
     """How often an interval of each level holds the truth: on the diagonal if calibrated.
 
@@ -81,11 +86,11 @@ def coverage_curve(
         lower: Lower edge of a simultaneous band, (L,).
         upper: Its upper edge, (L,).
         level: Its probability.
+        ax: Axes to draw into; a figure of its own if omitted.
     """
     from scipy.stats import binom
 
-    figure = canvas(4.6, 4.6)
-    axes = figure.subplots()
+    figure, axes = axes_of(ax, 4.6, 4.6)
     x = array(levels)
     fine = np.linspace(0, 1, 201)
     low, high = (binom.ppf(q, num_data, fine) / num_data for q in (0.025, 0.975))
@@ -107,8 +112,9 @@ def coverage_curve(
 
 
 def kl_by_dimension(
-    kl: Numbers, stderr: Numbers | None = None, threshold: float = 0.01, names: Sequence[str] = ()
-) -> Figure:
+    kl: Numbers, stderr: Numbers | None = None, threshold: float = 0.01, names: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
     """KL(q(z_d | x) || p(z_d)) of each latent, averaged over data, in falling order.
 
     Args:
@@ -116,12 +122,13 @@ def kl_by_dimension(
         stderr: Standard errors, (D,).
         threshold: Below it a latent carries next to nothing.
         names: Of the latents.
+        ax: Axes to draw into; a figure of its own if omitted.
     """
     values = array(kl)
     order = np.argsort(-values, kind="stable")
     used = values[order] >= threshold
     title = f"KL by latent: {used.sum()} of {len(used)} carry {threshold:g} nats or more"
-    figure, axes = titled_axes("KL (nats per datum)", title, "latent, by KL")
+    figure, axes = titled_axes("KL (nats per datum)", title, "latent, by KL", ax)
     place = np.arange(len(values))
     bars: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
         (used, f"at least {threshold:g}", {"color": DARK}),

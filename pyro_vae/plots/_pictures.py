@@ -21,6 +21,7 @@ from pyro_vae.plots._canvas import (
     GREY,
     INCHES,
     ORANGE,
+    axes_of,
     canvas,
     label_axes,
     number,
@@ -33,16 +34,18 @@ _MAX_LABELS = 20
 
 
 def training_curve(
-    records: Sequence[Mapping[str, Any]], finals: Mapping[str, float] | None = None, name: str = "ELBO"
-) -> Figure:
+    records: Sequence[Mapping[str, Any]], finals: Mapping[str, float] | None = None, name: str = "ELBO",
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
     """The bound by epoch, scaled so that the part after the steep start can be read.
 
     Args:
         records: One per epoch, as in `History.records`.
         finals: Numbers to compare with, by name, as dotted lines.
         name: What the bound is called.
+        ax: Axes to draw into; a figure of its own if omitted.
     """
-    figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch")
+    figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch", ax)
     epochs = [record["epoch"] for record in records]
     shown: list[float] = []
     for key, label, colour in (("bound", "training", BLUE), ("validation", "validation", ORANGE)):
@@ -68,6 +71,7 @@ def reconstructions(
     reconstructed: Tensor,
     title: str = "Originals and reconstructions",
     names: tuple[str, str] = ("original", "reconstructed"),
+    ax: Axes | None = None,
 ) -> Figure:
     """Originals above their reconstructions.
 
@@ -76,42 +80,45 @@ def reconstructions(
         reconstructed: E[x | z], of the same shape.
         title: Above the picture.
         names: What the two are called.
+        ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if _is_vector(x):
-        return _heatmaps({names[0]: x, names[1]: reconstructed, "difference": x - reconstructed}, title)
+        return _heatmaps({names[0]: x, names[1]: reconstructed, "difference": x - reconstructed}, title, ax=ax)
     columns = min(len(x), 10)
     rows: list[Tensor] = []
     labels: list[str] = []
     for start in range(0, len(x), columns):
         rows += [x[start : start + columns], reconstructed[start : start + columns]]
         labels += names
-    return _mosaic(rows, title, labels, gap_after=2)
+    return _mosaic(rows, title, labels, gap_after=2, ax=ax)
 
 
-def samples(x: Tensor, title: str = "Samples from the prior") -> Figure:
+def samples(x: Tensor, title: str = "Samples from the prior", ax: Axes | None = None) -> Figure:
     """Samples in a square, or in the nearest full rectangle.
 
     Args:
         x: Samples, (N, *x_shape).
         title: Above the picture.
+        ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if _is_vector(x):
-        return _heatmaps({"": x}, title)
+        return _heatmaps({"": x}, title, ax=ax)
     square = int(np.ceil(len(x) ** 0.5))
     columns = next((c for c in range(square, 2 * square + 1) if len(x) % c == 0), square)
-    return _mosaic(list(x.split(columns)), title)
+    return _mosaic(list(x.split(columns)), title, ax=ax)
 
 
-def interpolations(x: Tensor, title: str = "Interpolations between test data") -> Figure:
+def interpolations(x: Tensor, title: str = "Interpolations between test data", ax: Axes | None = None) -> Figure:
     """Straight lines in latent space, one a row.
 
     Args:
         x: E[x | z] along each line, (N, steps, *x_shape).
         title: Above the picture.
+        ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if x.dim() == 3:
-        return _heatmaps({f"pair {i + 1}": line for i, line in enumerate(x[:4])}, title)
-    return _mosaic(list(x), title)
+        return _heatmaps({f"pair {i + 1}": line for i, line in enumerate(x[:4])}, title, ax=ax)
+    return _mosaic(list(x), title, ax=ax)
 
 
 def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
@@ -141,15 +148,18 @@ def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
     return figure
 
 
-def latent_space(z: Tensor, labels: Tensor | None = None, names: Sequence[str] | None = None) -> Figure:
+def latent_space(
+    z: Tensor, labels: Tensor | None = None, names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Figure:
     """Posterior means coloured by label: both latents, or the first two principal components.
 
     Args:
         z: Posterior means, (N, D).
         labels: One integer per datum, (N,), or None.
         names: Name of each label.
+        ax: Axes to draw into; a figure of its own if omitted.
     """
-    figure, axes = _figure(6.2 if labels is not None else 5.4, 5.2)
+    figure, axes = axes_of(ax, 6.2 if labels is not None else 5.4, 5.2)
     points, (horizontal, vertical) = plane(z)
     style: dict[str, Any] = {"s": 9 if len(points) > 1000 else 16, "linewidths": 0, "alpha": 0.75}
     found = labels.unique().tolist() if labels is not None else []
@@ -192,11 +202,6 @@ def plane(z: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
     return (u[:, :2] * s[:2]).numpy(), (names[0], names[1])
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = canvas(width, height)
-    return figure, figure.subplots()
-
-
 def _is_vector(x: Tensor) -> bool:
     return x.dim() == 2
 
@@ -205,7 +210,9 @@ def _show(axes: Axes, image: np.ndarray) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
-def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_after: int = 0) -> Figure:
+def _mosaic(
+    rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_after: int = 0, ax: Axes | None = None
+) -> Figure:
     """Rows of images as one picture, with thin white lines between them."""
     columns = max(len(row) for row in rows)
     _, height, width = rows[0].shape[1:]
@@ -222,7 +229,7 @@ def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_afte
             top, left = r * high + breaks[r], c * wide
             picture[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
     inches = min(INCHES, max(3.2, 0.75 * columns))
-    figure, axes = _figure(inches, inches * picture.shape[0] / picture.shape[1] + 0.4)
+    figure, axes = axes_of(ax, inches, inches * picture.shape[0] / picture.shape[1] + 0.4)
     axes.imshow(picture, interpolation="antialiased")
     axes.set_xticks([])
     axes.set_yticks([r * high + breaks[r] + high / 2 for r in range(len(labels))], labels, fontsize=7)
@@ -232,8 +239,12 @@ def _mosaic(rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_afte
     return figure
 
 
-def _heatmaps(panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = ()) -> Figure:
+def _heatmaps(
+    panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = (), ax: Axes | None = None
+) -> Figure:
     """Vectors as rows of heat maps that share one colour scale."""
+    if ax is not None:
+        raise ValueError("got ax= for vectors, wanted images: heat maps have several axes. Leave ax out.")
     arrays = {name: x.detach().float().cpu().numpy() for name, x in panels.items()}
     limit = max(float(np.abs(a).max()) for a in arrays.values()) or 1.0
     figure = canvas(INCHES if len(panels) > 1 else 5.0, 4.2)

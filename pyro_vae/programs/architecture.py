@@ -12,6 +12,7 @@ from pyro_vae.options import integer, integers
 from pyro_vae.parts import names
 from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.protocols import PriorOfPosterior, default_options, parameters_per_pixel, standardize
+from pyro_vae.words import did_you_mean, one_of
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Architecture:
         object.__setattr__(self, "x_shape", integers("x_shape", self.x_shape))
         object.__setattr__(self, "hidden", _widths(self.hidden))
         object.__setattr__(self, "latent_dim", integer("latent_dim", self.latent_dim))
+        object.__setattr__(self, "network", one_of("network", self.network, names.NETWORKS))
         layers = names.networks(self.network).layers
         for kind in names.PARTS:
-            names.check(kind, getattr(self, kind))
+            object.__setattr__(self, kind, names.check(kind, getattr(self, kind)))
             options = getattr(self, f"{kind}_options")
             if not isinstance(options, Mapping):
                 raise ValueError(f"{kind}_options must be a dict of its keyword arguments, got {options!r}.")
@@ -87,7 +89,8 @@ class Architecture:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                raise ValueError(f"unknown option {name!r}, wanted some of {', '.join(known[1:])}.")
+                hint = did_you_mean(name, known)
+                raise ValueError(f"unknown option {name!r}, wanted some of {', '.join(known[1:])}.{hint}")
         return cls(x_shape, **options)  # type: ignore[arg-type]
 
     @property
@@ -97,14 +100,14 @@ class Architecture:
 
     def encoder(self) -> nn.Module:
         """Data to features."""
-        return names.networks(self.network).encoder(self.x_shape, self.hidden, activation=self.activation)
+        return names.networks(self.network).encoder(self.x_shape, self.hidden, self.activation)
 
     def decoder(self, parameters_per_pixel: int = 1) -> nn.Module:
         """Latents to the parameters of the likelihood."""
         parameters_per_pixel = integer("parameters_per_pixel", parameters_per_pixel)
         out_shape = (parameters_per_pixel * self.x_shape[0], *self.x_shape[1:])
         make = names.networks(self.network).decoder
-        return make(self.latent_dim, out_shape, self.hidden[::-1], activation=self.activation)
+        return make(self.latent_dim, out_shape, self.hidden[::-1], self.activation)
 
     def pair(self) -> tuple[Model, Guide]:
         """p(z) p(x | z) and q(z | x) with new weights.

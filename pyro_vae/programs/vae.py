@@ -20,6 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from pyro_vae.atomic import replace_file
+from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
 from pyro_vae.parts import posteriors
@@ -30,10 +31,80 @@ from pyro_vae.tensors import data_of, running
 _METADATA = "pyro_vae.architecture"
 
 
-class VAE(nn.Module):
+_ROWS = 1000  # data that go through the networks at a time
+
+
+class Answers(nn.Module):
+    """What people ask of a pair, abstract: numbers, and the distributions that they are of.
+
+        posterior(x), decode(z)     distributions, which carry gradients
+        encode, reconstruct, ...    plain tensors without, where the pair is: ``.numpy()`` works on a CPU
+
+    Data are whatever `data_of` takes. With `seed` the noise that is drawn on the way starts at it, and torch's random
+    state is afterwards what it was; without, it goes on.
+
+    y: What the programs take beside x.
+    """
+
+    model: Any
+    guide: Any
+
+    def posterior(self, x: Any, *y: Any) -> TorchDistribution:
+        """q(z | x), or q(z | x, y): a distribution over the latent for each datum, batch_shape (B,)."""
+        raise NotImplementedError
+
+    def decode(self, z: Any, *y: Any) -> TorchDistribution:
+        """p(x | z), or p(x | z, y): a distribution over data for each latent, batch_shape (...)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    @checked
+    def encode(self, x: Any, *y: Any, seed: int | None = None) -> Tensor:
+        """E_q[z | x], the place of each datum in the latent space; `posterior` is the whole distribution.
+
+        Args:
+            x: Data, (B, *x_shape): a tensor, an array, images, a `Split`.
+            y: What the guide takes beside.
+            seed: Of a binarisation on the way, and of the draws behind the mean of a family without one in closed form.
+        Returns:
+            (B, D).
+        """
+        with noise(seed):
+            return torch.cat([posteriors.mean(self.posterior(*part)) for part in self._parts(x, *y)])
+
+    @torch.no_grad()
+    @checked
+    def reconstruct(self, x: Any, *y: Any, seed: int | None = None) -> Tensor:
+        """E[x' | z] at z = E_q[z | x], given y where the programs take it.
+
+        Args:
+            x, y, seed: As for `encode`.
+        Returns:
+            (B, *x_shape).
+        """
+        with noise(seed):
+            parts = self._parts(x, *y)
+            return torch.cat([self._decoded(posteriors.mean(self.posterior(*part)), *part[1:]) for part in parts])
+
+    def _decoded(self, z: Tensor, *y: Any) -> Tensor:
+        return self.decode(z, *y).mean
+
+    def _parts(self, x: Any, *y: Any) -> list[tuple[Any, ...]]:
+        """The data, and what goes with each of them, so many at a time as memory is for."""
+        x = data_of(x, self.guide)
+        others = [value if value is None else data_of(value, name="y") for value in y]
+        if len(x) <= _ROWS:
+            return [(x, *others)]
+        rows = [slice(start, start + _ROWS) for start in range(0, len(x), _ROWS)]
+        return [(x[r], *(v if v is None or len(v) != len(x) else v[r] for v in others)) for r in rows]
+
+
+class VAE(Answers):
     """A model p(z) p(x | z) and a guide q(z | x), with what people expect of the pair.
 
-    ``vae.model`` and ``vae.guide`` are ordinary Pyro programs: everything that takes a pair takes them.
+    ``vae.model`` and ``vae.guide`` are ordinary Pyro programs. It may stand in the place of both: ``fit(vae, data)``.
+    `encode`, `reconstruct`, `sample` and `interpolate` give plain tensors without gradient; `posterior` and `decode`
+    give distributions.
 
     Args:
         model: The generative model.
@@ -41,8 +112,10 @@ class VAE(nn.Module):
         architecture: How the two were built, if by `VAE.build`; saved with the weights.
     Example:
         >>> vae = VAE.build((1, 8, 8), latent_dim=2, hidden=(32,))
-        >>> vae.sample(3).shape, vae.encode(torch.zeros(5, 1, 8, 8)).mean.shape
+        >>> vae.sample(3).shape, vae.encode(torch.zeros(5, 1, 8, 8)).shape
         (torch.Size([3, 1, 8, 8]), torch.Size([5, 2]))
+        >>> vae.posterior(torch.zeros(5, 1, 8, 8)).stddev.shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, model: Model, guide: Guide, architecture: Architecture | None = None) -> None:
@@ -64,11 +137,11 @@ class VAE(nn.Module):
         architecture = Architecture.of(x_shape, **options)
         return cls(*architecture.pair(), architecture)
 
-    def encode(self, x: Any, mask: Any = None) -> TorchDistribution:
+    def posterior(self, x: Any, mask: Any = None) -> TorchDistribution:
         """q(z | x): a distribution over the latent for each datum, of what the guide sees of it.
 
         Args:
-            x: Data, (B, *x_shape), a tensor or an array, cast as `fit` casts them.
+            x: Data, (B, *x_shape), a tensor, an array, images or a `Split`, cast as `fit` casts them.
             mask: True where a pixel is observed, broadcastable to x; None for all.
         Returns:
             A distribution with batch_shape (B,).
@@ -92,49 +165,77 @@ class VAE(nn.Module):
         return running(self.model.likelihood, data_of(z, self.model, "z"), network=self.model)
 
     @torch.no_grad()
-    def reconstruct(self, x: Any, mask: Any = None) -> Tensor:
-        """E[x' | z] at z = E_q[z | x], of the observed pixels where there is a mask, (B, *x_shape)."""
-        return self.decode(posteriors.mean(self.encode(x, mask))).mean
+    @checked
+    def encode(self, x: Any, mask: Any = None, *, seed: int | None = None) -> Tensor:  # type: ignore[override]
+        """E_q[z | x], of the observed pixels where there is a mask, (B, D); `posterior` is the whole distribution.
+
+        Args:
+            x, mask: As for `posterior`.
+            seed: As for `Answers.encode`.
+        """
+        return super().encode(x, mask, seed=seed)
 
     @torch.no_grad()
     @checked
-    def sample(self, size: int = 1, *, pixels: str = "mean") -> Tensor:
+    def reconstruct(self, x: Any, mask: Any = None, *, seed: int | None = None) -> Tensor:  # type: ignore[override]
+        """E[x' | z] at z = E_q[z | x], of the observed pixels where there is a mask, (B, *x_shape).
+
+        Args:
+            x, mask: As for `posterior`.
+            seed: As for `Answers.encode`.
+        """
+        return super().reconstruct(x, mask, seed=seed)
+
+    def _decoded(self, z: Tensor, *y: Any) -> Tensor:
+        return self.decode(z).mean
+
+    @torch.no_grad()
+    @checked
+    def sample(self, size: int = 1, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
         """New data: z ~ p(z), then x from p(x | z).
 
         Args:
             size: How many.
             pixels: "mean" for E[x | z], the picture people show; "draw" for a sample
                 of p(x), which is what the model claims.
+            seed: Of the draws; None goes on with torch's random state.
         Returns:
             (size, *x_shape).
         Raises:
             ValueError: Another value of pixels.
         """
-        return pixels_of(self.decode(self.model.prior().expand([size]).sample()), pixels)
+        with noise(seed):
+            return pixels_of(self.decode(self.model.prior().expand([size]).sample()), pixels)
 
     @torch.no_grad()
     @checked
-    def interpolate(self, start: Any, end: Any, steps: int = 10) -> Tensor:
+    def interpolate(self, start: Any, end: Any, steps: int = 10, *, seed: int | None = None) -> Tensor:
         """E[x | z] along straight lines between the posterior means of two batches.
 
         Args:
             start: Data, (B, *x_shape).
             end: Data, (B, *x_shape).
             steps: Points on each line, both ends included.
+            seed: As for `encode`.
         Returns:
             (B, steps, *x_shape).
         Raises:
             ValueError: Fewer than two steps, or batches of different shape.
         """
-        start, end = data_of(start, name="start"), data_of(end, name="end")
+        with noise(seed):
+            start, end = data_of(start, self.guide, "start"), data_of(end, self.guide, "end")
+            a, b = self._ends(start, end, steps)
+        weight = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device).unsqueeze(-1)
+        return self.decode(a + (b - a) * weight).mean
+
+    def _ends(self, start: Tensor, end: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         if steps < 2 or start.shape != end.shape:
             raise ValueError(
                 f"got {steps} steps between data of shapes {tuple(start.shape)} and {tuple(end.shape)}, wanted at "
                 "least 2 steps and equal shapes."
             )
-        a, b = (posteriors.mean(self.encode(x)).unsqueeze(1) for x in (start, end))
-        weight = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device).unsqueeze(-1)
-        return self.decode(a + (b - a) * weight).mean
+        a, b = (self.encode(x).unsqueeze(1) for x in (start, end))
+        return a, b
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights (and architecture, where known) to a safetensors file, atomically.

@@ -10,7 +10,7 @@ The norm is over groups of channels of one image, never over the batch: particle
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -229,5 +229,10 @@ def _check_stages(channels: Sequence[int], blocks: int) -> None:
                          "and at least one block.")
 
 
-CONVOLUTIONAL = Networks(ConvEncoder, ConvDecoder)
-RESIDUAL = Networks(ResidualEncoder, ResidualDecoder)
+def _named(network: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A network of sizes, widths and an activation, which comes last."""
+    return lambda *sizes: network(*sizes[:-1], activation=sizes[-1])
+
+
+CONVOLUTIONAL = Networks(_named(ConvEncoder), _named(ConvDecoder))
+RESIDUAL = Networks(_named(ResidualEncoder), _named(ResidualDecoder))

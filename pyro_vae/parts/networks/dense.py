@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.options import integers
+from pyro_vae.words import one_of
 
 
 class _SoftplusFunction(torch.autograd.Function):
@@ -56,9 +57,7 @@ def make_activation(name: str) -> nn.Module:
     Raises:
         ValueError: No name of `ACTIVATIONS`.
     """
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}, wanted one of {', '.join(ACTIVATIONS)}.")
-    return _ACTIVATIONS[name]()
+    return _ACTIVATIONS[one_of("activation", name, ACTIVATIONS)]()
 
 
 Shape: TypeAlias = int | Sequence[int]
@@ -225,8 +224,10 @@ class Networks(NamedTuple):
 def _dense(network: Callable[..., nn.Module], **fixed: Any) -> Networks:
     """Both of one class; `fixed` holds whatever is not to be chosen by name."""
     return Networks(
-        lambda x_shape, hidden, **options: network(x_shape, hidden, None, **options | fixed),
-        lambda latent_dim, out_shape, hidden, **options: network(latent_dim, hidden, out_shape, **options | fixed),
+        lambda x_shape, hidden, activation: network(x_shape, hidden, None, **{"activation": activation} | fixed),
+        lambda latent_dim, out_shape, hidden, activation: network(
+            latent_dim, hidden, out_shape, **{"activation": activation} | fixed
+        ),
     )
 
 

@@ -21,9 +21,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_vae.options import integer
 from pyro_vae.parts import names
 from pyro_vae.parts.networks import MLP
-from pyro_vae.parts.posteriors import mean
-from pyro_vae.programs.vae import VAE
+from pyro_vae.programs.vae import VAE, Answers
 from pyro_vae.protocols import parameters_per_pixel
+from pyro_vae.tensors import data_of, running
 
 Conditional: TypeAlias = Callable[..., TorchDistribution]
 
@@ -39,24 +39,18 @@ def pixel_likelihood(
     return likelihood
 
 
-class Pair(nn.Module):
+class Pair(Answers):
     """A model and a guide of the zoo, and what people expect of it; abstract. y: what they take beside x."""
 
-    model: Any
-    guide: Any
-
-    def encode(self, x: Tensor, *y: Tensor) -> TorchDistribution:
+    def posterior(self, x: Any, *y: Any) -> TorchDistribution:
         """q(z | x) or q(z | x, y), batch_shape (B,)."""
-        return self.guide.posterior(x, *y)
+        beside = [data_of(value, name="y") for value in y]
+        return running(self.guide.posterior, data_of(x, self.guide), *beside, network=self.guide)
 
-    def decode(self, z: Tensor, *y: Tensor) -> TorchDistribution:
+    def decode(self, z: Any, *y: Any) -> TorchDistribution:
         """p(x | z) or p(x | z, y), batch_shape (...)."""
-        return self.model.likelihood(z, *y)
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, *y: Tensor) -> Tensor:
-        """E[x' | z] at z = E_q[z | x], given y where the programs take it, (B, *x_shape)."""
-        return self.decode(mean(self.encode(x, *y)), *y).mean
+        beside = [data_of(value, name="y") for value in y]
+        return running(self.model.likelihood, data_of(z, self.model, "z"), *beside, network=self.model)
 
 
 def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:

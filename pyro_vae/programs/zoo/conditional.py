@@ -17,6 +17,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -27,6 +28,7 @@ from pyro_vae.programs.pair import Named, batch_check, data_check, observe
 from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo import assembly
 from pyro_vae.programs.zoo.assembly import class_check, is_class_numbers, one_hot, pixel_likelihood, rows_of
+from pyro_vae.tensors import data_of
 
 
 class Joined(nn.Module):
@@ -196,27 +198,32 @@ class Conditional(assembly.Pair):
         joined = Joined(names.made("posterior", posterior, encoder, latent_dim), event_dim=len(x_shape))
         return cls(prior, Joined(decoder), joined, conditional_prior, y_dim)
 
-    def encode(self, x: Tensor, *y: Tensor) -> TorchDistribution:
+    def posterior(self, x: Any, *y: Any) -> TorchDistribution:
         """q(z | x, y), batch_shape (B,)."""
-        return super().encode(x, *(_rows(self.guide, one, len(x)) for one in y))
+        x = data_of(x, self.guide)
+        return super().posterior(x, *(_rows(self.guide, data_of(one, name="y"), len(x)) for one in y))
 
-    def decode(self, z: Tensor, *y: Tensor) -> TorchDistribution:
+    def decode(self, z: Any, *y: Any) -> TorchDistribution:
         """p(x | z, y), batch_shape (...)."""
-        return super().decode(z, *(_rows(self.model, one) for one in y))
+        return super().decode(z, *(_rows(self.model, data_of(one, name="y")) for one in y))
 
     @torch.no_grad()
-    def sample(self, y: Tensor, *, pixels: str = "mean") -> Tensor:
+    @checked
+    def sample(self, y: Any, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
         """New data, one for each y: z ~ p(z | y), then x from p(x | z, y).
 
         Args:
             y: (B, C), or class numbers (B,).
             pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
+            seed: Of the draws; None goes on with torch's random state.
         Returns:
             (B, *x_shape).
         Raises:
             ValueError: Another value of pixels.
         """
-        return pixels_of(self.decode(self.model.given_y(y).sample(), y), pixels)
+        y = data_of(y, name="y")
+        with noise(seed):
+            return pixels_of(self.decode(self.model.given_y(y).sample(), y), pixels)
 
 
 def _rows_check(x: Tensor | None, y: Tensor | None) -> None:

@@ -23,6 +23,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -32,6 +33,7 @@ from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
 from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood
+from pyro_vae.tensors import data_of, running
 
 
 class HierarchicalModel(Named):
@@ -159,31 +161,36 @@ class Hierarchical(Pair):
         """L."""
         return self.model.num_layers
 
-    def encode(self, x: Tensor, *_: Tensor) -> TorchDistribution:
+    def posterior(self, x: Any, *_: Any) -> TorchDistribution:
         """q(z_1 | x), batch_shape (B,); the layers above have no distribution given x in closed form."""
-        return self.guide.z1_given_x(x)
+        return running(self.guide.z1_given_x, data_of(x, self.guide), network=self.guide)
 
     @torch.no_grad()
-    def latents(self, x: Tensor) -> list[Tensor]:
+    @checked
+    def latents(self, x: Any, *, seed: int | None = None) -> list[Tensor]:
         """One draw of z_1, ..., z_L from the guide, (B, D_l) each."""
-        drawn = [self.encode(x).sample()]
-        for layer in range(2, self.num_layers + 1):
-            drawn.append(getattr(self.guide, f"z{layer}_given_z{layer - 1}")(drawn[-1]).sample())
+        with noise(seed):
+            drawn = [self.posterior(x).sample()]
+            for layer in range(2, self.num_layers + 1):
+                drawn.append(getattr(self.guide, f"z{layer}_given_z{layer - 1}")(drawn[-1]).sample())
         return drawn
 
     @torch.no_grad()
-    def sample(self, size: int = 1, *, pixels: str = "mean") -> Tensor:
+    @checked
+    def sample(self, size: int = 1, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
         """New data: z_L ~ p(z_L), and down to p(x | z_1).
 
         Args:
             size: How many.
             pixels: "mean" for E[x | z_1]; "draw" for a sample of p(x).
+            seed: Of the draws; None goes on with torch's random state.
         Returns:
             (size, *x_shape).
         Raises:
             ValueError: Another value of pixels.
         """
-        z = self.model.prior().expand([size]).sample()
-        for layer in range(self.num_layers - 1, 0, -1):
-            z = getattr(self.model, f"z{layer}_given_z{layer + 1}")(z).sample()
-        return pixels_of(self.decode(z), pixels)
+        with noise(seed):
+            z = self.model.prior().expand([size]).sample()
+            for layer in range(self.num_layers - 1, 0, -1):
+                z = getattr(self.model, f"z{layer}_given_z{layer + 1}")(z).sample()
+            return pixels_of(self.decode(z), pixels)

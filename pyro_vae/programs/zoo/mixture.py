@@ -24,6 +24,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -165,19 +166,25 @@ class Mixture(Pair):
         return Model(self.model.prior, self.model.likelihood)
 
     @torch.no_grad()
-    def responsibilities(self, x: Tensor, num_samples: int = 100) -> Tensor:
+    @checked
+    def responsibilities(self, x: Any, num_samples: int = 100, *, seed: int | None = None) -> Tensor:
         """p(c | x), (B, C), as the guide sees it: E_q(z|x) p(c | z), from samples."""
-        z = self.encode(x).sample(torch.Size([num_samples]))
-        return self.model.prior.responsibilities(z).mean(0)
+        with noise(seed):
+            z = self.posterior(x).sample(torch.Size([num_samples]))
+            return self.model.prior.responsibilities(z).mean(0)
 
     @torch.no_grad()
-    def sample(self, size: int = 1, *, cluster: int | None = None, pixels: str = "mean") -> Tensor:
+    @checked
+    def sample(
+        self, size: int = 1, *, cluster: int | None = None, pixels: str = "mean", seed: int | None = None
+    ) -> Tensor:
         """New data: c ~ p(c), z ~ p(z | c), then x from p(x | z).
 
         Args:
             size: How many.
             cluster: c, to draw from one cluster only.
             pixels: "mean" for E[x | z]; "draw" for a sample of p(x).
+            seed: Of the draws; None goes on with torch's random state.
         Returns:
             (size, *x_shape).
         Raises:
@@ -186,6 +193,7 @@ class Mixture(Pair):
         clusters = self.model.prior.clusters()
         if cluster is not None and not 0 <= cluster < clusters.probs.shape[-1]:
             raise ValueError(f"got cluster {cluster}, wanted one of 0 ... {clusters.probs.shape[-1] - 1}, or None.")
-        c = clusters.sample(torch.Size([size]))
-        z = self.model.prior.components(c if cluster is None else torch.full_like(c, cluster)).sample()
-        return pixels_of(self.decode(z), pixels)
+        with noise(seed):
+            c = clusters.sample(torch.Size([size]))
+            z = self.model.prior.components(c if cluster is None else torch.full_like(c, cluster)).sample()
+            return pixels_of(self.decode(z), pixels)

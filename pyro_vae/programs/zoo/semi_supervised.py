@@ -31,6 +31,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -48,6 +49,7 @@ from pyro_vae.programs.zoo.assembly import (
     readable,
 )
 from pyro_vae.programs.zoo.conditional import Joined
+from pyro_vae.tensors import data_of, running
 
 
 class Labels(nn.Module):
@@ -217,23 +219,30 @@ class SemiSupervised(Pair):
         )
 
     @torch.no_grad()
-    def classify(self, x: Tensor) -> Tensor:
+    @checked
+    def classify(self, x: Any, *, seed: int | None = None) -> Tensor:
         """q(y | x), (B, C)."""
-        return self.guide.classifier(x).probs
+        with noise(seed):
+            x = data_of(x, self.guide)
+            return running(self.guide.classifier, x, network=self.guide).probs
 
     @torch.no_grad()
-    def sample(self, y: Tensor, *, pixels: str = "mean") -> Tensor:
+    @checked
+    def sample(self, y: Any, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
         """New data, one for each label: z ~ p(z), then x from p(x | z, y).
 
         Args:
             y: Labels, (B,).
             pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
+            seed: Of the draws; None goes on with torch's random state.
         Returns:
             (B, *x_shape).
         Raises:
             ValueError: Another value of pixels.
         """
-        return pixels_of(self.decode(self.model.prior().expand([len(y)]).sample(), y), pixels)
+        y = data_of(y, name="y")
+        with noise(seed):
+            return pixels_of(self.decode(self.model.prior().expand([len(y)]).sample(), y), pixels)
 
 
 def label_check(x: Tensor | None, y: Tensor | None, among: TorchDistribution | None = None) -> None:

@@ -1,0 +1,137 @@
+"""A run folder in Python: the pair, its data as the run had them, and what is known of the fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyro_vae.app import evaluation
+from pyro_vae.app.commands import options_of
+from pyro_vae.app.defaults import FitOptions, option, resolve
+from pyro_vae.app.fitting import VALIDATION_IMAGES, read
+from pyro_vae.app.runs import Run
+from pyro_vae.data import Dataset
+from pyro_vae.inference.training import History
+from pyro_vae.options import checked
+from pyro_vae.programs.pair import Guide, Model
+from pyro_vae.programs.vae import VAE
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that was opened; it stands in the place of ``model, guide`` in everything that takes a pair.
+
+    Attributes:
+        path: Its folder.
+        vae: The fitted pair, in evaluation mode.
+        options: The complete configuration, one field for each option of the command.
+        history: What the fit did, one record per epoch.
+        summary: The numbers of summary.json.
+        data_dir: Where the files of a named dataset lie now; None where they were.
+    """
+
+    path: Path
+    vae: VAE
+    options: FitOptions
+    history: History
+    summary: dict[str, Any]
+    data_dir: str | None = None
+
+    @property
+    def model(self) -> Model:
+        """p(z) p(x | z)."""
+        return self.vae.model
+
+    @property
+    def guide(self) -> Guide:
+        """q(z | x)."""
+        return self.vae.guide
+
+    @functools.cached_property
+    def data(self) -> Dataset:
+        """The data, read when they are first asked for: to train on as the run drew them, afresh in each batch; to
+        validate and to test on the run's own images and draws, so that its numbers come out again.
+
+        Raises:
+            ValueError: They cannot be read any more, or are of another shape.
+        """
+        moved = {} if self.data_dir is None else {"data_dir": self.data_dir}
+        _, found = read(resolve(vars(self.options) | moved))
+        shape = None if self.vae.architecture is None else self.vae.architecture.x_shape
+        if found.x_shape != shape:
+            raise ValueError(
+                f"{self.options.data} now has data of shape {found.x_shape}, but {self.path} was fitted to {shape}. "
+                "Give the data that it was fitted to: pv.open(path, data_dir=...)."
+            )
+        seed = self.options.seed
+        return dataclasses.replace(
+            found,
+            validation=found.validation.subset(slice(0, VALIDATION_IMAGES)).frozen(seed),
+            test=evaluation.test_data(found, seed, self.options.evaluation_images),
+        )
+
+    def __repr__(self) -> str:
+        given, usual = self.options.to_json(), resolve({"data": self.options.data}).to_json()
+        differ = [f"{option(name)} {value}" for name, value in given.items() if value != usual.get(name)]
+        numbers = [
+            f"{words} {self.summary[name]:.2f}{_error(self.summary.get(f'{name}_stderr'))}"
+            for name, words in (("test_elbo", "ELBO"), ("test_log_likelihood", "log p(x)"),
+                                ("test_reconstruction", "reconstruction"))
+            if self.summary.get(name) is not None
+        ]  # fmt: skip
+        count = sum(p.numel() for p in self.vae.parameters())
+        early = " (stopped early)" if self.history.stopped_early else ""
+        ended = " (interrupted)" if self.history.interrupted else early
+        lines = [
+            f"{self.path}: a run on {self.options.data}, {len(self.history)} epochs{ended}",
+            f"  pair     {self.options.network} {'-'.join(map(str, self.options.hidden))}, {self.options.latent_dim} "
+            f"latents, q {self.options.posterior}, p(z) {self.options.prior}, p(x|z) {self.options.likelihood}, "
+            f"{count:,} parameters",
+            f"  test     {', '.join(numbers) or 'not evaluated'}",
+            f"  options  {' '.join(differ) or 'the defaults'}",
+            "  has      .vae .model .guide .data .options .history .summary",
+        ]
+        return "\n".join(lines)
+
+
+def _error(stderr: Any) -> str:
+    return f" ± {stderr:.2f}" if isinstance(stderr, float) else ""
+
+
+@checked
+def open(  # noqa: A001 - as pv.open
+    path: str | os.PathLike[str], *, trust: bool | Sequence[str] = False, data_dir: str | os.PathLike[str] | None = None
+) -> Opened:
+    """Open a run folder that ``pyro-vae fit`` wrote: reads JSON and tensors, and runs no code but this package's.
+
+    Args:
+        path: The folder.
+        trust: Whether parts of your own that the run was fitted with are imported, which runs their code: True for all
+            that it names, or ``module:Class`` of those that are. As --trust of the command.
+        data_dir: Where the files of a named dataset lie now; None where they were.
+    Returns:
+        The run: ``vae`` (``model``, ``guide``), ``data`` (``train``, ``validation``, ``test``), ``options``,
+        ``history``, ``summary``. It may be given wherever a pair is: ``pv.judge(run, run.data.test)``.
+    Raises:
+        ValueError: No run folder, a file missing or damaged, or parts that are not trusted.
+    Example:
+        >>> open("runs/none")
+        Traceback (most recent call last):
+        ...
+        ValueError: got runs/none, wanted a run folder, as 'pyro-vae fit --out runs/none' writes one.
+    """
+    run = Run.load(Path(path).expanduser())
+    if isinstance(trust, bool):
+        named = [run.config.get(name) for name in ("posterior", "prior", "likelihood")]
+        trusted: Sequence[str] = [name for name in named if isinstance(name, str)] if trust else ()
+    else:
+        trusted = [trust] if isinstance(trust, str) else trust
+    vae = run.vae(trusted)
+    told = {name: run.summary.get(name) for name in ("best_epoch", "stopped_early", "interrupted")}
+    history = History(run.metrics(), told["best_epoch"], bool(told["stopped_early"]), bool(told["interrupted"]))
+    return Opened(run.path, vae, options_of(run), history, run.summary, None if data_dir is None else str(data_dir))

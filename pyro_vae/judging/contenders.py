@@ -1,0 +1,156 @@
+"""What is compared: guides as people hold them, by name and in groups, and any bound of each at any K.
+
+A group is several guides under one name, such as one family fitted from several seeds. Its number is their mean, and
+its interval that of a family fitted from another seed:
+
+    mean of m guides  +-  t(m - 1) s / sqrt(m),    s their standard deviation (Monte Carlo errors are in it)
+
+One guide alone has the interval of its Monte Carlo error, two standard errors, which says nothing of other seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.inference.bounds import Bound, named
+from pyro_vae.inference.objectives import Objective
+from pyro_vae.judging.results import Mean
+from pyro_vae.judging.sweeps import sweep
+from pyro_vae.options import integer, is_pair
+from pyro_vae.traces import Program
+
+Groups = dict[str, dict[str, Program]]  # name of the group -> name of the guide -> guide
+LEVEL = 0.95
+_DRAWS = (4, 100)  # at least and at most so many draws of a bound
+
+
+def groups_of(guides: Any, model: Program) -> Groups:
+    """Guides by the name of their group and by names of their own.
+
+    Args:
+        guides: A guide, or a pair in one piece, which stands for its guide; a list of them, called by what they are; a
+            mapping from names to them, or to lists of them, which are groups.
+        model: The model that they are compared under.
+    Raises:
+        ValueError: No guide; something that is none; a pair with another model.
+    Example:
+        >>> def one(x): ...
+        >>> def two(x): ...
+        >>> groups_of([one, two], print).keys(), groups_of({"both": [one, two]}, print)["both"].keys()
+        (dict_keys(['one', 'two']), dict_keys(['both #1', 'both #2']))
+    """
+    if not isinstance(guides, Mapping):
+        listed = list(guides) if isinstance(guides, list | tuple) else [guides]
+        called = [_called(each) for each in listed]
+        guides = {
+            name if called.count(name) == 1 else f"{name} {called[: i + 1].count(name)}": each
+            for i, (name, each) in enumerate(zip(called, listed, strict=True))
+        }
+    found: Groups = {}
+    for name, given in guides.items():
+        members = list(given) if isinstance(given, list | tuple) else [given]
+        many = len(members) > 1
+        found[str(name)] = {
+            f"{name} #{i + 1}" if many else str(name): _guide(model, f"{name}", each) for i, each in enumerate(members)
+        }
+    if not found or not all(found.values()):
+        raise ValueError(f"got {len(found)} guides, wanted at least one in each place. Pass {{'name': guide}}, say.")
+    return found
+
+
+def _called(guide: Any) -> str:
+    """What a guide is called by: its family where it has one, else what it is."""
+    guide = guide.guide if is_pair(guide) else guide
+    family = getattr(guide, "posterior", None)
+    return getattr(guide, "__name__", None) or type(guide if family is None else family).__name__
+
+
+def _guide(model: Program, name: str, given: Any) -> Program:
+    if is_pair(given):
+        if getattr(given, "model", None) != model:
+            raise ValueError(
+                f"got the pair {name!r} with a model of its own, wanted guides of the one model that they are compared "
+                "under. Pass its guide, vae.guide, if you mean that, fitted by fit_guide(model, vae.guide, data)."
+            )
+        guide: Program = given.guide
+        return guide
+    if not callable(given):
+        raise ValueError(
+            f"got {type(given).__name__} as the guide {name!r}, wanted a guide, a pair, or a list of either."
+        )
+    return given
+
+
+def bounds_at(bounds: Any) -> dict[str, tuple[Bound, int]]:
+    """Bounds at numbers of samples, by what they are called.
+
+    Args:
+        bounds: From bounds, or their names, to a K or several: ``{"iwae": (5, 50), renyi(0.5): 5}``.
+    Raises:
+        ValueError: No such bound, or no number of samples.
+    Example:
+        >>> list(bounds_at({"IWAE": (5, 50)}))
+        ['iwae 5', 'iwae 50']
+    """
+    found: dict[str, tuple[Bound, int]] = {}
+    for given, counts in dict(bounds or {}).items():
+        for count in counts if isinstance(counts, Sequence) else [counts]:
+            objective = Objective(given, integer("num_samples", count))
+            if objective.upper:
+                raise ValueError(f"got the bound {given!r}, which is one from above, wanted one that is higher where "
+                                 "the guide is better, such as iwae.")
+            bound = named(given) if isinstance(given, str) else given
+            label = getattr(bound, "__name__", repr(bound))
+            found[f"{label} {count}"] = (bound, count)
+    return found
+
+
+def bound_values(
+    bounds: Mapping[str, tuple[Bound, int]], total: int, model: Program, guides: Mapping[str, Program], data: Any,
+    options: Mapping[str, Any],
+) -> dict[str, dict[str, Mean]]:  # fmt: skip
+    """Each bound of each guide, its mean over several draws of K samples, and the error of that: by bound, by guide.
+
+    Args:
+        total: Samples per datum that a bound may take, within limits on the number of draws.
+        options: Those of `sweep`.
+    """
+    parts: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+    most = max((count for _, count in bounds.values()), default=1)
+    with sweep(model, *guides.values(), data=data, copies=most, title="bounds", **options) as run:
+        for batch in run:
+            for name, guide in guides.items():
+                for label, (bound, count) in bounds.items():
+                    draws = min(max(total // count, _DRAWS[0]), _DRAWS[1])
+                    values = torch.stack([bound(run.draw(batch, count, guide)).double() for _ in range(draws)])
+                    parts.setdefault((label, name), []).append((values.mean(0).cpu(), (values.var(0) / draws).cpu()))
+    found: dict[str, dict[str, Mean]] = {label: {} for label in bounds}
+    for (label, name), each in parts.items():
+        mean, variance = (torch.cat(column) for column in zip(*each, strict=True))
+        found[label][name] = Mean.of(mean, variance, bounds[label][1])
+    return found
+
+
+def pooled(members: Sequence[Mean]) -> Mean:
+    """The mean of several guides' numbers on the same data."""
+    count = len(members)
+    variance = torch.stack([each.pointwise_stderr.square() for each in members]).sum(0) / count**2
+    return Mean.of(torch.stack([each.pointwise for each in members]).mean(0), variance, members[0].num_samples)
+
+
+def interval(members: Sequence[Mean]) -> tuple[float, float]:
+    """The interval of a group's number (see the module)."""
+    values = torch.tensor([each.value for each in members], dtype=torch.float64)
+    middle, count = values.mean().item(), len(members)
+    if count == 1:
+        half = 2 * members[0].mc_stderr
+    else:
+        from scipy.stats import t
+
+        half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * values.std().item() / math.sqrt(count)
+    return middle - half, middle + half

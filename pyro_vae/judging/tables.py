@@ -1,0 +1,40 @@
+"""Tables for papers: cells as LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def latex(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Cells as a table of LaTeX with the rules of the package booktabs; the first line is the head.
+
+    Args:
+        lines: The head and the rows.
+        left: Columns that are flush left; the others are flush right.
+    Example:
+        >>> print(latex([["guide", "k_ok"], ["a & b", "-1.2 ± 0.1"]]))
+        \\begin{tabular}{lr}
+        \\toprule
+        guide & k\\_ok \\\\
+        \\midrule
+        a \\& b & $-1.2 \\pm 0.1$ \\\\
+        \\bottomrule
+        \\end{tabular}
+    """
+    head, *body = [" & ".join(map(_latex_cell, line)) + r" \\" for line in lines]
+    form = "l" * left + "r" * (len(lines[0]) - left)
+    rules = [rf"\begin{{tabular}}{{{form}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(rules)
+
+
+_ESCAPED = {c: "\\" + c for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+def _latex_cell(text: str) -> str:
+    if re.fullmatch(r"[-+]?\d[\d.,]*(e[-+]?\d+)?( ± \d[\d.]*)?", text):
+        return f"${text.replace('±', chr(92) + 'pm')}$"
+    escaped = "".join(_ESCAPED.get(each, each) for each in text)
+    return escaped.replace("±", r"$\pm$").replace("k̂", r"$\hat{k}$")

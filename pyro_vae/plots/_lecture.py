@@ -1,0 +1,184 @@
+"""Figures that ask a pair for what they show: a `VAE`, a run, or what has `encode`, `decode`, `posterior` like it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyro_vae.plots._canvas import GREY, array, axes_of, label_axes, show_legend, styles
+from pyro_vae.plots._pictures import _mosaic, latent_space
+
+
+def latent_scatter(
+    vae: Any, data: Any, labels: Tensor | None = None, title: str = "", ax: Axes | None = None
+) -> Figure:
+    """Where a pair puts data in its latent space, coloured by label.
+
+    Args:
+        vae: The pair, or a run.
+        data: As for `VAE.encode`.
+        labels: One integer per datum, (N,); those of a `Split` if omitted.
+        title: Above the picture.
+        ax: Axes to draw into; a figure of its own if omitted.
+    """
+    labels = getattr(data, "labels", None) if labels is None else labels
+    figure = latent_space(_own(vae).encode(data, seed=0), labels, ax=ax)
+    if title:
+        (figure.axes[0] if ax is None else ax).set_title(title, loc="left", fontsize=11)
+    return figure
+
+
+def latent_grid(vae: Any, side: int = 15, reach: float = 0.98, ax: Axes | None = None) -> Figure:
+    """E[x | z] over the plane of two latents, at equal steps in probability under N(0, 1).
+
+    Args:
+        vae: The pair, of images and two latents.
+        side: Pictures a side.
+        reach: Share of the mass of each latent that is shown.
+        ax: Axes to draw into; a figure of its own if omitted.
+    Raises:
+        ValueError: Not two latents.
+    """
+    if side < 2 or not 0 < reach < 1:
+        raise ValueError(f"got side={side} and reach={reach}, wanted at least 2 pictures a side and a share in (0, 1).")
+    share = torch.linspace((1 - reach) / 2, (1 + reach) / 2, side)
+    line = 2**0.5 * torch.erfinv(2 * share - 1)
+    z = torch.stack(torch.meshgrid(line.flip(0), line, indexing="ij")[::-1], -1)  # z1 to the right, z2 upwards
+    own = _own(vae)
+    _two(own)
+    with torch.no_grad():
+        x = own.decode(z.reshape(-1, 2)).mean
+    return _mosaic(list(x.reshape(side, side, *x.shape[1:])), "E[x | z]: z1 to the right, z2 upwards", ax=ax)
+
+
+def attribute(
+    vae: Any, x: Any, data: Any, has: Any, strengths: Sequence[float] = (-2, -1, 0, 1, 2), ax: Axes | None = None
+) -> Figure:
+    """Data with more or less of an attribute: E[x | z + t v], v from the mean of those without to those with it.
+
+    Args:
+        vae: The pair, of images.
+        x: Data to change, (B, *x_shape).
+        data: Data with and without the attribute.
+        has: Whether each has it, (N,), such as ``labels == 3``.
+        strengths: t.
+        ax: Axes to draw into; a figure of its own if omitted.
+    Raises:
+        ValueError: All have it, or none.
+    """
+    own, mask = _own(vae), torch.as_tensor(has).bool()
+    if not mask.any() or mask.all():
+        raise ValueError(
+            f"got {int(mask.sum())} data of {len(mask)} with the attribute, wanted some with and some without."
+        )
+    codes = own.encode(data, seed=0)
+    direction = codes[mask].mean(0) - codes[~mask].mean(0)
+    with torch.no_grad():
+        steps = [own.decode(own.encode(x, seed=0) + t * direction).mean for t in strengths]
+    title = f"E[x | z + t v], t from {strengths[0]:g} to {strengths[-1]:g}"
+    return _mosaic(list(torch.stack(steps, 1)), title, ax=ax)
+
+
+def rate_distortion(points: Mapping[str, Any], ax: Axes | None = None) -> Figure:
+    """Rate against distortion of several fits, with two standard errors over the data; dashed lines are of equal ELBO.
+
+    Args:
+        points: By name what `rate_distortion` gives.
+        ax: Axes to draw into; a figure of its own if omitted.
+    """
+    figure, axes = axes_of(ax, 5.6, 4.6)
+    for name, (marker, _, colour) in zip(points, styles(points), strict=True):
+        rate, distortion = points[name].rate, points[name].distortion
+        axes.errorbar(rate.value, distortion.value, 2 * distortion.data_stderr, 2 * rate.data_stderr, fmt=marker,
+                      color=colour, ms=6, capsize=2, label=name)  # fmt: skip
+    low, high = axes.get_xlim()
+    limits = axes.get_ylim()
+    for total in np.linspace(low + limits[0], high + limits[1], 9)[1:-1]:
+        axes.plot([low, high], [total - low, total - high], color=GREY, lw=0.7, ls="--", zorder=0)
+    axes.set_xlim(low, high)
+    axes.set_ylim(limits)
+    label_axes(axes, "distortion, -E log p(x | z) (nats)", "Rate and distortion", "rate, KL(q || p) (nats)")
+    show_legend(axes, loc="upper right")
+    return figure
+
+
+def posterior_contours(vaes: Mapping[str, Any] | Any, x: Any, side: int = 121, ax: Axes | None = None) -> Figure:
+    """p(z | x) of one datum on a grid, as shades, and contours of one or several q(z | x) over it, of two latents.
+
+    Args:
+        vaes: A pair, or several by name, of one model: those of the first makes p(z | x). Shades and lines hold 50 and
+            95 % of the mass.
+        x: One datum, x_shape or (1, *x_shape).
+        side: Grid points a side.
+        ax: Axes to draw into; a figure of its own if omitted.
+    Raises:
+        ValueError: Not two latents, or pairs with different models.
+    """
+    pairs = {name: _own(each) for name, each in (vaes.items() if isinstance(vaes, Mapping) else [("q(z | x)", vaes)])}
+    first = next(iter(pairs.values()))
+    other = [name for name, each in pairs.items() if each.model is not first.model]
+    if other:
+        raise ValueError(f"got {other[0]!r} with another model, which has another p(z | x), wanted pairs of one model. "
+                         "Fit guides under it: pv.fit_guide(model, guide, data).")
+    _two(first)
+    x = torch.as_tensor(x)
+    with torch.no_grad(), torch.random.fork_rng():
+        x = x if x.dim() > len(first.decode(torch.zeros(1, 2)).event_shape) else x[None]
+        torch.manual_seed(0)
+        drawn = torch.cat([each.posterior(x).sample((500,))[:, 0] for each in pairs.values()])
+        low, high = drawn.min(0).values, drawn.max(0).values
+        for _ in range(3):  # until the posterior's mass is inside
+            z, density = _density(first, x, low, high, side)
+            inside = z[density > density.max() * 1e-4]
+            pad = 0.15 * (inside.max(0).values - inside.min(0).values) + (high - low) * 0.02
+            low = torch.minimum(drawn.min(0).values, inside.min(0).values - pad)
+            high = torch.maximum(drawn.max(0).values, inside.max(0).values + pad)
+        z, density = _density(first, x, low, high, side)
+        own = {name: each.posterior(x).log_prob(z[:, None])[:, 0].exp() for name, each in pairs.items()}
+    figure, axes = axes_of(ax, 5.4, 5.0)
+    across, up = (array(z[:, d]).reshape(side, side) for d in (0, 1))
+    shades = [*_levels(density), float(density.max()) * 1.001]
+    axes.contourf(across, up, array(density).reshape(side, side), shades, colors=["#cbd5e0", GREY])
+    for name, (_, dash, colour) in zip(own, styles({**own}), strict=True):
+        shown = array(own[name]).reshape(side, side)
+        axes.contour(across, up, shown, _levels(own[name]), colors=colour, linestyles=dash)
+        axes.plot([], [], color=colour, ls=dash, label=name)
+    axes.fill_between([], [], color=GREY, label="p(z | x)")
+    label_axes(axes, "z2", "Posterior and approximation, 50 and 95 % of the mass", "z1")
+    show_legend(axes, loc="best")
+    return figure
+
+
+def _density(pair: Any, x: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Points, (side * side, 2), and p(z | x) there, up to a constant."""
+    lines = [torch.linspace(float(a), float(b), side, dtype=low.dtype) for a, b in zip(low, high, strict=True)]
+    z = torch.stack([axis.flatten() for axis in torch.meshgrid(*lines, indexing="ij")], -1).to(low.device)
+    likelihood = torch.cat([pair.decode(part[:, None]).log_prob(x)[:, 0] for part in z.split(2000)])
+    log_f = pair.model.prior().log_prob(z) + likelihood
+    return z, (log_f - log_f.max()).exp()
+
+
+def _levels(density: Tensor) -> list[float]:
+    """The densities above which 95 and 50 % of the mass lie."""
+    ordered = density.flatten().double().sort(descending=True).values
+    share = ordered.cumsum(0) / ordered.sum()
+    return [float(ordered[int((share < level).sum())]) for level in (0.95, 0.5)]
+
+
+def _own(vae: Any) -> Any:
+    """The pair in a run, or the pair itself."""
+    return getattr(vae, "vae", vae)
+
+
+def _two(vae: Any) -> None:
+    count = vae.model.prior().event_shape[-1]
+    if count != 2:
+        raise ValueError(f"got a pair of {count} latents, wanted two, which make a plane. Build it with latent_dim=2.")
+
+

@@ -1,0 +1,69 @@
+"""Names as people write them: "IAF", "iaf", "von_mises_fisher" and "von-mises-fisher" are one, and a typo gets a hint.
+
+Nothing heavy is imported here, so that ``pyro-vae --help`` can use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def key(name: str) -> str:
+    """What two spellings of one name have in common: neither case nor hyphens, underscores and spaces count.
+
+    Example:
+        >>> key("Von_Mises-Fisher")
+        'vonmisesfisher'
+    """
+    return name.casefold().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def spelled(name: str, known: Iterable[str]) -> str | None:
+    """The one of the known names that this is a spelling of, if any; what is itself known stays.
+
+    Example:
+        >>> spelled("One_Cycle", ["cosine", "one-cycle"]), spelled("linear", ["cosine"])
+        ('one-cycle', None)
+    """
+    known = list(known)
+    return name if name in known else next((each for each in known if key(each) == key(name)), None)
+
+
+def did_you_mean(got: object, known: Iterable[str]) -> str:
+    """A hint at the nearest known name, with a space before it, or nothing.
+
+    Example:
+        >>> did_you_mean("sylvestre", ["planar", "sylvester"])
+        " Did you mean 'sylvester'?"
+    """
+    names = {key(each): each for each in known}
+    close = difflib.get_close_matches(key(str(got)), names, n=1)
+    return f" Did you mean {names[close[0]]!r}?" if close else ""
+
+
+def one_of(kind: str, given: object, known: Iterable[str], more: str = "") -> str:
+    """A known name in whatever spelling.
+
+    Args:
+        kind: What it names, for the message.
+        given: As it came.
+        known: All that there are.
+        more: What else is possible, such as " or a function".
+    Raises:
+        ValueError: None of them.
+    Example:
+        >>> one_of("schedule", "ONE_CYCLE", ["cosine", "one-cycle"])
+        'one-cycle'
+        >>> one_of("schedule", "cosin", ["cosine", "one-cycle"])
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown schedule 'cosin', wanted one of cosine, one-cycle. Did you mean 'cosine'?
+    """
+    known = list(known)
+    found = spelled(given, known) if isinstance(given, str) else None
+    if found is None:
+        raise ValueError(
+            f"unknown {kind} {given!r}, wanted one of {', '.join(known)}{more}.{did_you_mean(given, known)}"
+        )
+    return found

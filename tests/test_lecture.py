@@ -1,0 +1,125 @@
+"""What a lecture shows is what the pair says: codes, decoded planes, directions, densities; and the identity holds."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import plots
+from pyro_vae.parts.priors import StandardNormal
+
+
+class Flat(nn.Module):
+    """x = z + noise, (1, 1, 2) of two latents: its posterior is N(x / 2, 1/2)."""
+
+    def forward(self, z):
+        return dist.Normal(z.unsqueeze(-2).unsqueeze(-2), 1.0).to_event(3)
+
+
+def pair(scale=0.5**0.5, shift=0.0):
+    model = pv.Model(StandardNormal(2), Flat())
+    guide = pv.Guide(lambda x: dist.Normal(x.flatten(1) / 2 + shift, scale).to_event(1))
+    return pv.VAE(model, guide)
+
+
+X = torch.randn(30, 1, 1, 2, generator=torch.Generator().manual_seed(0)) * 2**0.5
+
+
+@pytest.mark.parametrize("scale, shift", [(0.5**0.5, 0.0), (1.0, 0.0), (0.4, 0.3)])
+def test_the_identity_is_made_of_three_right_numbers(scale, shift):
+    found = pv.identity(pair(scale, shift), X, num_samples=4000, progress=False)
+    kl = 2 * (scale**2 - 0.5 - 0.5 * math.log(2 * scale**2)) + 2 * shift**2
+    exact = dist.Normal(0.0, 2**0.5).log_prob(X).sum((1, 2, 3))
+    assert torch.allclose(found.pointwise, torch.full((30,), kl).double(), atol=1e-4)
+    assert found.log_likelihood == pytest.approx(exact.mean().item(), abs=1e-5)
+    assert found.elbo == pytest.approx(exact.mean().item() - kl, abs=4 * found.rest_mc_stderr + 1e-5)
+    assert abs(found.rest) <= 4 * found.rest_mc_stderr + 1e-4
+    assert f"apart by {found.rest:.3f}" in str(found) and found.to_frame().loc[0, "kl"] == found.kl
+
+
+def test_the_identity_refuses_what_no_grid_serves():
+    vae = pv.VAE.build((4,), latent_dim=3, hidden=(4,))
+    with pytest.raises(ValueError, match="3 unconstrained dimensions"):
+        pv.identity(vae, torch.zeros(2, 4), progress=False)
+
+
+def test_the_scatter_is_of_the_codes():
+    axes = Figure().subplots()
+    split = pv.Split(X.flatten(1), labels=torch.arange(30) % 3)
+    plots.latent_scatter(pair_of_vectors(), split, title="mine", ax=axes)
+    shown = torch.cat([torch.tensor(c.get_offsets()) for c in axes.collections])
+    codes = pair_of_vectors().encode(split)
+    wanted = torch.cat([codes[split.labels == label] for label in range(3)])
+    assert torch.allclose(shown.float(), wanted.float()) and axes.get_title(loc="left") == "mine"
+
+
+def pair_of_vectors():
+    vae = pair()
+    return pv.VAE(vae.model, pv.Guide(lambda x: dist.Normal(x / 2, 0.5).to_event(1)))
+
+
+def pixels(figure):
+    return torch.tensor(figure.axes[0].images[0].get_array())
+
+
+def test_the_plane_runs_to_the_right_and_upwards():
+    class Place(nn.Module):
+        def forward(self, z):  # two pixels: how far to the right, how far up
+            return dist.Normal(torch.sigmoid(3 * z).unsqueeze(-2).unsqueeze(-2), 1.0).to_event(3)
+
+    vae = pv.VAE(pv.Model(StandardNormal(2), Place()), pair().guide)
+    picture = pixels(plots.latent_grid(vae, side=3, reach=0.8))[..., 0]
+    quantile = 2**0.5 * torch.erfinv(torch.tensor(0.8)).item()
+    high, low = (torch.sigmoid(torch.tensor(3 * v)).item() for v in (quantile, -quantile))
+    # Each cell is one row of two pixels: the left one shows z1, the right one z2.
+    assert picture[0, 0].item() == pytest.approx(low, abs=1e-3) and picture[-1, 0].item() == pytest.approx(low, abs=1e-3)
+    assert picture[0, -1].item() == pytest.approx(high, abs=1e-3) and picture[-1, -1].item() == pytest.approx(low, abs=1e-3)
+    with pytest.raises(ValueError, match="3 latents, wanted two"):
+        plots.latent_grid(pv.VAE.build((1, 4, 4), latent_dim=3, hidden=(4,)))
+
+
+def test_an_attribute_is_the_difference_of_means():
+    vae, has = pair(), torch.arange(30) < 10
+    direction = vae.encode(X)[has].mean(0) - vae.encode(X)[~has].mean(0)
+    figure = plots.attribute(vae, X[:1], X, has, strengths=(0, 1))
+    picture = pixels(figure)[..., 0]
+    for t, column in ((0, 0), (1, picture.shape[1] - 1)):
+        wanted = (vae.encode(X[:1])[0] + t * direction).clamp(0, 1)
+        assert picture[0, column].item() == pytest.approx(wanted[0 if column == 0 else 1].item(), abs=1e-5)
+    for wrong in (torch.zeros(30), torch.ones(30)):
+        with pytest.raises(ValueError, match="wanted some with and some without"):
+            plots.attribute(vae, X[:1], X, wrong)
+
+
+def test_contours_hold_the_mass_that_they_say():
+    one = pair()
+    figure = plots.posterior_contours({"exact": one, "wide": pv.VAE(one.model, pair(1.0).guide)}, X[0])
+    axes = figure.axes[0]
+    middle = X[0].flatten() / 2
+    from matplotlib.contour import QuadContourSet
+
+    shades, exact, wide = [c for c in axes.collections if isinstance(c, QuadContourSet)]
+    for drawn, scale in ((exact, 0.5**0.5), (wide, 1.0)):
+        for path, level in zip(drawn.get_paths(), (0.95, 0.5), strict=True):
+            radius = (torch.tensor(path.vertices) - middle).norm(dim=-1).mean().item()
+            assert radius == pytest.approx(scale * (-2 * math.log(1 - level)) ** 0.5, rel=0.02)
+    outer = torch.tensor(shades.get_paths()[0].vertices)
+    assert (outer - middle).norm(dim=-1).max().item() == pytest.approx(0.5**0.5 * (-2 * math.log(0.05)) ** 0.5, rel=0.03)
+    with pytest.raises(ValueError, match="another model"):
+        plots.posterior_contours({"a": pair(), "b": pair()}, X[0])
+
+
+def test_rate_and_distortion_stand_where_they_are():
+    vae = pv.VAE.build((1, 1, 2), latent_dim=2, hidden=(4,))
+    found = pv.rate_distortion(vae, (X > 0).float(), num_samples=50, progress=False)
+    axes = Figure().subplots()
+    plots.rate_distortion({"mine": found}, ax=axes)
+    (point,) = [line for line in axes.lines if line.get_label() == "mine" or line.get_marker() == "o"]
+    assert point.get_xdata()[0] == found.rate.value and point.get_ydata()[0] == found.distortion.value
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    sums = [line.get_xdata() + line.get_ydata() for line in dashed]
+    assert dashed and all(abs(s[0] - s[1]) < 1e-9 for s in map(list, sums))
