@@ -193,6 +193,9 @@ _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[defau
 @_data_dir
 @_device
 @_json
+@click.option("--refine", type=click.Choice(["semi-amortized", "hamiltonian"]), help="With the guide refined datum by "
+              "datum, with the help of the model: gradient or Hamiltonian steps that are taken where they "
+              "help.")  # fmt: skip
 @click.option("--out", metavar="FILE", type=_PATH, help="Write the JSON to a file too.")
 def evaluate(**options: Any) -> None:
     """Judge a run again: other samples, images or seed. The run folder stays as it is."""

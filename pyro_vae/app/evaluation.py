@@ -202,7 +202,8 @@ def versions() -> dict[str, str]:
 
 def is_autoencoder(vae: VAE) -> bool:
     """Whether the guide is a point, so that there is no density over z."""
-    return not has_density(vae.guide.posterior)
+    guide: Any = vae.guide
+    return not has_density(getattr(guide, "guide", guide).posterior)  # of a refined guide, its base
 
 
 def standardized(vae: VAE) -> bool:
