@@ -251,8 +251,9 @@ def reconstruct(**options: Any) -> None:
 @commands.command()
 @_run
 @_trust
-@click.option("--score", type=_word("log-likelihood", "reconstruction"), help="[default: log-likelihood; "
-              "reconstruction for an autoencoder]")  # fmt: skip
+@click.option("--score", type=_word("log-likelihood", "reconstruction", "ratio", "regret"),
+              help="ratio: log p(x) against the compressed size; regret: what refitting q to each datum gains. "
+              "[default: log-likelihood; reconstruction for an autoencoder]")  # fmt: skip
 @click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples. [default: 100]")
 @click.option("--top", metavar="N", type=click.IntRange(1, 1000), default=16, help="How many to show. [default: 16]")
 @click.option("--outliers", metavar="NAME|PATH", help="Data that should score higher; gives the ROC-AUC.")

@@ -19,16 +19,24 @@ from pyro_vae.app import evaluation, report
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import read, the_device
+from pyro_vae.app.remarks import of_image
 from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
-from pyro_vae.judging.distances import anomaly_scores, roc_auc
+from pyro_vae.judging.anomalies import anomaly_scores, explained, roc_auc
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
+
+_UNITS = {
+    "log-likelihood": "-log p(x)",
+    "reconstruction": "-E_q log p(x|z)",
+    "ratio": "-log p(x) - compressed size",
+    "regret": "ELBO(best q) - ELBO(q)",
+}
 
 
 def options_of(run: Run) -> FitOptions:
@@ -160,6 +168,7 @@ def reconstruct_images(
         raise ValueError(f"{run} is of vectors of shape {shape}, wanted a run of images.")
     x = torch.cat([_as_data(path, shape, options, seed)[None] for path in images])
     rows = [("image", *(("E_q log p(x|z)", "KL", "ELBO", "log p(x)") if not _point(vae) else ("log p(x|z)",)))]
+    bound: Tensor | None = None
     with seeded(seed), torch.no_grad():
         if _point(vae):
             terms = [particles(vae.model, vae.guide, x).log_likelihood.mean(0)]
@@ -168,9 +177,16 @@ def reconstruct_images(
             likelihood, elbo = drawn.log_likelihood.mean(0), drawn.log_weight.mean(0)
             estimate = log_likelihood(vae.model, vae.guide, x, num_samples=num_samples, seed=seed, progress=False)
             terms = [likelihood, likelihood - elbo, elbo, estimate.pointwise]
+            bound = estimate.trusted
         picture = plots.reconstructions(x, vae.reconstruct(x))
     rows += [(path.name, *(f"{float(term[i]):.2f}" for term in terms)) for i, path in enumerate(images)]
+    if bound is not None:
+        rows = [(*row[:-1], row[-1] if i == 0 or bound[i - 1] else f">= {row[-1]}") for i, row in enumerate(rows)]
     _print_table(rows)
+    levels = Run.load(run).summary.get("train_levels")
+    for path, image in zip(images, x, strict=True):
+        if (line := of_image(image, levels)) is not None:
+            click.echo(f"{path.name} {line}")
     path = out or Path("reconstructions.png")
     report.save(picture, path)
     click.echo(path)
@@ -185,9 +201,9 @@ def rank_anomalies(
     """`pyro-vae anomalies`: test data from strange to ordinary; returns scores (and ROC-AUC)."""
     options, vae, seed = _opened(run, trust, seed, device)
     score = score or ("reconstruction" if _point(vae) else "log-likelihood")
-    if score == "log-likelihood" and _point(vae):
+    if score != "reconstruction" and _point(vae):
         raise ValueError(
-            f"got --score log-likelihood for {run}, a plain autoencoder: a point has no density over z and no "
+            f"got --score {score} for {run}, a plain autoencoder: a point has no density over z and no "
             "log p(x). Use --score reconstruction."
         )
     settings: dict[str, Any] = {"score": score, "num_samples": 1 if _point(vae) else num_samples, "seed": seed}
@@ -199,7 +215,7 @@ def rank_anomalies(
     scores = anomaly_scores(vae.model, vae.guide, test, **settings)
     order = scores.argsort(descending=True, stable=True)
     shown = order[:top]
-    unit = "-log p(x)" if score == "log-likelihood" else "-E_q log p(x|z)"
+    unit = _UNITS[score]
     name = _label_names(dataset, test)
     rows = [("rank", "test datum", *(("label",) if test.labels is not None else ()), f"{unit} (nats)")]
     rows += [(str(r + 1), str(i), *name(i), f"{scores[i]:.2f}") for r, i in enumerate(shown.tolist())]
@@ -211,6 +227,8 @@ def rank_anomalies(
         result |= {"outlier_scores": outside, "roc_auc": roc_auc(scores, outside)}
         click.echo(f"{outliers}: mean {outside.mean():.2f}, median {outside.median():.2f}, of {len(outside)}")
         click.echo(f"ROC-AUC {result['roc_auc']:.4f}: the chance that one of {outliers} scores above a test datum")
+        if (why := explained(result["roc_auc"], score, str(outliers))) is not None:
+            click.echo(why)
     if out is not None:
         _write_csv(out, test, scores, order, result.get("outlier_scores"))
         click.echo(out)

@@ -15,6 +15,7 @@ import torch
 from pyro_vae.app import evaluation, report
 from pyro_vae.app.defaults import NOT_BINARY, FitOptions
 from pyro_vae.app.losses import the_loss
+from pyro_vae.app.remarks import remarks
 from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, new_run, write_json, write_lines
 from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.inference.batches import seeded
@@ -86,6 +87,7 @@ def fit_run(
                 failure = error
         summary = {"interrupted": history.interrupted} | scored | summary
         summary["protocol"] = evaluation.protocol(vae, dataset, **settings)
+        summary["remarks"] = remarks(summary)
         write_json(folder / SUMMARY, summary)
     if checkpoint is not None and not summary["interrupted"]:
         checkpoint.unlink(missing_ok=True)
@@ -239,12 +241,17 @@ def the_device(name: str) -> torch.device:
 def training_numbers(vae: VAE, history: History, seconds: float, options: FitOptions) -> dict[str, Any]:
     """What is worth knowing of a fit."""
     rates = history["images_per_second"]
+    last = history.records[-1] if history.records else {}
     return {
         "train_seconds": seconds,
         "images_per_second": statistics.median(rates) if rates else None,
         "epochs": len(history),
         "best_epoch": history.best_epoch,
         "stopped_early": history.stopped_early,
+        "last_bound": last.get("bound"),
+        "last_validation": last.get("validation"),
+        "last_beta": last.get("beta"),
+        "dropout": any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 for m in vae.modules()),
         "parameters": sum(p.numel() for p in vae.parameters()),
         "seed": options.seed,
         "training_threads": options.threads or torch.get_num_threads(),

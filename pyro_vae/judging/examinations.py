@@ -73,9 +73,11 @@ def examine_bounds(pair: Examination, stages: Stages) -> Bounds:
     def work(start: int, stop: int) -> tuple[Any, Estimate, Estimate]:
         began = pair.budget.clock()
         terms = elbo_terms(*pair.of(start, stop), num_samples=_ELBO_SAMPLES, **pair.seeded(start))
-        judged = better = log_likelihood(*pair.of(start, stop), num_samples=count, **pair.seeded(start))
+        options: dict[str, Any] = {"method": "importance"} | pair.seeded(start)
+        judged = better = log_likelihood(*pair.of(start, stop), num_samples=count, **options)
         if more > count:  # of another seed: what one lacks is measured against the other
-            better = log_likelihood(*pair.of(start, stop), num_samples=more, **pair.seeded(start + 2**32))
+            options |= pair.seeded(start + 2**32)
+            better = log_likelihood(*pair.of(start, stop), num_samples=more, **options)
         per_draw.append((pair.budget.clock() - began) / (draws * (stop - start)))
         return terms, judged, better
 
@@ -115,7 +117,7 @@ def _affordable(pair: Examination) -> tuple[int, int]:
     with budget.piece():
         for draws in (100, 2000):
             began = budget.clock()
-            log_likelihood(*pair.of(0, 2), num_samples=draws, **pair.options)
+            log_likelihood(*pair.of(0, 2), num_samples=draws, method="importance", **pair.options)
             took = budget.clock() - began
             pair.per_draw = took / (2 * draws)
             # A hundred draws of a small model cost what Python costs, and say little of thousands.
@@ -257,7 +259,8 @@ def _whole(parts: Sequence[Mean | None], climbed: Sequence[FamilyGaps] = ()) -> 
     if climbed:
         remaining = torch.cat([row.remaining for row in climbed if row.remaining is not None])
         variance = (variance - remaining.square()).clamp(min=0)
-    return Mean.of(torch.cat([part.pointwise for part in known]), variance, _GAP_SAMPLES, remaining)
+    bound = any(part.bound for part in known)
+    return Mean.of(torch.cat([part.pointwise for part in known]), variance, _GAP_SAMPLES, remaining, bound)
 
 
 def _average(values: Sequence[Tensor | None]) -> float:
@@ -269,11 +272,13 @@ def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
     """log p(x) of simulated data from both sides, and what importance sampling lacks there."""
     found, start = _bracket(pair)
     lower, count = found.lower, len(found.upper.pointwise)
+    if found.reason is not None:
+        return Bracketed(status="not possible", num_data=count, reason=found.missing)
     importance, low, high = math.nan, Nats(), Nats()
     if pair.judged is not None:
         with contextlib.suppress(OutOfTime), pair.budget.piece():
-            num_samples = pair.judged.num_samples
-            there = log_likelihood(pair.model, pair.guide, found.data, num_samples=num_samples, **pair.options)
+            options: dict[str, Any] = {"num_samples": pair.judged.num_samples, "method": "importance"} | pair.options
+            there = log_likelihood(pair.model, pair.guide, found.data, **options)
             importance = there.value
             low, high = (_mean(bound - there.pointwise) for bound in (lower.pointwise, found.upper.pointwise))
     return Bracketed(

@@ -204,7 +204,7 @@ def _estimate(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     if not bounds.done:
         return
     missing, error = bounds.missing, bounds.missing.mc_stderr
-    value = f"log p(x) = {bounds.log_p} nats at K = {bounds.num_samples}"
+    value = f"log p(x) {bounds.log_p.signed} nats at K = {bounds.num_samples}"
     heavy = bounds.better_khat_ok < 0.9
     share = f"k̂ is too large for {100 * (1 - bounds.better_khat_ok):.0f} % of the data"
     if missing.material():
