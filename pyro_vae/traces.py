@@ -293,8 +293,8 @@ def draw(
     if vectorize is None:
         warnings.warn(
             f"drawing {num_samples} samples one by one, since the pair does not broadcast over a leading "
-            f"dimension ({reason}). Write networks and programs for (..., D) instead of (B, D), "
-            "or pass vectorize=False to silence this.",
+            f"dimension ({reason}). It takes longer, and estimates the same. Write networks and programs for (..., D) "
+            "instead of (B, D); or silence this by warnings.filterwarnings('ignore', 'drawing .* one by one').",
             stacklevel=4,
         )
     return _stack(singles)

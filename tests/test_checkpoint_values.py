@@ -194,3 +194,40 @@ def test_parameters_are_left_to_what_stores_them():
     found = program_values(lambda x: x * loc * level, but=[loc])
     assert not any("loc" in name and "float32" in line for name, line in found.items())
     assert any("level" in name and line.startswith("float32 (2,)") for name, line in found.items())
+
+
+def test_places_of_one_name_are_told_apart_by_a_number():
+    spaces = [{}, {}]
+    for space in spaces:
+        exec("def level():\n    return 0.5", space)
+    found = program_values(spaces[0]["level"], spaces[1]["level"])
+    assert not any("'" in name for name in found) and any(name.endswith(" (2)") for name in found)
+
+
+def frozen_pair(frozen):
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    enc, dec = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    dec.requires_grad_(not frozen)
+
+    def model(x):
+        pyro.module("dec", dec)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(dec(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("enc", enc)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(enc(x), 0.7).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_fit_does_not_go_on_with_other_tensors_frozen(tmp_path, before):
+    path = tmp_path / "fit.safetensors"
+    fit(*frozen_pair(before), DATA, checkpoint=path, **OPTIONS)
+    with pytest.raises(ValueError, match="the checkpoint of another fit: its list of frozen parameters is .*0.weight"):
+        fit(*frozen_pair(not before), DATA, checkpoint=path, **OPTIONS)
+    fit(*frozen_pair(before), DATA, checkpoint=path, **OPTIONS)

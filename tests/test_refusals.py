@@ -1,5 +1,6 @@
 """What cannot be is refused in words, before time is spent, whoever is asked."""
 
+import functools
 import importlib
 import inspect
 import math
@@ -512,3 +513,225 @@ def test_those_that_take_one_batch_take_arrays_and_refuse_what_is_none():
     for call in (lambda: impute(vae.model, vae.guide, "abc"), lambda: ex_post(vae.model, vae.guide, None)):
         with pytest.raises(ValueError, match="of type"):
             call()
+
+
+# --- raw errors of a first hour ---------------------------------------------------------------------------------------
+
+
+class Foreign(nn.Module):
+    """A pair with the prior of the README, whose type is torch's default whatever the networks have."""
+
+    def __init__(self, enc=True, dec=True):
+        super().__init__()
+        torch.manual_seed(3)
+        self.enc, self.dec = nn.Linear(4, 4), nn.Linear(2, 4)
+        self.enc.requires_grad_(enc)
+        self.dec.requires_grad_(dec)
+
+    def model(self, x):
+        pyro.module("dec", self.dec)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.dec(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("enc", self.enc)
+        loc, log_scale = self.enc(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+SHORT = {"epochs": 2, "batch_size": 10, "seed": 0, "progress": False}
+
+
+def test_a_pair_of_float64_with_a_prior_of_float32_is_fitted_as_pyro_fits_it():
+    found = []
+    for theirs in (True, False):
+        pyro.clear_param_store()
+        pair, x = Foreign().double(), table().double()
+        if theirs:
+            torch.manual_seed(0)
+            svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
+            order = torch.randperm(20)
+            found.append(svi.step(x[order]) / 20)
+        else:
+            found += pv.fit(pair.model, pair.guide, x, **SHORT | {"batch_size": 20, "epochs": 1})["loss"]
+        assert pair.dec.weight.dtype == torch.float64
+    assert found[0] == pytest.approx(found[1], rel=0.5)  # other noise
+    assert math.isfinite(pv.elbo_terms(pair.model, pair.guide, x, progress=False).value)
+
+
+def test_the_rules_still_see_a_pair_whose_model_does_not_run_at_the_guides_draws():
+    pair = Foreign()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    found = pv.inference.compatibility.reasons(pair.model, guide, (table(),), pyro.infer.Trace_ELBO())
+    assert "Give posterior and prior the same latent_dim" in found[0]
+
+
+class Once:
+    """The same iterator at every pass."""
+
+    def __init__(self):
+        self.batches = iter(table().split(10))
+
+    def __iter__(self):
+        return self.batches
+
+
+class Wrapped(Once):
+    def __iter__(self):
+        return (batch for batch in self.batches)
+
+
+class Counted(Once):
+    """Batches for so many passes only."""
+
+    def __init__(self, passes):
+        self.passes = passes
+
+    def __iter__(self):
+        self.passes -= 1
+        return iter(table().split(10) if self.passes >= 0 else ())
+
+
+@pytest.mark.parametrize("make", [Once, Wrapped, *(lambda n=n: Counted(n) for n in range(1, 5))])
+@pytest.mark.parametrize("what", ["fit", "elbo_terms", "log_likelihood"])
+def test_batches_that_come_only_once_are_refused(make, what):
+    pair, data = Foreign(), make()
+    with pytest.raises(ValueError, match=r"can be run through again \(not a generator\)"):
+        for _ in range(6):
+            if what == "fit":
+                pv.fit(pair.model, pair.guide, data, **SHORT | {"epochs": 9})
+            else:
+                getattr(pv, what)(pair.model, pair.guide, data, num_samples=2, progress=False)
+
+
+def test_no_batches_at_all_are_said_to_be_empty():
+    pair = Foreign()
+    with pytest.raises(ValueError, match="the data are empty"):
+        pv.fit(pair.model, pair.guide, Counted(0), **SHORT)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "loader", "dataset", "dict", "list"])
+def test_gradients_do_not_leave_the_pair_through_the_data(kind):
+    outside, pair = nn.Linear(4, 4), Foreign()
+    x = outside(table())
+    model, guide = pair.model, pair.guide
+    data = {
+        "tensor": x, "loader": DataLoader(TensorDataset(x), batch_size=10), "dataset": TensorDataset(x),
+        "dict": {"x": x}, "list": list(x.split(7)),
+    }[kind]  # fmt: skip
+    if kind == "dict":
+        model, guide = (lambda d: pair.model(d["x"])), (lambda d: pair.guide(d["x"]))
+    first = pv.fit(model, guide, data, **SHORT)["loss"]
+    assert outside.weight.grad is None and outside.bias.grad is None
+    if kind == "tensor":
+        pyro.clear_param_store()
+        pair = Foreign()
+        assert first == pv.fit(pair.model, pair.guide, x.detach(), **SHORT)["loss"]
+
+
+def test_a_single_number_observed_in_the_plate_scores_as_in_pyro():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("c", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 3, 3**-0.5))
+
+    x = torch.tensor([0.0, 1.0, -2.0])
+    # z given both is normal of mean x / 3 and variance 1 / 3, so that each sample weighs p(x, c) itself.
+    covariance = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    both = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(torch.stack([torch.zeros(3), x], -1))
+    pyros = -pyro.infer.Trace_ELBO().loss(model, guide, x)
+    assert pyros == pytest.approx(both.sum().item(), abs=1e-4)
+    found = pv.elbo_terms(model, guide, x, progress=False)
+    assert found.value == pytest.approx(both.mean().item(), abs=1e-5)
+    assert pv.log_likelihood(model, guide, x, num_samples=3, progress=False).value == pytest.approx(found.value, abs=1e-5)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_fit_without_gradients_says_so(off):
+    pair = Foreign()
+    with off(), pytest.raises(ValueError, match=r"gradients are switched off here \(torch.no_grad or inference_mode\)"):
+        pv.fit(pair.model, pair.guide, table(), **SHORT)
+
+
+def test_a_pair_that_is_frozen_whole_says_so():
+    pair = Foreign(enc=False, dec=False)
+    with pytest.raises(ValueError, match="all 4 parameters of model and guide have requires_grad=False"):
+        pv.fit(pair.model, pair.guide, table(), **SHORT)
+
+
+@pytest.mark.parametrize("as_functions", [False, True])
+def test_networks_made_in_inference_mode_cannot_be_trained(as_functions):
+    with torch.inference_mode():
+        pair, x = Foreign(), table()
+    programs = ((lambda x: pair.model(x)), (lambda x: pair.guide(x))) if as_functions else (pair.model, pair.guide)
+    with pytest.raises(ValueError, match=r"Make the networks outside torch.inference_mode\(\)"):
+        pv.fit(*programs, table(), **SHORT)
+    ours = Foreign()
+    for data in (x, DataLoader(TensorDataset(x), batch_size=10), [x[:7], x[7:]]):  # data from there are fine
+        assert all(map(math.isfinite, pv.fit(ours.model, ours.guide, data, **SHORT)["loss"]))
+
+
+@pytest.mark.parametrize("estimate", [pv.log_likelihood, pv.elbo_terms])
+def test_what_silences_the_loop_over_samples_is_something_that_works(estimate):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            assert z.shape == x.shape
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    with pytest.warns(UserWarning, match="one by one") as met:
+        estimate(model, guide, torch.zeros(3), num_samples=2, progress=False)
+    said = next(str(w.message) for w in met if "one by one" in str(w.message))
+    assert "vectorize" not in said and said.endswith("warnings.filterwarnings('ignore', 'drawing .* one by one').")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "drawing .* one by one")
+        estimate(model, guide, torch.zeros(3), num_samples=2, progress=False)
+
+
+def test_keyword_only_arguments_are_named():
+    pair = Foreign()
+
+    def model(*, x):
+        pair.model(x)
+
+    def guide(*, x):
+        pair.guide(x)
+
+    def two(x, *, y):
+        pair.model(x + y)
+
+    for data in ({"x": table()}, table()):
+        with pytest.raises(ValueError, match=r"takes 'x' as a keyword-only argument.*Drop the \* before 'x'"):
+            pv.fit(model, guide, data, **SHORT)
+    with pytest.raises(ValueError, match=r"takes 'y' as a keyword-only.*as columns, \(x, y\)\."):
+        pv.fit(two, lambda x, *, y: pair.guide(x), (table(), table()), **SHORT)
+    bound = functools.partial(two, y=1.0)
+    assert math.isfinite(pv.fit(bound, pair.guide, table(), **SHORT)["loss"][-1])
+
+
+def test_labels_first_as_wide_as_the_data_are_refused():
+    pair = Foreign()
+    labels = nn.functional.one_hot(torch.arange(20) % 4, 4)
+    for data in (TensorDataset(labels, table()), DataLoader(TensorDataset(labels, table()), batch_size=10)):
+        with pytest.raises(ValueError, match=r"would take column 0 \(int64 .*, 4\)\), and leave out column 1, float32 "):
+            pv.fit(pair.model, pair.guide, data, **SHORT)
+    with pytest.warns(UserWarning, match=r"took column 0 \(float32 \(10, 4\)\); left out int64 \(10, 4\), such as labels"):
+        pv.fit(pair.model, pair.guide, TensorDataset(table(), labels), **SHORT)
+    with pytest.warns(UserWarning, match=r"took column 0 \(int64 \(10, 4\)\); left out float32 \(10,\)"):
+        pv.fit(pair.model, pair.guide, TensorDataset(labels, table()[:, 0]), **SHORT)

@@ -32,6 +32,7 @@ class Arguments:
         most: How many can be given; infinite with ``*args``.
         masks: Positions of arguments called ``mask``.
         defaults: Defaults by position.
+        keywords: Names that have no default and can only be given by keyword.
     """
 
     names: tuple[str, ...]
@@ -39,6 +40,7 @@ class Arguments:
     most: float
     masks: frozenset[int]
     defaults: dict[int, Any]
+    keywords: tuple[str, ...] = ()
 
     def kept(self, batch: tuple[Any, ...], warn: bool = True, columns: bool = True) -> int:
         """How many columns of a batch are arguments.
@@ -49,8 +51,16 @@ class Arguments:
             columns: Whether somebody put these columns together for the pair, as a tuple; a loader has its own.
         Raises:
             ValueError: Fewer columns than arguments; a boolean column that is no mask of the data; a column that
-                would be handed to an option.
+                would be handed to an option; an argument that is keyword-only; whole numbers first, and floats of
+                their shape beside them that would be left out.
         """
+        if self.keywords:
+            named = ", ".join((*self.names, *self.keywords))
+            raise ValueError(
+                f"the pair takes {', '.join(map(repr, self.keywords))} as a keyword-only argument, and data are given "
+                f"by position; wanted model({named}), guide({named}). Drop the * before {self.keywords[0]!r} in both, "
+                f"and pass the data as columns, ({named}{',' * (len(self.names) + len(self.keywords) == 1)})."
+            )
         count = len(batch)
         takes = ", ".join(self.names) + (", ..." if self.most == math.inf else "")
         if count < self.required:
@@ -75,13 +85,27 @@ class Arguments:
         if not keep:
             raise ValueError(f"got data ({described(batch)}) for a pair without arguments; wanted model(x), guide(x).")
         if keep < count and warn:
+            self._refuse_labels_first(batch, keep)
             warnings.warn(
-                f"the pair takes ({takes}), and the data have {count} columns: left out "
-                f"{described(batch[keep:])}, such as labels, since {'they are' if count - keep > 1 else 'it is'} no "
+                f"the pair takes ({takes}), and the data have {count} columns: took "
+                f"{_placed(batch, keep)}; left out {described(batch[keep:])}, such as labels, since {'they are' if count - keep > 1 else 'it is'} no "
                 "argument of the pair.",
                 stacklevel=2,
             )
         return keep
+
+    def _refuse_labels_first(self, batch: tuple[Any, ...], keep: int) -> None:
+        """Whole numbers before floats of the same shape are likely labels, as wide as the data."""
+        first = batch[0]
+        if not isinstance(first, Tensor) or first.is_floating_point():
+            return
+        for i, other in enumerate(batch[keep:], keep):
+            if isinstance(other, Tensor) and other.is_floating_point() and other.shape == first.shape:
+                raise ValueError(
+                    f"got columns of which the pair would take {_placed(batch, keep)}, and leave out column {i}, "
+                    f"{described(other)}, which has the same shape; wanted the data first, and labels after them. Put "
+                    f"column {i} first, or pass column 0 alone if it is what the pair is to see."
+                )
 
     def _is_mask(self, batch: tuple[Any, ...], i: int) -> bool:
         x, mask = batch[0], batch[i]
@@ -99,6 +123,11 @@ class Arguments:
         return True
 
 
+def _placed(batch: tuple[Any, ...], keep: int) -> str:
+    """The first columns of a batch, with their numbers."""
+    return ", ".join(f"column {i} ({described(part)})" for i, part in enumerate(batch[:keep]))
+
+
 def arguments_of(*programs: Program) -> Arguments:
     """What programs take by position, together.
 
@@ -110,20 +139,25 @@ def arguments_of(*programs: Program) -> Arguments:
         (('x', 'mask'), 1, 2, [1])
     """
     each = [_positional(program) for program in programs]
-    known = [(names, defaults, most) for names, defaults, most in each if names is not None]
+    known = [(names, defaults, most) for names, defaults, most, _ in each if names is not None]
+    keywords = tuple(dict.fromkeys(name for *_, only in each for name in only))
     if not known:
-        return Arguments((), 0, math.inf, frozenset(), {})
+        return Arguments((), 0, math.inf, frozenset(), {}, keywords)
     names, defaults, most = min(known, key=lambda found: (found[2], len(found[0])))
     required = max(sum(i not in d for i in range(len(n))) for n, d, _ in known)
     masks = {i for n, _, _ in known for i, name in enumerate(n) if name == "mask" or name.endswith("_mask")}
     longest = max((n for n, _, _ in known), key=len)
     return Arguments(
-        tuple(names) if len(names) >= required else tuple(longest), required, most, frozenset(masks), dict(defaults)
+        tuple(names) if len(names) >= required else tuple(longest), required, most, frozenset(masks), dict(defaults),
+        keywords,
     )
 
 
-def _positional(program: Any) -> tuple[Sequence[str] | None, dict[int, Any], float]:
-    """Names of what a program takes by position, the defaults, and how many; None where it does not say."""
+def _positional(program: Any) -> tuple[Sequence[str] | None, dict[int, Any], float, Sequence[str]]:
+    """Names of what a program takes by position, the defaults, how many, and what it needs by keyword.
+
+    None in place of the names where it does not say.
+    """
     taken = 0
     keywords: set[str] = set()
     while True:
@@ -146,10 +180,11 @@ def _positional(program: Any) -> tuple[Sequence[str] | None, dict[int, Any], flo
     try:
         parameters = list(inspect.signature(program).parameters.values())
     except (TypeError, ValueError):
-        return None, {}, math.inf
+        return None, {}, math.inf, ()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][taken:]
     cut = next((i for i, p in enumerate(positional) if p.name in keywords), len(positional))
     positional = positional[:cut]
     endless = any(p.kind == p.VAR_POSITIONAL for p in parameters)
     defaults = {i: p.default for i, p in enumerate(positional) if p.default is not p.empty}
-    return [p.name for p in positional], defaults, math.inf if endless else len(positional)
+    only = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty and p.name not in keywords]
+    return [p.name for p in positional], defaults, math.inf if endless else len(positional), only

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.arguments import Arguments, arguments_of
-from pyro_vae.inference.columns import Unreadable, collated, column, drawn, frame_names, settled, tensor_of
+from pyro_vae.inference.columns import AGAIN, Unreadable, collated, column, drawn, frame_names, settled, tensor_of
 from pyro_vae.inference.datacheck import DataCheck
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
 from pyro_vae.inference.supports import rules
@@ -102,6 +102,10 @@ class NoiseOfData:
             yield batch
 
 
+class _Spent(Exception):
+    """An iterable of batches does not begin anew."""
+
+
 class Batches:
     """Minibatches, each a tuple of the programs' positional arguments.
 
@@ -154,6 +158,8 @@ class Batches:
         self._plain = False  # whether the columns are tensors that were looked at
         self._each = False  # whether batches are looked at as they come
         self._cached: tuple[Any, ...] | None = None
+        self._pass: Iterator[Any] | None = None  # the latest one
+        self._gave = False  # whether the loader has ever given a batch
         self._made_together = isinstance(data, tuple) and not isinstance(data, TensorDataset)
         self._take_in(data)
         lengths: list[int] = [] if self.columns is None else [len(one) for one in self.columns]
@@ -192,8 +198,7 @@ class Batches:
         try:
             return len(self.loader)  # type: ignore[arg-type]
         except TypeError:  # also a DataLoader, over a dataset of unknown length
-            assert self.loader is not None
-            return sum(1 for _ in self.loader)
+            return sum(1 for _ in self._loaded())
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for choice in self.choices():
@@ -228,14 +233,37 @@ class Batches:
         number, batches = 0, None
         while True:
             try:
-                batches = iter(self.loader) if batches is None else batches
+                batches = self._begun() if batches is None else batches
                 given = next(batches)
             except StopIteration:
+                if not number:
+                    raise ValueError(self._no_batches()) from None
                 return
+            except _Spent as error:
+                raise ValueError(str(error)) from None
             except Exception as error:
                 raise Unreadable(f"batch {number} of the dataset", source, error) from error
+            self._gave = True
             yield given
             number += 1
+
+    def _begun(self) -> Iterator[Any]:
+        """A new pass through the loader, and no old one that goes on."""
+        assert self.loader is not None
+        batches = iter(self.loader)
+        if not isinstance(self.loader, DataLoader):  # whose workers may stay, and begin anew
+            if batches is self._pass:
+                raise _Spent(f"got data of type {type(self.loader).__name__} that give one iterator only; {AGAIN}")
+            self._pass = batches
+        return batches
+
+    def _no_batches(self) -> str:
+        if not self._gave:
+            again = "" if isinstance(self.loader, list) else f" If they have been run through before: {AGAIN}"
+            return f"the data are empty; wanted at least one batch.{again}"
+        return (
+            f"got data of type {type(self.loader).__name__} that gave batches once and none when asked again; {AGAIN}"
+        )
 
     def take(self, *choice: Any) -> tuple[Any, ...]:
         """The batch of a choice."""
@@ -388,9 +416,7 @@ class Batches:
         if self.columns is None:
             assert self.loader is not None
             with undisturbed():
-                given = next(self._loaded(), None)
-            if given is None:
-                return
+                given = next(self._loaded())
             batch = self._arguments(given)
         else:
             assert self.num_data is not None
@@ -583,6 +609,10 @@ def _leaf(path: Path, leaf: Any) -> Any:
         return leaf
     if leaf.is_complex() or leaf.is_quantized or leaf.is_nested:
         raise ValueError(f"got batches with a tensor of dtype {leaf.dtype}, wanted real numbers.")
+    if leaf.requires_grad:  # of what made the data, which is no part of the pair
+        leaf = leaf.detach()
+    if leaf.is_inference() and not torch.is_inference_mode_enabled():
+        leaf = leaf.clone()  # which can be saved for a gradient
     if leaf.layout != torch.strided:
         return leaf.to_dense()
     return leaf.to(_WIDER[leaf.dtype]) if leaf.dtype in _WIDER else leaf

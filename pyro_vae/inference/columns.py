@@ -20,6 +20,8 @@ from pyro_vae.inference.rehearsal import undisturbed
 from pyro_vae.inference.trees import described, mapped, rows
 from pyro_vae.tensors import numbers_of, tensor_of
 
+AGAIN = "wanted an iterable of batches that can be run through again (not a generator)."
+
 # What numpy and torch both hold; all other numbers are converted to one of these.
 _SHARED = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
 
@@ -238,7 +240,7 @@ def _unknown(data: Any) -> ValueError:
     shape = ", 0-dimensional" if isinstance(data, Tensor | np.ndarray) else ""
     return ValueError(
         f"got data of type {type(data).__name__}{shape}, wanted a tensor, a tuple of tensors, a dataset indexed "
-        "by tensors, or an iterable of batches that can be run through again (not a generator)."
+        f"by tensors, or {AGAIN.removeprefix('wanted ')}"
     )
 
 
@@ -254,6 +256,7 @@ def _tensor_column(data: Tensor) -> Any:
             "torch.nested.to_padded_tensor, data.dequantize(), torch.view_as_real."
         )
     if data.layout == torch.strided:
+        data = data.detach()  # from what made the data, which is no part of the pair
         wider = {torch.uint16: torch.int32, torch.uint32: torch.int64}.get(data.dtype)
         if data.dtype == torch.uint64:
             return _array_column(data.cpu().numpy())

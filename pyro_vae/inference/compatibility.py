@@ -150,21 +150,40 @@ def reasons(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -
 
 
 def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> Case:
-    """Run both programs once, without touching the random state."""
-    seen: list[list[nn.Module]] = [[], []]
-    found: list[dict[str, Any]] = []
-    for program, ran in zip((model, guide), seen, strict=True):
+    """Run both programs once, the model at the guide's draws, without touching the random state."""
+    seen: dict[str, list[nn.Module]] = {"guide": [], "model": []}
+    found: dict[str, dict[str, Any]] = {}
+    for name, ran in seen.items():
         # Dynamo would trace a hook into a network that is compiled already, and cannot trace this one.
         hook = register_module_forward_pre_hook(torch.compiler.disable(lambda module, _, ran=ran: ran.append(module)))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Using .torch.compile")  # of such hooks
-                found.append(sites(program, *batch))
+                found[name] = sites(guide, *batch) if name == "guide" else _at_draws(model, found["guide"], batch)
         finally:
             hook.remove()
     with own_parameters(guide):
-        points = points_among(guide, found[1].values(), batch, {})
-    return Case(model, guide, batch, loss, found[0], found[1], tuple(seen[0]), tuple(seen[1]), points)
+        points = points_among(guide, found["guide"].values(), batch, {})
+    modules = tuple(seen["model"]), tuple(seen["guide"])
+    return Case(model, guide, batch, loss, found["model"], found["guide"], *modules, points)
+
+
+def _at_draws(model: Program, drawn: Mapping[str, Any], batch: tuple[Any, ...]) -> dict[str, Any]:
+    """The model's sites where it runs as in a step, at the guide's draws, whose type the prior's may not have.
+
+    Where it does not run at them, those of its own draws, so that a rule can say what is wrong with the guide's.
+    """
+    given = Trace()
+    for name, site in drawn.items():
+        if not site["is_observed"]:
+            given.add_node(name, **site)
+    try:
+        return sites(poutine.replay(model, trace=given), *batch)
+    except Exception as error:  # noqa: BLE001 - whatever the programs raise
+        try:
+            return sites(model, *batch)
+        except Exception:  # noqa: BLE001 - it fails anyhow, and in a step in the first way
+            raise error from None
 
 
 def rows_held(guide: Program) -> tuple[str, int] | None:

@@ -73,10 +73,12 @@ def program_values(*roots: Any, but: Iterable[Tensor] = ()) -> dict[str, str]:
         if id(value) in known or _BOOKS.search(name):
             continue
         line = f"code #{_digest(_bytes(value))}" if isinstance(value, types.CodeType) else fingerprint(value)
-        several = plain_name(name)
-        while several in found:
-            several += "'"
-        found[several] = line
+        place, several = plain_name(name), 1
+        key = place
+        while key in found:
+            several += 1
+            key = f"{place} ({several})"
+        found[key] = line
     return found
 
 

@@ -44,7 +44,7 @@ class Rule:
             ok = self.support.check(value)
         except Exception:  # noqa: BLE001 - a support for other shapes says nothing of this value
             return torch.zeros_like(value, dtype=torch.bool)
-        return ~ok.reshape(*ok.shape, *[1] * (value.dim() - ok.dim())).expand_as(value)
+        return ~ok.reshape((*ok.shape, *[1] * (value.dim() - ok.dim()))).expand_as(value)
 
     def within(self, low: float, high: float) -> bool:
         """Whether all between two numbers is inside, as far as can be told from them."""
@@ -148,7 +148,7 @@ def scored(site: Any, value: Tensor) -> Tensor:
     layers = [(layer._mask, layer) for layer in wrappers(site["fn"]) if isinstance(layer, MaskedDistribution)]
     for mask, layer in [(site["mask"], site["fn"]), *layers]:
         if isinstance(mask, Tensor):
-            counts = counts & mask.reshape(*mask.shape, *[1] * layer.event_dim)
+            counts = counts & mask.reshape((*mask.shape, *[1] * layer.event_dim))
     return counts
 
 

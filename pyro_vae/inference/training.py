@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,6 +229,11 @@ def fit(
         loss = compiled.inner
     else:
         loss = copy.copy(default_loss(guide) if loss is None else loss)  # an ELBO remembers the plates of its pair
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "gradients are switched off here (torch.no_grad or inference_mode), so there is nothing to train. Call fit "
+            "outside of it."
+        )
     _check_options(loss, patience, validation, schedule)
     check_tempering(loss, epochs, kl_warmup, kl_warmup_steps, beta)
     if isinstance(validation_bound, SplitBound) and validation_bound.upper:
@@ -236,6 +241,7 @@ def fit(
     modules = modules_of(model, guide)
     for module in modules if device is not None else []:
         module.to(device)
+    _refuse_inference(t for module in modules for t in (*module.parameters(), *module.buffers()))
     place = device if device is not None else device_of(model, guide)
     optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else functools.partial(value_of, "schedule", schedule)
@@ -248,6 +254,8 @@ def fit(
         with others_kept(modules):
             batches = Batches(data, batch_size, place, programs=(model, guide))
             batches.keep_together()
+        if batches.shown is not None:  # also networks that plain functions use
+            _refuse_inference({id(p): p for p in batches.shown.parameters if isinstance(p, nn.Parameter)}.values())
         before_fit(modules, batches)
         _take_up_loaded(model, guide, batches)
         with others_kept(modules):
@@ -284,6 +292,8 @@ def fit(
             }  # fmt: skip
             settings = {key: fingerprint(value) for key, value in settings.items()}
             settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
+            frozen = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
+            settings["list of frozen parameters"] = fingerprint(sorted(frozen))
             settings |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
             shaping = filter(callable, (beta, schedule, validation_bound, getattr(loss, "bound", None)))
             values = functools.partial(program_values, model, guide, *shaping, but=list(tensors.values()))
@@ -421,6 +431,30 @@ def _rest_frozen(module: nn.Module) -> None:
         return
     for child in module.children():
         _rest_frozen(child)
+
+
+def _refuse_inference(tensors: Iterable[Tensor]) -> None:
+    """Tensors made in inference mode can never have a gradient, nor be changed in place."""
+    made = sum(t.is_inference() for t in tensors)
+    if made:
+        raise ValueError(
+            f"{made} parameters or buffers of model and guide were made under torch.inference_mode(), and cannot be "
+            "trained. Make the networks outside torch.inference_mode()."
+        )
+
+
+def _untrained(parameters: Iterable[Tensor]) -> str:
+    """Why no parameter had a gradient."""
+    known = {id(p): p for p in parameters}.values()
+    if known and all(isinstance(p, nn.Parameter) and not p.requires_grad for p in known):
+        return (
+            f"all {len(known)} parameters of model and guide have requires_grad=False, so there is nothing to train. "
+            "Call requires_grad_(True) on what shall learn."
+        )
+    return (
+        "no parameter of model or guide had a gradient, so there is nothing to train. Register networks with "
+        'pyro.module("decoder", net) inside the programs, or write the programs as PyroModules.'
+    )
 
 
 class _Stepper:
@@ -597,10 +631,7 @@ class _Stepper:
         if self.considers:
             self._consider()
         if self.steps == 0 and not self.parameters():
-            raise ValueError(
-                "no parameter of model or guide had a gradient, so there is nothing to train. Register networks with "
-                'pyro.module("decoder", net) inside the programs, or write the programs as PyroModules.'
-            )
+            raise ValueError(_untrained([] if self.batches.shown is None else self.batches.shown.parameters))
         self.steps += 1
         return value
 
