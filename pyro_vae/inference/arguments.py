@@ -88,8 +88,8 @@ class Arguments:
             self._refuse_labels_first(batch, keep)
             warnings.warn(
                 f"the pair takes ({takes}), and the data have {count} columns: took "
-                f"{_placed(batch, keep)}; left out {described(batch[keep:])}, such as labels, since {'they are' if count - keep > 1 else 'it is'} no "
-                "argument of the pair.",
+                f"{_placed(batch, keep)}; left out {described(batch[keep:])}, such as labels, since "
+                f"{'they are' if count - keep > 1 else 'it is'} no argument of the pair.",
                 stacklevel=2,
             )
         return keep
