@@ -127,7 +127,7 @@ def served(programs: Sequence[Program], args: tuple[Any, ...]) -> int | None:
     too many, or no such coordinates."""
     try:
         with torch.random.fork_rng():
-            size = Pair(*programs, args).latents.size
+            size = Pair(programs[0], programs[1], args).latents.size
     except (ValueError, NotImplementedError):
         return None
     return size if size <= MOST_DIMENSIONS else None
