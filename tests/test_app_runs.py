@@ -13,7 +13,7 @@ from PIL import Image
 import pyro_vae.data as data
 from pyro_vae.app import evaluation
 from pyro_vae.app.cli import main
-from pyro_vae.app.runs import Run, new_run, write_json
+from pyro_vae.app.runs import Run, run_folder, write_json
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
@@ -60,7 +60,7 @@ def copied(run, tmp_path):
 
 def test_a_run_has_all_its_files(run):
     assert sorted(path.name for path in run.iterdir()) == [
-        "config.json", "figures", "metrics.jsonl", "summary.json", "weights.safetensors",
+        "config.json", "figures", "metrics.jsonl", "report.html", "summary.json", "weights.safetensors",
     ]  # fmt: skip
     assert set(PICTURES) <= {path.name for path in (run / "figures").iterdir()}
     for name in PICTURES:
@@ -317,8 +317,8 @@ def test_no_run_there(tmp_path, capsys):
     assert "has no config.json" in refused(capsys, "evaluate", tmp_path)
 
 
-def test_new_run_removes_what_it_made(tmp_path):
-    with pytest.raises(RuntimeError), new_run(tmp_path / "a" / "b") as folder:
+def test_what_went_wrong_before_the_first_epoch_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), run_folder(tmp_path / "a" / "b") as folder:
         (folder / "some").write_text("text")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []

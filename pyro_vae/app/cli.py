@@ -127,8 +127,9 @@ def commands(context: click.Context) -> None:
 def fit(config: Path | None, **given: Any) -> int:
     """Fit a VAE to images, judge it on test data, and write a run folder.
 
-    The folder holds config.json, summary.json, metrics.jsonl, weights.safetensors and
-    figures. It appears when all is written; Ctrl-C keeps what was trained so far.
+    The folder holds config.json, summary.json, metrics.jsonl, weights.safetensors,
+    figures and report.html. First pictures appear after the first epoch. Ctrl-C keeps
+    what was trained so far, and the same command goes on in the same folder.
 
     \b
     Examples:
@@ -137,25 +138,33 @@ def fit(config: Path | None, **given: Any) -> int:
       pyro-vae fit --data photos/ --image-size 32 --latent-dim 64
       pyro-vae fit --config runs/mnist --seed 1
     """
-    from pyro_vae.app.runs import free_path, refuse_existing
+    from pyro_vae.app.runs import check_place, default_path, is_unfinished
 
     options_given = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
     values = (read_config(config) if config is not None else {}) | options_given
     out, quiet = values.pop("out", None), values.pop("quiet", False)
     checkpoint = values.pop("checkpoint", None)
     options = resolve(values)
-    path = Path(out).expanduser() if out is not None else free_path(options.data)
-    refuse_existing(path)
+    asked = options.to_json()
+    path = Path(out).expanduser() if out is not None else default_path(options.data, asked)
+    check_place(path, asked)
+    if is_unfinished(path) and not quiet:
+        click.echo(f"going on with {path} (--out another folder to start afresh)", err=True)
 
     from pyro_vae.app.fitting import fit_run
-    from pyro_vae.app.report import show
+    from pyro_vae.app.report import show, show_lines
+    from pyro_vae.app.run_page import files
 
     saved = None if checkpoint is None else Path(checkpoint).expanduser()
     summary = fit_run(options, path, checkpoint=saved, progress=False if quiet else None, say=_say(quiet))
     if not quiet:
         show(summary, path)
+        show_lines(files(path, summary))
     if summary["interrupted"]:
-        click.echo(f"{PROGRAM}: interrupted: what was trained so far is in {path}", err=True)
+        click.echo(
+            f"{PROGRAM}: interrupted: what was trained so far is in {path}, and the same command goes on with it",
+            err=True,
+        )
         return 130
     return 0
 
@@ -179,16 +188,31 @@ _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[defau
 @_trust
 @click.option("--evaluation-samples", "-K", metavar="K", type=click.IntRange(2), help="[default: the run's own]")
 @click.option("--evaluation-images", metavar="N", type=click.IntRange(2), help="[default: the run's own]")
+@click.option("--full", is_flag=True, help="All test images, 5000 samples.")
 @_seed
 @_data_dir
 @_device
 @_json
+@click.option("--refine", type=click.Choice(["semi-amortized", "hamiltonian"]), help="With the guide refined datum by "
+              "datum, with the help of the model: gradient or Hamiltonian steps that are taken where they "
+              "help.")  # fmt: skip
 @click.option("--out", metavar="FILE", type=_PATH, help="Write the JSON to a file too.")
 def evaluate(**options: Any) -> None:
     """Judge a run again: other samples, images or seed. The run folder stays as it is."""
     from pyro_vae.app.commands import evaluate_run
 
     evaluate_run(**options)
+
+
+@commands.command()
+@_run
+@_trust
+@_data_dir
+def draw(**options: Any) -> None:
+    """Draw the pictures and report.html of a run again, of an unfinished one too."""
+    from pyro_vae.app.commands import draw_run
+
+    draw_run(**options)
 
 
 @commands.command()
@@ -334,7 +358,9 @@ def combinations(
 
 
 def _say(quiet: bool) -> Callable[[str], None]:
-    return (lambda _: None) if quiet else lambda text: click.echo(text, err=True)
+    from tqdm import tqdm
+
+    return (lambda _: None) if quiet else lambda text: tqdm.write(text, file=sys.stderr)  # beside a bar, if any
 
 
 if __name__ == "__main__":

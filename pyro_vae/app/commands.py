@@ -1,14 +1,15 @@
-"""What the commands on a finished run do: evaluate, judge, sample, reconstruct, rank anomalies."""
+"""What the commands on a run do: evaluate, draw, judge, sample, reconstruct, rank anomalies."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -17,17 +18,23 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.app import evaluation, report
 from pyro_vae.app.configuration import convert
-from pyro_vae.app.defaults import FitOptions, resolve
-from pyro_vae.app.fitting import read, the_device
+from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
+from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.remarks import of_image
-from pyro_vae.app.runs import CONFIG, FIGURES, Run, write_json
+from pyro_vae.app.runs import CONFIG, FIGURES, METRICS, Run, is_unfinished, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.training import History
 from pyro_vae.judging.anomalies import anomaly_scores, explained, roc_auc
-from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.remedies import paired
+from pyro_vae.programs.hamiltonian import Hamiltonian
+from pyro_vae.programs.pair import Guide
+from pyro_vae.programs.refined import Refined
+from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 
@@ -60,26 +67,78 @@ def _opened(
 def evaluate_run(
     run: Path, evaluation_samples: int | None = None, evaluation_images: int | None = None, seed: int | None = None,
     data_dir: str | None = None, device: str = "auto", as_json: bool = False, out: Path | None = None,
-    trust: tuple[str, ...] = (),
+    trust: tuple[str, ...] = (), full: bool = False, refine: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
     options, vae, seed = _opened(run, trust, seed, device)
-    images = evaluation_images or options.evaluation_images
+    known = Run.load(run).summary
+    done = known.get("protocol", {}) if "evaluation_seconds" in known and not full else {}
+    images = evaluation_images or (None if full else options.evaluation_images)
     _, dataset = _data(options, vae, data_dir, images)
-    settings: dict[str, Any] = {
-        "num_samples": evaluation_samples or options.evaluation_samples,
-        "images": images,
-        "seed": seed,
-    }
-    numbers = evaluation.evaluate(vae, dataset, **settings, progress=False if as_json else None)
-    numbers["protocol"] = evaluation.protocol(vae, dataset, **settings)
+    if full:
+        settings: dict[str, Any] = {"num_samples": evaluation_samples or FULL_SAMPLES, "images": images}
+    elif done:
+        settings = {
+            "num_samples": evaluation_samples or done.get("log_likelihood_samples", options.evaluation_samples),
+            "images": images or done["test_images"],
+        }
+    else:
+        samples = evaluation_samples or options.evaluation_samples
+        planned = dataclasses.replace(options, evaluation_samples=samples, evaluation_images=images)
+        plan = evaluation.plan(vae, dataset, planned)
+        settings = {"num_samples": plan.num_samples, "images": plan.images}
+    settings["seed"] = seed
+    progress = False if as_json else None
+    refined: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        judged = vae
+        if refine is not None:
+            guide = stack.enter_context(_refined(refine, vae, run).kept())
+            judged = VAE(vae.model, cast(Guide, guide), vae.architecture)
+            test = evaluation.test_data(dataset, seed, settings["images"])
+            before, after = (elbo_terms(vae.model, each, test, num_samples=evaluation.ELBO_SAMPLES, seed=seed,
+                                        progress=progress).pointwise for each in (vae.guide, guide))  # fmt: skip
+            gain = paired(after - before)
+            refined = {"refined_by": refine, "elbo_gain": gain.value, "elbo_gain_stderr": gain.mc_stderr}
+        numbers = evaluation.evaluate(judged, dataset, **settings, progress=progress)
+    numbers["protocol"] = evaluation.protocol(vae, dataset, **settings) | refined
     if as_json:
         click.echo(json.dumps(numbers | {"run": str(run)}, indent=2))
     else:
         report.show(numbers, run)
+    if refined and not as_json:
+        click.echo(f"refined by {refine}: the ELBO is {refined['elbo_gain']:.3f} ± {refined['elbo_gain_stderr']:.3f} "
+                   "nats above that of the run's own guide (paired by datum)")  # fmt: skip
     if out is not None:
         write_json(out, numbers | {"run": str(run)})
     return numbers
+
+
+def draw_run(run: Path, data_dir: str | None = None, trust: tuple[str, ...] = ()) -> list[Path]:
+    """`pyro-vae draw`: the pictures and the page of a run, drawn again, of an unfinished one too; returns where."""
+    from pyro_vae.app.run_page import PICTURES, write_page
+
+    options, vae, _ = _opened(run, trust, None)
+    loaded = Run.load(run)
+    _, dataset = _data(options, vae, data_dir, options.evaluation_images)
+    records = loaded.metrics()
+    if is_unfinished(run) and len(records) < options.epochs:
+        click.echo(f"an unfinished run, as it stood after epoch {len(records)} of {options.epochs}", err=True)
+    views = {} if loaded.summary.get("interrupted") else second_view(vae, dataset, options)
+    report.draw(vae, dataset, records, loaded.summary, options, run / FIGURES, views)
+    paths = [run / FIGURES / name for name in PICTURES]
+    paths.append(write_page(run, options, loaded.summary))
+    for path in paths:
+        click.echo(path)
+    return paths
+
+
+def _refined(name: str, vae: VAE, run: Path) -> Refined:
+    """A run's guide, refined with the help of its model."""
+    if _point(vae):
+        raise ValueError(f"got --refine {name} for {run}, a plain autoencoder: a point has no ELBO to climb.")
+    kind = {"semi-amortized": SemiAmortized, "hamiltonian": Hamiltonian}[name]
+    return cast(Refined, kind(vae.model, vae.guide).eval())
 
 
 def judge_run(
@@ -93,6 +152,7 @@ def judge_run(
     from pyro_vae.app import html
     from pyro_vae.judging.judgement import judge
 
+    loaded = Run.load(run)
     options, vae, seed = _opened(run, trust, seed, device)
     if _point(vae):
         raise ValueError(
@@ -106,10 +166,13 @@ def judge_run(
             raise ValueError(f"got --out {out}, wanted a folder to write to: {error.strerror}.") from error
     _, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed, num_data)
+    records = loaded.metrics() if (run / METRICS).is_file() else None
+    history = None if records is None else History(records, stopped_early=bool(loaded.summary.get("stopped_early")))
     # Loading has its time already, and the pictures are to have theirs.
     left = budget - (time.monotonic() - started) - min(15.0, 0.15 * budget)
     found = judge(
-        vae.model, vae.guide, test, budget=max(left, 0.01), num_data=num_data, seed=seed,
+        vae.model, vae.guide, test, history=history, training=dataset.train, budget=max(left, 0.01), num_data=num_data,
+        seed=seed,
         num_samples=options.evaluation_samples if num_samples is None else num_samples,
         progress=False if as_json else None,
     )  # fmt: skip
@@ -117,7 +180,7 @@ def judge_run(
         "run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions(),
         "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
-    found = dataclasses.replace(found, protocol=found.protocol | about)
+    found = dataclasses.replace(found, protocol=found.protocol | about).of_run(str(run), loaded.config)
     text = found.to_json()
     write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)

@@ -269,11 +269,17 @@ FIT = _options(
     _option("Training", "--matmul-precision", _choice("matmul_precision"), "medium is faster on AMD CPUs, bfloat16 "
             "where the hardware multiplies it. "
             "[default: highest]"),
-    _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image. [default: 5000]", int),
-    _option("Evaluation", "--evaluation-images", "N", "Evaluate on the first N test images. [default: all]", int),
-    _option("Run", "--out", "RUN", "Run folder to make. [default: runs/<data>-<n>]"),
-    _option("Run", "--checkpoint", "FILE", "A .safetensors file for the state after each epoch: the same command goes "
-            "on from it, to the bit. It is removed when the run is written."),
+    _option("Evaluation", "--evaluation-samples", "K", "Importance samples per image. [default: 1000; with --full "
+            "5000]", int),
+    _option("Evaluation", "--evaluation-images", "N", "Evaluate on the first N test images. [default: 1000, or fewer "
+            "where they take more than about a minute]", int),
+    click.option("--full/--no-full", cls=GroupedOption, group="Evaluation", default=None,
+                 help="Evaluate on all test images with 5000 samples, however long it takes."),
+    _option("Run", "--out", "RUN", "Run folder to make, or an unfinished one to go on with. "
+            "[default: runs/<data>-<n>]"),
+    _option("Run", "--checkpoint", "FILE", "Another .safetensors file for the state, written after each epoch; steps "
+            "are then never compiled, and the same command goes on from it to the bit. [default: RUN/"
+            "checkpoint.safetensors, until the run is finished]"),
     _option("Run", "--config", "FILE|RUN", "Read options from YAML or JSON, or from a run folder; the command line "
             "wins.", click.Path(path_type=Path)),
     click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),

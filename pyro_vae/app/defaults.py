@@ -37,8 +37,9 @@ SCALES = ("learned", "per-pixel", "network")
 class FitOptions:
     """The configuration of a run: plain data, one field for each option of the command.
 
-    A field that is None after `resolve` is really none (no clipping, no limit, the whole test set); `likelihood`,
-    `binarization` and the framing of data given by a path are settled when the data have been read.
+    A field that is None after `resolve` is really none (no clipping, no limit), but for `evaluation_images`: as many as
+    a minute allows, or with `full` the whole test set. `likelihood`, `binarization` and the framing of data given by a
+    path are settled when the data have been read.
 
     What each field means is said by the command's help: `pyro_vae.app.configuration.FIT`.
     """
@@ -85,8 +86,9 @@ class FitOptions:
     threads: int | None = None
     compile: str = "auto"
     matmul_precision: str = "highest"
-    evaluation_samples: int = 5000
+    evaluation_samples: int = 1000
     evaluation_images: int | None = None
+    full: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
@@ -153,6 +155,8 @@ _LEAST = {
     "evaluation_images": 2,
 }  # fmt: skip
 
+FULL_SAMPLES = 5000  # of --full
+
 HIDDEN: dict[str, tuple[int, ...]] = {
     "mlp": (400, 400), "gated": (300, 300), "conv": (32, 64, 128), "residual": (32, 64, 128), "linear": (),
 }  # fmt: skip
@@ -204,6 +208,8 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
     values = vars(row) | {"data": data} | dict(given)
     if "network" in given and "hidden" not in given and given["network"] != row.network:
         values["hidden"] = HIDDEN.get(given["network"], ())
+    if values["full"] and "evaluation_samples" not in given:
+        values["evaluation_samples"] = FULL_SAMPLES
     if values["network"] == "linear":
         values["hidden"] = ()
     if values["bound"] != "elbo" and "num_samples" not in given:

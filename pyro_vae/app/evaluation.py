@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 
+from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions
 from pyro_vae.app.remarks import codes_outside, levels
 from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
 from pyro_vae.evaluation import evaluating
@@ -24,6 +25,61 @@ from pyro_vae.version import __version__
 
 ELBO_SAMPLES = 100
 SAMPLES = 1000
+MINUTE = 75.0  # seconds that an evaluation may take where nobody said how large it is to be
+_LADDER = (1000, 500, 200, 100)
+_TRIED, _LONG_ENOUGH = 20, 0.2  # images and seconds that its speed is measured on
+
+
+class Plan(NamedTuple):
+    """How much is evaluated, and about how many seconds that takes; the same of everything, as by ``--full``."""
+
+    num_samples: int
+    images: int
+    seconds: float
+    full_images: int
+    full_seconds: float
+
+
+def plan(vae: VAE, dataset: Dataset, options: FitOptions) -> Plan:
+    """How much of the test data is evaluated, with how many samples.
+
+    What the options say, else 1,000 images, or as many as the clock says that about a minute allows: 500, 200 or 100,
+    and fewer samples only where that is too long still. The speed is measured on a few images of the pair, whose
+    weights do not matter to it.
+    """
+    test, wanted = dataset.test, options.evaluation_images
+    each = seconds_each(vae, test, options.evaluation_samples)
+
+    def seconds(images: int, num_samples: int) -> float:
+        return each * images * (num_samples + ELBO_SAMPLES)
+
+    samples = options.evaluation_samples
+    if wanted is not None or options.full:
+        images = min(len(test), wanted or len(test))
+    else:
+        sizes = [min(n, len(test)) for n in _LADDER]
+        images = next((n for n in sizes if seconds(n, samples) <= MINUTE), sizes[-1])
+        if seconds(images, samples) > MINUTE:
+            fewer = [k for k in _LADDER if k <= samples] or [samples]
+            samples = next((k for k in fewer if seconds(images, k) <= MINUTE), fewer[-1])
+    most = max(samples, FULL_SAMPLES)
+    return Plan(samples, images, seconds(images, samples), len(test), seconds(len(test), most))
+
+
+def seconds_each(vae: VAE, test: Split, most: int) -> float:
+    """Seconds that one importance sample of one image takes."""
+    if is_autoencoder(vae):
+        return 0.0
+    few = test.subset(slice(0, _TRIED)).frozen()
+    num_samples = min(50, most)
+    log_likelihood(vae.model, vae.guide, few, num_samples=num_samples, progress=False)  # whatever is made only once
+    while True:
+        started = time.perf_counter()
+        log_likelihood(vae.model, vae.guide, few, num_samples=num_samples, progress=False)
+        seconds = time.perf_counter() - started
+        if seconds >= _LONG_ENOUGH or num_samples >= most:
+            return seconds / (len(few) * num_samples)
+        num_samples = min(most, 4 * num_samples)
 
 
 def test_data(dataset: Dataset, seed: int, images: int | None = None) -> Split:
@@ -146,7 +202,8 @@ def versions() -> dict[str, str]:
 
 def is_autoencoder(vae: VAE) -> bool:
     """Whether the guide is a point, so that there is no density over z."""
-    return not has_density(vae.guide.posterior)
+    guide: Any = vae.guide
+    return not has_density(getattr(guide, "guide", guide).posterior)  # of a refined guide, its base
 
 
 def standardized(vae: VAE) -> bool:

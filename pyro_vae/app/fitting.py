@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,15 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae.app import evaluation, report
-from pyro_vae.app.defaults import NOT_BINARY, FitOptions
+from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions
 from pyro_vae.app.losses import the_loss
+from pyro_vae.app.progress import Progress
 from pyro_vae.app.remarks import remarks
-from pyro_vae.app.runs import BUILT, CONFIG, FIGURES, METRICS, SUMMARY, WEIGHTS, new_run, write_json, write_lines
+from pyro_vae.app.run_page import write_page
+from pyro_vae.app.runs import (
+    BUILT,
+    CHECKPOINT,
+    CONFIG,
+    FIGURES,
+    METRICS,
+    SUMMARY,
+    WEIGHTS,
+    finish,
+    run_folder,
+    write_json,
+    write_lines,
+)
 from pyro_vae.data import DATASETS, Dataset, load
+from pyro_vae.data.splits import Binarization
 from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.training import History, fit
+from pyro_vae.judging.latents import posterior_means
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
@@ -30,6 +49,7 @@ from pyro_vae.protocols import default_options, has_density, passes, values
 from pyro_vae.protocols import standardize as standardize_of
 
 VALIDATION_IMAGES = 2000
+SMALL = 300_000  # numbers in the training part: a second fit takes seconds
 _READING = ("image_size", "crop", "channels", "background", "images", "labels")
 _TRAINING = (
     "epochs", "batch_size", "learning_rate", "schedule", "clip_norm", "kl_warmup", "kl_warmup_steps", "patience",
@@ -46,57 +66,91 @@ def fit_run(
     progress: bool | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Do one run and write its folder.
+    """Do one run, or the rest of an unfinished one, and write its folder.
+
+    The folder is there from the start. Its first pictures appear after the first epoch, and all of them before the
+    evaluation. What was broken off is gone on with by the same options and folder.
 
     Args:
         options: The configuration, from `resolve`.
-        path: The run folder to make.
-        checkpoint: Where the state of the fit is kept after each epoch, to go on from; removed when the run is written.
+        path: The run folder to make, or an unfinished one.
+        checkpoint: Where the state of the fit is kept after each epoch, in place of the run folder, where it is kept
+            as often as costs next to nothing. Removed when the run is finished.
         progress: Show bars; None shows them on a terminal only.
         say: Takes a line about what is going on.
     Returns:
-        The summary. With ``interrupted`` true where Ctrl-C ended the training: the
-        weights are then those of that moment, and nothing was evaluated.
+        The summary. With ``interrupted`` true where Ctrl-C ended the training, or the evaluation: the
+            weights are then those of that moment, and nothing was evaluated.
     Raises:
-        ValueError: A bad option, unreadable data, an existing or unwritable folder; or a
-            failure after the training, whose weights are then kept all the same.
+        ValueError: A bad option, unreadable data, a finished run or an unfinished one of other options, an unwritable
+            folder; or a failure after the training, whose weights are then kept all the same.
     """
     failure: Exception | None = None
-    with new_run(path) as folder:
+    with run_folder(path, options.to_json()) as folder:
+        going_on = (folder / WEIGHTS).is_file()
+        asked = options
         options, dataset = read(options)
         _describe(options, dataset, say)
         vae = build(options, dataset)
         write_json(folder / CONFIG, options.to_json())
+        seen = Progress(vae, dataset, options, folder, say, going_on=going_on)
+        saved = Sparing(folder / CHECKPOINT) if checkpoint is None else checkpoint
         started = time.perf_counter()
-        history = _fit(vae, dataset, options, folder, checkpoint, progress)
+        history = _fit(vae, dataset, options, saved, seen, progress)
         seconds = time.perf_counter() - started
         vae.save(folder / WEIGHTS)
+        write_lines(folder / METRICS, history.records)
+        # Of all the time that went into it, before an interruption too.
+        seconds = max(seconds, history.records[-1]["seconds"]) if history.records else seconds
         summary = training_numbers(vae, history, seconds, options)
         scored: dict[str, Any] = {}
         settings: dict[str, Any] = {
-            "num_samples": options.evaluation_samples, "images": options.evaluation_images, "seed": options.seed,
+            "num_samples": seen.plan.num_samples, "images": seen.plan.images, "seed": options.seed,
         }  # fmt: skip
-        if not history.interrupted:
-            try:
-                say("evaluating on the test data")
-                scored = evaluation.evaluate(vae, dataset, **settings, progress=progress)
-                report.draw(vae, dataset, history.records, scored, options, folder / FIGURES)
-            except KeyboardInterrupt:
-                history.interrupted, scored = True, {}
-            except Exception as error:  # what was trained is worth more than what went wrong after it
-                failure = error
-        summary = {"interrupted": history.interrupted} | scored | summary
+        summary = {"interrupted": True} | summary
         summary["protocol"] = evaluation.protocol(vae, dataset, **settings)
         summary["remarks"] = remarks(summary)
         write_json(folder / SUMMARY, summary)
-    if checkpoint is not None and not summary["interrupted"]:
-        checkpoint.unlink(missing_ok=True)
+        try:
+            try:  # what was trained is worth more than what goes wrong after it
+                if history.records:
+                    views = {} if history.interrupted else second_view(vae, dataset, options)
+                    report.draw(vae, dataset, history.records, {}, options, folder / FIGURES, views)
+            except Exception as error:
+                failure = error
+            if not history.interrupted:
+                say(_evaluating(seen.plan, is_whole=seen.plan.images == len(dataset.test)))
+                scored = evaluation.evaluate(vae, dataset, **settings, progress=progress)
+                summary = {"interrupted": False} | scored | {k: v for k, v in summary.items() if k != "interrupted"}
+        except KeyboardInterrupt:
+            history.interrupted = True
+        except Exception as error:
+            failure = failure or error
+        if failure is not None and not history.interrupted:
+            summary = summary | {"interrupted": False}
+        summary["remarks"] = remarks(summary)
+        write_json(folder / SUMMARY, summary)
+        if scored and failure is None:
+            report.draw_curve(vae, history.records, scored, options, folder / FIGURES)
+        write_page(folder, asked, summary)
+        if not history.interrupted and failure is None:
+            finish(folder)
+            if checkpoint is not None:
+                checkpoint.unlink(missing_ok=True)
     if failure is not None:
         raise ValueError(
             f"the pair was fitted and lies in {path}, but judging it failed: {failure}. "
-            f"Try 'pyro-vae evaluate {path}'."
+            f"Try 'pyro-vae evaluate {path}', or the same command again."
         ) from failure
     return summary
+
+
+def _evaluating(plan: evaluation.Plan, is_whole: bool) -> str:
+    """What is evaluated, in a line."""
+    text = f"evaluating {plan.images:,} test data, {plan.num_samples:,} samples each: {report.about(plan.seconds)}"
+    if is_whole and plan.num_samples >= FULL_SAMPLES:
+        return text
+    return f"{text} (--full: {report.about(plan.full_seconds)})"
 
 
 def _describe(options: FitOptions, dataset: Dataset, say: Callable[[str], None]) -> None:
@@ -131,7 +185,7 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         seed=options.seed, **framing,
     )  # fmt: skip
     if open_ and kind == "binary" and dataset.train.binarization == "none":
-        dataset = _drawn_afresh(dataset)  # binary files are binary by themselves: these are grey
+        dataset = _redrawn(dataset, "dynamic")  # binary files are binary by themselves: these are grey
     if options.limit is not None:
         train = dataset.train.subset(slice(0, options.limit))
         dataset = dataclasses.replace(dataset, train=train, protocol=dataset.protocol | {"limit": options.limit})
@@ -188,10 +242,11 @@ def _is_vamp(prior: str) -> bool:
     return isinstance(family, type) and issubclass(family, VampPrior)
 
 
-def _drawn_afresh(dataset: Dataset) -> Dataset:
-    splits = {name: dataclasses.replace(getattr(dataset, name), binarization="dynamic", dequantize=False)
+def _redrawn(dataset: Dataset, binarization: Binarization) -> Dataset:
+    """The same data, binarised otherwise."""
+    splits = {name: dataclasses.replace(getattr(dataset, name), binarization=binarization, dequantize=False)
               for name in ("train", "validation", "test")}  # fmt: skip
-    protocol = dataset.protocol | {"binarization": "dynamic", "dequantize": False}
+    protocol = dataset.protocol | {"binarization": binarization, "dequantize": False}
     return dataclasses.replace(dataset, protocol=protocol, **splits)
 
 
@@ -262,10 +317,10 @@ def training_numbers(vae: VAE, history: History, seconds: float, options: FitOpt
 
 
 def _fit(
-    vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, checkpoint: Path | None, progress: bool | None
+    vae: VAE, dataset: Dataset, options: FitOptions, checkpoint: Sparing | Path, seen: Progress, progress: bool | None
 ) -> History:
     with _threads(options.threads):
-        history = fit(
+        return fit(
             vae.model,
             vae.guide,
             dataset.train,
@@ -275,10 +330,39 @@ def _fit(
             compile=_COMPILE[options.compile],
             checkpoint=checkpoint,
             progress=progress,
+            callback=seen,
             **{name: getattr(options, name) for name in _TRAINING},
         )
-    write_lines(folder / METRICS, history.records)
-    return history
+
+
+def second_view(vae: VAE, dataset: Dataset, options: FitOptions) -> dict[str, Tensor]:
+    """Posterior means of the test data in the plane of a second, small VAE of two latents, by a title.
+
+    Nothing where the data are not few, small and labelled, or the pair has no more than two latents itself. Grey levels
+    are taken as they are: what is left of a digit of 64 zeros and ones does not tell the classes apart in a plane.
+    """
+    small = len(dataset.train) * math.prod(dataset.x_shape) <= SMALL
+    if not small or dataset.test.labels is None or options.latent_dim <= 2 or evaluation.is_autoencoder(vae):
+        return {}
+    changes: dict[str, Any] = {"latent_dim": 2, "posterior": "diagonal", "posterior_options": {}, "prior": "normal",
+                               "prior_options": {}, "bound": "elbo", "bound_options": {}, "num_samples": 1,
+                               "regularizers": {}, "estimator": "reparameterized"}  # fmt: skip
+    title = "a second, small VAE of two latents"
+    if dataset.train.binarization == "dynamic" and dataset.train.pixels.dtype == torch.uint8:
+        dataset = _redrawn(dataset, "none")
+        changes |= {"likelihood": "normal", "likelihood_options": {}, "scale": 0.15, "binarization": "none"}
+        title += ", of the grey levels"
+    options = dataclasses.replace(options, **changes)
+    second = build(options, dataset)
+    with _threads(options.threads):
+        history = fit(
+            second.model, second.guide, dataset.train, loss=the_loss(options, second), epochs=min(options.epochs, 40),
+            batch_size=64, learning_rate=5e-3, schedule="one-cycle", seed=options.seed, progress=False,
+        )  # fmt: skip
+    if history.interrupted:
+        raise KeyboardInterrupt
+    shown = report.latent_data(dataset, options)
+    return {title: posterior_means(second.guide, shown, seed=options.seed)}
 
 
 @contextlib.contextmanager

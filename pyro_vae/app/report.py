@@ -19,7 +19,8 @@ from pyro_vae.app import evaluation
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.remarks import remarks
 from pyro_vae.atomic import write_file
-from pyro_vae.data import Dataset
+from pyro_vae.data import Dataset, Split
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.latents import posterior_means
 from pyro_vae.judging.quotes import about_weights, kind_of, lower_bound
@@ -148,39 +149,112 @@ def _seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 600 else f"{value / 60:.1f} min"
 
 
+def about(seconds: float) -> str:
+    """A measured time, rounded as it deserves.
+
+    Example:
+        >>> about(3.2), about(48), about(1502), about(9000)
+        ('a few seconds', 'about 50 s', 'about 25 min', 'about 2.5 h')
+    """
+    if seconds < 5:
+        return "a few seconds"
+    if seconds < 90:
+        return f"about {max(1, round(seconds / 10)) * 10} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
 _LATENT_POINTS = 5000
+_SHOWN = 20  # originals and reconstructions
+CURVE = (
+    "Higher is better. Both still rising: train longer. Validation falling below training: overfitting.\n"
+    "Training is the mean over an epoch in which the weights still move; validation is scored at its end."
+)
 
 
 def draw(
     vae: VAE, dataset: Dataset, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], options: FitOptions,
-    folder: Path,
+    folder: Path, views: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Draw the five pictures of a run into a folder, from its records (one per epoch) and what `evaluate` found."""
+    """Draw the five pictures of a run into a folder.
+
+    Args:
+        vae: The pair.
+        dataset: Its data.
+        records: One per epoch.
+        numbers: What `evaluate` found, or nothing.
+        options: The configuration.
+        folder: Where they go.
+        views: Latents of `latent_data` by other guides, shown beside those of the pair, by their titles.
+    """
     point = evaluation.is_autoencoder(vae)
     test = evaluation.test_data(dataset, options.seed, options.evaluation_images)
     device = next(vae.parameters()).device
-    finals = {
-        label: numbers[key]
-        for label, key in (("test log p(x)", "test_log_likelihood"), ("test ELBO", "test_elbo"))
-        if key in numbers
-    } or {"test reconstruction": numbers["test_reconstruction"]}
-    name = "reconstruction" if point else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
-    save(plots.training_curve(records, finals, name), folder / "training_curve.png")
+    draw_curve(vae, records, numbers, options, folder)
     with seeded(options.seed), torch.no_grad():
-        x = test[torch.arange(min(20, len(test)))].to(device)
-        save(plots.reconstructions(x, vae.reconstruct(x)), folder / "reconstructions.png")
-        drawn = vae.sample(64)
-        title = "Decoded from N(0, I), which this autoencoder knows nothing of" if point else "Samples from the prior"
-        save(plots.samples(drawn, title), folder / "samples.png")
+        _draw_data(vae, dataset, options, folder)
         known, labels = test[torch.arange(min(200, len(test)))], test.labels
         if len(test) < 2:  # nothing lies between one datum and itself
             known, labels = torch.cat([dataset.validation[:1], known]), None
         start, end = pairs(known, labels)
         lines = vae.interpolate(start.to(device), end.to(device), steps=10)
-        save(plots.interpolations(lines), folder / "interpolations.png")
-        shown = test.subset(slice(0, _LATENT_POINTS))
+        title = "Interpolations between test data" + ("" if point or not _binary(dataset) else ", as probabilities")
+        save(plots.interpolations(lines, title), folder / "interpolations.png")
+        shown = latent_data(dataset, options)
         means = posterior_means(vae.guide, shown, seed=options.seed)
-        save(plots.latent_space(means, shown.labels, dataset.label_names), folder / "latent_space.png")
+        title = f"this run: {means.flatten(1).shape[1]} latents, principal components" if views else ""
+        figure = plots.latent_spaces({title: means} | dict(views or {}), shown.labels, dataset.label_names)
+        save(figure, folder / "latent_space.png")
+
+
+def latent_data(dataset: Dataset, options: FitOptions) -> Split:
+    """The test data whose latents are shown."""
+    images = min(options.evaluation_images or _LATENT_POINTS, _LATENT_POINTS)
+    return evaluation.test_data(dataset, options.seed, images)
+
+
+def draw_progress(
+    vae: VAE, dataset: Dataset, records: Sequence[Mapping[str, Any]], options: FitOptions, folder: Path
+) -> None:
+    """Draw three of them while the pair is trained: nothing of it is changed, random state included."""
+    draw_curve(vae, records, {}, options, folder)
+    with seeded(options.seed), evaluating(vae, seed=options.seed):
+        _draw_data(vae, dataset, options, folder, f", after epoch {records[-1]['epoch']} of {options.epochs}")
+
+
+def draw_curve(
+    vae: VAE, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], options: FitOptions, folder: Path
+) -> None:
+    """Draw the training curve, with what `evaluate` found, if anything."""
+    finals = {
+        label: numbers[key]
+        for label, key in (("test log p(x)", "test_log_likelihood"), ("test ELBO", "test_elbo"),
+                           ("test reconstruction", "test_reconstruction"))
+        if key in numbers and (key != "test_reconstruction" or "test_elbo" not in numbers)
+    }  # fmt: skip
+    point = evaluation.is_autoencoder(vae)
+    name = "reconstruction" if point else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
+    save(plots.training_curve(records, finals, name, note=CURVE), folder / "training_curve.png")
+
+
+def _draw_data(vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, when: str = "") -> None:
+    """Test data beside their reconstructions, and samples."""
+    device = next(vae.parameters()).device
+    few = dataset.test.subset(slice(0, _SHOWN))
+    x = few.frozen(options.seed)[:].to(device)
+    probabilities = ", as probabilities" if _binary(dataset) else ""
+    title = f"Test data and reconstructions{probabilities}{when}"
+    grey = None
+    if _binary(dataset) and few.binarization == "dynamic" and not few.fixed:
+        grey = few.pixels / 255 if few.pixels.dtype == torch.uint8 else few.pixels
+    save(plots.reconstructions(x, vae.reconstruct(x), title, grey=grey), folder / "reconstructions.png")
+    title = f"Samples from the prior{probabilities}{when}"
+    if evaluation.is_autoencoder(vae):
+        title = f"Decoded from N(0, I), which this autoencoder knows nothing of{when}"
+    save(plots.samples(vae.sample(64), title), folder / "samples.png")
+
+
+def _binary(dataset: Dataset) -> bool:
+    return dataset.train.binarization != "none"
 
 
 def pairs(x: Tensor, labels: Tensor | None, count: int = 6) -> tuple[Tensor, Tensor]:

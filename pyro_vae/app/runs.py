@@ -5,9 +5,12 @@
     metrics.jsonl         one line per epoch
     weights.safetensors   the weights, and the architecture that they fit
     figures/*.png
+    report.html           all of it on one page
+    unfinished.json       while the run is not finished: the options that it was begun with
+    checkpoint.safetensors  the same while: the state of the fit, from which the same command goes on
 
-A run is written into a hidden folder beside its place and renamed at the end, so that
-a folder that is there is complete. Loading one reads JSON and tensors, never code.
+Each file is there whole or not at all. A folder without unfinished.json is complete, and is not written over. Loading
+one reads JSON and tensors, never code.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from pyro_vae.atomic import reason_of, write_file
 if TYPE_CHECKING:
     from pyro_vae.programs.vae import VAE
 
-CONFIG, SUMMARY, METRICS, WEIGHTS, FIGURES = (
-    "config.json", "summary.json", "metrics.jsonl", "weights.safetensors", "figures",
+CONFIG, SUMMARY, METRICS, WEIGHTS, FIGURES, REPORT, UNFINISHED, CHECKPOINT = (
+    "config.json", "summary.json", "metrics.jsonl", "weights.safetensors", "figures", "report.html", "unfinished.json",
+    "checkpoint.safetensors",
 )  # fmt: skip
 
 
@@ -50,10 +54,14 @@ class Run:
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"got {path}, wanted a run folder, as 'pyro-vae fit --out {path}' writes one.")
-        for name in (CONFIG, SUMMARY, WEIGHTS):
+        unfinished = is_unfinished(path)
+        if unfinished and not (path / WEIGHTS).is_file():
+            raise ValueError(f"{path} is a run whose first epoch is not over: it has no weights yet. Try again later.")
+        for name in (CONFIG, WEIGHTS) if unfinished else (CONFIG, SUMMARY, WEIGHTS):
             if not (path / name).is_file():
                 raise ValueError(f"{path} has no {name}, wanted a run folder, as 'pyro-vae fit' writes one.")
-        return cls(path, _read_object(path / CONFIG), _read_object(path / SUMMARY))
+        there = (path / SUMMARY).is_file()
+        return cls(path, _read_object(path / CONFIG), _read_object(path / SUMMARY) if there else {"interrupted": True})
 
     def vae(self, trust: Sequence[str] = ()) -> VAE:
         """The fitted pair; parts of the user's own are imported only where `trust` names them, ``module:Class``.
@@ -99,44 +107,115 @@ BUILT = (
 
 
 @contextlib.contextmanager
-def new_run(path: Path) -> Iterator[Path]:
-    """A folder to write a run into, which gets the name `path` only when all is written.
+def run_folder(path: Path, asked: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """The folder of a run that is begun, or of an unfinished one of the same options that is gone on with.
 
+    It is marked unfinished until `finish`. What went wrong before the first epoch was over leaves nothing.
+
+    Args:
+        path: The folder, made if it is not there.
+        asked: The options as they were asked for, as plain data.
     Raises:
-        ValueError: There is something already, or nothing can be written there.
+        ValueError: There is something else, or a run of other options, or a process that writes it; or nothing can be
+            written there.
     """
-    refuse_existing(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    asked = json.loads(json.dumps(_finite(asked or {})))
+    check_place(path, asked)
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    begun = not path.exists()
     try:
         try:
-            (partial / FIGURES).mkdir(parents=True)
+            if begun:
+                path.mkdir(parents=True)
+            (path / FIGURES).mkdir(exist_ok=True)
         except OSError as error:
+            begun = begun and not isinstance(error, FileExistsError)
             raise ValueError(f"got --out {path}, wanted a place to write to: {reason_of(error)}.") from error
-        yield partial
-        refuse_existing(path)
-        partial.rename(path)
+        if begun:
+            write_json(path / UNFINISHED, {"asked": asked})
+        with _alone(path):
+            yield path
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        if begun and not (path / WEIGHTS).exists():
+            shutil.rmtree(path, ignore_errors=True)
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
         raise
 
 
-def refuse_existing(path: Path) -> None:
-    """Raise a ValueError where there is something already."""
-    if os.path.lexists(path):
-        raise ValueError(f"got --out {path}, which exists, wanted a new folder. Name another one, or remove it.")
+def finish(path: Path) -> None:
+    """Take what makes a run an unfinished one out of its folder."""
+    for name in (CHECKPOINT, UNFINISHED):
+        (path / name).unlink(missing_ok=True)
 
 
-def free_path(data: str) -> Path:
-    """runs/<data>-<n> with the first n that nobody uses."""
+def is_unfinished(path: Path) -> bool:
+    """Whether there is a run that the same command goes on with."""
+    return (path / UNFINISHED).is_file()
+
+
+def check_place(path: Path, asked: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a run of these options can be neither begun nor gone on with."""
+    if not os.path.lexists(path):
+        return
+    if not is_unfinished(path):
+        look = ""
+        if (path / SUMMARY).is_file():
+            look = f" It is a finished run: open {path / REPORT}, or try 'pyro-vae evaluate {path}'."
+        raise ValueError(f"got --out {path}, which exists, wanted a new folder.{look} Name another one, or remove it.")
+    differing = _differing(path, asked)
+    if differing:
+        words = [f"--{name.replace('_', '-')} {now} (there: {then})" for name, (then, now) in differing.items()]
+        raise ValueError(
+            f"got --out {path}, an unfinished run of other options: {', '.join(words)}. Give it the options that it "
+            "was begun with to go on, name another folder, or remove it."
+        )
+
+
+def _differing(path: Path, asked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What an unfinished run was asked for and what is asked for now, where they differ."""
+    then = _read_object(path / UNFINISHED).get("asked", {})
+    now = json.loads(json.dumps(_finite(asked)))
+    return {key: (then.get(key), now.get(key)) for key in {**now, **then} if then.get(key) != now.get(key)}
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which goes with the process that holds it."""
+    with (path / UNFINISHED).open("rb") as file:
+        if not _locked(file):
+            raise ValueError(f"got --out {path}, which another process is writing. Wait, or name another folder.")
+        yield
+
+
+def _locked(file: Any) -> bool:
+    """Whether the lock of a file is ours from now on; always where the system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def default_path(data: str, asked: Mapping[str, Any]) -> Path:
+    """runs/<data>-<n>: the latest unfinished run of these options that no process is writing, or else a free name."""
     stem = Path(data).stem or "data"
+    going_on = None
     for n in range(1, 10**6):
         path = Path("runs", f"{stem}-{n}")
-        if not os.path.lexists(path) and not list(path.parent.glob(f".{path.name}.partial-*")):
-            return path
+        if not os.path.lexists(path):
+            return going_on or path
+        with contextlib.suppress(ValueError, OSError):
+            if is_unfinished(path) and not _differing(path, asked):
+                with _alone(path):
+                    going_on = path
     raise ValueError(f"got a million runs named {stem}-<n> in runs, wanted a free name. Give one by --out.")
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,29 @@ def named_tensors(
     return found
 
 
+@dataclass(frozen=True)
+class Sparing(os.PathLike[str]):
+    """A checkpoint that costs next to nothing: give it to `fit` as its ``checkpoint``.
+
+    It is written after the first epoch and the last, and after those in between as long as writing takes no more than
+    its share of the time; and the steps are captured and compiled as if there were none. All graphs are made before the
+    first step, so that a fit of captured steps goes on to the bit; one that Inductor compiled goes on to rounding.
+
+    Args:
+        path: A .safetensors file.
+        share: Of the time, for writing.
+    Example:
+        >>> os.fspath(Sparing("runs/a/checkpoint.safetensors"))
+        'runs/a/checkpoint.safetensors'
+    """
+
+    path: str | os.PathLike[str]
+    share: float = 0.01
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+
 class Checkpoint:
     """The state of a fit on disk.
 
@@ -84,12 +109,18 @@ class Checkpoint:
         values: Callable[[], dict[str, str]] = dict,
     ) -> None:  # fmt: skip
         self.path = Path(path)
+        self.share = path.share if isinstance(path, Sparing) else None
+        self._written, self._cost = time.perf_counter(), 0.0
         if self.path.suffix != ".safetensors" or not self.path.parent.is_dir():
             raise ValueError(f"got checkpoint={str(path)!r}, wanted NAME.safetensors in a folder that exists.")
         self.tensors = dict(tensors)
         self.settings = json.loads(json.dumps(dict(settings)))
         self.values = values
         self.first_values = values()
+
+    def due(self) -> bool:
+        """Whether to write now, so that writing takes its share of the time at most."""
+        return self.share is None or time.perf_counter() - self._written >= self._cost / self.share
 
     def write(
         self, progress: Mapping[str, Any], moments: Mapping[str, Mapping[str, Tensor]], best: Mapping[str, Tensor]
@@ -103,6 +134,7 @@ class Checkpoint:
         Raises:
             OSError: Nothing can be written there; an older file is then as it was.
         """
+        started = time.perf_counter()
         content = {f"tensor/{name}": t for name, t in self.tensors.items()}
         content |= {f"moment/{key}/{name}": t for name, state in moments.items() for key, t in state.items()}
         content |= {f"best/{name}": t for name, t in best.items()}
@@ -115,6 +147,8 @@ class Checkpoint:
         written = {"settings": self.settings, "values": values, "progress": dict(progress)}
         header = {_METADATA: json.dumps(written)}
         replace_file(self.path, lambda partial: save_file(content, str(partial), metadata=header))
+        self._written = time.perf_counter()
+        self._cost = self._written - started
 
     def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
         """Put tensors and random state back; what else was written, or None where there is no file.

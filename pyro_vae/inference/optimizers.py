@@ -280,14 +280,32 @@ class Fused(PyroOptim):
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take up `moments` again, in a new process too."""
-        joining = [tensors[name] for name in sorted(moments)]
-        if not joining:
+        if not moments:
             return
-        self._join(joining)
+        joining = [tensors[name] for name in sorted(moments) if tensors[name] not in self.parameters]
+        if joining:
+            self._join(joining)
         assert self._optimizer is not None
-        for name in moments:
-            self._optimizer.state[tensors[name]] = dict(moments[name])
+        for name, state in moments.items():
+            now = self._optimizer.state[tensors[name]]
+            if now and {k: v.shape for k, v in state.items()} == {k: torch.as_tensor(v).shape for k, v in now.items()}:
+                for key, value in state.items():  # in place, since graphs hold these tensors
+                    now[key].copy_(value)
+            else:
+                self._optimizer.state[tensors[name]] = dict(state)
         self.count = max(int(state.get("step", 0)) for state in moments.values())
+
+    @property
+    def can_start_afresh(self) -> bool:
+        """Whether zeros are what its state starts from, as Adam's do."""
+        return self.constructor in (torch.optim.Adam, torch.optim.AdamW) and self._rates is None
+
+    def start_afresh(self) -> None:
+        """Forget all steps; the parameters stay, and so do the tensors of the state, which graphs hold."""
+        self.count = 0
+        for state in self._optimizer.state.values() if self._optimizer is not None else ():
+            for value in state.values():
+                value.zero_()
 
     def _join(self, new: list[Tensor]) -> None:
         if self._rates is not None:

@@ -20,11 +20,11 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.evaluation import evaluating, others_kept, rests, undisturbed, unmoved
+from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
 from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.bounds import Bound, elbo
-from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
+from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors
 from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
 from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
@@ -47,7 +47,9 @@ from pyro_vae.traces import Program
 from pyro_vae.words import did_you_mean
 
 _LOOK = 20  # steps between two looks at the loss
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"  # within 80 columns
 _SIZES = 10_000  # sizes of batches whose unit is remembered
+_WARM = 6  # steps of a kind, at most, until it is captured
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
 # Inductor costs up to half a minute and saves at least a quarter of the time of a replay.
 _COMPILER_SECONDS, _SAVED, _TIMED = 20.0, 0.25, 40
@@ -187,10 +189,13 @@ def fit(
             ``torch.set_float32_matmul_precision``, or "bfloat16", which rounds what goes into
             linear and convolutional layers (see `pyro_vae.inference.hardware`).
         progress: Show a bar; None shows it on a terminal only.
-        callback: Called with each epoch's record.
+        callback: Called with each epoch's record. If it has a method ``early``, that is called once after twenty steps,
+            with the seconds that a step takes and the number of steps to come; if it has a method ``resumed``, that
+            gets the records of a fit that goes on from a checkpoint.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
             If it is there already, the fit goes on from it, to the bit; and does not if
-            anything that shapes the result is another: the data, the loss, the optimiser, ...
+            anything that shapes the result is another: the data, the loss, the optimiser, ... A
+            `pyro_vae.inference.checkpoints.Sparing` is written less often, and leaves ``compile`` as it is.
         compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
             Inductor; "auto" captures them in fits of 500 steps or more and compiles them where,
             by the clock, a minute or more of them lies ahead, unless there is a checkpoint: a
@@ -261,7 +266,8 @@ def fit(
             )
             given = compiled is not None
             if compiled is None:
-                compiled = _compiled(loss, compile, steps, checkpoint is not None, len(batches))
+                kept = checkpoint is not None and not isinstance(checkpoint, Sparing)
+                compiled = _compiled(loss, compile, steps, kept, len(batches))
             stepper = _Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
@@ -282,21 +288,31 @@ def fit(
             shaping = filter(callable, (beta, schedule, validation_bound, getattr(loss, "bound", None)))
             values = functools.partial(program_values, model, guide, *shaping, but=list(tensors.values()))
             saved = Checkpoint(checkpoint, tensors, settings, values)
+            if isinstance(checkpoint, Sparing) and not given:
+                stepper.warm_up(list(tensors.values()))
             started -= _resumed(saved, history, best, stepper)
+            resumed = getattr(callback, "resumed", None)
+            if resumed is not None:
+                resumed(history.records)
+        stepper.early = getattr(callback, "early", None)
         quiet = None if progress is None else not progress
-        with tqdm(total=stepper.total, initial=stepper.steps, disable=quiet, unit="batch") as bar:
+        with tqdm(
+            total=stepper.total, initial=stepper.steps, disable=quiet, bar_format=_BAR, dynamic_ncols=True,
+            desc=f"epoch {len(history) + 1}/{epochs}",
+        ) as bar:  # fmt: skip
             try:
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
                     _train(modules)  # a callback may have looked at pictures in evaluation mode
+                    bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                     record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(bar)
                     best.settle()
                     if validation is not None:
                         record["validation"] = mean_bound(model, guide, validation, validation_bound, device=place)
                     record["seconds"] = time.perf_counter() - started
                     history.records.append(record)
-                    columns = [key for key in ("loss", "bound", "validation") if key in record]
-                    shown: dict[str, Any] = {key: f"{record[key]:.2f}" for key in columns}
-                    bar.set_postfix(epoch=epoch, **shown, images_per_s=f"{record['images_per_second']:,.0f}")
+                    keys = [key for key in ("bound" if "bound" in record else "loss", "validation") if key in record]
+                    shown = ", ".join(f"{key} {record[key]:.2f}" for key in keys)
+                    bar.set_postfix_str(shown, refresh=False)
                     if callback is not None:
                         callback(record)
                     # While the weight of the divergence rises, a validation bound says nothing about the end.
@@ -305,7 +321,7 @@ def fit(
                     if patience is not None and settled:
                         best.offer(record["validation"], epoch, stepper.parameters())
                         history.stopped_early = epoch - best.epoch >= patience
-                    if checkpoint is not None:
+                    if checkpoint is not None and (epoch == epochs or history.stopped_early or saved.due()):
                         _saved(saved, history, best, stepper)
                     if history.stopped_early:
                         break
@@ -349,7 +365,7 @@ def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Step
     names = {id(t): name for name, t in checkpoint.tensors.items()}
     progress = {
         "records": history.records, "steps": stepper.steps, "best_epoch": best.epoch, "stopped": history.stopped_early,
-        "best_value": best.value if best.epoch else None,
+        "best_value": best.value if best.epoch else None, "compiled": stepper.compiles,
     }  # fmt: skip
     assert isinstance(stepper.optimizer, Fused)
     moments = stepper.optimizer.moments(checkpoint.tensors)
@@ -366,6 +382,9 @@ def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _St
     progress, moments, copies = found
     history.records, history.stopped_early = progress["records"], progress["stopped"]
     stepper.steps = progress["steps"]
+    if stepper.considers and progress.get("compiled") and stepper.graph is not None:
+        stepper.graph.compiled.compile_after = 0
+    stepper.considers = stepper.considers and stepper.steps < _TIMED
     stepper.optimizer.restore(checkpoint.tensors, moments)
     best.epoch = progress["best_epoch"]
     best.value = -math.inf if progress["best_value"] is None else progress["best_value"]
@@ -428,6 +447,8 @@ class _Stepper:
                 self.weight, compiled = Number(1.0), None
             model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)
         self.considers, self._timed = False, 0.0
+        self.early: Callable[[float, int], None] | None = None
+        self._taken, self._clock = 0, 0.0
         self.batches = batches
         if held is not None and len(batches) > 1:
             raise ValueError(
@@ -465,6 +486,38 @@ class _Stepper:
         """What was trained so far, whoever owns it."""
         return list(self.optimizer.parameters if isinstance(self.optimizer, Fused) else self.optimizer.optim_objs)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether Inductor compiles the steps."""
+        return self.graph is not None and self.graph.compiled.compile_after is not None
+
+    def warm_up(self, tensors: Sequence[Tensor]) -> None:
+        """Have the graphs of all kinds of steps, and nothing else, so that every step to come is a replay.
+
+        The steps that graphs are made from differ from replays by rounding. A fit that goes on would take such steps
+        anew, in the middle, where the whole fit replayed.
+        """
+        if self.graph is None:
+            return
+        if self.batches.columns is None or not isinstance(self.optimizer, Fused) or not self.optimizer.can_start_afresh:
+            self.graph = None
+            return
+        kept, considers, self.considers = [(t, t.detach().clone()) for t in tensors], self.considers, False
+        with noise_kept():
+            kinds = {lengths(choice): choice for choice in self.batches.choices()}
+            for choice in kinds.values():
+                before = self.graph.compiled.captures
+                for _ in range(_WARM):
+                    self.steps = 0  # of which weight the graphs are
+                    self._step(choice)
+                    if self.graph.compiled.captures > before:
+                        break
+        self.steps, self.considers = 0, considers
+        self.optimizer.start_afresh()
+        with torch.no_grad():
+            for tensor, copied in kept:
+                tensor.copy_(copied)
+
     def epoch(self, bar: tqdm) -> dict[str, Any]:
         """One pass; its averages."""
         started, count, even = time.perf_counter(), 0, True
@@ -483,7 +536,13 @@ class _Stepper:
             bar.update(1)
             if self.steps % _LOOK == 0:
                 self._check_finite(summed)
-                bar.set_postfix(loss=f"{float(value) / self.unit.whole:.2f}", refresh=False)
+                if self.steps < len(self.batches):  # later the bar shows what the last epoch came to
+                    bar.set_postfix_str(f"loss of a batch {float(value) / self.unit.whole:.2f}", refresh=False)
+            self._taken += 1
+            if self._taken == _LOOK // 2:
+                self._clock = time.perf_counter()
+            elif self._taken == _LOOK and self.early is not None:
+                self.early((time.perf_counter() - self._clock) / (_LOOK - _LOOK // 2), self.total - self.steps)
         self._check_finite(summed)
         record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):

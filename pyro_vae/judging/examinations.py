@@ -22,9 +22,8 @@ from pyro_vae.judging.components import Components
 from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.results import RELEVANT, Mean, Nats, averaged
-from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, GapSplit, Latents, Remedy, Stages
+from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, GapSplit, Latents, Stages
 from pyro_vae.judging.weights import khat_ok
-from pyro_vae.parts.posteriors.amortized import FullNormal
 
 _NUM_SAMPLES = (5000, 2000, 1000, 500, 200, 100, 50, 25, 10, 5, 2)
 _ELBO_SAMPLES = 100
@@ -180,7 +179,7 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
     """What the guide loses, of as many data as there is time for."""
 
     def work(start: int, stop: int) -> Gaps:
-        return _gaps(pair, start, stop, {})
+        return gaps_of(pair, start, stop, {})
 
     def cost(took: float, size: int, coming: int) -> float:
         draws = (coming - size) * (1000 * STEP_SAMPLES * 3 + 2 * _GAP_SAMPLES)
@@ -212,39 +211,7 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
     )
 
 
-def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
-    """What a normal of full covariance would gain, where the family is at fault."""
-    if not stages.gaps.split:
-        return Remedy(reason="the family's part of the gap is not known")
-    if not stages.gaps.approximation.material():
-        return Remedy(reason="not needed, since the family costs nothing that matters")
-    size, least = min(16, stages.gaps.num_data), min(4, stages.gaps.num_data)
-    both, took = None, 0.0
-    for stop in dict.fromkeys((least, size)):
-        if both is not None and not pair.budget.fits(took * stop / least):
-            break
-        began = pair.budget.clock()
-        try:
-            with pair.budget.piece():
-                both = _gaps(pair, 0, stop, {"FullNormal": FullNormal})
-        except OutOfTime:
-            if both is None:
-                raise
-        took = pair.budget.clock() - began
-    assert both is not None
-    own, full = both.families["guide"], both.families["FullNormal"]
-    if own.optimum is None or full.optimum is None or own.approximation is None or full.approximation is None:
-        return Remedy(status="not possible", reason=own.reason or full.reason or "one of them has no local form")
-    return Remedy(
-        status="done",
-        num_data=len(full.optimum.pointwise),
-        gain=Nats.of(full.optimum).minus(Nats.of(own.optimum)),
-        approximation_before=own.approximation.value,
-        approximation=full.approximation.value,
-    )
-
-
-def _gaps(pair: Examination, start: int, stop: int, families: Mapping[str, Any]) -> Gaps:
+def gaps_of(pair: Examination, start: int, stop: int, families: Mapping[str, Any]) -> Gaps:
     return gaps(*pair.of(start, stop), families=families, num_samples=_GAP_SAMPLES, num_steps=_GAP_STEPS,
                 window=_WINDOW, **pair.seeded(start))  # fmt: skip
 

@@ -125,9 +125,10 @@ def quadrature(
 def served(programs: Sequence[Program], args: tuple[Any, ...]) -> int | None:
     """Unconstrained latent dimensions per datum of a model and its guide at a batch; None where a grid does not serve:
     too many, or no such coordinates."""
+    model, guide = programs
     try:
         with torch.random.fork_rng():
-            size = Pair(programs[0], programs[1], args).latents.size
+            size = Pair(model, guide, args).latents.size
     except (ValueError, NotImplementedError):
         return None
     return size if size <= MOST_DIMENSIONS else None

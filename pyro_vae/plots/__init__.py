@@ -1,6 +1,6 @@
 """Figures: numbers and tensors in, matplotlib figures out; no display is needed and nothing global is touched.
 
-    of a fitted pair    training_curve · reconstructions · samples · interpolations · gallery · latent_space
+    of a fitted pair    training_curve · reconstructions · samples · interpolations · gallery · latent_space(s)
     of a judgement      bounds_by_samples · gap_bars · khat_against_log_p · bracket · rank_histogram ·
                         coverage_curve · kl_by_dimension · number_bars (of any table)
 
@@ -16,6 +16,7 @@ from pyro_vae.plots._pictures import (
     gallery,
     interpolations,
     latent_space,
+    latent_spaces,
     reconstructions,
     samples,
     training_curve,
@@ -34,6 +35,7 @@ __all__ = [
     "latent_grid",
     "latent_scatter",
     "latent_space",
+    "latent_spaces",
     "number_bars",
     "posterior_contours",
     "rank_histogram",

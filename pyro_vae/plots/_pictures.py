@@ -35,6 +35,7 @@ _MAX_LABELS = 20
 
 def training_curve(
     records: Sequence[Mapping[str, Any]], finals: Mapping[str, float] | None = None, name: str = "ELBO",
+    note: str = "",
     ax: Axes | None = None,
 ) -> Figure:  # fmt: skip
     """The bound by epoch, scaled so that the part after the steep start can be read.
@@ -43,6 +44,7 @@ def training_curve(
         records: One per epoch, as in `History.records`.
         finals: Numbers to compare with, by name, as dotted lines.
         name: What the bound is called.
+        note: What to look at, in a line or two below a figure of its own.
         ax: Axes to draw into; a figure of its own if omitted.
     """
     figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch", ax)
@@ -63,6 +65,9 @@ def training_curve(
     axes.set_ylim(low - pad, high + pad)
     show_legend(axes, loc="lower right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if note and ax is None:
+        figure.set_figheight(figure.get_figheight() + 0.2 * (1 + note.count("\n")))
+        figure.supxlabel(note, fontsize=8, color="#4a5568", x=0.02, ha="left")
     return figure
 
 
@@ -71,6 +76,7 @@ def reconstructions(
     reconstructed: Tensor,
     title: str = "Originals and reconstructions",
     names: tuple[str, str] = ("original", "reconstructed"),
+    grey: Tensor | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Originals above their reconstructions.
@@ -80,6 +86,7 @@ def reconstructions(
         reconstructed: E[x | z], of the same shape.
         title: Above the picture.
         names: What the two are called.
+        grey: The grey levels that binary data were drawn from, of the same shape, to be shown above them.
         ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if _is_vector(x):
@@ -88,9 +95,10 @@ def reconstructions(
     rows: list[Tensor] = []
     labels: list[str] = []
     for start in range(0, len(x), columns):
-        rows += [x[start : start + columns], reconstructed[start : start + columns]]
-        labels += names
-    return _mosaic(rows, title, labels, gap_after=2, ax=ax)
+        part = slice(start, start + columns)
+        rows += [x[part], reconstructed[part]] if grey is None else [grey[part], x[part], reconstructed[part]]
+        labels += names if grey is None else ("grey levels", "drawn", names[1])
+    return _mosaic(rows, title, labels, gap_after=2 if grey is None else 3, ax=ax)
 
 
 def samples(x: Tensor, title: str = "Samples from the prior", ax: Axes | None = None) -> Figure:
@@ -160,6 +168,34 @@ def latent_space(
         ax: Axes to draw into; a figure of its own if omitted.
     """
     figure, axes = axes_of(ax, 6.2 if labels is not None else 5.4, 5.2)
+    _scatter(axes, z, labels, names, "", legend=True)
+    return figure
+
+
+def latent_spaces(
+    views: Mapping[str, Tensor], labels: Tensor | None = None, names: Sequence[str] | None = None
+) -> Figure:
+    """As `latent_space`, of several guides side by side.
+
+    Args:
+        views: Posterior means of the same data, (N, D), by a title each.
+        labels: One integer per datum, (N,), or None.
+        names: Name of each label.
+    """
+    single = len(views) == 1
+    legend_width = 0.8 if labels is not None else 0.0
+    figure = canvas(5.4 * len(views) * (1 if single else 0.82) + legend_width, 5.2 if single else 4.9)
+    grid = figure.subplots(1, len(views), squeeze=False)[0]
+    for axes, (title, z) in zip(grid, views.items(), strict=True):
+        _scatter(axes, z, labels, names, title, legend=axes is grid[-1])
+    if not single:
+        figure.suptitle("Latent space: posterior means of test data", x=0.02, ha="left", fontsize=11)
+    return figure
+
+
+def _scatter(
+    axes: Axes, z: Tensor, labels: Tensor | None, names: Sequence[str] | None, title: str, legend: bool
+) -> None:
     points, (horizontal, vertical) = plane(z)
     style: dict[str, Any] = {"s": 9 if len(points) > 1000 else 16, "linewidths": 0, "alpha": 0.75}
     found = labels.unique().tolist() if labels is not None else []
@@ -170,15 +206,17 @@ def latent_space(
             name = names[label] if names and label < len(names) else str(label)
             axes.scatter(chosen[:, 0], chosen[:, 1], color=colours(i), label=name, **style)
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-        legend = axes.legend(frameon=False, markerscale=1.6, title="label", **beside)
-        for handle in legend.legend_handles:
+        shown = axes.legend(frameon=False, markerscale=1.6, title="label", **beside) if legend else None
+        for handle in shown.legend_handles if shown is not None else ():
             if handle is not None:
                 handle.set_alpha(1)
     else:
         axes.scatter(points[:, 0], points[:, 1], color=BLUE, **style)
-    label_axes(axes, vertical, "Latent space: posterior means of test data", horizontal)
+    title = title or "Latent space: posterior means of test data"
+    if z.flatten(1).shape[1] > 2 and "principal" not in title:
+        title += ", principal components"
+    label_axes(axes, vertical, title, horizontal)
     axes.set_aspect("equal", adjustable="datalim")
-    return figure
 
 
 def plane(z: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
