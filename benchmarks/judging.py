@@ -37,6 +37,7 @@ from pyro_vae.inference.batches import seeded  # noqa: E402
 from pyro_vae.judging._gaps import Gaps, gaps  # noqa: E402
 from pyro_vae.judging.annealing import Bracket, bdmc  # noqa: E402
 from pyro_vae.judging.guides import fit_guide  # noqa: E402
+from pyro_vae.judging.quotes import kind_of, lower_bound  # noqa: E402
 from pyro_vae.parts.networks import MLP  # noqa: E402
 from pyro_vae.parts.posteriors import IAF  # noqa: E402
 
@@ -126,11 +127,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         if part not in results:
             continue
         r = results[part]
+        below = kind_of(r["khat_ok"]) == "lower bound"
         for name, row in r["families"].items():
-            gap = " + ".join(_value(row[key]) for key in ("approximation", "amortization"))
+            log_p, gap = _value(r["log_likelihood"], below), _value(row["approximation"], below)
             lines.append(
-                f"| {r['images']:,} {part} | {name} | {_value(r['log_likelihood'])} | {_value(row['optimum'])} | "
-                f"{_value(row['amortized'])} | {gap} = **{_value(row['inference'])}** |"
+                f"| {r['images']:,} {part} | {name} | {log_p} | {_value(row['optimum'])} | "
+                f"{_value(row['amortized'])} | {gap} + {_value(row['amortization'])} = "
+                f"**{_value(row['inference'], below)}** |"
             )
     if "train" in results:
         for name, (log_p, best, amortized) in CREMER.items():
@@ -143,8 +146,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _value(part: list[float]) -> str:
-    return f"{part[0]:.2f} ± {part[1]:.2f}"
+def _value(part: list[float], below: bool = False) -> str:
+    """A number as it may be quoted; `below`: it is, or stands on, a log p(x) that is a lower bound."""
+    return lower_bound(part[0]) if below else f"{part[0]:.2f} ± {part[1]:.2f}"
 
 
 def _minutes(r: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ from pyro_vae.app.evaluation import versions  # noqa: E402
 from pyro_vae.atomic import replace_file  # noqa: E402
 from pyro_vae.inference.batches import seeded  # noqa: E402
 from pyro_vae.judging.latents import active_units  # noqa: E402
+from pyro_vae.judging.quotes import kind_of, lower_bound  # noqa: E402
 from pyro_vae.parts.networks import set_output_mean  # noqa: E402
 from pyro_vae.programs.zoo import Hierarchical  # noqa: E402
 
@@ -151,16 +152,22 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for r in whole:
         active = "" if r["active"] is None else r["active"]
         lines.append(
-            f"| {r['said']} | {r['elbo']:.2f} | **{r['log_likelihood']:.2f} ± {_one(r['stderr'])}** | "
+            f"| {r['said']} | {r['elbo']:.2f} | **{_log_p(r)}** | "
             f"{_share(r['khat_ok'])} | {active} | {_minutes(r)} |"
         )
     frozen = [r for name, r in results.items() if name.startswith(FROZEN)]
     if frozen:
         best = max(frozen, key=lambda r: r["log_likelihood"])
+        below = kind_of(best["khat_ok"]) == "lower bound"
+
+        def gap(r: dict[str, Any]) -> str:
+            value = best["log_likelihood"] - r["elbo"]
+            return lower_bound(value) if below else f"{value:.2f}"
+
         lines += [
             "",
             f"One frozen model (that of the first row), new posteriors, {best['images']:,} test images, K = "
-            f"{best['num_samples']:,}; the gap is to the highest mean log p(x), {best['log_likelihood']:.2f} "
+            f"{best['num_samples']:,}; the gap is to the highest mean log p(x), {_log_p(best)} "
             f"({best['said']}):",
             "",
             "| q(z given x) | test ELBO | log p(x) by its own weights | gap = KL(q to posterior) | minutes × threads |",
@@ -168,10 +175,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         ]
         for r in frozen:
             lines.append(
-                f"| {r['said']} | {r['elbo']:.2f} | {r['log_likelihood']:.2f} ± {_one(r['stderr'])} | "
-                f"**{best['log_likelihood'] - r['elbo']:.2f}** | {_minutes(r)} |"
+                f"| {r['said']} | {r['elbo']:.2f} | {_log_p(r)} | **{gap(r)}** | {_minutes(r)} |"
             )
     return "\n".join(lines)
+
+
+def _log_p(r: dict[str, Any]) -> str:
+    """log p(x) as it may be quoted (see `pyro_vae.judging.quotes`)."""
+    if kind_of(r["khat_ok"]) == "lower bound":
+        return lower_bound(r["log_likelihood"])
+    return f"{r['log_likelihood']:.2f} ± {_one(r['stderr'])}"
 
 
 def _one(error: float) -> str:

@@ -228,7 +228,8 @@ def particles(
     Raises:
         ValueError: No plate is shared by all sites; a latent lies outside it; model
             and guide disagree on the latents; a batch dimension belongs to no plate;
-            the sites carry different scales; a latent is to be enumerated (summed out).
+            the sites carry different scales; a latent is to be enumerated (summed out);
+            the model observes nothing, as where the pair is swapped.
     Example:
         >>> import pyro.distributions as dist
         >>> def model(x):
@@ -249,6 +250,14 @@ def particles(
             if bool(found.log_likelihood.isnan().any()) or any(bool(v.isnan().any()) for v in found.log_q.values()):
                 reason = wrong_site((guide, model), args, kwargs)
                 raise ValueError(reason or "a log density of the pair is nan. Look at its data and its weights.")
+            if not bool(found.log_likelihood.any()):  # of nothing observed, as of a guide in the model's place
+                with torch.random.fork_rng(), torch.no_grad():
+                    observed = [name for name, site in sites(model, *args, **kwargs).items() if site["is_observed"]]
+                if not observed:
+                    raise ValueError(
+                        "the model observes nothing, so there is no p(x): wanted pyro.sample(name, distribution, "
+                        "obs=x). The order is (model, guide, data)."
+                    )
         return found
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,10 +94,29 @@ def test_the_summary_is_what_python_computes(run):
         "active_units": active_units(vae.guide, test).count,
     }.items():
         assert summary[key] == pytest.approx(value, rel=1e-6), key
+    assert summary["log_likelihood_is"] == estimate.kind
     assert summary["test_elbo"] == pytest.approx(summary["test_reconstruction"] - summary["test_kl"])
     assert summary["test_elbo"] <= summary["test_log_likelihood"] + 4 * summary["test_elbo_stderr"]
     assert summary["epochs"] == 2 and summary["interrupted"] is False
     assert summary["parameters"] == sum(p.numel() for p in vae.parameters())
+
+
+def test_a_lower_bound_is_shown_as_one_in_the_terminal_and_the_table(run, capsys):
+    import sys
+
+    from pyro_vae.app import report
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    from table import row
+
+    config, summary = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary"))
+    summary |= {"test_log_likelihood": 2216.81, "test_log_likelihood_stderr": 0.1, "test_khat_ok": 0.41}
+    shown = dict(report.lines(summary))["test log p(x)"]
+    assert shown.startswith(">= 2216.8 nats (data ± ") and "k-hat ok for 41.0 % (a lower bound" in shown
+    assert "**>= 2216.8** (data ±" in row(run, config, summary) and "± 0.1" not in shown + row(run, config, summary)
+    summary["test_khat_ok"] = 0.95
+    assert dict(report.lines(summary))["test log p(x)"].startswith("2216.81 ± 0.10 (Monte Carlo")
+    assert "**2216.81 ± 0.1**" in row(run, config, summary)
 
 
 def test_the_protocol_says_what_belongs_to_the_numbers(run):
@@ -184,6 +204,23 @@ def test_anomalies_are_ranked_and_scored(run, tmp_path, capsys):
     assert {row["set"] for row in rows} == {"test", "outliers"}
     assert said.splitlines()[1].split()[1] == rows[0]["index"]
     assert (tmp_path / "top.png").exists()
+
+
+def test_a_score_that_is_fooled_says_so_and_others_are_offered(run, tmp_path, capsys):
+    # The mean of the digits: what the pair expects, and no digit.
+    mean = data.load("digits").train.mean().mul(255).round().to(torch.uint8).numpy()
+    np.savez(tmp_path / "mean.npz", images=np.repeat((mean > 127).astype(np.uint8) * 255, 40, 0))
+    argv = ("anomalies", run, "--top", 1, "-K", 10, "--picture", tmp_path / "top.png", "--outliers", tmp_path / "mean.npz")
+    command(*argv)
+    said = capsys.readouterr().out
+    assert float(said.split("ROC-AUC ")[1].split(":")[0]) < 0.5
+    assert "ROC-AUC below 0.5: " in said and "ratio (p(x) against the compressed size), regret" in said
+    command(*argv, "--score", "ratio")
+    corrected = capsys.readouterr().out
+    assert "-log p(x) - compressed size (nats)" in corrected
+    assert "by ratio, " in corrected  # a compressor has nothing to say of 64 pixels
+    command(*argv[:6], "--picture", tmp_path / "top.png", "--score", "regret")
+    assert "ELBO(best q) - ELBO(q) (nats)" in capsys.readouterr().out
 
 
 def test_outliers_of_another_shape_are_refused_with_the_remedy(run, tmp_path, capsys):

@@ -81,7 +81,7 @@ def hierarchical():
 
 def semi_amortized(seed=0):
     model, guide = small_pair()
-    return model, SemiAmortized(model, guide, num_steps=2, seed=seed)
+    return model, SemiAmortized(model, guide, num_steps=2, step_size=0.02, seed=seed)
 
 
 def hamiltonian():

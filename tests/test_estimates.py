@@ -16,6 +16,8 @@ import torch
 from pyro_vae.judging.distances import anomaly_scores, energy_distance, roc_auc
 from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, posterior_means
+from pyro_vae.judging.quotes import lower_bound
+from pyro_vae.judging.results import Nats, plain, typed
 from pyro_vae.judging.weights import khat_limit, pareto_k, pareto_smoothed
 from pyro_vae.programs.pair import Guide
 from pyro_vae.programs.zoo import autoencoder
@@ -66,9 +68,9 @@ def test_the_jackknife_sees_the_bias():
 
 def test_k_hat_knows_a_narrow_guide_and_is_per_datum():
     narrow, x = linear_pair(stretch=0.45)
-    estimate = log_likelihood(narrow.model, narrow.guide, x, num_samples=2000)
+    estimate = log_likelihood(narrow.model, narrow.guide, x, num_samples=2000, method="importance")
     assert estimate.pareto_k.median() > 0.7
-    assert "unreliable" in str(estimate)
+    assert "(a lower bound: the weights of the others miss mass" in str(estimate)
     weights = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     alone = torch.cat([pareto_k(weights[:, i : i + 1]) for i in range(3)])
     assert torch.equal(pareto_k(weights), alone)
@@ -110,6 +112,89 @@ def test_the_printed_line_carries_both_errors():
     pointwise = torch.tensor([-86.0, -87.0], dtype=torch.float64)
     estimate = Estimate(-86.41, 0.0123, 0.24, pointwise, 5000, -0.001, pointwise, torch.tensor([0.1, 0.2]))
     assert str(estimate) == "log p(x) = -86.41 ± 0.01 (Monte Carlo; data ± 0.24) nats, k̂ ok for 100.0 %"
+
+
+def with_shapes(good: int, of: int) -> Estimate:
+    """An estimate of so many data, of which so many have a good k-hat."""
+    pointwise = torch.linspace(2216.0, 2217.62, of, dtype=torch.float64)
+    k = torch.where(torch.arange(of) < good, 0.3, 0.9).double()
+    return Estimate(2216.81, 0.1, 3.14, pointwise, 5000, -0.43, pointwise, k, smoothed_stderr=0.77)
+
+
+def test_where_the_weights_miss_mass_the_number_is_a_lower_bound_everywhere():
+    bound, estimate = with_shapes(8, 10), with_shapes(9, 10)
+    assert (bound.kind, estimate.kind) == ("lower bound", "estimate")
+    assert str(bound).startswith("log p(x) >= 2216.8 nats (data ± 3.14), k̂ ok for 80.0 % (a lower bound")
+    assert str(estimate).startswith("log p(x) = 2216.81 ± 0.10 (Monte Carlo; data ± 3.14) nats, k̂ ok for 90.0 %")
+    for shown in (str(bound), bound._repr_html_(), bound._repr_markdown_(), bound.advice(), str(bound.to_frame())):
+        assert "0.43" not in shown and "± 0.1" not in shown and "0.77" not in shown
+    assert bound.rows()[0]["is"] == "lower bound" and bound.rows()[0]["mc_stderr"] is None
+    assert estimate.rows()[0]["bias"] == -0.43 and "-0.43" in estimate._repr_html_()
+    kept = Nats.of(bound)
+    assert str(kept) == ">= 2216.8" and str(Nats.of(estimate)) == "2216.81 ± 0.10"
+    assert str(kept.minus(Nats(2210.0, 0.02))) == ">= 6.80" and typed(Nats, plain(kept, finite=True)) == kept
+    unknown = Estimate(1.0, 0.1, 0.2, bound.pointwise, 5, 0.1, bound.pointwise, torch.full((10,), math.nan))
+    assert unknown.kind == "unchecked" and "k̂ unknown at K = 5" in str(unknown)
+
+
+def test_quadrature_takes_over_where_the_weights_miss_mass():
+    narrow, x = linear_pair(stretch=0.3)
+    truth = narrow.bed.log_evidence(x)
+    sampled = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000, method="importance", progress=False)
+    assert sampled.kind == "lower bound" and sampled.method == "importance"
+    found = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000, progress=False)
+    assert found.method == "quadrature" and found.kind == "estimate"
+    assert (found.pointwise - truth).abs().max() < 1e-6 and found.mc_stderr < 1e-6
+    assert str(found) == f"log p(x) = {truth.mean():.2f} nats (data ± {found.data_stderr:.2f}), by quadrature"
+    assert "K plays no part" in found.advice()
+    # Too few samples for so many points of a grid, or good weights: importance sampling stays.
+    few = log_likelihood(narrow.model, narrow.guide, x, num_samples=700, progress=False)
+    assert few.method == "importance" and few.kind == "lower bound"
+    good, _ = linear_pair(stretch=1.2)
+    kept = log_likelihood(good.model, good.guide, x, num_samples=1000, progress=False)
+    asked = log_likelihood(good.model, good.guide, x, method="quadrature", progress=False)
+    assert kept.method == "importance" and asked.method == "quadrature"
+    assert ((kept.pointwise - asked.pointwise).abs() < 5 * ((1000 / kept.ess - 1) / 999).sqrt()).all()
+    assert abs(kept.value - asked.value) < 4 * kept.mc_stderr
+
+
+def test_a_grid_that_has_not_converged_is_not_taken():
+    """A prior of heavy tails under data that say nothing: no grid of eight standard deviations holds its mass."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.StudentT(1.5, x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.tanh(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0 * x, 0.3).to_event(1))
+
+    x = torch.tensor([[0.3], [1.0]], dtype=torch.float64)
+    found = log_likelihood(model, guide, x, num_samples=1000, progress=False)
+    assert found.method == "importance" and found.kind == "lower bound"
+    with pytest.raises(ValueError, match=r"the grids of 2 of 2 data have not converged .* Use method='importance'"):
+        log_likelihood(model, guide, x, method="quadrature", progress=False)
+    with pytest.raises(ValueError, match="got method='exact', wanted one of 'auto', 'importance', 'quadrature'"):
+        log_likelihood(model, guide, x, method="exact")
+
+
+def test_comparisons_and_gaps_from_a_lower_bound_are_lower_bounds():
+    from pyro_vae.judging._gaps import gaps
+    from pyro_vae.judging.guides import compare_guides
+
+    narrow, x = linear_pair(stretch=0.45)
+    found = compare_guides(narrow.model, {"narrow": narrow.guide}, x, num_samples=1000, progress=False)
+    score = found.scores["narrow"]
+    assert score.log_likelihood.kind == score.gap.kind == found.log_likelihood.kind == "lower bound"
+    head, _, line = str(found).split("\n")
+    assert f"log p(x) {lower_bound(found.log_likelihood.value)} nats" in head and line.count(">=") == 2
+    wide, _ = linear_pair(stretch=1.2)
+    both = compare_guides(wide.model, {"narrow": narrow.guide, "wide": wide.guide}, x, num_samples=1000, progress=False)
+    assert both.log_likelihood.kind == both.scores["narrow"].gap.kind == "estimate"
+    assert both.scores["narrow"].log_likelihood.kind == "lower bound"
+    split = gaps(wide.model, wide.guide, x, num_samples=200, num_steps=8, window=2, progress=False)
+    assert ">=" not in str(split) and split.families["guide"].inference.kind == "estimate"
 
 
 def test_elbo_terms_add_up_to_the_closed_form():
@@ -355,7 +440,7 @@ def test_advice_on_k():
     assert good.enough(abs(good.bias) / 10) is None and good.enough(1e-15) is None
     assert "falls like 1/K, K = 10000 would do." in strict
     narrow, x = linear_pair(stretch=0.45)
-    bad = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000)
+    bad = log_likelihood(narrow.model, narrow.guide, x, num_samples=1000, method="importance")
     assert "misses mass of the posterior" in bad.advice() and "enrich the guide" in bad.advice()
     assert "too small to judge" in log_likelihood(pair.model, pair.guide, x, num_samples=5).advice()
     with pytest.raises(ValueError, match=r"got tolerance=-1, wanted a positive number of nats"):

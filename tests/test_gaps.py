@@ -503,7 +503,8 @@ def test_guides_are_compared_on_one_posterior():
     assert abs(difference.value - wanted) < 4 * difference.mc_stderr
     # Paired: the spread of log p(x) over the data, of several nats, is not in it.
     assert difference.data_stderr < 0.1 * bed.log_evidence(x).std().item() / math.sqrt(40)
-    assert "one mixture of exact, mean field, shifted" in str(found) and str(found).count("±") >= 12
+    assert "one mixture of exact, mean field, shifted" in str(found) and str(found).count("±") == 10
+    assert str(found).count(">=") == 2  # what two of them say alone, of weights that miss mass
     with pytest.raises(ValueError, match="no guide 'flat', wanted one of 'exact'"):
         found.difference("flat", "exact")
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data": GROUND,
     "inference": GROUND | {"plots"},  # as a history can be drawn
     "programs": GROUND | {"parts"},
-    "judging": GROUND | {"inference", "parts", "plots"},
+    "judging": GROUND | {"inference", "parts", "programs", "plots"},
     "app": GROUND | {"parts", "programs", "data", "inference", "judging", "plots"},
     "testing": GROUND,
     "__main__": {"app"},

@@ -43,7 +43,7 @@ def test_the_identity_is_made_of_three_right_numbers(scale, shift):
 
 def test_the_identity_refuses_what_no_grid_serves():
     vae = pv.VAE.build((4,), latent_dim=3, hidden=(4,))
-    with pytest.raises(ValueError, match="3 unconstrained dimensions"):
+    with pytest.raises(ValueError, match="z of 3 dimensions, wanted one of one or two"):
         pv.identity(vae, torch.zeros(2, 4), progress=False)
 
 

@@ -9,9 +9,10 @@ import torch
 from pyro.infer import RenyiELBO, Trace_ELBO
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.inference.bounds import elbo, iwae, map_estimate, reconstruction
+from pyro_vae.inference.bounds import elbo, iwae, map_estimate, miwae, reconstruction
 from pyro_vae.inference.objectives import Objective, mean_bound
-from pyro_vae.inference.split_bounds import sleep_phase, wake_sleep
+from pyro_vae.inference.regularizers import mmd
+from pyro_vae.inference.split_bounds import cubo, sleep_phase, wake_sleep
 from pyro_vae.parameters import own_parameters
 from pyro_vae.traces import particles
 from tests.pairs import binary, linear_pair, small_pair
@@ -104,8 +105,33 @@ def test_beta_changes_the_gradient_and_not_the_report():
 
 
 def test_beta_is_for_the_elbo():
+    with pytest.raises(ValueError, match="beta=0.5 tempers the elbo only, got the bound iwae"):
+        Objective(iwae, 2, beta=0.5)
+    later = Objective(iwae, 2)
+    later.beta = 0.5
     with pytest.raises(ValueError, match="tempers the elbo only"):
-        Objective(iwae, 2, beta=0.5).loss(*small_pair(), binary())
+        later.loss(*small_pair(), binary())
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"beta": -1}, "beta must be a finite number that is not negative, got -1"),
+        ({"beta": torch.tensor(-0.5)}, "not negative, got -0.5"),
+        ({"beta": math.inf}, "not negative, got inf|beta must be a finite number"),
+        ({"beta": math.nan}, "beta must be a finite number"),
+        ({"bound": cubo(2), "num_samples": 4, "beta": 2.0}, "tempers the elbo only"),
+        ({"bound": miwae(4), "num_samples": 6}, "6"),
+        ({"bound": wake_sleep(), "num_samples": 1}, "wanted at least 2"),
+        ({"regularizers": (mmd,)}, "got mmd among the regularizers, wanted functions"),
+        ({"regularizers": (3.0,)}, "got 3.0 among the regularizers"),
+        ({"max_plate_nesting": -1}, "max_plate_nesting"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_when_it_is_made(options, text):
+    with pytest.raises(ValueError, match=text):
+        Objective(**options)
+    assert Objective(beta=0.0).beta == 0.0
 
 
 def test_map_estimate_is_the_log_joint():

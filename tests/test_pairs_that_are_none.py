@@ -67,6 +67,35 @@ def test_what_is_no_pair_is_refused_by_name(run, name):
         RUNS[run](first, second)
 
 
+def with_a_pair():
+    """Every public function whose first arguments are a pair and its data, with the few others that some need."""
+    options = {"fit": {"epochs": 1, "progress": False}, "mean_bound": {}, "compare_guides": {}, "judge": {"budget": 5.0}}
+    for name in sorted(dir(pv)):
+        function = getattr(pv, name)
+        if name.startswith("_") or inspect.isclass(function) or not callable(function):
+            continue
+        try:
+            first = list(inspect.signature(function).parameters)[:3]
+        except (TypeError, ValueError):
+            continue
+        if first[:1] == ["model"] and first[1:2] in (["guide"], ["guides"]):
+            yield pytest.param(function, options.get(name, {}), id=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function, options", list(with_a_pair()))
+def test_a_swapped_pair_is_refused_by_every_function_that_takes_one(function, options):
+    second = {"one": model} if "guides" in inspect.signature(function).parameters else model
+    data, first = X, guide
+    if function is pv.guide_distances:
+        options = {"reference": pv.reference(model, guide, X, num_samples=20, num_chains=2, num_warmup=20)}
+    if function is pv.impute:
+        data, first, second = (X, X > 0), lambda x, mask: guide(x), lambda x, mask: model(x)
+    text = "wanted a Model.prior, likelihood" if function is pv.ex_post else "the guide observes 'x'|observes nothing"
+    with pytest.raises(ValueError, match=text):
+        function(first, second, data, **options)
+
+
 def test_a_pair_is_a_pair_with_an_auxiliary_site_that_the_latent_is_made_of():
     for second in (guide, through_auxiliary):
         assert pv.log_likelihood(model, second, X, num_samples=10).value == pytest.approx(EXACT, abs=1e-5)

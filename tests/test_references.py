@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.judging.distances import guide_distances, sliced_wasserstein, squared_mmd
 from pyro_vae.judging.references import diagnostics, quadrature, reference
-from tests.pairs import linear_pair, small_pair
+from tests.pairs import binary, linear_pair, small_pair
 
 
 class Banana:
@@ -88,10 +88,41 @@ def test_quadrature_of_the_linear_model():
     assert torch.allclose(found.covariance, small.posterior(x).covariance_matrix, atol=1e-8)
 
 
-def test_quadrature_refuses_more_than_two_latents():
+def test_three_dimensions_to_six_digits_and_what_has_not_converged_says_so():
+    pair, x = linear_pair(stretch=1.6)
+    found = quadrature(pair.model, pair.guide, x[:6])
+    assert (found.log_evidence - pair.bed.log_evidence(x[:6])).abs().max() < 1e-6 and found.converged.all()
+    assert torch.allclose(found.covariance, pair.bed.posterior(x[:6]).covariance_matrix, atol=1e-5)
+    rough = quadrature(pair.model, pair.guide, x[:6], num_points=7, refinements=0)
+    off = (rough.log_evidence - pair.bed.log_evidence(x[:6])).abs()
+    assert (off > 1e-3).all() and (rough.error > 1e-3).all() and not rough.converged.any()
+    short = quadrature(pair.model, pair.guide, x[:6], num_points=45, width=2.0)
+    assert (short.rim > 1e-3).all() and not short.converged.any()
+
+
+def test_a_mode_that_the_guide_never_draws_is_found():
+    """The posterior of |z| near 2 has two modes, and the guide has one: half of p(x), log 2 nats, and no more."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.abs(), 0.2).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.2).to_event(1))
+
+    x = torch.tensor([[2.0], [1.5]], dtype=torch.float64)
+    found = quadrature(model, guide, x)
+    one_mode = dist.Normal(0.0, 1.04**0.5).log_prob(x[:, 0])  # of z > 0, but for its tail below 0
+    assert torch.allclose(found.log_evidence, one_mode + math.log(2), atol=1e-6) and found.converged.all()
+    assert found.mean.abs().max() < 1e-6
+
+
+def test_quadrature_refuses_more_than_three_latents():
     pair, x = linear_pair()
-    with pytest.raises(ValueError, match="3 unconstrained dimensions .* Use reference"):
-        quadrature(pair.model, pair.guide, x)
+    with pytest.raises(ValueError, match="4 unconstrained dimensions .* Use reference"):
+        quadrature(*small_pair(latent_dim=4), binary())
     with pytest.raises(ValueError, match="at least 3 points"):
         quadrature(pair.model, pair.guide, x, num_points=2)
 

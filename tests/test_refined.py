@@ -198,7 +198,7 @@ def test_hamiltonian_moves_every_layer_of_a_layered_guide():
 
 def test_hamiltonian_trains_its_guide_steps_and_tempering_up_to_the_evidence():
     model, base = linear_model(), head_guide(DiagonalNormal)
-    guide = Hamiltonian(model, base, 3, 0.05, "fixed").double()
+    guide = Hamiltonian(model, base, 3, 0.05, "fixed", beta=0.5).double()
     history = fit(model, guide, X, epochs=200, batch_size=30, learning_rate=0.02, seed=0)
     assert history["loss"][-1] < history["loss"][0]
     torch.manual_seed(0)

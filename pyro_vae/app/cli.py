@@ -193,6 +193,9 @@ _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[defau
 @_data_dir
 @_device
 @_json
+@click.option("--refine", type=click.Choice(["semi-amortized", "hamiltonian"]), help="With the guide refined datum by "
+              "datum, with the help of the model: gradient or Hamiltonian steps that are taken where they "
+              "help.")  # fmt: skip
 @click.option("--out", metavar="FILE", type=_PATH, help="Write the JSON to a file too.")
 def evaluate(**options: Any) -> None:
     """Judge a run again: other samples, images or seed. The run folder stays as it is."""
@@ -272,8 +275,9 @@ def reconstruct(**options: Any) -> None:
 @commands.command()
 @_run
 @_trust
-@click.option("--score", type=_word("log-likelihood", "reconstruction"), help="[default: log-likelihood; "
-              "reconstruction for an autoencoder]")  # fmt: skip
+@click.option("--score", type=_word("log-likelihood", "reconstruction", "ratio", "regret"),
+              help="ratio: log p(x) against the compressed size; regret: what refitting q to each datum gains. "
+              "[default: log-likelihood; reconstruction for an autoencoder]")  # fmt: skip
 @click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples. [default: 100]")
 @click.option("--top", metavar="N", type=click.IntRange(1, 1000), default=16, help="How many to show. [default: 16]")
 @click.option("--outliers", metavar="NAME|PATH", help="Data that should score higher; gives the ROC-AUC.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -19,16 +20,30 @@ from pyro_vae.app import evaluation, report
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
 from pyro_vae.app.fitting import read, second_view, the_device
-from pyro_vae.app.runs import CONFIG, FIGURES, Run, is_unfinished, write_json
+from pyro_vae.app.remarks import of_image
+from pyro_vae.app.runs import CONFIG, FIGURES, METRICS, Run, is_unfinished, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
-from pyro_vae.judging.distances import anomaly_scores, roc_auc
-from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.inference.training import History
+from pyro_vae.judging.anomalies import anomaly_scores, explained, roc_auc
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.remedies import paired
+from pyro_vae.programs.hamiltonian import Hamiltonian
+from pyro_vae.programs.pair import Guide
+from pyro_vae.programs.refined import Refined
+from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
+
+_UNITS = {
+    "log-likelihood": "-log p(x)",
+    "reconstruction": "-E_q log p(x|z)",
+    "ratio": "-log p(x) - compressed size",
+    "regret": "ELBO(best q) - ELBO(q)",
+}
 
 
 def options_of(run: Run) -> FitOptions:
@@ -52,7 +67,7 @@ def _opened(
 def evaluate_run(
     run: Path, evaluation_samples: int | None = None, evaluation_images: int | None = None, seed: int | None = None,
     data_dir: str | None = None, device: str = "auto", as_json: bool = False, out: Path | None = None,
-    trust: tuple[str, ...] = (), full: bool = False,
+    trust: tuple[str, ...] = (), full: bool = False, refine: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`pyro-vae evaluate`: the numbers of a run, computed again; prints and returns them."""
     options, vae, seed = _opened(run, trust, seed, device)
@@ -73,12 +88,27 @@ def evaluate_run(
         plan = evaluation.plan(vae, dataset, planned)
         settings = {"num_samples": plan.num_samples, "images": plan.images}
     settings["seed"] = seed
-    numbers = evaluation.evaluate(vae, dataset, **settings, progress=False if as_json else None)
-    numbers["protocol"] = evaluation.protocol(vae, dataset, **settings)
+    progress = False if as_json else None
+    refined: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        judged = vae
+        if refine is not None:
+            guide = stack.enter_context(_refined(refine, vae, run).kept())
+            judged = VAE(vae.model, cast(Guide, guide), vae.architecture)
+            test = evaluation.test_data(dataset, seed, settings["images"])
+            before, after = (elbo_terms(vae.model, each, test, num_samples=evaluation.ELBO_SAMPLES, seed=seed,
+                                        progress=progress).pointwise for each in (vae.guide, guide))  # fmt: skip
+            gain = paired(after - before)
+            refined = {"refined_by": refine, "elbo_gain": gain.value, "elbo_gain_stderr": gain.mc_stderr}
+        numbers = evaluation.evaluate(judged, dataset, **settings, progress=progress)
+    numbers["protocol"] = evaluation.protocol(vae, dataset, **settings) | refined
     if as_json:
         click.echo(json.dumps(numbers | {"run": str(run)}, indent=2))
     else:
         report.show(numbers, run)
+    if refined and not as_json:
+        click.echo(f"refined by {refine}: the ELBO is {refined['elbo_gain']:.3f} ± {refined['elbo_gain_stderr']:.3f} "
+                   "nats above that of the run's own guide (paired by datum)")  # fmt: skip
     if out is not None:
         write_json(out, numbers | {"run": str(run)})
     return numbers
@@ -103,6 +133,14 @@ def draw_run(run: Path, data_dir: str | None = None, trust: tuple[str, ...] = ()
     return paths
 
 
+def _refined(name: str, vae: VAE, run: Path) -> Refined:
+    """A run's guide, refined with the help of its model."""
+    if _point(vae):
+        raise ValueError(f"got --refine {name} for {run}, a plain autoencoder: a point has no ELBO to climb.")
+    kind = {"semi-amortized": SemiAmortized, "hamiltonian": Hamiltonian}[name]
+    return cast(Refined, kind(vae.model, vae.guide).eval())
+
+
 def judge_run(
     run: Path, num_data: int = 100, budget: float = 110.0, num_samples: int | None = None, seed: int | None = None,
     data_dir: str | None = None, device: str = "auto", as_json: bool = False, out: Path | None = None,
@@ -114,6 +152,7 @@ def judge_run(
     from pyro_vae.app import html
     from pyro_vae.judging.judgement import judge
 
+    loaded = Run.load(run)
     options, vae, seed = _opened(run, trust, seed, device)
     if _point(vae):
         raise ValueError(
@@ -127,10 +166,13 @@ def judge_run(
             raise ValueError(f"got --out {out}, wanted a folder to write to: {error.strerror}.") from error
     _, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed, num_data)
+    records = loaded.metrics() if (run / METRICS).is_file() else None
+    history = None if records is None else History(records, stopped_early=bool(loaded.summary.get("stopped_early")))
     # Loading has its time already, and the pictures are to have theirs.
     left = budget - (time.monotonic() - started) - min(15.0, 0.15 * budget)
     found = judge(
-        vae.model, vae.guide, test, budget=max(left, 0.01), num_data=num_data, seed=seed,
+        vae.model, vae.guide, test, history=history, training=dataset.train, budget=max(left, 0.01), num_data=num_data,
+        seed=seed,
         num_samples=options.evaluation_samples if num_samples is None else num_samples,
         progress=False if as_json else None,
     )  # fmt: skip
@@ -138,7 +180,7 @@ def judge_run(
         "run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions(),
         "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
-    found = dataclasses.replace(found, protocol=found.protocol | about)
+    found = dataclasses.replace(found, protocol=found.protocol | about).of_run(str(run), loaded.config)
     text = found.to_json()
     write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)
@@ -189,6 +231,7 @@ def reconstruct_images(
         raise ValueError(f"{run} is of vectors of shape {shape}, wanted a run of images.")
     x = torch.cat([_as_data(path, shape, options, seed)[None] for path in images])
     rows = [("image", *(("E_q log p(x|z)", "KL", "ELBO", "log p(x)") if not _point(vae) else ("log p(x|z)",)))]
+    bound: Tensor | None = None
     with seeded(seed), torch.no_grad():
         if _point(vae):
             terms = [particles(vae.model, vae.guide, x).log_likelihood.mean(0)]
@@ -197,9 +240,16 @@ def reconstruct_images(
             likelihood, elbo = drawn.log_likelihood.mean(0), drawn.log_weight.mean(0)
             estimate = log_likelihood(vae.model, vae.guide, x, num_samples=num_samples, seed=seed, progress=False)
             terms = [likelihood, likelihood - elbo, elbo, estimate.pointwise]
+            bound = estimate.trusted
         picture = plots.reconstructions(x, vae.reconstruct(x))
     rows += [(path.name, *(f"{float(term[i]):.2f}" for term in terms)) for i, path in enumerate(images)]
+    if bound is not None:
+        rows = [(*row[:-1], row[-1] if i == 0 or bound[i - 1] else f">= {row[-1]}") for i, row in enumerate(rows)]
     _print_table(rows)
+    levels = Run.load(run).summary.get("train_levels")
+    for path, image in zip(images, x, strict=True):
+        if (line := of_image(image, levels)) is not None:
+            click.echo(f"{path.name} {line}")
     path = out or Path("reconstructions.png")
     report.save(picture, path)
     click.echo(path)
@@ -214,9 +264,9 @@ def rank_anomalies(
     """`pyro-vae anomalies`: test data from strange to ordinary; returns scores (and ROC-AUC)."""
     options, vae, seed = _opened(run, trust, seed, device)
     score = score or ("reconstruction" if _point(vae) else "log-likelihood")
-    if score == "log-likelihood" and _point(vae):
+    if score != "reconstruction" and _point(vae):
         raise ValueError(
-            f"got --score log-likelihood for {run}, a plain autoencoder: a point has no density over z and no "
+            f"got --score {score} for {run}, a plain autoencoder: a point has no density over z and no "
             "log p(x). Use --score reconstruction."
         )
     settings: dict[str, Any] = {"score": score, "num_samples": 1 if _point(vae) else num_samples, "seed": seed}
@@ -228,7 +278,7 @@ def rank_anomalies(
     scores = anomaly_scores(vae.model, vae.guide, test, **settings)
     order = scores.argsort(descending=True, stable=True)
     shown = order[:top]
-    unit = "-log p(x)" if score == "log-likelihood" else "-E_q log p(x|z)"
+    unit = _UNITS[score]
     name = _label_names(dataset, test)
     rows = [("rank", "test datum", *(("label",) if test.labels is not None else ()), f"{unit} (nats)")]
     rows += [(str(r + 1), str(i), *name(i), f"{scores[i]:.2f}") for r, i in enumerate(shown.tolist())]
@@ -240,6 +290,8 @@ def rank_anomalies(
         result |= {"outlier_scores": outside, "roc_auc": roc_auc(scores, outside)}
         click.echo(f"{outliers}: mean {outside.mean():.2f}, median {outside.median():.2f}, of {len(outside)}")
         click.echo(f"ROC-AUC {result['roc_auc']:.4f}: the chance that one of {outliers} scores above a test datum")
+        if (why := explained(result["roc_auc"], score, str(outliers))) is not None:
+            click.echo(why)
     if out is not None:
         _write_csv(out, test, scores, order, result.get("outlier_scores"))
         click.echo(out)

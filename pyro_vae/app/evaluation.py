@@ -10,13 +10,14 @@ import pyro
 import torch
 
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions
+from pyro_vae.app.remarks import codes_outside, levels
 from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
-from pyro_vae.judging.latents import active_units
+from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import VAE
 from pyro_vae.protocols import has_density, standardize
@@ -105,6 +106,8 @@ def evaluate(
     started = time.perf_counter()
     test = test_data(dataset, seed, images)
     numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": _latent_dim(vae)}
+    if len(dataset.x_shape) == 3:
+        numbers["train_levels"] = levels(dataset.train.pixels, dataset.train.mean())
     if is_autoencoder(vae):
         numbers["test_reconstruction"] = mean_bound(vae.model, vae.guide, test, reconstruction, seed=seed)
     else:
@@ -127,6 +130,8 @@ def _densities(vae: VAE, test: Split, num_samples: int, options: dict[str, Any])
         "test_reconstruction": terms.reconstruction,
         "test_kl": terms.kl,
         "test_log_likelihood": estimate.value,
+        "log_likelihood_is": estimate.kind,
+        "log_likelihood_by": estimate.method,
         "test_log_likelihood_stderr": estimate.mc_stderr,
         "test_log_likelihood_data_stderr": estimate.data_stderr,
         "test_log_likelihood_bias": estimate.bias,
@@ -149,6 +154,9 @@ def _latents_and_samples(vae: VAE, test: Split) -> dict[str, Any]:
     left_out = []
     if len(test) >= 2:
         numbers["active_units"] = active_units(vae.guide, test).count
+        if not is_autoencoder(vae):
+            codes = posterior_means(vae.guide, test.subset(slice(0, SAMPLES)), progress=False)
+            numbers["codes_outside_prior"] = codes_outside(codes, vae.model.prior().sample((4000,)))
     else:
         left_out.append("active units (a variance over the test data, of which there is one)")
     if len(test) >= 4:
@@ -194,7 +202,8 @@ def versions() -> dict[str, str]:
 
 def is_autoencoder(vae: VAE) -> bool:
     """Whether the guide is a point, so that there is no density over z."""
-    return not has_density(vae.guide.posterior)
+    guide: Any = vae.guide
+    return not has_density(getattr(guide, "guide", guide).posterior)  # of a refined guide, its base
 
 
 def standardized(vae: VAE) -> bool:

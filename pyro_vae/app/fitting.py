@@ -18,6 +18,7 @@ from pyro_vae.app import evaluation, report
 from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.progress import Progress
+from pyro_vae.app.remarks import remarks
 from pyro_vae.app.run_page import write_page
 from pyro_vae.app.runs import (
     BUILT,
@@ -108,6 +109,7 @@ def fit_run(
         }  # fmt: skip
         summary = {"interrupted": True} | summary
         summary["protocol"] = evaluation.protocol(vae, dataset, **settings)
+        summary["remarks"] = remarks(summary)
         write_json(folder / SUMMARY, summary)
         try:
             try:  # what was trained is worth more than what goes wrong after it
@@ -126,6 +128,7 @@ def fit_run(
             failure = failure or error
         if failure is not None and not history.interrupted:
             summary = summary | {"interrupted": False}
+        summary["remarks"] = remarks(summary)
         write_json(folder / SUMMARY, summary)
         if scored and failure is None:
             report.draw_curve(vae, history.records, scored, options, folder / FIGURES)
@@ -293,12 +296,17 @@ def the_device(name: str) -> torch.device:
 def training_numbers(vae: VAE, history: History, seconds: float, options: FitOptions) -> dict[str, Any]:
     """What is worth knowing of a fit."""
     rates = history["images_per_second"]
+    last = history.records[-1] if history.records else {}
     return {
         "train_seconds": seconds,
         "images_per_second": statistics.median(rates) if rates else None,
         "epochs": len(history),
         "best_epoch": history.best_epoch,
         "stopped_early": history.stopped_early,
+        "last_bound": last.get("bound"),
+        "last_validation": last.get("validation"),
+        "last_beta": last.get("beta"),
+        "dropout": any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 for m in vae.modules()),
         "parameters": sum(p.numel() for p in vae.parameters()),
         "seed": options.seed,
         "training_threads": options.threads or torch.get_num_threads(),

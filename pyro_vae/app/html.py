@@ -26,6 +26,7 @@ ul.verdict { list-style: none; padding: 0; }
 ul.verdict li { border-left: .3rem solid #a0aec0; margin: .5rem 0; padding: .3rem .8rem; background: #f7fafc; }
 ul.verdict li.fault { border-color: #dd6b20; background: #fffaf0; }
 .advice { font-weight: 600; }
+code { font-size: .85rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr { border-bottom: 1px solid #e2e8f0; }
@@ -193,7 +194,8 @@ def _over_data(number: Nats) -> str:
 def _item(finding: Finding) -> str:
     kind = ' class="fault"' if finding.culprit else ""
     advice = f' <span class="advice">{escape(finding.advice)}</span>' if finding.advice else ""
-    return f"<li{kind}>{escape(finding.text)}{advice}</li>"
+    typed = "".join(f"<br><code>{escape(line)}</code>" for line in (finding.command, finding.python) if line)
+    return f"<li{kind}>{escape(finding.text)}{advice}{typed}</li>"
 
 
 def _png(figure: Figure) -> str:

@@ -17,11 +17,13 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.app import evaluation
 from pyro_vae.app.defaults import FitOptions
+from pyro_vae.app.remarks import remarks
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.latents import posterior_means
+from pyro_vae.judging.quotes import about_weights, kind_of, lower_bound
 from pyro_vae.programs.vae import VAE
 
 
@@ -59,6 +61,7 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
     if "sample_energy_distance" in summary:
         distance, null = summary["sample_energy_distance"], summary["sample_energy_distance_null"]
         found.append(("samples", f"energy distance {distance:.4f} to the test data (their own halves: {null:.4f})"))
+    found += [("note", line) for line in remarks(summary)]
     if summary.get("left_out"):
         found.append(("left out", "; ".join(summary["left_out"])))
     if "protocol" in summary:
@@ -104,15 +107,19 @@ def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None)
 
 
 def _log_likelihood(summary: Mapping[str, Any]) -> str:
-    text = (
-        f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; "
-        f"{_over_data(summary['test_log_likelihood_data_stderr'])}) nats"
-    )
+    """Of summaries that are older than `log_likelihood_is` too, as the rule is one of the share that they hold."""
     ok = summary.get("test_khat_ok")
-    if ok is None or math.isnan(ok):
-        return text + ", k-hat unknown at so few samples"
-    text += f", k-hat ok for {100 * ok:.1f} %"
-    return text if ok >= 0.9 else text + " (unreliable: read it as a lower bound)"
+    ok = math.nan if ok is None else ok
+    over_data = _over_data(summary["test_log_likelihood_data_stderr"])
+    method = summary.get("log_likelihood_by", "importance")
+    if method == "quadrature":
+        value = f"{summary['test_log_likelihood']:.2f} nats ({over_data})"
+    elif kind_of(ok) == "lower bound":
+        value = f"{lower_bound(summary['test_log_likelihood'])} nats ({over_data})"
+    else:
+        value = f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; {over_data}) nats"
+    samples = summary.get("protocol", {}).get("log_likelihood_samples", "so few samples")
+    return value + about_weights(ok, samples, "k-hat", method)
 
 
 def _nats(summary: Mapping[str, Any], key: str) -> str:

@@ -51,6 +51,57 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
+def one_draw(data: Any, seed: int | None) -> Any:
+    """Data whose noise (a binarisation, dequantisation) is drawn for good, so that all who score them score the same.
+
+    What draws says so by ``frozen(seed)``, as a `Split` does. It would draw in each batch from the random state that
+    the samples are drawn from: two functions with other batches or another K would then score other data.
+
+    Args:
+        data: As for `Batches`; columns in a tuple and subsets are looked into.
+        seed: Of the draw, as of `Split.frozen`; None leaves the data as they are.
+    Returns:
+        The data, those that draw nothing as they are.
+    """
+    if seed is None:
+        return data
+    if callable(getattr(data, "frozen", None)):
+        return data.frozen(seed)
+    if isinstance(data, Subset) and callable(getattr(data.dataset, "frozen", None)):
+        return Subset(one_draw(data.dataset, seed), data.indices)
+    if isinstance(data, tuple) and not hasattr(data, "_fields"):
+        return tuple(one_draw(part, seed) for part in data)
+    return data
+
+
+class NoiseOfData:
+    """A stream of random numbers for whoever makes batches, apart from that of the samples: what a loader draws on the
+    way (an order, an augmentation) does not depend on what is done with its batches."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+
+    def passed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches of one pass, which starts the stream anew; with seed None, as they are."""
+        if self.seed is None:
+            yield from batches
+            return
+        # Far from the seeds that people choose, as the samples' noise is to be independent of it.
+        iterator, generator = iter(batches), torch.Generator().manual_seed(2**46 + self.seed)
+        state = generator.get_state()
+        while True:
+            outside = torch.get_rng_state()
+            torch.set_rng_state(state)
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                state = torch.get_rng_state()
+                torch.set_rng_state(outside)
+            yield batch
+
+
 class Batches:
     """Minibatches, each a tuple of the programs' positional arguments.
 

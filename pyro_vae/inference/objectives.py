@@ -17,10 +17,10 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, named, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
-from pyro_vae.inference.regularizers import Regularizer
+from pyro_vae.inference.regularizers import Regularizer, free_bits, mmd, total_correlation
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, sleep_phase, wake_sleep
 from pyro_vae.options import checked, number
 from pyro_vae.parameters import device_of
@@ -63,8 +63,8 @@ class Objective(ELBO):
         last_bound: The bound of the most recent call in nats, summed over data, with
             the scale and at beta = 1; a tensor without gradient.
     Raises:
-        ValueError: K < 1; beta != 1 with another bound; a bound and an estimator that do
-            not go together; a guide site that the estimator needs reparameterised, or
+        ValueError: K < 1; a beta that is negative or no number, or not 1 with another bound; a
+            bound and an estimator that do not go together; a guide site that the estimator needs reparameterised, or
             able to score a sample, and that is not; all that `particles` refuses.
     Example:
         >>> from pyro_vae.inference.bounds import iwae
@@ -86,6 +86,11 @@ class Objective(ELBO):
         max_plate_nesting: int | None = None,
     ) -> None:
         number("beta", beta)
+        if not float(beta) >= 0 or math.isinf(float(beta)):
+            raise ValueError(
+                f"beta must be a finite number that is not negative, got {float(beta):g}: it is the weight of log q - "
+                "log p(z), which a negative one would drive apart. Pass 1 for the ELBO, below 1 for less of it."
+            )
         bound = named(bound) if isinstance(bound, str) else bound
         for factory, example in _EXAMPLES:
             if bound is factory:
@@ -93,6 +98,15 @@ class Objective(ELBO):
         reason = refusal(bound, estimator, num_samples)
         if reason is not None:
             raise ValueError(reason)
+        if not _is_one(beta) and bound is not elbo:
+            raise ValueError(_beside_elbo(bound, beta))
+        for regularizer in regularizers:
+            if not callable(regularizer) or regularizer in (mmd, free_bits, total_correlation):
+                name = getattr(regularizer, "__name__", repr(regularizer))
+                raise ValueError(
+                    f"got {name} among the regularizers, wanted functions of (particles, model, guide): what "
+                    "mmd(10.0), free_bits(0.5) or total_correlation(5.0) return."
+                )
         super().__init__(
             num_particles=num_samples,
             max_plate_nesting=math.inf if max_plate_nesting is None else max_plate_nesting,
@@ -144,7 +158,7 @@ class Objective(ELBO):
         plain = particles
         if not _is_one(self.beta):
             if self.bound is not elbo:
-                raise ValueError(f"beta={self.beta:g} tempers the elbo only, got {self!r}. Leave beta at 1.")
+                raise ValueError(_beside_elbo(self.bound, self.beta))
             particles = _tempered(particles, self.beta)
             values = self.bound(particles)
         sign = particles.scale if self.upper else -particles.scale
@@ -206,6 +220,11 @@ class Objective(ELBO):
         raise NotImplementedError("Objective reads its particles through pyro_vae.traces.")
 
 
+def _beside_elbo(bound: Bound, beta: float | Tensor) -> str:
+    name = getattr(bound, "__name__", repr(bound))
+    return f"beta={float(beta):g} tempers the elbo only, got the bound {name}. Leave beta at 1."
+
+
 def _is_one(beta: float | Tensor) -> bool:
     return not isinstance(beta, Tensor) and beta == 1
 
@@ -254,8 +273,8 @@ def mean_bound(
     with evaluating(model, guide, seed=seed):
         batches = data
         if not isinstance(data, Batches):
-            batches = Batches(data, batch_size, place, shuffle=False, programs=(model, guide))
-        for batch in batches:
+            batches = Batches(one_draw(data, seed), batch_size, place, shuffle=False, programs=(model, guide))
+        for batch in NoiseOfData(seed).passed(batches):
             particles = objective.particles(model, guide, *batch)
             total += bound(particles).double().sum().item()
             count += particles.num_data

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyro_vae.judging._gaps import Gaps as Gaps
     from pyro_vae.judging._gaps import gap_table as gap_table
     from pyro_vae.judging._gaps import gaps as gaps
+    from pyro_vae.judging._identity import identity as identity
     from pyro_vae.judging.annealing import Annealed as Annealed
     from pyro_vae.judging.annealing import Bracket as Bracket
     from pyro_vae.judging.annealing import ais as ais
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from pyro_vae.judging.guides import Comparison as Comparison
     from pyro_vae.judging.guides import compare_guides as compare_guides
     from pyro_vae.judging.guides import fit_guide as fit_guide
-    from pyro_vae.judging._identity import identity as identity
     from pyro_vae.judging.imputation import Imputation as Imputation
     from pyro_vae.judging.imputation import impute as impute
     from pyro_vae.judging.information import Accuracy as Accuracy

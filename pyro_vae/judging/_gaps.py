@@ -110,9 +110,9 @@ class Gaps(Result):
         return gap_bars([bar for bar in bars if len(bar) > 1], ax)
 
     def __str__(self) -> str:
-        count = len(self.log_likelihood.pointwise)
         ok = "" if math.isnan(self.khat_ok) else f", k̂ ok for {100 * self.khat_ok:.1f} %"
-        lines = [f"{count} data: log p(x) = {self.log_likelihood} nats ({self.source}{ok})", *gap_table({"": self})]
+        lines = [f"{len(self.pareto_k)} data: log p(x) {self.log_likelihood.signed} nats ({self.source}{ok})"]
+        lines += gap_table({"": self})
         for name, one in self.families.items():
             if one.remaining is not None and one.steps is not None and one.stopped is not None:
                 lines.append(
@@ -239,7 +239,7 @@ def gaps(
     reasons |= {name: "a family without an encoder, so without an amortization gap" for name in named.keys() - guides}
     ways = {name: Climb.joined(parts) for name, parts in climbs.items()}
     rows = {name: _row(name, level, scores, way, reasons.get(name), num_samples) for name, way in ways.items()}
-    log_p = Mean.of(level.log_p, level.log_p_variance, num_samples)
+    log_p = Mean.of(level.log_p, level.log_p_variance, num_samples, bound=level.kind(num_samples) == "lower bound")
     return Gaps(rows, log_p, level.bias.mean().item(), level.pareto_k, source, num_samples)
 
 
@@ -284,10 +284,10 @@ def _row(
     def difference(upper: Any, lower: Any, remains: Tensor | None = None) -> Mean | None:
         if upper is None or lower is None:
             return None
-        return Mean.of(upper[0] - lower[0], upper[1] + lower[1], num_samples, remains)
+        return Mean.of(upper[0] - lower[0], upper[1] + lower[1], num_samples, remains, below and upper is level)
 
     nothing = torch.zeros_like(best.log_p), torch.zeros_like(best.log_p)
-    level = best.log_p, best.log_p_variance
+    level, below = (best.log_p, best.log_p_variance), best.kind(num_samples) == "lower bound"
     both = scores.get(name), scores.get(f"{name} (local)")
     first, second = (None if s is None else (s.elbo, s.elbo_variance) for s in both)
     return FamilyGaps(

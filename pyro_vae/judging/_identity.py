@@ -85,6 +85,12 @@ def identity(
         (True, True)
     """
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    with sweep(model, guide, data=data, batch_size=2, seed=seed, device=device, progress=False) as run:
+        sizes = {name: z[0, 0].numel() for name, z in run.draw(run.first, 2).latents.items()}
+    if len(sizes) != 1 or max(sizes.values()) > 2:
+        found = ", ".join(f"{name} of {size} dimensions" for name, size in sizes.items())
+        raise ValueError(f"the guide has the latents {found}, wanted one of one or two. Its gaps are what pv.gaps "
+                         "measures.")
     exact = quadrature(model, guide, data, **options)
     terms = elbo_terms(model, guide, data, num_samples=num_samples, **options)
     parts, done = [], 0
@@ -92,9 +98,6 @@ def identity(
         for batch in run:
             drawn = run.draw(batch, _DRAWS)
             refuse_points(drawn, ", so that it has no divergence")
-            if len(drawn.latents) != 1:
-                raise ValueError(f"the guide has the latents {', '.join(drawn.latents)}, wanted one of one or two "
-                                 "dimensions. Its gaps are what pv.gaps measures.")
             ((name, z),) = drawn.latents.items()
             rows = slice(done, done + z.shape[1])
             moments = (exact.mean[rows].to(z.device), exact.covariance[rows].to(z.device))

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,89 +34,16 @@ from torch import Tensor
 
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.trees import joined
+from pyro_vae.judging.brackets import Annealed as Annealed
+from pyro_vae.judging.brackets import Bracket as Bracket
+from pyro_vae.judging.brackets import steps_wanted
 from pyro_vae.judging.densities import Pair
-from pyro_vae.judging.hamiltonian import SCHEDULES, Kernels, Moves, anneal, pilot
-from pyro_vae.judging.results import Mean, Measured, Result, at_least, averaged, one_of, row
+from pyro_vae.judging.hamiltonian import SCHEDULES, Moves, anneal, pilot
+from pyro_vae.judging.results import Mean, at_least, averaged, one_of
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Scored
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
-
-
-@dataclass(frozen=True)
-class Annealed(Measured):
-    """A lower bound on log p(x) by annealed importance sampling, averaged over data, in nats.
-
-    Attributes:
-        value, mc_stderr, data_stderr: Of the mean over the data of log 1/C sum_c w_c, as in `Measured`.
-        pointwise: log 1/C sum_c w_c per datum, (N,).
-        num_samples: C.
-        bias: Jackknife estimate of the bias of the value (negative: it is too low).
-        pointwise_stderr: Its Monte Carlo standard error, (N,).
-        log_weight: log w_c, (C, N).
-        ess: Effective number of chains per datum, (sum w)^2 / sum w^2, (N,).
-        acceptance: Mean probability of acceptance per datum, (N,); nan for T = 1.
-        kernels: What the chains used, frozen before they ran, one for each batch.
-        start: "guide" or "prior".
-        num_steps: T.
-    """
-
-    bias: float
-    pointwise_stderr: Tensor
-    log_weight: Tensor
-    ess: Tensor
-    acceptance: Tensor
-    kernels: tuple[Kernels, ...]
-    start: str
-    num_steps: int
-
-    def __str__(self) -> str:
-        return (
-            f"log p(x) >= {self.with_errors}, annealed from the {self.start} over {self.num_steps} steps, acceptance "
-            f"{self.acceptance.mean():.2f}, chain ESS {self.ess.mean():.1f} of {self.num_samples}"
-        )
-
-
-@dataclass(frozen=True)
-class Bracket(Result):
-    """Bounds on log p(x) of simulated data from both sides, in nats.
-
-    The Monte Carlo errors are given the simulated data (upper: and their one exact draw each); the `data_stderr` of the
-    width is over the simulations, and covers everything.
-
-    Attributes:
-        lower: The forward chains' bound, with all that belongs to it.
-        upper: The upper bound.
-        width: Upper minus lower bound.
-        backward_log_weight: log w_r of the chains from the exact draw, (C, N).
-        backward_acceptance: (N,).
-        data: The simulated arguments of the programs.
-    """
-
-    lower: Annealed
-    upper: Mean
-    width: Mean
-    backward_log_weight: Tensor
-    backward_acceptance: Tensor
-    data: tuple[Any, ...]
-
-    def rows(self) -> list[dict[str, Any]]:
-        parts = {"lower": self.lower, "upper": self.upper, "width": self.width}
-        return [{"bound": name} | {k: row(part)[k] for k in _NUMBERS} for name, part in parts.items()]
-
-    def __str__(self) -> str:
-        error = "(one datum)" if math.isnan(self.width.data_stderr) else f"± {self.width.data_stderr:.2f}"
-        return f"[{self.lower.value:.2f}, {self.upper.value:.2f}] nats (width {self.width.value:.2f} {error})"
-
-    def plot(self, ax: Any = None) -> Any:
-        """The interval of each datum, as a figure."""
-        from pyro_vae.plots import bracket
-
-        return bracket(self.lower.pointwise, self.upper.pointwise, lower_stderr=self.lower.pointwise_stderr,
-                       upper_stderr=self.upper.pointwise_stderr, ax=ax)  # fmt: skip
-
-
-_NUMBERS = ("value", "mc_stderr", "data_stderr", "num_samples")
 
 
 @checked
@@ -200,6 +127,7 @@ def bdmc(
     target_acceptance: float = 0.75,
     pilot_seed: int = 1,
     observed: Mapping[str, int] | None = None,
+    measure: bool = True,
     seed: int | None = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -214,8 +142,9 @@ def bdmc(
         model, guide, num_samples: As all other settings in `ais`.
         num_data: How many to simulate, at most as many as there are data.
         observed: Which argument each observed site is, by position, as {"x": 0}, where the values do not tell.
+        measure: Where the chains have not converged, run others of a quarter of the steps, to say how many it takes.
     Returns:
-        Both bounds with their errors.
+        Both bounds with their errors; or, as `Bracket.reason` says, no bracket and why.
     Raises:
         ValueError: As for `ais`; or a site equals no argument, or several.
     Example:
@@ -245,7 +174,15 @@ def bdmc(
             backward.append(anneal(density, position, forward[0], backward=True, tick=run.tick, moves=moves))
             found.append(tuple(forward))
             simulated.append(batch)
-    return _bracketed(_annealed(found, options), backward, joined(simulated))
+    bracket = _bracketed(_annealed(found, options), backward, joined(simulated))
+    if bracket.reason is None or num_steps < 16 or not measure:
+        return bracket
+    # A second length says how fast the chains converge, and so how many steps it would take.
+    shorter = bdmc(
+        model, guide, data, num_data=num_data, observed=observed, seed=seed, device=device, progress=progress,
+        measure=False, **options._asdict() | {"num_steps": num_steps // 4},
+    )  # fmt: skip
+    return replace(bracket, wanted_steps=steps_wanted(shorter, bracket))
 
 
 def _bracketed(lower: Annealed, backward: list[tuple[Tensor, Tensor]], data: tuple[Any, ...]) -> Bracket:

@@ -77,6 +77,9 @@ class Examination:
         judged: The estimate of log p(x) at K.
         better: One at more samples.
         best: One that uses the best q of each datum too, where it can be relied upon.
+        training: One batch of data that the pair was fitted to, where they were given.
+        training_source: What they were taken from.
+        history: The records of the fit, one per epoch, and whether patience ended it.
     """
 
     model: Program
@@ -90,6 +93,9 @@ class Examination:
     judged: Estimate | None = None
     better: Estimate | None = None
     best: Mean | None = None
+    training: tuple[Any, ...] | None = None
+    training_source: Any = None
+    history: tuple[list[Mapping[str, Any]], bool] | None = None
 
     @property
     def num_data(self) -> int:
@@ -99,6 +105,11 @@ class Examination:
     def part(self, start: int, stop: int) -> tuple[Any, ...]:
         """Some of the data."""
         return at(self.data, slice(start, stop))
+
+    def training_part(self, num_data: int) -> tuple[Any, ...]:
+        """Some of the training data."""
+        assert self.training is not None
+        return at(self.training, slice(num_data))
 
     def of(self, start: int, stop: int) -> tuple[Any, ...]:
         """The pair with some of the data, as every diagnostic takes them."""

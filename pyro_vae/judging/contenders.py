@@ -140,7 +140,8 @@ def pooled(members: Sequence[Mean]) -> Mean:
     """The mean of several guides' numbers on the same data."""
     count = len(members)
     variance = torch.stack([each.pointwise_stderr.square() for each in members]).sum(0) / count**2
-    return Mean.of(torch.stack([each.pointwise for each in members]).mean(0), variance, members[0].num_samples)
+    bound, values = any(each.bound for each in members), torch.stack([each.pointwise for each in members]).mean(0)
+    return Mean.of(values, variance, members[0].num_samples, bound=bound)
 
 
 def interval(members: Sequence[Mean]) -> tuple[float, float]:

@@ -1,5 +1,5 @@
-"""How far draws are from others, in numbers that know their own noise: a guide's from a reference posterior's, samples
-from data, and outliers from the rest.
+"""How far draws are from others, in numbers that know their own noise: a guide's from a reference posterior's, and
+samples from data. How far outliers are from the rest is in `anomalies`.
 
 Every distance comes with its null value: what two halves of the reference give against each
 other, which is what an exact guide would show. The halves are made of whole chains, so
@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.judging.anomalies import SCORES as SCORES
+from pyro_vae.judging.anomalies import anomaly_scores as anomaly_scores
+from pyro_vae.judging.anomalies import roc_auc as roc_auc
 from pyro_vae.judging.densities import Pair
-from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.references import Reference
 from pyro_vae.judging.results import Result
 from pyro_vae.judging.sweeps import sweep
@@ -27,7 +29,6 @@ from pyro_vae.options import checked
 from pyro_vae.traces import Program
 
 _BOOTSTRAPS = 200
-SCORES = ("log-likelihood", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -212,65 +213,6 @@ def _squared_energy(x: Tensor, y: Tensor) -> float:
     between = torch.cdist(x, y).mean()
     within = [_off_diagonal(torch.cdist(s, s)) for s in (x, y)]
     return (2 * between - within[0] - within[1]).item()
-
-
-@checked
-def anomaly_scores(
-    model: Program,
-    guide: Program,
-    data: Any,
-    *,
-    score: str = "log-likelihood",
-    num_samples: int = 100,
-    seed: int | None = 0,
-    device: str | torch.device | None = None,
-    progress: bool | None = None,
-    compile: bool | str = "auto",
-) -> Tensor:
-    """How strange each datum is, in nats: higher is stranger.
-
-        "log-likelihood"    - log 1/K sum_k p(x, z_k) / q(z_k | x)
-        "reconstruction"    - 1/K sum_k log p(x | z_k)
-
-    The first needs a density over z; the second is all that a plain autoencoder has.
-
-    Args:
-        score: "log-likelihood" or "reconstruction".
-        num_samples: K; a point guide needs only one.
-        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
-    Returns:
-        Scores, (N,).
-    Raises:
-        ValueError: Another score, or "log-likelihood" with a point guide.
-    """
-    if score not in SCORES:
-        raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
-    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
-    if score == "log-likelihood":
-        return -log_likelihood(model, guide, data, num_samples=num_samples, compile=compile, **options).pointwise
-    with sweep(model, guide, data=data, title="reconstruction", **options) as run:
-        parts = [
-            torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)
-        ]
-    return -torch.cat(parts).double().cpu()
-
-
-def roc_auc(inliers: Tensor, outliers: Tensor) -> float:
-    """Area under the ROC curve: P(outlier scores above inlier), ties counting half.
-
-    Args:
-        inliers: Scores of ordinary data.
-        outliers: Scores of strange data.
-    Returns:
-        A share, one half where the scores tell nothing.
-    Example:
-        >>> roc_auc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
-        0.875
-    """
-    from sklearn.metrics import roc_auc_score
-
-    labels = torch.cat([torch.zeros(len(inliers)), torch.ones(len(outliers))])
-    return float(roc_auc_score(labels.numpy(), torch.cat([inliers, outliers]).cpu().double().numpy()))
 
 
 def gradient_quality(table: Tensor, reference: Tensor) -> tuple[Any, ...]:

@@ -22,9 +22,8 @@ from pyro_vae.judging.components import Components
 from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.results import RELEVANT, Mean, Nats, averaged
-from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, GapSplit, Latents, Remedy, Stages
+from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, GapSplit, Latents, Stages
 from pyro_vae.judging.weights import khat_ok
-from pyro_vae.parts.posteriors.amortized import FullNormal
 
 _NUM_SAMPLES = (5000, 2000, 1000, 500, 200, 100, 50, 25, 10, 5, 2)
 _ELBO_SAMPLES = 100
@@ -73,9 +72,11 @@ def examine_bounds(pair: Examination, stages: Stages) -> Bounds:
     def work(start: int, stop: int) -> tuple[Any, Estimate, Estimate]:
         began = pair.budget.clock()
         terms = elbo_terms(*pair.of(start, stop), num_samples=_ELBO_SAMPLES, **pair.seeded(start))
-        judged = better = log_likelihood(*pair.of(start, stop), num_samples=count, **pair.seeded(start))
+        options: dict[str, Any] = {"method": "importance"} | pair.seeded(start)
+        judged = better = log_likelihood(*pair.of(start, stop), num_samples=count, **options)
         if more > count:  # of another seed: what one lacks is measured against the other
-            better = log_likelihood(*pair.of(start, stop), num_samples=more, **pair.seeded(start + 2**32))
+            options |= pair.seeded(start + 2**32)
+            better = log_likelihood(*pair.of(start, stop), num_samples=more, **options)
         per_draw.append((pair.budget.clock() - began) / (draws * (stop - start)))
         return terms, judged, better
 
@@ -115,7 +116,7 @@ def _affordable(pair: Examination) -> tuple[int, int]:
     with budget.piece():
         for draws in (100, 2000):
             began = budget.clock()
-            log_likelihood(*pair.of(0, 2), num_samples=draws, **pair.options)
+            log_likelihood(*pair.of(0, 2), num_samples=draws, method="importance", **pair.options)
             took = budget.clock() - began
             pair.per_draw = took / (2 * draws)
             # A hundred draws of a small model cost what Python costs, and say little of thousands.
@@ -178,7 +179,7 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
     """What the guide loses, of as many data as there is time for."""
 
     def work(start: int, stop: int) -> Gaps:
-        return _gaps(pair, start, stop, {})
+        return gaps_of(pair, start, stop, {})
 
     def cost(took: float, size: int, coming: int) -> float:
         draws = (coming - size) * (1000 * STEP_SAMPLES * 3 + 2 * _GAP_SAMPLES)
@@ -210,39 +211,7 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
     )
 
 
-def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
-    """What a normal of full covariance would gain, where the family is at fault."""
-    if not stages.gaps.split:
-        return Remedy(reason="the family's part of the gap is not known")
-    if not stages.gaps.approximation.material():
-        return Remedy(reason="not needed, since the family costs nothing that matters")
-    size, least = min(16, stages.gaps.num_data), min(4, stages.gaps.num_data)
-    both, took = None, 0.0
-    for stop in dict.fromkeys((least, size)):
-        if both is not None and not pair.budget.fits(took * stop / least):
-            break
-        began = pair.budget.clock()
-        try:
-            with pair.budget.piece():
-                both = _gaps(pair, 0, stop, {"FullNormal": FullNormal})
-        except OutOfTime:
-            if both is None:
-                raise
-        took = pair.budget.clock() - began
-    assert both is not None
-    own, full = both.families["guide"], both.families["FullNormal"]
-    if own.optimum is None or full.optimum is None or own.approximation is None or full.approximation is None:
-        return Remedy(status="not possible", reason=own.reason or full.reason or "one of them has no local form")
-    return Remedy(
-        status="done",
-        num_data=len(full.optimum.pointwise),
-        gain=Nats.of(full.optimum).minus(Nats.of(own.optimum)),
-        approximation_before=own.approximation.value,
-        approximation=full.approximation.value,
-    )
-
-
-def _gaps(pair: Examination, start: int, stop: int, families: Mapping[str, Any]) -> Gaps:
+def gaps_of(pair: Examination, start: int, stop: int, families: Mapping[str, Any]) -> Gaps:
     return gaps(*pair.of(start, stop), families=families, num_samples=_GAP_SAMPLES, num_steps=_GAP_STEPS,
                 window=_WINDOW, **pair.seeded(start))  # fmt: skip
 
@@ -257,7 +226,8 @@ def _whole(parts: Sequence[Mean | None], climbed: Sequence[FamilyGaps] = ()) -> 
     if climbed:
         remaining = torch.cat([row.remaining for row in climbed if row.remaining is not None])
         variance = (variance - remaining.square()).clamp(min=0)
-    return Mean.of(torch.cat([part.pointwise for part in known]), variance, _GAP_SAMPLES, remaining)
+    bound = any(part.bound for part in known)
+    return Mean.of(torch.cat([part.pointwise for part in known]), variance, _GAP_SAMPLES, remaining, bound)
 
 
 def _average(values: Sequence[Tensor | None]) -> float:
@@ -269,11 +239,13 @@ def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:
     """log p(x) of simulated data from both sides, and what importance sampling lacks there."""
     found, start = _bracket(pair)
     lower, count = found.lower, len(found.upper.pointwise)
+    if found.reason is not None:
+        return Bracketed(status="not possible", num_data=count, reason=found.missing)
     importance, low, high = math.nan, Nats(), Nats()
     if pair.judged is not None:
         with contextlib.suppress(OutOfTime), pair.budget.piece():
-            num_samples = pair.judged.num_samples
-            there = log_likelihood(pair.model, pair.guide, found.data, num_samples=num_samples, **pair.options)
+            options: dict[str, Any] = {"num_samples": pair.judged.num_samples, "method": "importance"} | pair.options
+            there = log_likelihood(pair.model, pair.guide, found.data, **options)
             importance = there.value
             low, high = (_mean(bound - there.pointwise) for bound in (lower.pointwise, found.upper.pointwise))
     return Bracketed(

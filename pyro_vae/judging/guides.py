@@ -25,7 +25,7 @@ from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, inte
 from pyro_vae.judging.results import Mean, Result, aligned, row
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.judging.tables import latex
-from pyro_vae.judging.weights import Proposals, khat_ok, rescores
+from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
 from pyro_vae.options import checked
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
@@ -213,7 +213,7 @@ class Comparison(Result):
 
     def __str__(self) -> str:
         count = len(self.log_likelihood.pointwise)
-        head = f"{count} data, one frozen model: log p(x) = {self.log_likelihood} nats ({self.source})"
+        head = f"{count} data, one frozen model: log p(x) {self.log_likelihood.signed} nats ({self.source})"
         pooled = max(one.num_guides for one in self.scores.values()) > 1
         foot = ["[ , ]: 95 % over guides of other seeds, or 2 Monte Carlo errors of one guide"] if pooled else []
         return "\n".join([head, *aligned(self._lines()), *foot])
@@ -228,8 +228,8 @@ class Comparison(Result):
             away = "" if name == best else f"{behind.value:.2f} ± {behind.data_stderr:.2f}"
             ok = khat_ok(one.pareto_k, self.num_samples)
             shown = {"elbo": one.elbo, "gap": one.gap} | one.bounds
-            cells = {key: f"{mean.value:.2f} [{one.intervals[key][0]:.2f}, {one.intervals[key][1]:.2f}]" if several
-                     else str(mean) for key, mean in shown.items()}  # fmt: skip
+            cells = {key: f"{mean.value:.2f} [{one.intervals[key][0]:.2f}, {one.intervals[key][1]:.2f}]"
+                     if several and not mean.bound else str(mean) for key, mean in shown.items()}  # fmt: skip
             called = name if one.num_guides == 1 else f"{name} (of {one.num_guides})"
             lines.append([called, cells["elbo"], *(cells[key] for key in others), str(one.log_likelihood),
                           cells["gap"], away, f"{100 * ok:.0f} %" if ok == ok else "?"])  # fmt: skip
@@ -291,13 +291,18 @@ def compare_guides(
             found.add(model, every, batch, num_samples, nesting)
     scores, best, source = found.result(log_likelihood)
     others = bound_values(wanted, num_samples, model, every, data, options) if wanted else {}
+
+    def log_p(scored: Scored, less: Tensor | float = 0.0, variance: Tensor | float = 0.0) -> Mean:
+        below = scored.kind(num_samples) == "lower bound"
+        return Mean.of(scored.log_p - less, scored.log_p_variance + variance, num_samples, bound=below)
+
     rows: dict[str, GuideScore] = {}
     for name, members in groups.items():
         own = [scores[member] for member in members]
         numbers = {
             "elbo": [Mean.of(s.elbo, s.elbo_variance, num_samples) for s in own],
-            "log_likelihood": [Mean.of(s.log_p, s.log_p_variance, num_samples) for s in own],
-            "gap": [Mean.of(best.log_p - s.elbo, best.log_p_variance + s.elbo_variance, num_samples) for s in own],
+            "log_likelihood": [log_p(s) for s in own],
+            "gap": [log_p(best, s.elbo, s.elbo_variance) for s in own],
         } | {label: [each[member] for member in members] for label, each in others.items()}
         means = {key: each[0] if len(each) == 1 else pooled(each) for key, each in numbers.items()}
         intervals = {key: interval(each) for key, each in numbers.items() if key != "log_likelihood"}
@@ -305,4 +310,4 @@ def compare_guides(
             means["elbo"], means["log_likelihood"], means["gap"], torch.cat([s.pareto_k for s in own]),
             {label: means[label] for label in others}, intervals, len(own),
         )  # fmt: skip
-    return Comparison(rows, Mean.of(best.log_p, best.log_p_variance, num_samples), source, num_samples)
+    return Comparison(rows, log_p(best), source, num_samples)

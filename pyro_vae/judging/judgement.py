@@ -15,14 +15,17 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.training import History
+from pyro_vae.inference.trees import rows
 from pyro_vae.judging.budget import Budget, Examination, OutOfTime
+from pyro_vae.judging.curves import examine_training, records_of
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.examinations import (
     examine_bounds,
@@ -30,9 +33,9 @@ from pyro_vae.judging.examinations import (
     examine_calibration,
     examine_gaps,
     examine_latents,
-    examine_remedy,
     with_missing,
 )
+from pyro_vae.judging.remedies import examine_remedy
 from pyro_vae.judging.results import Result, at_least, plain
 from pyro_vae.judging.stages import Stage, Stages
 from pyro_vae.judging.sweeps import Sweep, sweep
@@ -40,10 +43,11 @@ from pyro_vae.judging.verdicts import Culprit, Finding, verdict
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
 
-VERSION = 2  # of the JSON
+VERSION = 3  # of the JSON
+_TRAINING = 5000  # training data that are looked at, at most
 _EXAMINE: dict[str, Callable[[Examination, Stages], Stage]] = {
-    "bounds": examine_bounds, "latents": examine_latents, "gaps": examine_gaps, "remedy": examine_remedy,
-    "bracket": examine_bracket, "calibration": examine_calibration,
+    "bounds": examine_bounds, "latents": examine_latents, "gaps": examine_gaps, "training": examine_training,
+    "remedy": examine_remedy, "bracket": examine_bracket, "calibration": examine_calibration,
 }  # fmt: skip
 
 
@@ -63,7 +67,8 @@ class Judgement(Result):
 
     @property
     def culprits(self) -> tuple[Culprit, ...]:
-        """Who is at fault: of "family", "encoder", "dead encoder", "collapse", "estimator"; none if empty."""
+        """Who is at fault: of "family", "encoder", "dead encoder", "collapse", "estimator", "overfitting", "unfinished
+        training"; none if empty."""
         return tuple(dict.fromkeys(f.culprit for f in self.findings if f.culprit is not None))
 
     @property
@@ -121,10 +126,23 @@ class Judgement(Result):
         findings = tuple(Finding(**finding) for finding in values["findings"])
         return cls(Stages(**stages), findings, values["protocol"])
 
+    @property
+    def advice(self) -> tuple[Finding, ...]:
+        """The findings with something to type, the first thing to try first."""
+        return tuple(finding for finding in self.findings if finding.command)
+
+    def of_run(self, run: str, options: Mapping[str, Any]) -> Judgement:
+        """The same, with commands made from a run folder and its configuration."""
+        return dataclasses.replace(self, findings=tuple(finding.typed(run, options) for finding in self.findings))
+
     def lines(self) -> list[tuple[str, str]]:
-        """The report as (what, text) pairs; the verdict comes last."""
-        found = [(stage.title, str(stage)) for stage in self.stages]
-        return found + [("" if index else "verdict", text) for index, text in enumerate(self.verdict)]
+        """The report as (what, text) pairs; the verdict comes first."""
+        found: list[tuple[str, str]] = []
+        for finding in self.findings:
+            found.append(("" if found else "verdict", str(finding)))
+            if finding.command:
+                found += [("  type", finding.command), ("  or", finding.python)]
+        return found + [(stage.title, str(stage)) for stage in self.stages]
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.lines())
@@ -137,6 +155,8 @@ def judge(
     guide: Program,
     data: Any,
     *,
+    history: History | Sequence[Mapping[str, Any]] | None = None,
+    training: Any = None,
     budget: float = 120.0,
     num_samples: int = 1000,
     num_data: int = 100,
@@ -151,7 +171,11 @@ def judge(
     Args:
         model: A Pyro program for p(x, z), with any sites.
         guide: A Pyro program for q(z | x).
-        data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches.
+        data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches. Held out, if the verdict is to hold for
+            data that were not trained on.
+        history: What `fit` returned, or a run's metrics: for overfitting, and a training that had not ended.
+        training: Data that the pair was fitted to. Remedies are fitted on the first of them (without, on half of
+            `data`), and their ELBO is set beside that of `data`.
         budget: Seconds; more than that is not taken, and what does not fit is left out.
         num_samples: K of the estimate of log p(x) that is judged.
         num_data: How many data are looked at, at most: the first.
@@ -180,11 +204,14 @@ def judge(
         with seeded(seed):
             first = run.whole()  # drawn once for all stages
         options = {"device": device, "seed": seed, "progress": False}
-        pair = Examination(model, guide, first, num_samples, observed, options, Budget(budget, clock))
+        timer = Budget(budget, clock)
+        pair = Examination(model, guide, first, num_samples, observed, options, timer, history=records_of(history))
+        pair.training, pair.training_source = _some(model, guide, training, options), training
         stages = _examined(pair, run)
     protocol = {
         "num_data": pair.num_data,
         "num_samples": num_samples,
+        "num_training": 0 if pair.training is None else rows(pair.training),
         "seed": seed,
         "budget_seconds": budget,
         "seconds": round(clock() - pair.budget.started, 3),
@@ -192,12 +219,21 @@ def judge(
     return Judgement(stages, verdict(stages), protocol)
 
 
+def _some(model: Program, guide: Program, training: Any, options: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The first training data, drawn once."""
+    if training is None:
+        return None
+    with sweep(model, guide, data=training, num_data=_TRAINING, seed=options["seed"], device=options["device"],
+               progress=False) as run:  # fmt: skip
+        return run.whole()
+
+
 def _examined(pair: Examination, run: Sweep) -> Stages:
     """All stages, one after the other."""
     # Imports, and first runs, are slow on a busy machine, and no fault of the first stage. What a pair does not allow,
     # the stages say.
     with contextlib.suppress(OutOfTime, Exception), pair.budget.piece():
-        log_likelihood(pair.model, pair.guide, pair.part(0, 2), num_samples=25, **pair.options)
+        log_likelihood(pair.model, pair.guide, pair.part(0, 2), num_samples=25, method="importance", **pair.options)
     stages = Stages()
     run.expect(len(stages))
     for name in Stages._fields:

@@ -10,6 +10,8 @@ A number for a set of data has
 
 A table compares several. Both print, and both have `to_dict`, `to_frame` and a form for notebooks. `Nats` is what a
 judgement keeps of a number: as JSON, without what stands behind it.
+
+What is a lower bound prints as one (`quotes`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_vae.judging.quotes import Kind, lower_bound
+from pyro_vae.judging.quotes import over_data as over_data
+from pyro_vae.judging.tables import aligned as aligned
 from pyro_vae.judging.tables import latex
+from pyro_vae.judging.tables import listed as listed
 from pyro_vae.words import did_you_mean
 
 # Nats below which nothing is said to be at fault.
@@ -118,9 +124,21 @@ class Measured(Result):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
 
     @property
+    def kind(self) -> Kind:
+        """Whether the value is an estimate, of which the error holds, or a lower bound, of which it does not."""
+        return "estimate"
+
+    @property
     def with_errors(self) -> str:
-        """The number and both of its errors, in words."""
+        """The number and both of its errors, in words; of a lower bound only that of the data."""
+        if self.kind == "lower bound":
+            return f"{lower_bound(self.value)} nats ({over_data(self.data_stderr)})"
         return f"{self.value:.2f} ± {self.mc_stderr:.2f} (Monte Carlo; {over_data(self.data_stderr)}) nats"
+
+    @property
+    def equation(self) -> str:
+        """As `with_errors`, with the sign that belongs behind its name: "= -86.41 ± ..." or ">= -86.5 ..."."""
+        return self.with_errors if self.kind == "lower bound" else f"= {self.with_errors}"
 
 
 @dataclass(frozen=True)
@@ -129,21 +147,34 @@ class Mean(Measured):
 
     Attributes:
         pointwise_stderr: They, (N,).
+        bound: Whether the value is, or stands on, a log p(x) that is a lower bound (see `kind_of`).
     """
 
     pointwise_stderr: Tensor
+    bound: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return "lower bound" if self.bound else "estimate"
 
     @classmethod
-    def of(cls, pointwise: Tensor, variance: Tensor, num_samples: int, left: Tensor | None = None) -> Mean:
+    def of(
+        cls, pointwise: Tensor, variance: Tensor, num_samples: int, left: Tensor | None = None, bound: bool = False
+    ) -> Mean:
         """From values and Monte Carlo variances per datum, and what remained to climb, which does not average out."""
         found = averaged(pointwise, variance)
         if left is not None:
             found["mc_stderr"] = math.hypot(found["mc_stderr"], left.mean().item())
             variance = variance + left.square()
-        return cls(**found, num_samples=num_samples, pointwise_stderr=variance.sqrt())
+        return cls(**found, num_samples=num_samples, pointwise_stderr=variance.sqrt(), bound=bound)
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.mc_stderr:.2f}"
+        return lower_bound(self.value) if self.bound else f"{self.value:.2f} ± {self.mc_stderr:.2f}"
+
+    @property
+    def signed(self) -> str:
+        """With the sign that belongs behind its name."""
+        return str(self) if self.bound else f"= {self}"
 
 
 def averaged(pointwise: Tensor, variance: Tensor) -> dict[str, Any]:
@@ -165,19 +196,25 @@ class Nats:
         value: The mean.
         mc_stderr: Monte Carlo standard error, given these data.
         data_stderr: Standard error for the population of the data.
+        bound: Whether it is a lower bound (see `kind_of`), which prints without its error.
     Example:
         >>> str(Nats(1.23456, 0.002)), Nats(0.2, 0.05).material(), Nats(0.2, 0.11).material()
         ('1.235 ± 0.002', True, False)
+        >>> f"log p(x) {Nats(-86.41, 0.1).signed}", f"log p(x) {Nats(-86.41, 0.1, bound=True).signed}"
+        ('log p(x) = -86.41 ± 0.10', 'log p(x) >= -86.5')
     """
 
     value: float = math.nan
     mc_stderr: float = math.nan
     data_stderr: float = math.nan
+    bound: bool = False
 
     @classmethod
     def of(cls, measured: Measured | None) -> Nats:
         """What is known of a number for a set of data."""
-        return cls() if measured is None else cls(measured.value, measured.mc_stderr, measured.data_stderr)
+        if measured is None:
+            return cls()
+        return cls(measured.value, measured.mc_stderr, measured.data_stderr, measured.kind == "lower bound")
 
     @property
     def known(self) -> bool:
@@ -192,47 +229,27 @@ class Nats:
         """The same number as an answer for all data of the kind: both errors in one, where both are known."""
         if not math.isfinite(self.data_stderr):
             return self
-        return Nats(self.value, math.hypot(self.mc_stderr, self.data_stderr))
+        return Nats(self.value, math.hypot(self.mc_stderr, self.data_stderr), bound=self.bound)
 
     def minus(self, other: Nats) -> Nats:
         """The difference of two independent numbers."""
-        return Nats(self.value - other.value, math.hypot(self.mc_stderr, other.mc_stderr))
+        return Nats(self.value - other.value, math.hypot(self.mc_stderr, other.mc_stderr), bound=self.bound)
+
+    @property
+    def signed(self) -> str:
+        """With the sign that belongs behind its name."""
+        return str(self) if self.bound and self.known else f"= {self}"
 
     def __str__(self) -> str:
         if not self.known:
             return "unknown"
+        if self.bound:
+            return lower_bound(self.value)
         error = self.mc_stderr
         if not math.isfinite(error):
             return f"{self.value:.2f}"
         digits = 2 if error >= 0.005 or error == 0 else min(4, -math.floor(math.log10(error)))
         return f"{self.value:.{digits}f} ± {error:.{digits}f}"
-
-
-def over_data(data_stderr: float) -> str:
-    """The error for the population in words; a single datum says nothing of others."""
-    return "one datum" if math.isnan(data_stderr) else f"data ± {data_stderr:.2f}"
-
-
-def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
-    """Names in a row, and how many more there are.
-
-    Example:
-        >>> listed("abc", 2)
-        'a, b, and 1 more'
-    """
-    return between.join(names[:most]) + (f"{between}and {len(names) - most} more" if len(names) > most else "")
-
-
-def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Cells as lines of one length, the first columns flush left and the others flush right.
-
-    Example:
-        >>> aligned([["set", "bound"], ["test", "-1.2"]])
-        ['set   bound', 'test   -1.2']
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    forms = [f"{'<' if i < left else '>'}{width}" for i, width in enumerate(widths)]
-    return ["  ".join(map(format, line, forms)) for line in lines]
 
 
 def at_least(least: int, **values: int) -> None:
@@ -266,13 +283,22 @@ def table(**columns: Any) -> list[dict[str, Any]]:
 
 
 def row(result: Any) -> dict[str, Any]:
-    """The numbers and words among the fields of a dataclass; of a `Mean` the value and its errors."""
+    """The numbers and words among the fields of a dataclass; of a `Mean` the value and its errors.
+
+    A lower bound is named as one, and has neither a Monte Carlo error nor a bias.
+    """
     found: dict[str, Any] = {}
     for name, value in _fields(result):
         if isinstance(value, Measured):
-            found |= {name: value.value, f"{name}_mc_stderr": value.mc_stderr, f"{name}_data_stderr": value.data_stderr}
+            bound = value.kind == "lower bound"
+            error = None if bound else value.mc_stderr
+            found |= {name: value.value, f"{name}_mc_stderr": error, f"{name}_data_stderr": value.data_stderr}
+            found |= {f"{name}_is": value.kind} if bound else {}
         elif value is None or isinstance(value, bool | int | float | str):
             found[name] = value
+    if isinstance(result, Measured) and result.kind == "lower bound":
+        found |= {name: None for name in ("mc_stderr", "bias", "smoothed_stderr") if name in found}
+        found["is"] = result.kind
     return found
 
 
@@ -300,7 +326,7 @@ def plain(value: Any, finite: bool = False) -> Any:
 def typed(kind: Any, value: Any) -> Any:
     """What `plain` made finite, as the field's type again."""
     if kind is Nats:
-        return Nats(**{name: typed(float, item) for name, item in value.items()})
+        return Nats(**{name: item if name == "bound" else typed(float, item) for name, item in value.items()})
     if kind is float:
         return math.nan if value is None else float(value)
     if typing.get_origin(kind) in (tuple, dict):

@@ -7,65 +7,18 @@ Tensors serve the figures; they are no part of the JSON.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from pyro_vae.judging._calibration import Calibration
 from pyro_vae.judging.annealing import Bracket
-from pyro_vae.judging.results import Nats, over_data, plain, typed
+from pyro_vae.judging.results import Nats, over_data
+from pyro_vae.judging.trials import Remedy, Stage, Training, tensor
 
-Status = Literal["done", "left out", "not possible"]
 Comparison = Literal["larger K", "best q", "jackknife"]
-T = TypeVar("T", bound="Stage")
-
-
-def _tensor() -> Any:
-    return field(default=None, compare=False, repr=False, metadata={"json": False})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What all stages have: whether they were done and why not, seconds taken, and the number of data looked at.
-
-    `late` says that a stage was left out for want of time.
-    """
-
-    title: ClassVar[str]
-    share: ClassVar[float]  # of the budget of time
-
-    status: Status = "left out"
-    reason: str = ""
-    late: bool = False
-    seconds: float = field(default=0.0, compare=False)
-    num_data: int = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether it was done."""
-        return self.status == "done"
-
-    def summary(self) -> str:
-        """What was found, in a sentence."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        return self.summary() if self.done else f"{self.status}: {self.reason}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; numbers that are not finite are None."""
-        names = [f.name for f in dataclasses.fields(self) if f.metadata.get("json", True)]
-        return {name: plain(getattr(self, name), finite=True) for name in names}
-
-    @classmethod
-    def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-        """From what `to_dict` gave."""
-        kinds = typing.get_type_hints(cls)
-        return cls(**{name: typed(kinds[name], value) for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +61,9 @@ class Bounds(Stage):
     missing: Nats = Nats()
     compared_with: Comparison = "larger K"
     enough: int | None = None
-    pareto_k: Tensor | None = _tensor()
-    pointwise: Tensor | None = _tensor()
-    data: Any = _tensor()
+    pareto_k: Tensor | None = tensor()
+    pointwise: Tensor | None = tensor()
+    data: Any = tensor()
 
     @property
     def comparison(self) -> str:
@@ -224,29 +177,6 @@ class GapSplit(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remedy(Stage):
-    """What another family would gain, where the family is at fault.
-
-    Attributes:
-        family: Its name.
-        gain: Nats, of its best member for each datum over that of the guide's own family.
-        approximation_before: Approximation gap of the guide's family, of the same data.
-        approximation: That of the other one.
-    """
-
-    title = "another family"
-    share = 0.1
-
-    family: str = "FullNormal"
-    gain: Nats = Nats()
-    approximation_before: float = math.nan
-    approximation: float = math.nan
-
-    def summary(self) -> str:
-        return f"{self.family}, fitted to each datum, is {self.gain} nats better; {self.num_data} data"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Bracketed(Stage):
     """log p(x) of simulated data from both sides, by annealing.
 
@@ -272,7 +202,7 @@ class Bracketed(Stage):
     importance: float = math.nan
     below_lower: Nats = Nats()
     below_upper: Nats = Nats()
-    found: Bracket | None = _tensor()
+    found: Bracket | None = tensor()
 
     def summary(self) -> str:
         error = self.width.mc_stderr
@@ -306,7 +236,7 @@ class Calibrated(Stage):
     verdicts: tuple[str, ...] = ()
     p_value: tuple[float, ...] = ()
     coverage_90: tuple[float, ...] = ()
-    found: Calibration | None = _tensor()
+    found: Calibration | None = tensor()
 
     def summary(self) -> str:
         failing = sum(verdict != "calibrated" for verdict in self.verdicts)
@@ -320,6 +250,7 @@ class Stages(NamedTuple):
     bounds: Bounds = Bounds()
     latents: Latents = Latents()
     gaps: GapSplit = GapSplit()
+    training: Training = Training()
     remedy: Remedy = Remedy()
     bracket: Bracketed = Bracketed()
     calibration: Calibrated = Calibrated()

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from pyro_vae.auxiliary import undetermined
 from pyro_vae.evaluation import evaluating
-from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.capture import capturing
 from pyro_vae.inference.hardware import fast_matmul, reused_memory
 from pyro_vae.inference.rehearsal import Rehearsal
@@ -53,9 +53,11 @@ class Sweep:
 
     def __init__(
         self, programs: tuple[Program, ...], batches: Batches, num_data: int | None, title: str, progress: bool | None,
+        seed: int | None = None,
     ) -> None:  # fmt: skip
         self.programs, self.batches = programs, batches
         self._num_data, self._title, self._progress = num_data, title, progress
+        self._noise = NoiseOfData(seed)
         self._nesting: dict[int, int] = {}
         self._bar: Any = None
 
@@ -89,7 +91,7 @@ class Sweep:
     def _upto(self, num_data: int | None) -> Iterator[tuple[Any, ...]]:
         """Batches until so many data have come."""
         left = num_data
-        for batch in self.batches:
+        for batch in self._noise.passed(self.batches):
             if left is not None:
                 if left <= 0:
                     return
@@ -226,7 +228,8 @@ def sweep(
         validate: Whether Pyro looks at all values. A trajectory that leaves the numbers is rejected, where validation
             would raise.
         device: Where the batches go; where the modules are when not given.
-        seed: Seed of the noise inside; None goes on with the random states as they are.
+        seed: Seed of the noise inside, and of what the data draw (`one_draw`, `NoiseOfData`): all sweeps of one seed
+            are over the same numbers. None goes on with the random states as they are.
         progress: Show a bar; None shows it on a terminal only.
         title: Of the bar.
     Raises:
@@ -248,10 +251,10 @@ def sweep(
             stack.enter_context(context)
         if not validate:
             stack.enter_context(validation_enabled(False))
-        batches = Batches(data, batch_size or sys.maxsize, place, False, given)
+        batches = Batches(one_draw(data, seed), batch_size or sys.maxsize, place, False, given)
         if batches.tolerated:  # Pyro's validation looks before it masks
             stack.enter_context(validation_enabled(False))
-        run = Sweep(given, batches, num_data, title, progress)
+        run = Sweep(given, batches, num_data, title, progress, seed)
         if len(given) > 1 and batches.shown is not None and batches.shown.error is None:
             _look_at_supports(batches.shown)
             if len(given) == 2 and (reason := undetermined(given[1], batches.shown.latents.values(), run.first, {})):

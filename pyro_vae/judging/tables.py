@@ -38,3 +38,25 @@ def _latex_cell(text: str) -> str:
         return f"${text.replace('±', chr(92) + 'pm')}$"
     escaped = "".join(_ESCAPED.get(each, each) for each in text)
     return escaped.replace("±", r"$\pm$").replace("k̂", r"$\hat{k}$")
+
+
+def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """Names in a row, and how many more there are.
+
+    Example:
+        >>> listed("abc", 2)
+        'a, b, and 1 more'
+    """
+    return between.join(names[:most]) + (f"{between}and {len(names) - most} more" if len(names) > most else "")
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Cells as lines of one length, the first columns flush left and the others flush right.
+
+    Example:
+        >>> aligned([["set", "bound"], ["test", "-1.2"]])
+        ['set   bound', 'test   -1.2']
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    forms = [f"{'<' if i < left else '>'}{width}" for i, width in enumerate(widths)]
+    return ["  ".join(map(format, line, forms)) for line in lines]

@@ -8,43 +8,24 @@ samples, or weights whose tail (k-hat) no number of samples would tame.
 Something is said to be at fault only where its share is above twice its standard error and of a
 size that matters: `RELEVANT` nats, and for a part of the gap a tenth of the whole. A fault is one
 of the pair and not of the few data that were looked at, so that the error of a part of the gap has both
-kinds in it: the Monte Carlo error, and what other data of the kind would give.
+kinds in it: the Monte Carlo error, and what other data of the kind would give. Where the larger part of
+a gap is too uncertain to say, that is said, and no smaller one is blamed for being known better.
+
+What to do about it is said of what was tried (`tried`): a fault is no advice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
+from pyro_vae.judging.advice import Culprit as Culprit
+from pyro_vae.judging.advice import Finding as Finding
 from pyro_vae.judging.results import RELEVANT, Nats, listed
-from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Remedy, Stages
-
-About = Literal["posterior", "latents", "estimate", "calibration", "protocol"]
-Culprit = Literal["family", "encoder", "dead encoder", "collapse", "estimator"]
+from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, GapSplit, Stages
+from pyro_vae.judging.tried import remedies, training
 
 _TIME, _DATA_OR_TIME = "Give more time (budget).", "Judge more data (num_data), or give more time (budget)."
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence of a verdict.
-
-    Attributes:
-        about: What it is about.
-        text: What was found.
-        culprit: Who is at fault; None where nobody is.
-        advice: What to try next; empty where nothing need be.
-    """
-
-    about: About
-    text: str
-    culprit: Culprit | None = None
-    advice: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text} {self.advice}".strip()
 
 
 def verdict(stages: Stages) -> tuple[Finding, ...]:
@@ -60,8 +41,10 @@ def verdict(stages: Stages) -> tuple[Finding, ...]:
         ['family']
     """
     dead = dead_encoder(stages)
-    found = [*_posterior(stages, dead), *_latents(stages, dead), *_estimate(stages, dead), *_calibration(stages)]
-    found.sort(key=lambda finding: finding.culprit not in ("dead encoder", "collapse"))
+    found = [*training(stages.training), *_posterior(stages, dead), *remedies(stages), *_latents(stages, dead)]
+    found += [*_estimate(stages, dead), *_calibration(stages)]
+    found.sort(key=lambda finding: finding.culprit not in ("dead encoder", "collapse", "overfitting"))
+    found = [finding.typed() for finding in found]
     if not found:
         advice = _TIME if any(stage.late for stage in stages) else ""
         found = [Finding("protocol", "Nothing could be judged: see the stages for the reasons.", None, advice)]
@@ -107,23 +90,22 @@ def _parts(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     gaps = stages.gaps
     yield Finding(
         "posterior",
-        f"Of the {gaps.inference} nats between ELBO and log p(x) {_over(stages)}, {gaps.approximation} are the "
-        f"family's and {gaps.amortization} the encoder's.",
+        f"Of the {gaps.inference} nats between ELBO and log p(x) {_over(stages)}, {_share(gaps.approximation, gaps)} "
+        f"are the family's and {_share(gaps.amortization, gaps)} the encoder's.",
     )
     size = max(RELEVANT, 0.1 * abs(gaps.inference.value))
-    family = gaps.approximation.of_population().material(size)
-    encoder = gaps.amortization.of_population().material(size)
-    if encoder and dead is None:
-        yield Finding(
-            "posterior",
-            "The encoder does not find the best member of its family.",
-            "encoder",
-            "Train longer, widen the encoder, or refine its posterior datum by datum (SemiAmortized).",
-        )
-    if family:
-        yield _family(stages.remedy)
-    if not family and not encoder:
-        yield Finding("posterior", "Which of the two it is, is within the errors.", None, _DATA_OR_TIME)
+    parts = {"family": gaps.approximation, "encoder": gaps.amortization}
+    faults = {name: part for name, part in parts.items() if part.of_population().material(size)}
+    largest = max(parts, key=lambda name: parts[name].value)
+    if faults and largest not in faults and parts[largest].value > size:
+        yield _unsure(largest, parts[largest], gaps.inference, gaps.num_data)
+        faults = {}
+    elif not faults:
+        yield Finding("posterior", "Which of the two it is, is within the errors.", None, _DATA_OR_TIME, "data")
+    if "encoder" in faults and dead is None:
+        yield Finding("posterior", "The encoder does not find the best member of its family.", "encoder")
+    if "family" in faults:
+        yield Finding("posterior", "The family cannot take the posterior's shape.", "family")
     if gaps.remaining > 0.5 * size:
         yield Finding(
             "posterior",
@@ -147,19 +129,17 @@ def _dead(stages: Stages, gain: Nats) -> Finding:
     )
 
 
-def _family(remedy: Remedy) -> Finding:
-    text = "The family cannot take the posterior's shape."
-    if not remedy.done or not remedy.gain.known:
-        return Finding("posterior", text, "family", "Try FullNormal or IAF.")
-    if not remedy.gain.material():
-        more = f"A full covariance gains {remedy.gain} nats only."
-        return Finding("posterior", f"{text} {more}", "family", "Try a flow (IAF, NSF), or a mixture.")
-    share = min(1.0, remedy.gain.value / max(remedy.approximation_before, 1e-12))
-    gained = f"A normal of full covariance gains {remedy.gain} nats of it"
-    if share >= 0.7:
-        return Finding("posterior", f"{text} {gained}: the posterior is correlated.", "family", "Try FullNormal.")
-    advice = "Try a flow (IAF, NSF), which bends too."
-    return Finding("posterior", f"{text} {gained}, {100 * share:.0f} %.", "family", advice)
+def _share(part: Nats, gaps: GapSplit) -> str:
+    return f"{part} ({100 * part.value / gaps.inference.value:.0f} %)"
+
+
+def _unsure(name: str, part: Nats, whole: Nats, num_data: int) -> Finding:
+    """The larger part of a gap, of which too few data are known to blame it, or the other one in its stead."""
+    error = part.of_population().mc_stderr
+    few = f"on {num_data} data only: ± {error:.2g} nats"
+    text = f"The {name}'s share is the larger, {part.value:.3g} of {whole.value:.3g} nats, {few}"
+    more = max(100, 4 * num_data)
+    return Finding("posterior", f"{text}, which is too few to say.", None, _DATA_OR_TIME, "data", more)
 
 
 def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
@@ -183,7 +163,8 @@ def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
             f"No latent moves with the data{carried}: the latents are not used. Whether the encoder failed or the "
             "decoder makes no use of z could not be told, for want of the gaps.",
             "collapse",
-            "Train anew with a KL warm-up or free bits.",
+            "Train anew with a KL warm-up or free bits (not tried here: that takes a fit of the pair).",
+            "warm-up",
         )
     elif 2 * gaps.amortization.mc_stderr <= 5 * RELEVANT:
         yield Finding(
@@ -191,7 +172,9 @@ def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
             f"No latent moves with the data{carried}, and no member of the family does better for any: it is "
             "not the encoder that failed, this decoder makes no use of z (posterior collapse).",
             "collapse",
-            "Train anew with a KL warm-up or free bits, or weaken the decoder.",
+            "Train anew with a KL warm-up or free bits, or weaken the decoder (not tried here: that takes a fit of "
+            "the pair).",
+            "warm-up",
         )
     else:
         text = f"No latent moves with the data{carried}; whether the posterior does is within the errors."
@@ -204,7 +187,7 @@ def _estimate(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     if not bounds.done:
         return
     missing, error = bounds.missing, bounds.missing.mc_stderr
-    value = f"log p(x) = {bounds.log_p} nats at K = {bounds.num_samples}"
+    value = f"log p(x) {bounds.log_p.signed} nats at K = {bounds.num_samples}"
     heavy = bounds.better_khat_ok < 0.9
     share = f"k̂ is too large for {100 * (1 - bounds.better_khat_ok):.0f} % of the data"
     if missing.material():
@@ -235,7 +218,8 @@ def _too_low(bounds: Bounds, text: str, heavy: str, dead: Nats | None) -> Findin
         more = f"{text}, and {heavy}: the guide misses mass of the posterior, so a larger K helps slowly."
         return Finding("estimate", more, "estimator", "Anneal (ais), or mend the guide first.")
     advice = f"Increase it to K = {bounds.enough}." if bounds.enough else "Increase it tenfold, or anneal (ais)."
-    return Finding("estimate", f"{text}: K = {bounds.num_samples} is too small.", "estimator", advice)
+    more, count = f"{text}: K = {bounds.num_samples} is too small.", bounds.enough or 10 * bounds.num_samples
+    return Finding("estimate", more, "estimator", advice, "samples", count)
 
 
 def _bracketed(bracket: Bracketed) -> Finding:

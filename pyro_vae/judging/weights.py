@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.judging.quotes import Kind, kind_of
 from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.options import checked
 from pyro_vae.protocols import rescoring
@@ -90,6 +91,10 @@ class Scored(NamedTuple):
             smoothed=(smooth.logsumexp(0) - math.log(count)) / joint,
             smoothed_variance=variance(smooth) / joint**2,
         )
+
+    def kind(self, num_samples: int) -> Kind:
+        """What the mean of log p(x) over these data is, of K weights each."""
+        return kind_of(khat_ok(self.pareto_k, num_samples))
 
     @classmethod
     def joined(cls, parts: list[Scored]) -> Scored:

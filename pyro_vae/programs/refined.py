@@ -9,10 +9,11 @@ even where they are off outside, as they are in every evaluation.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
@@ -25,6 +26,8 @@ from pyro_vae.sites import kind, sample_sites, unwrapped
 from pyro_vae.traces import Program
 
 Sites = dict[str, Any]
+T = TypeVar("T")
+_Self = TypeVar("_Self", bound="Refined")
 
 
 class _Inside(Messenger):
@@ -67,6 +70,7 @@ class Refined(Named):
         self.guide = guide
         self.num_steps = num_steps
         self._held = (model,)  # in a tuple, where nn.Module does not look
+        self._kept: list[Any] | None = None
 
     @property
     def model(self) -> Program:
@@ -83,6 +87,33 @@ class Refined(Named):
         if self.num_steps == 0:
             return self.guide(*args, **kwargs)
         return self._refine(args, kwargs)
+
+    @contextlib.contextmanager
+    def kept(self: _Self) -> Iterator[_Self]:
+        """While entered, what was found for a batch is kept for as long as the same batch comes, and not found anew.
+
+        An evaluation of many samples runs the guide many times for each batch, and would climb each time. Model, base
+        guide and batch are not to change meanwhile. Runs that gradients go through keep nothing.
+        """
+        before, self._kept = self._kept, []
+        try:
+            yield self
+        finally:
+            self._kept = before
+
+    def _once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], find: Callable[[], T]) -> T:
+        """What is found for a batch, kept inside of `kept`."""
+        if self._kept is None or torch.is_grad_enabled():
+            return find()
+        given = [*args, *kwargs.values()]
+        key = [(value, getattr(value, "_version", 0)) for value in given]
+        if self._kept:
+            known, found = self._kept
+            if len(known) == len(key) and all(a is b and v == w for (a, v), (b, w) in zip(known, key, strict=True)):
+                return found
+        found = find()
+        self._kept[:] = [key, found]
+        return found
 
     def _refine(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One run of the program."""

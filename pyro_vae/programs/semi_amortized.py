@@ -9,6 +9,12 @@ The parameters are those of the distributions at the guide's sites, without cons
 with the logarithm of its diagonal, ...), or, for a family that is not made of its parameters alone, such as a flow, all
 that its posterior's head returns. The result is again a member of the base guide's family, so whatever the base guide
 can do (score samples, an analytic KL), it can.
+
+The gradients are noisy: a step of one size for all data, which one encoder needs, throws another away from its optimum.
+So the size is found by measurement, per datum. A step is tried and its ELBO compared with that before it, at common
+noise that the gradient has not seen; where it did not rise, the datum stays, and tries a shorter one next. At the end
+all that was gained is measured once more, at noise that no step has seen, and a datum whose gain is not above its
+standard error keeps the base guide's parameters.
 """
 
 from __future__ import annotations
@@ -24,11 +30,14 @@ from torch import Tensor
 from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
 from pyro_vae.protocols import Build, Free, Rescoring, twice_differentiable
-from pyro_vae.sites import kind
+from pyro_vae.sites import data_plate, kind, lengths, plates
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of
 
 _Key = TypeVar("_Key", str, tuple[str, str])
+# Of measured steps: how far the first moves the parameter of the steepest slope, how much longer the next is where one
+# helped and how much shorter where not, and how many times the samples of a step the last look takes.
+_FIRST, _LONGER, _SHORTER, _CHECKS = 0.1, 1.5, 2.0, 4
 
 
 class SemiAmortized(Refined):
@@ -51,10 +60,11 @@ class SemiAmortized(Refined):
         model: The model.
         guide: The base guide, reparameterised.
         num_steps: How many; at 0 the guide is its base guide.
-        step_size: e.
+        step_size: e, the same for all data, each step taken as it comes; None finds it per datum, and takes only
+            what helps (see above), at twice the cost.
         momentum: Share of the last change that is added to the next, in [0, 1).
         max_change: No parameter moves further in one step; None for no limit.
-        num_samples: Samples per step behind the gradient.
+        num_samples: Samples per step behind the gradient; None for 1, or 16 where steps are measured.
         differentiate: Differentiate the loss through the steps.
         seed: Of the steps' noise. None draws it anew in every run: the guide is then
             another one in every run, and cannot score samples that it did not draw.
@@ -80,20 +90,28 @@ class SemiAmortized(Refined):
         model: Program,
         guide: Program,
         num_steps: int = 10,
-        step_size: float = 0.02,
+        step_size: float | None = None,
         momentum: float = 0.5,
         max_change: float | None = 1.0,
-        num_samples: int = 1,
+        num_samples: int | None = None,
         differentiate: bool = True,
         seed: int | None = 0,
     ) -> None:
         super().__init__(model, guide, num_steps)
         limited = max_change is None or max_change > 0
-        if not step_size > 0 or not 0 <= momentum < 1 or num_samples < 1 or not limited:
+        measured = step_size is None
+        positive = step_size is None or step_size > 0
+        num_samples = (16 if measured else 1) if num_samples is None else num_samples
+        if not positive or not 0 <= momentum < 1 or num_samples < 1 or not limited:
             raise ValueError(
                 f"got step_size={step_size}, momentum={momentum}, max_change={max_change}, num_samples={num_samples}, "
-                "wanted a positive step_size, a momentum in [0, 1), a positive max_change or None, and at least one "
-                "sample."
+                "wanted a positive step_size or None, a momentum in [0, 1), a positive max_change or None, and at "
+                "least one sample."
+            )
+        if measured and num_samples < 2:
+            raise ValueError(
+                f"got num_samples={num_samples} with step_size=None, wanted at least 2, since whether a step helps is "
+                "measured. Give a step_size."
             )
         self.step_size = step_size
         self.momentum = momentum
@@ -129,10 +147,10 @@ class SemiAmortized(Refined):
                         "steps cannot be differentiated. Pass differentiate=False."
                     )
         if refusal is not None:
-            return self._by_heads(heads, args, kwargs, through)
+            return self._by_heads(start, heads, args, kwargs, through)
         if len(start) == 1:
             return self._by_parameters(start, parts, args, kwargs, through)
-        return self._by_sites(parts, args, kwargs, through)
+        return self._by_sites(start, parts, args, kwargs, through)
 
     def _by_parameters(
         self, start: Sites, parts: dict[str, tuple[Free, Build]], args: Any, kwargs: Any, through: bool
@@ -148,10 +166,13 @@ class SemiAmortized(Refined):
                 return pyro.sample(name, moved, infer=site["infer"])
 
         still = free if through else {key: value.detach() for key, value in free.items()}
-        changes = self._changes(lambda changes: lambda *_, **__: at(still, changes), free, args, kwargs, through)
+        axes = dict.fromkeys(free, self._axes(start, args)[name])
+        changes = self._changes(lambda changes: lambda *_, **__: at(still, changes), free, axes, args, kwargs, through)
         return at(free, changes)
 
-    def _by_sites(self, parts: dict[str, tuple[Free, Build]], args: Any, kwargs: Any, through: bool) -> Any:
+    def _by_sites(
+        self, start: Sites, parts: dict[str, tuple[Free, Build]], args: Any, kwargs: Any, through: bool
+    ) -> Any:
         """Several sites: later ones may depend on draws of earlier ones, so the guide runs again in every step."""
         like = {(name, key): value for name, (free, _) in parts.items() for key, value in free.items()}
 
@@ -161,10 +182,11 @@ class SemiAmortized(Refined):
                 by_site[name][key] = change
             return Moved(by_site)(self.guide)
 
-        changes = self._changes(moved, like, args, kwargs, through)
+        axis = self._axes(start, args)
+        changes = self._changes(moved, like, {key: axis[key[0]] for key in like}, args, kwargs, through)
         return moved(changes)(*args, **kwargs)
 
-    def _by_heads(self, heads: Heads, args: Any, kwargs: Any, through: bool) -> Any:
+    def _by_heads(self, start: Sites, heads: Heads, args: Any, kwargs: Any, through: bool) -> Any:
         """Families known by their heads: what the heads return is moved."""
 
         def moved(changes: Free) -> Program:
@@ -174,43 +196,127 @@ class SemiAmortized(Refined):
 
             return program
 
-        changes = self._changes(moved, heads.returned, args, kwargs, through)
+        axes = dict(zip(heads.returned, self._axes(start, args).values(), strict=True))  # a head for each site
+        changes = self._changes(moved, heads.returned, axes, args, kwargs, through)
         return moved(changes)(*args, **kwargs)
+
+    def _axes(self, start: Sites, args: Any) -> dict[str, int]:
+        """The dimension of the data in the parameters of each site, where steps are measured datum by datum."""
+        if self.step_size is not None:
+            return dict.fromkeys(start, 0)
+        stacks = [{(dim, frame.size) for dim, frame in plates(site).items()} for site in start.values()]
+        common = set.intersection(*stacks)
+        if not common:
+            raise ValueError(
+                f"the guide's sites, {_list(start)}, share no plate, so that no datum's ELBO can be measured. Wrap the "
+                'guide in with pyro.plate("data", len(x)):, or give a step_size.'
+            )
+        dim, _ = data_plate(common, lengths(args))
+        return {name: len(site["fn"].batch_shape) + dim for name, site in start.items()}
 
     def _changes(
         self,
         guide: Callable[[dict[_Key, Tensor]], Program],
         like: Mapping[_Key, Tensor],
+        axes: Mapping[_Key, int],
         args: Any,
         kwargs: Any,
         through: bool,
     ) -> dict[_Key, Tensor]:
         """What the steps add to the parameters."""
-        with torch.enable_grad(), hidden(), self._noise():
-            changes = {key: torch.zeros_like(value, requires_grad=True) for key, value in like.items()}
-            speeds = {key: torch.zeros_like(value) for key, value in like.items()}
-            for _ in range(self.num_steps):
-                table = draw(self.model, guide(changes), args, kwargs, self.num_samples, vectorize=False)
-                target = table.log_weight.mean(0).sum()
-                slopes = torch.autograd.grad(
-                    target, list(changes.values()), create_graph=through, materialize_grads=True
-                )
-                for key, slope in zip(changes, slopes, strict=True):
-                    speeds[key] = self.momentum * speeds[key] + self.step_size * slope
-                    if self.max_change is not None:
-                        speeds[key] = speeds[key].clamp(-self.max_change, self.max_change)
-                    moved = changes[key] + speeds[key]
-                    changes[key] = moved if through else moved.detach().requires_grad_()
-        return changes if through else {key: change.detach() for key, change in changes.items()}
+        if self.seed is None:
+            return self._found(guide, like, axes, args, kwargs, through)
+        return self._once(args, kwargs, lambda: self._found(guide, like, axes, args, kwargs, through))
+
+    def _found(
+        self, guide: Any, like: Mapping[_Key, Tensor], axes: Mapping[_Key, int], args: Any, kwargs: Any, through: bool
+    ) -> dict[_Key, Tensor]:
+        zeros = {key: torch.zeros_like(value, requires_grad=True) for key, value in like.items()}
+
+        def climb(changes: dict[_Key, Tensor]) -> tuple[Tensor, list[Tensor]]:
+            """The log weights at some changes, (K, B), and the slopes of the ELBO in them."""
+            table = draw(self.model, guide(changes), args, kwargs, self.num_samples, vectorize=False)
+            target = table.log_weight.mean(0).sum()
+            slopes = torch.autograd.grad(target, list(changes.values()), create_graph=through, materialize_grads=True)
+            return table.log_weight.detach(), list(slopes)
+
+        with torch.enable_grad(), hidden(), self._noise() as seed:
+            if self.step_size is None:
+                found = self._measured(climb, guide, zeros, axes, args, kwargs, through, seed)
+            else:
+                found = self._as_they_come(climb, zeros, through)
+        return found if through else {key: change.detach() for key, change in found.items()}
+
+    def _as_they_come(self, climb: Any, changes: dict[_Key, Tensor], through: bool) -> dict[_Key, Tensor]:
+        """Steps of one size for all data."""
+        speeds = {key: torch.zeros_like(value) for key, value in changes.items()}
+        for _ in range(self.num_steps):
+            for key, slope in zip(changes, climb(changes)[1], strict=True):
+                speeds[key] = self._speed(speeds[key], self.step_size * slope)
+                moved = changes[key] + speeds[key]
+                changes[key] = moved if through else moved.detach().requires_grad_()
+        return changes
+
+    def _measured(
+        self, climb: Any, guide: Any, start: dict[_Key, Tensor], axes: Mapping[_Key, int], args: Any, kwargs: Any,
+        through: bool, seed: int,
+    ) -> dict[_Key, Tensor]:  # fmt: skip
+        """Steps of a size for each datum, taken where the ELBO rises at noise that their gradient has not seen."""
+
+        def of(datum: Tensor, key: _Key) -> Tensor:
+            """A number for each datum, broadcast over the parameters of a site."""
+            shape = [1] * start[key].dim()
+            shape[axes[key]] = -1
+            return datum.reshape(shape)
+
+        def weights(changes: dict[_Key, Tensor], noise: int, count: int) -> Tensor:
+            torch.manual_seed(seed + noise)
+            with torch.no_grad():
+                return draw(self.model, guide(changes), args, kwargs, count, vectorize=False).log_weight
+
+        torch.manual_seed(seed)
+        now, (value, slopes) = start, climb(start)
+        speeds = [torch.zeros_like(change) for change in now.values()]
+        steepest = value.new_zeros(value.shape[1])
+        for key, slope in zip(now, slopes, strict=True):
+            steepest = torch.maximum(steepest, slope.detach().abs().movedim(axes[key], 0).flatten(1).amax(1))
+        rate = _FIRST / steepest.clamp(min=1e-12)
+        for step in range(1, self.num_steps + 1):
+            tried = [self._speed(speed, of(rate, key) * slope)
+                     for key, speed, slope in zip(now, speeds, slopes, strict=True)]  # fmt: skip
+            there = {key: change + speed for (key, change), speed in zip(now.items(), tried, strict=True)}
+            if not through:
+                there = {key: change.detach().requires_grad_() for key, change in there.items()}
+            before = weights(now, step, self.num_samples)
+            torch.manual_seed(seed + step)
+            after, steeper = climb(there)
+            rises = (after - before).mean(0) > 0
+            taken = {key: of(rises, key) for key in now}
+            keys = list(now)
+            now = {key: torch.where(taken[key], there[key], now[key]) for key in keys}
+            slopes = [torch.where(taken[k], a, b) for k, a, b in zip(keys, steeper, slopes, strict=True)]
+            speeds = [torch.where(taken[k], speed, 0.0) for k, speed in zip(keys, tried, strict=True)]
+            rate = torch.where(rises, rate * _LONGER, rate / _SHORTER)
+        count = _CHECKS * self.num_samples
+        gain = weights(now, self.num_steps + 1, count) - weights(start, self.num_steps + 1, count)
+        kept = gain.mean(0) > gain.std(0) / count**0.5
+        return {key: torch.where(of(kept, key), change, 0.0) for key, change in now.items()}
+
+    def _speed(self, last: Tensor, step: Tensor) -> Tensor:
+        speed = self.momentum * last + step
+        return speed if self.max_change is None else speed.clamp(-self.max_change, self.max_change)
 
     @contextlib.contextmanager
-    def _noise(self) -> Iterator[None]:
-        if self.seed is None:
-            yield
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.seed)
-                yield
+    def _noise(self) -> Iterator[int]:
+        """The steps' noise, apart from all other, and its seed; without a seed steps that are not measured need no
+        generator of their own."""
+        if self.seed is None and self.step_size is not None:
+            yield 0
+            return
+        seed = int(torch.randint(2**31, ()).item()) if self.seed is None else self.seed
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield seed
 
 
 def _list(sites: Sites) -> str:

@@ -1,0 +1,206 @@
+"""How strange data are: scores in nats, higher for stranger, and how well they tell outliers apart.
+
+A likelihood is a poor judge of strangeness by itself. It grows with how simple an image is (dark, flat, few strokes),
+so that data of another kind which are simpler have a *higher* p(x) than the data of the fit, and a ROC-AUC below one
+half (Nalisnick et al., 2019). Two scores correct for that:
+
+    ratio     - log p(x) + log p_0(x): against a background model p_0 that knows how simple x is and not what it shows.
+              Of binary data p_0 is a compressor, log p_0(x) = - (length of x, losslessly compressed) (Serra et al.,
+              2020), which needs no second fit. Or it is a second pair, fitted to the same data with a share of the
+              pixels replaced by noise (Ren et al., 2019). Of grey data only the second is sound here: the density of a
+              likelihood of one scale varies far less from image to image than the size of a file does, which then
+              decides alone (ROC-AUC 0.02 for MNIST against Fashion-MNIST, where log p(x) has 0.80).
+    regret    max over q of ELBO(x; q) - ELBO(x; the guide's q): what refitting q to this image alone gains. An encoder
+              is near its optimum on the data that it was trained for, and far from it elsewhere (Xiao et al., 2020).
+
+Neither wins everywhere; `benchmarks/anomalies.py` measures all of them, both ways.
+
+References: Nalisnick et al., Do deep generative models know what they don't know?, 2019. arXiv:1810.09136. Ren et al.,
+Likelihood ratios for out-of-distribution detection, 2019. arXiv:1906.02845. Serra et al., Input complexity and
+out-of-distribution detection with likelihood-based generative models, 2020. arXiv:1909.11480. Xiao et al., Likelihood
+regret, 2020. arXiv:2003.02977
+"""
+
+from __future__ import annotations
+
+import bz2
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.inference.batches import seeded
+from pyro_vae.judging.climbs import optimise
+from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.judging.local import Unscaled, local_form
+from pyro_vae.judging.sweeps import Sweep, in_chunks, sweep
+from pyro_vae.options import checked
+from pyro_vae.traces import Program, plate_nesting
+
+SCORES = ("log-likelihood", "reconstruction", "ratio", "regret")
+
+
+@checked
+def anomaly_scores(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    score: str = "log-likelihood",
+    num_samples: int = 100,
+    background: Sequence[Program] | None = None,
+    num_steps: int = 200,
+    seed: int | None = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    compile: bool | str = "auto",
+) -> Tensor:
+    """How strange each datum is, in nats: higher is stranger.
+
+        "log-likelihood"    - log 1/K sum_k p(x, z_k) / q(z_k | x)
+        "reconstruction"    - 1/K sum_k log p(x | z_k)
+        "ratio"             the first, less that of a background model, or less the compressed size of x
+        "regret"            max over q of the ELBO of x, less that of the guide's q
+
+    All but the second need a density over z; it is all that a plain autoencoder has. The last two correct for simple
+    data, which have a high p(x) whatever they show (see the module).
+
+    Args:
+        score: One of these; without a background "ratio" takes binary data only.
+        num_samples: K; a point guide needs only one.
+        background: For "ratio", a pair (model, guide) fitted to noisier data; None for the compressed size.
+        num_steps: For "regret", gradient steps on the parameters of q for each datum.
+        model, guide, data, seed, device, progress, compile: As for `log_likelihood`.
+    Returns:
+        Scores, (N,).
+    Raises:
+        ValueError: Another score; a point guide where a density is needed; data that are not one binary tensor, to be
+            compressed.
+    """
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
+    if background is not None and (score != "ratio" or len(background) != 2):
+        raise ValueError(f"got a background for score={score!r}, wanted a pair (model, guide) for score='ratio'.")
+    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    by_weights: dict[str, Any] = {"num_samples": num_samples, "method": "importance", "compile": compile} | options
+    if score in ("log-likelihood", "ratio"):
+        found = -log_likelihood(model, guide, data, **by_weights).pointwise
+        if score == "log-likelihood":
+            return found
+        if background is not None:
+            return found + log_likelihood(background[0], background[1], data, **by_weights).pointwise
+        with sweep(model, guide, data=data, title="compressed", **options) as run:
+            return found - torch.cat([_compressed(batch) for batch in run])
+    if score == "regret":
+        with sweep(model, guide, data=data, copies=8, validate=False, title="regret", **options) as run:
+            return torch.cat([_regret(run, batch, num_samples, num_steps) for batch in run])
+    with sweep(model, guide, data=data, title="reconstruction", **options) as run:
+        parts = [
+            torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)
+        ]
+    return -torch.cat(parts).double().cpu()
+
+
+def compressed_size(x: Tensor) -> Tensor:
+    """The length of each datum in nats, losslessly compressed: an upper limit of what describes it.
+
+    Zeros and ones are packed as bits; numbers in [0, 1] are rounded to 256 levels, others to 256 between the smallest
+    and the largest of the batch. The shortest counts, of zlib and bz2 on the rows and on the differences of neighbours
+    down and across.
+
+    Args:
+        x: (N, ...).
+    Returns:
+        Nats, (N,).
+    Example:
+        >>> flat, noise = torch.zeros(1, 1, 28, 28), torch.rand(1, 1, 28, 28)
+        >>> bool(compressed_size(flat) < compressed_size(noise) / 20)
+        True
+    """
+    values = x.detach().float().cpu()
+    binary = bool(((values == 0) | (values == 1)).all())
+    if not binary:
+        low, high = (0.0, 1.0) if values.min() >= 0 and values.max() <= 1 else (values.min(), values.max())
+        values = (values - low) / max(float(high - low), 1e-12) * 255
+    levels = values.round().to(torch.uint8).numpy()
+    return torch.tensor([_shortest(one, binary) for one in levels], dtype=torch.float64) * 8 * math.log(2)
+
+
+def _shortest(levels: np.ndarray, binary: bool) -> int:
+    if levels.ndim == 0:
+        levels = levels[None]
+    forms = [levels, np.diff(levels, axis=-1, prepend=levels[..., :1] * 0)]
+    if levels.ndim > 1:
+        forms.append(np.diff(levels, axis=-2, prepend=levels[..., :1, :] * 0))
+    # Differences of zeros and ones modulo 2 are zeros and ones.
+    raw = [(np.packbits(form & 1) if binary else np.ascontiguousarray(form)).tobytes() for form in forms]
+    return min(len(pack(one)) for one in raw for pack in (lambda b: zlib.compress(b, 9), bz2.compress))
+
+
+def _compressed(batch: tuple[Any, ...]) -> Tensor:
+    if len(batch) != 1 or not isinstance(batch[0], Tensor) or not bool(((batch[0] == 0) | (batch[0] == 1)).all()):
+        raise ValueError(
+            "score='ratio' compares log p(x) with the compressed size of x, which is sound for zeros and ones only, "
+            "and these data are others. Use score='regret', or a pair fitted to noisier data: "
+            "background=(model, guide)."
+        )
+    return compressed_size(batch[0])
+
+
+def _regret(run: Sweep, batch: tuple[Any, ...], num_samples: int, num_steps: int) -> Tensor:
+    model, guide = run.programs
+    form = local_form(guide, batch)
+    best = optimise(model, form, batch, num_steps=num_steps, window=max(1, num_steps // 8))
+    unscaled = Unscaled()(model)
+    nesting = plate_nesting(unscaled, form.guide(form.start), *batch)
+    noise = int(torch.randint(2**31, ()).item())
+    bounds = []
+    for rows in (form.start, best.rows):
+        with seeded(noise):  # the same for both, so that it cancels
+            chunks = list(in_chunks(unscaled, form.guide(rows), batch, num_samples, nesting))
+        bounds.append(torch.cat([chunk.log_weight for chunk in chunks]).double().mean(0).cpu())
+    return bounds[1] - bounds[0]
+
+
+def explained(auc: float, score: str, outliers: str = "the outliers") -> str | None:
+    """What a ROC-AUC below one half says, in words, and what to do; None above it.
+
+    Example:
+        >>> explained(0.9, "log-likelihood") is None
+        True
+        >>> explained(0.1, "log-likelihood", "mnist")[:62]
+        'ROC-AUC below 0.5: mnist has the higher p(x). Simple images (d'
+    """
+    if not auc < 0.5:
+        return None
+    if score == "log-likelihood":
+        return (
+            f"ROC-AUC below 0.5: {outliers} has the higher p(x). Simple images (dark, flat, few strokes) do, whatever "
+            "they show. Scores that correct for it: ratio (p(x) against the compressed size), regret (what refitting q "
+            "to each image gains)."
+        )
+    if score == "reconstruction":
+        return f"ROC-AUC below 0.5: {outliers} is easier to reconstruct, as simple images are. Try ratio or regret."
+    return f"ROC-AUC below 0.5: by {score}, {outliers} is less strange than the test data. Try another score."
+
+
+def roc_auc(inliers: Tensor, outliers: Tensor) -> float:
+    """Area under the ROC curve: P(outlier scores above inlier), ties counting half.
+
+    Args:
+        inliers: Scores of ordinary data.
+        outliers: Scores of strange data.
+    Returns:
+        A share, one half where the scores tell nothing.
+    Example:
+        >>> roc_auc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+        0.875
+    """
+    from sklearn.metrics import roc_auc_score
+
+    labels = torch.cat([torch.zeros(len(inliers)), torch.ones(len(outliers))])
+    return float(roc_auc_score(labels.numpy(), torch.cat([inliers, outliers]).cpu().double().numpy()))

@@ -1,0 +1,117 @@
+"""What a fit says of itself: whether its curve still rose at the end, or had fallen, and what unseen data lack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pyro_vae.inference.training import History
+from pyro_vae.judging.budget import Examination
+from pyro_vae.judging.estimates import elbo_terms
+from pyro_vae.judging.results import Nats
+from pyro_vae.judging.stages import Stages
+from pyro_vae.judging.trials import Training
+
+_SAMPLES = 100
+Records = tuple[list[Mapping[str, Any]], bool]
+
+
+def records_of(history: History | Sequence[Mapping[str, Any]] | None) -> Records | None:
+    """The records of a fit, and whether patience ended it.
+
+    Raises:
+        ValueError: Neither a history nor records of one.
+    """
+    if history is None:
+        return None
+    records: list[Any] = list(history.records if isinstance(history, History) else history)
+    if not all(isinstance(record, Mapping) for record in records):
+        raise ValueError(
+            f"got history of type {type(history).__name__}, wanted what fit returned, or a run's metrics: one mapping "
+            "for each epoch."
+        )
+    return records, bool(getattr(history, "stopped_early", False))
+
+
+def examine_training(pair: Examination, stages: Stages) -> Training:
+    """The trend of the curves, and the ELBO of training data beside that of the data that are judged."""
+    if pair.history is None and pair.training is None:
+        return Training(reason="neither the history of the fit nor training data were given")
+    found: dict[str, Any] = {} if pair.history is None else trend(*pair.history)
+    count = 0
+    if pair.training is not None:
+        with pair.budget.piece():
+            seen, unseen = (elbo_terms(pair.model, pair.guide, data, num_samples=_SAMPLES, **pair.options)
+                            for data in (pair.training_part(pair.num_data), pair.data))  # fmt: skip
+        count = len(unseen.pointwise)
+        train, held = Nats.of(seen), Nats.of(unseen)
+        error = math.hypot(*(x for n in (train, held) for x in (n.mc_stderr, n.data_stderr)))
+        found |= {"train": train, "held": held, "shortfall": Nats(train.value - held.value, error)}
+    return Training(status="done", num_data=count, **found)
+
+
+def trend(records: Sequence[Mapping[str, Any]], stopped_early: bool = False) -> dict[str, Any]:
+    """The fields of `Training` that the curves say.
+
+    The end rose by a line's slope through the last fifth of the epochs (five at least), whose error is that of the
+    scatter about it. It had fallen by what the average over a window of the last epochs lies below the same average
+    where that was highest; the error is that of two such averages.
+
+    Example:
+        >>> ups = [{"validation": -10.0 - 5.0 / epoch} for epoch in range(1, 41)]
+        >>> found = trend(ups)
+        >>> found["rising"].value > 0, found["fallen"].value
+        (True, 0.0)
+    """
+    fields: dict[str, Any] = {"epochs": len(records), "stopped_early": stopped_early}
+    name = next((n for n in ("validation", "bound") if any(_number(r.get(n)) for r in records)), None)
+    if name is None:
+        return fields
+    curve = torch.tensor([float(r[name]) if _number(r.get(name)) else math.nan for r in records], dtype=torch.float64)
+    known = curve.isfinite()
+    curve = curve[known]
+    fields["curve"] = name
+    tail = max(5, len(curve) // 5)
+    if len(curve) >= tail + 1 and not stopped_early:
+        fields["rising"] = _rise(curve[-tail:])
+    if name != "validation":
+        return fields
+    best, waited, longest = 0, 0, 0
+    for index in range(1, len(curve)):
+        waited += 1
+        if curve[index] > curve[best]:
+            best, longest, waited = index, max(longest, waited), 0
+    fields |= {"best_epoch": int(known.nonzero()[best]) + 1, "longest_wait": longest}
+    window = max(3, len(curve) // 20)
+    if len(curve) >= 2 * window and not stopped_early:  # patience went back to the best
+        means = curve.unfold(0, window, 1).mean(1)
+        noise = _scatter(curve[-tail:]) if len(curve) >= tail else math.nan
+        top = int(means.argmax())
+        apart = top <= len(means) - 1 - window
+        fallen = (means[top] - means[-1]).item() if apart else 0.0
+        fields["fallen"] = Nats(fallen, noise * math.sqrt(2 / window))
+    return fields
+
+
+def _rise(end: torch.Tensor) -> Nats:
+    """What a line through some epochs rises by from the first to the last, with its error."""
+    time = torch.arange(len(end), dtype=end.dtype)
+    time = time - time.mean()
+    slope = (time @ end) / (time @ time)
+    error = _scatter(end) / (time @ time).sqrt().item()
+    return Nats(slope.item() * (len(end) - 1), error * (len(end) - 1))
+
+
+def _scatter(values: torch.Tensor) -> float:
+    """The standard deviation about a line."""
+    time = torch.arange(len(values), dtype=values.dtype)
+    time = time - time.mean()
+    rest = values - values.mean() - time * (time @ values) / (time @ time)
+    return (rest.square().sum() / max(len(values) - 2, 1)).sqrt().item()
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,273 @@
+"""Advice is tried before it is given: remedies under the frozen model, fitted on some data and measured on others.
+
+Each candidate is a guide of the same model: the present one trained on, a wider one or one of another family that start
+from it, or the present one refined datum by datum. What it gains is the ELBO over that of the present one, paired by
+datum, on data that no fit has seen. The model stays as it is, so that log p(x) does too: what a joint training makes of
+the same change is another question, and the verdict says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.inference.training import fit
+from pyro_vae.inference.trees import at, rows
+from pyro_vae.judging.budget import Examination, OutOfTime
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.examinations import gaps_of
+from pyro_vae.judging.guides import fit_guide
+from pyro_vae.judging.results import Nats
+from pyro_vae.judging.stages import Stages
+from pyro_vae.judging.trials import Remedy
+from pyro_vae.parts.networks.dense import MLP
+from pyro_vae.parts.posteriors.amortized import FullNormal
+from pyro_vae.parts.posteriors.flow import IAF, Flow
+from pyro_vae.programs.refined import Refined
+from pyro_vae.programs.semi_amortized import SemiAmortized
+from pyro_vae.protocols import has_head
+from pyro_vae.traces import Program
+
+_STEPS, _BATCH, _RATE, _SAMPLES = (1000, 500, 250, 100, 50), 64, 1e-3, 100
+_FAMILIES: dict[str, Any] = {"full": FullNormal, "iaf": IAF}
+_BROKEN = (ValueError, NotImplementedError, RuntimeError, TypeError, KeyError, IndexError, AttributeError)
+
+
+def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
+    """What remedies gain, where there is a gap that matters."""
+    gaps, bounds = stages.gaps, stages.bounds
+    gap = gaps.inference if gaps.inference.known else bounds.better.minus(bounds.elbo)
+    if not gap.known:
+        return Remedy(reason="the gap is not known")
+    if not gap.material():
+        return Remedy(reason="not needed, since the gap costs nothing that matters")
+    half = pair.num_data // 2
+    own = pair.training is None
+    training = pair.part(0, half) if pair.training is None else pair.training
+    held = pair.part(half, pair.num_data) if own else pair.data
+    trial = _Trial(pair, training, held)
+    names = _candidates(pair.guide, gaps.approximation.value > gaps.amortization.value)
+    tried: dict[str, Nats] = {}
+    failed = []
+    trial.settle(sum(name not in ("refine", "local") for name in names))
+    for name in names:
+        try:
+            tried[name] = trial.gain(name)
+        except OutOfTime:
+            failed.append(f"{name}: it did not fit into the time")
+        except _BROKEN as error:
+            failed.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
+    joint: dict[str, Nats] = {}
+    for name in [name for name, gain in tried.items() if name in _MADE and gain.material()]:
+        try:
+            joint[name] = trial.joint(name)
+        except (OutOfTime, *_BROKEN):  # then what is known is that of the frozen model
+            break
+    if not tried:
+        late = any(text.endswith("the time") for text in failed)
+        return Remedy(status="left out" if late else "not possible", late=late, reason="; ".join(failed),
+                      failed=tuple(failed))  # fmt: skip
+    return Remedy(
+        status="done", num_data=rows(held), tried=tuple(tried), gains=tuple(tried.values()), failed=tuple(failed),
+        joint=tuple(joint.get(name, Nats()) for name in tried),
+        num_steps=trial.num_steps, num_training=rows(training), own_data=own,
+    )  # fmt: skip
+
+
+def _candidates(guide: Program, family_first: bool) -> list[str]:
+    """What can be tried with a guide, in the order of what is at fault."""
+    refine = [] if isinstance(guide, Refined) else ["refine"]
+    if not isinstance(guide, nn.Module):
+        return ["local", *refine]
+    posterior = _posterior(guide)
+    if posterior is None:
+        return ["train", *refine, "local"]
+    bends = isinstance(posterior, FullNormal | Flow) or not _over_all(posterior)
+    families = [name for name, family in _FAMILIES.items() if not (bends and name == "full" or isinstance(
+        posterior, Flow) or not _over_all(posterior) or isinstance(posterior, family))]  # fmt: skip
+    fits = [*families, "train", "wider"] if family_first else ["train", "wider", *families]
+    return [*refine, *fits]
+
+
+def _over_all(posterior: Any) -> bool:
+    return getattr(posterior, "support", None) is torch.distributions.constraints.real_vector
+
+
+def _posterior(guide: Any) -> Any:
+    """A posterior of an encoder and a linear head, as `Amortized`; None where the guide has none."""
+    found = getattr(guide, "posterior", None)
+    able = has_head(found) and isinstance(found.head, nn.Linear)
+    return found if able and isinstance(getattr(found, "encoder", None), nn.Module) else None
+
+
+class _Trial:
+    """Remedies of one pair, fitted on some data and measured on others."""
+
+    def __init__(self, pair: Examination, training: tuple[Any, ...], held: tuple[Any, ...]) -> None:
+        self.pair, self.training, self.held = pair, training, held
+        self.num_steps = 0
+        self._base: Tensor | None = None
+        self._log_p: Tensor | None = None
+
+    def settle(self, fits: int) -> None:
+        """How many steps there is time for, by a few that are timed."""
+        budget = self.pair.budget
+        if not fits:
+            return
+        times = []
+        for steps in (2, 2, 12):  # of which the first pays for what comes once
+            began = budget.clock()
+            try:
+                with budget.piece():
+                    self._fit(copy.deepcopy(self.pair.guide), steps)
+            except (OutOfTime, *_BROKEN):
+                return
+            times.append(budget.clock() - began)
+        once, step = times[1], max(times[2] - times[1], 0.1 * times[2]) / 10
+        self.num_steps = next((n for n in _STEPS if budget.fits((once + step * n) * (fits + 2))), 0)
+
+    def gain(self, name: str) -> Nats:
+        """What one remedy gains over the guide, on the data held out."""
+        model, guide, budget = self.pair.model, self.pair.guide, self.pair.budget
+        if name == "local":
+            return self._local()
+        if name == "refine":
+            return self._refined()
+        if not self.num_steps:
+            raise OutOfTime
+        with budget.piece(), torch.enable_grad():
+            candidate = _MADE[name](guide, at(self.training, slice(2)))
+            self._fit(candidate, self.num_steps)
+        with budget.piece():
+            return self._over_base(self._elbo(model, candidate, self.held))
+
+    def joint(self, name: str) -> Nats:
+        """What log p(x) of held-out data gains where model and guide are then trained on together, as a fit would."""
+        budget, settings = self.pair.budget, {"num_samples": _SAMPLES, **self.pair.options}
+        with budget.piece(), torch.enable_grad():
+            model, guide = copy.deepcopy((self.pair.model, self.pair.guide))
+            guide = _MADE[name](guide, at(self.training, slice(2)))
+            self._fit(guide, self.num_steps, model)
+        with budget.piece():
+            after = log_likelihood(model, guide, self.held, **settings).pointwise
+            if self._log_p is None:
+                self._log_p = log_likelihood(self.pair.model, self.pair.guide, self.held, **settings).pointwise
+        return paired(after - self._log_p)
+
+    def _fit(self, guide: Any, steps: int, model: Any = None) -> None:
+        count = min(rows(self.training), steps * _BATCH)
+        # A split draws its noise afresh in every batch, as in the fit; what was drawn for good is overfitted sooner.
+        again = getattr(self.pair.training_source, "subset", None)
+        data = at(self.training, slice(count)) if again is None else again(slice(count))
+        batch = min(_BATCH, count)
+        epochs = math.ceil(steps / math.ceil(count / batch))
+        run = functools.partial(fit_guide, self.pair.model) if model is None else functools.partial(fit, model)
+        with torch.enable_grad():
+            run(guide, data, epochs=epochs, batch_size=batch, learning_rate=_RATE,
+                schedule="one-cycle", compile=False, **self.pair.options)  # fmt: skip
+
+    def _elbo(self, model: Program, guide: Program, data: tuple[Any, ...]) -> Tensor:
+        return elbo_terms(model, guide, data, num_samples=_SAMPLES, **self.pair.options).pointwise
+
+    def _over_base(self, elbo: Tensor, count: int | None = None) -> Nats:
+        if self._base is None:
+            with self.pair.budget.piece():
+                self._base = self._elbo(self.pair.model, self.pair.guide, self.held)
+        return paired(elbo - self._base[:count])
+
+    def _refined(self) -> Nats:
+        """No handler sees into the steps, so that they are begun only where they fit."""
+        pair, budget = self.pair, self.pair.budget
+        began = budget.clock()
+        with budget.piece():
+            one = SemiAmortized(pair.model, pair.guide, num_steps=1)
+            self._elbo(pair.model, one, at(self.held, slice(4)))
+        if not budget.fits(5 * (budget.clock() - began)):
+            raise OutOfTime
+        refined = SemiAmortized(pair.model, pair.guide)
+        with budget.piece(), refined.kept():
+            return self._over_base(self._elbo(pair.model, refined, self.held))
+
+    def _local(self) -> Nats:
+        """A full normal for each datum against the guide's own family for each datum: no encoder on either side."""
+        with self.pair.budget.piece():
+            both = gaps_of(self.pair, 0, min(16, self.pair.num_data), {"full": FullNormal})
+        own, full = both.families["guide"], both.families["full"]
+        if own.optimum is None or full.optimum is None:
+            raise ValueError(own.reason or full.reason or "one of them has no local form")
+        found = paired(full.optimum.pointwise - own.optimum.pointwise)
+        return Nats(found.value, math.hypot(found.mc_stderr, own.optimum.mc_stderr, full.optimum.mc_stderr))
+
+
+def paired(gain: Tensor) -> Nats:
+    """A gain per datum, with the error of its mean for other data of the kind."""
+    error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
+    return Nats(gain.mean().item(), error, error)
+
+
+def _same(guide: Any, args: tuple[Any, ...]) -> Any:
+    return copy.deepcopy(guide)
+
+
+class Beside(nn.Module):
+    """Two encoders side by side: the features of both."""
+
+    def __init__(self, encoder: nn.Module, other: nn.Module, features: int, more: int) -> None:
+        super().__init__()
+        self.encoder, self.other, self.out_features = encoder, other, features + more
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.encoder(x), self.other(x)], -1)
+
+
+def _widened(guide: Any, args: tuple[Any, ...]) -> Any:
+    """A copy of a guide with another encoder beside its own, whose features count for nothing yet."""
+    result = copy.deepcopy(guide)
+    posterior = _posterior(result)
+    seen: list[Tensor] = []
+    hook = posterior.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        with torch.no_grad():
+            result(*args)
+    finally:
+        hook.remove()
+    head = posterior.head
+    linear = [part for part in posterior.encoder.modules() if isinstance(part, nn.Linear)]
+    width = max([part.out_features for part in linear], default=head.in_features)
+    other = MLP(tuple(seen[0].shape[1:]), [width, width], None).to(head.weight)
+    wide = nn.Linear(head.in_features + width, head.out_features, bias=head.bias is not None).to(head.weight)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.weight[:, : head.in_features] = head.weight
+        if head.bias is not None:
+            wide.bias.copy_(head.bias)
+    posterior.encoder, posterior.head = Beside(posterior.encoder, other, head.in_features, width), wide
+    return result
+
+
+def _of_family(family: Any) -> Callable[[Any, tuple[Any, ...]], Any]:
+    def made(guide: Any, args: tuple[Any, ...]) -> Any:
+        """A copy of a guide of another family, with its encoder, its means and its scales."""
+        result = copy.deepcopy(guide)
+        old = result.posterior
+        new = family(old.encoder, old.latent_dim, features=old.head.in_features).to(old.head.weight)
+        with torch.no_grad():
+            both = min(2 * old.latent_dim, old.head.out_features)
+            new.head.weight[:both] = old.head.weight[:both]
+            if old.head.bias is not None:
+                new.head.bias[:both] = old.head.bias[:both]
+        result.posterior = new
+        return result
+
+    return made
+
+
+_MADE: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {
+    "train": _same, "wider": _widened, **{name: _of_family(family) for name, family in _FAMILIES.items()},
+}  # fmt: skip
