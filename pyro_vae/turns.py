@@ -28,8 +28,8 @@ def turn() -> Iterator[None]:
     while not _lock.acquire(timeout=0.2):
         if _lent and time.monotonic() - _lent[-1] > _PATIENCE:
             raise ValueError(
-                f"another thread has been in the callback of a fit for {_PATIENCE:.0f} seconds, and this one would wait "
-                "until that fit is done. Pyro's handlers are one stack for all threads: call this in the callback "
+                f"another thread has been in the callback of a fit for {_PATIENCE:.0f} seconds, and this one would "
+                "wait until that fit is done. Pyro's handlers are one stack for all threads: call this in the callback "
                 "itself, or in another process."
             )
     try:
