@@ -237,7 +237,7 @@ def mask_of(site: Any) -> Tensor | None:
         if mask is None or mask is True:
             continue
         mask = torch.as_tensor(mask)
-        mask = mask.reshape(*mask.shape, *[1] * dims)
+        mask = mask.reshape((*mask.shape, *[1] * dims))
         whole = mask if whole is None else whole & mask
     return None if whole is None or bool(whole.all()) else whole
 

@@ -262,7 +262,10 @@ def test_a_mask_that_a_latent_decides_is_compared_at_the_same_latent():
             if given:
                 pyro.sample("x", dist.Normal(torch.where(on > 0, z, 0.0), 1.0), **given)
 
-    first, second = lambda x, seen: both(x, seen, 0.0, 1.0, obs=x), lambda x, seen: both(x, seen, x / 2, 0.7)
+    def scale():
+        return pyro.param("width", torch.tensor(0.7))
+
+    first, second = lambda x, seen: both(x, seen, 0.0, 1.0, obs=x), lambda x, seen: both(x, seen, x / 2, scale())
     for seed in range(3):
         pv.log_likelihood(first, second, (X, SEEN), num_samples=10, seed=seed)
         pv.fit(first, second, (X, SEEN), loss=pv.Objective(estimator="score-function", num_samples=2), epochs=1,
@@ -284,6 +287,7 @@ def test_what_was_not_observed_is_drawn_under_its_mask(run):
 
     with pytest.raises(ValueError, match=r"'x_unobserved' is masked .*with poutine.mask\(mask=~obs_mask\)"):
         BOUNDS[run](first, lambda x, seen: second(x, seen, False))
+    pyro.clear_param_store()
     found = BOUNDS[run](first, lambda x, seen: second(x, seen, True))
     if run in ("elbo_terms", "log_likelihood"):
         want = torch.where(SEEN, dist.Normal(0.0, 2**0.5).log_prob(X), 0.0).mean().item()

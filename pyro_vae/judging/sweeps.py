@@ -37,6 +37,7 @@ from pyro_vae.inference.hardware import fast_matmul, reused_memory
 from pyro_vae.inference.rehearsal import Rehearsal
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.trees import at, joined, rows, values
+from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.components import simulated_batch
 from pyro_vae.parameters import device_of
 from pyro_vae.sites import kind, lengths, unwrapped
@@ -259,6 +260,8 @@ def sweep(
             _look_at_supports(batches.shown)
             if len(given) == 2 and (reason := undetermined(given[1], batches.shown.latents.values(), run.first, {})):
                 raise ValueError(reason)
+            if len(given) == 2 and (mixed := seen_by_others(given[0], given[1], run.first)):
+                warnings.warn(mixed, stacklevel=3)
         if batch_size is not None:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
         try:
