@@ -22,6 +22,7 @@ from pyro_vae.inference.regularizers import free_bits
 from pyro_vae.inference.split_bounds import sleep_phase
 from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.gradients import gradient_lab
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.parameters import own_parameters
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import log_joint, log_q, particles
@@ -517,3 +518,17 @@ def test_the_probe_costs_two_tiny_runs():
     sizes.clear()
     assert seen_by_others(watched, guide, (X[:1],)) is None and seen_by_others(watched, guide, (torch.arange(9),)) is None
     assert not sizes
+
+
+def test_what_a_call_says_of_its_rows_it_says_once_and_to_its_caller():
+    def count():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pv.log_likelihood(*programs, X, num_samples=3)
+        return [w.filename for w in caught if "scores datum 0" in str(w.message)]
+
+    programs = MIXING["centred decoder"][0]
+    assert count() == count() == [__file__]
+    with pytest.warns(UserWarning, match="scores datum 0"), sweep(*programs, data=X, batch_size=20):
+        assert count() == []
+    assert count() == [__file__]
