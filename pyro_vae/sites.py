@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
@@ -221,6 +222,48 @@ def common_scale(traces: list[Trace]) -> float:
                 "would not be a bound. For a tempered ELBO use Objective(elbo, beta=...) instead of poutine.scale."
             )
     return wanted
+
+
+def mask_of(site: Any) -> Tensor | None:
+    """What of a site's density counts, broadcastable to its value; None where all of it does.
+
+    The handlers' masks and those of the distribution itself together, also those inside of an event.
+    """
+    event = site["fn"].event_dim
+    found: list[tuple[Any, int]] = [(site["mask"], event)]
+    found += [(layer._mask, layer.event_dim) for layer in wrappers(site["fn"]) if isinstance(layer, MaskedDistribution)]
+    whole: Tensor | None = None
+    for mask, dims in found:
+        if mask is None or mask is True:
+            continue
+        mask = torch.as_tensor(mask)
+        mask = mask.reshape((*mask.shape, *[1] * dims))
+        whole = mask if whole is None else whole & mask
+    return None if whole is None or bool(whole.all()) else whole
+
+
+def is_masked(site: Any) -> bool:
+    """Whether a site has a mask of any kind, without a look at its values."""
+    inner = any(isinstance(layer, MaskedDistribution) for layer in wrappers(site["fn"]))
+    return inner or not (site["mask"] is None or site["mask"] is True)
+
+
+def masked_apart(prior: Any, parts: Sequence[Any]) -> bool:
+    """Whether the masks of a latent's prior and of the guide's sites that hold its density differ by value."""
+    theirs = mask_of(prior)
+    for site in parts:
+        ours = mask_of(site)
+        if ours is None and theirs is None:
+            continue
+        if ours is None or theirs is None:
+            return True
+        try:
+            one, two = torch.broadcast_tensors(ours, theirs.to(ours.device))
+        except RuntimeError:  # of events of other shapes, which are refused as such
+            continue
+        if not torch.equal(one, two):
+            return True
+    return False
 
 
 def site_value(site: Any, frame: Frame) -> Tensor:

@@ -54,8 +54,10 @@ from pyro_vae.sites import (
     delta,
     depth,
     deterministic,
+    is_masked,
     is_subsample,
     kind,
+    masked_apart,
     plates,
     sample_sites,
     site_log_prob,
@@ -246,7 +248,7 @@ def particles(
     with own_parameters(model, guide):
         with contextlib.nullcontext() if vectorize else _taking(args):
             found = draw(model, guide, args, kwargs, num_samples, vectorize, max_plate_nesting)
-        if get_proxy_mode() is None and not torch.compiler.is_compiling():
+        if not _recording():
             if bool(found.log_likelihood.isnan().any()) or any(bool(v.isnan().any()) for v in found.log_q.values()):
                 reason = wrong_site((guide, model), args, kwargs)
                 raise ValueError(reason or "a log density of the pair is nan. Look at its data and its weights.")
@@ -502,6 +504,8 @@ def _one_pass(
         points = points_among(given, drawn.values(), args, kwargs)
         fed = feeds(given, drawn.values(), args, kwargs)
         shared = {source for sources in fed.values() for source in sources}
+        if not _recording() and (reason := _other_mask(latent, drawn, points, fed)):
+            raise ValueError(reason)
         frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared, args=args)
         scored = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["name"] not in latent]
         zero = torch.zeros((num_samples, frame.columns))
@@ -520,6 +524,51 @@ def _one_pass(
             joint=frame.data_size if frame.joint else 0,
             partial=partial,
         )
+
+
+def _recording() -> bool:
+    """Whether the run is being recorded, so that values may not be looked at."""
+    if get_proxy_mode() is not None or torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def other_mask(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Why the masks of a pair make its weights no weights, from one run that leaves no trace; None if they do not."""
+    with own_parameters(model, guide), torch.random.fork_rng(), torch.no_grad():
+        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        drawn = {site["name"]: site for site in sample_sites(guide_trace)}
+        latent = {site["name"]: site for site in sample_sites(model_trace) if not site["is_observed"]}
+        points = points_among(guide, drawn.values(), args, kwargs)
+        return _other_mask(latent, drawn, points, feeds(guide, drawn.values(), args, kwargs))
+
+
+def _other_mask(
+    latent: Mapping[str, Any], drawn: Mapping[str, Any], points: tuple[str, ...], fed: Mapping[str, tuple[str, ...]]
+) -> str | None:
+    """A latent counts in log p(x, z) and in log q(z | x) at the same places, or the difference is no log weight."""
+    for name, prior in latent.items():
+        site = drawn.get(name)
+        if site is None or site["is_observed"] or name in points:
+            continue
+        parts = [drawn[source] for source in fed.get(name, ()) if source in drawn]
+        if not any(is_masked(part) for part in (prior, site, *parts)):
+            continue
+        inner = delta(site["fn"]) if parts else None
+        if inner is None or bool((inner.log_density != 0).any()):
+            parts.append(site)
+        if masked_apart(prior, parts):
+            remedy = (
+                f" Draw it in the guide under the mask's opposite: with poutine.mask(mask=~obs_mask): "
+                f"pyro.sample({name!r}, ...)."
+                if name.endswith("_unobserved")
+                else " Put the same poutine.mask(mask=...) around the site in both programs, or around none."
+            )
+            return (
+                f"latent site {name!r} is masked in one way by the model and in another by the guide, so that one of "
+                "log p(z) and log q(z | x) counts where the other does not: the result would not be a bound." + remedy
+            )
+    return None
 
 
 def _refuse_unmatched(latent: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Pairs that have numbers, and none of log p(x): swapped, blind, with auxiliary draws or supports that do not fit."""
 
+import contextlib
 import inspect
 import math
 import warnings
@@ -8,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 import pyro_vae as pv
 
@@ -168,3 +170,125 @@ def test_options_of_an_optimiser_that_change_during_a_fit_reach_a_captured_step(
         )  # fmt: skip
         losses.append(history["loss"])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+SEEN = torch.tensor([True, False, True, False])
+BOUNDS = {
+    "fit": lambda m, g: pv.fit(m, g, (X, SEEN), epochs=1, progress=False, seed=0),
+    "elbo_terms": lambda m, g: pv.elbo_terms(m, g, (X, SEEN), num_samples=10),
+    "log_likelihood": lambda m, g: pv.log_likelihood(m, g, (X, SEEN), num_samples=10),
+    "kl_per_dimension": lambda m, g: pv.kl_per_dimension(m, g, (X, SEEN)),
+    "Objective": lambda m, g: pv.fit(m, g, (X, SEEN), loss=pv.Objective(), epochs=1, progress=False, seed=0),
+}
+
+
+
+def masked_pair(prior, posterior, inside=False):
+    """z and x under masks, each a function of what was seen; the exact posterior where x was, the prior where not."""
+
+    def put(mask, name, fn, **given):
+        if inside:
+            return pyro.sample(name, fn if mask is None else fn.mask(mask), **given)
+        with poutine.mask(mask=mask) if mask is not None else contextlib.nullcontext():
+            return pyro.sample(name, fn, **given)
+
+    def first(x, seen):
+        with pyro.plate("data", len(x)):
+            z = put(prior(seen), "z", dist.Normal(0.0, 1.0))
+            put(seen, "x", dist.Normal(z, 1.0), obs=x)
+
+    def second(x, seen):
+        scale = pyro.param("scale", torch.tensor(0.5**0.5))
+        with pyro.plate("data", len(x)):
+            put(posterior(seen), "z", dist.Normal(torch.where(seen, x / 2, 0.0), torch.where(seen, scale, 1.0)))
+
+    return first, second
+
+
+def without(seen):
+    return None
+
+
+APART = {
+    "prior only": (lambda seen: seen, without),
+    "opposite": (lambda seen: seen, lambda seen: ~seen),
+    "guide nowhere": (without, lambda seen: False),
+    "prior nowhere": (lambda seen: False, without),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("masks", APART)
+@pytest.mark.parametrize("run", BOUNDS)
+def test_a_latent_that_is_masked_in_one_program_only_has_no_bound(run, masks, inside):
+    with pytest.raises(ValueError, match="latent site 'z' is masked in one way by the model and in another by the guide"):
+        BOUNDS[run](*masked_pair(*APART[masks], inside))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        (without, without),
+        (lambda seen: seen, lambda seen: seen.clone()),
+        (lambda seen: True, without),
+        (without, lambda seen: torch.ones_like(seen)),
+        (lambda seen: seen, lambda seen: seen & torch.ones(1, dtype=torch.bool)),
+    ],
+)
+def test_masks_that_are_the_same_in_both_programs_leave_the_evidence_of_what_was_seen(masks, inside):
+    want = torch.where(SEEN, dist.Normal(0.0, 2**0.5).log_prob(X), 0.0).mean().item()
+    for run, bound in BOUNDS.items():
+        pyro.clear_param_store()
+        found = bound(*masked_pair(*masks, inside))
+        if run in ("elbo_terms", "log_likelihood"):
+            assert found.value == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("inside, theirs", [(True, False), (False, True)])
+def test_masks_are_compared_by_value_wherever_they_are_put(inside, theirs):
+    first, _ = masked_pair(lambda seen: seen, without, inside)
+    _, second = masked_pair(without, lambda seen: seen, theirs)
+    for bound in BOUNDS.values():
+        bound(first, second)
+
+
+def test_a_mask_that_a_latent_decides_is_compared_at_the_same_latent():
+    def both(x, seen, loc, scale, **given):
+        with pyro.plate("data", len(x)):
+            on = pyro.sample("on", dist.Bernoulli(torch.full((len(x),), 0.5)))
+            with poutine.mask(mask=on > 0):
+                z = pyro.sample("z", dist.Normal(torch.as_tensor(loc), scale))
+            if given:
+                pyro.sample("x", dist.Normal(torch.where(on > 0, z, 0.0), 1.0), **given)
+
+    def scale():
+        return pyro.param("width", torch.tensor(0.7))
+
+    first, second = lambda x, seen: both(x, seen, 0.0, 1.0, obs=x), lambda x, seen: both(x, seen, x / 2, scale())
+    for seed in range(3):
+        pv.log_likelihood(first, second, (X, SEEN), num_samples=10, seed=seed)
+        pv.fit(first, second, (X, SEEN), loss=pv.Objective(estimator="score-function", num_samples=2), epochs=1,
+               learning_rate=1e-30, progress=False, seed=seed)  # fmt: skip
+
+
+@pytest.mark.parametrize("run", BOUNDS)
+def test_what_was_not_observed_is_drawn_under_its_mask(run):
+    def first(x, seen):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x, obs_mask=seen)
+
+    def second(x, seen, mask):
+        scale = pyro.param("scale", torch.tensor(0.5**0.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.where(seen, x / 2, 0.0), torch.where(seen, scale, 1.0)))
+            with poutine.mask(mask=~seen if mask else True):
+                pyro.sample("x_unobserved", dist.Normal(z, 1.0))
+
+    with pytest.raises(ValueError, match=r"'x_unobserved' is masked .*with poutine.mask\(mask=~obs_mask\)"):
+        BOUNDS[run](first, lambda x, seen: second(x, seen, False))
+    pyro.clear_param_store()
+    found = BOUNDS[run](first, lambda x, seen: second(x, seen, True))
+    if run in ("elbo_terms", "log_likelihood"):
+        want = torch.where(SEEN, dist.Normal(0.0, 2**0.5).log_prob(X), 0.0).mean().item()
+        assert found.value == pytest.approx(want, abs=1e-5)

@@ -1,6 +1,7 @@
 """What is reported per datum is per datum: whatever the plate's scale, the batch, and how it is laid out."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +20,9 @@ from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.regularizers import free_bits
 from pyro_vae.inference.split_bounds import sleep_phase
+from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.gradients import gradient_lab
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.parameters import own_parameters
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import log_joint, log_q, particles
@@ -412,3 +415,120 @@ def test_of_two_plates_that_all_sites_share_the_one_as_long_as_the_data_is_their
     history = fit(model, guide, x, epochs=1, learning_rate=1e-9, validation=x, progress=False, seed=0)
     for name in ("bound", "validation"):
         assert history[name][-1] == pytest.approx(exact.mean().item(), abs=1e-4)
+
+
+class Centred(nn.Module):
+    def forward(self, h):
+        return h - h.mean(-2, keepdim=True)
+
+
+class Norm(nn.Module):
+    """Batch normalisation over one leading dimension, sample by sample."""
+
+    def __init__(self, size, **options):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(size, **options)
+
+    def forward(self, h):
+        return self.norm(h.reshape(-1, h.shape[-1])).reshape(h.shape) if h.dim() == 2 else torch.stack([*map(self, h)])
+
+
+def neural(decoder=(), encoder=(), noise=0.0):
+    torch.manual_seed(3)
+    enc, dec = nn.Sequential(nn.Linear(2, 4), *encoder), nn.Sequential(nn.Linear(2, 2), *decoder)
+
+    def model(x):
+        pyro.module("dec", dec)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = dec(z)
+            pyro.sample("x", dist.Normal(loc + noise * torch.randn_like(loc), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("enc", enc)
+        loc, log_scale = enc(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return model, guide
+
+
+MIXING = {
+    "centred decoder": (neural((Centred(),)), "model"),
+    "normalised decoder": (neural((Norm(2, track_running_stats=False),)), "model"),
+    "centred encoder": (neural((), (Centred(),)), "guide"),
+    "normalised encoder": (neural((), (nn.BatchNorm1d(4, track_running_stats=False),)), "guide"),
+}
+
+
+@pytest.mark.parametrize("count", [60, 3])
+@pytest.mark.parametrize("name", MIXING)
+def test_rows_that_see_each_other_are_named_once_per_call(name, count):
+    programs, who = MIXING[name]
+    for bound in (pv.elbo_terms, pv.log_likelihood):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            bound(*programs, X[:count], num_samples=3)
+        said = [str(w.message) for w in caught if "scores datum 0 differently" in str(w.message)]
+        assert len(said) == 1 and said[0].startswith(f"the {who} "), said
+
+
+@pytest.mark.parametrize(
+    "programs",
+    [
+        neural(),
+        neural((nn.LayerNorm(2),), (nn.LayerNorm(4), nn.Dropout(0.5))),
+        neural((Norm(2),), (nn.BatchNorm1d(4),)),
+        neural(noise=1.0),
+        pair(),
+        pair(lambda x: pyro.plate("data", 600, subsample=x)),
+    ],
+    ids=["linear", "layer norm", "running statistics", "noise of its own", "plain", "subsampled"],
+)
+def test_rows_that_do_not_see_each_other_are_not_suspected(programs):
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert seen_by_others(*programs, (X,)) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_scale_of_the_batch_size_in_a_program_is_a_row_that_sees_the_others():
+    model, guide = pair()
+    assert seen_by_others(model, guide, (X,)) is None
+
+    def averaging(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0 * len(x)).expand([*z.shape, 2]).to_event(1), obs=x)
+
+    assert seen_by_others(averaging, guide, (X,)).startswith("the model scores datum 0")
+
+
+def test_the_probe_costs_two_tiny_runs():
+    model, guide = pair()
+    sizes = []
+
+    def watched(x):
+        sizes.append(len(x))
+        return model(x)
+
+    assert seen_by_others(watched, guide, (X,)) is None
+    assert sizes == [4, 3]
+    sizes.clear()
+    assert seen_by_others(watched, guide, (X[:1],)) is None and seen_by_others(watched, guide, (torch.arange(9),)) is None
+    assert not sizes
+
+
+def test_what_a_call_says_of_its_rows_it_says_once_and_to_its_caller():
+    def count():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pv.log_likelihood(*programs, X, num_samples=3)
+        return [w.filename for w in caught if "scores datum 0" in str(w.message)]
+
+    programs = MIXING["centred decoder"][0]
+    assert count() == count() == [__file__]
+    with pytest.warns(UserWarning, match="scores datum 0"), sweep(*programs, data=X, batch_size=20):
+        assert count() == []
+    assert count() == [__file__]

@@ -37,8 +37,8 @@ from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
 from pyro_vae.protocols import passes, rescoring
-from pyro_vae.sites import delta, deterministic, is_subsample, kind, plates, unwrapped
-from pyro_vae.traces import Program, missing_values, sites
+from pyro_vae.sites import delta, deterministic, is_masked, is_subsample, kind, plates, unwrapped
+from pyro_vae.traces import Program, missing_values, other_mask, sites
 
 # Supports of no volume: a density on one is not comparable with a density on the space around it.
 _THIN = {"sphere", "simplex", "corrcholesky", "corrmatrix"}
@@ -282,6 +282,13 @@ def _name(support: Any) -> str:
     return type(support).__name__.strip("_").lower()
 
 
+def _masks(case: Case) -> str | None:
+    found = (*case.model_sites.values(), *case.guide_sites.values())
+    if not any(is_masked(site) for site in found if not site["is_observed"]):
+        return None
+    return other_mask(case.model, case.guide, case.batch, {})  # of a mask that a latent decides, at the same latents
+
+
 def _batch_norm(case: Case) -> str | None:
     several = case.guide_modules if len(case.latents) > 1 else ()  # the first layer's network sees each datum once
     if case.together > 1 and any(isinstance(module, _BatchNorm) for module in (*case.model_modules, *several)):
@@ -424,6 +431,7 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
     _not_drawn,
     _auxiliary,
     _supports,
+    _masks,
     _batch_norm,
     _mean_field,
     _scale,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -37,6 +38,7 @@ from pyro_vae.inference.hardware import fast_matmul, reused_memory
 from pyro_vae.inference.rehearsal import Rehearsal
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.trees import at, joined, rows, values
+from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.components import simulated_batch
 from pyro_vae.parameters import device_of
 from pyro_vae.sites import kind, lengths, unwrapped
@@ -46,6 +48,7 @@ from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nest
 _CHUNK = 3 * 2**19
 # Log weights that are held at once.
 _HELD = 2**22
+_around = threading.local()
 
 
 class Sweep:
@@ -259,12 +262,25 @@ def sweep(
             _look_at_supports(batches.shown)
             if len(given) == 2 and (reason := undetermined(given[1], batches.shown.latents.values(), run.first, {})):
                 raise ValueError(reason)
+            if len(given) == 2 and given not in _met():
+                _met().append(given)
+                stack.callback(_met().remove, given)
+                if mixed := seen_by_others(given[0], given[1], run.first):
+                    warnings.warn(mixed, stacklevel=5)
         if batch_size is not None:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
         try:
             yield run
         finally:
             run.close()
+
+
+def _met() -> list[tuple[Program, ...]]:
+    """The pairs of the sweeps around this one, in this thread: a call that makes many says once what it sees."""
+    if not hasattr(_around, "pairs"):
+        _around.pairs = []
+    pairs: list[tuple[Program, ...]] = _around.pairs
+    return pairs
 
 
 def _look_at_supports(shown: Rehearsal) -> None:
