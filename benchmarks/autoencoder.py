@@ -130,8 +130,11 @@ def main() -> None:
     x = test.frozen(seed=1)[:]
     outliers = outlier_sets(args.data, test, len(test))
     null = null_distances(x)
-    print(f"{args.data}, dynamic binarisation, {len(dataset.train):,} training and {len(x):,} test images; networks "
-          f"{network['hidden']}, {network['latent_dim']} latents; {args.seeds} seeds", flush=True)
+    print(
+        f"{args.data}, dynamic binarisation, {len(dataset.train):,} training and {len(x):,} test images; networks "
+        f"{network['hidden']}, {network['latent_dim']} latents; {args.seeds} seeds",
+        flush=True,
+    )
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(args.seeds):
         for name, build, loss in (("VAE", VAE.build, None), (PLAIN, autoencoder, Objective(reconstruction))):
@@ -139,18 +142,30 @@ def main() -> None:
             pair = build(dataset.x_shape, **network)
             started = time.perf_counter()
             history = fit(
-                pair.model, pair.guide, dataset.train, loss=loss, epochs=epochs, batch_size=settings["batch_size"],
-                validation=dataset.validation.frozen(seed=1), patience=args.patience, seed=seed, progress=False,
+                pair.model,
+                pair.guide,
+                dataset.train,
+                loss=loss,
+                epochs=epochs,
+                batch_size=settings["batch_size"],
+                validation=dataset.validation.frozen(seed=1),
+                patience=args.patience,
+                seed=seed,
+                progress=False,
             )
             for row, numbers in measure(name, pair, dataset.train, x, outliers).items():
                 found.setdefault(row, []).append(numbers)
-            print(f"seed {seed}, {name}: best of {len(history)} epochs {history.best_epoch}, "
-                  f"{time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"seed {seed}, {name}: best of {len(history)} epochs {history.best_epoch}, "
+                f"{time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
     columns = [("at mean", "log p(x|z), nats, z at mean", 2), ("under q", "log p(x|z), nats, z ~ q", 2)]
     columns += [("samples", f"samples (null ± {statistics.stdev(null):.3f})", 3)]
     columns += [
         (f"{other} by {score}", f"{other}, {score}", 3)
-        for score in ("reconstruction", "log-likelihood") for other in outliers
+        for score in ("reconstruction", "log-likelihood")
+        for other in outliers
     ]
     rows = [["", *found]]
     for key, title, digits in columns:
@@ -159,8 +174,12 @@ def main() -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print()
     for row in rows:
-        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                        for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip())
+        print(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )
     if args.json is not None:
         setup = {"data": dataset.protocol, "network": network, "epochs": epochs, "torch": torch.__version__}
         args.json.write_text(json.dumps({"setup": setup, "null": null, "rows": found}, indent=1) + "\n")

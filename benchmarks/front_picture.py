@@ -1,6 +1,6 @@
 """Draw the README's picture from a run of images.
 
-    python benchmarks/front_picture.py runs/mnist notebooks/images/mnist.png
+python benchmarks/front_picture.py runs/mnist notebooks/images/mnist.png
 """
 
 from __future__ import annotations

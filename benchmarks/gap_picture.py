@@ -1,7 +1,7 @@
 """Draw the README's picture: where the nats between the ELBO and log p(x) go, from the kept results of `judging.py`.
 
-    python benchmarks/gap_picture.py docs/images/gaps.png
-    python benchmarks/gap_picture.py out.png --folder runs/elu-judging
+python benchmarks/gap_picture.py docs/images/gaps.png
+python benchmarks/gap_picture.py out.png --folder runs/elu-judging
 """
 
 from __future__ import annotations

@@ -74,8 +74,14 @@ def flow_guide(run: tuple[Any, Any], data: Any, arguments: argparse.Namespace) -
         return guide, {}
     model, _ = run
     history = fit_guide(
-        model, guide, data.train, epochs=arguments.flow_epochs, batch_size=128, learning_rate=1e-3,
-        schedule="one-cycle", seed=arguments.seed,
+        model,
+        guide,
+        data.train,
+        epochs=arguments.flow_epochs,
+        batch_size=128,
+        learning_rate=1e-3,
+        schedule="one-cycle",
+        seed=arguments.seed,
     )
     save_file(guide.state_dict(), path)
     return guide, {"epochs": len(history), "train_bound": history["bound"][-1]}

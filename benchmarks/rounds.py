@@ -82,7 +82,12 @@ class Peer:
     """
 
     def __init__(
-        self, row: Row, pixels: np.ndarray, problem: Problem, threads: int, workers: Sequence[int] | None = None,
+        self,
+        row: Row,
+        pixels: np.ndarray,
+        problem: Problem,
+        threads: int,
+        workers: Sequence[int] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.row, self.workers = row, None
@@ -131,8 +136,12 @@ class Peer:
 
 
 def run_group(
-    group: Group, pixels: np.ndarray, threads: int, workers: Sequence[int] | None = None,
-    deadline: float = math.inf, say: Callable[[str], None] = lambda _: None,
+    group: Group,
+    pixels: np.ndarray,
+    threads: int,
+    workers: Sequence[int] | None = None,
+    deadline: float = math.inf,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Peer]:
     """Build and warm up the rows, and let them take turns.
 
@@ -169,7 +178,12 @@ def run_group(
 
 
 def _serve(
-    pipe: Connection, row: Row, pixels: np.ndarray, problem: Problem, threads: int, candidates: list[int | None],
+    pipe: Connection,
+    row: Row,
+    pixels: np.ndarray,
+    problem: Problem,
+    threads: int,
+    candidates: list[int | None],
     environment: dict[str, str],
 ) -> None:
     """The peer's side: answer each message with one timed call, until the pipe closes."""

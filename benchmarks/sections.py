@@ -104,8 +104,10 @@ def _evaluation_rows(device: str) -> tuple[Row, ...]:
 def _scaling_groups(device: str) -> tuple[Group, ...]:
     rows = (_PYRO, _numpyro(), _ours("ours-compiled", "fit, compiled", device, compiled="inductor"))
     base = Problem(device=device)
-    points = [(dataclasses.replace(base, batch_size=b), n) for b, n in
-              ((32, 6_400), (128, 12_800), (512, 20_480), (2_048, 20_480))]
+    points = [
+        (dataclasses.replace(base, batch_size=b), n)
+        for b, n in ((32, 6_400), (128, 12_800), (512, 20_480), (2_048, 20_480))
+    ]
     points += [(dataclasses.replace(base, latent=d), 12_800) for d in (2, 200)]
     points += [(dataclasses.replace(base, num_samples=k), n) for k, n in ((5, 6_400), (50, 1_280))]
     return tuple(
@@ -217,8 +219,10 @@ def _profile_table(groups: Sequence[Group], peers: Sequence[list[Peer]]) -> str:
     if floors:
         floor = min(floors, key=lambda key: spread(list(times[key].values()))["median"])
         name = floor.split("-")[1]
-        lines += [(f"of the graph, beyond its matmuls ({name})", differences(times, "graph", [floor])),
-                  (f"of the whole step, beyond its matmuls ({name})", differences(times, "ours-compiled", [floor]))]
+        lines += [
+            (f"of the graph, beyond its matmuls ({name})", differences(times, "graph", [floor])),
+            (f"of the whole step, beyond its matmuls ({name})", differences(times, "ours-compiled", [floor])),
+        ]
     lines.append((f"of the whole step, beyond {', '.join(PIECES)}", differences(times, "ours-compiled", PIECES)))
     whole = times.get("ours-compiled")
     middle = spread(list(whole.values()))["median"] if whole else float("nan")

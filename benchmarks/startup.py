@@ -61,7 +61,12 @@ def first_steps(row: Row, pixels: np.ndarray, problem: Problem, threads: int) ->
 
 
 def run(
-    pixels: np.ndarray, device: str, threads: int, rounds: int, deadline: float, only: Sequence[str] | None,
+    pixels: np.ndarray,
+    device: str,
+    threads: int,
+    rounds: int,
+    deadline: float,
+    only: Sequence[str] | None,
     say: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     """Measure all of it; the Markdown and what is kept of it."""

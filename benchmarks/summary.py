@@ -29,7 +29,10 @@ def ratio(ours: Sequence[Timing], theirs: Sequence[Timing]) -> dict[str, float] 
 
 
 def summarise(
-    row: Row, timings: Sequence[Timing], baselines: Mapping[str, Sequence[Timing]], error: str | None = None,
+    row: Row,
+    timings: Sequence[Timing],
+    baselines: Mapping[str, Sequence[Timing]],
+    error: str | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
     """What a table says about a row; of one that failed only why."""

@@ -73,8 +73,13 @@ ROWS = [
     Row("vamp-prior", {"prior": "vamp"}, said="prior `VampPrior`"),
     Row("flow-prior", {"prior": "flow"}, said="prior `Flow`"),
     Row("iwae-50", loss=lambda: Objective(iwae, 50), said="`Objective(iwae, 50)`", compiled=True, precision="bfloat16"),
-    Row("dreg-50", loss=lambda: Objective(iwae, 50, estimator=DREG), said=f"the same, {DREG}", compiled=True,
-        precision="bfloat16"),
+    Row(
+        "dreg-50",
+        loss=lambda: Objective(iwae, 50, estimator=DREG),
+        said=f"the same, {DREG}",
+        compiled=True,
+        precision="bfloat16",
+    ),
     Row("two-layer", {"hierarchical": True}, said="`Hierarchical`, 100 and 50 latents"),
 ]
 POSTERIORS = ("diagonal", "full", "low-rank", "mixture", "planar", "sylvester", "iaf", "nsf", "coupling")
@@ -152,8 +157,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for r in whole:
         active = "" if r["active"] is None else r["active"]
         lines.append(
-            f"| {r['said']} | {r['elbo']:.2f} | **{_log_p(r)}** | "
-            f"{_share(r['khat_ok'])} | {active} | {_minutes(r)} |"
+            f"| {r['said']} | {r['elbo']:.2f} | **{_log_p(r)}** | {_share(r['khat_ok'])} | {active} | {_minutes(r)} |"
         )
     frozen = [r for name, r in results.items() if name.startswith(FROZEN)]
     if frozen:
@@ -174,9 +178,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             "|---|---|---|---|---|",
         ]
         for r in frozen:
-            lines.append(
-                f"| {r['said']} | {r['elbo']:.2f} | {_log_p(r)} | **{gap(r)}** | {_minutes(r)} |"
-            )
+            lines.append(f"| {r['said']} | {r['elbo']:.2f} | {_log_p(r)} | **{gap(r)}** | {_minutes(r)} |")
     return "\n".join(lines)
 
 

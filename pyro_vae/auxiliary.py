@@ -72,9 +72,7 @@ def feeds(
     return known[key]
 
 
-def undetermined(
-    guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> str | None:
+def undetermined(guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Why a guide has no density of its latents: an auxiliary site u that none of them is a function of.
 
     With log q(u) log q(z | u) in the place of log q(z) the "ELBO" is off by E[log r(u | z)], which no program gives: it
@@ -99,9 +97,7 @@ def undetermined(
     )
 
 
-def points_among(
-    guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[str, ...]:
+def points_among(guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     """The sites of a guide that are points: neither the ``Delta`` nor what it is a function of has a density."""
     sites = list(sites)
     found = [site for site in sites if not site["is_observed"] and delta(site["fn"]) is not None]

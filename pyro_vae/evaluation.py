@@ -201,8 +201,10 @@ class _Standing:
         known = id(tensor) in self._copies or is_lazy(tensor) or tensor.is_meta
         # A parameter hardly ever moves without an optimiser: where someone outside has a copy, one is enough. Buffers
         # are put back by each, so that an estimate inside another is what it would be alone.
-        outside = isinstance(tensor, nn.Parameter) and tensor.requires_grad and any(
-            id(tensor) in other._copies for other, _ in _here.meeting
+        outside = (
+            isinstance(tensor, nn.Parameter)
+            and tensor.requires_grad
+            and any(id(tensor) in other._copies for other, _ in _here.meeting)
         )
         if known or outside:
             return False

@@ -275,5 +275,3 @@ def site_value(site: Any, frame: Frame) -> Tensor:
     shape = value.shape
     batch = shape[: len(shape) - event]
     return value.reshape((frame.num_samples, *batch[len(batch) - deepest :], *shape[len(shape) - event :]))
-
-

@@ -60,7 +60,11 @@ def data_of(x: Any, network: nn.Module | None = None, name: str = "x") -> Tensor
     """Data in the hand, as `fit` would hand them to a network: a tensor of its type, where it is.
 
     Floats take the type of the network's parameters, integers and booleans stay what they are (a network that embeds
-XX        network: Whose parameters say the type and the device.
+    tokens takes them so, see `running`).
+
+    Args:
+        x: A tensor, an array or frame, a `Split`, a sparse matrix, or a list of single data.
+        network: Whose parameters say the type and the device.
         name: For messages.
     Raises:
         ValueError: No numbers, or a single one.
@@ -115,8 +119,10 @@ def _images(images: list[Any], name: str) -> Tensor:
 
 
 def _coloured(image: Any) -> bool:
-    return image.mode == "P" and image.getpalette() is not None and any(
-        len(set(image.getpalette()[i : i + 3])) > 1 for i in range(0, len(image.getpalette()), 3)
+    return (
+        image.mode == "P"
+        and image.getpalette() is not None
+        and any(len(set(image.getpalette()[i : i + 3])) > 1 for i in range(0, len(image.getpalette()), 3))
     )
 
 

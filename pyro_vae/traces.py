@@ -424,9 +424,7 @@ def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Ma
         return max(depth(trace) for trace in _traced(model, guide, args, kwargs))
 
 
-def _traced(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Trace, Trace]:
+def _traced(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
     with in_words((guide, model), args, kwargs):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -629,9 +627,7 @@ def missing_values(name: str) -> str:
     )
 
 
-def _merged(
-    log_q: dict[str, Tensor], fed: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _merged(log_q: dict[str, Tensor], fed: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The density of an auxiliary site counted at the latent that it feeds, where that is one; and the others."""
     users = {source: [name for name, sources in fed.items() if source in sources] for source in log_q}
     moved = {source: names[0] for source, names in users.items() if len(names) == 1}

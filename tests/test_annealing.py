@@ -104,7 +104,9 @@ def test_the_bracket_contains_the_evidence(start):
     assert str(bracket).startswith(f"[{bracket.lower.value:.2f}, ") and "nats (width" in str(bracket)
 
 
-@pytest.mark.parametrize("start, num_steps", [("guide", 6), pytest.param("prior", 40, marks=pytest.mark.slow)])  # from the prior fewer are too heavy-tailed
+@pytest.mark.parametrize(
+    "start, num_steps", [("guide", 6), pytest.param("prior", 40, marks=pytest.mark.slow)]
+)  # from the prior fewer are too heavy-tailed
 def test_backward_weights_are_unbiased_for_the_inverse(start, num_steps):
     """E[1 / w_r] = 1 / p(x), over draws of (z, x): the mean of p(x) / w_r is one."""
     pair, x = linear_pair(stretch=0.8)
@@ -224,7 +226,10 @@ def test_a_vae_in_single_precision_from_both_ends():
     assert from_guide.data[0].unique().tolist() == [0.0, 1.0]
     for bracket in (from_guide, from_prior):
         assert -4 * bracket.width.data_stderr < bracket.width.value < 0.1
-    assert from_guide.lower.value < from_prior.upper.value + 0.02 and from_prior.lower.value < from_guide.upper.value + 0.02
+    assert (
+        from_guide.lower.value < from_prior.upper.value + 0.02
+        and from_prior.lower.value < from_guide.upper.value + 0.02
+    )
     few = bdmc(model, guide, x, num_data=10, num_steps=20)
     assert len(few.upper.pointwise) == len(few.lower.pointwise) == len(few.data[0]) == 10
     assert all(p.grad is None for p in model.parameters())
@@ -289,7 +294,9 @@ def test_a_foreign_model_says_which_argument_is_the_data():
 
     grey = torch.full((6, 2, 2), 0.3)
     (image,), latents = simulated_batch(flattening, (grey,))
-    assert image.shape == grey.shape and set(image.unique().tolist()) <= {0.0, 1.0} and latents["latent"].shape == (6, 2)
+    assert (
+        image.shape == grey.shape and set(image.unique().tolist()) <= {0.0, 1.0} and latents["latent"].shape == (6, 2)
+    )
 
     def binarizing(image, label):
         with pyro.plate("data", len(image)):
@@ -351,7 +358,9 @@ def test_refusals_name_the_site_and_the_remedy():
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(noise, 0.1).to_event(1))
 
-    with pytest.raises(ValueError, match="differently a second time, though the guide.s networks are in evaluation mode"):
+    with pytest.raises(
+        ValueError, match="differently a second time, though the guide.s networks are in evaluation mode"
+    ):
         ais(pair.model, Dropout(), x)
 
     def noisy(x):

@@ -87,7 +87,9 @@ def test_simple_images_fool_a_likelihood_and_the_words_say_so():
     vae, inside, black = simple_and_busy()
 
     def auc(score, **options):
-        return roc_auc(*(anomaly_scores(vae.model, vae.guide, x, score=score, **QUIET, **options) for x in (inside, black)))
+        return roc_auc(
+            *(anomaly_scores(vae.model, vae.guide, x, score=score, **QUIET, **options) for x in (inside, black))
+        )
 
     assert auc("ratio") > auc("log-likelihood") + 0.05
     said = explained(0.2, "log-likelihood", "black")

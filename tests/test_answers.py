@@ -87,7 +87,9 @@ def test_encode_is_the_mean_of_the_posterior_whose_parameters_carry_gradients():
 def test_more_data_than_fit_at_once_are_the_same_data_with_what_goes_with_them():
     pair, many = made("conditional"), X.repeat(400, 1, 1, 1)
     labels = Y.repeat(400)
-    assert torch.allclose(pair.encode(many, labels)[1000:1014], pair.encode(many[1000:1014], labels[1000:1014]), atol=1e-6)
+    assert torch.allclose(
+        pair.encode(many, labels)[1000:1014], pair.encode(many[1000:1014], labels[1000:1014]), atol=1e-6
+    )
     vae, mask = made("vae"), torch.rand(2800, 1, 4, 4, generator=torch.Generator().manual_seed(1)) < 0.5
     assert torch.allclose(vae.encode(many, mask)[1500:1507], vae.encode(many[1500:1507], mask[1500:1507]), atol=1e-6)
     assert vae.reconstruct(many, mask[:1]).shape == many.shape  # one mask for all
@@ -98,7 +100,9 @@ def test_colour_images_are_of_three_channels_and_odd_ones_are_refused():
     vae = pv.VAE.build((3, 4, 4), **SMALL)
     x = torch.zeros(1, 3, 4, 4)
     x[:, 0] = 1
-    assert torch.equal(vae.encode(red), vae.encode(x)) and torch.equal(vae.encode([red, red.convert("RGBA")]), vae.encode(x.repeat(2, 1, 1, 1)))
+    assert torch.equal(vae.encode(red), vae.encode(x)) and torch.equal(
+        vae.encode([red, red.convert("RGBA")]), vae.encode(x.repeat(2, 1, 1, 1))
+    )
     with pytest.raises(ValueError, match="images of 2 sizes"):
         vae.encode([red, red.resize((5, 5))])
     with pytest.raises(ValueError, match="wanted 8 bits a channel"):

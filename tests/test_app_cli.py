@@ -341,7 +341,8 @@ def test_every_kind_of_part_goes_through_the_command(argv, here, capsys):
 
 
 @pytest.mark.parametrize(
-    "posterior, limit, count", [("diagonal", None, 500), ("diagonal", 64, 64), ("nsf", None, 12), ("nsf", 64, 10), ("nsf", 5, 5)]
+    "posterior, limit, count",
+    [("diagonal", None, 500), ("diagonal", 64, 64), ("nsf", None, 12), ("nsf", 64, 10), ("nsf", 5, 5)],
 )
 def test_a_vamp_prior_has_as_many_pseudo_inputs_as_data_and_posterior_bear(posterior, limit, count):
     options, dataset = read(resolve({"prior": "vamp", "posterior": posterior, "limit": limit}))
@@ -386,9 +387,15 @@ def test_the_command_of_the_issue(here):
     [
         (["--posterior", "von-mises-fisher", "--prior", "normal"], "Use prior 'hyperspherical'"),
         (["--prior", "hyperspherical"], "Use posterior 'von-mises-fisher'"),
-        (["--bound", "vr-max", "--estimator", "doubly-reparameterized"], "needs a bound whose derivative is continuous"),
+        (
+            ["--bound", "vr-max", "--estimator", "doubly-reparameterized"],
+            "needs a bound whose derivative is continuous",
+        ),
         (["--posterior", "point", "--prior", "vamp"], "a plain autoencoder has neither a prior nor a bound"),
-        (["--posterior", "full", "--posterior-options", "rank=3"], "posterior 'full' has no option 'rank'; it has none"),
+        (
+            ["--posterior", "full", "--posterior-options", "rank=3"],
+            "posterior 'full' has no option 'rank'; it has none",
+        ),
         (["--posterior-options", "rank"], "wanted options such as bins=8,transforms=2"),
         (["--bound", "renyi", "--bound-options", "beta=1"], "the bound renyi, which has alpha"),
         (["--regularizers", "mdd=1"], "Did you mean 'mmd'?"),

@@ -15,7 +15,19 @@ from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
 from pyro_vae.app.losses import the_loss
 
-TINY = ["--epochs", "1", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "10", "--evaluation-images", "20", "--quiet"]
+TINY = [
+    "--epochs",
+    "1",
+    "--hidden",
+    "16",
+    "--latent-dim",
+    "3",
+    "--evaluation-samples",
+    "10",
+    "--evaluation-images",
+    "20",
+    "--quiet",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +44,11 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, photos):
     base = tmp_path_factory.mktemp("runs")
-    made = {"digits": ["--limit", "100"], "flow": ["--limit", "100", "--posterior", "maf"], "photos": ["--data", str(photos), "--image-size", "8"]}
+    made = {
+        "digits": ["--limit", "100"],
+        "flow": ["--limit", "100", "--posterior", "maf"],
+        "photos": ["--data", str(photos), "--image-size", "8"],
+    }
     for name, options in made.items():
         assert main(["fit", "--out", str(base / name), *options, *TINY]) == 0
     return {name: base / name for name in made}
@@ -102,7 +118,9 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(runs, photos, tmp_pat
         return own(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "needs pandas and pyarrow, and pyarrow is not installed" in refused(runs["digits"], "test", "--out", tmp_path / "z.parquet")
+    assert "needs pandas and pyarrow, and pyarrow is not installed" in refused(
+        runs["digits"], "test", "--out", tmp_path / "z.parquet"
+    )
     monkeypatch.setattr(builtins, "__import__", own)
     monkeypatch.setattr(encoding, "_csv", lambda path, *_: path.write_text("half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -125,7 +143,9 @@ def test_exported_programs_give_what_the_networks_give(runs, kind, tmp_path, cap
             assert torch.allclose(encoder(x)[0], vae.guide.posterior.head(vae.guide.posterior.encoder(x)), atol=1e-6)
         else:
             mean, scale = encoder(x)
-            assert torch.allclose(mean, vae.posterior(x).mean, atol=1e-6) and torch.allclose(scale, vae.posterior(x).stddev, atol=1e-6)
+            assert torch.allclose(mean, vae.posterior(x).mean, atol=1e-6) and torch.allclose(
+                scale, vae.posterior(x).stddev, atol=1e-6
+            )
 
 
 def test_a_program_that_says_otherwise_is_not_kept(runs, tmp_path, monkeypatch, capsys):
@@ -149,7 +169,9 @@ def test_beta_weighs_the_divergence_in_training_and_not_in_what_is_reported(tmp_
         assert main(["fit", "--out", str(path), "--limit", "300", "--beta", beta, *TINY, "--epochs", "15"]) == 0
         found[beta] = json.loads((path / "summary.json").read_text())
     assert found["20"]["test_kl"] < 0.5 * found["1"]["test_kl"]
-    assert all(n["test_elbo"] == pytest.approx(n["test_reconstruction"] - n["test_kl"], abs=1e-6) for n in found.values())
+    assert all(
+        n["test_elbo"] == pytest.approx(n["test_reconstruction"] - n["test_kl"], abs=1e-6) for n in found.values()
+    )
     assert pv.open(tmp_path / "20").options.beta == 20 and pv.open(tmp_path / "20").history["beta"][-1] == 20
     vae = pv.VAE.build((1, 8, 8), latent_dim=2, hidden=(4,))
     assert the_loss(resolve({"beta": 2.5}), vae).beta == 2.5

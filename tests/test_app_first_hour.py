@@ -117,8 +117,9 @@ def test_a_run_of_other_options_gets_a_folder_of_its_own(here):
 def test_two_processes_do_not_write_one_run(here):
     pytest.importorskip("fcntl")
     with run_folder(here / "runs" / "digits-1", {"epochs": 1}):
-        with pytest.raises(ValueError, match="another process is writing"), run_folder(
-            here / "runs" / "digits-1", {"epochs": 1}
+        with (
+            pytest.raises(ValueError, match="another process is writing"),
+            run_folder(here / "runs" / "digits-1", {"epochs": 1}),
         ):
             pass
         assert default_path("digits", {"epochs": 1}).name == "digits-2"
@@ -266,7 +267,9 @@ def test_draw_draws_again_also_what_is_unfinished(here, run, monkeypatch, capsys
         Run.load(folder)
 
 
-@pytest.mark.parametrize("each, wanted", [(1e-9, (1000, 1000)), (1e-4, (1000, 500)), (1e-3, (500, 100)), (1.0, (100, 100))])
+@pytest.mark.parametrize(
+    "each, wanted", [(1e-9, (1000, 1000)), (1e-4, (1000, 500)), (1e-3, (500, 100)), (1.0, (100, 100))]
+)
 def test_an_evaluation_takes_about_a_minute_unless_told_otherwise(each, wanted, monkeypatch):
     monkeypatch.setattr(evaluation, "seconds_each", lambda *_: each)
     options, dataset = read(resolve({"limit": 200, "data": "linear-gaussian"}))
@@ -278,7 +281,9 @@ def test_an_evaluation_takes_about_a_minute_unless_told_otherwise(each, wanted, 
     full = evaluation.plan(vae, dataset, resolve({"data": "linear-gaussian", "full": True}))
     assert (full.num_samples, full.images) == (5000, len(dataset.test))
     assert full.seconds == pytest.approx(plan.full_seconds)
-    said = evaluation.plan(vae, dataset, resolve({"data": "linear-gaussian", "evaluation_samples": 30, "evaluation_images": 40}))
+    said = evaluation.plan(
+        vae, dataset, resolve({"data": "linear-gaussian", "evaluation_samples": 30, "evaluation_images": 40})
+    )
     assert (said.num_samples, said.images) == (30, 40), "what was asked for is done, however long it takes"
 
 
@@ -374,7 +379,9 @@ def test_words_on_the_page_are_escaped():
 
 def test_originals_are_shown_as_grey_levels_beside_their_draw(run, monkeypatch, tmp_path):
     shown = {}
-    monkeypatch.setattr(plots, "reconstructions", lambda x, y, title, grey=None: shown.update(x=x, y=y, title=title, grey=grey))
+    monkeypatch.setattr(
+        plots, "reconstructions", lambda x, y, title, grey=None: shown.update(x=x, y=y, title=title, grey=grey)
+    )
     monkeypatch.setattr(report, "save", lambda *_: None)
     options, dataset = read(resolve({"limit": 200}))
     vae = Run.load(run).vae()

@@ -210,7 +210,18 @@ def test_a_score_that_is_fooled_says_so_and_others_are_offered(run, tmp_path, ca
     # The mean of the digits: what the pair expects, and no digit.
     mean = data.load("digits").train.mean().mul(255).round().to(torch.uint8).numpy()
     np.savez(tmp_path / "mean.npz", images=np.repeat((mean > 127).astype(np.uint8) * 255, 40, 0))
-    argv = ("anomalies", run, "--top", 1, "-K", 10, "--picture", tmp_path / "top.png", "--outliers", tmp_path / "mean.npz")
+    argv = (
+        "anomalies",
+        run,
+        "--top",
+        1,
+        "-K",
+        10,
+        "--picture",
+        tmp_path / "top.png",
+        "--outliers",
+        tmp_path / "mean.npz",
+    )
     command(*argv)
     said = capsys.readouterr().out
     assert float(said.split("ROC-AUC ")[1].split(":")[0]) < 0.5

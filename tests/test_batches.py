@@ -136,7 +136,11 @@ def test_holders_give_the_same_fit_and_the_same_estimate_as_a_tensor(tmp_path):
     def score(data):
         model, guide = pair_of((5,))
         history = fit(model, guide, data, epochs=2, batch_size=6, seed=0, progress=False)
-        return history["loss"], log_likelihood(model, guide, data, num_samples=5).value, anomaly_scores(model, guide, data)
+        return (
+            history["loss"],
+            log_likelihood(model, guide, data, num_samples=5).value,
+            anomaly_scores(model, guide, data),
+        )
 
     wanted = score(torch.tensor(X))
     for name in ("float64", "big-endian memory map", "frame", "csr", "annotated", "dataset"):
@@ -263,7 +267,10 @@ def test_what_a_pair_takes_is_read_from_whatever_wraps_it():
     assert arguments_of(poutine.scale(two, scale=2.0)).required == 2
     assert arguments_of(poutine.block(poutine.scale(Module(), scale=2.0))).masks == {1}
     assert arguments_of(Module().method, Module()).most == 1
-    assert arguments_of(lambda *args: None).most == float("inf") and arguments_of(lambda *a: None, two).names == ("x", "y")
+    assert arguments_of(lambda *args: None).most == float("inf") and arguments_of(lambda *a: None, two).names == (
+        "x",
+        "y",
+    )
     with pytest.raises(ValueError, match=r"the pair takes 2 arguments \(x, y\).*fit\(model, guide, \(x, y\)\)"):
         Batches(torch.tensor(X), 6, programs=(two,))
 
@@ -383,9 +390,13 @@ def test_what_holds_no_numbers_is_refused_by_name(data, text):
 
 
 def test_rows_of_another_shape_are_refused_with_what_was_got():
-    with pytest.raises(ValueError, match=r"does not run on a batch of the data, float32 \(20, 4\).*Wanted rows of the shape"):
+    with pytest.raises(
+        ValueError, match=r"does not run on a batch of the data, float32 \(20, 4\).*Wanted rows of the shape"
+    ):
         fit(five, Normalised(), X[:, :4], epochs=1, progress=False)
-    with pytest.raises(ValueError, match=r"does not run on a batch of the data, float32 \(20, 5\).*Wanted rows of the shape"):
+    with pytest.raises(
+        ValueError, match=r"does not run on a batch of the data, float32 \(20, 5\).*Wanted rows of the shape"
+    ):
         fit(*pair_of((6,)), X, epochs=1, progress=False)
 
 
@@ -394,7 +405,9 @@ def test_items_that_do_not_stack_are_refused():
         def __getitem__(self, i):
             return torch.zeros(i + 1)
 
-    with pytest.raises(ValueError, match=r"cannot be made one batch: got float32 \(1,\) and float32 \(2,\).*collate_fn"):
+    with pytest.raises(
+        ValueError, match=r"cannot be made one batch: got float32 \(1,\) and float32 \(2,\).*collate_fn"
+    ):
         fit(*pair_of((5,)), Uneven(X), epochs=1, progress=False)
 
 

@@ -85,7 +85,9 @@ def arrays(draw):
 
 
 def tensor(x):
-    return torch.as_tensor(x.astype("f8") if x.dtype.kind in "fu" or x.dtype.itemsize > 8 else x.astype(x.dtype.newbyteorder("=")))
+    return torch.as_tensor(
+        x.astype("f8") if x.dtype.kind in "fu" or x.dtype.itemsize > 8 else x.astype(x.dtype.newbyteorder("="))
+    )
 
 
 HOLDERS = {
@@ -171,7 +173,9 @@ def test_batches_are_the_rows_or_a_refusal(x, name, size):
         wanted = x[0]  # without a pair to tell, a list of one tensor is one batch
     wanted = np.asarray(wanted.astype("f8"))
     assert found.shape == wanted.shape and found.layout == torch.strided
-    assert np.array_equal(found.double().numpy(), wanted.astype("f4") if name == "csc array" else wanted, equal_nan=True)
+    assert np.array_equal(
+        found.double().numpy(), wanted.astype("f4") if name == "csc array" else wanted, equal_nan=True
+    )
     assert found.dtype not in (torch.uint16, torch.uint32, torch.uint64)
     if batches.num_data is not None:
         assert batches.num_data == len(x) and [rows(b) for b in given_batches][:-1] == [size] * (len(batches) - 1)
@@ -211,7 +215,9 @@ def test_a_step_of_fit_is_taken_or_refused(x, name, size, likelihood, fits):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            history = fit(vae.model, vae.guide, data, epochs=1, batch_size=size, learning_rate=1e-6, seed=0, progress=False)
+            history = fit(
+                vae.model, vae.guide, data, epochs=1, batch_size=size, learning_rate=1e-6, seed=0, progress=False
+            )
     except ValueError as error:
         assert str(error)
         if name in ("array", "tuple", "two columns", "dataset", "labelled tensors", "loader", "annotated"):

@@ -1,6 +1,5 @@
 """Every part goes through the laws that pyro_vae.testing ships."""
 
-
 import pyro.distributions as dist
 import pytest
 import torch

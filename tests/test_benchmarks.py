@@ -25,7 +25,7 @@ from rounds import Group, Peer, Row, Timing, run_group  # noqa: E402
 SMALL = Problem(hidden=(12, 9), latent=3, activation="tanh", batch_size=6)
 IWAE_7 = dataclasses.replace(SMALL, num_samples=7)
 CONVOLUTIONAL = Problem(network="convolutional", latent=3, batch_size=6)
-FAKE = '''
+FAKE = """
 import os
 
 def build(pixels, problem, calls=10, die=False):
@@ -38,7 +38,7 @@ def build(pixels, problem, calls=10, die=False):
             raise RuntimeError("it | broke\\nand more")
         return len(pixels), -1.5 - ("SOME_CACHE" in os.environ)
     return epoch
-'''
+"""
 
 
 def pixels_of(count: int) -> np.ndarray:

@@ -106,7 +106,16 @@ def test_at_the_exact_posterior_all_are_the_evidence():
 
 def test_names_and_bad_numbers():
     named = [renyi(0.5), renyi(-1.0), miwae(8), ciwae(0.25), piwae(8), cubo(2), wake_sleep(), wake_sleep(0.5)]
-    wanted = ["renyi(0.5)", "renyi(-1)", "miwae(8)", "ciwae(0.25)", "piwae(8)", "cubo(2)", "wake_sleep", "wake_sleep(0.5)"]
+    wanted = [
+        "renyi(0.5)",
+        "renyi(-1)",
+        "miwae(8)",
+        "ciwae(0.25)",
+        "piwae(8)",
+        "cubo(2)",
+        "wake_sleep",
+        "wake_sleep(0.5)",
+    ]
     assert [repr(b) for b in named] == [b.__name__ for b in named] == wanted
     for make, text in (
         (lambda: renyi(-math.inf), "alpha must be a finite number, got -inf.*vr_max"),

@@ -57,7 +57,7 @@ def test_the_reasons():
     assert unconverged(good, moving) is None
     assert unconverged(good, moving * 0.1) == "only 7 % of the moves were accepted"
     assert unconverged(good + math.nan, moving) == "8 of 8 chains have left the numbers"
-    assert unconverged(torch.tensor([[0.0], [12.0]]), moving) .startswith("the chains of a datum end 8.49 nats apart")
+    assert unconverged(torch.tensor([[0.0], [12.0]]), moving).startswith("the chains of a datum end 8.49 nats apart")
 
 
 def test_the_steps_that_it_takes_follow_the_power_law_of_two_lengths():

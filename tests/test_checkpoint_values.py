@@ -179,7 +179,9 @@ print(sorted(program_values(*small_pair()).items()))
 def test_the_places_are_called_alike_in_every_process():
     found = []
     for seed in ("1", "2"):
-        run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        run = subprocess.run(
+            [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed}
+        )
         assert run.returncode == 0, run.stderr
         found.append(run.stdout.splitlines())
     assert len(found[0]) == len(kinds()) + 2 and all("model" in line and "guide" in line for line in found[0][:-2])

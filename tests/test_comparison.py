@@ -71,7 +71,11 @@ def test_any_bound_at_any_k_agrees_with_the_bound_itself():
         error = math.hypot((draws.std() / 200**0.5).item(), one.bounds[label].mc_stderr)
         assert one.bounds[label].value == pytest.approx(draws.mean().item(), abs=4 * error), label
     assert one.elbo.value < one.bounds["iwae 20"].value < found.log_likelihood.value + 0.01
-    for bad, message in (({"iwea": 5}, "Did you mean 'iwae'"), ({pv.cubo(2.0): 5}, "one from above"), ({"iwae": 0}, "positive")):
+    for bad, message in (
+        ({"iwea": 5}, "Did you mean 'iwae'"),
+        ({pv.cubo(2.0): 5}, "one from above"),
+        ({"iwae": 0}, "positive"),
+    ):
         with pytest.raises(ValueError, match=message):
             compare_guides(MODEL, {"wide": EXACT}, X, bounds=bad, **QUIET)
 
@@ -86,10 +90,14 @@ def test_seeds_are_pooled_and_the_interval_is_students():
     assert one.gap.value == pytest.approx(true.mean().item(), abs=4 * one.gap.mc_stderr)
     half = t.ppf(0.975, 2) * true.std().item() / 3**0.5
     low, high = one.intervals["gap"]
-    assert (high - low) / 2 == pytest.approx(half, rel=0.1) and (low + high) / 2 == pytest.approx(one.gap.value, abs=1e-6)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1) and (low + high) / 2 == pytest.approx(
+        one.gap.value, abs=1e-6
+    )
     assert set(one.intervals) == {"elbo", "gap", "iwae 5"}
     single = found.scores["exact"]
-    assert single.intervals["elbo"] == pytest.approx((single.elbo.value - 2 * single.elbo.mc_stderr, single.elbo.value + 2 * single.elbo.mc_stderr))
+    assert single.intervals["elbo"] == pytest.approx(
+        (single.elbo.value - 2 * single.elbo.mc_stderr, single.elbo.value + 2 * single.elbo.mc_stderr)
+    )
     # The pooled Monte Carlo error is that of a mean of three independent numbers.
     alone = compare_guides(MODEL, {str(s): wide(s) for s in scales}, X, num_samples=2000, **QUIET)
     errors = [each.elbo.mc_stderr for each in alone.scores.values()]
@@ -98,10 +106,18 @@ def test_seeds_are_pooled_and_the_interval_is_students():
 
 
 def test_it_is_written_as_a_table():
-    found = compare_guides(MODEL, {"exact": EXACT, "wide": [wide(0.8), wide(1.0)]}, X, bounds={"iwae": (5, 50)}, num_samples=50, **QUIET)
+    found = compare_guides(
+        MODEL, {"exact": EXACT, "wide": [wide(0.8), wide(1.0)]}, X, bounds={"iwae": (5, 50)}, num_samples=50, **QUIET
+    )
     text = found.to_latex()
-    assert text.splitlines()[2].startswith(r"guide & ELBO & iwae 5 & iwae 50 & log p(x) from it & gap") and r"wide (of 2) & " in text
+    assert (
+        text.splitlines()[2].startswith(r"guide & ELBO & iwae 5 & iwae 50 & log p(x) from it & gap")
+        and r"wide (of 2) & " in text
+    )
     frame = found.to_frame()
-    assert frame.loc[1, "elbo_low"] == pytest.approx(found.scores["wide"].intervals["elbo"][0]) and frame.loc[0, "num_guides"] == 1
+    assert (
+        frame.loc[1, "elbo_low"] == pytest.approx(found.scores["wide"].intervals["elbo"][0])
+        and frame.loc[0, "num_guides"] == 1
+    )
     assert "95 % over guides of other seeds" in str(found)
     assert [t.get_text() for t in found.plot().axes[0].get_xticklabels()] == ["exact", "wide"]

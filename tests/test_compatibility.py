@@ -204,7 +204,9 @@ def test_batch_normalisation_with_several_particles():
     bare, guide = small_pair()
     decoder = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 16), nn.Unflatten(-1, (1, 4, 4)))
     normed = Model(bare.prior, lambda z: dist.Bernoulli(logits=decoder(z)).to_event(3))  # not even its own module
-    refused(normed, guide, Objective(iwae, 4), "batch normalisation, which would mix the 4 samples.*LayerNorm", binary())
+    refused(
+        normed, guide, Objective(iwae, 4), "batch normalisation, which would mix the 4 samples.*LayerNorm", binary()
+    )
     vectorized = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1)
     assert "mix the 5 samples" in reasons(normed, guide, (binary(),), vectorized)[0]
     for fine in (Objective(elbo), Trace_ELBO(), Trace_ELBO(num_particles=5)):
@@ -227,10 +229,14 @@ def test_supports_that_do_not_match():
         return dist.Gamma(2.0, 2.0)
 
     refused(prior(positive), gaussian, Trace_ELBO(), r"'z' \(Normal\) has the support real, and the prior \(Gamma\)")
-    refused(prior(lambda: dist.Bernoulli(0.5)), gaussian, Trace_ELBO(), "'z' .Normal. is continuous, and the prior is disc")
+    refused(
+        prior(lambda: dist.Bernoulli(0.5)), gaussian, Trace_ELBO(), "'z' .Normal. is continuous, and the prior is disc"
+    )
     sphere = guide_of(lambda loc: dist.ProjectedNormal(torch.stack([loc, loc, loc], -1)))
     flat = prior(lambda: dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    refused(flat, sphere, Trace_ELBO(), "has the support sphere, and the prior .Normal. the support real.*Hyperspherical")
+    refused(
+        flat, sphere, Trace_ELBO(), "has the support sphere, and the prior .Normal. the support real.*Hyperspherical"
+    )
     wide = guide_of(lambda loc: dist.Normal(torch.stack([loc, loc], -1), 1.0).to_event(1))
     refused(flat, wide, Trace_ELBO(), r"event_shape \(2,\), and the prior \(3,\).*same latent_dim")
     # Narrower than the prior is allowed.
@@ -265,7 +271,9 @@ def test_a_prior_of_many_flows_is_said_to_be_slow_and_one_of_gaussians_is_not():
                         prior_options={"num_components": count})  # fmt: skip
         return vae.model, vae.guide
 
-    with pytest.warns(UserWarning, match="mixture of 500 flows, so that the 48 samples of a step are scored 24,000 times"):
+    with pytest.warns(
+        UserWarning, match="mixture of 500 flows, so that the 48 samples of a step are scored 24,000 times"
+    ):
         check(*pair("nsf", 500), (binary(6),), Objective(iwae, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -449,14 +449,16 @@ def test_only_a_pyro_elbo_can_be_compiled():
         Compiled(elbo)
     with pytest.raises(ValueError, match="compile_after must be None or at least 0, got -1"):
         Compiled(Trace_ELBO(), compile_after=-1)
-    with pytest.raises(ValueError, match='got compile=\'yes\', wanted True, False or "auto"'):
+    with pytest.raises(ValueError, match="got compile='yes', wanted True, False or \"auto\""):
         fit(*small_pair(), images, compile="yes")
 
 
 def test_fit_captures_where_that_pays_and_keeps_its_promises():
     pairs = small_pair(), small_pair()
     options = {"epochs": 250, "batch_size": 12, "seed": 0, "learning_rate": 1e-3}
-    histories = [fit(*pair, binary(24), compile=flag, **options) for pair, flag in zip(pairs, ("auto", False), strict=True)]
+    histories = [
+        fit(*pair, binary(24), compile=flag, **options) for pair, flag in zip(pairs, ("auto", False), strict=True)
+    ]
     assert histories[0]["loss"] == pytest.approx(histories[1]["loss"], rel=1e-3)
     assert histories[0]["bound"] == pytest.approx(histories[1]["bound"], rel=1e-3)
 

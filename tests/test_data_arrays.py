@@ -12,10 +12,18 @@ IMAGES = RANDOM.integers(0, 256, (120, 5, 4), dtype=np.uint8)
 LABELS = np.arange(120, dtype=np.uint8) % 10
 
 
-@pytest.mark.parametrize("shape, x_shape", [
-    ((9, 5, 4), (1, 5, 4)), ((9, 5, 4, 3), (3, 5, 4)), ((9, 5, 4, 1), (1, 5, 4)), ((9, 3, 5, 4), (3, 5, 4)),
-    ((9, 1, 5, 4), (1, 5, 4)), ((9, 3, 5, 3), (3, 5, 3)), ((9, 20), (20,)),
-])
+@pytest.mark.parametrize(
+    "shape, x_shape",
+    [
+        ((9, 5, 4), (1, 5, 4)),
+        ((9, 5, 4, 3), (3, 5, 4)),
+        ((9, 5, 4, 1), (1, 5, 4)),
+        ((9, 3, 5, 4), (3, 5, 4)),
+        ((9, 1, 5, 4), (1, 5, 4)),
+        ((9, 3, 5, 3), (3, 5, 3)),
+        ((9, 20), (20,)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
 def test_axes_of_arrays(tmp_path, shape, x_shape, dtype):
     array = RANDOM.integers(0, 256, shape).astype(dtype) / (1 if dtype == np.uint8 else 255)
@@ -31,7 +39,9 @@ def test_axes_of_arrays(tmp_path, shape, x_shape, dtype):
     assert np.allclose(row.numpy().reshape(moved[4].shape), moved[4])
 
 
-@pytest.mark.parametrize("array", [IMAGES > 128, (IMAGES > 128).astype(np.uint8), (IMAGES > 128).astype(np.uint8) * 255])
+@pytest.mark.parametrize(
+    "array", [IMAGES > 128, (IMAGES > 128).astype(np.uint8), (IMAGES > 128).astype(np.uint8) * 255]
+)
 def test_binary_arrays_stay_binary(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
     data = load(tmp_path / "a.npy")
@@ -72,27 +82,36 @@ def test_npz_with_its_own_split(tmp_path, validation):
     assert data.test.labels.tolist() == LABELS[:9].tolist()
 
 
-@pytest.mark.parametrize("arrays, message", [
-    ({"x": np.array([[1], [2, 3]], dtype=object)}, "holds an object array, which would be unpickled"),
-    ({"x": np.full((4, 5, 5), np.nan)}, r"\['x'\] holds NaN or infinite values in 4 of 4 rows, first in row 0"),
-    ({"x": np.array([[0.0], [1.0], [np.inf]])}, "holds NaN or infinite values in 1 of 3 rows, first in row 2"),
-    ({"x": np.full((4, 5, 5), 255.0)}, r"holds float images in \[255, 255\], wanted \[0, 1\]"),
-    ({"x": np.zeros((4, 5), dtype=np.complex64)}, "has dtype complex64, wanted uint8 levels 0..255 or floats"),
-    ({"x": np.full((4, 5, 5), 256)}, r"has dtype int64 and whole numbers in \[256, 256\], wanted levels 0..255"),
-    ({"x": np.full((4, 5), 2**24 + 1)}, "wanted none beyond 16777216, which float32 holds exactly"),
-    ({"x": np.full((4, 5), 1e300)}, "holds numbers beyond float32 in 4 of 4 rows, first in row 0"),
-    ({"x": np.zeros((4, 5, 6, 6, 7))}, r"has shape \(4, 5, 6, 6, 7\), wanted data.* Reshape it"),
-    ({"x": np.zeros((5, 9)), "y": np.zeros(9)}, r"wanted data in rows: \(N, D\) and \(N,\). Save the data transposed"),
-    ({"x": np.zeros((4, 5, 6, 7), dtype=np.uint8)}, r"has shape \(4, 5, 6, 7\), wanted images of 1 or 3 channels"),
-    ({"x": np.zeros(7)}, r"has shape \(7,\), wanted data"),
-    ({"x": np.zeros((0, 7))}, r"has shape \(0, 7\), wanted data"),
-    ({"x": np.zeros((2, 7))}, "got 2 images or rows, wanted at least 3"),
-    ({"cats": np.zeros((5, 7)), "dogs": np.zeros((5, 7))}, "holds the arrays cats, dogs, wanted one named images or x"),
-    ({"x_train": np.zeros((5, 7)), "y_train": np.zeros(5, dtype=int)}, "holds x_train but no test data"),
-    ({"x_train": np.zeros((5, 7)), "x_test": np.zeros((5, 6))}, "data of different shape or dtype"),
-    ({"x_test": np.zeros((5, 7)), "x_val": np.zeros((5, 7))}, "has the parts .*, wanted train and test"),
-    ({"x_train": np.zeros((5, 7)), "x_val": np.zeros((1, 7))}, "got 1 validation datum, wanted at least 2"),
-])
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"x": np.array([[1], [2, 3]], dtype=object)}, "holds an object array, which would be unpickled"),
+        ({"x": np.full((4, 5, 5), np.nan)}, r"\['x'\] holds NaN or infinite values in 4 of 4 rows, first in row 0"),
+        ({"x": np.array([[0.0], [1.0], [np.inf]])}, "holds NaN or infinite values in 1 of 3 rows, first in row 2"),
+        ({"x": np.full((4, 5, 5), 255.0)}, r"holds float images in \[255, 255\], wanted \[0, 1\]"),
+        ({"x": np.zeros((4, 5), dtype=np.complex64)}, "has dtype complex64, wanted uint8 levels 0..255 or floats"),
+        ({"x": np.full((4, 5, 5), 256)}, r"has dtype int64 and whole numbers in \[256, 256\], wanted levels 0..255"),
+        ({"x": np.full((4, 5), 2**24 + 1)}, "wanted none beyond 16777216, which float32 holds exactly"),
+        ({"x": np.full((4, 5), 1e300)}, "holds numbers beyond float32 in 4 of 4 rows, first in row 0"),
+        ({"x": np.zeros((4, 5, 6, 6, 7))}, r"has shape \(4, 5, 6, 6, 7\), wanted data.* Reshape it"),
+        (
+            {"x": np.zeros((5, 9)), "y": np.zeros(9)},
+            r"wanted data in rows: \(N, D\) and \(N,\). Save the data transposed",
+        ),
+        ({"x": np.zeros((4, 5, 6, 7), dtype=np.uint8)}, r"has shape \(4, 5, 6, 7\), wanted images of 1 or 3 channels"),
+        ({"x": np.zeros(7)}, r"has shape \(7,\), wanted data"),
+        ({"x": np.zeros((0, 7))}, r"has shape \(0, 7\), wanted data"),
+        ({"x": np.zeros((2, 7))}, "got 2 images or rows, wanted at least 3"),
+        (
+            {"cats": np.zeros((5, 7)), "dogs": np.zeros((5, 7))},
+            "holds the arrays cats, dogs, wanted one named images or x",
+        ),
+        ({"x_train": np.zeros((5, 7)), "y_train": np.zeros(5, dtype=int)}, "holds x_train but no test data"),
+        ({"x_train": np.zeros((5, 7)), "x_test": np.zeros((5, 6))}, "data of different shape or dtype"),
+        ({"x_test": np.zeros((5, 7)), "x_val": np.zeros((5, 7))}, "has the parts .*, wanted train and test"),
+        ({"x_train": np.zeros((5, 7)), "x_val": np.zeros((1, 7))}, "got 1 validation datum, wanted at least 2"),
+    ],
+)
 def test_bad_arrays(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
@@ -105,21 +124,27 @@ def test_broken_array_files(tmp_path, suffix):
     (np.save if suffix == "npy" else np.savez)(path, IMAGES)
     whole = path.read_bytes()
     assert load(path).x_shape == (1, 5, 4)
-    for raw, message in ((b"", "is empty, wanted a NumPy file"), (whole[:-100], "is truncated or no NumPy file"),
-                         (b"hello", "is truncated or no NumPy file")):
+    for raw, message in (
+        (b"", "is empty, wanted a NumPy file"),
+        (whole[:-100], "is truncated or no NumPy file"),
+        (b"hello", "is truncated or no NumPy file"),
+    ):
         path.write_bytes(raw)
         with pytest.raises(ValueError, match=message):
             load(path)
 
 
-@pytest.mark.parametrize("labels, reason", [
-    ({"y": np.zeros(4, dtype=int)}, r"\['y'\] left out: .* they have shape \(4,\) for 5 data"),
-    ({"y": np.full(5, 0.5)}, "left out: .* they are no whole numbers"),
-    ({"y": np.full(5, np.inf)}, "left out: .* some are not finite"),
-    ({"labels": np.ones((5, 3))}, "left out: .* are not one 1 among zeros in each row"),
-    ({"target": np.zeros(5, dtype="M8[D]")}, "left out: .* their dtype is datetime64"),
-    ({"y": np.array(list("abcde"), dtype=object)}, "left out what is not read: y is an object array"),
-])
+@pytest.mark.parametrize(
+    "labels, reason",
+    [
+        ({"y": np.zeros(4, dtype=int)}, r"\['y'\] left out: .* they have shape \(4,\) for 5 data"),
+        ({"y": np.full(5, 0.5)}, "left out: .* they are no whole numbers"),
+        ({"y": np.full(5, np.inf)}, "left out: .* some are not finite"),
+        ({"labels": np.ones((5, 3))}, "left out: .* are not one 1 among zeros in each row"),
+        ({"target": np.zeros(5, dtype="M8[D]")}, "left out: .* their dtype is datetime64"),
+        ({"y": np.array(list("abcde"), dtype=object)}, "left out what is not read: y is an object array"),
+    ],
+)
 def test_labels_that_name_no_class_are_left_out_with_a_line(tmp_path, labels, reason):
     np.savez(tmp_path / "a.npz", x=IMAGES[:5], **labels)
     with pytest.warns(UserWarning, match=reason):
@@ -135,8 +160,10 @@ def test_labels_of_some_parts_only_are_left_out_with_a_line(tmp_path):
         assert load(tmp_path / "a.npz").train.labels is None
 
 
-@pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], LABELS[None], LABELS.astype(float), np.eye(10)[LABELS],
-                                    np.eye(10, dtype=bool)[LABELS]])
+@pytest.mark.parametrize(
+    "labels",
+    [LABELS, LABELS[:, None], LABELS[None], LABELS.astype(float), np.eye(10)[LABELS], np.eye(10, dtype=bool)[LABELS]],
+)
 def test_labels_that_mean_class_numbers(tmp_path, labels):
     np.savez(tmp_path / "a.npz", x=np.arange(120, dtype=np.uint8)[:, None].repeat(3, 1), y=labels)
     data = load(tmp_path / "a.npz")
@@ -145,8 +172,13 @@ def test_labels_that_mean_class_numbers(tmp_path, labels):
 
 
 def test_names_as_labels_are_numbered_alike_in_all_parts(tmp_path):
-    np.savez(tmp_path / "a.npz", x_train=IMAGES[:4], x_test=IMAGES[:2], y_train=np.array(["owl", "ape", "owl", "cat"]),
-             y_test=np.array(["cat", "owl"]))
+    np.savez(
+        tmp_path / "a.npz",
+        x_train=IMAGES[:4],
+        x_test=IMAGES[:2],
+        y_train=np.array(["owl", "ape", "owl", "cat"]),
+        y_test=np.array(["cat", "owl"]),
+    )
     data = load(tmp_path / "a.npz", seed=1)
     assert data.label_names == ("ape", "cat", "owl") and data.test.labels.tolist() == [1, 2]
 
@@ -215,8 +247,14 @@ def test_shapes_that_leave_it_open_are_said(tmp_path):
         load(tmp_path / "c.npy")
 
 
-@pytest.mark.parametrize("shape, remedy", [((6, 8, 8, 4), r"drop transparency with a\[..., :3\]"), ((6, 4, 8, 8), r"a\[:, :3\]"),
-                                           ((6, 9, 9, 9), r"slices of volumes with a.reshape")])
+@pytest.mark.parametrize(
+    "shape, remedy",
+    [
+        ((6, 8, 8, 4), r"drop transparency with a\[..., :3\]"),
+        ((6, 4, 8, 8), r"a\[:, :3\]"),
+        ((6, 9, 9, 9), r"slices of volumes with a.reshape"),
+    ],
+)
 def test_other_channels_are_refused_with_what_to_do(tmp_path, shape, remedy):
     np.save(tmp_path / "a.npy", RANDOM.random(shape))
     with pytest.raises(ValueError, match=remedy):

@@ -109,14 +109,20 @@ def test_bits_are_those_of_the_levels():
     assert bits_per_dimension(density_of_x, 3).item() == pytest.approx(-p[v].log2().mean().item())
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: binarize(torch.zeros(3, dtype=torch.int64)), r"binarize got pixels of dtype torch.int64, wanted torch.uint8"),
-    (lambda: binarize(torch.tensor([0.5, 2.0])), r"lie in \[0.5, 2\], wanted \[0, 1\]. Divide by 255"),
-    (lambda: binarize(torch.tensor([float("nan")])), r"lie in \[nan, nan\], wanted \[0, 1\]"),
-    (lambda: threshold(torch.tensor([-1.0])), r"lie in \[-1, -1\], wanted \[0, 1\]"),
-    (lambda: dequantize(torch.zeros(3)), r"dequantize got pixels of dtype torch.float32, wanted torch.uint8"),
-    (lambda: bits_per_dimension(-1.0, 0), r"got num_dims=0 and levels=256, wanted both >= 1"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: binarize(torch.zeros(3, dtype=torch.int64)),
+            r"binarize got pixels of dtype torch.int64, wanted torch.uint8",
+        ),
+        (lambda: binarize(torch.tensor([0.5, 2.0])), r"lie in \[0.5, 2\], wanted \[0, 1\]. Divide by 255"),
+        (lambda: binarize(torch.tensor([float("nan")])), r"lie in \[nan, nan\], wanted \[0, 1\]"),
+        (lambda: threshold(torch.tensor([-1.0])), r"lie in \[-1, -1\], wanted \[0, 1\]"),
+        (lambda: dequantize(torch.zeros(3)), r"dequantize got pixels of dtype torch.float32, wanted torch.uint8"),
+        (lambda: bits_per_dimension(-1.0, 0), r"got num_dims=0 and levels=256, wanted both >= 1"),
+    ],
+)
 def test_errors_say_got_wanted_remedy(call, message):
     with pytest.raises(ValueError, match=message):
         call()

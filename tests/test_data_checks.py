@@ -77,7 +77,9 @@ def test_a_row_outside_the_support_is_found_wherever_it_stands(name):
 def test_batches_of_a_loader_are_looked_at_as_they_come():
     x = with_row(ones(), 255.0)
     loader = DataLoader(TensorDataset(x), batch_size=50)
-    with pytest.raises(ValueError, match=r"row 7 of batch 5 \(row 257 as they came\), column 2 of the data is 255, outside"):
+    with pytest.raises(
+        ValueError, match=r"row 7 of batch 5 \(row 257 as they came\), column 2 of the data is 255, outside"
+    ):
         fit(*pair_of("bernoulli"), loader, epochs=1, progress=False)
     with pytest.raises(ValueError, match="row 7 of batch 5"):
         log_likelihood(*pair_of("bernoulli"), loader, num_samples=3)
@@ -101,7 +103,9 @@ def test_batches_of_a_loader_are_looked_at_as_they_come():
         with pyro.plate("data", len(batch["x"])):
             pyro.sample("z", dist.Normal(net(batch["x"])[:, 0], 1.0))
 
-    with pytest.raises(ValueError, match="row 257, field 'x', column 2 of the data is 255, outside.*Bernoulli, site 'x'"):
+    with pytest.raises(
+        ValueError, match="row 257, field 'x', column 2 of the data is 255, outside.*Bernoulli, site 'x'"
+    ):
         fit(model, guide, Items(), epochs=1, batch_size=50, progress=False, seed=0)
 
 
@@ -127,7 +131,9 @@ def masking_pair(hide):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0)).unsqueeze(-1)
             rate = z.exp().expand(*z.shape[:-1], 4)
-            pyro.sample("x", dist.Poisson(rate, validate_args=False).mask(seen).to_event(1), obs=x.where(seen, x.new_zeros(())))
+            pyro.sample(
+                "x", dist.Poisson(rate, validate_args=False).mask(seen).to_event(1), obs=x.where(seen, x.new_zeros(()))
+            )
 
     def guide(x):
         pyro.module("net", net)
@@ -163,7 +169,9 @@ def test_the_column_of_a_table_is_named_and_what_overflows_too():
     with pytest.raises(ValueError, match="row 13, column 'weight' of the data is nan; wanted a finite number"):
         fit(*pair_of("normal"), table, epochs=1, progress=False)
     table.loc[13, "weight"] = 1e300
-    with pytest.raises(ValueError, match="row 13, column 'weight' of the data is inf.*too large for the model's floats"):
+    with pytest.raises(
+        ValueError, match="row 13, column 'weight' of the data is inf.*too large for the model's floats"
+    ):
         fit(*pair_of("normal"), table, epochs=1, progress=False)
 
 
@@ -203,7 +211,14 @@ def test_a_support_that_differs_between_data_is_not_that_of_others():
     total = torch.arange(1.0, 41.0)
     fit(model, guide, (total - 1, total), epochs=1, batch_size=7, progress=False)
     with pytest.raises(ValueError, match="row 30 of the data is 0.5, outside the support.*Binomial"):
-        fit(model, guide, ((total - 1).where(total != 31, torch.tensor(0.5)), total), epochs=1, batch_size=7, progress=False)
+        fit(
+            model,
+            guide,
+            ((total - 1).where(total != 31, torch.tensor(0.5)), total),
+            epochs=1,
+            batch_size=7,
+            progress=False,
+        )
 
 
 def test_grey_values_are_scored_and_said():

@@ -12,16 +12,19 @@ from pyro_vae.data import DATASETS, load
 RANDOM = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("arguments, options, message", [
-    (("mnits",), {}, "got dataset 'mnits', wanted one of digits, mnist, .*Did you mean 'mnist'"),
-    (("fashon_mnist",), {}, "Did you mean 'fashion-mnist'"),
-    (("/no/such/folder",), {}, "got dataset '/no/such/folder', wanted one of .* that exists"),
-    (("digits",), {"binarization": "dynamc"}, "got binarization 'dynamc', wanted one of .*Did you mean 'dynamic'"),
-    (("digits",), {"limit": 0}, "got limit=0, wanted a number of data >= 1"),
-    (("digits",), {"crop": 9}, "digits: got crop=9 for an image of 8x8"),
-    ((__file__,), {}, "wanted a .npy or .npz file or a folder of images"),
-    (("frey", "/nowhere"), {}, "no frey_faces.npz in /nowhere or /nowhere/frey"),
-])
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (("mnits",), {}, "got dataset 'mnits', wanted one of digits, mnist, .*Did you mean 'mnist'"),
+        (("fashon_mnist",), {}, "Did you mean 'fashion-mnist'"),
+        (("/no/such/folder",), {}, "got dataset '/no/such/folder', wanted one of .* that exists"),
+        (("digits",), {"binarization": "dynamc"}, "got binarization 'dynamc', wanted one of .*Did you mean 'dynamic'"),
+        (("digits",), {"limit": 0}, "got limit=0, wanted a number of data >= 1"),
+        (("digits",), {"crop": 9}, "digits: got crop=9 for an image of 8x8"),
+        ((__file__,), {}, "wanted a .npy or .npz file or a folder of images"),
+        (("frey", "/nowhere"), {}, "no frey_faces.npz in /nowhere or /nowhere/frey"),
+    ],
+)
 def test_bad_names_and_options(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         load(*arguments, **options)
@@ -57,7 +60,9 @@ def test_frey_split_and_errors(tmp_path):
 REAL = os.environ.get("PYRO_VAE_TEST_DATA", "")
 
 
-@pytest.mark.skipif(not Path(REAL, "mnist").is_dir() or not REAL, reason="PYRO_VAE_TEST_DATA names no folder with mnist")
+@pytest.mark.skipif(
+    not Path(REAL, "mnist").is_dir() or not REAL, reason="PYRO_VAE_TEST_DATA names no folder with mnist"
+)
 def test_real_mnist():
     data = load("mnist", REAL)
     assert [len(p) for p in (data.train, data.validation, data.test)] == [59_000, 1_000, 10_000]

@@ -33,9 +33,16 @@ class Trap:
 
 def test_dsprites_and_its_pickled_metadata(tmp_path):
     sprites = (RANDOM.random((30, 64, 64)) < 0.2).astype(np.uint8)
-    np.savez(tmp_path / "a.npz", imgs=sprites, latents_values=RANDOM.random((30, 6)), latents_classes=np.ones((30, 6), int),
-             metadata=np.array(Trap(tmp_path / "trapped"), dtype=object))
-    with pytest.warns(UserWarning, match="left out what is not read: metadata is an object array, which would be unpickled"):
+    np.savez(
+        tmp_path / "a.npz",
+        imgs=sprites,
+        latents_values=RANDOM.random((30, 6)),
+        latents_classes=np.ones((30, 6), int),
+        metadata=np.array(Trap(tmp_path / "trapped"), dtype=object),
+    )
+    with pytest.warns(
+        UserWarning, match="left out what is not read: metadata is an object array, which would be unpickled"
+    ):
         data = load(tmp_path / "a.npz")
     assert not (tmp_path / "trapped").exists()
     assert data.train.binarization == "threshold" and data.x_shape == (1, 64, 64) and sizes(data) == (24, 3, 3)
@@ -47,8 +54,10 @@ def test_dsprites_and_its_pickled_metadata(tmp_path):
 def test_medmnist(tmp_path, names):
     arrays = {}
     for part, count in zip(names, (40, 10, 12), strict=True):
-        arrays |= {f"{part}_images": GREY[:1].repeat(count, 0) + np.arange(count, dtype=np.uint8)[:, None, None],
-                   f"{part}_labels": np.arange(count, dtype=np.uint8)[:, None] % 3}
+        arrays |= {
+            f"{part}_images": GREY[:1].repeat(count, 0) + np.arange(count, dtype=np.uint8)[:, None, None],
+            f"{part}_labels": np.arange(count, dtype=np.uint8)[:, None] % 3,
+        }
     np.savez(tmp_path / "a.npz", **arrays)
     data = load(tmp_path / "a.npz")
     for name, part in zip(names, (data.train, data.validation, data.test), strict=True):
@@ -77,12 +86,21 @@ def test_labels_as_told(tmp_path):
     assert torch.equal(data.train.labels, data.train.pixels[:, 0].long() * 2) and data.protocol["labels"] == "kind"
 
 
-@pytest.mark.parametrize("options, message", [
-    ({}, r"holds the arrays cats, dogs, wanted one named .*Say which by images='cats' \(--images cats\)"),
-    ({"images": "apes"}, "got images='apes', wanted the name of one of them"),
-    ({"images": "cats", "labels": "dogs"}, r"\['dogs'\]: got labels of which .*; wanted one whole number or name for each datum"),
-    ({"images": "cats", "background": "black"}, "got background='black' for .* wanted it for files of pictures only"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, r"holds the arrays cats, dogs, wanted one named .*Say which by images='cats' \(--images cats\)"),
+        ({"images": "apes"}, "got images='apes', wanted the name of one of them"),
+        (
+            {"images": "cats", "labels": "dogs"},
+            r"\['dogs'\]: got labels of which .*; wanted one whole number or name for each datum",
+        ),
+        (
+            {"images": "cats", "background": "black"},
+            "got background='black' for .* wanted it for files of pictures only",
+        ),
+    ],
+)
 def test_what_cannot_be_told_is_asked(tmp_path, options, message):
     np.savez(tmp_path / "a.npz", cats=np.zeros((5, 7)), dogs=np.zeros((5, 7)))
     with pytest.raises(ValueError, match=message):
@@ -95,7 +113,10 @@ def write_amat(path, rows, form="%d"):
 
 @pytest.mark.parametrize("place", ["", "binarized_mnist_train.amat"])
 def test_larochelle_binarised(tmp_path, place):
-    parts = {name: (RANDOM.random((count, 784)) < 0.3).astype(int) for name, count in (("train", 12), ("valid", 4), ("test", 5))}
+    parts = {
+        name: (RANDOM.random((count, 784)) < 0.3).astype(int)
+        for name, count in (("train", 12), ("valid", 4), ("test", 5))
+    }
     for name, rows in parts.items():
         write_amat(tmp_path / f"binarized_mnist_{name}.amat", rows)
     data = load(tmp_path / place)
@@ -137,9 +158,15 @@ def test_omniglot(tmp_path, targets, place):
 def test_svhn(tmp_path):
     images = RANDOM.integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
     for part, rows in (("train", slice(0, 4)), ("test", slice(4, 7))):
-        scipy.io.savemat(tmp_path / f"{part}_32x32.mat", {"X": np.moveaxis(images[rows], 0, -1), "y": np.arange(7)[rows, None]})
+        scipy.io.savemat(
+            tmp_path / f"{part}_32x32.mat", {"X": np.moveaxis(images[rows], 0, -1), "y": np.arange(7)[rows, None]}
+        )
     data = load(tmp_path)
-    assert np.array_equal(data.test.pixels.permute(0, 2, 3, 1).numpy(), images[4:]) and data.test.labels.tolist() == [4, 5, 6]
+    assert np.array_equal(data.test.pixels.permute(0, 2, 3, 1).numpy(), images[4:]) and data.test.labels.tolist() == [
+        4,
+        5,
+        6,
+    ]
 
 
 def records(count, labels=1):
@@ -214,14 +241,24 @@ def test_emnist_has_several_sets_in_one_folder(tmp_path):
     assert sizes(load(tmp_path / "emnist-letters-train-images-idx3-ubyte")) == (18, 2, 5)
 
 
-@pytest.mark.parametrize("name, remedy", [
-    ("t.csv", r"numpy.save\('t.npy', pandas.read_csv\('t.csv'\)"), ("t.pt", r"torch.load\('t.pt', weights_only=True\)"),
-    ("t.h5", r"with h5py.File\('t.h5'\)"), ("t.txt", "numpy.loadtxt"), ("t.pkl", "a Python pickle"), ("t.zip", "Unpack it"),
-    ("t.parquet", "pandas.read_parquet"), ("t.xyz", "Save arrays with numpy.save"),
-])
+@pytest.mark.parametrize(
+    "name, remedy",
+    [
+        ("t.csv", r"numpy.save\('t.npy', pandas.read_csv\('t.csv'\)"),
+        ("t.pt", r"torch.load\('t.pt', weights_only=True\)"),
+        ("t.h5", r"with h5py.File\('t.h5'\)"),
+        ("t.txt", "numpy.loadtxt"),
+        ("t.pkl", "a Python pickle"),
+        ("t.zip", "Unpack it"),
+        ("t.parquet", "pandas.read_parquet"),
+        ("t.xyz", "Save arrays with numpy.save"),
+    ],
+)
 def test_other_files_say_what_to_do(tmp_path, name, remedy):
     (tmp_path / name).write_bytes(b"1,2\n3,4\n")
-    with pytest.raises(ValueError, match=rf"got the file .*{name}, wanted a .npy or .npz file or a folder of images.*{remedy}"):
+    with pytest.raises(
+        ValueError, match=rf"got the file .*{name}, wanted a .npy or .npz file or a folder of images.*{remedy}"
+    ):
         load(tmp_path / name)
 
 

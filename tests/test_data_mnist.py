@@ -37,25 +37,32 @@ def nowhere(monkeypatch):
 
 
 def test_idx_round_trip(tmp_path):
-    for name, raw in (("plain", idx(IMAGES)), ("zipped.gz", gzip.compress(idx(IMAGES))), ("unnamed", gzip.compress(idx(IMAGES)))):
+    for name, raw in (
+        ("plain", idx(IMAGES)),
+        ("zipped.gz", gzip.compress(idx(IMAGES))),
+        ("unnamed", gzip.compress(idx(IMAGES))),
+    ):
         (tmp_path / name).write_bytes(raw)
         assert np.array_equal(read_idx(tmp_path / name, axes=3).numpy(), IMAGES)
 
 
-@pytest.mark.parametrize("name, raw, message", [
-    ("f", b"", "f is empty, wanted an IDX file"),
-    ("f", idx(IMAGES[:0]), "f is empty: its header says 0x5x4"),
-    ("f", idx(IMAGES)[:-1], "f is truncated: its header promises 120x5x4 = 2400 bytes, got 2399"),
-    ("f", idx(IMAGES)[:9], "f is truncated: its header has 9 bytes, wanted 16"),
-    ("f", idx(IMAGES) + b"!", "f is too long: its header promises 2400 bytes, got 2401"),
-    ("f", b"<!doctype html>", "f starts with magic number 3c21646f, wanted 00000803"),
-    ("f", b"\0\0\x0d\x03" + bytes(40), "f starts with magic number 00000d03, wanted 00000803"),
-    ("f", idx(LABELS), r"f has 1 axes \(labels\), wanted 3 \(images\). Were image and label files swapped"),
-    ("f.gz", gzip.compress(idx(IMAGES))[:-40], "f.gz is truncated: the gzip stream breaks off"),
-    ("f.gz", gzip.compress(idx(IMAGES))[:30] + b"\xff" * 3000, "f.gz is a corrupt gzip file"),
-    ("f.gz", gzip.compress(idx(IMAGES))[:-8] + bytes(8), "f.gz is a corrupt gzip file .*CRC"),
-    ("f.gz", idx(IMAGES), "f.gz is a corrupt gzip file .it starts with 0000, wanted 1f8b"),
-])
+@pytest.mark.parametrize(
+    "name, raw, message",
+    [
+        ("f", b"", "f is empty, wanted an IDX file"),
+        ("f", idx(IMAGES[:0]), "f is empty: its header says 0x5x4"),
+        ("f", idx(IMAGES)[:-1], "f is truncated: its header promises 120x5x4 = 2400 bytes, got 2399"),
+        ("f", idx(IMAGES)[:9], "f is truncated: its header has 9 bytes, wanted 16"),
+        ("f", idx(IMAGES) + b"!", "f is too long: its header promises 2400 bytes, got 2401"),
+        ("f", b"<!doctype html>", "f starts with magic number 3c21646f, wanted 00000803"),
+        ("f", b"\0\0\x0d\x03" + bytes(40), "f starts with magic number 00000d03, wanted 00000803"),
+        ("f", idx(LABELS), r"f has 1 axes \(labels\), wanted 3 \(images\). Were image and label files swapped"),
+        ("f.gz", gzip.compress(idx(IMAGES))[:-40], "f.gz is truncated: the gzip stream breaks off"),
+        ("f.gz", gzip.compress(idx(IMAGES))[:30] + b"\xff" * 3000, "f.gz is a corrupt gzip file"),
+        ("f.gz", gzip.compress(idx(IMAGES))[:-8] + bytes(8), "f.gz is a corrupt gzip file .*CRC"),
+        ("f.gz", idx(IMAGES), "f.gz is a corrupt gzip file .it starts with 0000, wanted 1f8b"),
+    ],
+)
 def test_bad_idx_files(tmp_path, name, raw, message):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(ValueError, match=message):
@@ -79,10 +86,18 @@ def test_mnist_is_found_in_every_layout(tmp_path, nowhere, suffix, dotted, insid
 def test_mnist_defaults_and_protocol(tmp_path, nowhere):
     data = load("mnist", write_mnist(tmp_path), limit=7, image_size=8, seed=3)
     assert json.loads(json.dumps(data.protocol)) == {
-        "dataset": "mnist", "sizes": {"train": 7, "validation": 2, "test": 7},
+        "dataset": "mnist",
+        "sizes": {"train": 7, "validation": 2, "test": 7},
         "split": "train: the first 118 training images; validation: the last 2 of them; test: the official 30 test images",
-        "limit": 7, "binarization": "dynamic", "dequantize": False, "x_shape": [1, 8, 8], "image_size": 8, "crop": None,
-        "channels": None, "seed": 3, "source": str(tmp_path),
+        "limit": 7,
+        "binarization": "dynamic",
+        "dequantize": False,
+        "x_shape": [1, 8, 8],
+        "image_size": 8,
+        "crop": None,
+        "channels": None,
+        "seed": 3,
+        "source": str(tmp_path),
     }
     assert data.train[:].shape == (7, 1, 8, 8) and data.label_names == tuple("0123456789")
     assert data.to("cpu").x_shape == (1, 8, 8)
@@ -150,14 +165,25 @@ def test_a_download_is_used(tmp_path, monkeypatch):
     assert len(load("mnist", tmp_path).test) == 30
 
 
-@pytest.mark.parametrize("file, array, message", [
-    (0, LABELS, "train-images-idx3-ubyte has 1 axes .labels., wanted 3 .images.. Were image and label files swapped"),
-    (1, IMAGES, "train-labels-idx1-ubyte has 3 axes .images., wanted 1 .labels.. Were image and label files swapped"),
-    (1, LABELS[:-1], "train-images-idx3-ubyte holds 120 images, train-labels-idx1-ubyte 119 labels"),
-    (3, LABELS[:30] + 90, "t10k-labels-idx1-ubyte holds label 99, wanted 0..9"),
-    (2, IMAGES[:30, :4], r"holds images of \(1, 4, 4\), wanted \(1, 5, 4\)"),
-    (3, np.array([9, 2, 1, 1, 6, 1, 4, 6, 5, 7] * 3, dtype=np.uint8), "holds fashion-mnist, wanted mnist"),
-])
+@pytest.mark.parametrize(
+    "file, array, message",
+    [
+        (
+            0,
+            LABELS,
+            "train-images-idx3-ubyte has 1 axes .labels., wanted 3 .images.. Were image and label files swapped",
+        ),
+        (
+            1,
+            IMAGES,
+            "train-labels-idx1-ubyte has 3 axes .images., wanted 1 .labels.. Were image and label files swapped",
+        ),
+        (1, LABELS[:-1], "train-images-idx3-ubyte holds 120 images, train-labels-idx1-ubyte 119 labels"),
+        (3, LABELS[:30] + 90, "t10k-labels-idx1-ubyte holds label 99, wanted 0..9"),
+        (2, IMAGES[:30, :4], r"holds images of \(1, 4, 4\), wanted \(1, 5, 4\)"),
+        (3, np.array([9, 2, 1, 1, 6, 1, 4, 6, 5, 7] * 3, dtype=np.uint8), "holds fashion-mnist, wanted mnist"),
+    ],
+)
 def test_files_that_do_not_belong_together(tmp_path, nowhere, file, array, message):
     write_mnist(tmp_path)
     (tmp_path / mnist.FILES[file]).write_bytes(idx(array))

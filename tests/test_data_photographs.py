@@ -56,7 +56,9 @@ def test_train_and_test_folders_are_the_split(tmp_path, validation):
     if validation:
         write_images(tmp_path / "val" / "a", 3)
     data = load(tmp_path)
-    assert [len(part) for part in (data.train, data.validation, data.test)] == ([20, 3, 4] if validation else [18, 2, 4])
+    assert [len(part) for part in (data.train, data.validation, data.test)] == (
+        [20, 3, 4] if validation else [18, 2, 4]
+    )
     assert data.label_names == ("a", "b") and data.test.labels.tolist() == [1] * 4
     assert np.array_equal(data.test.pixels.permute(0, 2, 3, 1).numpy(), np.stack(test))
 
@@ -65,7 +67,9 @@ def test_limit_decodes_no_more_than_it_keeps(tmp_path, monkeypatch):
     write_images(tmp_path, 30)
     full = load(tmp_path)
     decoded = set()
-    monkeypatch.setattr(photographs, "read_image", lambda path, framing: (decoded.add(path), read_image(path, framing))[1])
+    monkeypatch.setattr(
+        photographs, "read_image", lambda path, framing: (decoded.add(path), read_image(path, framing))[1]
+    )
     limited = load(tmp_path, limit=2)
     assert len(decoded) == 6
     assert [len(part) for part in (limited.train, limited.validation, limited.test)] == [2, 2, 2]
@@ -75,13 +79,21 @@ def test_limit_decodes_no_more_than_it_keeps(tmp_path, monkeypatch):
 def test_mixed_sizes_become_one_and_mixed_colours_need_a_word(tmp_path):
     write_images(tmp_path / "one", 6, (9, 6, 3))
     write_images(tmp_path / "two", 6, (12, 12, 3), "bmp")
-    with pytest.warns(UserWarning, match=r"images of 2 sizes, from 9x6 to 12x12 \(height x width\), were scaled and cut to 6x6"):
+    with pytest.warns(
+        UserWarning, match=r"images of 2 sizes, from 9x6 to 12x12 \(height x width\), were scaled and cut to 6x6"
+    ):
         found = load(tmp_path)
     same = load(tmp_path, image_size=6)
-    assert found.x_shape == (3, 6, 6) and torch.equal(found.train.pixels, same.train.pixels) and found.protocol["image_size"] == 6
+    assert (
+        found.x_shape == (3, 6, 6)
+        and torch.equal(found.train.pixels, same.train.pixels)
+        and found.protocol["image_size"] == 6
+    )
     assert load(tmp_path, image_size=5).x_shape == (3, 5, 5)
     write_images(tmp_path / "three", 6, (9, 6))
-    with pytest.raises(ValueError, match=r"differ in colour: .*00\d.* is .*, .*00\d.* is .*wanted one kind. Pass channels=1"):
+    with pytest.raises(
+        ValueError, match=r"differ in colour: .*00\d.* is .*, .*00\d.* is .*wanted one kind. Pass channels=1"
+    ):
         load(tmp_path, image_size=5)
     assert load(tmp_path, image_size=5, channels=1).x_shape == (1, 5, 5)
     assert load(tmp_path, image_size=5, channels=3).x_shape == (3, 5, 5)
@@ -121,7 +133,9 @@ def test_kinds_of_pixels(tmp_path):
 
 
 def test_framing_against_pillow():
-    smooth = Image.fromarray(RANDOM.integers(0, 256, (8, 6, 3), dtype=np.uint8)).resize((90, 120), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(RANDOM.integers(0, 256, (8, 6, 3), dtype=np.uint8)).resize(
+        (90, 120), Image.Resampling.BICUBIC
+    )
     pixels = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)[None]
     expected = np.array(smooth.crop((5, 20, 85, 100)).resize((16, 16), Image.Resampling.BILINEAR))
     got = Framing(crop=80, image_size=16)(pixels)[0].permute(1, 2, 0).numpy()
@@ -140,12 +154,18 @@ def test_framing_crops_the_centre_of_the_longer_side():
     assert Framing(image_size=7)(torch.rand(2, 3, 9, 9)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: Framing(crop=11)(torch.zeros(1, 1, 10, 20), "cats"), "cats: got crop=11 for an image of 10x20 .*wanted crop <= 10"),
-    (lambda: Framing(image_size=0), "got image_size=0, wanted a number of pixels >= 1"),
-    (lambda: Framing(channels=4), r"got channels=4, wanted 1 \(grey\), 3 \(colour\)"),
-    (lambda: Framing(channels=3)(torch.zeros(1, 2, 4, 4)), "got images of 2 channels and channels=3"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: Framing(crop=11)(torch.zeros(1, 1, 10, 20), "cats"),
+            "cats: got crop=11 for an image of 10x20 .*wanted crop <= 10",
+        ),
+        (lambda: Framing(image_size=0), "got image_size=0, wanted a number of pixels >= 1"),
+        (lambda: Framing(channels=4), r"got channels=4, wanted 1 \(grey\), 3 \(colour\)"),
+        (lambda: Framing(channels=3)(torch.zeros(1, 2, 4, 4)), "got images of 2 channels and channels=3"),
+    ],
+)
 def test_framing_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -162,12 +182,15 @@ def test_celeba_split_and_size(tmp_path):
     assert torch.equal(data.test.pixels[0], expected)
 
 
-@pytest.mark.parametrize("listing, message", [
-    (None, "no celeba in .*list_eval_partition.txt, both in .*celeba. Fetch them"),
-    ("000.jpg three\n", "line 1: got '000.jpg three', wanted a file name and 0, 1 or 2"),
-    ("000.jpg 0\n001.jpg 1\n", "names no images for test"),
-    ("000.jpg 0\n001.jpg 1\n9.jpg 2\n", "9.jpg could not be decoded"),
-])
+@pytest.mark.parametrize(
+    "listing, message",
+    [
+        (None, "no celeba in .*list_eval_partition.txt, both in .*celeba. Fetch them"),
+        ("000.jpg three\n", "line 1: got '000.jpg three', wanted a file name and 0, 1 or 2"),
+        ("000.jpg 0\n001.jpg 1\n", "names no images for test"),
+        ("000.jpg 0\n001.jpg 1\n9.jpg 2\n", "9.jpg could not be decoded"),
+    ],
+)
 def test_bad_celeba(tmp_path, listing, message):
     write_images(tmp_path / "img_align_celeba", 2, (218, 178, 3), "jpg")
     if listing is not None:

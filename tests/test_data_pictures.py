@@ -32,6 +32,7 @@ def origin(data):
 
 def png16(kind, channels):
     """A PNG of 16 bits a channel, which Pillow opens as one of 8 where it has a colour or transparency."""
+
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -44,20 +45,46 @@ def tiff16(bits, channels=3):
     """A colour TIFF of 16 bits a channel."""
     after = 8 + 2 + 9 * 12 + 4
     pixels = np.full((2, 2, channels), 40_001, dtype="<u2").tobytes()
-    tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, channels, after), (259, 3, 1, 1), (262, 3, 1, 2),
-            (273, 4, 1, after + 2 * channels), (277, 3, 1, channels), (278, 3, 1, 2), (279, 4, 1, len(pixels))]
-    return (b"II*\0" + struct.pack("<IH", 8, 9) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
-            + struct.pack("<I", 0) + struct.pack(f"<{channels}H", *[bits] * channels) + pixels)
+    tags = [
+        (256, 3, 1, 2),
+        (257, 3, 1, 2),
+        (258, 3, channels, after),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, after + 2 * channels),
+        (277, 3, 1, channels),
+        (278, 3, 1, 2),
+        (279, 4, 1, len(pixels)),
+    ]
+    return (
+        b"II*\0"
+        + struct.pack("<IH", 8, 9)
+        + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+        + struct.pack("<I", 0)
+        + struct.pack(f"<{channels}H", *[bits] * channels)
+        + pixels
+    )
 
 
-@pytest.mark.parametrize("name, raw", [
-    ("grey.png", png16(0, 1)), ("colour.png", png16(2, 3)), ("greyalpha.png", png16(4, 2)), ("alpha.png", png16(6, 4)),
-    ("colour.tif", tiff16(16)), ("a.ppm", b"P6 2 2 65535\n" + bytes(24)), ("b.ppm", b"P6 2 2 4095\n" + bytes(24)),
-    ("a.pgm", b"P5 2 2 65535\n" + bytes(8)), ("plain.ppm", b"P3 1 1 1000\n1 2 3\n"),
-])
+@pytest.mark.parametrize(
+    "name, raw",
+    [
+        ("grey.png", png16(0, 1)),
+        ("colour.png", png16(2, 3)),
+        ("greyalpha.png", png16(4, 2)),
+        ("alpha.png", png16(6, 4)),
+        ("colour.tif", tiff16(16)),
+        ("a.ppm", b"P6 2 2 65535\n" + bytes(24)),
+        ("b.ppm", b"P6 2 2 4095\n" + bytes(24)),
+        ("a.pgm", b"P5 2 2 65535\n" + bytes(8)),
+        ("plain.ppm", b"P3 1 1 1000\n1 2 3\n"),
+    ],
+)
 def test_more_than_eight_bits_are_never_dropped(tmp_path, name, raw):
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(ValueError, match=f"{name} has more than 8 bits a channel .*wanted 8. Convert it, or stack.*uint16"):
+    with pytest.raises(
+        ValueError, match=f"{name} has more than 8 bits a channel .*wanted 8. Convert it, or stack.*uint16"
+    ):
         read_image(tmp_path / name)
 
 
@@ -143,7 +170,9 @@ def test_other_suffixes_are_counted_and_named_in_one_line(tmp_path):
         flat(40 * number, tmp_path, f"{number}.png")
     for name in ("a.txt", "b.TXT", "c.heic", "LICENSE", ".hidden"):
         (tmp_path / name).write_text("x")
-    with pytest.warns(UserWarning, match=r"passed over 4 files that are not read as images: 2 .txt, 1 .heic, 1 without a suffix\.$"):
+    with pytest.warns(
+        UserWarning, match=r"passed over 4 files that are not read as images: 2 .txt, 1 .heic, 1 without a suffix\.$"
+    ):
         load(tmp_path)
 
 
@@ -203,7 +232,11 @@ def write_split(folder, parts, inner="{part}/{name}"):
     for number, part in enumerate(parts):
         for name in ("cat", "dog"):
             for copy in range(4):
-                flat(60 * number + 20 * (name == "dog") + copy, folder / inner.format(part=part, name=name), f"{copy}.png")
+                flat(
+                    60 * number + 20 * (name == "dog") + copy,
+                    folder / inner.format(part=part, name=name),
+                    f"{copy}.png",
+                )
 
 
 @pytest.mark.parametrize("inner", ["{part}/{name}", "{name}/{part}", "images/{part}/{name}"])
@@ -227,12 +260,20 @@ def test_three_folders_are_the_split_whatever_lies_above(tmp_path):
     assert min(origin(data)["test"]) >= 120 and data.test.labels.tolist() == [0] * 4 + [1] * 4
 
 
-@pytest.mark.parametrize("parts, message", [
-    (("train", "val", "test", "extra"), "images outside them, in .*extra.*; wanted all images in train, validation or test"),
-    (("train", "training", "test"), "holds train and training for one part of the split, wanted one folder"),
-    (("val", "test"), "but none for train, wanted train and test"), (("test",), "but none for train"),
-    (("train", "car", "bus"), "rename what is a class"), (("train/test", "train/cats"), "names two parts of a split"),
-])
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        (
+            ("train", "val", "test", "extra"),
+            "images outside them, in .*extra.*; wanted all images in train, validation or test",
+        ),
+        (("train", "training", "test"), "holds train and training for one part of the split, wanted one folder"),
+        (("val", "test"), "but none for train, wanted train and test"),
+        (("test",), "but none for train"),
+        (("train", "car", "bus"), "rename what is a class"),
+        (("train/test", "train/cats"), "names two parts of a split"),
+    ],
+)
 def test_mixtures_of_parts_and_classes_are_refused(tmp_path, parts, message):
     write_split(tmp_path, parts)
     with pytest.raises(ValueError, match=message):

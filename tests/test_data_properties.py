@@ -20,10 +20,41 @@ from PIL import Image
 from pyro_vae.data import load
 from pyro_vae.data.decoding import Framing, read_frames, read_image
 
-DTYPES = ("?", "u1", "i1", "u2", "i2", ">u2", "i4", ">i4", "u8", "i8", "f2", "f4", ">f4", "f8", ">f8", "g", "c8", "U3", "S2",
-          "M8[D]", "m8[s]", "O", [("a", "i4"), ("b", "f4")])
-NUMBERS = {"zero-one": [0, 1], "bytes": [0, 255], "levels": list(range(0, 256, 5)), "counts": [0, 1, 2, 300],
-           "deep": [0, 300, 40000, 65535], "signed": [-1, 0, 7], "unit": [0.0, 0.25, 1.0], "bad": [0.0, np.nan, np.inf, 1e300]}
+DTYPES = (
+    "?",
+    "u1",
+    "i1",
+    "u2",
+    "i2",
+    ">u2",
+    "i4",
+    ">i4",
+    "u8",
+    "i8",
+    "f2",
+    "f4",
+    ">f4",
+    "f8",
+    ">f8",
+    "g",
+    "c8",
+    "U3",
+    "S2",
+    "M8[D]",
+    "m8[s]",
+    "O",
+    [("a", "i4"), ("b", "f4")],
+)
+NUMBERS = {
+    "zero-one": [0, 1],
+    "bytes": [0, 255],
+    "levels": list(range(0, 256, 5)),
+    "counts": [0, 1, 2, 300],
+    "deep": [0, 300, 40000, 65535],
+    "signed": [-1, 0, 7],
+    "unit": [0.0, 0.25, 1.0],
+    "bad": [0.0, np.nan, np.inf, 1e300],
+}
 WANTED = ("wanted", "Save", "save", "Fetch", "Add", "Pass", "Remove")
 
 
@@ -147,7 +178,21 @@ def test_one_array_of_any_kind(array, key):
             check_heap(data, array, x)
 
 
-LABELS = ("classes", "column", "one-hot", "floats", "targets", "text", "bytes", "several", "wrong", "object", "dates", "nan", "bool")
+LABELS = (
+    "classes",
+    "column",
+    "one-hot",
+    "floats",
+    "targets",
+    "text",
+    "bytes",
+    "several",
+    "wrong",
+    "object",
+    "dates",
+    "nan",
+    "bool",
+)
 
 
 def labels(kind, classes):
@@ -156,19 +201,29 @@ def labels(kind, classes):
     numbers = [str(i) for i in sorted({names[c] for c in classes})]
     by_name = [numbers.index(names[c]) for c in classes]
     return {
-        "classes": (classes, classes, None), "column": (classes[:, None].astype(np.uint8), classes, None),
-        "one-hot": (np.eye(3)[classes], classes, None), "floats": (classes.astype(np.float32), classes, None),
-        "targets": (classes + 0.5, None, None), "text": (names[classes], by_name, tuple(numbers)),
-        "bytes": (names[classes].astype("S"), by_name, tuple(numbers)), "several": (np.ones((len(classes), 3), int), None, None),
-        "wrong": (np.zeros(len(classes) + 1, int), None, None), "object": (names[classes].astype(object), None, None),
-        "dates": (np.zeros(len(classes), "M8[D]"), None, None), "nan": (np.full(len(classes), np.nan), None, None),
+        "classes": (classes, classes, None),
+        "column": (classes[:, None].astype(np.uint8), classes, None),
+        "one-hot": (np.eye(3)[classes], classes, None),
+        "floats": (classes.astype(np.float32), classes, None),
+        "targets": (classes + 0.5, None, None),
+        "text": (names[classes], by_name, tuple(numbers)),
+        "bytes": (names[classes].astype("S"), by_name, tuple(numbers)),
+        "several": (np.ones((len(classes), 3), int), None, None),
+        "wrong": (np.zeros(len(classes) + 1, int), None, None),
+        "object": (names[classes].astype(object), None, None),
+        "dates": (np.zeros(len(classes), "M8[D]"), None, None),
+        "nan": (np.full(len(classes), np.nan), None, None),
         "bool": (classes > 0, (classes > 0).astype(int), None),
     }[kind]
 
 
 @tried(250)
-@given(st.data(), st.integers(3, 6), st.sampled_from(LABELS), st.sampled_from([("x", "y"), ("X", "Y"), ("images", "labels"),
-                                                                           ("imgs", "target"), ("pixels", "classes")]))
+@given(
+    st.data(),
+    st.integers(3, 6),
+    st.sampled_from(LABELS),
+    st.sampled_from([("x", "y"), ("X", "Y"), ("images", "labels"), ("imgs", "target"), ("pixels", "classes")]),
+)
 def test_labels_of_any_kind_never_refuse_the_data(data, count, kind, keys):
     classes = np.array(data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count)))
     given_labels, meant, names = labels(kind, classes)
@@ -184,9 +239,15 @@ def test_labels_of_any_kind_never_refuse_the_data(data, count, kind, keys):
                 assert part.labels.tolist() == [meant[row - 2] for row in part.pixels[:, 0].tolist()]
 
 
-SPELLED = (("x_train", "x_val", "x_test"), ("train_images", "validation_images", "test_images"), ("train", "valid", "test"),
-           ("X_train", "X_valid", "X_test"), ("Xtrain", "Xval", "Xtest"), ("images-training", "images-val", "images-testing"),
-           ("data", "valdata", "testdata"))
+SPELLED = (
+    ("x_train", "x_val", "x_test"),
+    ("train_images", "validation_images", "test_images"),
+    ("train", "valid", "test"),
+    ("X_train", "X_valid", "X_test"),
+    ("Xtrain", "Xval", "Xtest"),
+    ("images-training", "images-val", "images-testing"),
+    ("data", "valdata", "testdata"),
+)
 
 
 @tried(250)
@@ -219,8 +280,14 @@ def test_parts_are_on_one_scale_and_apart(data, spelled, with_validation, with_t
 
 
 @tried(150)
-@given(st.sampled_from([".npy", ".npz", ".mat", ".amat", ".bin", ".png", ".gif", "train-images-idx3-ubyte", ".csv", ".pkl"]),
-       st.binary(max_size=60), st.integers(0, 200), st.booleans())
+@given(
+    st.sampled_from(
+        [".npy", ".npz", ".mat", ".amat", ".bin", ".png", ".gif", "train-images-idx3-ubyte", ".csv", ".pkl"]
+    ),
+    st.binary(max_size=60),
+    st.integers(0, 200),
+    st.booleans(),
+)
 def test_broken_files_are_named(suffix, junk, keep, whole_header):
     with folder() as place:
         path = place / (f"a{suffix}" if suffix.startswith(".") else suffix)
@@ -273,8 +340,14 @@ def picture(draw):
             looks = 255 * (1 - inks[..., :3]) * (1 - inks[..., 3:])  # what paper reflects
     raw = io.BytesIO()
     # Only what the format holds without loss tells whether it is read right.
-    holds = {"png": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "tif": MODES, "bmp": ("1", "L", "RGB", "P"),
-             "gif": ("P", "L", "1"), "ppm": ("L", "RGB", "1"), "webp": ("RGB",)}
+    holds = {
+        "png": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+        "tif": MODES,
+        "bmp": ("1", "L", "RGB", "P"),
+        "gif": ("P", "L", "1"),
+        "ppm": ("L", "RGB", "1"),
+        "webp": ("RGB",),
+    }
     if mode not in holds[suffix]:
         suffix = "tif"
     options = {"webp": {"lossless": True}}.get(suffix, {})
@@ -307,9 +380,18 @@ def test_a_picture_is_what_it_looks_like(drawn, cut, upper):
 
 
 @tried(100)
-@given(st.lists(st.tuples(st.sampled_from(["", "train", "val", "valid", "test", "Testing", "train_set"]),
-                          st.sampled_from(["", "cat", "dog"]), st.sampled_from(["png", "TIF", "jfif", "txt", "gif"]),
-                          st.integers(1, 3)), min_size=1, max_size=9))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["", "train", "val", "valid", "test", "Testing", "train_set"]),
+            st.sampled_from(["", "cat", "dog"]),
+            st.sampled_from(["png", "TIF", "jfif", "txt", "gif"]),
+            st.integers(1, 3),
+        ),
+        min_size=1,
+        max_size=9,
+    )
+)
 def test_folders_keep_parts_and_files_apart(files):
     """Each file has levels of its own, so that every image tells where it came from."""
     with folder() as place:
@@ -330,8 +412,10 @@ def test_folders_keep_parts_and_files_apart(files):
         dataset = outcome(place)
         if dataset is None:
             return
-        found = {part: [origin[level] for level in getattr(dataset, part).pixels[:, 0, 0, 0].tolist()]
-                 for part in ("train", "validation", "test")}
+        found = {
+            part: [origin[level] for level in getattr(dataset, part).pixels[:, 0, 0, 0].tolist()]
+            for part in ("train", "validation", "test")
+        }
         assert sorted(sum(found.values(), [])) == sorted(origin.values())
         given_parts = {part for part, _ in origin.values()}
         if given_parts != {""}:

@@ -19,10 +19,19 @@ def grey(count: int = 40, **options) -> Split:
     return Split(pixels, torch.arange(count), **options)
 
 
-@pytest.mark.parametrize("index", [
-    torch.tensor([3, 1, 1]), np.array([3, 1, 1]), [3, 1, 1], slice(2, 9, 3), torch.tensor([-1, 0]),
-    torch.arange(40) % 2 == 0, torch.tensor([2, 3], dtype=torch.int32), 5,
-])
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.tensor([3, 1, 1]),
+        np.array([3, 1, 1]),
+        [3, 1, 1],
+        slice(2, 9, 3),
+        torch.tensor([-1, 0]),
+        torch.arange(40) % 2 == 0,
+        torch.tensor([2, 3], dtype=torch.int32),
+        5,
+    ],
+)
 def test_index_is_torch_indexing(index):
     split = grey()
     expected = split.pixels[torch.as_tensor(index) if isinstance(index, (list, np.ndarray)) else index].float() / 255
@@ -106,18 +115,27 @@ def test_moving_keeps_everything():
     assert repr(moved) == "Split('data', 40 of (1, 4, 3), binarization='static', fixed=True)"
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: grey(binarization="bernoulli"), "got binarization 'bernoulli', wanted one of dynamic, static, threshold, none"),
-    (lambda: grey(binarization="static", dequantize=True), "got dequantize=True with binarization='static'"),
-    (lambda: Split(torch.rand(3, 2), dequantize=True), "dequantize=True for float data, wanted uint8"),
-    (lambda: Split(torch.randn(9, 2) - 9, binarization="dynamic"), r"wanted \[0, 1\]. Divide by the largest value"),
-    (lambda: Split(torch.tensor([[0.0], [float("inf")]])), "1 of 2 data hold NaN or infinite values, first in row 1"),
-    (lambda: Split(torch.zeros(3, 2, dtype=torch.int64)), "pixels have dtype torch.int64, wanted uint8"),
-    (lambda: Split(torch.zeros(0, 2)), r"pixels have shape \(0, 2\), wanted at least one datum"),
-    (lambda: Split(torch.zeros(3, 2), torch.zeros(4)), r"labels of shape \(4,\) for 3 data, wanted \(3,\)"),
-    (lambda: divide(10, (8, 1, 2)), r"got split sizes \(8, 1, 2\) for 10 data"),
-    (lambda: tenths(2, "faces"), "faces: got 2 images or rows, wanted at least 3"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: grey(binarization="bernoulli"),
+            "got binarization 'bernoulli', wanted one of dynamic, static, threshold, none",
+        ),
+        (lambda: grey(binarization="static", dequantize=True), "got dequantize=True with binarization='static'"),
+        (lambda: Split(torch.rand(3, 2), dequantize=True), "dequantize=True for float data, wanted uint8"),
+        (lambda: Split(torch.randn(9, 2) - 9, binarization="dynamic"), r"wanted \[0, 1\]. Divide by the largest value"),
+        (
+            lambda: Split(torch.tensor([[0.0], [float("inf")]])),
+            "1 of 2 data hold NaN or infinite values, first in row 1",
+        ),
+        (lambda: Split(torch.zeros(3, 2, dtype=torch.int64)), "pixels have dtype torch.int64, wanted uint8"),
+        (lambda: Split(torch.zeros(0, 2)), r"pixels have shape \(0, 2\), wanted at least one datum"),
+        (lambda: Split(torch.zeros(3, 2), torch.zeros(4)), r"labels of shape \(4,\) for 3 data, wanted \(3,\)"),
+        (lambda: divide(10, (8, 1, 2)), r"got split sizes \(8, 1, 2\) for 10 data"),
+        (lambda: tenths(2, "faces"), "faces: got 2 images or rows, wanted at least 3"),
+    ],
+)
 def test_errors_say_got_wanted_remedy(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -169,10 +187,15 @@ def test_digits_split_is_fixed_and_complete():
     bunch = load_digits()
     theirs = sorted(map(bytes, np.rint(bunch.images * 255 / 16).astype(np.uint8).reshape(1797, 64)))
     assert sorted(bytes(row) for part in parts for row in part.pixels.reshape(-1, 64).numpy()) == theirs
-    by_image = {bytes(np.rint(image * 255 / 16).astype(np.uint8)): label
-                for image, label in zip(bunch.images, bunch.target, strict=True)}
-    assert all(by_image[bytes(row)] == label for part in parts
-               for row, label in zip(part.pixels.reshape(-1, 64).numpy(), part.labels.tolist(), strict=True))
+    by_image = {
+        bytes(np.rint(image * 255 / 16).astype(np.uint8)): label
+        for image, label in zip(bunch.images, bunch.target, strict=True)
+    }
+    assert all(
+        by_image[bytes(row)] == label
+        for part in parts
+        for row, label in zip(part.pixels.reshape(-1, 64).numpy(), part.labels.tolist(), strict=True)
+    )
     assert torch.equal(first.train.labels.bincount() // 10, torch.full((10,), 12))
 
 

@@ -77,8 +77,11 @@ def test_elbo_by_monte_carlo():
     q = MultivariateNormal(torch.zeros(4, 3, dtype=torch.float64), scale_tril=0.3 * torch.eye(3, dtype=torch.float64))
     torch.manual_seed(0)
     z = q.sample((n,))
-    log_weight = (Normal(0.0, 1.0).log_prob(z).sum(-1) - q.log_prob(z)
-                  + Normal(z @ testbed.weight.mT + testbed.loc, testbed.scale).log_prob(x).sum(-1))
+    log_weight = (
+        Normal(0.0, 1.0).log_prob(z).sum(-1)
+        - q.log_prob(z)
+        + Normal(z @ testbed.weight.mT + testbed.loc, testbed.scale).log_prob(x).sum(-1)
+    )
     error = log_weight.mean(0) - testbed.elbo(x, q.loc, q.scale_tril)
     assert (error.abs() < 4 * log_weight.std(0) / math.sqrt(n)).all()
 
@@ -104,8 +107,9 @@ def test_no_factorised_gaussian_is_better():
     for gradient in torch.autograd.grad(elbo.sum(), (loc, log_scale)):
         assert gradient.abs().max() < 1e-10
     for _ in range(20):
-        worse = testbed.elbo(x, loc + 0.1 * torch.randn_like(loc),
-                             torch.diag_embed((log_scale + 0.1 * torch.randn_like(loc)).exp()))
+        worse = testbed.elbo(
+            x, loc + 0.1 * torch.randn_like(loc), torch.diag_embed((log_scale + 0.1 * torch.randn_like(loc)).exp())
+        )
         assert (worse < elbo).all()
 
 
@@ -157,8 +161,13 @@ def test_dtype_is_that_of_the_weight(dtype):
     testbed = bed(dtype=dtype)
     x = some_x(testbed)
     q = testbed.posterior(x)
-    results = (x, testbed.log_evidence(x), testbed.mean_field_gap(), testbed.best_mean_field(x).mean,
-               testbed.elbo(x, q.loc, q.scale_tril))
+    results = (
+        x,
+        testbed.log_evidence(x),
+        testbed.mean_field_gap(),
+        testbed.best_mean_field(x).mean,
+        testbed.elbo(x, q.loc, q.scale_tril),
+    )
     assert {result.dtype for result in results} == {dtype}
     assert testbed.to(dtype=torch.float64).weight.dtype == torch.float64
     assert (q.batch_shape, q.event_shape, testbed.best_mean_field(x).event_shape) == ((7,), (3,), (3,))
@@ -177,14 +186,32 @@ def test_dataset_carries_its_testbed():
     assert data.testbed.mean_field_gap() > 0.05
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: LinearGaussian(torch.zeros(3, 2), torch.zeros(2), 1.0), r"weight of shape \(3, 2\) and loc of shape \(2,\)"),
-    (lambda: LinearGaussian(torch.zeros(3, 2), torch.zeros(3), 0.0), "got scale=0.0, wanted a standard deviation > 0"),
-    (lambda: bed().log_evidence(torch.zeros(2, 5, dtype=torch.float64)), r"got x of shape \(2, 5\), wanted \(B, 6\)"),
-    (lambda: bed().expected_excess(0), "got num_train=0, wanted the number of training data, >= 1"),
-    (lambda: load("linear-gaussian", binarization="dynamic"), r"binarization='dynamic' for float data in .*wanted \[0, 1\]"),
-    (lambda: load("linear-gaussian", image_size=8), "image_size or channels for data of shape .*Leave these options out"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: LinearGaussian(torch.zeros(3, 2), torch.zeros(2), 1.0),
+            r"weight of shape \(3, 2\) and loc of shape \(2,\)",
+        ),
+        (
+            lambda: LinearGaussian(torch.zeros(3, 2), torch.zeros(3), 0.0),
+            "got scale=0.0, wanted a standard deviation > 0",
+        ),
+        (
+            lambda: bed().log_evidence(torch.zeros(2, 5, dtype=torch.float64)),
+            r"got x of shape \(2, 5\), wanted \(B, 6\)",
+        ),
+        (lambda: bed().expected_excess(0), "got num_train=0, wanted the number of training data, >= 1"),
+        (
+            lambda: load("linear-gaussian", binarization="dynamic"),
+            r"binarization='dynamic' for float data in .*wanted \[0, 1\]",
+        ),
+        (
+            lambda: load("linear-gaussian", image_size=8),
+            "image_size or channels for data of shape .*Leave these options out",
+        ),
+    ],
+)
 def test_errors_say_got_wanted_remedy(call, message):
     with pytest.raises(ValueError, match=message):
         call()

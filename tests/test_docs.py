@@ -31,13 +31,20 @@ def blocks(page, kind):
 
 def test_there_is_no_block_that_no_test_runs():
     kinds = {page: {kind for kind, _ in BLOCK.findall(text)} for page, text in WORDS.items()}
-    assert {page for page, found in kinds.items() if "python" in found} == {"README.md", "contributing.md", "errors.md", "users.md"}
+    assert {page for page, found in kinds.items() if "python" in found} == {
+        "README.md",
+        "contributing.md",
+        "errors.md",
+        "users.md",
+    }
     assert all(found <= {"python", "bash", "text"} for found in kinds.values()), kinds
     assert len(CASES) + 1 == len(blocks("errors.md", "python")) and len(CASES) == len(blocks("errors.md", "text"))
     assert len(CASES) >= 15
 
 
-@pytest.mark.parametrize("block", blocks("contributing.md", "python"), ids=["posterior", "bound", "diagnostic", "sweep", "dataset"])
+@pytest.mark.parametrize(
+    "block", blocks("contributing.md", "python"), ids=["posterior", "bound", "diagnostic", "sweep", "dataset"]
+)
 def test_skeletons_run(block, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -89,10 +96,15 @@ def test_own_photos_from_a_folder_to_a_page(tmp_path, monkeypatch, capsys):
     random = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for i in range(40):
-        Image.fromarray(random.integers(0, 256, (40 + i % 3, 36, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+        Image.fromarray(random.integers(0, 256, (40 + i % 3, 36, 3), dtype=np.uint8)).save(
+            tmp_path / "photos" / f"{i}.png"
+        )
     monkeypatch.chdir(tmp_path)
     (shell,) = blocks("users.md", "bash")
-    more = {"fit": ["--epochs", "1", "--hidden", "8", "--latent-dim", "2", "--evaluation-samples", "10"], "judge": ["--budget", "3"]}
+    more = {
+        "fit": ["--epochs", "1", "--hidden", "8", "--latent-dim", "2", "--evaluation-samples", "10"],
+        "judge": ["--budget", "3"],
+    }
     for line in shell.splitlines():
         words = line.split()[1:]
         assert main([*words, *more.get(words[0], [])]) == 0, line
@@ -215,7 +227,15 @@ def test_scripts_and_their_options_exist():
         missing = [word for word in rest if word.startswith("--") and f'"{word}"' not in source]
         assert missing == [], f"{page}: {command}"
         seen.add(Path(script).name)
-    assert seen >= {"suite.py", "swap.py", "judging.py", "autoencoder.py", "table.py", "gap_picture.py", "front_picture.py"}
+    assert seen >= {
+        "suite.py",
+        "swap.py",
+        "judging.py",
+        "autoencoder.py",
+        "table.py",
+        "gap_picture.py",
+        "front_picture.py",
+    }
 
 
 @pytest.mark.slow
@@ -223,7 +243,9 @@ def test_the_commands_of_the_front_page_run_as_they_are_written_but_smaller(tmp_
     small = {"fit": ["--epochs", "2", "--hidden", "16", "--latent-dim", "2"], "judge": ["--budget", "20"]}
     done = []
     for page, command in commands("pyro-vae"):
-        if page != "README.md" or any(word in command for word in ("mnist --data-dir", "photos", "outliers", "seven", "combinations")):
+        if page != "README.md" or any(
+            word in command for word in ("mnist --data-dir", "photos", "outliers", "seven", "combinations")
+        ):
             continue  # these need files that are not here; tests/test_app_cli.py runs them on others
         words = command.split()[1:]
         words = [word.replace("runs/mnist", "runs/digits") for word in words]
@@ -272,9 +294,15 @@ def test_the_picture_shows_the_kept_gaps(tmp_path):
     for kept in results.values():
         assert f"log p(x) {kept['log_likelihood'][0]:.2f}" in drawn
         for row in kept["families"].values():
-            assert {f"{row['amortization'][0]:.2f}", f"{row['approximation'][0]:.2f}", f"ELBO {row['amortized'][0]:.2f}"} <= drawn
+            assert {
+                f"{row['amortization'][0]:.2f}",
+                f"{row['approximation'][0]:.2f}",
+                f"ELBO {row['amortized'][0]:.2f}",
+            } <= drawn
     bars = [patch.get_width() for patch in figure.axes[0].patches]
-    assert len(bars) == 8 and bars[0] == pytest.approx(results["train"]["families"]["diagonal"]["amortization"][0], abs=1e-3)
+    assert len(bars) == 8 and bars[0] == pytest.approx(
+        results["train"]["families"]["diagonal"]["amortization"][0], abs=1e-3
+    )
 
 
 def test_the_front_page_is_one_page():

@@ -435,7 +435,9 @@ def test_advice_on_k():
     assert enough is not None and enough < 1000
     place = good.curve.num_samples.index(enough)
     assert good.value - good.curve.value[place] + abs(good.bias) <= good.data_stderr / 10
-    assert f"K = 1000 is enough: the bias of {good.bias:.2g}" in good.advice() and f"K = {enough} would" in good.advice()
+    assert (
+        f"K = 1000 is enough: the bias of {good.bias:.2g}" in good.advice() and f"K = {enough} would" in good.advice()
+    )
     strict = good.advice(tolerance=abs(good.bias) / 10)
     assert good.enough(abs(good.bias) / 10) is None and good.enough(1e-15) is None
     assert "falls like 1/K, K = 10000 would do." in strict

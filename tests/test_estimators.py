@@ -129,7 +129,9 @@ def close(estimate, errors, truth):
     return ((estimate - truth).abs() <= 4 * errors + 1e-9).all()
 
 
-@pytest.mark.parametrize("bound, k, integrand, normals, count", SMOOTH, ids=[f"{b.__name__}-{k}" for b, k, *_ in SMOOTH])
+@pytest.mark.parametrize(
+    "bound, k, integrand, normals, count", SMOOTH, ids=[f"{b.__name__}-{k}" for b, k, *_ in SMOOTH]
+)
 @pytest.mark.parametrize("estimator", [REPARAMETERIZED, DOUBLY, SCORE])
 @pytest.mark.filterwarnings("ignore:the score function")
 def test_unbiased_for_the_gradient_of_the_same_bound(bound, k, integrand, normals, count, estimator):
@@ -288,7 +290,9 @@ def layered(size):
     return v, model, guide
 
 
-@pytest.mark.parametrize("bound, k", [(elbo, 1), (iwae, 4), (piwae(2), 4)], ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize(
+    "bound, k", [(elbo, 1), (iwae, 4), (piwae(2), 4)], ids=lambda v: getattr(v, "__name__", str(v))
+)
 def test_layers_that_depend_on_each_other_and_shared_parameters(bound, k):
     """All unbiased estimators agree on a layered guide, for a parameter that model and guide share too."""
     size = 40_000

@@ -28,7 +28,10 @@ SPACES = {
     "posteriors": "IAF", "priors": "VampPrior", "likelihoods": "Normal", "networks": "MLP", "bounds": "renyi", "data": "load",
     "distributions": "Pushforward", "zoo": "Hierarchical", "plots": "gap_bars", "testing": "PosteriorLaws",
 }  # fmt: skip
-PACKAGES = ["pyro_vae"] + [f"pyro_vae.{name}" for name in ("judging", "inference", "programs", "parts", "data", "parts.distributions", "inference.bounds")]
+PACKAGES = ["pyro_vae"] + [
+    f"pyro_vae.{name}"
+    for name in ("judging", "inference", "programs", "parts", "data", "parts.distributions", "inference.bounds")
+]
 
 
 def test_the_face_is_this_list():
@@ -112,13 +115,19 @@ def test_a_function_and_a_module_never_share_a_name():
                 shared.append(f"{package}.{name}")
         for file in path.parent.glob("*.py"):  # nor a file and a function in it, which the package may hand on tomorrow
             if path.parent.name != "app":
-                held = {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+                held = {
+                    node.name
+                    for node in ast.parse(file.read_text()).body
+                    if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                }
                 shared += [str(file)] if file.stem in held else []
     assert shared == []
 
 
 def test_a_misspelt_name_is_met_with_the_right_one():
-    run = subprocess.run([sys.executable, "-c", "import pyro_vae as pv; pv.log_likelihod"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", "import pyro_vae as pv; pv.log_likelihod"], capture_output=True, text=True
+    )
     assert "module 'pyro_vae' has no attribute 'log_likelihod'" in run.stderr and run.returncode == 1
     if sys.version_info >= (3, 12):
         assert "Did you mean: 'log_likelihood'?" in run.stderr
@@ -136,17 +145,40 @@ def test_help_is_a_map_of_the_package():
 @pytest.mark.slow
 def test_a_type_checker_sees_the_names(tmp_path):
     program = tmp_path / "program.py"
-    lines = ["import pyro_vae as pv", "from pyro_vae.judging import gaps, ais", "from pyro_vae.inference import fit", "reveal_type(pv.posteriors.IAF)", "reveal_type(pv.log_likelihood)", "reveal_type(pv.bounds.cubo)", "reveal_type(gaps)", "pv.nonsense", "ais()"]
+    lines = [
+        "import pyro_vae as pv",
+        "from pyro_vae.judging import gaps, ais",
+        "from pyro_vae.inference import fit",
+        "reveal_type(pv.posteriors.IAF)",
+        "reveal_type(pv.log_likelihood)",
+        "reveal_type(pv.bounds.cubo)",
+        "reveal_type(gaps)",
+        "pv.nonsense",
+        "ais()",
+    ]
     program.write_text("\n".join(lines))
-    run = [sys.executable, "-m", "mypy", "--no-implicit-reexport", "--config-file", str(ROOT / "pyproject.toml"), str(program)]
+    run = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--no-implicit-reexport",
+        "--config-file",
+        str(ROOT / "pyproject.toml"),
+        str(program),
+    ]
     out = subprocess.run(run, capture_output=True, text=True, cwd=ROOT).stdout
     assert "IAF" in out and "-> pyro_vae.judging.estimates.Estimate" in out and "float" in out and "Gaps" in out, out
-    assert 'program.py:8: error: Module has no attribute "nonsense"' in out and "program.py:9: error: Missing positional argument" in out, out
+    assert (
+        'program.py:8: error: Module has no attribute "nonsense"' in out
+        and "program.py:9: error: Missing positional argument" in out
+    ), out
     assert len(re.findall(r"program\.py:\d+: error", out)) == 2, out  # nothing else, also under a strict reading
 
 
 def test_amortization_is_spelled_one_way():
     # In American English: 180 places against 33 before this was settled. Results that are kept are left as they were printed.
     british = re.compile("amorti" + "s", re.IGNORECASE)
-    files = [path for kind in ("*.py", "*.md", "*.ipynb", "*.toml") for path in ROOT.rglob(kind) if ".venv" not in path.parts]
+    files = [
+        path for kind in ("*.py", "*.md", "*.ipynb", "*.toml") for path in ROOT.rglob(kind) if ".venv" not in path.parts
+    ]
     assert [str(path) for path in files if british.search(path.read_text(errors="ignore"))] == []

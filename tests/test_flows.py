@@ -499,7 +499,11 @@ def test_maf_warns_where_drawing_is_slow_and_names_the_remedy():
         MAF(nn.Linear(3, 4), 20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for quick in (lambda: MAF(nn.Linear(3, 4), 3), lambda: IAF(nn.Linear(3, 4), 20), lambda: NSF(nn.Linear(3, 4), 20)):
+        for quick in (
+            lambda: MAF(nn.Linear(3, 4), 3),
+            lambda: IAF(nn.Linear(3, 4), 20),
+            lambda: NSF(nn.Linear(3, 4), 20),
+        ):
             quick()
 
 
@@ -523,19 +527,25 @@ except ValueError:
     [
         (lambda e: Planar(e, 2, 0), "num_flows must be a positive integer, got 0"),
         (lambda e: Sylvester(e, 2, 0), "num_flows must be a positive integer, got 0"),
-        (lambda e: Sylvester(e, 2, kind="qr"), "got kind='qr', wanted \"orthogonal\", \"householder\" or \"triangular\""),
+        (lambda e: Sylvester(e, 2, kind="qr"), 'got kind=\'qr\', wanted "orthogonal", "householder" or "triangular"'),
         (lambda e: Sylvester(e, 2, num_ortho=3), "got num_ortho=3 with kind='orthogonal' and 2 latents, wanted 1 to 2"),
         (lambda e: Sylvester(e, 2, kind="triangular", num_ortho=1), "the other kinds bend all latents"),
         (lambda e: Sylvester(e, 2, num_householder=2), "num_householder=2 with kind='orthogonal'"),
-        (lambda e: Flow(e, 2, zuko.flows.NSF, fast="both"), "got fast='both', wanted \"sampling\" or \"scoring\""),
+        (lambda e: Flow(e, 2, zuko.flows.NSF, fast="both"), 'got fast=\'both\', wanted "sampling" or "scoring"'),
         (lambda e: Flow(e, 2, zuko.flows.NSF, context=0), "context must be a positive number of features, got 0"),
         (lambda e: Flow(e, 2, zuko.flows.NCSF), r"got NCSF with a base of event_shape \(2,\) on .* all of R\^2"),
         (lambda e: Flow(e, 2, zuko.flows.GMM), "got GMM, wanted a normalizing flow .* use NormalMixture"),
         (lambda e: Flow(e, 2, lambda **_: zuko.flows.MAF(3, 4)), r"MAF with a base of event_shape \(3,\) .* R\^2"),
         (lambda e: FlowPrior(0), "latent_dim must be a positive integer, got 0"),
         (lambda e: FlowPrior(zuko.flows.NCSF(2)), r"got NCSF with a base .* R\^D"),
-        (lambda e: FlowPrior(zuko.flows.MAF(2), transforms=2), "got a ready MAF and options to build one, wanted either"),
-        (lambda e: FlowPrior(zuko.flows.MAF(2, 3)), r"got a MAF that cannot be drawn from without a context .* context=0"),
+        (
+            lambda e: FlowPrior(zuko.flows.MAF(2), transforms=2),
+            "got a ready MAF and options to build one, wanted either",
+        ),
+        (
+            lambda e: FlowPrior(zuko.flows.MAF(2, 3)),
+            r"got a MAF that cannot be drawn from without a context .* context=0",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(build, text):

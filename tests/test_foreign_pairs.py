@@ -149,7 +149,9 @@ def plain_functions():
     return model, guide, None, 0.02
 
 
-@pytest.fixture(scope="module", params=[pyros_example, two_layers, inner_plate, plain_functions], ids=lambda f: f.__name__)
+@pytest.fixture(
+    scope="module", params=[pyros_example, two_layers, inner_plate, plain_functions], ids=lambda f: f.__name__
+)
 def pair(request):
     torch.manual_seed(0)
     model, guide, x, rate = request.param()
@@ -197,7 +199,11 @@ def test_the_bracket_holds_the_evidence_of_simulated_data(pair):
     exact = quadrature(model, guide, found.data[0], num_points=45)
     assert (exact.rim < 1e-6).all()
     truth = exact.log_evidence.mean().item()
-    assert found.lower.value - 4 * found.lower.mc_stderr - 1e-3 < truth < found.upper.value + 4 * found.upper.mc_stderr + 1e-3
+    assert (
+        found.lower.value - 4 * found.lower.mc_stderr - 1e-3
+        < truth
+        < found.upper.value + 4 * found.upper.mc_stderr + 1e-3
+    )
     assert found.width.value < 0.3
 
 

@@ -349,14 +349,18 @@ def test_chunks_seeds_and_the_model_left_as_it_was(monkeypatch):
     options = {"num_samples": 200, "window": 20, "num_steps": 100, "progress": False}
     once, again = (gaps(model, guide, x, families={"full": FullNormal}, **options) for _ in range(2))
     assert str(once) == str(again) and torch.equal(torch.random.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(before, [p for m in (model, guide) for p in m.parameters()], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, [p for m in (model, guide) for p in m.parameters()], strict=True)
+    )
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     monkeypatch.setattr(module, "_CHUNK", 3 * 512 * 8)
     pieces = gaps(model, guide, x, families={"full": FullNormal}, **options)
     assert len(pieces.log_likelihood.pointwise) == 7 and str(pieces) != str(once)
     for name, row in once.families.items():
         a, b = row.optimum, pieces.families[name].optimum
-        assert ((a.pointwise - b.pointwise).abs() < 4 * torch.hypot(a.pointwise_stderr, b.pointwise_stderr) + 0.05).all()
+        assert (
+            (a.pointwise - b.pointwise).abs() < 4 * torch.hypot(a.pointwise_stderr, b.pointwise_stderr) + 0.05
+        ).all()
 
 
 def test_data_that_have_stopped_are_left_alone():
@@ -493,11 +497,17 @@ def test_guides_are_compared_on_one_posterior():
     found = compare_guides(pair.model, guides, x, num_samples=2000, progress=False)
     scores, posterior = found.scores, bed.posterior(x)
     moved = dist.MultivariateNormal(posterior.mean + 0.5, scale_tril=posterior.scale_tril)
-    truths = {"exact": 0.0, "mean field": bed.mean_field_gap().item(), "shifted": kl_divergence(moved, posterior).mean().item()}
+    truths = {
+        "exact": 0.0,
+        "mean field": bed.mean_field_gap().item(),
+        "shifted": kl_divergence(moved, posterior).mean().item(),
+    }
     for name, truth in truths.items():
         assert abs(scores[name].gap.value - truth) < 4 * scores[name].gap.mc_stderr + 1e-9
         assert scores[name].gap.mc_stderr < 0.05
-    assert abs(found.log_likelihood.value - bed.log_evidence(x).mean().item()) < 4 * found.log_likelihood.mc_stderr + 1e-9
+    assert (
+        abs(found.log_likelihood.value - bed.log_evidence(x).mean().item()) < 4 * found.log_likelihood.mc_stderr + 1e-9
+    )
     difference = found.difference("mean field", "shifted")
     wanted = truths["shifted"] - truths["mean field"]
     assert abs(difference.value - wanted) < 4 * difference.mc_stderr

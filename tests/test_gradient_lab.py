@@ -163,7 +163,9 @@ def test_a_vae_shared_parameters_and_seeds():
     assert labs[0].row(REPARAMETERIZED, 3).cost == 1.0
     torch.manual_seed(0)
     part = _Part([torch.zeros(30), torch.zeros(7, 10)], 20)
-    assert part.size == 100 and part.pick([torch.arange(30.0), torch.arange(30.0, 100.0)]).tolist() == part.index.tolist()
+    assert (
+        part.size == 100 and part.pick([torch.arange(30.0), torch.arange(30.0, 100.0)]).tolist() == part.index.tolist()
+    )
 
     pair = Gaussian(dim=2)
 

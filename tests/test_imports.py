@@ -6,7 +6,26 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"protocols", "traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals", "_lazy", "atomic", "words", "turns", "_trust", "_bytecode"}
+GROUND = {
+    "protocols",
+    "traces",
+    "auxiliary",
+    "sites",
+    "parameters",
+    "reach",
+    "evaluation",
+    "unconstrained",
+    "version",
+    "options",
+    "tensors",
+    "refusals",
+    "_lazy",
+    "atomic",
+    "words",
+    "turns",
+    "_trust",
+    "_bytecode",
+}
 MAY_IMPORT = {
     "traces": {"auxiliary", "sites", "parameters", "reach", "options", "refusals"},
     "auxiliary": {"sites", "evaluation", "reach"},
@@ -79,8 +98,16 @@ def test_no_drawer_for_odds_and_ends():
 
 
 def test_the_package_and_the_command_wait_for_torch():
-    for code in ("dir(pyro_vae)", "import pyro_vae.app.cli", "from pyro_vae import judging, inference, programs, parts, data"):
+    for code in (
+        "dir(pyro_vae)",
+        "import pyro_vae.app.cli",
+        "from pyro_vae import judging, inference, programs, parts, data",
+    ):
         code = f"import sys, pyro_vae; {code}; print('torch' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+        assert (
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+        )
     code = "import sys, pyro_vae.app.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith("False\n")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith(
+        "False\n"
+    )

@@ -167,7 +167,10 @@ def test_overfitting_and_a_fit_that_had_not_ended_are_read_off_the_curve():
     assert found["best_epoch"] == 21 and not found["rising"].material()
     over = Training(status="done", **found)
     findings = verdict(Stages(training=over, gaps=split(0.5, 0.4), remedy=tried(train=(1.0, 0.1), refine=(0.2, 0.01))))
-    assert findings[0].culprit == "overfitting" and findings[0].command == f"pyro-vae fit --patience {max(10, found['longest_wait'] + 1)}"
+    assert (
+        findings[0].culprit == "overfitting"
+        and findings[0].command == f"pyro-vae fit --patience {max(10, found['longest_wait'] + 1)}"
+    )
     assert [f.remedy for f in findings if f.command] == ["patience", "refine"]  # and no longer training
     rising = trend(curve([-100.0 + 0.1 * i + wiggle[i] for i in range(60)]))
     assert abs(rising["rising"].value - 1.1) < 0.1 and rising["fallen"].value == 0.0  # 11 steps of 0.1 in the last 12
@@ -186,9 +189,13 @@ def test_overfitting_and_a_fit_that_had_not_ended_are_read_off_the_curve():
 def test_training_data_beside_others():
     found = Training(status="done", epochs=50, best_epoch=50, curve="validation", train=Nats(-80.0, 0.1, 0.5),
                      held=Nats(-90.0, 0.1, 0.6), shortfall=Nats(10.0, 0.8))  # fmt: skip
-    assert culprits(training=found) == set() and "10.00 ± 0.80 nats; the validation bound had not fallen" in said(training=found)
+    assert culprits(training=found) == set() and "10.00 ± 0.80 nats; the validation bound had not fallen" in said(
+        training=found
+    )
     fallen = replace(found, fallen=Nats(3.0, 0.1), best_epoch=20)
-    assert culprits(training=fallen) == {"overfitting"} and "-80.00 ± 0.10 nats on training data" in said(training=fallen)
+    assert culprits(training=fallen) == {"overfitting"} and "-80.00 ± 0.10 nats on training data" in said(
+        training=fallen
+    )
 
 
 def test_each_advice_is_a_command_that_the_command_line_takes(tmp_path):
@@ -197,13 +204,27 @@ def test_each_advice_is_a_command_that_the_command_line_takes(tmp_path):
     run = str(tmp_path)
     assert commands("wider", None, run, options)[0].endswith("--hidden 800,400 --patience 60")
     assert commands("train", None, run, options)[0].endswith("--epochs 600 --patience 120")
-    for remedy in ("train", "epochs", "wider", "full", "iaf", "local", "refine", "patience", "warm-up", "samples", "data"):
+    for remedy in (
+        "train",
+        "epochs",
+        "wider",
+        "full",
+        "iaf",
+        "local",
+        "refine",
+        "patience",
+        "warm-up",
+        "samples",
+        "data",
+    ):
         command, python = commands(remedy, 30, run, options)
         program, name, *arguments = shlex.split(command)
         assert program == "pyro-vae" and python.count("pv.")
         cli.commands.commands[name].make_context(name, arguments)  # refuses what it does not know
         if name == "fit":
-            given = {k: v for k, v in zip(arguments, arguments[1:], strict=False) if k.startswith("--") and k != "--config"}
+            given = {
+                k: v for k, v in zip(arguments, arguments[1:], strict=False) if k.startswith("--") and k != "--config"
+            }
             fields = {k[2:].replace("-", "_"): v for k, v in given.items()}
             resolve(options | {k: convert(k, v, k) for k, v in fields.items()})
 
@@ -265,7 +286,9 @@ def test_refinement_by_default_never_lowers_the_elbo(fitted, kind, spoilt):
         refined = Hamiltonian(model, guide, beta=0.3)
         refined.log_step_size.data.fill_(0.5)
     with refined.kept():
-        both = [elbo_terms(model, each, binary(60, seed=1), num_samples=50, progress=False) for each in (guide, refined)]
+        both = [
+            elbo_terms(model, each, binary(60, seed=1), num_samples=50, progress=False) for each in (guide, refined)
+        ]
         gain = paired(both[1].pointwise - both[0].pointwise)
     assert gain.value > -2 * gain.mc_stderr
     if kind is SemiAmortized and spoilt < 1:
@@ -482,7 +505,11 @@ def test_the_worst_ranks_are_shown_first_under_their_names():
 
 def test_options_out_of_range_are_refused():
     model, guide = small_pair()
-    for options, message in (({"num_data": 1}, "num_data=1"), ({"num_samples": 1}, "num_samples=1"), ({"budget": 0}, "budget=0")):
+    for options, message in (
+        ({"num_data": 1}, "num_data=1"),
+        ({"num_samples": 1}, "num_samples=1"),
+        ({"budget": 0}, "budget=0"),
+    ):
         with pytest.raises(ValueError, match=message):
             judge(model, guide, binary(4), **options)
 

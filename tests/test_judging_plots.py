@@ -32,7 +32,11 @@ def whiskers(axes):
 
 def test_bounds_by_samples_shows_values_bands_and_log_p():
     figure = plots.bounds_by_samples(
-        [1, 10, 100], {"IWAE": torch.tensor([-9.0, -8.0, -7.5]), "other": [-9.0, None, -8.0]}, {"IWAE": [0.3, 0.2, 0.1]}, -7.0, 0.05
+        [1, 10, 100],
+        {"IWAE": torch.tensor([-9.0, -8.0, -7.5]), "other": [-9.0, None, -8.0]},
+        {"IWAE": [0.3, 0.2, 0.1]},
+        -7.0,
+        0.05,
     )
     (axes,) = figure.axes
     assert_allclose(line(axes, "IWAE"), ([1, 10, 100], [-9, -8, -7.5]))

@@ -43,7 +43,9 @@ def test_class_numbers_are_their_one_hot_rows(prior, dtype):
     bounds = []
     for given in (y, hot):
         pair = conditional(prior)
-        bounds.append(pv.fit(pair.model, pair.guide, (X, given), epochs=3, batch_size=20, progress=False, seed=0)["bound"])
+        bounds.append(
+            pv.fit(pair.model, pair.guide, (X, given), epochs=3, batch_size=20, progress=False, seed=0)["bound"]
+        )
     assert bounds[0] == bounds[1]
 
 
@@ -102,7 +104,11 @@ def test_a_missing_label_is_for_the_semi_supervised_pair():
 @pytest.mark.parametrize(
     ("x", "y", "text"),
     [
-        (X[:3], torch.tensor([0.0, 1.0, 0.0]), r"got labels y of shape \(3,\) and dtype torch.float32 for 3 data.*y.long\(\)"),
+        (
+            X[:3],
+            torch.tensor([0.0, 1.0, 0.0]),
+            r"got labels y of shape \(3,\) and dtype torch.float32 for 3 data.*y.long\(\)",
+        ),
         (X, torch.zeros(60, 2), r"shape \(60, 2\).*wanted one row each, \(60, 3\)"),
         (X, Y[:, None], r"shape \(60, 1\).*pass y\[:, 0\]"),
         (X, Y[:9], "got 60 data and 9 labels"),

@@ -76,8 +76,12 @@ def test_the_plane_runs_to_the_right_and_upwards():
     quantile = 2**0.5 * torch.erfinv(torch.tensor(0.8)).item()
     high, low = (torch.sigmoid(torch.tensor(3 * v)).item() for v in (quantile, -quantile))
     # Each cell is one row of two pixels: the left one shows z1, the right one z2.
-    assert picture[0, 0].item() == pytest.approx(low, abs=1e-3) and picture[-1, 0].item() == pytest.approx(low, abs=1e-3)
-    assert picture[0, -1].item() == pytest.approx(high, abs=1e-3) and picture[-1, -1].item() == pytest.approx(low, abs=1e-3)
+    assert picture[0, 0].item() == pytest.approx(low, abs=1e-3) and picture[-1, 0].item() == pytest.approx(
+        low, abs=1e-3
+    )
+    assert picture[0, -1].item() == pytest.approx(high, abs=1e-3) and picture[-1, -1].item() == pytest.approx(
+        low, abs=1e-3
+    )
     with pytest.raises(ValueError, match="3 latents, wanted two"):
         plots.latent_grid(pv.VAE.build((1, 4, 4), latent_dim=3, hidden=(4,)))
 
@@ -108,7 +112,9 @@ def test_contours_hold_the_mass_that_they_say():
             radius = (torch.tensor(path.vertices) - middle).norm(dim=-1).mean().item()
             assert radius == pytest.approx(scale * (-2 * math.log(1 - level)) ** 0.5, rel=0.02)
     outer = torch.tensor(shades.get_paths()[0].vertices)
-    assert (outer - middle).norm(dim=-1).max().item() == pytest.approx(0.5**0.5 * (-2 * math.log(0.05)) ** 0.5, rel=0.03)
+    assert (outer - middle).norm(dim=-1).max().item() == pytest.approx(
+        0.5**0.5 * (-2 * math.log(0.05)) ** 0.5, rel=0.03
+    )
     with pytest.raises(ValueError, match="another model"):
         plots.posterior_contours({"a": pair(), "b": pair()}, X[0])
 

@@ -297,7 +297,12 @@ def test_a_rounded_logistic_has_finite_derivatives_that_are_right():
 
 def test_a_decoder_that_runs_away_costs_no_number():
     """Outputs of any size, as in a step too long: log p and its gradient stay finite in float32."""
-    u, t = (v.flatten() for v in torch.meshgrid(torch.tensor([-1e8, -3.0, 0.0, 1e8]), torch.tensor([-200.0, 0.0, 88.0, 1e4]), indexing="ij"))
+    u, t = (
+        v.flatten()
+        for v in torch.meshgrid(
+            torch.tensor([-1e8, -3.0, 0.0, 1e8]), torch.tensor([-200.0, 0.0, 88.0, 1e4]), indexing="ij"
+        )
+    )
     for likelihood, output in (
         (DiscretizedLogistic(nn.Identity()), torch.stack([u, t], 1)),
         (MixtureOfDiscretizedLogistics(nn.Identity(), num_components=2), torch.stack([u, -u, u, -u, t, t], 1)),
@@ -368,7 +373,10 @@ def test_a_fit_refuses_data_that_the_family_cannot_have_drawn(name):
     make, bad, good = OFF[name]
     torch.manual_seed(0)
     likelihood = make(nn.Linear(2, 768 * 5))
-    model, guide = Model(StandardNormal(2), likelihood), Guide(DiagonalNormal(nn.Flatten(), 2, likelihood(torch.zeros(2)).event_shape[0]))
+    model, guide = (
+        Model(StandardNormal(2), likelihood),
+        Guide(DiagonalNormal(nn.Flatten(), 2, likelihood(torch.zeros(2)).event_shape[0])),
+    )
     x = torch.full((6, *likelihood(torch.zeros(2)).event_shape), good)
     for loss in (Trace_ELBO(), Objective(elbo), Objective(iwae, 3)):
         assert math.isfinite(fit(model, guide, x, loss=loss, epochs=1, progress=False)["loss"][-1])

@@ -50,5 +50,7 @@ def test_the_fitted_model_is_as_good_as_sampling_error_allows(fitted):
 def test_importance_sampling_agrees_with_the_closed_form(fitted):
     _, vae, bed, x = fitted
     estimate = pv.log_likelihood(vae.model, vae.guide, x, num_samples=1000)
-    assert abs(estimate.value - bed.log_evidence(x.double()).mean().item()) < max(4 * estimate.mc_stderr, 1e-5)  # float32
+    assert abs(estimate.value - bed.log_evidence(x.double()).mean().item()) < max(
+        4 * estimate.mc_stderr, 1e-5
+    )  # float32
     assert estimate.khat_ok == 1

@@ -44,7 +44,9 @@ def measure():
 def test_pages_are_kept_inside_and_given_back_at_the_end():
     # In a process of its own: the heap of one that ran other tests is in pieces, and not the subject.
     code = "from tests.test_memory import measure; measure()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

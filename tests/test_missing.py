@@ -118,7 +118,11 @@ def test_masks_broadcast_over_channels_and_batch():
     model = Model(StandardNormal(2), Normal(MLP(2, [4], (3, 2, 2)), 0.5))
     guide = Guide(DiagonalNormal(MLP((3, 2, 2), [4], None), 2))
     x = torch.randn(5, 3, 2, 2)
-    for mask in (torch.rand(5, 1, 2, 2) < 0.5, torch.rand(2, 2) < 0.5, torch.tensor([1, 0, 1, 0, 1]).bool().view(5, 1, 1, 1)):
+    for mask in (
+        torch.rand(5, 1, 2, 2) < 0.5,
+        torch.rand(2, 2) < 0.5,
+        torch.tensor([1, 0, 1, 0, 1]).bool().view(5, 1, 1, 1),
+    ):
         tables = []
         for given in (mask, mask.expand_as(x).contiguous()):
             torch.manual_seed(0)
@@ -320,7 +324,9 @@ def test_a_mask_that_is_none_is_refused():
 
 
 def test_a_likelihood_of_dependent_pixels_is_refused():
-    model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.MultivariateNormal(z, torch.eye(2)))
+    model = Model(
+        lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.MultivariateNormal(z, torch.eye(2))
+    )
     with pytest.raises(ValueError, match=r"MultivariateNormal of event_shape \(2,\).* jointly.*to_event\(1\)"):
         model(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool))
 
@@ -371,7 +377,10 @@ def test_imputation_looks_at_its_data_as_a_fit_does():
     x = torch.bernoulli(torch.full((20, 4), 0.5))
     mask = torch.ones_like(x, dtype=torch.bool)
     mask[3, 2] = False
-    for value, text in ((5.0, "row 7, column 1 of the data is 5, outside the support"), (NAN, "row 7, column 1 of the data is nan")):
+    for value, text in (
+        (5.0, "row 7, column 1 of the data is 5, outside the support"),
+        (NAN, "row 7, column 1 of the data is nan"),
+    ):
         wrong = x.clone()
         wrong[7, 1], wrong[3, 2] = value, NAN
         with pytest.raises(ValueError, match=text):

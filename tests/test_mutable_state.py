@@ -407,7 +407,14 @@ def trained(name: str, folder: str, inside: bool, steps: int, **options) -> tupl
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         history = fit(
-            space["model"], space["guide"], x, epochs=steps, batch_size=6, learning_rate=1e-2, seed=1, callback=callback,
+            space["model"],
+            space["guide"],
+            x,
+            epochs=steps,
+            batch_size=6,
+            learning_rate=1e-2,
+            seed=1,
+            callback=callback,
             **options,
         )
     return history["loss"], pyro.param("a").item(), [str(w.message) for w in said]
@@ -496,7 +503,9 @@ def unregistered(w):
 def checkpointed(w):
     from torch.utils.checkpoint import checkpoint
 
-    return (lambda: checkpoint(lambda v: torch.nn.functional.dropout(v * torch.ones(8), 0.5).mean(), w, use_reentrant=False)), w.item
+    return (
+        lambda: checkpoint(lambda v: torch.nn.functional.dropout(v * torch.ones(8), 0.5).mean(), w, use_reentrant=False)
+    ), w.item
 
 
 def spectral(w):
@@ -535,7 +544,14 @@ def written(make, option):
 
     looks = []
     history = fit(
-        model, guide, torch.linspace(-1.0, 1.0, 6), epochs=40, batch_size=6, learning_rate=1e-2, seed=1, compile=option,
+        model,
+        guide,
+        torch.linspace(-1.0, 1.0, 6),
+        epochs=40,
+        batch_size=6,
+        learning_rate=1e-2,
+        seed=1,
+        compile=option,
         callback=lambda record: looks.append(look()) if record["epoch"] % 8 == 0 else None,
     )
     return history["loss"], looks
@@ -546,8 +562,12 @@ def test_what_a_program_writes_is_what_it_writes_eagerly(make, monkeypatch):
     monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
     eager, default = written(make, False), written(make, "auto")
     assert default[0] == pytest.approx(eager[0], rel=1e-5, abs=1e-5)
-    flat = [torch.tensor(looks).flatten() if not isinstance(looks[0], list) else
-            torch.cat([torch.tensor(n).flatten().double() for look in looks for n in look]) for looks in (eager[1], default[1])]
+    flat = [
+        torch.tensor(looks).flatten()
+        if not isinstance(looks[0], list)
+        else torch.cat([torch.tensor(n).flatten().double() for look in looks for n in look])
+        for looks in (eager[1], default[1])
+    ]
     torch.testing.assert_close(flat[0], flat[1], rtol=1e-4, atol=1e-5)
 
 
@@ -591,7 +611,9 @@ def test_a_loss_of_ones_own_may_call_anything_beta(make, monkeypatch):
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("flow", [lambda: dist.transforms.affine_autoregressive(2, [4]), lambda: dist.transforms.planar(2)])
+@pytest.mark.parametrize(
+    "flow", [lambda: dist.transforms.affine_autoregressive(2, [4]), lambda: dist.transforms.planar(2)]
+)
 def test_a_flow_that_keeps_what_it_computed_last_is_captured(flow):
     pyro.clear_param_store()
     torch.manual_seed(0)
@@ -689,7 +711,10 @@ def test_compile_true_raises_at_the_first_difference():
             z = pyro.sample("z", dist.Normal(next(held), 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    with pytest.warns(UserWarning, match="held, a generator"), pytest.raises(ValueError, match="is not that of the programs"):
+    with (
+        pytest.warns(UserWarning, match="held, a generator"),
+        pytest.raises(ValueError, match="is not that of the programs"),
+    ):
         fit(model, plain_guide, torch.ones(4), epochs=50, batch_size=4, compile=True, seed=0)
 
 
@@ -744,5 +769,3 @@ def test_an_attribute_that_nobody_reads_does_not_cost_a_capture():
     for _ in range(30):
         pair.losses.append(svi.step(torch.ones(5, 1)))
     assert loss.captures == 1
-
-

@@ -101,7 +101,9 @@ def test_networks_can_be_captured_whole(kind):
     network, wanted, _ = small(kind)
     x = random(4, *wanted)
     captured = make_fx(lambda x: torch.autograd.grad(network(x).sum(), list(network.parameters())))(x)
-    for a, b in zip(captured(2 * x), torch.autograd.grad(network(2 * x).sum(), list(network.parameters())), strict=True):
+    for a, b in zip(
+        captured(2 * x), torch.autograd.grad(network(2 * x).sum(), list(network.parameters())), strict=True
+    ):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -173,7 +175,10 @@ def test_a_residual_autoencoder_learns_to_reconstruct():
     for i in range(4):
         x[4 * i : 4 * i + 4, 0, 2 * i : 2 * i + 2] = 1.0
         x[i::4, 0, :, 2 * i : 2 * i + 2] += 1.0
-    encoder, decoder = ResidualEncoder((1, 8, 8), [8, 16], features=32), ResidualDecoder(2, (1, 8, 8), [16, 8], features=32)
+    encoder, decoder = (
+        ResidualEncoder((1, 8, 8), [8, 16], features=32),
+        ResidualDecoder(2, (1, 8, 8), [16, 8], features=32),
+    )
     head = nn.Linear(encoder.out_features, 2)
     parameters = [*encoder.parameters(), *head.parameters(), *decoder.parameters()]
     optimizer = torch.optim.Adam(parameters, 5e-3)

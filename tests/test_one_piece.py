@@ -93,7 +93,9 @@ def test_what_may_be_meant_in_two_ways_is_refused(name, vae, monkeypatch):
 
 def test_the_numbers_are_those_of_the_two_programs(vae):
     x = binary(12)
-    one, two = (pv.log_likelihood(*pair, x, num_samples=20, progress=False) for pair in ((vae,), (vae.model, vae.guide)))
+    one, two = (
+        pv.log_likelihood(*pair, x, num_samples=20, progress=False) for pair in ((vae,), (vae.model, vae.guide))
+    )
     assert torch.equal(one.pointwise, two.pointwise)
     assert pv.active_units(vae, x).to_dict() == pv.active_units(vae.guide, x).to_dict()
     torch.manual_seed(0)

@@ -175,7 +175,12 @@ def test_one_cycle_is_made_for_the_epochs():
     with pytest.raises(ValueError, match="OneCycleLR for 3 steps, wanted one for at least 4"):
         fit(*small_pair(), binary(24), optimizer=scheduler(pyro.optim.OneCycleLR, max_lr=0.1, total_steps=3), **OPTIONS)
     with pytest.warns(UserWarning, match="OneCycleLR is made for 16 steps, and is stepped once an epoch, 4 times"):
-        fit(*small_pair(), binary(24), optimizer=scheduler(pyro.optim.OneCycleLR, max_lr=1e-3, total_steps=16), **OPTIONS)
+        fit(
+            *small_pair(),
+            binary(24),
+            optimizer=scheduler(pyro.optim.OneCycleLR, max_lr=1e-3, total_steps=16),
+            **OPTIONS,
+        )
 
 
 def test_rates_by_name_reach_the_parameters_of_modules():
@@ -261,7 +266,9 @@ def test_a_state_of_something_else_is_refused(tmp_path):
         Fused().set_state(theirs.get_state())
     fresh = Fused(torch.optim.Adam)
     fresh.set_state(state)
-    with pytest.raises(ValueError, match=r"is of another pair: its 'Model.*has shape \(16, 3\), this one's \(7, 3\)|has shape"):
+    with pytest.raises(
+        ValueError, match=r"is of another pair: its 'Model.*has shape \(16, 3\), this one's \(7, 3\)|has shape"
+    ):
         half(small_pair(hidden=7), fresh)
     vae = pv.VAE.build((1, 4, 4), latent_dim=3, hidden=(16, 16))
     fresh = Fused(torch.optim.Adam)

@@ -40,7 +40,9 @@ def with_auxiliary(x):
 
 def through_auxiliary(x):
     with pyro.plate("data", len(x)):
-        u = pyro.sample("u", dist.Normal(x / 2, pyro.param("scale", torch.tensor(0.5**0.5))), infer={"is_auxiliary": True})
+        u = pyro.sample(
+            "u", dist.Normal(x / 2, pyro.param("scale", torch.tensor(0.5**0.5))), infer={"is_auxiliary": True}
+        )
         pyro.sample("z", dist.Delta(u))
 
 
@@ -55,7 +57,11 @@ NONE = {
     "swapped": (guide, model, "the guide observes 'x'.*The order is .model, guide, data."),
     "the model twice": (model, model, "the guide observes 'x'"),
     "nothing observed": (blind, guide, "the model observes nothing, only draws .'z', 'x'."),
-    "an idle auxiliary site": (model, with_auxiliary, "'u' is none of the model's latent sites: it is auxiliary, and no latent is a function of it"),
+    "an idle auxiliary site": (
+        model,
+        with_auxiliary,
+        "'u' is none of the model's latent sites: it is auxiliary, and no latent is a function of it",
+    ),
 }
 
 
@@ -71,7 +77,12 @@ def test_what_is_no_pair_is_refused_by_name(run, name):
 
 def with_a_pair():
     """Every public function whose first arguments are a pair and its data, with the few others that some need."""
-    options = {"fit": {"epochs": 1, "progress": False}, "mean_bound": {}, "compare_guides": {}, "judge": {"budget": 5.0}}
+    options = {
+        "fit": {"epochs": 1, "progress": False},
+        "mean_bound": {},
+        "compare_guides": {},
+        "judge": {"budget": 5.0},
+    }
     for name in sorted(dir(pv)):
         function = getattr(pv, name)
         if name.startswith("_") or inspect.isclass(function) or not callable(function):
@@ -182,7 +193,6 @@ BOUNDS = {
 }
 
 
-
 def masked_pair(prior, posterior, inside=False):
     """z and x under masks, each a function of what was seen; the exact posterior where x was, the prior where not."""
 
@@ -221,7 +231,9 @@ APART = {
 @pytest.mark.parametrize("masks", APART)
 @pytest.mark.parametrize("run", BOUNDS)
 def test_a_latent_that_is_masked_in_one_program_only_has_no_bound(run, masks, inside):
-    with pytest.raises(ValueError, match="latent site 'z' is masked in one way by the model and in another by the guide"):
+    with pytest.raises(
+        ValueError, match="latent site 'z' is masked in one way by the model and in another by the guide"
+    ):
         BOUNDS[run](*masked_pair(*APART[masks], inside))
 
 

@@ -324,7 +324,9 @@ def test_scopes_of_the_store_keep_two_fits_apart(compile):
     for mean in (4.0, -3.0):
         x = 2 * torch.randn(300, generator=generator) + mean
         with store.scope() as scope:
-            fit(model, guide, x, epochs=120, batch_size=100, learning_rate=0.05, seed=0, progress=False, compile=compile)
+            fit(
+                model, guide, x, epochs=120, batch_size=100, learning_rate=0.05, seed=0, progress=False, compile=compile
+            )
             fit(*net[:2], data(), epochs=1, seed=0, progress=False, compile=compile)
         scopes.append((scope, x))
     assert not store

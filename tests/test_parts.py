@@ -168,7 +168,7 @@ def test_a_scale_that_can_move_starts_where_told_and_stays_above_its_minimum(sca
         (lambda: Normal(nn.Linear(2, 2), -1), "scale must be positive, got -1"),
         (lambda: Normal(nn.Linear(2, 2), math.nan), "scale must be positive, got nan"),
         (lambda: Normal(nn.Linear(2, 2), "per-pixel"), 'scale="per-pixel" needs x_shape, the shape of one datum'),
-        (lambda: Normal(nn.Linear(2, 2), "wide"), "got scale='wide', wanted a number, \"learned\", \"per-pixel\" or"),
+        (lambda: Normal(nn.Linear(2, 2), "wide"), 'got scale=\'wide\', wanted a number, "learned", "per-pixel" or'),
         (
             lambda: Normal(MLP(2, [], (3, 2, 2)), "network")(torch.zeros(5, 2)),
             r"turned a latent into \(3, 2, 2\), but Normal takes 2 parameters.*2 times the channels",

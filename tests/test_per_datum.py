@@ -80,7 +80,9 @@ PLATES = {
 
 @pytest.mark.parametrize("around", [1.0, 1e-3])
 @pytest.mark.parametrize("plate", PLATES.values(), ids=PLATES)
-@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceGraph_ELBO(), Objective(elbo)], ids=["trace", "graph", "objective"])
+@pytest.mark.parametrize(
+    "loss", [Trace_ELBO(), TraceGraph_ELBO(), Objective(elbo)], ids=["trace", "graph", "objective"]
+)
 def test_history_is_per_datum_under_every_scale(loss, plate, around):
     programs = scaled(pair(plate), around) if around != 1 else pair(plate)
     history = fit(*programs, X, loss=loss, epochs=40, batch_size=25, validation=X, **FROZEN)  # the last batch has ten
@@ -216,7 +218,9 @@ def test_a_clip_does_not_depend_on_the_scale():
     sgd = {"optimizer": torch.optim.SGD}
     plain = trained(PLATES["plain"], learning_rate=1e-2, clip_norm=3.0, **sgd)
     scale = 10_000 / 20
-    assert torch.allclose(plain, trained(PLATES["subsample"], learning_rate=1e-2 / scale, clip_norm=3.0, **sgd), rtol=1e-4)
+    assert torch.allclose(
+        plain, trained(PLATES["subsample"], learning_rate=1e-2 / scale, clip_norm=3.0, **sgd), rtol=1e-4
+    )
     assert not torch.allclose(plain, trained(PLATES["plain"], learning_rate=1e-2, **sgd), rtol=1e-3)
     assert not torch.allclose(plain, trained(PLATES["plain"], learning_rate=1e-2, clip_norm=0.01, **sgd), rtol=1e-2)
     eager, captured, unclipped = (
@@ -399,6 +403,7 @@ def test_the_bound_is_known_again_after_a_captured_warm_up():
 
 def test_of_two_plates_that_all_sites_share_the_one_as_long_as_the_data_is_theirs():
     """The data at dim -1 under a plate of their coordinates, which is the outer one."""
+
     def model(x):
         with pyro.plate("coordinate", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
             pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x.T)
@@ -516,7 +521,9 @@ def test_the_probe_costs_two_tiny_runs():
     assert seen_by_others(watched, guide, (X,)) is None
     assert sizes == [4, 3]
     sizes.clear()
-    assert seen_by_others(watched, guide, (X[:1],)) is None and seen_by_others(watched, guide, (torch.arange(9),)) is None
+    assert (
+        seen_by_others(watched, guide, (X[:1],)) is None and seen_by_others(watched, guide, (torch.arange(9),)) is None
+    )
     assert not sizes
 
 

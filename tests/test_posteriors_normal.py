@@ -42,7 +42,9 @@ def low_rank_normal(*leading, D=3, R=2, dtype=torch.float64):
 
 def mixture(*leading, C=3, D=2, dtype=torch.float64):
     scale = (0.3 * random(*leading, C, D, seed=2, dtype=dtype)).exp()
-    return DiagonalNormalMixture(1.2 * random(*leading, C, D, dtype=dtype), scale, random(*leading, C, seed=1, dtype=dtype))
+    return DiagonalNormalMixture(
+        1.2 * random(*leading, C, D, dtype=dtype), scale, random(*leading, C, seed=1, dtype=dtype)
+    )
 
 
 def oracle(q):
@@ -91,7 +93,10 @@ class TestNormalMixtureOnALine(Laws):
 def test_densities_and_moments_are_torchs(name, leading, dtype):
     q = FAMILIES[name](*leading, dtype=dtype)
     wanted = oracle(FAMILIES[name](*leading))
-    D, close = q.event_shape[0], {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    D, close = (
+        q.event_shape[0],
+        {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4},
+    )
     for shape in (leading, (4, *leading), (4, 1, *leading), (1,) * len(leading)):
         z = 2 * random(*shape, D, seed=5)
         ours, theirs = q.log_prob(z.to(dtype)), wanted.log_prob(z)
@@ -182,7 +187,9 @@ def test_a_large_factor_does_not_cancel():
     covariance = q.covariance_matrix
     residual = (z - q.loc).unsqueeze(-1)
     exact = -0.5 * (
-        (residual.mT @ torch.linalg.solve(covariance, residual)).squeeze() + covariance.logdet() + 4 * math.log(2 * math.pi)
+        (residual.mT @ torch.linalg.solve(covariance, residual)).squeeze()
+        + covariance.logdet()
+        + 4 * math.log(2 * math.pi)
     )
     assert abs(single.item() - exact.item()) < 1e-2 * max(1, abs(exact.item()))
 
@@ -232,7 +239,9 @@ def test_a_step_of_adam_bends_the_full_normal_as_much_at_any_number_of_latents()
         torch.manual_seed(0)
         posterior, x = FullNormal(nn.Linear(3, 20), D), torch.randn(200, 3)
         optimiser = torch.optim.Adam(posterior.head.parameters(), 1e-2)
-        (posterior.head(posterior.encoder(x)) * torch.randn(posterior.head.out_features)).sum().backward()  # gradients of random sign
+        (
+            posterior.head(posterior.encoder(x)) * torch.randn(posterior.head.out_features)
+        ).sum().backward()  # gradients of random sign
         optimiser.step()
         q = posterior(x)
         return ((q.scale_tril / q.scale_tril.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))[:, -1, :-1]).norm(dim=-1).mean()

@@ -118,7 +118,9 @@ def test_the_command_knows_the_same_names():
     assert CHOICES["matmul_precision"] == PRECISIONS
 
 
-@pytest.mark.parametrize(("machine", "instructions", "slow"), [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)])
+@pytest.mark.parametrize(
+    ("machine", "instructions", "slow"), [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)]
+)
 def test_a_cpu_without_instructions_for_bfloat16_is_told_of_once(monkeypatch, machine, instructions, slow):
     import warnings
 

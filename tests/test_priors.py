@@ -235,8 +235,13 @@ def test_an_objective_over_parts_is_captured_if_they_are_few(monkeypatch):
         assert torch.allclose(eager.double(), again.double(), rtol=1e-9, atol=1e-11)
     monkeypatch.setattr(mixtures, "_PAIRS", 5)
     many = Compiled(loss, compile_after=None)
-    with own_parameters(model, guide), pytest.warns(UserWarning, match="parts of a mixture of 5.*down takes longer than it saves"):
-        assert [math.isfinite(many.loss_and_grads(model, guide, x)) for _ in range(3)] == [True] * 3 and not many.captures
+    with (
+        own_parameters(model, guide),
+        pytest.warns(UserWarning, match="parts of a mixture of 5.*down takes longer than it saves"),
+    ):
+        assert [math.isfinite(many.loss_and_grads(model, guide, x)) for _ in range(3)] == [
+            True
+        ] * 3 and not many.captures
 
 
 def test_normal_mixture_starts_spread_out_with_the_moments_of_the_standard_normal():
@@ -281,7 +286,9 @@ def test_it_is_a_prior_under_plates_predictive_and_nuts(name):
     points, _ = grid(10, 401)
     posterior = (prior().log_prob(points) + dist.Normal(points, 1.0).to_event(1).log_prob(x)).softmax(0)
     mean = posterior @ points
-    stderr = (posterior @ (points - mean) ** 2).sqrt() / mcmc.diagnostics()["z"]["n_eff"].reshape(2).clamp(max=400) ** 0.5
+    stderr = (posterior @ (points - mean) ** 2).sqrt() / mcmc.diagnostics()["z"]["n_eff"].reshape(2).clamp(
+        max=400
+    ) ** 0.5
     assert ((z.mean(0) - mean).abs() < 4 * stderr).all()
 
 

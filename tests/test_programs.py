@@ -101,7 +101,9 @@ def test_nuts_on_one_image_finds_the_exact_posterior():
 
 
 def test_a_forgotten_event_dimension_is_named():
-    model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.Normal(z @ torch.ones(2, 5), 1.0))
+    model = Model(
+        lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.Normal(z @ torch.ones(2, 5), 1.0)
+    )
     x = torch.zeros(64, 5)
     with pytest.raises(ValueError, match=r"batch_shape \(64, 5\), wanted \(64,\). Did you forget .to_event\(1\)\?"):
         poutine.trace(poutine.condition(model, {"z": torch.zeros(64, 2)})).get_trace(x)

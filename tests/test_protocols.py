@@ -41,7 +41,9 @@ class Bare(nn.Module):
         self.head = nn.Linear(encoder.out_features, latent_dim)
 
     def family(self, parameters):
-        return spherical.VonMisesFisher(parameters / parameters.norm(dim=-1, keepdim=True), torch.ones(parameters.shape[:-1]))
+        return spherical.VonMisesFisher(
+            parameters / parameters.norm(dim=-1, keepdim=True), torch.ones(parameters.shape[:-1])
+        )
 
     def forward(self, x):
         return self.family(self.head(self.encoder(x)))
@@ -100,7 +102,9 @@ def build(shape=(4,), **options):
 
 @pytest.mark.parametrize("posterior", ["mine:Sphere", "mine:Bare", "von-mises-fisher"])
 def test_the_support_of_a_part_of_any_origin_is_checked(posterior):
-    with pytest.raises(ValueError, match=r"supports are 'sphere' and 'real', and KL.* infinite. Use prior 'hyperspherical'"):
+    with pytest.raises(
+        ValueError, match=r"supports are 'sphere' and 'real', and KL.* infinite. Use prior 'hyperspherical'"
+    ):
         build(posterior=posterior)
     vae = build(posterior=posterior, prior="hyperspherical")
     assert torch.allclose(vae.posterior(torch.rand(5, 4)).sample().norm(dim=-1), torch.ones(5))
@@ -153,13 +157,18 @@ def test_what_is_not_said_is_assumed_and_what_is_said_wrong_is_refused():
     assert protocols.values(nothing) is None and protocols.default_options(nothing, (1,), 1.0, None, {"a": 1}) == {}
     assert not has_head(nothing) and not has_start(nothing) and protocols.closed_form_sites(nothing) == ()
     nothing.rescoring = "imposible"
-    with pytest.raises(ValueError, match="got rescoring='imposible', wanted one of 'impossible', 'D passes', 'one pass'"):
+    with pytest.raises(
+        ValueError, match="got rescoring='imposible', wanted one of 'impossible', 'D passes', 'one pass'"
+    ):
         rescoring(nothing)
 
 
 def test_the_dearest_that_one_says_counts():
     one, many = (types.SimpleNamespace(rescoring=said) for said in ("one pass", "D passes"))
-    assert rescoring(one, many) == "D passes" and rescoring(many, one, types.SimpleNamespace(rescoring="impossible")) == "impossible"
+    assert (
+        rescoring(one, many) == "D passes"
+        and rescoring(many, one, types.SimpleNamespace(rescoring="impossible")) == "impossible"
+    )
 
 
 def test_twice_differentiable_is_asked_of_what_lies_inside():

@@ -223,7 +223,14 @@ def test_what_a_loss_keeps_of_its_last_call_is_no_setting():
 
 @pytest.mark.parametrize(
     ("old", "new", "same"),
-    [(1.0, 1.0, True), (1, 1.0, False), (True, 1, False), (0.0, -0.0, False), ("a", "a", True), (float("nan"), 1.0, False)],
+    [
+        (1.0, 1.0, True),
+        (1, 1.0, False),
+        (True, 1, False),
+        (0.0, -0.0, False),
+        ("a", "a", True),
+        (float("nan"), 1.0, False),
+    ],
 )
 def test_values_are_compared_with_their_types(old, new, same):
     held = [old]

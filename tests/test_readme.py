@@ -31,7 +31,17 @@ def test_links_and_pictures_exist():
 def test_commands_of_the_shell_blocks_exist():
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL))
     named = {name for name in re.findall(r"pyro-vae (\w+)", shell)}
-    assert named == {"fit", "evaluate", "sample", "reconstruct", "anomalies", "combinations", "judge", "encode", "export"}
+    assert named == {
+        "fit",
+        "evaluate",
+        "sample",
+        "reconstruct",
+        "anomalies",
+        "combinations",
+        "judge",
+        "encode",
+        "export",
+    }
     run = [sys.executable, "-m", "pyro_vae", "--help"]
     listed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert all(name in listed for name in named)

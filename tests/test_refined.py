@@ -105,7 +105,9 @@ def test_the_jacobian_is_that_of_the_whole_map(tempering):
             z = at["z"]
             return {"z": -(z**3) + torch.sin(z.roll(1)) * z}
 
-        z, rho = tempered_leapfrog(gradient, {"z": both[:3]}, {"z": both[3:]}, guide.log_step_size.exp().detach(), cooling)
+        z, rho = tempered_leapfrog(
+            gradient, {"z": both[:3]}, {"z": both[3:]}, guide.log_step_size.exp().detach(), cooling
+        )
         return torch.cat([z["z"], rho["z"]])
 
     both = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -119,7 +121,9 @@ def test_the_jacobian_is_that_of_the_whole_map(tempering):
 def test_the_fixed_schedule_is_the_paper_s():
     cooling = Hamiltonian(PAIR.model, bad_guide, 5, tempering="fixed", beta=0.25).double().cooling
     beta = [1 / ((1 - 2) * (k / 5) ** 2 + 2) ** 2 for k in range(6)]
-    assert torch.allclose(cooling, torch.tensor([math.sqrt(a / b) for a, b in zip(beta, beta[1:], strict=False)], dtype=torch.float64))
+    assert torch.allclose(
+        cooling, torch.tensor([math.sqrt(a / b) for a, b in zip(beta, beta[1:], strict=False)], dtype=torch.float64)
+    )
 
 
 def test_the_density_is_that_of_position_and_momentum_by_change_of_variables():
@@ -491,13 +495,17 @@ def test_what_cannot_be_refined_is_refused_by_name():
             pyro.sample("z", dist.Normal(torch.zeros(len(index), 3).double(), 1.0).to_event(1))
 
     for kind in (Hamiltonian, SemiAmortized):
-        with pytest.raises(ValueError, match=f"{kind.__name__} cannot refine guide site 'z' .Delta.*a point has no density"):
+        with pytest.raises(
+            ValueError, match=f"{kind.__name__} cannot refine guide site 'z' .Delta.*a point has no density"
+        ):
             kind(model, point)(X)
         with pytest.raises(ValueError, match="'z' .Poisson.: its sampler is not reparameterised"):
             kind(model, discrete)(X)
         with pytest.raises(ValueError, match="carries a scale, as of a plate that subsamples"):
             kind(model, subsampling)(X)
-        with pytest.raises(ValueError, match=rf"observes 'x', as models do. The order is {kind.__name__}\(model, guide\)"):
+        with pytest.raises(
+            ValueError, match=rf"observes 'x', as models do. The order is {kind.__name__}\(model, guide\)"
+        ):
             kind(bad_guide, model)(X)
         with pytest.raises(ValueError, match="steps=-1, wanted 0"):
             kind(model, bad_guide, -1)
@@ -513,7 +521,9 @@ def test_what_cannot_be_refined_is_refused_by_name():
         Hamiltonian(model, foreign(lambda m, s: dist.LogNormal(m, s).to_event(1)))(X)
     affine = dist.transforms.AffineTransform(1.0, 2.0)
     guide = foreign(lambda m, s: dist.TransformedDistribution(dist.Normal(m, s), affine).to_event(1))
-    with pytest.raises(ValueError, match=r"cannot rebuild the guide's sites, 'z' \(TransformedDistribution\).*Amortized"):
+    with pytest.raises(
+        ValueError, match=r"cannot rebuild the guide's sites, 'z' \(TransformedDistribution\).*Amortized"
+    ):
         SemiAmortized(model, guide)(X)
     assert SemiAmortized(model, bad_guide, seed=None).rescoring == "impossible"
 

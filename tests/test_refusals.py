@@ -242,8 +242,10 @@ def test_builders_take_parts_by_class_or_name_and_list_the_names_for_all_else(bu
     classes = [p for p in build(likelihood=likelihoods.Normal, posterior=posteriors.FullNormal).modules()]
     assert [type(p) for p in named] == [type(p) for p in classes]
     assert any(isinstance(p, likelihoods.Normal) for p in named)
-    for kind, values, name in (("likelihood", (5, None, nn.Identity(), "nrmal"), "poisson"),
-                               ("posterior", (5, None, nn.Identity(), "ful"), "low-rank")):
+    for kind, values, name in (
+        ("likelihood", (5, None, nn.Identity(), "nrmal"), "poisson"),
+        ("posterior", (5, None, nn.Identity(), "ful"), "low-rank"),
+    ):
         for value in values:
             with pytest.raises(ValueError, match=f"wanted.*{name}") as raised:
                 build(**{kind: value})
@@ -409,7 +411,9 @@ def test_a_token_beyond_the_table_in_a_later_batch_is_named(holder):
         "tensor": x, "array": x.numpy(), "loader": DataLoader(TensorDataset(x), batch_size=64),
         "dataset": Items(x),
     }[holder]  # fmt: skip
-    with pytest.raises(ValueError, match="row (250|.*row 250).* of the data is 7, on which the pair does not run.*embed"):
+    with pytest.raises(
+        ValueError, match="row (250|.*row 250).* of the data is 7, on which the pair does not run.*embed"
+    ):
         fit_tokens(held, size=7)
     assert len(fit_tokens(held, size=8)) == 1
 
@@ -654,7 +658,9 @@ def test_a_single_number_observed_in_the_plate_scores_as_in_pyro():
     assert pyros == pytest.approx(both.sum().item(), abs=1e-4)
     found = pv.elbo_terms(model, guide, x, progress=False)
     assert found.value == pytest.approx(both.mean().item(), abs=1e-5)
-    assert pv.log_likelihood(model, guide, x, num_samples=3, progress=False).value == pytest.approx(found.value, abs=1e-5)
+    assert pv.log_likelihood(model, guide, x, num_samples=3, progress=False).value == pytest.approx(
+        found.value, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
@@ -729,9 +735,13 @@ def test_labels_first_as_wide_as_the_data_are_refused():
     pair = Foreign()
     labels = nn.functional.one_hot(torch.arange(20) % 4, 4)
     for data in (TensorDataset(labels, table()), DataLoader(TensorDataset(labels, table()), batch_size=10)):
-        with pytest.raises(ValueError, match=r"would take column 0 \(int64 .*, 4\)\), and leave out column 1, float32 "):
+        with pytest.raises(
+            ValueError, match=r"would take column 0 \(int64 .*, 4\)\), and leave out column 1, float32 "
+        ):
             pv.fit(pair.model, pair.guide, data, **SHORT)
-    with pytest.warns(UserWarning, match=r"took column 0 \(float32 \(10, 4\)\); left out int64 \(10, 4\), such as labels"):
+    with pytest.warns(
+        UserWarning, match=r"took column 0 \(float32 \(10, 4\)\); left out int64 \(10, 4\), such as labels"
+    ):
         pv.fit(pair.model, pair.guide, TensorDataset(table(), labels), **SHORT)
     with pytest.warns(UserWarning, match=r"took column 0 \(int64 \(10, 4\)\); left out float32 \(10,\)"):
         pv.fit(pair.model, pair.guide, TensorDataset(labels, table()[:, 0]), **SHORT)

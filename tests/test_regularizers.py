@@ -109,7 +109,9 @@ def test_total_correlation_is_the_sum_over_all_pairs():
 
 def test_total_correlation_needs_factors():
     model_pair, x = linear_pair()
-    with pytest.raises(ValueError, match="total_correlation needs a factorised.*'z' is MultivariateNormal.*DiagonalNormal"):
+    with pytest.raises(
+        ValueError, match="total_correlation needs a factorised.*'z' is MultivariateNormal.*DiagonalNormal"
+    ):
         Objective(elbo, regularizers=[total_correlation(1.0)]).loss(model_pair.model, model_pair.guide, x)
     with pytest.raises(ValueError, match=r"free_bits\(per='dimension'\) needs a factorised"):
         Objective(elbo, regularizers=[free_bits(1.0, per="dimension")]).loss(model_pair.model, model_pair.guide, x)
@@ -160,7 +162,9 @@ def test_added_to_the_loss_and_not_to_the_bound_under_every_estimator(estimator)
 
 def test_a_fit_with_regularizers():
     extra = [mmd(10.0), total_correlation(1.0)]
-    history = fit(*small_pair(), binary(33), loss=Objective(iwae, 3, regularizers=extra), epochs=3, batch_size=16, seed=0)
+    history = fit(
+        *small_pair(), binary(33), loss=Objective(iwae, 3, regularizers=extra), epochs=3, batch_size=16, seed=0
+    )
     assert len(history) == 3  # the last batch of one datum too
     assert all(abs(-loss - bound) > 1e-3 for loss, bound in zip(history["loss"], history["bound"], strict=True))
     assert "regularizers=[MMD(weight=10.0" in repr(Objective(iwae, 3, regularizers=extra))

@@ -22,7 +22,18 @@ NEVER = {
     "max_steps", "n_samples", "batch_size",
 }  # fmt: skip
 # The batch is run as it is, once; or a program that is no pair.
-INNER = {"score", "rescores", "optimise", "climbed", "family_form", "local_form", "frozen", "simulated_batch", "moments", "in_chunks"}
+INNER = {
+    "score",
+    "rescores",
+    "optimise",
+    "climbed",
+    "family_form",
+    "local_form",
+    "frozen",
+    "simulated_batch",
+    "moments",
+    "in_chunks",
+}
 
 
 def taking_pairs():
@@ -57,7 +68,9 @@ def test_the_pair_comes_first_and_one_thing_has_one_name(name):
     parameters = inspect.signature(PAIRS[name]).parameters
     kinds = {key: p.kind for key, p in parameters.items()}
     places = [key for key, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    programs = {"compare_guides": ["model", "guides"], "linear_optimum": ["model"]} | dict.fromkeys(OF_A_GUIDE, ["guide"])
+    programs = {"compare_guides": ["model", "guides"], "linear_optimum": ["model"]} | dict.fromkeys(
+        OF_A_GUIDE, ["guide"]
+    )
     assert places == [*programs.get(name, ["model", "guide"]), "data"]
     assert all(parameters[key].default is inspect.Parameter.empty for key in places)
     assert not NEVER & set(parameters)

@@ -87,7 +87,11 @@ def test_bessel_functions_moments_and_the_normaliser_are_mpmaths(D):
             kl = kl_divergence(q, spherical.HypersphericalUniform(D)).item()
             assert abs(kl - float(surface + log_c + k * mean)) < 1e-9 and kl > 0
             single = VMF(mu.float(), point.detach().float())
-            for ours, exact in ((single.log_normalizer, log_c), (single.mean[0], mean), (single.entropy(), -log_c - k * mean)):
+            for ours, exact in (
+                (single.log_normalizer, log_c),
+                (single.mean[0], mean),
+                (single.entropy(), -log_c - k * mean),
+            ):
                 assert abs(ours.item() - float(exact)) < 3e-6 * max(abs(float(exact)), 1) + 1e-6 * D
 
 
@@ -138,7 +142,11 @@ def test_densities_integrate_to_one_on_circle_and_sphere():
 
 
 def test_gradients_of_the_density_are_right_along_the_sphere():
-    k, raw, z = random(3).exp().requires_grad_(), random(3, 4).requires_grad_(), random(2, 3, 4, seed=2).requires_grad_()
+    k, raw, z = (
+        random(3).exp().requires_grad_(),
+        random(3, 4).requires_grad_(),
+        random(2, 3, 4, seed=2).requires_grad_(),
+    )
     assert gradcheck(lambda raw, k, z: VMF(normalize(raw, dim=-1), k).log_prob(normalize(z, dim=-1)), (raw, k, z))
 
 
@@ -148,7 +156,9 @@ def test_shapes_broadcast_and_expand(leading):
         wide = q.expand([5, *leading])
         z = wide.rsample((4,))
         assert z.shape == (4, 5, *leading, 3) and z.dtype == torch.float64 and len(z.flatten().unique()) == z.numel()
-        assert wide.log_prob(z).shape == (4, 5, *leading) and torch.allclose(wide.log_prob(z), q.log_prob(z), rtol=1e-14)
+        assert wide.log_prob(z).shape == (4, 5, *leading) and torch.allclose(
+            wide.log_prob(z), q.log_prob(z), rtol=1e-14
+        )
         assert wide.mean.shape == (5, *leading, 3) and wide.entropy().shape == (5, *leading)
         assert wide.log_prob(torch.ones(3).double() / 3**0.5).shape == (5, *leading)
     kl = kl_divergence(vmf(*leading).expand([5, *leading]), spherical.HypersphericalUniform(3))
@@ -276,7 +286,11 @@ def test_the_slope_of_an_angle_keeps_its_distribution_function(D, dtype, close):
                 def integrand(t, a=a, k=k, mean=mean, p=p):
                     return mpmath.exp(k * (mpmath.cos(t) - mpmath.cos(a))) * (mpmath.sin(t) / mpmath.sin(a)) ** p * (mpmath.cos(t) - mean)  # fmt: skip
 
-                ends = [a, a - width, a - 4 * width, a - 12 * width] if a < centre else [a, a + width, a + 4 * width, a + 12 * width]
+                ends = (
+                    [a, a - width, a - 4 * width, a - 12 * width]
+                    if a < centre
+                    else [a, a + width, a + 4 * width, a + 12 * width]
+                )
                 ends = sorted({min(max(e, 0.0), math.pi) for e in ends})
                 wanted = float(mpmath.quad(integrand, ends)) * (-1 if a < centre else 1)
                 assert abs(ours / wanted - 1) < close, (value, a, ours, wanted)

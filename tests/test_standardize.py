@@ -45,7 +45,9 @@ def test_a_table_fits_out_of_the_box_and_as_well_as_its_columns_spread(scale):
     x = people()
     vae = pv.VAE.build((4,), latent_dim=2, hidden=(32,), likelihood="normal", scale=scale)
     with pytest.warns(UserWarning, match=r"scales of their own \(x\[:, 1\] has mean .*standardize=False"):
-        bounds = pv.fit(vae.model, vae.guide, x, epochs=30, batch_size=64, learning_rate=3e-2, progress=False, seed=0)["bound"]
+        bounds = pv.fit(vae.model, vae.guide, x, epochs=30, batch_size=64, learning_rate=3e-2, progress=False, seed=0)[
+            "bound"
+        ]
     assert all(map(math.isfinite, bounds))
     assert bounds[-1] > independent_normals(x) - 1.5  # the constant column costs, or pays, what its scale has learned
 
@@ -212,7 +214,9 @@ def test_the_density_is_torchs_at_the_scale_that_is_implied(scale):
     z, x = torch.randn(7, 2, dtype=torch.float64) * 40, torch.randn(7, 4, dtype=torch.float64)
     output = likelihood.decoder(z)
     l = output[:, 4:] if scale == "network" else likelihood.log_scale  # noqa: E741
-    sigma = 0.01 + torch.where(l > 15, math.exp(15) * (l - 14), torch.where(l < -15, math.exp(-15) / (-l - 14), l.exp()))
+    sigma = 0.01 + torch.where(
+        l > 15, math.exp(15) * (l - 14), torch.where(l < -15, math.exp(-15) / (-l - 14), l.exp())
+    )
     wanted = torch.distributions.Normal(output[:, :4], sigma).log_prob(x).sum(-1)
     assert torch.allclose(likelihood(z).log_prob(x), wanted, rtol=1e-12)
 

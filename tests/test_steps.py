@@ -75,7 +75,9 @@ def test_a_whole_step_is_the_step(name, schedule, inside, request):
     entries = ours[4]._graphs.values()
     assert all(e.training.update is not None and e.capture.leaves and not e.capture.live_noise for e in entries)
     # On a GPU the graph takes an index, elsewhere the batch.
-    found = [node.meta["val"].dtype for e in entries for node in e.capture.module.graph.nodes if node.op == "placeholder"]
+    found = [
+        node.meta["val"].dtype for e in entries for node in e.capture.module.graph.nodes if node.op == "placeholder"
+    ]
     assert (torch.int64 in found) == inside
 
 

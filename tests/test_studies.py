@@ -52,7 +52,9 @@ def test_the_command_prints_the_table(capsys):
     argv = ["combinations", "--posterior", "diagonal", "--bound", "elbo", "--bound", "vr-max"]
     assert main([*argv, "--estimator", "doubly-reparameterized"]) == 0
     printed = capsys.readouterr().out
-    assert "diagonal  doubly-reparameterized  yes   no [1]" in printed and "[1] refused: doubly-reparameterized" in printed
+    assert (
+        "diagonal  doubly-reparameterized  yes   no [1]" in printed and "[1] refused: doubly-reparameterized" in printed
+    )
     assert main([*argv, "--estimator", "reparameterized", "--json"]) == 0
     assert [row["result"] for row in json.loads(capsys.readouterr().out)] == ["trains", "trains"]
 

@@ -67,7 +67,10 @@ def test_what_takes_more_than_one_datum_says_so():
     assert units.count == 0 and units.variance.isnan().all() and "unknown of one datum" in str(units)
     for call, text in (
         (lambda: mutual_information(vae.model, vae.guide, x), "got 1 data, wanted at least three.*Give more data"),
-        (lambda: energy_distance(vae.sample(5), x), r"got sets of shapes \(5, 5\) and \(1, 5\), wanted.*give more data"),
+        (
+            lambda: energy_distance(vae.sample(5), x),
+            r"got sets of shapes \(5, 5\) and \(1, 5\), wanted.*give more data",
+        ),
         (lambda: sbc(vae.model, vae.guide, x, num_data=1), "got num_data=1, wanted at least two.*Raise it"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -244,7 +244,9 @@ def test_encode_and_decode_are_the_sites_of_the_programs(name):
     assert torch.allclose(model.log_prob_sum(), wanted, rtol=1e-6)
     stacked = torch.stack([z, -z])
     assert torch.allclose(vae.decode(stacked).mean[1], vae.decode(-z).mean, rtol=1e-6, atol=1e-6)
-    assert torch.equal(vae.reconstruct(x), vae.decode(vae.posterior(x).mean).mean) and not vae.reconstruct(x).requires_grad
+    assert (
+        torch.equal(vae.reconstruct(x), vae.decode(vae.posterior(x).mean).mean) and not vae.reconstruct(x).requires_grad
+    )
 
 
 def test_a_point_encodes_to_what_its_guide_returns():
@@ -428,7 +430,9 @@ def test_encode_and_reconstruct_see_what_the_guide_sees_of_a_mask():
     for given, seen in ((mask, torch.where(mask, x, 0.0)), (None, x)):
         shown = torch.cat([seen, torch.ones(5, 4) if given is None else given.float()], 1)
         assert torch.equal(vae.posterior(x, given).mean, posterior(shown).mean)
-        assert torch.equal(vae.posterior(x, given).mean, pyro.poutine.trace(vae.guide).get_trace(x, given).nodes["z"]["fn"].mean)
+        assert torch.equal(
+            vae.posterior(x, given).mean, pyro.poutine.trace(vae.guide).get_trace(x, given).nodes["z"]["fn"].mean
+        )
         assert torch.equal(vae.reconstruct(x, given), vae.decode(posterior(shown).mean).mean)
     holes = torch.where(mask, x, torch.nan)
     assert torch.equal(vae.reconstruct(holes, mask), vae.reconstruct(x, mask))
@@ -507,7 +511,9 @@ def test_under_a_default_of_doubles_all_is_double(doubles, tmp_path, prior):
     torch.manual_seed(0)
     vae, x = VAE.build((6,), latent_dim=2, hidden=(8,), prior=prior), binary(24).reshape(24, 16)[:, :6].double()
     assert {p.dtype for p in vae.parameters()} == {torch.float64}
-    history = fit(vae.model, vae.guide, x, epochs=4, batch_size=6, kl_warmup_steps=5, seed=0, compile=True, progress=False)
+    history = fit(
+        vae.model, vae.guide, x, epochs=4, batch_size=6, kl_warmup_steps=5, seed=0, compile=True, progress=False
+    )
     assert all(math.isfinite(loss) for loss in history["loss"])
     vae.save(tmp_path / "vae.safetensors")
     again = VAE.load(tmp_path / "vae.safetensors")

@@ -15,7 +15,12 @@ from pyro_vae.judging.tables import latex
 from pyro_vae.parts import names
 from tests.pairs import binary
 
-ODD = [str.upper, lambda name: name.replace("-", "_"), lambda name: name.replace("-", "_").title(), lambda name: name.replace("_", "-")]
+ODD = [
+    str.upper,
+    lambda name: name.replace("-", "_"),
+    lambda name: name.replace("-", "_").title(),
+    lambda name: name.replace("_", "-"),
+]
 
 
 @pytest.mark.parametrize("spelling", ODD)
@@ -123,7 +128,9 @@ def test_the_command_hints_too(argv, hint, capsys):
 def test_a_history_names_its_columns_and_is_drawn():
     history = fitted(validation=binary(8, seed=1))
     assert len(history["loss"]) == 2 and history["validation"][0] is not None
-    with pytest.raises(ValueError, match="got the column 'validaton', wanted one of epoch, loss, .*Did you mean 'validation'"):
+    with pytest.raises(
+        ValueError, match="got the column 'validaton', wanted one of epoch, loss, .*Did you mean 'validation'"
+    ):
         history["validaton"]
     assert fitted()["validation"] == [None, None]  # a column that there can be
     with pytest.raises(ValueError, match="wanted one of epoch, loss"):

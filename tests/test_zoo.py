@@ -123,7 +123,7 @@ def test_a_guide_without_data_and_pictures_of_no_kind_are_refused():
         given = {"conditional": (torch.eye(3).double(),), "semi-supervised": (torch.arange(3),)}.get(kind, (3,))
         assert pair.sample(*given).shape == (3, *X_SHAPE)
         assert set(pair.sample(*given, pixels="draw").unique().tolist()) <= {0.0, 1.0}
-        with pytest.raises(ValueError, match="got pixels='median', wanted \"mean\" or \"draw\""):
+        with pytest.raises(ValueError, match='got pixels=\'median\', wanted "mean" or "draw"'):
             pair.sample(*given, pixels="median")
 
 
@@ -156,7 +156,9 @@ def posterior_of(mean, covariance, weight, noise):
 def chain(dims=(5, 4, 3, 2), seed=0, stretch=1.0, shift=0.0):
     """A linear-Gaussian hierarchy of dims (x, z1, ..., zL), its exact layered posterior as guide, and log p(x)."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(a, b, generator=generator, dtype=torch.float64) for a, b in zip(dims, dims[1:], strict=False)]
+    weights = [
+        torch.randn(a, b, generator=generator, dtype=torch.float64) for a, b in zip(dims, dims[1:], strict=False)
+    ]
     scales = [0.5, 0.8, 0.6, 0.7][: len(weights)]
     mean, covariance = torch.zeros(dims[-1]).double(), torch.eye(dims[-1]).double()
     down, up = [], []
@@ -507,7 +509,9 @@ def test_log_p_of_a_mixture_by_quadrature_and_responsibilities_by_bayes():
         q = pair.posterior(x).log_prob(grid.reshape(-1, 1, 1)).exp()
         view = (q.unsqueeze(-1) * (given_c + log_pc).softmax(-1).unsqueeze(1)).sum(0) * (grid[1] - grid[0])
     exact = joint.logsumexp(-1).mean().item()
-    wide = pv.Guide(lambda x: dist.Normal(torch.zeros(len(x), 1).double(), 3.0).to_event(1))  # heavier than any component
+    wide = pv.Guide(
+        lambda x: dist.Normal(torch.zeros(len(x), 1).double(), 3.0).to_event(1)
+    )  # heavier than any component
     estimate = pv.log_likelihood(pair.marginal, wide, x, num_samples=20_000)
     assert 0 < estimate.mc_stderr < 0.02
     assert abs(estimate.value - exact) < 4 * estimate.mc_stderr

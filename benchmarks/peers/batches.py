@@ -45,7 +45,11 @@ def loader(data: Dataset, batch_size: int, workers: int) -> DataLoader:
     # A row's process was spawned, and would spawn its workers; fork is what a script on Linux does.
     context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(
-        data, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0,
+        data,
+        batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         multiprocessing_context=context,
     )
 

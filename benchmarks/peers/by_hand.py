@@ -63,7 +63,11 @@ def _compile(function: Callable[..., Tensor], problem: Problem) -> Any:
 
 
 def build(
-    pixels: np.ndarray, problem: Problem, workers: int = 0, in_memory: bool = False, precision: str | None = None,
+    pixels: np.ndarray,
+    problem: Problem,
+    workers: int = 0,
+    in_memory: bool = False,
+    precision: str | None = None,
     compiled: bool = False,
 ) -> Callable[[], tuple[int, float]]:
     vae = _start(problem, precision)

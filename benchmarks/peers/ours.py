@@ -52,7 +52,10 @@ def loss_of(problem: Problem, loss: str = "Trace_ELBO") -> Any:
 
 
 def build(
-    pixels: np.ndarray, problem: Problem, loss: str = "Trace_ELBO", precision: str | None = None,
+    pixels: np.ndarray,
+    problem: Problem,
+    loss: str = "Trace_ELBO",
+    precision: str | None = None,
     compiled: str | None = None,
 ) -> Callable[[], tuple[int, float]]:
     """`fit`, one epoch at a call.
@@ -71,8 +74,17 @@ def build(
 
     def epoch() -> tuple[int, float]:
         history = fit(
-            model, guide, split, loss=objective, epochs=1, batch_size=problem.batch_size, optimizer=optimizer,
-            device=problem.device, matmul_precision=precision, progress=False, compile=compiled is not None,
+            model,
+            guide,
+            split,
+            loss=objective,
+            epochs=1,
+            batch_size=problem.batch_size,
+            optimizer=optimizer,
+            device=problem.device,
+            matmul_precision=precision,
+            progress=False,
+            compile=compiled is not None,
         )
         return len(split), history["bound"][-1]
 

@@ -1,10 +1,10 @@
 """The pieces of a training step, each timed by itself, as many times as an epoch has steps.
 
-    matmul   the matrix products of forward and backward, into memory that is there already
-    batch    images gathered from uint8 and binarised
-    noise    the standard normal numbers of z
-    graph    loss and gradients of the captured pair, compiled
-    adam     the fused optimiser step
+matmul   the matrix products of forward and backward, into memory that is there already
+batch    images gathered from uint8 and binarised
+noise    the standard normal numbers of z
+graph    loss and gradients of the captured pair, compiled
+adam     the fused optimiser step
 """
 
 import math

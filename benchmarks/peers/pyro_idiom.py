@@ -53,9 +53,7 @@ class VAE(nn.Module):
 def bound(problem: Problem, jit: bool = False) -> ELBO:
     """The loss that Pyro has for so many samples, in its fastest form."""
     if problem.num_samples > 1:
-        return RenyiELBO(
-            alpha=0, num_particles=problem.num_samples, vectorize_particles=True, max_plate_nesting=1
-        )
+        return RenyiELBO(alpha=0, num_particles=problem.num_samples, vectorize_particles=True, max_plate_nesting=1)
     return JitTrace_ELBO(ignore_jit_warnings=True) if jit else Trace_ELBO()
 
 

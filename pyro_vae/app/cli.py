@@ -103,8 +103,9 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             known = self.list_commands(ctx)
-            raise ValueError(f"unknown command {args[0]!r}, wanted one of {', '.join(known)}."
-                             + did_you_mean(args[0], known))
+            raise ValueError(
+                f"unknown command {args[0]!r}, wanted one of {', '.join(known)}." + did_you_mean(args[0], known)
+            )
         return super().resolve_command(ctx, args)
 
 

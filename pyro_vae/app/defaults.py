@@ -234,9 +234,7 @@ def _binarization(data: str, given: Mapping[str, Any], likelihood: str | None) -
     wanted, dequantize = given.get("binarization"), given.get("dequantize")
     kind = names.values_of(likelihood)
     if kind not in (None, "binary") and wanted in ("dynamic", "static", "threshold"):
-        raise ValueError(
-            f"got --likelihood {likelihood} with --binarization {wanted}: {NOT_BINARY}"
-        )
+        raise ValueError(f"got --likelihood {likelihood} with --binarization {wanted}: {NOT_BINARY}")
     if wanted is not None or dequantize is not None:
         return {}
     if kind == "continuous" and data in ("digits", "mnist", "fashion-mnist"):

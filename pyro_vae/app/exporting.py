@@ -43,8 +43,10 @@ class Encoder(nn.Module):
                 self.gives += (name,)
         if "mean" not in self.gives:
             if not has_head(vae.guide.posterior):
-                raise ValueError("the posterior has neither a mean in closed form nor a head, so that no encoder can "
-                                 "be exported as a function of tensors. Fit one of pyro_vae.parts.posteriors.")
+                raise ValueError(
+                    "the posterior has neither a mean in closed form nor a head, so that no encoder can "
+                    "be exported as a function of tensors. Fit one of pyro_vae.parts.posteriors."
+                )
             self.gives = ("parameters",)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -113,8 +115,10 @@ def _exported(module: Any, example: Tensor, name: str, path: Path) -> None:
             for got, wanted in zip(loaded(given), module(given), strict=True):
                 away = float(((got - wanted).abs() / wanted.abs().clamp(min=1)).max())
                 if not away <= TOLERANCE:
-                    raise ValueError(f"the exported {name} is {away:.1e} away from the networks for a batch of {size}, "
-                                     f"wanted at most {TOLERANCE:g}: nothing was written. Report it, with the run.")
+                    raise ValueError(
+                        f"the exported {name} is {away:.1e} away from the networks for a batch of {size}, "
+                        f"wanted at most {TOLERANCE:g}: nothing was written. Report it, with the run."
+                    )
 
 
 @contextlib.contextmanager

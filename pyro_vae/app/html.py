@@ -159,9 +159,7 @@ def _calibration(stage: Calibrated) -> Iterator[Picture]:
         return
     order = sorted(range(len(stage.names)), key=lambda i: stage.p_value[i])
     names = [stage.names[i] for i in order]
-    caption = (
-        "A valley says that the guide is too narrow there, a hump too wide, a slope biased; the worst come first."
-    )
+    caption = "A valley says that the guide is too narrow there, a hump too wide, a slope biased; the worst come first."
     yield Picture("ranks", plots.rank_histogram(found.ranks[:, order], found.num_samples, names=names), caption)
     bands = found.coverage()
     curves = {stage.names[i]: bands.empirical[:, i] for i in order[:5]}

@@ -98,45 +98,63 @@ def one_picture(shape: tuple[int, ...], name: str) -> str:
     The shape is that of an array of which nothing else (labels, other parts) says the number of data. A line of doubt
     is returned where it leaves that open, else an empty string.
     """
-    remedy = ("Stack several with numpy.stack to (N, H, W) or (N, H, W, C); for data that have this shape all the "
-              "same, save labels beside them as y, one for each.")
+    remedy = (
+        "Stack several with numpy.stack to (N, H, W) or (N, H, W, C); for data that have this shape all the "
+        "same, save labels beside them as y, one for each."
+    )
     if len(shape) == 2 and 8 <= shape[0] == shape[1]:
         raise ValueError(f"{name} has shape {shape}, one picture, wanted many: its rows are no data. {remedy}")
     if len(shape) == 3 and (shape[2] in (1, 3) or shape[2] == 4 and min(shape) == 4 and sorted(shape)[1] >= 8):
-        raise ValueError(f"{name} has shape {shape}, one picture (H, W, C), wanted many: its rows are no data. "
-                         + remedy)
+        raise ValueError(
+            f"{name} has shape {shape}, one picture (H, W, C), wanted many: its rows are no data. " + remedy
+        )
     if len(shape) == 3 and 8 <= shape[0] == shape[1] and shape[2] >= 4 * shape[0]:
-        raise ValueError(f"{name} has shape {shape}, images along the last axis, wanted (N, H, W). "
-                         "Save it as numpy.moveaxis(a, -1, 0).")
+        raise ValueError(
+            f"{name} has shape {shape}, images along the last axis, wanted (N, H, W). "
+            "Save it as numpy.moveaxis(a, -1, 0)."
+        )
     if len(shape) == 2 and min(shape) >= 16 and max(shape) <= 2 * min(shape):
-        return (f"{name} of shape {shape} is taken for {shape[0]} vectors; one picture would be no data: stack several "
-                "to (N, H, W).")
+        return (
+            f"{name} of shape {shape} is taken for {shape[0]} vectors; one picture would be no data: stack several "
+            "to (N, H, W)."
+        )
     if len(shape) == 3 and shape[0] == 3:
-        return (f"{name} of shape {shape} is taken for 3 grey images; a colour picture would be (1, 3, H, W): stack "
-                "several to (N, 3, H, W).")
+        return (
+            f"{name} of shape {shape} is taken for 3 grey images; a colour picture would be (1, 3, H, W): stack "
+            "several to (N, 3, H, W)."
+        )
     return ""
 
 
 def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} has dtype {array.dtype}, wanted uint8 levels 0..255 or floats. "
-                         "Save levels with .astype(numpy.uint8), other numbers with .astype(numpy.float32).")
+        raise ValueError(
+            f"{name} has dtype {array.dtype}, wanted uint8 levels 0..255 or floats. "
+            "Save levels with .astype(numpy.uint8), other numbers with .astype(numpy.float32)."
+        )
     if array.ndim not in (2, 3, 4) or array.size == 0:
         remedy = " Reshape it, such as by a.reshape(len(a), -1)." if array.ndim == 1 or array.ndim > 4 else ""
-        raise ValueError(f"{name} has shape {array.shape}, wanted data: "
-                         f"(N, H, W), (N, C, H, W), (N, H, W, C) or (N, D), none of them 0.{remedy}")
+        raise ValueError(
+            f"{name} has shape {array.shape}, wanted data: "
+            f"(N, H, W), (N, C, H, W), (N, H, W, C) or (N, D), none of them 0.{remedy}"
+        )
     if array.ndim == 3:
         return array[:, None]
     if array.ndim == 2 or array.shape[1] in (1, 3):
         return array
     if array.shape[3] in (1, 3):
         return array.transpose(0, 3, 1, 2)
-    remedy = ("Keep the colours and drop transparency with a[..., :3]." if array.shape[3] == 4 else
-              "Keep the colours and drop transparency with a[:, :3]." if array.shape[1] == 4 else
-              "Take two-dimensional slices of volumes with a.reshape(-1, *a.shape[2:]), vectors with "
-              "a.reshape(len(a), -1), or drop or merge channels.")
-    raise ValueError(f"{name} has shape {array.shape}, wanted images of 1 or 3 channels: "
-                     f"(N, C, H, W) or (N, H, W, C). {remedy}")
+    remedy = (
+        "Keep the colours and drop transparency with a[..., :3]."
+        if array.shape[3] == 4
+        else "Keep the colours and drop transparency with a[:, :3]."
+        if array.shape[1] == 4
+        else "Take two-dimensional slices of volumes with a.reshape(-1, *a.shape[2:]), vectors with "
+        "a.reshape(len(a), -1), or drop or merge channels."
+    )
+    raise ValueError(
+        f"{name} has shape {array.shape}, wanted images of 1 or 3 channels: (N, C, H, W) or (N, H, W, C). {remedy}"
+    )
 
 
 def _integers(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pixels:
@@ -147,26 +165,36 @@ def _integers(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pix
         levels = {part: torch.from_numpy(np.ascontiguousarray(array, np.uint8)) for part, array in arrays.items()}
         return Pixels(levels, all(only(array, 0, 255) for array in arrays.values()), False, {})
     if images and all(array.dtype.kind == "u" and array.dtype.itemsize == 2 for array in arrays.values()):
-        deep = {part: torch.from_numpy(np.ascontiguousarray(array, np.float32) / np.float32(65535))
-                for part, array in arrays.items()}
+        deep = {
+            part: torch.from_numpy(np.ascontiguousarray(array, np.float32) / np.float32(65535))
+            for part, array in arrays.items()
+        }
         scale = "v / 65535 of 16 bits"
         if high < 2**14:
             bits = high.bit_length()
             scale += f", of which at most {bits} are used"
-            warnings.warn(f"{' and '.join(names.values())}: uint16 levels up to {high} are scaled by 1 / 65535, as all "
-                          f"16-bit data, and lie in [0, {high / 65535:.4g}]. For {bits}-bit data on [0, 1] save "
-                          f"(a / {2**bits - 1}).astype(numpy.float32).", stacklevel=7)
+            warnings.warn(
+                f"{' and '.join(names.values())}: uint16 levels up to {high} are scaled by 1 / 65535, as all "
+                f"16-bit data, and lie in [0, {high / 65535:.4g}]. For {bits}-bit data on [0, 1] save "
+                f"(a / {2**bits - 1}).astype(numpy.float32).",
+                stacklevel=7,
+            )
         return Pixels(deep, False, False, {"levels": scale})
     part = max(arrays, key=lambda part: max(abs(int(arrays[part].min())), abs(int(arrays[part].max()))))
     got = f"{names[part]} has dtype {arrays[part].dtype} and whole numbers in [{low}, {high}]"
     if images:
-        raise ValueError(f"{got}, wanted levels 0..255 (or 0..65535 as uint16). Save other images as floats in [0, 1], "
-                         "such as (a / a.max()).astype(numpy.float32).")
+        raise ValueError(
+            f"{got}, wanted levels 0..255 (or 0..65535 as uint16). Save other images as floats in [0, 1], "
+            "such as (a / a.max()).astype(numpy.float32)."
+        )
     if max(-low, high) > EXACT:
-        raise ValueError(f"{got}, wanted none beyond {EXACT}, which float32 holds exactly. "
-                         "Scale them and save floats.")
-    return Pixels({part: torch.from_numpy(np.ascontiguousarray(array, np.float32)) for part, array in arrays.items()},
-                  False, False, {})
+        raise ValueError(f"{got}, wanted none beyond {EXACT}, which float32 holds exactly. Scale them and save floats.")
+    return Pixels(
+        {part: torch.from_numpy(np.ascontiguousarray(array, np.float32)) for part, array in arrays.items()},
+        False,
+        False,
+        {},
+    )
 
 
 def _floats(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pixels:
@@ -178,12 +206,16 @@ def _floats(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pixel
             row = int(bad.nonzero()[0])
             large = bool(np.isfinite(arrays[part][bad.numpy()]).all())
             what = "numbers beyond float32" if large else "NaN or infinite values"
-            raise ValueError(f"{names[part]} holds {what} in {int(bad.sum())} of {len(bad)} rows, first in row "
-                             f"{row}; wanted finite numbers. {'Scale' if large else 'Remove or impute'} them.")
+            raise ValueError(
+                f"{names[part]} holds {what} in {int(bad.sum())} of {len(bad)} rows, first in row "
+                f"{row}; wanted finite numbers. {'Scale' if large else 'Remove or impute'} them."
+            )
         low, high = pixels.min().item(), pixels.max().item()
         if pixels.dim() == 4 and (low < 0 or high > 1):
-            raise ValueError(f"{names[part]} holds float images in [{low:.4g}, {high:.4g}], wanted [0, 1]. "
-                             "Rescale them, save levels 0..255 as uint8, or flatten to (N, D) vectors of any range.")
+            raise ValueError(
+                f"{names[part]} holds float images in [{low:.4g}, {high:.4g}], wanted [0, 1]. "
+                "Rescale them, save levels 0..255 as uint8, or flatten to (N, D) vectors of any range."
+            )
     return Pixels(parts, False, False, {})
 
 
@@ -206,8 +238,9 @@ def read_array(path: Path, seed: int = 0, images: str | None = None, labels: str
     return _source(read_arrays(path), path, seed, images, labels)
 
 
-def read_array_folder(folder: Path, seed: int = 0, images: str | None = None, labels: str | None = None
-                      ) -> Source | None:
+def read_array_folder(
+    folder: Path, seed: int = 0, images: str | None = None, labels: str | None = None
+) -> Source | None:
     """The data of a folder in the layout of MNIST, CIFAR, Larochelle or OMNIGLOT; None if it has another."""
     loaded = read_folder_of_arrays(folder)
     return None if loaded is None else _source(loaded, folder, seed, images, labels)
@@ -223,17 +256,24 @@ def not_readable(path: Path) -> str:
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.is_file() and is_file_of_arrays(p))
         if len([p for p in found if p.suffix.lower() == ".npy"]) > 1:
-            return (f"It holds {len(found)} files of arrays, such as {found[0].name}. Name one of them, or stack them: "
-                    f"numpy.save('all.npy', numpy.stack([numpy.load(p) for p in "
-                    f"sorted(pathlib.Path({str(path)!r}).glob('*.npy'))]))")
+            return (
+                f"It holds {len(found)} files of arrays, such as {found[0].name}. Name one of them, or stack them: "
+                f"numpy.save('all.npy', numpy.stack([numpy.load(p) for p in "
+                f"sorted(pathlib.Path({str(path)!r}).glob('*.npy'))]))"
+            )
         return f"It holds {found[0].name}: name that file." if found else ""
     for suffixes, remedy in REMEDIES.items():
         if path.suffix.lower() in suffixes:
-            return "Convert it: " + remedy.format(stem=path.stem, name=path.name) \
-                if "(" in remedy else remedy[0].upper() + remedy[1:] + "."
+            return (
+                "Convert it: " + remedy.format(stem=path.stem, name=path.name)
+                if "(" in remedy
+                else remedy[0].upper() + remedy[1:] + "."
+            )
     if path.suffix.lower() in (".pkl", ".pickle", ".joblib") or not path.suffix and path.is_file() and _pickle(path):
-        return ("It is a Python pickle, which can run any code when read. Where you trust it, read it yourself and "
-                "save the array: numpy.save('x.npy', x)")
+        return (
+            "It is a Python pickle, which can run any code when read. Where you trust it, read it yourself and "
+            "save the array: numpy.save('x.npy', x)"
+        )
     return "Save arrays with numpy.save; for images name their folder."
 
 
@@ -247,12 +287,16 @@ def _source(loaded: Arrays, path: Path, seed: int, images: str | None, labels: s
     unread = "; ".join(f"{key} is {reason}" for key, reason in loaded.left_out.items())
     for key in (images, labels):
         if key in loaded.left_out:
-            raise ValueError(f"{where}: {key} is {loaded.left_out[key]}; wanted an array of numbers. "
-                             "Save it as one, or name another.")
+            raise ValueError(
+                f"{where}: {key} is {loaded.left_out[key]}; wanted an array of numbers. "
+                "Save it as one, or name another."
+            )
     x, y, asked = chosen(arrays, where, images, labels)
     if "train" in x and len(x) == 1:
-        raise ValueError(f"{where} holds {x['train']} but no test data (its arrays: {', '.join(arrays)}), "
-                         "wanted x_test beside it. Add it, or name the one array x to have it split.")
+        raise ValueError(
+            f"{where} holds {x['train']} but no test data (its arrays: {', '.join(arrays)}), "
+            "wanted x_test beside it. Add it, or name the one array x to have it split."
+        )
     if unread:
         warnings.warn(f"{where}: left out what is not read: {unread}.", stacklevel=5)
     arrays = _rows_first(arrays, x, y, where)
@@ -276,10 +320,15 @@ def _source(loaded: Arrays, path: Path, seed: int, images: str | None, labels: s
         return {name: _taken(data[part], index) for name, (part, index) in rows.items()}
 
     return Source(
-        pixels=divided(pixels.parts), labels=None if numbers is None else divided(numbers),
-        label_names=names or loaded.label_names if numbers else None, origin=where, split=how,
-        binarization="threshold" if pixels.binary else "none", zeros_and_ones=pixels.zeros_and_ones,
-        dequantize=not pixels.binary and next(iter(pixels.parts.values())).dtype == torch.uint8, notes=notes,
+        pixels=divided(pixels.parts),
+        labels=None if numbers is None else divided(numbers),
+        label_names=names or loaded.label_names if numbers else None,
+        origin=where,
+        split=how,
+        binarization="threshold" if pixels.binary else "none",
+        zeros_and_ones=pixels.zeros_and_ones,
+        dequantize=not pixels.binary and next(iter(pixels.parts.values())).dtype == torch.uint8,
+        notes=notes,
     )
 
 
@@ -291,18 +340,24 @@ def _rows_first(arrays: Mapping[str, np.ndarray], x: Keys, y: Keys, where: str) 
         count = 0 if labels is None else labels.size
         if data.ndim in (3, 4) and count == data.shape[-1] != len(data) and count > 4:
             turned[key] = np.moveaxis(data, -1, 0)
-            warnings.warn(f"{where}: {key or 'the array'} has shape {data.shape} and {count} labels, so its data lie "
-                          f"along the last axis; taken as {turned[key].shape}.", stacklevel=6)
+            warnings.warn(
+                f"{where}: {key or 'the array'} has shape {data.shape} and {count} labels, so its data lie "
+                f"along the last axis; taken as {turned[key].shape}.",
+                stacklevel=6,
+            )
     return turned
 
 
-def _rows(x: Keys, parts: Mapping[str, Tensor], where: str, seed: int, keyed: bool, origin: str
-          ) -> tuple[dict[str, tuple[str, Tensor]], str]:
+def _rows(
+    x: Keys, parts: Mapping[str, Tensor], where: str, seed: int, keyed: bool, origin: str
+) -> tuple[dict[str, tuple[str, Tensor]], str]:
     if None in x:
         count = len(parts["None"])
         heap = divide(count, tenths(count, where), seed)
-        return ({name: ("None", index) for name, index in heap.items()},
-                f"80/10/10 of the rows in the order of shuffled({count}, seed={seed})")
+        return (
+            {name: ("None", index) for name, index in heap.items()},
+            f"80/10/10 of the rows in the order of shuffled({count}, seed={seed})",
+        )
     rows, how = completed({part: torch.ones(len(data), dtype=torch.long) for part, data in parts.items()}, where, seed)
     given = ", ".join(x[part] for part in SPLITS if part in x) if keyed else origin
     return rows, f"the {'arrays' if keyed else 'files'} {given}{how}"
@@ -313,8 +368,9 @@ def _taken(data: Tensor, index: Tensor) -> Tensor:
     return data if whole else data[index]
 
 
-def _labels(arrays: Mapping[str, np.ndarray], x: Keys, y: Keys, counts: Mapping[str, int], named: Mapping[str, str],
-            asked: bool) -> tuple[dict[str, Tensor] | None, tuple[str, ...] | None]:
+def _labels(
+    arrays: Mapping[str, np.ndarray], x: Keys, y: Keys, counts: Mapping[str, int], named: Mapping[str, str], asked: bool
+) -> tuple[dict[str, Tensor] | None, tuple[str, ...] | None]:
     if not y:
         return None, None
     what = " and ".join(named[key] for key in dict.fromkeys(y.values()))
@@ -322,14 +378,19 @@ def _labels(arrays: Mapping[str, np.ndarray], x: Keys, y: Keys, counts: Mapping[
         data, label = arrays[x[part]].shape, arrays[key].shape
         numeric = arrays[key].dtype.kind in "biuf"  # a list of class names may be as long as a row
         if numeric and len(data) == 2 and label in ((data[1],), (data[1], 1), (1, data[1])) and data[0] != data[1]:
-            raise ValueError(f"{named[x[part]]} has shape {data} and {named[key]} {label}, wanted data in rows: (N, D) "
-                             "and (N,). Save the data transposed, as x.T.")
+            raise ValueError(
+                f"{named[x[part]]} has shape {data} and {named[key]} {label}, wanted data in rows: (N, D) "
+                "and (N,). Save the data transposed, as x.T."
+            )
     try:
         return as_labels({str(part): arrays[key] for part, key in y.items()}, counts)
     except ValueError as reason:
         if asked:
-            raise ValueError(f"{what}: got labels of which {reason}; wanted one whole number or name for each datum, "
-                             "(N,). Name other labels, or none.") from None
-        warnings.warn(f"{what} left out: labels are one whole number or name for each datum, and {reason}.",
-                      stacklevel=6)
+            raise ValueError(
+                f"{what}: got labels of which {reason}; wanted one whole number or name for each datum, "
+                "(N,). Name other labels, or none."
+            ) from None
+        warnings.warn(
+            f"{what} left out: labels are one whole number or name for each datum, and {reason}.", stacklevel=6
+        )
         return None, None

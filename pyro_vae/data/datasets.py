@@ -88,8 +88,10 @@ def load(
     if binarization is not None:
         known = spelled(str(binarization), BINARIZATIONS)
         if known is None:
-            raise ValueError(f"got binarization {binarization!r}, wanted one of {', '.join(BINARIZATIONS)}."
-                             + did_you_mean(str(binarization), BINARIZATIONS))
+            raise ValueError(
+                f"got binarization {binarization!r}, wanted one of {', '.join(BINARIZATIONS)}."
+                + did_you_mean(str(binarization), BINARIZATIONS)
+            )
         binarization = known  # type: ignore[assignment]
     if isinstance(name, str) and not Path(name).expanduser().exists():
         name = spelled(name, DATASETS) or name
@@ -114,14 +116,29 @@ def load(
         classes = None if source.labels is None else source.labels[part][:limit]
         splits[part] = Split(pixels, classes, name=part, binarization=binarization, dequantize=dequantize, seed=seed)
     protocol = {
-        "dataset": str(name), "sizes": {part: len(splits[part]) for part in SPLITS}, "split": source.split,
-        "limit": limit, "binarization": binarization, "dequantize": dequantize,
-        "x_shape": list(splits["train"].x_shape), "image_size": framing.image_size, "crop": framing.crop,
+        "dataset": str(name),
+        "sizes": {part: len(splits[part]) for part in SPLITS},
+        "split": source.split,
+        "limit": limit,
+        "binarization": binarization,
+        "dequantize": dequantize,
+        "x_shape": list(splits["train"].x_shape),
+        "image_size": framing.image_size,
+        "crop": framing.crop,
         "channels": framing.channels,
-        "seed": seed, "source": source.origin, **source.notes,
+        "seed": seed,
+        "source": source.origin,
+        **source.notes,
     }
-    return Dataset(str(name), splits["train"], splits["validation"], splits["test"], protocol,
-                   label_names=source.label_names, testbed=source.testbed)
+    return Dataset(
+        str(name),
+        splits["train"],
+        splits["validation"],
+        splits["test"],
+        protocol,
+        label_names=source.label_names,
+        testbed=source.testbed,
+    )
 
 
 def default_data_dir() -> Path:
@@ -129,8 +146,15 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("PYRO_VAE_DATA") or Path("~", ".cache", "pyro_vae")).expanduser()
 
 
-def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, seed: int, download: bool,
-          told: Mapping[str, Any]) -> tuple[Source, Framing]:
+def _read(
+    name: str | Path,
+    folder: Path,
+    framing: Framing,
+    limit: int | None,
+    seed: int,
+    download: bool,
+    told: Mapping[str, Any],
+) -> tuple[Source, Framing]:
     """The source with its frames applied, and the framing that was applied."""
     if name == "celeba":
         framing = replace(framing, crop=framing.crop or 148, image_size=framing.image_size or 64)
@@ -152,11 +176,14 @@ def _read(name: str | Path, folder: Path, framing: Framing, limit: int | None, s
             _refuse(keys, f"{path}, which has pictures", "of several arrays")
             return read_folder(path, framing, limit, seed), framing
         if found is None and not path.is_file():
-            raise ValueError(f"got dataset {str(name)!r}, wanted one of {', '.join(DATASETS)}, or the path of a folder "
-                             "of images or of a .npy or .npz file that exists." + did_you_mean(str(name), DATASETS))
+            raise ValueError(
+                f"got dataset {str(name)!r}, wanted one of {', '.join(DATASETS)}, or the path of a folder "
+                "of images or of a .npy or .npz file that exists." + did_you_mean(str(name), DATASETS)
+            )
         if found is None and not is_file_of_arrays(path):
-            raise ValueError(f"got the file {path}, wanted a .npy or .npz file or a folder of images. "
-                             + not_readable(path))
+            raise ValueError(
+                f"got the file {path}, wanted a .npy or .npz file or a folder of images. " + not_readable(path)
+            )
         _refuse({"background": told["background"]}, f"{path}, which has no transparency", "of pictures")
         source = found or read_array(path, seed, **keys)
     if not framing.is_identity:
@@ -183,30 +210,40 @@ def _digits() -> Source:
     return Source(
         pixels={name: levels[rows] for name, rows in parts.items()},
         labels={name: labels[rows] for name, rows in parts.items()},
-        label_names=tuple("0123456789"), origin="scikit-learn load_digits", binarization="dynamic",
+        label_names=tuple("0123456789"),
+        origin="scikit-learn load_digits",
+        binarization="dynamic",
         split="pyro_vae digits split: 1257/180/360, stratified by label, the same for every seed",
     )
 
 
 def _frey(folder: Path) -> Source:
-    path = next((place / "frey_faces.npz" for place in (folder, folder / "frey")
-                 if (place / "frey_faces.npz").is_file()), None)
+    path = next(
+        (place / "frey_faces.npz" for place in (folder, folder / "frey") if (place / "frey_faces.npz").is_file()), None
+    )
     if path is None:
-        raise ValueError(f"no frey_faces.npz in {folder} or {folder / 'frey'}, wanted it with the key images: "
-                         "uint8 (1965, 28, 20). Put it there or pass data_dir=.")
+        raise ValueError(
+            f"no frey_faces.npz in {folder} or {folder / 'frey'}, wanted it with the key images: "
+            "uint8 (1965, 28, 20). Put it there or pass data_dir=."
+        )
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images = arrays["images"]
     except Exception as error:
-        raise ValueError(f"{path} could not be read ({error}), wanted a .npz file with the key images. "
-                         "Fetch it again.") from error
+        raise ValueError(
+            f"{path} could not be read ({error}), wanted a .npz file with the key images. Fetch it again."
+        ) from error
     if images.shape != (1965, 28, 20) or images.dtype != np.uint8:
-        raise ValueError(f"{path} holds images of shape {images.shape} and dtype {images.dtype}, wanted uint8 "
-                         "(1965, 28, 20). Load other arrays by their path.")
+        raise ValueError(
+            f"{path} holds images of shape {images.shape} and dtype {images.dtype}, wanted uint8 "
+            "(1965, 28, 20). Load other arrays by their path."
+        )
     pixels = as_pixels(images, str(path))
     parts = divide(len(pixels), (1565, 200, 200), seed=0)
     return Source(
-        pixels={name: pixels[rows] for name, rows in parts.items()}, origin=str(path), dequantize=True,
+        pixels={name: pixels[rows] for name, rows in parts.items()},
+        origin=str(path),
+        dequantize=True,
         split="pyro_vae frey split: 1565/200/200 frames at random, the same for every seed",
     )
 
@@ -216,6 +253,8 @@ def _linear_gaussian(seed: int) -> Source:
     sizes = (20_000, 2_000, 2_000)
     _, x = testbed.sample(sum(sizes), torch.Generator().manual_seed(seed + 1))
     return Source(
-        pixels=dict(zip(SPLITS, x.split(sizes), strict=True)), testbed=testbed,
-        origin=f"drawn from {testbed!r}", split="independent draws, 20000/2000/2000",
+        pixels=dict(zip(SPLITS, x.split(sizes), strict=True)),
+        testbed=testbed,
+        origin=f"drawn from {testbed!r}",
+        split="independent draws, 20000/2000/2000",
     )

@@ -67,8 +67,10 @@ class Framing:
         if self.is_identity:
             return images
         if images.dim() != 4:
-            raise ValueError(f"{name}: got crop, image_size or channels for data of shape {tuple(images.shape[1:])}, "
-                             "wanted images (C, H, W). Leave these options out for vectors.")
+            raise ValueError(
+                f"{name}: got crop, image_size or channels for data of shape {tuple(images.shape[1:])}, "
+                "wanted images (C, H, W). Leave these options out for vectors."
+            )
         if self.crop is not None:
             images = _centre(images, self.crop, name)
         if self.image_size is not None:
@@ -95,8 +97,10 @@ def grey_level(background: str | int | None) -> int:
 def _centre(images: Tensor, side: int, name: str) -> Tensor:
     height, width = images.shape[-2:]
     if side > min(height, width):
-        raise ValueError(f"{name}: got crop={side} for an image of {height}x{width} (height x width), "
-                         f"wanted crop <= {min(height, width)}. Choose a smaller crop.")
+        raise ValueError(
+            f"{name}: got crop={side} for an image of {height}x{width} (height x width), "
+            f"wanted crop <= {min(height, width)}. Choose a smaller crop."
+        )
     top, left = (height - side) // 2, (width - side) // 2
     return images[..., top : top + side, left : left + side]
 
@@ -107,10 +111,12 @@ def _scaled(images: Tensor, side: int) -> Tensor:
         return images
     ratio = side / min(height, width)
     size = (max(side, round(height * ratio)), max(side, round(width * ratio)))
-    return torch.cat([
-        torch.nn.functional.interpolate(part.contiguous(), size=size, mode="bilinear", antialias=True)
-        for part in images.split(4096)
-    ])
+    return torch.cat(
+        [
+            torch.nn.functional.interpolate(part.contiguous(), size=size, mode="bilinear", antialias=True)
+            for part in images.split(4096)
+        ]
+    )
 
 
 def _coloured(images: Tensor, channels: int, name: str) -> Tensor:
@@ -133,8 +139,26 @@ if TYPE_CHECKING:
 
 AS_IT_IS = Framing()
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
-SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".webp", ".tif",
-                      ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"})
+SUFFIXES = frozenset(
+    {
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+    }
+)
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
 ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _ORIENTATION = 0x0112
@@ -207,8 +231,9 @@ class _errors:
         # Decoders raise all kinds of things at damaged files; what is refused here on purpose names the file.
         if isinstance(error, Exception) and not (isinstance(error, ValueError) and str(self.path) in str(error)):
             reason = str(error).replace(str(self.path), "the file") or type(error).__name__
-            raise ValueError(f"{self.path} could not be decoded ({reason}), wanted an image. "
-                             "Remove the file or save it again.") from error
+            raise ValueError(
+                f"{self.path} could not be decoded ({reason}), wanted an image. Remove the file or save it again."
+            ) from error
 
 
 def _opened(path: str | Path) -> Image.Image:
@@ -219,9 +244,11 @@ def _opened(path: str | Path) -> Image.Image:
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
         image.close()
-        raise ValueError(f"{path} could not be decoded: it has {image.width}x{image.height} pixels (width x height), "
-                         f"wanted at most {most}: it may be a decompression bomb. Scale it down, or set "
-                         "PIL.Image.MAX_IMAGE_PIXELS.")
+        raise ValueError(
+            f"{path} could not be decoded: it has {image.width}x{image.height} pixels (width x height), "
+            f"wanted at most {most}: it may be a decompression bomb. Scale it down, or set "
+            "PIL.Image.MAX_IMAGE_PIXELS."
+        )
     return image
 
 
@@ -245,8 +272,10 @@ def _decoded(image: Image.Image, path: str | Path, frames: Sequence[int], framin
             image.seek(frame)
         depth = _too_deep(image, path)
         if depth:
-            raise ValueError(f"{path} has more than 8 bits a channel ({depth}), wanted 8. Convert it, or stack the "
-                             "images in a .npy array: uint16 (N, H, W) keeps 16 bits, floats are in [0, 1].")
+            raise ValueError(
+                f"{path} has more than 8 bits a channel ({depth}), wanted 8. Convert it, or stack the "
+                "images in a .npy array: uint16 (N, H, W) keeps 16 bits, floats are in [0, 1]."
+            )
         array = _levels(image, framing.background)
         pixels = torch.from_numpy(array)
         pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)

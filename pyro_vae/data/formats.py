@@ -73,8 +73,11 @@ def read_arrays(path: Path) -> Arrays:
         ValueError: It is empty, broken, or not what its name says.
     """
     if path.stat().st_size == 0:
-        kind = "a NumPy file. Save it again with numpy.save or numpy.savez" if path.suffix.lower() in (".npy", ".npz") \
+        kind = (
+            "a NumPy file. Save it again with numpy.save or numpy.savez"
+            if path.suffix.lower() in (".npy", ".npz")
             else "data. Fetch it again"
+        )
         raise ValueError(f"{path} is empty, wanted {kind}.")
     if IDX_IMAGES.fullmatch(path.name):
         return _read_idx(path)
@@ -94,8 +97,9 @@ def read_folder_of_arrays(folder: Path) -> Arrays | None:
     """
     here = _files(folder)  # a folder of 200,000 photographs is listed once
     for files in (here, _files(folder / "raw")):
-        if trains := _unzipped_once(path for path in files if (m := IDX_IMAGES.fullmatch(path.name))
-                                    and m[2].lower() == "train"):
+        if trains := _unzipped_once(
+            path for path in files if (m := IDX_IMAGES.fullmatch(path.name)) and m[2].lower() == "train"
+        ):
             return read_arrays(_the_one(trains, folder))
     for place in (folder, folder / "cifar-10-batches-bin", folder / "cifar-100-binary"):
         names = {path.name for path in (here if place == folder else _files(place))}
@@ -128,18 +132,24 @@ def _read_npy(path: Path) -> Arrays:
                     left_out[key] = "an object array, which would be unpickled and could run any code"
     except Exception as error:
         if "Object arrays" in str(error):
-            raise ValueError(f"{path} holds an object array, which would be unpickled and could run any code; "
-                             "wanted numbers. Save it as uint8 or float32, all rows of one shape.") from None
+            raise ValueError(
+                f"{path} holds an object array, which would be unpickled and could run any code; "
+                "wanted numbers. Save it as uint8 or float32, all rows of one shape."
+            ) from None
         reason = str(error) or type(error).__name__
         if "pickle" in reason:  # what NumPy takes any other file for, with an advice that nobody should follow
             reason = "it does not begin like one"
-        raise ValueError(f"{path} is truncated or no NumPy file ({reason}), wanted one. Save it again with numpy.save "
-                         "or numpy.savez.") from error
+        raise ValueError(
+            f"{path} is truncated or no NumPy file ({reason}), wanted one. Save it again with numpy.save "
+            "or numpy.savez."
+        ) from error
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
         raise ValueError(f"{path} holds files that are no arrays, wanted a .npz file. Save it again with numpy.savez.")
     if left_out and not arrays:
-        raise ValueError(f"{path} holds an object array, which would be unpickled and could run any code; "
-                         "wanted numbers. Save it as uint8 or float32, all rows of one shape.")
+        raise ValueError(
+            f"{path} holds an object array, which would be unpickled and could run any code; "
+            "wanted numbers. Save it as uint8 or float32, all rows of one shape."
+        )
     return Arrays(arrays, left_out, keys=True)
 
 
@@ -149,11 +159,15 @@ def _read_mat(path: Path) -> Arrays:
     try:
         loaded = scipy.io.loadmat(path)
     except NotImplementedError:
-        raise ValueError(f"{path} is a MATLAB 7.3 file, wanted version 7 or older. Save it with -v7, or convert it: "
-                         f"with h5py.File('{path.name}') as f: numpy.save('{path.stem}.npy', f['data'][:])") from None
+        raise ValueError(
+            f"{path} is a MATLAB 7.3 file, wanted version 7 or older. Save it with -v7, or convert it: "
+            f"with h5py.File('{path.name}') as f: numpy.save('{path.stem}.npy', f['data'][:])"
+        ) from None
     except Exception as error:
-        raise ValueError(f"{path} is truncated or no MATLAB file ({error or type(error).__name__}), wanted one. "
-                         "Fetch or save it again.") from error
+        raise ValueError(
+            f"{path} is truncated or no MATLAB file ({error or type(error).__name__}), wanted one. "
+            "Fetch or save it again."
+        ) from error
     arrays, left_out = {}, {}
     for key, value in loaded.items():
         if key.startswith("__"):
@@ -194,8 +208,9 @@ def _read_amat(path: Path) -> Arrays:
         try:
             table = np.loadtxt(path, dtype=np.float32, ndmin=2)
         except Exception as error:
-            raise ValueError(f"{path} is no table of numbers ({error}), wanted one datum a line. "
-                             "Fetch it again.") from error
+            raise ValueError(
+                f"{path} is no table of numbers ({error}), wanted one datum a line. Fetch it again."
+            ) from error
     images, columns = table, table.shape[1]
     if columns == SIDE * SIDE + 1:
         return Arrays({"x": images[:, :-1].reshape(-1, SIDE, SIDE), "y": images[:, -1]})
@@ -224,8 +239,11 @@ def _read_idx(path: Path) -> Arrays:
     found = {"x" if match[2].lower() != "train" else "x_train": path}
     if match[2].lower() == "train":
         for other in ("t10k", "test"):
-            tests = _unzipped_once(p for p in _files(path.parent) if (m := IDX_IMAGES.fullmatch(p.name))
-                                   and (m[1], m[2].lower(), m[3]) == (match[1], other, match[3]))
+            tests = _unzipped_once(
+                p
+                for p in _files(path.parent)
+                if (m := IDX_IMAGES.fullmatch(p.name)) and (m[1], m[2].lower(), m[3]) == (match[1], other, match[3])
+            )
             if tests:
                 found["x_test"] = tests[0]
                 break
@@ -245,15 +263,19 @@ def _read_bin(path: Path) -> Arrays:
     data = np.fromfile(path, dtype=np.uint8)
     size = next((size for size in CIFAR if len(data) % size == 0), None)
     if size is None:
-        raise ValueError(f"{path} has {len(data)} bytes, wanted a batch of CIFAR-10 (a multiple of 3073: a label and "
-                         "3072 levels) or CIFAR-100 (3074). It is truncated or another kind of file; save arrays "
-                         "with numpy.save.")
+        raise ValueError(
+            f"{path} has {len(data)} bytes, wanted a batch of CIFAR-10 (a multiple of 3073: a label and "
+            "3072 levels) or CIFAR-100 (3074). It is truncated or another kind of file; save arrays "
+            "with numpy.save."
+        )
     records, labels = data.reshape(-1, size), CIFAR[size][1]
     names = path.with_name(CIFAR[size][2])
     words = tuple(names.read_text(errors="replace").split()) if names.is_file() else None
     numbers = records[:, labels - 1]
-    return Arrays({"x": records[:, labels:].reshape(-1, 3, 32, 32), "y": numbers},
-                  label_names=words if words and int(numbers.max()) < len(words) else None)
+    return Arrays(
+        {"x": records[:, labels:].reshape(-1, 3, 32, 32), "y": numbers},
+        label_names=words if words and int(numbers.max()) < len(words) else None,
+    )
 
 
 def _read_cifar_folder(folder: Path) -> Arrays:
@@ -263,19 +285,28 @@ def _read_cifar_folder(folder: Path) -> Arrays:
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty, wanted a batch of CIFAR. Fetch it again.")
     parts = {"train": [_read_bin(path) for path in trains], "test": [_read_bin(path) for path in tests]}
-    arrays = {f"{axis}_{part}": np.concatenate([piece.arrays[axis] for piece in pieces])
-              for part, pieces in parts.items() for axis in ("x", "y")}
-    return Arrays(arrays, label_names=parts["train"][0].label_names,
-                  origin=", ".join(path.name for path in (*trains, *tests)))
+    arrays = {
+        f"{axis}_{part}": np.concatenate([piece.arrays[axis] for piece in pieces])
+        for part, pieces in parts.items()
+        for axis in ("x", "y")
+    }
+    return Arrays(
+        arrays, label_names=parts["train"][0].label_names, origin=", ".join(path.name for path in (*trains, *tests))
+    )
 
 
 def _pickled(folder: Path, hundred: bool) -> str:
-    name, binary, archive = ("CIFAR100", "cifar-100-binary", "cifar-100-binary.tar.gz") if hundred else \
-        ("CIFAR10", "cifar-10-batches-bin", "cifar-10-binary.tar.gz")
-    return (f"{folder} holds Python pickles, which can run any code when read; wanted the binary version: {archive} "
-            f"from https://www.cs.toronto.edu/~kriz/cifar.html, unpacked to {binary}. Or convert what you trust: "
-            f"a, b = torchvision.datasets.{name}(root, True), torchvision.datasets.{name}(root, False); numpy.savez("
-            f"'{name.lower()}.npz', x_train=a.data, y_train=a.targets, x_test=b.data, y_test=b.targets)")
+    name, binary, archive = (
+        ("CIFAR100", "cifar-100-binary", "cifar-100-binary.tar.gz")
+        if hundred
+        else ("CIFAR10", "cifar-10-batches-bin", "cifar-10-binary.tar.gz")
+    )
+    return (
+        f"{folder} holds Python pickles, which can run any code when read; wanted the binary version: {archive} "
+        f"from https://www.cs.toronto.edu/~kriz/cifar.html, unpacked to {binary}. Or convert what you trust: "
+        f"a, b = torchvision.datasets.{name}(root, True), torchvision.datasets.{name}(root, False); numpy.savez("
+        f"'{name.lower()}.npz', x_train=a.data, y_train=a.targets, x_test=b.data, y_test=b.targets)"
+    )
 
 
 def _part_of(path: Path) -> str | None:
@@ -285,6 +316,7 @@ def _part_of(path: Path) -> str | None:
 
 def _siblings(path: Path) -> dict[str, Path]:
     """The files whose names differ in the part only, if this one is the training data and there are others."""
+
     def rest(other: Path) -> list[str]:
         return [word for word in re.split(r"[\s_.\-]+", other.name.lower()) if word not in PART_NAMES]
 
@@ -295,8 +327,7 @@ def _siblings(path: Path) -> dict[str, Path]:
         part = _part_of(other)
         if part is not None and rest(other) == rest(path):
             if part in found and path not in (found[part], other):
-                raise ValueError(f"{found[part]} and {other} are both {part} data, wanted one of them. "
-                                 "Move one away.")
+                raise ValueError(f"{found[part]} and {other} are both {part} data, wanted one of them. Move one away.")
             found[part] = path if path in (found.get(part), other) else other
     return found if len(found) > 1 else {}
 
@@ -315,8 +346,10 @@ def _together(files: Mapping[str, Path], read: Callable[[Path], Arrays]) -> Arra
 
 def _the_one(paths: list[Path], folder: Path) -> Path:
     if len(paths) > 1:
-        raise ValueError(f"{folder} holds several datasets ({', '.join(path.name for path in paths)}), wanted one. "
-                         f"Name its file, such as {paths[0]}.")
+        raise ValueError(
+            f"{folder} holds several datasets ({', '.join(path.name for path in paths)}), wanted one. "
+            f"Name its file, such as {paths[0]}."
+        )
     return paths[0]
 
 
@@ -333,5 +366,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 _READERS: dict[str, Callable[[Path], Arrays]] = {
-    ".npy": _read_npy, ".npz": _read_npy, ".mat": _read_mat, ".amat": _read_amat, ".bin": _read_bin,
+    ".npy": _read_npy,
+    ".npz": _read_npy,
+    ".mat": _read_mat,
+    ".amat": _read_amat,
+    ".bin": _read_bin,
 }

@@ -91,16 +91,24 @@ def _whole(array: np.ndarray) -> np.ndarray:
 
 
 # What files and folders call the parts of a split.
-PART_NAMES = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-              "validation": "validation", "test": "test", "testing": "test"}
+PART_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
 IMAGE_WORDS = ("images", "image", "imgs", "img", "x", "data", "pixels", "features", "samples", "inputs")
 LABEL_WORDS = ("labels", "label", "y", "targets", "target", "classes", "class")
 
 Keys = dict[str | None, str]
 
 
-def chosen(arrays: Mapping[str, np.ndarray], where: str, images: str | None = None,
-           labels: str | None = None) -> tuple[Keys, Keys, bool]:
+def chosen(
+    arrays: Mapping[str, np.ndarray], where: str, images: str | None = None, labels: str | None = None
+) -> tuple[Keys, Keys, bool]:
     """The keys of data and labels by part; the part None is a heap that nobody has divided.
 
     `images` and `labels` are keys, or what is left of the keys without their parts ("sprites" of train_sprites,
@@ -122,15 +130,19 @@ def chosen(arrays: Mapping[str, np.ndarray], where: str, images: str | None = No
         x = x or _with_train({part: key for key, (part, role) in reversed(told.items()) if role in IMAGE_WORDS})
     if not x:
         example = next((key for key in arrays if _usable(arrays[key])), "KEY")
-        raise ValueError(f"{where} holds the arrays {', '.join(arrays) or 'none'}, wanted one named "
-                         f"images or x or data or pixels (with labels or y), or x_train and x_test. "
-                         f"Say which by images={example!r} (--images {example}), or rename them with numpy.savez.")
+        raise ValueError(
+            f"{where} holds the arrays {', '.join(arrays) or 'none'}, wanted one named "
+            f"images or x or data or pixels (with labels or y), or x_train and x_test. "
+            f"Say which by images={example!r} (--images {example}), or rename them with numpy.savez."
+        )
     if labels is not None:
         y = _asked(labels, told, where, "labels")
         y = {next(iter(x)): labels} if None in y and len(x) == 1 else y
         if not set(y) & set(x):
-            raise ValueError(f"{where}: got labels={labels!r}, wanted labels of the data {', '.join(x.values())}. "
-                             "Name labels of the same parts.")
+            raise ValueError(
+                f"{where}: got labels={labels!r}, wanted labels of the data {', '.join(x.values())}. "
+                "Name labels of the same parts."
+            )
     else:
         others = {key: array for key, array in arrays.items() if key not in x.values()}
         y = _named(others, told, LABEL_WORDS, data=False)
@@ -161,13 +173,19 @@ def _asked(wanted: str, told: Mapping[str, tuple[str | None, str]], where: str, 
         return {None: wanted}
     found: Keys = {part: key for key, (part, rest) in told.items() if part is not None and rest == wanted.lower()}
     if not found:
-        raise ValueError(f"{where} holds the arrays {', '.join(told) or 'none'}, got {option}={wanted!r}, "
-                         "wanted the name of one of them.")
+        raise ValueError(
+            f"{where} holds the arrays {', '.join(told) or 'none'}, got {option}={wanted!r}, "
+            "wanted the name of one of them."
+        )
     return found
 
 
-def _named(arrays: Mapping[str, np.ndarray], told: Mapping[str, tuple[str | None, str]], words: tuple[str, ...],
-           data: bool = True) -> Keys:
+def _named(
+    arrays: Mapping[str, np.ndarray],
+    told: Mapping[str, tuple[str | None, str]],
+    words: tuple[str, ...],
+    data: bool = True,
+) -> Keys:
     found: Keys = {}
     for word in words:
         for key, array in arrays.items():

@@ -48,19 +48,25 @@ def read_idx(path: str | Path, axes: int) -> Tensor:
     if not raw:
         raise ValueError(f"{path} is empty, wanted an IDX file. Fetch it again.")
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} starts with magic number {raw[:4].hex() or 'nothing'}, wanted {0x800 + axes:08x} "
-                         f"(IDX, unsigned bytes, {axes} axes). It is another kind of file; fetch it again.")
+        raise ValueError(
+            f"{path} starts with magic number {raw[:4].hex() or 'nothing'}, wanted {0x800 + axes:08x} "
+            f"(IDX, unsigned bytes, {axes} axes). It is another kind of file; fetch it again."
+        )
     if raw[3] != axes:
-        raise ValueError(f"{path} has {raw[3]} axes ({KINDS.get(raw[3], 'neither images nor labels')}), wanted {axes} "
-                         f"({KINDS.get(axes, 'data')}). Were image and label files swapped?")
+        raise ValueError(
+            f"{path} has {raw[3]} axes ({KINDS.get(raw[3], 'neither images nor labels')}), wanted {axes} "
+            f"({KINDS.get(axes, 'data')}). Were image and label files swapped?"
+        )
     start = 4 + 4 * axes
     if len(raw) < start:
         raise ValueError(f"{path} is truncated: its header has {len(raw)} bytes, wanted {start}. Fetch it again.")
     shape = struct.unpack(f">{axes}I", raw[4:start])
     size = math.prod(shape)
     if len(raw) - start < size:
-        raise ValueError(f"{path} is truncated: its header promises {'x'.join(map(str, shape))} = {size} bytes, "
-                         f"got {len(raw) - start}. Fetch it again.")
+        raise ValueError(
+            f"{path} is truncated: its header promises {'x'.join(map(str, shape))} = {size} bytes, "
+            f"got {len(raw) - start}. Fetch it again."
+        )
     if len(raw) - start > size:
         raise ValueError(
             f"{path} is too long: its header promises {size} bytes, got {len(raw) - start}. Fetch it again."
@@ -74,14 +80,16 @@ def _read_bytes(path: Path) -> bytes:
     raw = path.read_bytes()
     if raw[:2] != b"\x1f\x8b":
         if path.suffix == ".gz" and raw:
-            raise ValueError(f"{path} is a corrupt gzip file (it starts with {raw[:2].hex()}, wanted 1f8b). "
-                             "Fetch it again.")
+            raise ValueError(
+                f"{path} is a corrupt gzip file (it starts with {raw[:2].hex()}, wanted 1f8b). Fetch it again."
+            )
         return raw
     try:
         return gzip.decompress(raw)
     except EOFError:
-        raise ValueError(f"{path} is truncated: the gzip stream breaks off after {len(raw)} bytes. "
-                         "Fetch it again.") from None
+        raise ValueError(
+            f"{path} is truncated: the gzip stream breaks off after {len(raw)} bytes. Fetch it again."
+        ) from None
     except (OSError, zlib.error) as error:
         raise ValueError(f"{path} is a corrupt gzip file ({error}). Fetch it again.") from None
 
@@ -91,8 +99,18 @@ DEBIAN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 LABEL_NAMES = {
     "mnist": tuple("0123456789"),
-    "fashion-mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-                      "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    "fashion-mnist": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
 }
 FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], "fashion-mnist": [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]}
 
@@ -116,29 +134,37 @@ def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: 
     train, train_labels = _read_pair(found[0], found[1])
     test, test_labels = _read_pair(found[2], found[3])
     if test.shape[1:] != train.shape[1:]:
-        raise ValueError(f"{found[2]} holds images of {tuple(test.shape[1:])}, wanted {tuple(train.shape[1:])} "
-                         "as in the training images. The files are of different datasets.")
+        raise ValueError(
+            f"{found[2]} holds images of {tuple(test.shape[1:])}, wanted {tuple(train.shape[1:])} "
+            "as in the training images. The files are of different datasets."
+        )
     for other, first in FIRST_TEST_LABELS.items():
         if other != name and test_labels[: len(first)].tolist() == first:
-            raise ValueError(f"{folder} holds {other}, wanted {name}: their files bear the same names. "
-                             f"Pass data_dir=, a folder with the files of {name}.")
+            raise ValueError(
+                f"{folder} holds {other}, wanted {name}: their files bear the same names. "
+                f"Pass data_dir=, a folder with the files of {name}."
+            )
     last = max(1, len(train) // 60) if held_out is None else held_out
     if len(train) <= last:
         raise ValueError(f"{found[0]} holds {len(train)} images, wanted more than the {last} set aside for validation.")
     return Source(
         pixels={"train": train[:-last], "validation": train[-last:], "test": test},
         labels={"train": train_labels[:-last], "validation": train_labels[-last:], "test": test_labels},
-        label_names=LABEL_NAMES[name], origin=str(folder), binarization="dynamic",
+        label_names=LABEL_NAMES[name],
+        origin=str(folder),
+        binarization="dynamic",
         split=f"train: the first {len(train) - last} training images; validation: the last {last} of them; "
-              f"test: the official {len(test)} test images",
+        f"test: the official {len(test)} test images",
     )
 
 
 def _read_pair(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
     images, labels = read_idx(images_path, axes=3), read_idx(labels_path, axes=1)
     if len(images) != len(labels):
-        raise ValueError(f"{images_path.name} holds {len(images)} images, {labels_path.name} {len(labels)} labels; "
-                         f"wanted as many of each. The files in {images_path.parent} do not belong together.")
+        raise ValueError(
+            f"{images_path.name} holds {len(images)} images, {labels_path.name} {len(labels)} labels; "
+            f"wanted as many of each. The files in {images_path.parent} do not belong together."
+        )
     if labels.max() > 9:
         raise ValueError(f"{labels_path} holds label {int(labels.max())}, wanted 0..9. It is not of this dataset.")
     return images.unsqueeze(1), labels.long()
@@ -189,6 +215,8 @@ def _missing(name: str, data_dir: Path, reason: str) -> str:
     also = f" or {DEBIAN[name]} (Debian package dataset-fashion-mnist)" if name in DEBIAN else ""
     here = [file for file in FILES if _spelled(data_dir, file)]
     partly = f" Only {', '.join(here)} lie there now." if here else ""
-    return (f"no {name} in {data_dir}{also}, and {reason}. Put these four files, gzipped (.gz) or not, "
-            f"into {os.path.join(data_dir, name)}: {', '.join(FILES)}; "
-            f"or pass data_dir=, a folder that has them.{partly}")
+    return (
+        f"no {name} in {data_dir}{also}, and {reason}. Put these four files, gzipped (.gz) or not, "
+        f"into {os.path.join(data_dir, name)}: {', '.join(FILES)}; "
+        f"or pass data_dir=, a folder that has them.{partly}"
+    )

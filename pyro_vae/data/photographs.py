@@ -76,8 +76,10 @@ def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         counts, beside, transparent, sizes = zip(*pool.map(frames_of, paths), strict=True)
     if any(beside):
-        warnings.warn(f"{folder}: {sum(beside)} JPEG files hold more pictures behind the first (MPO); "
-                      "the first was taken.", stacklevel=4)
+        warnings.warn(
+            f"{folder}: {sum(beside)} JPEG files hold more pictures behind the first (MPO); the first was taken.",
+            stacklevel=4,
+        )
     framing, notes = _one_size(folder, framing, {size for size in sizes if size is not None})
     groups = torch.tensor(counts)
     inner = [path.relative_to(folder).parts[:-1] for path in paths]
@@ -93,8 +95,11 @@ def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: 
     return Source(
         pixels=dict(zip(SPLITS, pixels.split([len(rows[name]) for name in SPLITS]), strict=True)),
         labels=None if labels is None else {name: labels[rows[name]] for name in SPLITS},
-        label_names=names if labelled else None, origin=str(folder), split=how,
-        dequantize=not binary, binarization="threshold" if binary else "none",
+        label_names=names if labelled else None,
+        origin=str(folder),
+        split=how,
+        dequantize=not binary,
+        binarization="threshold" if binary else "none",
         notes=notes | ({"background": framing.background} if any(transparent) else {}),
     )
 
@@ -105,8 +110,11 @@ def _one_size(folder: Path, framing: Framing, sizes: set[tuple[int, int]]) -> tu
         return framing, {}
     side = min(MOST_BY_DEFAULT, min(min(size) for size in sizes))
     low, high = (f"{height}x{width}" for height, width in (min(sizes), max(sizes)))
-    warnings.warn(f"{folder}: images of {len(sizes)} sizes, from {low} to {high} (height x width), were scaled and cut "
-                  f"to {side}x{side}. For another size pass image_size=, or --image-size.", stacklevel=5)
+    warnings.warn(
+        f"{folder}: images of {len(sizes)} sizes, from {low} to {high} (height x width), were scaled and cut "
+        f"to {side}x{side}. For another size pass image_size=, or --image-size.",
+        stacklevel=5,
+    )
     return replace(framing, image_size=side), {"image_size": side}
 
 
@@ -119,26 +127,39 @@ def read_celeba(data_dir: Path, framing: Framing, limit: int | None = None, attr
     """
     folder = next((place for place in (data_dir / "celeba", data_dir) if (place / "img_align_celeba").is_dir()), None)
     if folder is None or not (folder / "list_eval_partition.txt").is_file():
-        raise ValueError(f"no celeba in {data_dir}: wanted the folder img_align_celeba with the images and the file "
-                         f"list_eval_partition.txt, both in {data_dir / 'celeba'}. Fetch them from "
-                         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and unpack them there.")
+        raise ValueError(
+            f"no celeba in {data_dir}: wanted the folder img_align_celeba with the images and the file "
+            f"list_eval_partition.txt, both in {data_dir / 'celeba'}. Fetch them from "
+            "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and unpack them there."
+        )
     parts: dict[str, list[Path]] = {name: [] for name in SPLITS}
     for number, line in enumerate((folder / "list_eval_partition.txt").read_text().splitlines(), start=1):
         words = line.split()
         if not words:
             continue
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise ValueError(f"{folder / 'list_eval_partition.txt'}, line {number}: got {line[:60]!r}, "
-                             "wanted a file name and 0, 1 or 2. Fetch the list again.")
+            raise ValueError(
+                f"{folder / 'list_eval_partition.txt'}, line {number}: got {line[:60]!r}, "
+                "wanted a file name and 0, 1 or 2. Fetch the list again."
+            )
         parts[SPLITS[int(words[1])]].append(folder / "img_align_celeba" / words[0])
     empty = [name for name in SPLITS if not parts[name]]
     if empty:
-        raise ValueError(f"{folder / 'list_eval_partition.txt'} names no images for {', '.join(empty)}, "
-                         "wanted some for each of train (0), validation (1) and test (2). Fetch the list again.")
+        raise ValueError(
+            f"{folder / 'list_eval_partition.txt'} names no images for {', '.join(empty)}, "
+            "wanted some for each of train (0), validation (1) and test (2). Fetch the list again."
+        )
     labels, names, notes = _attribute(folder, {name: parts[name][:limit] for name in SPLITS}, attribute)
     pixels = {name: read_images(parts[name][:limit], framing) for name in SPLITS}
-    return Source(pixels=pixels, origin=str(folder), dequantize=True, split="official list_eval_partition.txt",
-                  labels=labels, label_names=names, notes=notes)
+    return Source(
+        pixels=pixels,
+        origin=str(folder),
+        dequantize=True,
+        split="official list_eval_partition.txt",
+        labels=labels,
+        label_names=names,
+        notes=notes,
+    )
 
 
 def _attribute(
@@ -158,8 +179,10 @@ def _attribute(
     values: dict[str, int] = {}
     for number, words in enumerate(lines[2:], start=3):
         if words and (len(words) != len(known) + 1 or words[column] not in ("-1", "1")):
-            raise ValueError(f"{path}, line {number}: got {' '.join(words)[:60]!r}, wanted a file name and -1 or 1 for "
-                             f"each of {len(known)} attributes. Fetch the list again.")
+            raise ValueError(
+                f"{path}, line {number}: got {' '.join(words)[:60]!r}, wanted a file name and -1 or 1 for "
+                f"each of {len(known)} attributes. Fetch the list again."
+            )
         if words:
             values[words[0]] = int(words[column] == "1")
     missing = next((file.name for files in parts.values() for file in files if file.name not in values), None)
@@ -174,19 +197,25 @@ def _pictures(folder: Path) -> list[Path]:
     known = suffixes()
     if folder.is_file():
         return [folder]
-    files = sorted(path for path in folder.rglob("*")
-                   if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     paths = [path for path in files if path.suffix.lower() in known]
     if not paths:
         wanted = ", ".join(sorted(known, key=_by_length))
-        raise ValueError(f"{folder} holds no images, wanted files ending in {wanted}, {ARRAYS_TOO}. "
-                         f"{not_readable(folder) or 'Check the path, or point at the folder above or below.'}")
+        raise ValueError(
+            f"{folder} holds no images, wanted files ending in {wanted}, {ARRAYS_TOO}. "
+            f"{not_readable(folder) or 'Check the path, or point at the folder above or below.'}"
+        )
     others = Counter(path.suffix.lower() or "without a suffix" for path in files if path.suffix.lower() not in known)
     if others:
         ranked = sorted(others.items(), key=lambda item: (-item[1], item))
         named = ", ".join(f"{count} {suffix}" for suffix, count in ranked)
-        warnings.warn(f"{folder}: passed over {others.total()} files that are not read as images: {named}.",
-                      stacklevel=5)
+        warnings.warn(
+            f"{folder}: passed over {others.total()} files that are not read as images: {named}.", stacklevel=5
+        )
     return paths
 
 
@@ -199,8 +228,11 @@ def _kinds(folder: Path, inner: Sequence[tuple[str, ...]]) -> tuple[list[str | N
     kinds: list[str | None] = []
     spelled: dict[str, set[tuple[str, ...]]] = {}
     for folders in inner:
-        found = [(level, PART_NAMES[match[1].lower()]) for level, name in enumerate(folders)
-                 if (match := PART.fullmatch(name))]
+        found = [
+            (level, PART_NAMES[match[1].lower()])
+            for level, name in enumerate(folders)
+            if (match := PART.fullmatch(name))
+        ]
         kind = found[0][1] if found else None
         if len({part for _, part in found}) > 1:
             raise ValueError(f"{folder / Path(*folders)} names two parts of a split, wanted one. Rename a folder.")
@@ -212,19 +244,25 @@ def _kinds(folder: Path, inner: Sequence[tuple[str, ...]]) -> tuple[list[str | N
         return kinds, rest
     twice = next((names for names in spelled.values() if len(names) > 1), None)
     if twice:
-        raise ValueError(f"{folder} holds {' and '.join('/'.join(names) for names in sorted(twice))} for one part of "
-                         "the split, wanted one folder for each of train, validation and test. Merge or rename them.")
+        raise ValueError(
+            f"{folder} holds {' and '.join('/'.join(names) for names in sorted(twice))} for one part of "
+            "the split, wanted one folder for each of train, validation and test. Merge or rename them."
+        )
     if None in kinds:
         outside = folder / Path(*inner[kinds.index(None)])
         names = ", ".join(sorted("/".join(name) for names in spelled.values() for name in names))
-        raise ValueError(f"{folder} holds folders named {names}, which are parts of a split, and images outside them, "
-                         f"in {outside}; wanted all images in train, validation or test. Move them, or rename what is "
-                         "a class.")
+        raise ValueError(
+            f"{folder} holds folders named {names}, which are parts of a split, and images outside them, "
+            f"in {outside}; wanted all images in train, validation or test. Move them, or rename what is "
+            "a class."
+        )
     if set(spelled) == {"train"}:
         return [None] * len(kinds), rest
     if "train" not in spelled:
-        raise ValueError(f"{folder} holds images for {' and '.join(spelled)} but none for train, wanted train and "
-                         "test. Add them, or point at the one folder to have it split.")
+        raise ValueError(
+            f"{folder} holds images for {' and '.join(spelled)} but none for train, wanted train and "
+            "test. Add them, or point at the one folder to have it split."
+        )
     return kinds, rest
 
 
@@ -238,15 +276,22 @@ def _split(folder: Path, kinds: Sequence[str | None], groups: Tensor, seed: int)
             how = f"80/10/10 of the {int(groups.sum())} frames in their order, the last of them tested on"
         return dict(zip(SPLITS, pieces, strict=True)), how
     starts = groups.cumsum(0) - groups
-    files = {part: torch.tensor([row for row, kind in enumerate(kinds) if kind == part], dtype=torch.long)
-             for part in SPLITS}
+    files = {
+        part: torch.tensor([row for row, kind in enumerate(kinds) if kind == part], dtype=torch.long) for part in SPLITS
+    }
     given = {part: groups[index] for part, index in files.items() if len(index)}
     rows, how = completed(given, str(folder), seed)
     # Rows of a part are counted from its first frame; here they become rows of all frames.
-    everything = {part: torch.cat([torch.arange(int(starts[file]), int(starts[file] + groups[file]))
-                                   for file in files[part].tolist()]) for part in given}
-    return ({name: everything[part][index] for name, (part, index) in rows.items()},
-            f"the subfolders {' and '.join([', '.join(list(given)[:-1]), list(given)[-1]])}{how}")
+    everything = {
+        part: torch.cat(
+            [torch.arange(int(starts[file]), int(starts[file] + groups[file])) for file in files[part].tolist()]
+        )
+        for part in given
+    }
+    return (
+        {name: everything[part][index] for name, (part, index) in rows.items()},
+        f"the subfolders {' and '.join([', '.join(list(given)[:-1]), list(given)[-1]])}{how}",
+    )
 
 
 def _jobs(paths: Sequence[Path], groups: Tensor, rows: Tensor) -> list[Path | tuple[Path, Sequence[int]]]:
@@ -263,8 +308,12 @@ def _jobs(paths: Sequence[Path], groups: Tensor, rows: Tensor) -> list[Path | tu
 def _unlike(first_path: Path, first: Tensor, path: Path, image: Tensor) -> str:
     if first.shape[0] != image.shape[0]:
         kind = {1: "grey", 3: "colour"}
-        return (f"images differ in colour: {first_path} is {kind[first.shape[0]]}, {path} is {kind[image.shape[0]]}; "
-                "wanted one kind. Pass channels=1 or channels=3.")
-    return (f"images differ in size: {first_path} is {first.shape[1]}x{first.shape[2]}, {path} is "
-            f"{image.shape[1]}x{image.shape[2]} (height x width); wanted one size. "
-            "Pass image_size=, e.g. image_size=64.")
+        return (
+            f"images differ in colour: {first_path} is {kind[first.shape[0]]}, {path} is {kind[image.shape[0]]}; "
+            "wanted one kind. Pass channels=1 or channels=3."
+        )
+    return (
+        f"images differ in size: {first_path} is {first.shape[1]}x{first.shape[2]}, {path} is "
+        f"{image.shape[1]}x{image.shape[2]} (height x width); wanted one size. "
+        "Pass image_size=, e.g. image_size=64."
+    )

@@ -99,8 +99,9 @@ def tenths(count: int, what: str) -> tuple[int, int, int]:
         (800, 100, 100)
     """
     if count < 3:
-        raise ValueError(f"{what}: got {count} images or rows, wanted at least 3, one each to train, validate and "
-                         "test. Add data.")
+        raise ValueError(
+            f"{what}: got {count} images or rows, wanted at least 3, one each to train, validate and test. Add data."
+        )
     held_out = max(1, round(count / 10))
     return count - 2 * held_out, held_out, held_out
 
@@ -129,8 +130,9 @@ def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0)
     order = shuffled(count, seed).split(list(shares(count)))
     if rows == count:
         return order, True
-    return tuple(torch.cat([torch.arange(int(ends[g] - groups[g]), int(ends[g])) for g in piece.tolist()])
-                 for piece in order), True
+    return tuple(
+        torch.cat([torch.arange(int(ends[g] - groups[g]), int(ends[g])) for g in piece.tolist()]) for piece in order
+    ), True
 
 
 def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[dict[str, tuple[str, Tensor]], str]:
@@ -141,6 +143,7 @@ def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[di
     for each part of the split, the given part that it comes from and the rows of it; and in words what was not as
     given.
     """
+
     def all_of(part: str) -> tuple[str, Tensor]:
         return part, torch.arange(int(given[part].sum()))
 
@@ -153,14 +156,20 @@ def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[di
         return pieces, f"chosen with seed {seed}{frames}" if whole else "the last of the frames in their order"
 
     if "train" not in given or len(given) < 2:
-        raise ValueError(f"{what} has the parts {', '.join(given)}, wanted train and test (or train and validation). "
-                         "Add the part, or point at the one part to have it split.")
+        raise ValueError(
+            f"{what} has the parts {', '.join(given)}, wanted train and test (or train and validation). "
+            "Add the part, or point at the one part to have it split."
+        )
     if len(given) == 3:
         return {part: all_of(part) for part in SPLITS}, ""
     if "test" in given:
         pieces, how = two("train", lambda n: (n - max(1, n // 10), max(1, n // 10)), "one of them to validate.")
-        return ({"train": ("train", pieces[0]), "validation": ("train", pieces[1]), "test": all_of("test")},
-                f"; validation: {len(pieces[1])} of train, {how}")
+        return (
+            {"train": ("train", pieces[0]), "validation": ("train", pieces[1]), "test": all_of("test")},
+            f"; validation: {len(pieces[1])} of train, {how}",
+        )
     pieces, how = two("validation", lambda n: (n - n // 2, n // 2), "as half of them test where nothing else does.")
-    return ({"train": all_of("train"), "validation": ("validation", pieces[0]), "test": ("validation", pieces[1])},
-            f"; test: {len(pieces[1])} of validation, {how}")
+    return (
+        {"train": all_of("train"), "validation": ("validation", pieces[0]), "test": ("validation", pieces[1])},
+        f"; test: {len(pieces[1])} of validation, {how}",
+    )

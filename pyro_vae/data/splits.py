@@ -120,8 +120,10 @@ def bits_per_dimension(log_prob: Nats, num_dims: int, levels: int = 256) -> Nats
         8.0
     """
     if num_dims < 1 or levels < 1:
-        raise ValueError(f"got num_dims={num_dims} and levels={levels}, wanted both >= 1. "
-                         "num_dims is the size of one datum, e.g. 784; levels is 256 or, for discrete data, 1.")
+        raise ValueError(
+            f"got num_dims={num_dims} and levels={levels}, wanted both >= 1. "
+            "num_dims is the size of one datum, e.g. 784; levels is 256 or, for discrete data, 1."
+        )
     return -log_prob / (num_dims * math.log(2.0)) + math.log2(levels)
 
 
@@ -135,14 +137,18 @@ def _random_lanes(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _check_uint8(pixels: Tensor, what: str) -> None:
     if pixels.dtype != torch.uint8:
-        raise ValueError(f"{what} got pixels of dtype {pixels.dtype}, wanted torch.uint8. "
-                         "For levels 0..255 call .to(torch.uint8) first.")
+        raise ValueError(
+            f"{what} got pixels of dtype {pixels.dtype}, wanted torch.uint8. "
+            "For levels 0..255 call .to(torch.uint8) first."
+        )
 
 
 def _check_probabilities(pixels: Tensor) -> None:
     if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise ValueError(f"float pixels to binarise lie in [{pixels.min():.4g}, {pixels.max():.4g}], wanted [0, 1]. "
-                         "Divide by 255 or give uint8; data that are no images take binarization='none'.")
+        raise ValueError(
+            f"float pixels to binarise lie in [{pixels.min():.4g}, {pixels.max():.4g}], wanted [0, 1]. "
+            "Divide by 255 or give uint8; data that are no images take binarization='none'."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,8 +301,9 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The dataset with all splits on another device."""
-        return replace(self, train=self.train.to(device), validation=self.validation.to(device),
-                       test=self.test.to(device))
+        return replace(
+            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
+        )
 
 
 def _as_index(index: Index) -> int | slice | Tensor:
@@ -320,29 +327,42 @@ def _check(split: Split) -> None:
     if split.binarization not in BINARIZATIONS:
         raise ValueError(f"got binarization {split.binarization!r}, wanted one of {', '.join(BINARIZATIONS)}.")
     if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
-        raise ValueError(f"{name}: pixels have dtype {pixels.dtype}, wanted uint8 levels 0..255 or floats. "
-                         "Call .to(torch.uint8) on levels.")
+        raise ValueError(
+            f"{name}: pixels have dtype {pixels.dtype}, wanted uint8 levels 0..255 or floats. "
+            "Call .to(torch.uint8) on levels."
+        )
     if pixels.dim() < 2 or len(pixels) == 0:
-        raise ValueError(f"{name}: pixels have shape {tuple(pixels.shape)}, wanted at least one datum: "
-                         "(N, C, H, W) or (N, D).")
+        raise ValueError(
+            f"{name}: pixels have shape {tuple(pixels.shape)}, wanted at least one datum: (N, C, H, W) or (N, D)."
+        )
     if labels is not None and labels.shape != (len(pixels),):
-        raise ValueError(f"{name}: got labels of shape {tuple(labels.shape)} for {len(pixels)} data, "
-                         f"wanted ({len(pixels)},): one label per datum.")
+        raise ValueError(
+            f"{name}: got labels of shape {tuple(labels.shape)} for {len(pixels)} data, "
+            f"wanted ({len(pixels)},): one label per datum."
+        )
     if split.dequantize and split.binarization != "none":
-        raise ValueError(f"{name}: got dequantize=True with binarization={split.binarization!r}, "
-                         "wanted one of the two. Pass binarization='none' to dequantize.")
+        raise ValueError(
+            f"{name}: got dequantize=True with binarization={split.binarization!r}, "
+            "wanted one of the two. Pass binarization='none' to dequantize."
+        )
     if split.fixed:
         return
     if split.dequantize and pixels.is_floating_point():
-        raise ValueError(f"{name}: got dequantize=True for float data, wanted uint8 levels: "
-                         "floats are continuous already. Pass dequantize=False.")
+        raise ValueError(
+            f"{name}: got dequantize=True for float data, wanted uint8 levels: "
+            "floats are continuous already. Pass dequantize=False."
+        )
     if pixels.is_floating_point() and not torch.isfinite(pixels).all():
         bad = (~torch.isfinite(pixels)).flatten(1).any(1)
-        raise ValueError(f"{name}: {int(bad.sum())} of {len(pixels)} data hold NaN or infinite values, first in row "
-                         f"{int(bad.nonzero()[0])}; wanted finite numbers. Remove or impute them.")
+        raise ValueError(
+            f"{name}: {int(bad.sum())} of {len(pixels)} data hold NaN or infinite values, first in row "
+            f"{int(bad.nonzero()[0])}; wanted finite numbers. Remove or impute them."
+        )
     if pixels.is_floating_point() and split.binarization != "none":
         low, high = pixels.min().item(), pixels.max().item()
         if low < 0 or high > 1:
-            raise ValueError(f"{name}: got binarization={split.binarization!r} for float data in "
-                             f"[{low:.4g}, {high:.4g}], wanted [0, 1]. "
-                             "Divide by the largest value, or pass binarization='none'.")
+            raise ValueError(
+                f"{name}: got binarization={split.binarization!r} for float data in "
+                f"[{low:.4g}, {high:.4g}], wanted [0, 1]. "
+                "Divide by the largest value, or pass binarization='none'."
+            )

@@ -39,8 +39,10 @@ class LinearGaussian:
 
     def __init__(self, weight: Tensor, loc: Tensor, scale: float) -> None:
         if weight.dim() != 2 or loc.shape != weight.shape[:1]:
-            raise ValueError(f"got weight of shape {tuple(weight.shape)} and loc of shape {tuple(loc.shape)}, "
-                             "wanted (X, D) and (X,).")
+            raise ValueError(
+                f"got weight of shape {tuple(weight.shape)} and loc of shape {tuple(loc.shape)}, "
+                "wanted (X, D) and (X,)."
+            )
         if not scale > 0:
             raise ValueError(f"got scale={scale}, wanted a standard deviation > 0.")
         self.weight = weight
@@ -52,8 +54,9 @@ class LinearGaussian:
         self._scale_tril = torch.linalg.cholesky(torch.cholesky_inverse(cholesky))
 
     @classmethod
-    def random(cls, x_dim: int, latent_dim: int, scale: float = 0.5, seed: int = 0,
-               dtype: torch.dtype = torch.float32) -> "LinearGaussian":
+    def random(
+        cls, x_dim: int, latent_dim: int, scale: float = 0.5, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> "LinearGaussian":
         """A test bed with W_xd ~ N(0, 1/D) and b_x ~ N(0, 1), so that W z varies by about 1 per dimension.
 
         Example:
@@ -80,8 +83,9 @@ class LinearGaussian:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LinearGaussian":
         """The test bed on another device or in another dtype."""
-        return LinearGaussian(self.weight.to(device=device, dtype=dtype), self.loc.to(device=device, dtype=dtype),
-                              self.scale)
+        return LinearGaussian(
+            self.weight.to(device=device, dtype=dtype), self.loc.to(device=device, dtype=dtype), self.scale
+        )
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draws (z, x) ~ p(z) p(x | z), of shapes (B, D) and (B, X)."""
@@ -131,8 +135,9 @@ class LinearGaussian:
         variance = self.scale**2
         residual = x - self.loc - loc @ self.weight.mT
         spread = (self.weight @ scale_tril).square().sum((-2, -1))
-        log_likelihood = -0.5 * ((residual.square().sum(-1) + spread) / variance
-                                 + self.x_dim * math.log(2 * math.pi * variance))
+        log_likelihood = -0.5 * (
+            (residual.square().sum(-1) + spread) / variance + self.x_dim * math.log(2 * math.pi * variance)
+        )
         log_det = 2 * scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         kl = 0.5 * (scale_tril.square().sum((-2, -1)) + loc.square().sum(-1) - self.latent_dim - log_det)
         return log_likelihood - kl
@@ -141,7 +146,7 @@ class LinearGaussian:
     def num_parameters(self) -> int:
         """Free parameters of p(x): W up to rotation of z, the scale, and b.
 
-            X D - D (D - 1) / 2 + 1 + X
+        X D - D (D - 1) / 2 + 1 + X
         """
         return self.x_dim * self.latent_dim - self.latent_dim * (self.latent_dim - 1) // 2 + 1 + self.x_dim
 

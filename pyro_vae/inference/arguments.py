@@ -148,7 +148,11 @@ def arguments_of(*programs: Program) -> Arguments:
     masks = {i for n, _, _ in known for i, name in enumerate(n) if name == "mask" or name.endswith("_mask")}
     longest = max((n for n, _, _ in known), key=len)
     return Arguments(
-        tuple(names) if len(names) >= required else tuple(longest), required, most, frozenset(masks), dict(defaults),
+        tuple(names) if len(names) >= required else tuple(longest),
+        required,
+        most,
+        frozenset(masks),
+        dict(defaults),
         keywords,
     )
 

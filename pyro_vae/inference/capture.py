@@ -60,6 +60,7 @@ _MAKERS = ("tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor", "spa
 _REPORTERS = ("pyro.infer.", "pyro_vae.inference.objectives")
 _CHECKERS = ("pyro.util", "pyro_vae.sites", "torch.distributions.distribution")
 
+
 class Capture:
     """A function of tensors as a graph.
 
@@ -347,5 +348,3 @@ def _owned(outputs: list[Tensor], shaped_like: list[Tensor]) -> list[Tensor]:
         seen.add(output.untyped_storage().data_ptr())
         owned.append(output.detach())
     return owned
-
-

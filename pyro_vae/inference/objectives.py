@@ -36,6 +36,7 @@ _EXAMPLES: tuple[tuple[Any, str], ...] = (
     (wake_sleep, "wake_sleep()"),
 )
 
+
 class Objective(ELBO):
     """Minus a bound, summed over data, as a loss for ``pyro.infer.SVI``.
 
@@ -132,9 +133,7 @@ class Objective(ELBO):
         """Whether the bound is one from above, so that the loss is plus the bound."""
         return isinstance(self.bound, SplitBound) and self.bound.upper
 
-    def particles(
-        self, model: Program, guide: Program, *args: Any, cut: Cut | None = None, **kwargs: Any
-    ) -> Particles:
+    def particles(self, model: Program, guide: Program, *args: Any, cut: Cut | None = None, **kwargs: Any) -> Particles:
         """Draw the K particles that the bound is computed from."""
         if self.num_samples > 1 and self.max_plate_nesting == math.inf:
             self.max_plate_nesting = nesting_of(model, guide, args, kwargs)

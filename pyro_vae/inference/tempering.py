@@ -142,9 +142,7 @@ def value_of(name: str, function: Callable[[float], Any], done: float) -> float:
     return float(found)
 
 
-def check_tempering(
-    loss: Any, epochs: int, kl_warmup: float, kl_warmup_steps: int | None, beta: Beta | None
-) -> None:
+def check_tempering(loss: Any, epochs: int, kl_warmup: float, kl_warmup_steps: int | None, beta: Beta | None) -> None:
     """Refuse what `Tempering` cannot do, before there are data."""
     given = [
         name

@@ -189,8 +189,9 @@ def collapse(
     mean, taken = torch.cat(means), torch.cat(noise)
     count = len(mean)
     if count < 2:
-        raise ValueError(f"got {count} datum, wanted at least two, between which a latent could change. "
-                         "Give more data.")
+        raise ValueError(
+            f"got {count} datum, wanted at least two, between which a latent could change. Give more data."
+        )
     variance = mean.var(0) - taken.mean(0)
     fourth = (mean - mean.mean(0)).pow(4).mean(0)
     stderr = ((fourth - mean.var(0).square()).clamp(min=0) / count).sqrt()

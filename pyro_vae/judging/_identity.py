@@ -89,8 +89,9 @@ def identity(
         sizes = {name: z[0, 0].numel() for name, z in run.draw(run.first, 2).latents.items()}
     if len(sizes) != 1 or max(sizes.values()) > 2:
         found = ", ".join(f"{name} of {size} dimensions" for name, size in sizes.items())
-        raise ValueError(f"the guide has the latents {found}, wanted one of one or two. Its gaps are what pv.gaps "
-                         "measures.")
+        raise ValueError(
+            f"the guide has the latents {found}, wanted one of one or two. Its gaps are what pv.gaps measures."
+        )
     exact = quadrature(model, guide, data, **options)
     terms = elbo_terms(model, guide, data, num_samples=num_samples, **options)
     parts, done = [], 0

@@ -99,9 +99,7 @@ def anomaly_scores(
         with sweep(model, guide, data=data, copies=8, validate=False, title="regret", **options) as run:
             return torch.cat([_regret(run, batch, num_samples, num_steps) for batch in run])
     with sweep(model, guide, data=data, title="reconstruction", **options) as run:
-        parts = [
-            torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)
-        ]
+        parts = [torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)]
     return -torch.cat(parts).double().cpu()
 
 

@@ -102,8 +102,10 @@ def bounds_at(bounds: Any) -> dict[str, tuple[Bound, int]]:
         for count in counts if isinstance(counts, Sequence) else [counts]:
             objective = Objective(given, integer("num_samples", count))
             if objective.upper:
-                raise ValueError(f"got the bound {given!r}, which is one from above, wanted one that is higher where "
-                                 "the guide is better, such as iwae.")
+                raise ValueError(
+                    f"got the bound {given!r}, which is one from above, wanted one that is higher where "
+                    "the guide is better, such as iwae."
+                )
             bound = named(given) if isinstance(given, str) else given
             label = getattr(bound, "__name__", repr(bound))
             found[f"{label} {count}"] = (bound, count)

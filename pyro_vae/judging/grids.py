@@ -144,9 +144,7 @@ def least_points(dims: int) -> int:
     return _FINER[dims][0] ** dims
 
 
-def on_grids(
-    pair: Pair, num_points: int | None = None, width: float | None = None, refinements: int = 3
-) -> Quadrature:
+def on_grids(pair: Pair, num_points: int | None = None, width: float | None = None, refinements: int = 3) -> Quadrature:
     """The integrals of one batch."""
     dims = pair.latents.size
     if dims > MOST_DIMENSIONS:

@@ -197,8 +197,8 @@ class Kernels(NamedTuple):
 def schedule(name: str, num_steps: int) -> Tensor:
     """b_0, ..., b_T in float64, (T + 1,).
 
-        linear:   b_t = t / T
-        sigmoid:  b_t = (s_t - s_0) / (s_T - s_0),   s_t = sigmoid(4 (2 t / T - 1))
+    linear:   b_t = t / T
+    sigmoid:  b_t = (s_t - s_0) / (s_T - s_0),   s_t = sigmoid(4 (2 t / T - 1))
     """
     t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     if name == "linear":

@@ -82,9 +82,7 @@ def impute(
         x, mask = run.whole()
         observed = [name for name, site in sites(model, x, mask).items() if site["is_observed"]]
         if len(observed) != 1:
-            raise ValueError(
-                f"the model observes the sites {observed}, wanted one, which holds the data to complete."
-            )
+            raise ValueError(f"the model observes the sites {observed}, wanted one, which holds the data to complete.")
         nesting = run.nesting(guide) if num_samples > 1 else 0
         tables = list(in_chunks(model, guide, (x, mask), num_samples, nesting))
         weight = torch.softmax(torch.cat([table.log_weight for table in tables]).double(), 0)

@@ -146,8 +146,9 @@ def mutual_information(
         args, draws, rates = _collected(run, num_samples)
         count = sum(rate.shape[1] for rate in rates)
         if count < 3:
-            raise ValueError(f"got {count} data, wanted at least three, of which latents could tell one. "
-                             "Give more data.")
+            raise ValueError(
+                f"got {count} data, wanted at least three, of which latents could tell one. Give more data."
+            )
         scorers = [_scorer(guide, batch, drawn) for batch, drawn in zip(args, draws, strict=True)]
         terms, without = _aggregated(run, Components(model, args[0]), scorers, draws, num_samples)
     rate = torch.cat(rates, 1)

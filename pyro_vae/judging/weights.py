@@ -292,9 +292,7 @@ def given_estimate(estimate: Any, num_data: int) -> tuple[Tensor, Tensor]:
     return pointwise.double().cpu(), stderr.double().cpu()
 
 
-def pool(
-    own: Mapping[str, Scored], mixed: Scored | None, pooled: list[str], given: Any = None
-) -> tuple[Scored, str]:
+def pool(own: Mapping[str, Scored], mixed: Scored | None, pooled: list[str], given: Any = None) -> tuple[Scored, str]:
     """The estimate of log p(x) by the rule above, or a given one (see `given_estimate`), and the rule in words."""
     if mixed is not None:
         many = "one mixture of " if len(pooled) > 1 else ""

@@ -82,9 +82,7 @@ def check(kind: str, name: str) -> str:
     """
     if not isinstance(name, str):
         own = f" For this class pass {_path(name)!r}." if isinstance(name, type) else ""
-        raise ValueError(
-            f"got {kind}={name!r}, wanted a name: one of {', '.join(PARTS[kind])}, or module:Class.{own}"
-        )
+        raise ValueError(f"got {kind}={name!r}, wanted a name: one of {', '.join(PARTS[kind])}, or module:Class.{own}")
     module, colon, attribute = name.partition(":")
     if colon and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
         return name
@@ -141,8 +139,10 @@ def made(kind: str, given: Any, *arguments: Any) -> Any:
             f"{', '.join(PARTS[kind])}."
         ) from error
     if not callable(part):
-        raise ValueError(f"got {getattr(maker, '__name__', maker)!r} as the {kind}, which makes a "
-                         f"{type(part).__name__}; wanted one that makes a module that returns a distribution.")
+        raise ValueError(
+            f"got {getattr(maker, '__name__', maker)!r} as the {kind}, which makes a "
+            f"{type(part).__name__}; wanted one that makes a module that returns a distribution."
+        )
     return part
 
 

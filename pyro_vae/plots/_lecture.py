@@ -124,8 +124,10 @@ def posterior_contours(vaes: Mapping[str, Any] | Any, x: Any, side: int = 121, a
     first = next(iter(pairs.values()))
     other = [name for name, each in pairs.items() if each.model is not first.model]
     if other:
-        raise ValueError(f"got {other[0]!r} with another model, which has another p(z | x), wanted pairs of one model. "
-                         "Fit guides under it: pv.fit_guide(model, guide, data).")
+        raise ValueError(
+            f"got {other[0]!r} with another model, which has another p(z | x), wanted pairs of one model. "
+            "Fit guides under it: pv.fit_guide(model, guide, data)."
+        )
     _two(first)
     x = torch.as_tensor(x)
     with torch.no_grad(), torch.random.fork_rng():
@@ -180,5 +182,3 @@ def _two(vae: Any) -> None:
     count = vae.model.prior().event_shape[-1]
     if count != 2:
         raise ValueError(f"got a pair of {count} latents, wanted two, which make a plane. Build it with latent_dim=2.")
-
-

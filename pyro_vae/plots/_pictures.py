@@ -277,9 +277,7 @@ def _mosaic(
     return figure
 
 
-def _heatmaps(
-    panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = (), ax: Axes | None = None
-) -> Figure:
+def _heatmaps(panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = (), ax: Axes | None = None) -> Figure:
     """Vectors as rows of heat maps that share one colour scale."""
     if ax is not None:
         raise ValueError("got ax= for vectors, wanted images: heat maps have several axes. Leave ax out.")

@@ -124,8 +124,10 @@ class DiagonalNormalMixture(Kept):
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_density = _log_normal(value.unsqueeze(-2), self._loc, self._scale).sum(-1)
-        return (log_density + self._logits).logsumexp(-1).expand(
-            torch.broadcast_shapes(self.batch_shape, value.shape[:-1])
+        return (
+            (log_density + self._logits)
+            .logsumexp(-1)
+            .expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-1]))
         )
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:

@@ -225,8 +225,10 @@ class ResidualDecoder(_ImageDecoder):
 
 def _check_stages(channels: Sequence[int], blocks: int) -> None:
     if not channels or min(channels) < 1 or blocks < 1:
-        raise ValueError(f"got channels={tuple(channels)} and blocks={blocks}, wanted one or more positive channels "
-                         "and at least one block.")
+        raise ValueError(
+            f"got channels={tuple(channels)} and blocks={blocks}, wanted one or more positive channels "
+            "and at least one block."
+        )
 
 
 def _named(network: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
