@@ -26,7 +26,7 @@ from pyro_vae.traces import Program
 _FEW = 4
 
 
-def seen_by_others(model: Program, guide: Program, batch: tuple[Any, ...]) -> str | None:
+def seen_by_others(model: Program, guide: Program, data: tuple[Any, ...]) -> str | None:
     """Which program's log density of datum 0 at given latents depends on who else is in the batch.
 
     The pair runs on the first few data, and on copies of datum 0 with the latents that it had there, one fewer where
@@ -38,7 +38,7 @@ def seen_by_others(model: Program, guide: Program, batch: tuple[Any, ...]) -> st
     Args:
         model: A Pyro program for p(x, z).
         guide: A Pyro program for q(z | x).
-        batch: The arguments of both.
+        data: The arguments of both, a batch.
     Returns:
         The sentence, or None.
     Example:
@@ -53,19 +53,19 @@ def seen_by_others(model: Program, guide: Program, batch: tuple[Any, ...]) -> st
         >>> seen_by_others(model, guide, (torch.arange(3.0),))[:66]
         'the model scores datum 0 differently alone and beside other data ('
     """
-    if isinstance(guide, AutoGuide) or not batch or not all(isinstance(x, Tensor) and x.dim() for x in batch):
+    if isinstance(guide, AutoGuide) or not data or not all(isinstance(x, Tensor) and x.dim() for x in data):
         return None
-    size = len(batch[0])
-    if size < 2 or any(len(x) != size for x in batch) or not any(x.is_floating_point() for x in batch):
+    size = len(data[0])
+    if size < 2 or any(len(x) != size for x in data) or not any(x.is_floating_point() for x in data):
         return None
     few = min(size, _FEW)
     copies = max(few - 1, 2)
     try:
         with torch.no_grad():
-            beside = at(batch, slice(few))
+            beside = at(data, slice(few))
             first, drawn = _scores(model, guide, beside, few)
             alike = {name: _copied(site, copies) for name, site in drawn.items()}
-            second, _ = _scores(model, _at(guide, alike), at(batch, torch.zeros(copies, dtype=torch.long)), copies)
+            second, _ = _scores(model, _at(guide, alike), at(data, torch.zeros(copies, dtype=torch.long)), copies)
             moved = [who for who in first if _differ(first[who], second[who])]
             if not moved:
                 return None

@@ -31,7 +31,7 @@ from pyro_vae.parts.posteriors.amortized import FullNormal
 from pyro_vae.parts.posteriors.flow import IAF, Flow
 from pyro_vae.programs.refined import Refined
 from pyro_vae.programs.semi_amortized import SemiAmortized
-from pyro_vae.protocols import has_head
+from pyro_vae.protocols import has_head, support_name
 from pyro_vae.traces import Program
 
 _STEPS, _BATCH, _RATE, _SAMPLES = (1000, 500, 250, 100, 50), 64, 1e-3, 100
@@ -47,8 +47,10 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
         return Remedy(reason="the gap is not known")
     if not gap.material():
         return Remedy(reason="not needed, since the gap costs nothing that matters")
-    half = pair.num_data // 2
     own = pair.training is None
+    if own and pair.num_data < 2:
+        return Remedy(reason="one datum cannot be fitted on and held out as well (give training data: training=)")
+    half = pair.num_data // 2
     training = pair.part(0, half) if pair.training is None else pair.training
     held = pair.part(half, pair.num_data) if own else pair.data
     trial = _Trial(pair, training, held)
@@ -96,7 +98,7 @@ def _candidates(guide: Program, family_first: bool) -> list[str]:
 
 
 def _over_all(posterior: Any) -> bool:
-    return getattr(posterior, "support", None) is torch.distributions.constraints.real_vector
+    return support_name(posterior) == "real"
 
 
 def _posterior(guide: Any) -> Any:
