@@ -29,8 +29,8 @@ _FEW = 4
 def seen_by_others(model: Program, guide: Program, batch: tuple[Any, ...]) -> str | None:
     """Which program's log density of datum 0 at given latents depends on who else is in the batch.
 
-    The pair runs on the first few data, and on copies of datum 0 with the latents that it had there, one fewer where
-    that leaves two: both times it is one among several, as batch normalisation wants. Nothing is said of one datum,
+    The pair runs on the first few data, and on copies of datum 0 with the latents that it had there: as
+    many, so that noise which a guide seeds by itself is the same, and batch normalisation has several rows. Nothing is said of one datum,
     of data that are not tensors with a row a datum, of sites outside of the one plate of the data (global latents,
     nested plates, sequences), of a plate that is a part of a larger one, of programs that do not run on few data, nor
     of programs with noise of their own: of them a rerun at the same latents says another thing, too.
@@ -59,13 +59,12 @@ def seen_by_others(model: Program, guide: Program, batch: tuple[Any, ...]) -> st
     if size < 2 or any(len(x) != size for x in batch) or not any(x.is_floating_point() for x in batch):
         return None
     few = min(size, _FEW)
-    copies = max(few - 1, 2)
     try:
         with torch.no_grad():
             beside = at(batch, slice(few))
             first, drawn = _scores(model, guide, beside, few)
-            alike = {name: _copied(site, copies) for name, site in drawn.items()}
-            second, _ = _scores(model, _at(guide, alike), at(batch, torch.zeros(copies, dtype=torch.long)), copies)
+            alike = {name: _copied(site, few) for name, site in drawn.items()}
+            second, _ = _scores(model, _at(guide, alike), at(batch, torch.zeros(few, dtype=torch.long)), few)
             moved = [who for who in first if _differ(first[who], second[who])]
             if not moved:
                 return None
