@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.turns import turn
 from pyro_vae.words import did_you_mean
 
 P = ParamSpec("P")
@@ -96,7 +97,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         if any(name in rules for name in places[: len(args)]):
             found = [rules[n](n, a) if n in rules else a for n, a in zip(places, args, strict=False)]
             args = (*found, *args[len(found) :])
-        return function(*args, **kwargs)
+        if not programs:
+            return function(*args, **kwargs)
+        with turn():
+            return function(*args, **kwargs)
 
     looked_at.option_rules = rules  # type: ignore[attr-defined]
     return looked_at

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "pyro_vae"
-GROUND = {"protocols", "traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals", "_lazy", "atomic", "words", "_trust", "_bytecode"}
+GROUND = {"protocols", "traces", "auxiliary", "sites", "parameters", "reach", "evaluation", "unconstrained", "version", "options", "tensors", "refusals", "_lazy", "atomic", "words", "turns", "_trust", "_bytecode"}
 MAY_IMPORT = {
     "traces": {"auxiliary", "sites", "parameters", "reach", "options", "refusals"},
     "auxiliary": {"sites", "evaluation", "reach"},
@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "evaluation": {"parameters", "reach"},
     "protocols": set(),
     "unconstrained": {"protocols", "reach"},
-    "options": {"words"},
+    "options": {"words", "turns"},
+    "turns": set(),
     "words": set(),
     "refusals": {"sites"},
     "tensors": set(),

@@ -44,6 +44,7 @@ from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
 from pyro_vae.sites import lengths
 from pyro_vae.traces import Program
+from pyro_vae.turns import callback as in_callback
 from pyro_vae.words import did_you_mean
 
 _LOOK = 20  # steps between two looks at the loss
@@ -314,7 +315,8 @@ def fit(
                     shown = ", ".join(f"{key} {record[key]:.2f}" for key in keys)
                     bar.set_postfix_str(shown, refresh=False)
                     if callback is not None:
-                        callback(record)
+                        with in_callback():
+                            callback(record)
                     # While the weight of the divergence rises, a validation bound says nothing about the end.
                     settled = stepper.steps >= stepper.warmup
                     end_epoch(optimizer, record, settled)
