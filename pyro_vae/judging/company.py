@@ -8,7 +8,7 @@ neither errors nor k-hat see that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,18 +26,17 @@ from pyro_vae.traces import Program
 _FEW = 4
 
 
-def seen_by_others(model: Program, guide: Program, data: tuple[Any, ...]) -> str | None:
+def seen_by_others(programs: Sequence[Program], data: tuple[Any, ...]) -> str | None:
     """Which program's log density of datum 0 at given latents depends on who else is in the batch.
 
-    The pair runs on the first few data, and on copies of datum 0 with the latents that it had there, one fewer where
-    that leaves two: both times it is one among several, as batch normalisation wants. Nothing is said of one datum,
-    of data that are not tensors with a row a datum, of sites outside of the one plate of the data (global latents,
-    nested plates, sequences), of a plate that is a part of a larger one, of programs that do not run on few data, nor
-    of programs with noise of their own: of them a rerun at the same latents says another thing, too.
+    The pair runs on the first few data, and on as many copies of datum 0 with the latents that it had there: as many,
+    so that noise which a guide seeds by itself is the same, and batch normalisation has several rows. Nothing is said
+    of one datum, of data that are not tensors with a row a datum, of sites outside of the one plate of the data (global
+    latents, nested plates, sequences), of a plate that is a part of a larger one, of programs that do not run on few
+    data, nor of programs with noise of their own: of them a rerun at the same latents says another thing, too.
 
     Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
+        programs: A model and its guide.
         data: The arguments of both, a batch.
     Returns:
         The sentence, or None.
@@ -50,22 +49,22 @@ def seen_by_others(model: Program, guide: Program, data: tuple[Any, ...]) -> str
         >>> def guide(x):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-        >>> seen_by_others(model, guide, (torch.arange(3.0),))[:66]
+        >>> seen_by_others((model, guide), (torch.arange(3.0),))[:66]
         'the model scores datum 0 differently alone and beside other data ('
     """
+    model, guide = programs
     if isinstance(guide, AutoGuide) or not data or not all(isinstance(x, Tensor) and x.dim() for x in data):
         return None
     size = len(data[0])
     if size < 2 or any(len(x) != size for x in data) or not any(x.is_floating_point() for x in data):
         return None
     few = min(size, _FEW)
-    copies = max(few - 1, 2)
     try:
         with torch.no_grad():
             beside = at(data, slice(few))
             first, drawn = _scores(model, guide, beside, few)
-            alike = {name: _copied(site, copies) for name, site in drawn.items()}
-            second, _ = _scores(model, _at(guide, alike), at(data, torch.zeros(copies, dtype=torch.long)), copies)
+            alike = {name: _copied(site, few) for name, site in drawn.items()}
+            second, _ = _scores(model, _at(guide, alike), at(data, torch.zeros(few, dtype=torch.long)), few)
             moved = [who for who in first if _differ(first[who], second[who])]
             if not moved:
                 return None

@@ -265,7 +265,7 @@ def sweep(
             if len(given) == 2 and given not in _met():
                 _met().append(given)
                 stack.callback(_met().remove, given)
-                if mixed := seen_by_others(given[0], given[1], run.first):
+                if mixed := seen_by_others(given[:2], run.first):
                     warnings.warn(mixed, stacklevel=5)
         if batch_size is not None:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
