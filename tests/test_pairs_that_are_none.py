@@ -145,7 +145,7 @@ def test_a_program_that_reaches_more_than_can_be_watched_runs_eagerly():
         pyro.clear_param_store()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = pv.fit(deep, guide, X, epochs=700, batch_size=4, seed=0, progress=False, compile=compile)
+            found = pv.fit(deep, guide, X, epochs=510, batch_size=len(X), seed=0, progress=False, compile=compile)
         histories.append(found["loss"])
     assert histories[0] == histories[1]
 
