@@ -10,12 +10,12 @@ from pyro_vae.judging.stages import Stages
 from pyro_vae.judging.trials import Remedy, Training
 
 _WORDS = {
-    "train": "The encoder alone, trained on",
-    "wider": "A wider encoder, started from the present one",
-    "full": "A normal of full covariance, with the present encoder to start from",
-    "iaf": "An inverse autoregressive flow, with the present encoder to start from",
+    "train": "The encoder alone, trained on,",
+    "wider": "A wider encoder, started from the present one,",
+    "full": "A normal of full covariance, with the present encoder to start from,",
+    "iaf": "An inverse autoregressive flow, with the present encoder to start from,",
     "refine": "A few gradient steps for each datum (SemiAmortized)",
-    "local": "A normal of full covariance, fitted to each datum",
+    "local": "A normal of full covariance, fitted to each datum,",
 }
 _WHAT = {
     "train": "Train longer.", "wider": "Widen the networks.", "full": "Try FullNormal.", "local": "Try FullNormal.",
@@ -83,7 +83,7 @@ def _helped(name: str, gain: Nats, remedy: Remedy) -> Finding:
     together = remedy.joint_gain(name)
     if together.known:
         joint = f" Trained on together with the model for as many steps, log p(x) of these data gained {together} nats."
-    text = f"{_WORDS[name]}, gained {gain} nats of ELBO ({_where(remedy)}).{joint}"
+    text = f"{_WORDS[name]} gained {gain} nats of ELBO ({_where(remedy)}).{joint}"
     return Finding("advice", text, None, _WHAT[name], name)
 
 
