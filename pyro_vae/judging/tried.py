@@ -64,7 +64,7 @@ def remedies(stages: Stages) -> Iterator[Finding]:
         helped.insert(0, _unfinished(curve))  # known of a joint training, as the others are not
     yield from helped
     for name, gain in remedy.harmful.items():
-        text = f"{_WORDS[name]}, helped under the frozen model, but trained on together with it"
+        text = f"{_WORDS[name]} helped under the frozen model, but trained on together with it"
         yield Finding("advice", f"{text} log p(x) of held-out data changed by {gain} nats: not advised.")
     if remedy.done:
         idle = [f"{name} {gain}" for name, gain in zip(remedy.tried, remedy.gains, strict=True) if not gain.material()]
