@@ -49,7 +49,7 @@ def seen_by_others(programs: Sequence[Program], data: tuple[Any, ...]) -> str | 
         >>> def guide(x):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-        >>> seen_by_others((model, guide), (torch.arange(3.0),))[:66]
+        >>> seen_by_others((model, guide), (torch.tensor([0.0, 50.0, 90.0]),))[:66]
         'the model scores datum 0 differently alone and beside other data ('
     """
     model, guide = programs
