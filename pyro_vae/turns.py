@@ -25,7 +25,8 @@ def turn() -> Iterator[None]:
     Raises:
         ValueError: The thread whose turn it is has long been in a callback, which may wait for this thread.
     """
-    while not _lock.acquire(timeout=0.2):
+    lock = _lock  # in a process that is forked inside, this one is given back
+    while not lock.acquire(timeout=0.2):
         if _lent and time.monotonic() - _lent[-1] > _PATIENCE:
             raise ValueError(
                 f"another thread has been in the callback of a fit for {_PATIENCE:.0f} seconds, and this one would "
@@ -35,7 +36,7 @@ def turn() -> Iterator[None]:
     try:
         yield
     finally:
-        _lock.release()
+        lock.release()
 
 
 @contextlib.contextmanager
