@@ -167,7 +167,7 @@ def test_a_type_checker_sees_the_names(tmp_path):
         str(program),
     ]
     out = subprocess.run(run, capture_output=True, text=True, cwd=ROOT).stdout
-    assert "IAF" in out and "-> pyro_vae.judging.estimates.Estimate" in out and "float" in out and "Gaps" in out, out
+    assert "IAF" in out and "-> pyro_vae.judging.evidence.Estimate" in out and "float" in out and "Gaps" in out, out
     assert (
         'program.py:8: error: Module has no attribute "nonsense"' in out
         and "program.py:9: error: Missing positional argument" in out
