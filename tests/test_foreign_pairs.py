@@ -4,6 +4,8 @@ Each has two latent dimensions in all, so that a grid gives log p(x), and is fit
 its encoder has something to say and its posterior a shape.
 """
 
+from html import escape
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -224,7 +226,8 @@ def test_gaps_add_up_to_what_the_grid_says(pair):
 def test_the_report(pair):
     model, guide, x, truth = pair
     found = judge(model, guide, x, num_data=6, budget=60.0, num_samples=1000, clock=Ticks())
-    assert [stage.status for stage in found.stages if stage is not found.stages.remedy] == ["done"] * 5
+    asked = [stage.status for name, stage in found.stages._asdict().items() if name not in ("remedy", "training")]
+    assert asked == ["done"] * 5 and found.stages.training.status == "left out"  # no history was given
     bounds, gap, bracket = found.stages.bounds, found.stages.gaps, found.stages.bracket
     assert near(bounds.better.value, truth.mean().item(), bounds.better.mc_stderr)
     assert near(gap.log_p.value, truth.mean().item(), gap.log_p.mc_stderr)
@@ -235,12 +238,13 @@ def test_the_report(pair):
     }[next(iter(sites(guide, x))) if "top" not in sites(guide, x) else "top"]  # fmt: skip
     assert list(found.stages.latents.variance) == list(found.stages.latents.kl) == names
     assert list(found.stages.calibration.names) == names
-    assert "encoder" in found.culprits or "family" in found.culprits or gap.inference.value < 0.1
+    blamed = "encoder" in found.culprits or "family" in found.culprits
+    assert blamed or gap.inference.value < 0.1 or not gap.inference.material()  # six data may be too few to say
     page = html.page(found, "Judgement of a stranger")
     parser = Strict()
     parser.feed(page)
     assert parser.open == [] and len(parser.sources) == 7  # all pictures
-    assert str(found.verdict[0])[:40] in page
+    assert escape(str(found.verdict[0])[:40]) in page
 
 
 def test_what_arviz_gets(pair):
