@@ -279,7 +279,8 @@ class SemiAmortized(Refined):
         speeds = [torch.zeros_like(change) for change in now.values()]
         steepest = value.new_zeros(value.shape[1])
         for key, slope in zip(now, slopes, strict=True):
-            steepest = torch.maximum(steepest, slope.detach().abs().movedim(axes[key], 0).flatten(1).amax(1))
+            rows = slope.detach().abs().movedim(axes[key], 0).reshape(len(steepest), -1)
+            steepest = torch.maximum(steepest, rows.amax(1))
         rate = _FIRST / steepest.clamp(min=1e-12)
         for step in range(1, self.num_steps + 1):
             tried = [self._speed(speed, of(rate, key) * slope)
