@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 
 import pyro_vae.data as data
-from pyro_vae.app import evaluation
+from pyro_vae.app import evaluation, report
 from pyro_vae.app.cli import main
+from pyro_vae.app.defaults import resolve
 from pyro_vae.app.runs import Run, run_folder, write_json
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units
+from pyro_vae.programs.vae import VAE
 
 TINY = ["--epochs", "2", "--limit", "200", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "30",
         "--evaluation-images", "20", "--quiet"]  # fmt: skip
@@ -103,8 +105,6 @@ def test_the_summary_is_what_python_computes(run):
 
 def test_a_lower_bound_is_shown_as_one_in_the_terminal_and_the_table(run, capsys):
     import sys
-
-    from pyro_vae.app import report
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
     from table import row
@@ -338,3 +338,23 @@ def test_what_went_wrong_before_the_first_epoch_leaves_nothing(tmp_path):
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("inf"), 1.0]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.0]}
+
+
+@pytest.mark.parametrize("ok, bound", [(0.41, True), (0.97, False)])
+def test_what_is_a_lower_bound_is_one_in_bits_and_in_the_picture_too(tmp_path, monkeypatch, ok, bound):
+    """log p(x) >= L means at most -L / (D log 2) bits."""
+    summary = {
+        "test_log_likelihood": -20.0, "test_log_likelihood_stderr": 0.1, "test_log_likelihood_data_stderr": 0.2,
+        "test_khat_ok": ok, "test_bits_per_dimension": 1.25, "test_elbo": -21.0, "test_elbo_stderr": 0.1,
+        "test_reconstruction": -15.0, "test_kl": 6.0,
+    }  # fmt: skip
+    bits = dict(report.lines(summary))["bits per dim."]
+    assert bits.startswith("<= 1.25" if bound else "1.25")
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, path: drawn.append(figure))
+    options = resolve({"limit": 20})
+    report.draw_curve(
+        VAE.build((1, 2, 2), latent_dim=1, hidden=(2,)), [{"epoch": 1, "bound": -22.0}], summary, options, tmp_path
+    )
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert any(text.startswith("lower bound of test log p(x)") for text in labels) is bound

@@ -45,7 +45,9 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
         text = f"{summary['test_reconstruction']:.2f} nats = log p(x | z(x)); a point has no ELBO and no log p(x)"
         found.append(("reconstruction", text))
     if "test_bits_per_dimension" in summary:
-        found.append(("bits per dim.", f"{summary['test_bits_per_dimension']:.4f}, for 8-bit levels (dequantized)"))
+        sign = "<= " if _is_bound(summary) else ""
+        text = f"{sign}{summary['test_bits_per_dimension']:.4f}, for 8-bit levels (dequantized)"
+        found.append(("bits per dim.", text))
     if "fitted_log_evidence" in summary:
         evidence, gap = summary["fitted_log_evidence"], summary["fitted_log_evidence_minus_elbo"]
         found.append(("closed form", f"log p(x) {evidence:.4f} of the fitted model, {gap:.4f} above its ELBO"))
@@ -106,15 +108,23 @@ def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None)
     console.print(table)
 
 
-def _log_likelihood(summary: Mapping[str, Any]) -> str:
-    """Of summaries that are older than `log_likelihood_is` too, as the rule is one of the share that they hold."""
+def _khat_ok(summary: Mapping[str, Any]) -> float:
     ok = summary.get("test_khat_ok")
-    ok = math.nan if ok is None else ok
+    return math.nan if ok is None else ok
+
+
+def _is_bound(summary: Mapping[str, Any]) -> bool:
+    """Of summaries that are older than `log_likelihood_is` too, as the rule is one of the share that they hold."""
+    return kind_of(_khat_ok(summary), summary.get("log_likelihood_by", "importance")) == "lower bound"
+
+
+def _log_likelihood(summary: Mapping[str, Any]) -> str:
+    ok = _khat_ok(summary)
     over_data = _over_data(summary["test_log_likelihood_data_stderr"])
     method = summary.get("log_likelihood_by", "importance")
     if method == "quadrature":
         value = f"{summary['test_log_likelihood']:.2f} nats ({over_data})"
-    elif kind_of(ok) == "lower bound":
+    elif _is_bound(summary):
         value = f"{lower_bound(summary['test_log_likelihood'])} nats ({over_data})"
     else:
         value = f"{_nats(summary, 'test_log_likelihood')} (Monte Carlo; {over_data}) nats"
@@ -225,9 +235,10 @@ def draw_curve(
     vae: VAE, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], options: FitOptions, folder: Path
 ) -> None:
     """Draw the training curve, with what `evaluate` found, if anything."""
+    log_p = "lower bound of test log p(x)" if _is_bound(numbers) else "test log p(x)"
     finals = {
         label: numbers[key]
-        for label, key in (("test log p(x)", "test_log_likelihood"), ("test ELBO", "test_elbo"),
+        for label, key in ((log_p, "test_log_likelihood"), ("test ELBO", "test_elbo"),
                            ("test reconstruction", "test_reconstruction"))
         if key in numbers and (key != "test_reconstruction" or "test_elbo" not in numbers)
     }  # fmt: skip
