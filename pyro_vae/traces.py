@@ -230,8 +230,8 @@ def particles(
     Raises:
         ValueError: No plate is shared by all sites; a latent lies outside it; model
             and guide disagree on the latents; a batch dimension belongs to no plate;
-            the sites carry different scales; a latent is to be enumerated (summed out);
-            the model observes nothing, as where the pair is swapped.
+            the sites carry different scales; model and guide mask a latent differently; a
+            latent is to be enumerated (summed out); the model observes nothing, as where the pair is swapped.
     Example:
         >>> import pyro.distributions as dist
         >>> def model(x):
