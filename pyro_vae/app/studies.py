@@ -66,7 +66,7 @@ class Study:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.vary, Mapping) or not all(self.vary.values()):
+        if not isinstance(self.vary, Mapping) or not self.vary or not all(self.vary.values()):
             raise ValueError(
                 f"got vary={self.vary!r}, wanted axes with their values, such as {{'posterior': ['diagonal', 'full']}}."
             )

@@ -116,7 +116,7 @@ def _score(options: FitOptions, path: Path) -> None:
     shared: dict[str, Any] = {"seed": seed, "progress": False}
     estimate = log_likelihood(vae.model, vae.guide, test, num_samples=options.evaluation_samples, **shared)
     terms = elbo_terms(vae.model, vae.guide, test, num_samples=evaluation.ELBO_SAMPLES, **shared)
-    found = scores_of(estimate, terms)
+    found = scores_of(estimate, terms, options.evaluation_samples)
     tensors = {name: getattr(found, name).double() for name in ("log_p", "elbo", "pareto_k")}
     told = {"num_samples": found.num_samples, "mc_stderr": found.mc_stderr, "bound": found.bound}
     write_file(path / SCORES, lambda partial: save_file(tensors, partial, {"scores": json.dumps(told)}))

@@ -23,7 +23,7 @@ class Scores:
         mc_stderr: The Monte Carlo standard error of their mean.
         elbo: The ELBO per datum, (N,).
         pareto_k: k-hat of the weights per datum, (N,); nan by quadrature.
-        num_samples: K.
+        num_samples: K, as it was asked for; a grid, where `log_likelihood` takes one, has its own number of points.
         bound: Whether log_p is no more than a lower bound.
         seed: Of the fit; fits of two arms with one seed are paired.
         seconds: That the fit took.
@@ -68,10 +68,10 @@ def scores(
     found = log_likelihood(model, guide, data, num_samples=num_samples, **options)
     terms = elbo_terms(model, guide, data, num_samples=min(100, num_samples), **options)
     about = {"seed" if name == "seed_of_fit" else name: value for name, value in about.items()}
-    return scores_of(found, terms, **about)
+    return scores_of(found, terms, num_samples, **about)
 
 
-def scores_of(found: Estimate, terms: ElboTerms, **about: Any) -> Scores:
-    """The scores that an estimate of log p(x) and an ELBO are, with other fields of `Scores`."""
-    return Scores(found.pointwise, found.mc_stderr, terms.pointwise, found.pareto_k, found.num_samples,
+def scores_of(found: Estimate, terms: ElboTerms, num_samples: int, **about: Any) -> Scores:
+    """The scores that an estimate of log p(x), for which K samples were asked, and an ELBO are, with other fields."""
+    return Scores(found.pointwise, found.mc_stderr, terms.pointwise, found.pareto_k, num_samples,
                   found.kind == "lower bound", **about)  # fmt: skip
