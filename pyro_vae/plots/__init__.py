@@ -4,14 +4,24 @@
     of a judgement      bounds_by_samples · gap_bars · khat_against_log_p · bracket · rank_histogram ·
                         coverage_curve · kl_by_dimension · number_bars (of any table)
 
-    asked of a pair     latent_scatter · latent_grid · attribute · posterior_contours · rate_distortion
+    asked of a pair     latent_scatter · latent_grid · histograms · traverse · morph · attribute · posterior_contours ·
+                        rate_distortion
 
 What draws one pair of axes takes ``ax=``, where it draws then; all return the figure.
 """
 
 from pyro_vae.plots._bounds import bounds_by_samples, bracket, gap_bars, khat_against_log_p, number_bars
 from pyro_vae.plots._latents import coverage_curve, kl_by_dimension, rank_histogram
-from pyro_vae.plots._lecture import attribute, latent_grid, latent_scatter, posterior_contours, rate_distortion
+from pyro_vae.plots._lecture import (
+    attribute,
+    histograms,
+    latent_grid,
+    latent_scatter,
+    morph,
+    posterior_contours,
+    rate_distortion,
+    traverse,
+)
 from pyro_vae.plots._pictures import (
     gallery,
     interpolations,
@@ -29,6 +39,7 @@ __all__ = [
     "coverage_curve",
     "gallery",
     "gap_bars",
+    "histograms",
     "interpolations",
     "khat_against_log_p",
     "kl_by_dimension",
@@ -36,6 +47,7 @@ __all__ = [
     "latent_scatter",
     "latent_space",
     "latent_spaces",
+    "morph",
     "number_bars",
     "posterior_contours",
     "rank_histogram",
@@ -43,4 +55,5 @@ __all__ = [
     "reconstructions",
     "samples",
     "training_curve",
+    "traverse",
 ]

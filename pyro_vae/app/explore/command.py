@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-
-import click
 
 from pyro_vae.app import report
 from pyro_vae.app.explore.page import LIMIT, page
@@ -41,7 +40,7 @@ def explore_run(
                f"{shown['rounding']:.1g}"}[shown["decoder"]["weights"]]  # fmt: skip
     large = "; --num-data makes it smaller" if size > LIMIT else ""
     what = f"{size / 1e6:.1f} MB with everything inside, opens offline in a browser{large}"
-    follow = next((c for c in next_commands(run, found.summary) if "judge" in c), f"pyro-vae sample {run}")
+    follow = next((c for c in next_commands(run, found.summary) if "judge" in c), f"pyro-vae sample {shlex.quote(str(run))}")
     report.show_lines([("page", str(path)), ("", what), ("weights", weights), ("test data", f"{len(test):,}"),
                        ("next", follow)])  # fmt: skip
     return path

@@ -277,15 +277,15 @@ async function start() {
   const code = (i) => Array.from(row(codes, i));
   const datum = (i) => Float32Array.from(row(images, i), (v) => given.span[0] + v / 255 * span);
 
-  /* One image into a picture at (left, top), enlarged by whole pixels. */
-  function put(context, x, left = 0, top = 0) {
+  /* One image as a picture, pixel for pixel. */
+  function put(context, x) {
     const picture = context.createImageData(W, H), colour = C === 3;
     for (let p = 0; p < H * W; p++) {
       for (let c = 0; c < 3; c++)
         picture.data[4 * p + c] = Math.round(255 * (x[(colour ? c : 0) * H * W + p] - given.span[0]) / span);
       picture.data[4 * p + 3] = 255;
     }
-    context.putImageData(picture, left, top);
+    context.putImageData(picture, 0, 0);
   }
   function show(canvas, x) {
     sized(canvas, W, H);
@@ -294,20 +294,25 @@ async function start() {
   function sized(canvas, width, height) {
     if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
   }
-  /* Rows of latents, decoded a few at a time, so that the page stays awake; a newer call ends an older one. */
-  const jobs = new Map();
+  /* Rows of latents, decoded a few at a time, so that the page stays awake; a newer call ends an older one. Each image is
+     enlarged by whole pixels, so that its pixels and the lines between the images stay even. */
+  const jobs = new Map(), one = document.createElement("canvas"), onto = one.getContext("2d");
+  sized(one, W, H);
   function mosaic(canvas, rows) {
     const columns = Math.max(...rows.map((line) => line.length)), mark = {};
+    const zoom = Math.max(1, Math.ceil((rows.length > 1 ? 48 : 96) / Math.max(W, H))), gap = 2;
     jobs.set(canvas, mark);
-    sized(canvas, columns * (W + 1) - 1, rows.length * (H + 1) - 1);
+    sized(canvas, columns * (zoom * W + gap) - gap, rows.length * (zoom * H + gap) - gap);
     const context = canvas.getContext("2d");
-    const cells = rows.flatMap((line, r) => line.map((z, c) => [z, c * (W + 1), r * (H + 1)]));
+    context.imageSmoothingEnabled = false;
+    const cells = rows.flatMap((line, r) => line.map((z, c) => [z, c * (zoom * W + gap), r * (zoom * H + gap)]));
     return new Promise((done) => {
       const part = () => {
         const until = performance.now() + 12;
         while (cells.length && performance.now() < until && jobs.get(canvas) === mark) {
           const [z, left, top] = cells.shift();
-          put(context, decode(z), left, top);
+          put(onto, decode(z));
+          context.drawImage(one, left, top, zoom * W, zoom * H);
         }
         if (cells.length && jobs.get(canvas) === mark) setTimeout(part, 0); else done();
       };
