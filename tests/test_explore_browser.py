@@ -108,6 +108,8 @@ NETWORKS = [
     {**CONV, "network": "residual", "hidden": (8, 16)}, {**MLP, "network": "residual", "activation": "gelu", "hidden": (4, 4, 8)},
     {**MLP, "likelihood": "continuous-bernoulli"}, {**MLP, "likelihood": "discretized-logistic"},
     {**CONV, "likelihood": "logistic-mixture", "likelihood_options": {"num_components": 3}},
+    {**MLP, "likelihood": "logistic-mixture", "likelihood_options": {"num_components": 2, "initial_scale": 2e-3}},
+    {**MLP, "likelihood": "discretized-logistic", "likelihood_options": {"levels": 4, "initial_scale": 0.3}},
     {**MLP, "shape": (3, 9, 7), "likelihood": "categorical", "likelihood_options": {"levels": 8}},
     {**MLP, "likelihood": "poisson", "likelihood_options": {"levels": 256}},
     {**MLP, "likelihood": "negative-binomial", "likelihood_options": {"concentration": "network", "link": "exp"}},
@@ -379,7 +381,7 @@ def test_no_width_is_overflown(browser, tmp_path, width):
 MUTANTS = [
     ("silu: (x) => x * sigmoid(x)", "silu: (x) => Math.max(x, 0)", MLP),
     ("sigmoid: (_, raw) => raw.map(sigmoid)", "sigmoid: (_, raw) => raw.map(Math.tanh)", MLP),
-    ("((c * outs + o) * kh + i) * kw + j", "((o * channels + c) * kh + i) * kw + j", CONV),
+    ("product(weight.values, 1, rows, rows,", "product(weight.values, channels, 1, rows,", CONV),
 ]
 
 

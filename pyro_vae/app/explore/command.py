@@ -31,7 +31,7 @@ def explore_run(
     seed = found.options.seed if seed is None else seed
     data = found.data
     test = data.test.subset(slice(0, num_data))
-    about = {"title": f"The latent space of {run}", "dataset": found.options.data, "run": str(run)}
+    about = {"title": f"The latent space of {run}", "dataset": found.options.data}
     shown, arrays = payload(found.vae, test, about=about, names=data.label_names, references=reference, seed=seed)
     text = page(shown, arrays)
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -52,13 +52,59 @@ const ACTIVATIONS = {
   identity: (x) => x,
 };
 
+/* The matrix of rows x inner numbers A[r * byRow + k * byInner] times that of inner x columns numbers B, row by row: four
+   rows of B at a time, so that each number of the result is loaded and stored a quarter as often. */
+function product(A, byRow, byInner, rows, inner, B, columns) {
+  const out = new Float32Array(rows * columns);
+  for (let r = 0; r < rows; r++) {
+    const to = r * columns, whole = inner - (inner % 4);
+    for (let k = 0; k < whole; k += 4) {
+      const at = r * byRow + k * byInner;
+      const a0 = A[at], a1 = A[at + byInner], a2 = A[at + 2 * byInner], a3 = A[at + 3 * byInner];
+      const b0 = k * columns, b1 = b0 + columns, b2 = b1 + columns, b3 = b2 + columns;
+      for (let p = 0; p < columns; p++) out[to + p] += a0 * B[b0 + p] + a1 * B[b1 + p] + a2 * B[b2 + p] + a3 * B[b3 + p];
+    }
+    for (let k = whole; k < inner; k++) {
+      const a = A[r * byRow + k * byInner];
+      for (let p = 0; p < columns; p++) out[to + p] += a * B[k * columns + p];
+    }
+  }
+  return out;
+}
+
+/* For each (channel, i, j, y, x) of a convolution, the place of [channel, stride y + i - padding, stride x + j - padding]. */
+function places(channels, [kh, kw], [high, wide], [height, width], stride, padding, use) {
+  for (let c = 0; c < channels; c++) for (let i = 0; i < kh; i++) for (let j = 0; j < kw; j++)
+    for (let y = 0; y < high; y++) {
+      const row = stride[0] * y + i - padding[0], line = (((c * kh + i) * kw + j) * high + y) * wide;
+      if (row < 0 || row >= height) continue;
+      const from = (c * height + row) * width;
+      for (let x = 0; x < wide; x++) {
+        const column = stride[1] * x + j - padding[1];
+        if (column >= 0 && column < width) use(line + x, from + column);
+      }
+    }
+}
+
+function plusBias(values, bias, pixels) {
+  if (bias) for (let i = 0; i < values.length; i++) values[i] += bias.values[Math.floor(i / pixels)];
+  return values;
+}
+
 const LAYERS = {
   linear({ weight, bias }, { values }) {
-    const [rows, columns] = weight.shape, w = weight.values, out = new Float32Array(rows);
-    for (let r = 0, at = 0; r < rows; r++) {
-      let sum = bias ? bias.values[r] : 0;
-      for (let c = 0; c < columns; c++) sum += w[at++] * values[c];
-      out[r] = sum;
+    const [rows, columns] = weight.shape, w = weight.values, out = new Float32Array(rows), whole = columns - (columns % 4);
+    for (let r = 0; r < rows; r++) {
+      const at = r * columns;
+      let s0 = bias ? bias.values[r] : 0, s1 = 0, s2 = 0, s3 = 0;  // four sums that need not wait for each other
+      for (let c = 0; c < whole; c += 4) {
+        s0 += w[at + c] * values[c];
+        s1 += w[at + c + 1] * values[c + 1];
+        s2 += w[at + c + 2] * values[c + 2];
+        s3 += w[at + c + 3] * values[c + 3];
+      }
+      for (let c = whole; c < columns; c++) s0 += w[at + c] * values[c];
+      out[r] = s0 + s1 + s2 + s3;
     }
     return { shape: [rows], values: out };
   },
@@ -70,47 +116,23 @@ const LAYERS = {
   reshape: ({ shape }, { values }) => ({ shape, values }),
   /* out[o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] in[c, stride y + i - padding, stride x + j - padding] */
   convolution({ weight, bias, stride, padding }, { shape: [channels, height, width], values }) {
-    const [outs, , kh, kw] = weight.shape, w = weight.values;
+    const [outs, , kh, kw] = weight.shape, inner = channels * kh * kw;
     const high = Math.floor((height + 2 * padding[0] - kh) / stride[0]) + 1;
     const wide = Math.floor((width + 2 * padding[1] - kw) / stride[1]) + 1;
-    const out = new Float32Array(outs * high * wide);
-    for (let o = 0; o < outs; o++) {
-      const plane = out.subarray(o * high * wide, (o + 1) * high * wide);
-      plane.fill(bias ? bias.values[o] : 0);
-      for (let c = 0; c < channels; c++) for (let i = 0; i < kh; i++) for (let j = 0; j < kw; j++) {
-        const factor = w[((o * channels + c) * kh + i) * kw + j];
-        for (let y = 0; y < high; y++) {
-          const row = stride[0] * y + i - padding[0];
-          if (row < 0 || row >= height) continue;
-          const from = (c * height + row) * width + j - padding[1];
-          const [first, last] = inside(wide, stride[1], j - padding[1], width);
-          for (let x = first; x < last; x++) plane[y * wide + x] += factor * values[from + stride[1] * x];
-        }
-      }
-    }
-    return { shape: [outs, high, wide], values: out };
+    const patches = new Float32Array(inner * high * wide);
+    places(channels, [kh, kw], [high, wide], [height, width], stride, padding, (patch, pixel) => { patches[patch] = values[pixel]; });
+    const out = product(weight.values, inner, 1, outs, inner, patches, high * wide);
+    return { shape: [outs, high, wide], values: plusBias(out, bias, high * wide) };
   },
   /* out[o, stride y + i - padding, stride x + j - padding] += weight[c, o, i, j] in[c, y, x] */
   transposed({ weight, bias, stride, padding, extra }, { shape: [channels, height, width], values }) {
-    const [, outs, kh, kw] = weight.shape, w = weight.values;
+    const [, outs, kh, kw] = weight.shape, rows = outs * kh * kw;
     const high = (height - 1) * stride[0] - 2 * padding[0] + kh + extra[0];
     const wide = (width - 1) * stride[1] - 2 * padding[1] + kw + extra[1];
+    const patches = product(weight.values, 1, rows, rows, channels, values, height * width);
     const out = new Float32Array(outs * high * wide);
-    for (let o = 0; o < outs; o++) {
-      const plane = out.subarray(o * high * wide, (o + 1) * high * wide);
-      plane.fill(bias ? bias.values[o] : 0);
-      for (let c = 0; c < channels; c++) for (let i = 0; i < kh; i++) for (let j = 0; j < kw; j++) {
-        const factor = w[((c * outs + o) * kh + i) * kw + j];
-        for (let y = 0; y < height; y++) {
-          const row = stride[0] * y + i - padding[0];
-          if (row < 0 || row >= high) continue;
-          const to = row * wide + j - padding[1], from = (c * height + y) * width;
-          const [first, last] = inside(width, stride[1], j - padding[1], wide);
-          for (let x = first; x < last; x++) plane[to + stride[1] * x] += factor * values[from + x];
-        }
-      }
-    }
-    return { shape: [outs, high, wide], values: out };
+    places(outs, [kh, kw], [height, width], [high, wide], stride, padding, (patch, pixel) => { out[pixel] += patches[patch]; });
+    return { shape: [outs, high, wide], values: plusBias(out, bias, high * wide) };
   },
   /* Of groups of channels, over all their pixels. */
   norm({ groups, eps, weight, bias }, { shape, values }) {
@@ -145,11 +167,6 @@ const LAYERS = {
 for (const [name, act] of Object.entries(ACTIVATIONS))
   LAYERS[name] = (_, { shape, values }) => ({ shape, values: values.map(act) });
 
-/* The x of 0 <= x < count for which 0 <= stride x + offset < width, as [first, last). */
-function inside(count, stride, offset, width) {
-  return [Math.max(0, Math.ceil(-offset / stride)), Math.min(count, Math.ceil((width - offset) / stride))];
-}
-
 const run = (layers, input) => layers.reduce((x, layer) => LAYERS[layer.op](layer, x), input);
 
 /* ---- Links: from what the decoder gives for P pixels, parameter after parameter, to their means ------------------ */
@@ -174,7 +191,7 @@ const LINKS = {
       return sum / total / (levels - 1);
     });
   },
-  /* A mixture of M rounded logistics: the mean of one is the sum over v < L - 1 of P(level > v), by L - 1. */
+  /* A mixture of M rounded logistics. */
   logistics({ components: M, levels, initial, minimum }, raw, P) {
     const steps = levels - 1, single = M === 1 && raw.length === 2 * P, shift = single ? 0 : M;
     return new Float32Array(P).map((_, p) => {
@@ -184,15 +201,28 @@ const LINKS = {
         const weight = single ? 1 : Math.exp(raw[m * P + p] - top);
         const loc = ((m + 0.5) / M + 0.5 * raw[(shift + m) * P + p]) * steps;
         const scale = (minimum + initial * Math.exp(Math.min(raw[(shift + M + m) * P + p], 40))) * steps;
-        let mean = 0;
-        for (let v = 0; v < steps; v++) mean += sigmoid((loc - v - 0.5) / scale);
         total += weight;
-        sum += weight * mean / steps;
+        sum += weight * roundedMean(loc, scale, steps) / steps;
       }
       return sum / total;
     });
   },
 };
+
+/* The mean level of a logistic rounded to 0 ... n: the sum over v < n of P(level > v) = S((loc - v - 1/2) / scale). Of a
+   wide one by the integral and the first term of Euler and Maclaurin, to 1e-3 of a level; of a narrow one term by term,
+   where they are neither 0 nor 1. */
+function roundedMean(loc, scale, n) {
+  if (scale >= 1) {
+    const slope = (t) => sigmoid(t) * sigmoid(-t) / scale;  // of -S at (loc - v) / scale in v
+    return scale * (softplus(loc / scale) - softplus((loc - n) / scale))
+      + (slope((loc - n) / scale) - slope(loc / scale)) / 24;
+  }
+  const first = Math.min(n, Math.max(0, Math.ceil(loc - 0.5 - 20 * scale))), last = Math.min(n - 1, Math.floor(loc - 0.5 + 20 * scale));
+  let sum = first;
+  for (let v = first; v <= last; v++) sum += sigmoid((loc - v - 0.5) / scale);
+  return sum;
+}
 
 function scaled({ shift, stretch }, values) {
   return values.map((v, i) => (shift ? shift.values[i] : 0) + (stretch ? stretch.values[i] : 1) * v);
@@ -490,8 +520,9 @@ async function start() {
 
   /* ---- What follows from z ---- */
 
-  let shown = null;
+  let shown = null, stale = true;
   function drawImage() {
+    stale = false;
     const z = state.hover || state.z, [u, v] = onPlane(z), [across, up] = names();
     shown = decode(z);
     show($("image"), shown);
@@ -502,14 +533,14 @@ async function start() {
   }
   let frame = 0;
   function redraw() {  // once per frame, however often it is asked for
+    stale = true;
     cancelAnimationFrame(frame);
-    frame = requestAnimationFrame(() => { drawImage(); drawMap(); });
+    frame = requestAnimationFrame(() => { if (stale) drawImage(); drawMap(); });
   }
   /* z is somewhere else: by a move on the plane, a slider, a morph ("morph") or an attribute ("attribute"). */
   function go(z, by = "") {
     state.z = z;
     state.hover = null;
-    drawImage();
     sliders.forEach(({ d, input, output }) => { input.value = z[d]; output.textContent = number(z[d]); });
     if (by !== "morph") $("morph").value = 0;
     if (by !== "attribute") {
@@ -595,7 +626,7 @@ async function start() {
   /* ---- Controls ---- */
 
   const sliders = [];
-  const reach = Math.ceil(Math.max(4, ...codes.values.map(Math.abs)));
+  const reach = Math.ceil(codes.values.reduce((most, value) => Math.max(most, Math.abs(value)), 4));
   const most = Math.max(...given.activity, 1e-9);
   function slider(d, parent) {
     const line = document.createElement("label"), name = document.createElement("span"), bar = document.createElement("i");
@@ -713,12 +744,11 @@ async function start() {
       if (pressed.dragged) go(at(...point));
     } else if (event.pointerType !== "touch") {
       state.hover = at(...point);
-      drawImage();
       redraw();
     }
   });
   for (const name of ["pointerup", "pointercancel"]) map.addEventListener(name, () => { pressed = null; });
-  map.addEventListener("pointerleave", () => { if (!pressed && state.hover) { state.hover = null; drawImage(); redraw(); } });
+  map.addEventListener("pointerleave", () => { if (!pressed && state.hover) { state.hover = null; redraw(); } });
   map.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const [u, v] = onPlane(state.z), step = state.view.half / 40 * (event.shiftKey ? 5 : 1);
@@ -741,7 +771,7 @@ async function start() {
   go(zero.slice());
   drawMorph();
   window.explorer = {
-    decode: (z) => Array.from(decode(z)), z: () => Array.from(state.z), pixels: () => Array.from(shown), away, right,
+    decode: (z) => Array.from(decode(z)), z: () => Array.from(state.z), pixels() { if (stale) drawImage(); return Array.from(shown); }, away, right,
     chosen: () => state.chosen, code, posterior, reference: referenceOf, direction, directions, quantiles,
     /* Where a point of the plane is seen in the window, and back. */
     screen: (u, v) => {
