@@ -115,7 +115,9 @@ def test_references_are_the_packages_own(monkeypatch):
     found = quick(vae.model, vae.guide, data[:2], seed=0, progress=False)
     draws = found.draws["z"].flatten(0, 1).transpose(0, 1)  # (N, C S, D), of which every fourth is kept
     assert kept.shape == (2, 100, 2) and shown["reference"]["count"] == 2
-    assert torch.allclose(kept, draws[:, ::4], atol=2e-3) and shown["reference"]["converged"] == found.converged.tolist()
+    assert (
+        torch.allclose(kept, draws[:, ::4], atol=2e-3) and shown["reference"]["converged"] == found.converged.tolist()
+    )
     assert payload(vae, data, about=ABOUT)[0]["reference"] is None
 
 
@@ -136,7 +138,9 @@ def test_weights_that_do_not_bear_rounding_stay_float32():
     shown, packed = payload(vae, split(), about=ABOUT)
     assert shown["decoder"]["weights"] == "f4" and shown["rounding"] > 5e-4
     last = shown["decoder"]["layers"][-2]
-    assert torch.equal(unpacked(packed, shown["arrays"])[last["weight"]], vae.model.likelihood.decoder.layers[-1].weight)
+    assert torch.equal(
+        unpacked(packed, shown["arrays"])[last["weight"]], vae.model.likelihood.decoder.layers[-1].weight
+    )
 
 
 def test_float16_that_overflows_is_no_choice():
@@ -165,7 +169,9 @@ def test_the_page_loads_nothing_and_runs_its_own_script_only():
         "form-action 'none'"
     )
     bare = text.replace(of(text, "arrays"), "")
-    assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|\bimport\(|fetch\(|XMLHttp|WebSocket|innerHTML|eval\(", bare)
+    assert not re.search(
+        r"https?:|\bsrc=|\bhref=|url\(|@import|\bimport\(|fetch\(|XMLHttp|WebSocket|innerHTML|eval\(", bare
+    )
 
 
 def test_what_the_page_cannot_compute_is_refused():

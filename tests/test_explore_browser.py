@@ -27,7 +27,14 @@ NAMES = (HOSTILE, "one", "two")
 @pytest.fixture(scope="module")
 def browser():
     named = os.environ.get("PYRO_VAE_CHROMIUM")
-    path = next((found for name in (named, "chromium", "chromium-browser", "google-chrome") if name and (found := shutil.which(name))), None)
+    path = next(
+        (
+            found
+            for name in (named, "chromium", "chromium-browser", "google-chrome")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
     if path is None:
         pytest.skip("needs a Chromium: apt-get install chromium, or PYRO_VAE_CHROMIUM=its path")
     with sync_api.sync_playwright() as playwright:
@@ -118,7 +125,11 @@ NETWORKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", NETWORKS, ids=lambda o: "-".join(str(v) for k, v in o.items() if k in ("network", "likelihood", "activation", "latent_dim")))
+@pytest.mark.parametrize(
+    "options",
+    NETWORKS,
+    ids=lambda o: "-".join(str(v) for k, v in o.items() if k in ("network", "likelihood", "activation", "latent_dim")),
+)
 def test_every_decoder_is_that_of_pytorch(browser, tmp_path, options):
     vae = built(**options)
     scaled = getattr(vae.model.likelihood, "standardize", None)
@@ -169,12 +180,20 @@ def test_the_mouse_moves_clicks_and_drags(browser, tmp_path, options):
     assert z_of(shown) == kept
     # A click on a datum chooses it: its code, its image, its reconstruction.
     points = shown.evaluate("window.explorer.points()")
-    alone = max(range(24), key=lambda i: min(((p[0] - points[i][0]) ** 2 + (p[1] - points[i][1]) ** 2) for j, p in enumerate(points) if j != i))
+    alone = max(
+        range(24),
+        key=lambda i: min(
+            ((p[0] - points[i][0]) ** 2 + (p[1] - points[i][1]) ** 2) for j, p in enumerate(points) if j != i
+        ),
+    )
     shown.mouse.click(*at(*points[alone]))
     assert shown.evaluate("window.explorer.chosen()") == alone
     assert torch.allclose(torch.tensor(z_of(shown)), vae.encode(data, seed=0)[alone], atol=1e-6)
     is_decoded(shown, vae, z_of(shown))
-    for canvas, wanted in (("original", data[:][alone]), ("reconstruction", vae.reconstruct(data[alone : alone + 1], seed=0)[0])):
+    for canvas, wanted in (
+        ("original", data[:][alone]),
+        ("reconstruction", vae.reconstruct(data[alone : alone + 1], seed=0)[0]),
+    ):
         levels = torch.tensor(shown.evaluate(
             "id => { const c = document.getElementById(id); return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data); }",
             canvas)).reshape(*wanted.shape[1:], 4)[..., 0]  # fmt: skip
@@ -190,7 +209,13 @@ def test_keys_move_and_choose(browser, tmp_path, options):
     shown, wrong = opened(browser, tmp_path, vae, data)
     a, b = torch.tensor(shown.evaluate("window.explorer.directions()"))
     shown.focus("#map")
-    for key, (u, v) in {"ArrowRight": (1, 0), "ArrowUp": (0, 1), "ArrowLeft": (-1, 0), "ArrowDown": (0, -1), "Shift+ArrowUp": (0, 5)}.items():
+    for key, (u, v) in {
+        "ArrowRight": (1, 0),
+        "ArrowUp": (0, 1),
+        "ArrowLeft": (-1, 0),
+        "ArrowDown": (0, -1),
+        "Shift+ArrowUp": (0, 5),
+    }.items():
         before = torch.tensor(z_of(shown))
         shown.keyboard.press(key)
         move = torch.tensor(z_of(shown)) - before
@@ -215,7 +240,17 @@ def test_keys_move_and_choose(browser, tmp_path, options):
 @pytest.mark.parametrize("options", [MLP, CONV], ids=["mlp", "conv"])
 def test_fingers_tap_and_drag_on_a_phone(browser, tmp_path, options):
     vae = built(**options)
-    shown, wrong = opened(browser, tmp_path, vae, split(options["shape"]), width=390, height=844, has_touch=True, is_mobile=True, device_scale_factor=2)
+    shown, wrong = opened(
+        browser,
+        tmp_path,
+        vae,
+        split(options["shape"]),
+        width=390,
+        height=844,
+        has_touch=True,
+        is_mobile=True,
+        device_scale_factor=2,
+    )
     assert shown.evaluate("document.documentElement.scrollWidth") <= 390
     shown.locator("#map").scroll_into_view_if_needed()
     a, b = torch.tensor(shown.evaluate("window.explorer.directions()"))
@@ -280,7 +315,9 @@ def test_sliders_morphs_attributes_and_the_grid_decode_what_they_say(browser, tm
     box = shown.locator("#grid").bounding_box()
     quantiles = dist.Normal(0.0, 1.0).icdf(torch.linspace(0.01, 0.99, 15))
     for column, line in ((0, 0), (12, 3)):
-        shown.locator("#grid").click(position={"x": box["width"] * (column + 0.5) / 15, "y": box["height"] * (line + 0.5) / 15})
+        shown.locator("#grid").click(
+            position={"x": box["width"] * (column + 0.5) / 15, "y": box["height"] * (line + 0.5) / 15}
+        )
         wanted = quantiles[column] * a + quantiles[14 - line] * b
         assert torch.allclose(torch.tensor(z_of(shown)), wanted, atol=1e-4)
         is_decoded(shown, vae, z_of(shown))
@@ -312,7 +349,9 @@ def test_the_posterior_of_a_datum_is_the_guides(browser, tmp_path, posterior):
             continue
         covariance = q.covariance_matrix[0] if posterior == "full" else q.stddev[0].square().diag()
         wanted = plane @ covariance @ plane.T
-        assert found["covariance"] == pytest.approx([wanted[0, 0].item(), wanted[0, 1].item(), wanted[1, 1].item()], abs=3e-3)
+        assert found["covariance"] == pytest.approx(
+            [wanted[0, 0].item(), wanted[0, 1].item(), wanted[1, 1].item()], abs=3e-3
+        )
         assert found["mean"] == pytest.approx((plane @ q.mean[0]).tolist(), abs=1e-5)
     assert shown.evaluate("window.explorer.reference(0)") is None and not wrong
     shown.context.close()
@@ -331,7 +370,9 @@ def test_the_exact_posterior_of_a_datum_is_hmcs(browser, tmp_path, monkeypatch):
     assert shown.evaluate("window.explorer.reference(1)") is None
     shown.focus("#map")
     shown.keyboard.press("PageDown")
-    assert "orange crosses: the exact posterior" in shown.inner_text("#facts") and "not converged" in shown.inner_text("#facts")
+    assert "orange crosses: the exact posterior" in shown.inner_text("#facts") and "not converged" in shown.inner_text(
+        "#facts"
+    )
     assert not wrong
     shown.context.close()
 
@@ -348,7 +389,7 @@ def test_a_prior_of_another_form_has_its_own_quantiles(browser, tmp_path):
         shares = torch.linspace(0.01, 0.99, 15)
         wanted = along.quantile(shares)
         # The standard error of a quantile of 1,000 draws, by the density that neighbouring quantiles show.
-        slope = (along.quantile((shares + 0.009)) - along.quantile(shares - 0.009)) / 0.018
+        slope = (along.quantile(shares + 0.009) - along.quantile(shares - 0.009)) / 0.018
         assert ((got - wanted).abs() < 4.5 * slope * (shares * (1 - shares) / 1000).sqrt() + 1e-2).all()
     assert not wrong
     shown.context.close()
@@ -361,7 +402,9 @@ def test_names_from_data_stay_words_and_nothing_else_runs(browser, tmp_path):
     assert shown.locator("#legend button").first.inner_text() == HOSTILE
     assert shown.locator("#attribute option").first.inner_text() == HOSTILE
     assert shown.locator("img").count() == 0 and shown.locator("script").count() == 3 and not wrong
-    shown.evaluate("() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 1'; document.body.append(s); }")
+    shown.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 1'; document.body.append(s); }"
+    )
     assert shown.evaluate("fetch('https://example.com/').then(() => 'loaded', () => 'refused')") == "refused"
     assert shown.evaluate("window.hacked") is None and any("Content Security Policy" in text for text in wrong)
     shown.context.close()
@@ -373,7 +416,9 @@ def test_no_width_is_overflown(browser, tmp_path, width):
     shown.evaluate("window.explorer.drawn()")
     shown.locator("#further").evaluate("element => { element.open = true; }")
     assert shown.evaluate("document.documentElement.scrollWidth") <= width and not wrong
-    wide = shown.evaluate("[...document.querySelectorAll('main *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.id || e.tagName)")
+    wide = shown.evaluate(
+        "[...document.querySelectorAll('main *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.id || e.tagName)"
+    )
     assert wide == []
     shown.context.close()
 

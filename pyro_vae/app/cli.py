@@ -335,8 +335,8 @@ def export(**options: Any) -> None:
 @click.option("--out", metavar="FILE", type=_PATH, help="A .html. [default: RUN/explore.html]")
 @click.option("--num-data", metavar="N", type=click.IntRange(1), default=1000, help="Test data on the plane, at most. "
               "[default: 1000]")  # fmt: skip
-@click.option("--reference", metavar="N", type=click.IntRange(0), default=0, help="Draw the exact posterior of the first "
-              "N of them by Hamiltonian Monte Carlo, too. [default: 0]")  # fmt: skip
+@click.option("--reference", metavar="N", type=click.IntRange(0), default=0, help="Draw the exact posterior of the "
+              "first N of them by Hamiltonian Monte Carlo, too. [default: 0]")  # fmt: skip
 @_seed
 @_data_dir
 def explore(**options: Any) -> None:

@@ -159,7 +159,7 @@ def _code(own: Any, x: Any) -> Tensor:
 
 
 def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax: Axes | None = None) -> Figure:
-    """Each z_d over the data, z ~ q(z | x), against the prior's p(z_d): where they differ, samples look unlike the data.
+    """Each z_d over the data, z ~ q(z | x), against p(z_d): where they differ, samples look unlike the data.
 
         q(z_d) = 1/N sum_n q(z_d | x_n)
 
@@ -183,8 +183,17 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
     order = means.var(0, correction=0).argsort(descending=True).tolist()
     figure, panels = panels_of(len(order)) if ax is None else (axes_of(ax, 4.2, 3.4)[0], [ax])
     for axes, d in zip(panels, order, strict=False):
-        edges = np.linspace(*np.quantile(array(torch.cat([z[:, d], drawn[:, d]])), [0.0, 1.0]), num_bins + 1)
-        axes.hist(array(z[:, d]), edges, density=True, color="#cbd9ea", edgecolor=DARK, lw=0.4, label="q(z), the data")
+        both = array(torch.cat([z[:, d], drawn[:, d]]))
+        edges = np.linspace(both.min(), both.max(), num_bins + 1)
+        axes.hist(
+            array(z[:, d]),
+            edges.tolist(),
+            density=True,
+            color="#cbd9ea",
+            edgecolor=DARK,
+            lw=0.4,
+            label="q(z), the data",
+        )
         across, height = _marginal(prior, drawn[:, d], d, edges)
         axes.plot(across, height, color=MIDDLE, lw=1.6, label="p(z), the prior")
         axes.set_title(f"z{d + 1}", fontsize=9)
@@ -192,12 +201,13 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
         axes.spines[["top", "right", "left"]].set_visible(False)
     some = f"; {len(panels)} of {len(order)} latents" if len(panels) < len(order) else ""
     if ax is None:
-        figure.suptitle(f"Each latent over the data (bars) and under the prior (line){some}", x=0.02, ha="left", fontsize=11)
+        title = f"Each latent over the data (bars) and under the prior (line){some}"
+        figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure
 
 
 def _marginal(prior: Any, drawn: Tensor, d: int, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where and how high p(z_d) is: exactly where the prior is a product of normals, else the histogram of its draws."""
+    """Where and how high p(z_d) is: exact for a product of normals, else the histogram of draws."""
     base = getattr(prior, "base_dist", prior)
     if isinstance(base, torch.distributions.Normal):
         across = np.linspace(edges[0], edges[-1], 200)

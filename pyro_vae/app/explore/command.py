@@ -40,7 +40,8 @@ def explore_run(
                f"{shown['rounding']:.1g}"}[shown["decoder"]["weights"]]  # fmt: skip
     large = "; --num-data makes it smaller" if size > LIMIT else ""
     what = f"{size / 1e6:.1f} MB with everything inside, opens offline in a browser{large}"
-    follow = next((c for c in next_commands(run, found.summary) if "judge" in c), f"pyro-vae sample {shlex.quote(str(run))}")
+    sampling = f"pyro-vae sample {shlex.quote(str(run))}"
+    follow = next((command for command in next_commands(run, found.summary) if "judge" in command), sampling)
     report.show_lines([("page", str(path)), ("", what), ("weights", weights), ("test data", f"{len(test):,}"),
                        ("next", follow)])  # fmt: skip
     return path

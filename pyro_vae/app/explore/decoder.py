@@ -56,11 +56,11 @@ def layers(network: nn.Module, keep: Keep) -> Layers:
     if kind is nn.Unflatten:
         return [{"op": "reshape", "shape": list(module.unflattened_size)}]
     if kind in (nn.Conv2d, nn.ConvTranspose2d) and _plain(module):
-        numbers = {"stride": list(module.stride), "padding": list(module.padding)}
+        numbers = {"weight": keep(module.weight), "bias": keep(module.bias), "stride": list(module.stride),
+                   "padding": list(module.padding)}  # fmt: skip
         if kind is nn.Conv2d:
-            return [{"op": "convolution", "weight": keep(module.weight), "bias": keep(module.bias), **numbers}]
-        extra = list(module.output_padding)
-        return [{"op": "transposed", "weight": keep(module.weight), "bias": keep(module.bias), **numbers, "extra": extra}]
+            return [{"op": "convolution", **numbers}]
+        return [{"op": "transposed", **numbers, "extra": list(module.output_padding)}]
     if kind is nn.GroupNorm:
         return [{"op": "norm", "groups": module.num_groups, "eps": module.eps, "weight": keep(module.weight),
                  "bias": keep(module.bias)}]  # fmt: skip

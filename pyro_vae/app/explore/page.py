@@ -1,8 +1,8 @@
 """The page as one file: markup, style and script with the payload in them.
 
-The page may run this script, known by its hash, and use this style; it may load nothing, from anywhere. What comes from
-data stands in an element of type application/json, which runs nothing and in which no "<" is left, and the script writes
-it as text only.
+The page may run this script, known by its hash, and use this style; it may load nothing, from anywhere. What comes
+from data stands in an element of type application/json, which runs nothing and in which no "<" is left, and the script
+writes it as text only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """All that the page knows of a pair: its decoder, and test data with codes, posteriors, labels and references.
 
-Everything is of the pair in evaluation mode and of data whose noise is drawn for good, so that the page shows one truth.
-What is too much for a page, the draws of a flow's posterior say, is kept of the first data only, and the page says so.
+Everything is of the pair in evaluation mode and of data whose noise is drawn for good, so that the page shows one
+truth. What is too much for a page, the draws of a flow's posterior say, is kept of the first data only, and the page
+says so.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def payload(
     Raises:
         ValueError: Data that are no images, latents that are not in R^D, a decoder that the page cannot compute.
     """
+    if not (isinstance(vae, VAE) and hasattr(vae.model, "likelihood") and hasattr(vae.model, "prior")):
+        raise ValueError(
+            f"got a pair of {type(getattr(vae, 'model', vae)).__name__}, wanted p(z) p(x | z) of one latent z and one "
+            "likelihood, which is what the page decodes. Draw samples of this one: pyro-vae sample."
+        )
     if len(data.x_shape) != 3:
         raise ValueError(
             f"got a pair of data of shape {data.x_shape}, wanted images, (C, H, W): the page shows pictures. Look at a "
@@ -137,5 +143,6 @@ def _reference(
         found = reference(vae.model, vae.guide, data.subset(slice(0, count)), seed=seed, progress=progress)
     draws = found.draws["z"].flatten(0, 1).transpose(0, 1)  # (N, C S, D)
     every = max(1, draws.shape[1] // _REFERENCE_DRAWS)
-    return {"array": arrays.add(draws[:, ::every][:, :_REFERENCE_DRAWS], "f2"), "count": count,
-            "rhat": [round(float(value), 3) for value in found.rhat.amax(1)], "converged": found.converged.tolist()}
+    kept = arrays.add(draws[:, ::every][:, :_REFERENCE_DRAWS], "f2")
+    rhat = [round(float(value), 3) for value in found.rhat.nan_to_num(1e9).amax(1)]  # nan where nothing moved
+    return {"array": kept, "count": count, "rhat": rhat, "converged": found.converged.tolist()}
