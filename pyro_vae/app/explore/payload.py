@@ -74,7 +74,7 @@ def payload(
         away = rounding(likelihood, tried.to(next(likelihood.parameters()))) / (span[1] - span[0])
         # Half of what is allowed: other latents than those that were tried may be further away.
         decoder = described(likelihood, arrays, "f2" if away <= TOLERANCE / 2 else "f4")
-        checked = torch.cat([z[: _CHECKED // 2], drawn[: _CHECKED - min(len(z), _CHECKED // 2)]]).half().float()
+        checked = torch.cat([z[: _CHECKED // 2], drawn[: _CHECKED - min(len(z), _CHECKED // 2)]]).float()
         check = {"z": arrays.add(checked, "f4"), "x": arrays.add(means(likelihood, checked.to(tried)), "f4")}
     labels = None if data.labels is None else [int(label) for label in data.labels]
     shown: dict[str, Any] = {
