@@ -429,7 +429,7 @@ async function start() {
     sized(map, Math.round(size * dense), Math.round(size * dense));
     pen.setTransform(dense, 0, 0, dense, 0, 0);
     pen.clearRect(0, 0, size, size);
-    axes(size);
+    drawLines(size);
     const radius = N > 600 ? 2.6 : 3.4;
     points.forEach((point, i) => {
       const label = given.labels ? given.labels[i] : null, [colour, shape] = style(label);
@@ -438,32 +438,48 @@ async function start() {
       mark(pen, shape, ...toScreen(point), radius);
     });
     pen.globalAlpha = 1;
+    drawNumbers(size);
     if (state.chosen !== null) drawPosterior(state.chosen);
     cross(toScreen(onPlane(state.z)), "#000", 9);
     if (state.hover) cross(toScreen(onPlane(state.hover)), GREY, 6);
   }
-  function axes(size) {
-    const { x, y, half } = state.view, step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((s) => 2 * half / s < 9) || 100;
-    pen.font = "12px system-ui, sans-serif";
-    pen.lineWidth = 1;
-    const digits = step < 1 ? 1 : 0;
+  /* Where the lines of the axes are: [which axis, its value]. */
+  function ticks() {
+    const { x, y, half } = state.view, found = [];
+    const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((s) => 2 * half / s < 9) || 100;
     for (const [k, centre] of [[0, x], [1, y]])
-      for (let t = Math.ceil((centre - half) / step) * step; t <= centre + half; t += step) {
-        const [left, top] = toScreen(k ? [x, t] : [t, y]);
-        pen.strokeStyle = Math.abs(t) < 1e-9 ? "#a0aec0" : "#edf2f7";
-        pen.beginPath();
-        if (k) { pen.moveTo(0, top); pen.lineTo(size, top); } else { pen.moveTo(left, 0); pen.lineTo(left, size); }
-        pen.stroke();
-        pen.fillStyle = "#4a5568";
-        pen.textAlign = k ? "left" : "center";
-        if (k ? top > 24 && top < size - 40 : left > 40 && left < size - 20)
-          pen.fillText(number(t, digits), k ? 4 : left, k ? top - 3 : size - 5);
-      }
-    const [across, up] = names();
-    pen.textAlign = "right";
-    pen.fillText(across, size - 6, size - 20);
-    pen.textAlign = "left";
-    pen.fillText(up, 6, 14);
+      for (let n = Math.ceil((centre - half) / step); n * step <= centre + half; n++) found.push([k, n * step]);
+    return { found, digits: step < 0.1 ? 2 : step < 1 ? 1 : 0 };
+  }
+  function drawLines(size) {
+    pen.lineWidth = 1;
+    for (const [k, t] of ticks().found) {
+      const [left, top] = toScreen([t, t]);
+      pen.strokeStyle = t === 0 ? "#a0aec0" : "#edf2f7";
+      pen.beginPath();
+      if (k) { pen.moveTo(0, top); pen.lineTo(size, top); } else { pen.moveTo(left, 0); pen.lineTo(left, size); }
+      pen.stroke();
+    }
+  }
+  function drawNumbers(size) {
+    const { found, digits } = ticks(), [across, up] = names();
+    pen.font = "12px system-ui, sans-serif";
+    pen.lineWidth = 4;
+    pen.lineJoin = "round";
+    pen.strokeStyle = "rgba(255, 255, 255, 0.85)";
+    pen.fillStyle = "#4a5568";
+    const write = (text, x, y, align) => {
+      pen.textAlign = align;
+      pen.strokeText(text, x, y);
+      pen.fillText(text, x, y);
+    };
+    for (const [k, t] of found) {
+      const [left, top] = toScreen([t, t]);
+      if (k && top > 30 && top < size - 40) write(number(t, digits), 4, top + 4, "left");
+      if (!k && left > 40 && left < size - 20) write(number(t, digits), left, size - 5, "center");
+    }
+    write(across, size - 6, size - 22, "right");
+    write(up, 6, 14, "left");
   }
   function cross([x, y], colour, r) {
     for (const [stroke, width] of [["#fff", 4], [colour, 1.6]]) {
