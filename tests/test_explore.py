@@ -14,11 +14,11 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.app.cli import main
-from pyro_vae.app.explore import payload as payloads
+from pyro_vae.app.explore import contents
 from pyro_vae.app.explore.arrays import Arrays, unpacked
+from pyro_vae.app.explore.contents import DRAWS, payload
 from pyro_vae.app.explore.decoder import layers, link, rounding
-from pyro_vae.app.explore.page import LIMIT, page
-from pyro_vae.app.explore.payload import DRAWS, payload
+from pyro_vae.app.explore.document import LIMIT, page
 
 HOSTILE = '</script><script>window.hacked=1</script><img src="https://evil.example/x.png" onerror="window.hacked=1">\u2028{{script}}'
 ABOUT = {"title": "A run", "dataset": "made up"}
@@ -100,15 +100,16 @@ def test_posteriors_are_ellipses_or_clouds(posterior, name, size):
 
 
 def test_posteriors_that_are_too_many_are_those_of_the_first(monkeypatch):
-    monkeypatch.setattr(payloads, "_BUDGET", 7 * 2 * DRAWS * 3)
+    monkeypatch.setattr(contents, "_BUDGET", 7 * 2 * DRAWS * 3)
     shown, packed = payload(built(posterior="iaf"), split(), about=ABOUT)
     assert shown["posterior"]["count"] == 7
     assert unpacked(packed, shown["arrays"])[shown["posterior"]["array"]].shape == (7, DRAWS, 3)
 
 
+@pytest.mark.filterwarnings("ignore:the chains of")  # few draws, of which all is to come back
 def test_references_are_the_packages_own(monkeypatch):
     quick = functools.partial(pv.reference, num_samples=100, num_warmup=40, num_chains=4, num_leapfrog=2)
-    monkeypatch.setattr(payloads, "reference", quick)
+    monkeypatch.setattr(contents, "reference", quick)
     vae, data = built(latent_dim=2), split()
     shown, packed = payload(vae, data, about=ABOUT, references=2, progress=False)
     kept = unpacked(packed, shown["arrays"])[shown["reference"]["array"]]
@@ -123,7 +124,7 @@ def test_references_are_the_packages_own(monkeypatch):
 
 @pytest.mark.parametrize("away, weights", [(0.0, "f2"), (1.0, "f4")])
 def test_the_default_architecture_of_mnist_fits_five_megabytes(monkeypatch, away, weights):
-    monkeypatch.setattr(payloads, "rounding", lambda *_: away)
+    monkeypatch.setattr(contents, "rounding", lambda *_: away)
     vae = built((1, 28, 28), latent_dim=50, hidden=(500, 500))
     shown, packed = payload(vae, split(1000, (1, 28, 28), 10), about=ABOUT)
     assert shown["decoder"]["weights"] == weights and len(page(shown, packed).encode()) < LIMIT

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.app.explore import page as pages
-from pyro_vae.app.explore import payload as payloads
-from pyro_vae.app.explore.page import page
-from pyro_vae.app.explore.payload import payload
+from pyro_vae.app.explore import contents, document
+from pyro_vae.app.explore.contents import payload
+from pyro_vae.app.explore.document import page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[browser]'")
 TOLERANCE = 1e-3
@@ -360,7 +359,7 @@ def test_the_posterior_of_a_datum_is_the_guides(browser, tmp_path, posterior):
 def test_the_exact_posterior_of_a_datum_is_hmcs(browser, tmp_path, monkeypatch):
     vae, data = built(**MLP), split(MLP["shape"])
     quick = functools.partial(pv.reference, num_samples=25, num_warmup=40, num_chains=4, num_leapfrog=2)
-    monkeypatch.setattr(payloads, "reference", quick)
+    monkeypatch.setattr(contents, "reference", quick)
     shown, wrong = opened(browser, tmp_path, vae, data, of={"references": 1, "progress": False})
     plane = torch.tensor(shown.evaluate("window.explorer.directions()"))
     with pytest.warns(UserWarning, match="have not converged"):
@@ -433,11 +432,11 @@ MUTANTS = [
 @pytest.mark.parametrize("was, becomes, options", MUTANTS, ids=["activation", "link", "transposed"])
 def test_a_page_that_decodes_wrongly_says_so(browser, tmp_path, monkeypatch, was, becomes, options):
     parts = tmp_path / "parts"
-    shutil.copytree(pages._PARTS, parts)
+    shutil.copytree(document._PARTS, parts)
     script = (parts / "page.js").read_text(encoding="utf-8")
     assert was in script
     (parts / "page.js").write_text(script.replace(was, becomes), encoding="utf-8")
-    monkeypatch.setattr(pages, "_PARTS", parts)
+    monkeypatch.setattr(document, "_PARTS", parts)
     vae = built(**options)
     shown, _ = opened(browser, tmp_path, vae, split(options["shape"]))
     assert not shown.evaluate("window.explorer.right")

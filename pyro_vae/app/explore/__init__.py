@@ -2,6 +2,6 @@
 
 arrays     arrays as one compressed block of text
 decoder    a decoder as data: layers and link
-payload    all that the page knows of a pair and its test data
-page       the file: page.html, page.css and page.js with the payload in them, which load nothing from outside
+contents   all that the page knows of a pair and its test data
+document   the file: page.html, page.css and page.js with the payload in them, which load nothing from outside
 """

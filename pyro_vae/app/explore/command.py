@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 from pyro_vae.app import report
-from pyro_vae.app.explore.page import LIMIT, page
-from pyro_vae.app.explore.payload import payload
+from pyro_vae.app.explore.contents import payload
+from pyro_vae.app.explore.document import LIMIT, page
 from pyro_vae.app.opening import open as opened
 from pyro_vae.app.run_page import next_commands
 from pyro_vae.atomic import write_file
