@@ -122,10 +122,12 @@ def test_references_are_the_packages_own(monkeypatch):
     assert payload(vae, data, about=ABOUT)[0]["reference"] is None
 
 
-@pytest.mark.parametrize("away, weights", [(0.0, "f2"), (1.0, "f4")])
-def test_the_default_architecture_of_mnist_fits_five_megabytes(monkeypatch, away, weights):
+@pytest.mark.parametrize(
+    "away, weights, posterior", [(0.0, "f2", "diagonal"), (1.0, "f4", "diagonal"), (1.0, "f4", "iaf")]
+)
+def test_the_default_architecture_of_mnist_fits_five_megabytes(monkeypatch, away, weights, posterior):
     monkeypatch.setattr(contents, "rounding", lambda *_: away)
-    vae = built((1, 28, 28), latent_dim=50, hidden=(500, 500))
+    vae = built((1, 28, 28), latent_dim=50, hidden=(500, 500), posterior=posterior)
     shown, packed = payload(vae, split(1000, (1, 28, 28), 10), about=ABOUT)
     assert shown["decoder"]["weights"] == weights and len(page(shown, packed).encode()) < LIMIT
 

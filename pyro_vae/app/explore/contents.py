@@ -26,7 +26,7 @@ from pyro_vae.protocols import support_name
 
 DRAWS = 40  # of a posterior without an ellipse
 _PRIOR_DRAWS, _REFERENCE_DRAWS, _CHECKED = 1000, 100, 6
-_BUDGET = 1_200_000  # bytes of posteriors
+_BUDGET = 900_000  # bytes of posteriors
 
 
 def payload(
