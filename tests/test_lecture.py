@@ -129,3 +129,86 @@ def test_rate_and_distortion_stand_where_they_are():
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
     sums = [line.get_xdata() + line.get_ydata() for line in dashed]
     assert dashed and all(abs(s[0] - s[1]) < 1e-9 for s in map(list, sums))
+
+
+def test_a_morph_is_a_straight_line_between_codes():
+    vae = sigmoid_pair()
+    a, b = X[:2], X[5:7]
+    picture = pixels(plots.morph(vae, a, b, steps=3))[..., 0]
+    za, zb = vae.encode(a), vae.encode(b)
+    for row in range(2):
+        for column, t in enumerate((0.0, 0.5, 1.0)):
+            wanted = torch.sigmoid(za[row] + t * (zb[row] - za[row]))
+            assert torch.allclose(cell(picture, row, column), wanted, atol=1e-3)
+    with pytest.raises(ValueError, match="got 1 steps between 2 and 2 data, wanted at least 2"):
+        plots.morph(vae, a, b, steps=1)
+    with pytest.raises(ValueError, match="between 2 and 3 data"):
+        plots.morph(vae, a, X[:3])
+
+
+def test_a_traverse_moves_one_latent_and_no_other():
+    vae = sigmoid_pair(stretch=(0.2, 2.0))
+    picture = pixels(figure := plots.traverse(vae, X[3], values=(-2, 0, 1)))[..., 0]
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == ["z2", "z1"]  # the one that changes the picture more comes first
+    code = vae.encode(X[3:4])[0]
+    for row, d in enumerate((1, 0)):
+        for column, value in enumerate((-2.0, 0.0, 1.0)):
+            z = code.clone()
+            z[d] = value
+            assert torch.allclose(cell(picture, row, column), torch.sigmoid(z * torch.tensor([0.2, 2.0])), atol=1e-3)
+    origin = pixels(plots.traverse(vae, latents=[0], values=(-1, 1)))[..., 0]
+    wanted = torch.sigmoid(torch.tensor([-0.2, 0.0]))
+    assert torch.allclose(cell(origin, 0, 0), wanted, atol=1e-3)
+    with pytest.raises(ValueError, match=r"got latents \[2\].*wanted some of 0 to 1"):
+        plots.traverse(vae, latents=[2])
+    with pytest.raises(ValueError, match="got 2 data, wanted one"):
+        plots.traverse(vae, X[:2])
+
+
+def test_histograms_are_of_the_aggregated_posterior_and_the_prior():
+    # x ~ N(0, 2) by its margin, q(z | x) = N(x / 2, 1 / 2): z over many data is N(0, 1), the prior.
+    many = torch.randn(4000, 1, 1, 2, generator=torch.Generator().manual_seed(1)) * 2**0.5
+    many[..., 0] *= 1.5  # now its first latent has the variance 1.125 + 0.5, and comes first
+    figure = plots.histograms(pair(), many, num_bins=30)
+    assert [axes.get_title() for axes in figure.axes] == ["z1", "z2"]
+    for axes, variance in zip(figure.axes, (1.625, 1.0), strict=True):
+        bars = axes.patches
+        centres = torch.tensor([bar.get_x() + bar.get_width() / 2 for bar in bars])
+        mass = torch.tensor([bar.get_height() * bar.get_width() for bar in bars])
+        assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+        # The standard error of a variance of 4,000 numbers, and what the width of bars adds to it.
+        width = bars[0].get_width()
+        found = (mass * centres.square()).sum() - (mass * centres).sum().square() - width**2 / 12
+        assert found.item() == pytest.approx(variance, abs=4.5 * variance * (2 / 4000) ** 0.5)
+        (line,) = axes.lines
+        across, height = (torch.tensor(values) for values in line.get_data())
+        assert torch.allclose(height, dist.Normal(0.0, 1.0).log_prob(across).exp().double(), atol=1e-6)
+
+
+def test_a_prior_of_another_form_is_a_histogram_of_its_draws():
+    wide = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), 0.5).to_event(1)
+    )
+    vae = pv.VAE(pv.Model(lambda: wide, Flat()), pair().guide)
+    for axes in plots.histograms(vae, X).axes:
+        across, height = (torch.tensor(values) for values in axes.lines[0].get_data())
+        assert torch.trapezoid(height, across).item() == pytest.approx(1, abs=1e-6)
+        middle = height[across.abs() < 0.5].max() / height.max()
+        assert (middle < 0.05) if axes.get_title() == "z1" else (middle > 0.9)
+
+
+def sigmoid_pair(stretch=(1.0, 1.0)):
+    class Place(nn.Module):
+        def forward(self, z):
+            return dist.Normal(torch.sigmoid(torch.tensor(stretch) * z)[..., None, None, :], 1.0).to_event(3)
+
+    return pv.VAE(pv.Model(StandardNormal(2), Place()), pair().guide)
+
+
+def cell(picture, row, column):
+    """The two pixels of an image of a mosaic: 1 x 2 pixels, enlarged, with lines of two between images."""
+    zoom = round(56 / 2)
+    line = max(2, round(zoom * 2 / 28))
+    top, left = row * (zoom + line), column * (2 * zoom + line)
+    return torch.stack([picture[top + zoom // 2, left + zoom // 2], picture[top + zoom // 2, left + zoom + zoom // 2]])

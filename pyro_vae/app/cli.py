@@ -377,6 +377,26 @@ def export(**options: Any) -> None:
 
 
 @commands.command()
+@_run
+@_trust
+@click.option("--out", metavar="FILE", type=_PATH, help="A .html. [default: RUN/explore.html]")
+@click.option("--num-data", metavar="N", type=click.IntRange(1), default=1000, help="Test data on the plane, at most. "
+              "[default: 1000]")  # fmt: skip
+@click.option("--reference", metavar="N", type=click.IntRange(0), default=0, help="Draw the exact posterior of the "
+              "first N of them by Hamiltonian Monte Carlo, too. [default: 0]")  # fmt: skip
+@_seed
+@_data_dir
+def explore(**options: Any) -> None:
+    """Write a page to move through a run's latent space in: one HTML file that opens offline.
+
+    The decoder is inside, and the images follow the pointer, the finger or the arrow keys.
+    """
+    from pyro_vae.app.explore.command import explore_run
+
+    explore_run(**options)
+
+
+@commands.command()
 @click.option("--posterior", "posteriors", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--bound", "bounds", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--estimator", "estimators", metavar="NAME", multiple=True, help="Only these. [default: all]")

@@ -6,7 +6,8 @@
 
     of a comparison     differences · cost · curves_by_time · khat_maps · side_by_side · critical_difference
 
-    asked of a pair     latent_scatter · latent_grid · attribute · posterior_contours · rate_distortion
+    asked of a pair     latent_scatter · latent_grid · histograms · traverse · morph · attribute · posterior_contours ·
+                        rate_distortion
 
 What draws one pair of axes takes ``ax=``, where it draws then; all return the figure.
 """
@@ -21,7 +22,16 @@ from pyro_vae.plots._comparisons import (
     side_by_side,
 )
 from pyro_vae.plots._latents import coverage_curve, kl_by_dimension, rank_histogram
-from pyro_vae.plots._lecture import attribute, latent_grid, latent_scatter, posterior_contours, rate_distortion
+from pyro_vae.plots._lecture import (
+    attribute,
+    histograms,
+    latent_grid,
+    latent_scatter,
+    morph,
+    posterior_contours,
+    rate_distortion,
+    traverse,
+)
 from pyro_vae.plots._pictures import (
     gallery,
     interpolations,
@@ -43,6 +53,7 @@ __all__ = [
     "differences",
     "gallery",
     "gap_bars",
+    "histograms",
     "interpolations",
     "khat_against_log_p",
     "khat_maps",
@@ -51,6 +62,7 @@ __all__ = [
     "latent_scatter",
     "latent_space",
     "latent_spaces",
+    "morph",
     "number_bars",
     "posterior_contours",
     "rank_histogram",
@@ -59,4 +71,5 @@ __all__ = [
     "samples",
     "side_by_side",
     "training_curve",
+    "traverse",
 ]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.plots._canvas import GREY, array, axes_of, label_axes, show_legend, styles
+from pyro_vae.plots._canvas import DARK, GREY, MIDDLE, array, axes_of, label_axes, panels_of, show_legend, styles
 from pyro_vae.plots._pictures import _mosaic, latent_space
 
 
@@ -83,6 +83,138 @@ def attribute(
         steps = [own.decode(own.encode(x, seed=0) + t * direction).mean for t in strengths]
     title = f"E[x | z + t v], t from {strengths[0]:g} to {strengths[-1]:g}"
     return _mosaic(list(torch.stack(steps, 1)), title, ax=ax)
+
+
+def morph(vae: Any, start: Any, end: Any, steps: int = 11, ax: Axes | None = None) -> Figure:
+    """From one datum to another: E[x | z] along the straight line between their codes, a row for each two.
+
+    Args:
+        vae: The pair, of images, or a run.
+        start: Data, (B, *x_shape).
+        end: Data, (B, *x_shape).
+        steps: Pictures a row, both ends included.
+        ax: Axes to draw into; a figure of its own if omitted.
+    Raises:
+        ValueError: Fewer than two steps, or not as many ends as starts.
+    """
+    own = _own(vae)
+    with torch.no_grad():
+        a, b = own.encode(start, seed=0), own.encode(end, seed=0)
+        if steps < 2 or a.shape != b.shape:
+            raise ValueError(
+                f"got {steps} steps between {len(a)} and {len(b)} data, wanted at least 2 steps and as many ends as "
+                "starts."
+            )
+        share = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device)[:, None]
+        x = own.decode(a[:, None] + share * (b - a)[:, None]).mean
+    return _mosaic(list(x), "E[x | z] on straight lines between two codes", ax=ax)
+
+
+def traverse(
+    vae: Any, x: Any = None, latents: Sequence[int] | None = None, values: Sequence[float] = (-3, -2, -1, 0, 1, 2, 3),
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
+    """Latents one by one, a row each: E[x | z] while one coordinate takes the values and the others stay.
+
+    Args:
+        vae: The pair, of images, or a run.
+        x: One datum, x_shape or (1, *x_shape), at whose code the others stay; z = 0 if omitted.
+        latents: Which, from 0; the ten that change E[x | z] most, in this order, if omitted.
+        values: Of the coordinate that moves.
+        ax: Axes to draw into; a figure of its own if omitted.
+    Raises:
+        ValueError: A latent that there is not, fewer than two values, more than one datum.
+    """
+    own = _own(vae)
+    count = own.model.prior().event_shape[-1]
+    wrong = [d for d in latents or () if not 0 <= d < count]
+    if wrong or len(values) < 2:
+        raise ValueError(
+            f"got latents {list(latents or ())} and {len(values)} values, wanted some of 0 to {count - 1} and at least "
+            "two values."
+        )
+    with torch.no_grad():
+        still = own.model.prior().sample() * 0 if x is None else _code(own, x)
+        moving = torch.as_tensor(values, dtype=still.dtype, device=still.device)
+        rows = []
+        for d in range(count) if latents is None else latents:
+            z = still.repeat(len(values), 1)
+            z[:, d] = moving
+            rows.append((d, own.decode(z).mean))
+    if latents is None:
+        rows = sorted(rows, key=lambda row: -float(row[1].var(0, correction=0).sum()))[:10]
+    some = "" if len(rows) == count else f"; {len(rows)} of {count} latents"
+    title = f"E[x | z], one latent from {values[0]:g} to {values[-1]:g}{some}"
+    return _mosaic([each for _, each in rows], title, [f"z{d + 1}" for d, _ in rows], ax=ax)
+
+
+def _code(own: Any, x: Any) -> Tensor:
+    """E_q[z | x] of one datum, (D,)."""
+    x = torch.as_tensor(x)
+    shape = own.decode(own.model.prior().sample()).event_shape
+    x = x if x.dim() > len(shape) else x[None]
+    if len(x) != 1:
+        raise ValueError(f"got {len(x)} data, wanted one, whose code stays but for one coordinate.")
+    return own.encode(x, seed=0)[0]
+
+
+def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax: Axes | None = None) -> Figure:
+    """Each z_d over the data, z ~ q(z | x), against p(z_d): where they differ, samples look unlike the data.
+
+        q(z_d) = 1/N sum_n q(z_d | x_n)
+
+    The latents whose means vary most over the data come first; one that carries nothing lies on the prior.
+
+    Args:
+        vae: The pair, or a run.
+        data: As for `VAE.encode`.
+        num_samples: Draws for each datum.
+        num_bins: Bars.
+        ax: Axes to draw the first one into; a figure of its own with eight at most if omitted.
+    """
+    own = _own(vae)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = [data[i : i + 1000] for i in range(0, len(data), 1000)]
+        means = torch.cat([own.encode(part, seed=0).flatten(1) for part in parts])
+        z = torch.cat([own.posterior(part).sample((num_samples,)).flatten(0, 1).flatten(1) for part in parts])
+        prior = own.model.prior()
+        drawn = prior.expand([max(10_000, len(z))]).sample().flatten(1)
+    order = means.var(0, correction=0).argsort(descending=True).tolist()
+    figure, panels = panels_of(len(order)) if ax is None else (axes_of(ax, 4.2, 3.4)[0], [ax])
+    for axes, d in zip(panels, order, strict=False):
+        both = array(torch.cat([z[:, d], drawn[:, d]]))
+        edges = np.linspace(both.min(), both.max(), num_bins + 1)
+        axes.hist(
+            array(z[:, d]),
+            edges.tolist(),
+            density=True,
+            color="#cbd9ea",
+            edgecolor=DARK,
+            lw=0.4,
+            label="q(z), the data",
+        )
+        across, height = _marginal(prior, drawn[:, d], d, edges)
+        axes.plot(across, height, color=MIDDLE, lw=1.6, label="p(z), the prior")
+        axes.set_title(f"z{d + 1}", fontsize=9)
+        axes.set_yticks([])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    some = f"; {len(panels)} of {len(order)} latents" if len(panels) < len(order) else ""
+    if ax is None:
+        title = f"Each latent over the data (bars) and under the prior (line){some}"
+        figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    return figure
+
+
+def _marginal(prior: Any, drawn: Tensor, d: int, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where and how high p(z_d) is: exact for a product of normals, else the histogram of draws."""
+    base = getattr(prior, "base_dist", prior)
+    if isinstance(base, torch.distributions.Normal):
+        across = np.linspace(edges[0], edges[-1], 200)
+        loc, scale = (float(value.flatten()[d]) for value in (base.mean, base.stddev))
+        return across, np.exp(-0.5 * ((across - loc) / scale) ** 2) / (scale * (2 * np.pi) ** 0.5)
+    height, _ = np.histogram(array(drawn), edges, density=True)
+    return np.repeat(edges, 2)[1:-1], np.repeat(height, 2)
 
 
 def rate_distortion(points: Mapping[str, Any], ax: Axes | None = None) -> Figure:
