@@ -169,8 +169,8 @@ class Answers(nn.Module):
         if issubclass(kind, cls):
             return kind
         raise ValueError(
-            f"{path} holds a {model} model, wanted one that {cls.__name__}.load makes. Take {kind.__name__}.load(path), "
-            "or pv.open(run).pair of a run folder."
+            f"{path} holds a {model} model, wanted one that {cls.__name__}.load makes. Take "
+            f"{kind.__name__}.load(path), or pv.open(run).pair of a run folder."
         )
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
