@@ -181,7 +181,7 @@ def judge_run(
     )  # fmt: skip
     about: dict[str, Any] = {
         "run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions(),
-        "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
+        "density": face.density, "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
     found = dataclasses.replace(found, protocol=found.protocol | about).of_run(str(run), loaded.config)
     text = found.to_json()
@@ -192,7 +192,8 @@ def judge_run(
         click.echo(text)
     else:
         files = [("report", str(folder / "judgement.html")), ("", str(folder / "judgement.json"))]
-        report.show_lines([*found.lines(), *files])
+        given = [("given", f"y: each log p(x) above is {face.density}, y the labels of the test data")]
+        report.show_lines([*found.lines(), *(given if face.needs_label else []), *files])
     return found
 
 
@@ -299,7 +300,7 @@ def rank_anomalies(
     scores = anomaly_scores(model, guide, face.given(test), **settings)
     order = scores.argsort(descending=True, stable=True)
     shown = order[:top]
-    unit = _UNITS[score]
+    unit = _UNITS[score].replace("log p(x)", face.density)
     name = _label_names(dataset, test)
     rows = [("rank", "test datum", *(("label",) if test.labels is not None else ()), f"{unit} (nats)")]
     rows += [(str(r + 1), str(i), *name(i), f"{scores[i]:.2f}") for r, i in enumerate(shown.tolist())]

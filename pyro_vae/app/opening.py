@@ -137,7 +137,8 @@ def open(  # noqa: A001 - as pv.open
         data_dir: Where the files of a named dataset lie now; None where they were.
     Returns:
         The run: ``pair``, which is ``vae`` too where it is one (``model``, ``guide``), ``data`` (``train``,
-        ``validation``, ``test``), ``options``, ``history``, ``summary``. It may be given wherever a pair is: ``pv.judge(run, run.data.test)``.
+        ``validation``, ``test``), ``options``, ``history``, ``summary``. It may be given wherever a pair is:
+        ``pv.judge(run, run.data.test)``.
     Raises:
         ValueError: No run folder, a file missing or damaged, or parts that are not trusted.
     Example:
