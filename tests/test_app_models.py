@@ -357,12 +357,27 @@ def test_data_without_labels_are_refused_before_anything_is_trained(folder, caps
     assert "no cluster was matched" in refused(capsys, "sample", tmp_path / "run", "--label", "0")
 
 
+def test_a_folder_of_class_folders_has_its_names(tmp_path):
+    from PIL import Image
+
+    for label, name in enumerate(("east", "west")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i, x in enumerate(images(40 * CLASSES, 4)[0][images(40 * CLASSES, 4)[1] == label]):
+            Image.fromarray(x).save(tmp_path / "photos" / name / f"{i}.png")
+    command("fit", "--out", tmp_path / "run", *tiny(tmp_path, "--data", tmp_path / "photos"), "--model", "conditional")
+    for label, name in enumerate(("east", "west")):
+        command("sample", tmp_path / "run", "--label", name, "-n", 4, "--out", tmp_path / "x.npy")
+        assert nearest(torch.from_numpy(np.load(tmp_path / "x.npy"))).tolist() == [label] * 4
+
+
 def test_a_class_without_training_data_is_refused(folder, capsys, tmp_path):
     said = refused(capsys, "fit", "--out", tmp_path / "run", *tiny(folder, "--limit", "2"), "--model", "conditional")
     assert "and not among the 2 training data" in said and not Path(tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more", [["--bound", "iwae", "--num-samples", "3"], ["--posterior", "iaf"], ["--kl-warmup", "1"]])
+@pytest.mark.parametrize(
+    "more", [["--bound", "iwae", "--num-samples", "3"], ["--posterior", "iaf"], ["--kl-warmup", "1"]]
+)
 @pytest.mark.parametrize("model", ["conditional", "mixture"])
 def test_other_parts_go_with_it(folder, tmp_path, model, more):
     command("fit", "--out", tmp_path / "run", *tiny(folder, "--epochs", "2"), "--model", model, *more)

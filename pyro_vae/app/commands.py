@@ -207,9 +207,7 @@ def sample_run(
     known = serving.label_names(summary)
     wanted = None if label is None else serving.label_of(label, known)
     with seeded(seed):
-        x = serving.face(vae).sample(
-            vae, number, pixels=pixels, label=wanted, clusters=summary.get("cluster_classes")
-        )
+        x = serving.face(vae).sample(vae, number, pixels=pixels, label=wanted, clusters=summary.get("cluster_classes"))
     of = "" if label is None else f"-label{label}"
     path = out or run / FIGURES / f"samples-{number}{of}-seed{seed}.png"
     if path.suffix == ".npy":

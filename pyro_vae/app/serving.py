@@ -138,7 +138,8 @@ class Conditional(Zoo):
 
     def prior_draws(self, pair: Any, count: int, y: Tensor | None) -> Tensor:
         y = _known(y)
-        return pair.model.given_y(y[torch.arange(count) % len(y)]).sample()
+        y = y[torch.arange(count) % len(y)].to(next(pair.parameters()).device)
+        return pair.model.given_y(y).sample()
 
     def sample(self, pair: Any, size: int, *, pixels: str = "mean", label: int | None = None, y: Tensor | None = None,
                clusters: Sequence[int | None] | None = None) -> Tensor:  # fmt: skip

@@ -154,9 +154,7 @@ class Architecture:
 
     def a_posterior(self, beside: int = 0) -> Any:
         """q(z | x) of the posterior's family, or of x and numbers `beside` it, joined."""
-        return names.build(
-            "posterior", self.posterior, [self.encoder(beside), self.latent_dim], self.posterior_options
-        )
+        return names.build("posterior", self.posterior, [self.encoder(beside), self.latent_dim], self.posterior_options)
 
     def a_likelihood(self, beside: int = 0) -> Any:
         """p(x | z) of the likelihood's family, or of z and numbers `beside` it, joined."""
