@@ -1,5 +1,6 @@
 """`pyro-vae fit --model`: the pairs of the zoo through the command, with numbers that hold when computed from Python."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -266,6 +267,24 @@ def test_commands_work_or_say_why_not(run, model, capsys, tmp_path):
         assert len(rows) == 30 and header.count("mean_") == 3
     if model == "conditional":
         assert "wanted one of the classes 0, ..., 3" in refused(capsys, "sample", path, "--label", "4")
+
+
+def test_no_command_is_advised_that_the_model_refuses(run, capsys, monkeypatch):
+    from pyro_vae.judging import judgement
+    from pyro_vae.judging.advice import Finding
+
+    judge = judgement.judge
+
+    def advising(*args, **options):
+        findings = tuple(Finding(f"try {name}", remedy=name) for name in ("refine", "full", "wider"))
+        return dataclasses.replace(judge(*args, **options), findings=findings)
+
+    monkeypatch.setattr(judgement, "judge", advising)
+    for model, advised in (("hierarchical", ["wider"]), ("conditional", ["full", "wider"])):
+        command("judge", run(model), "--budget", 1, "--num-data", 4, "--out", run(model) / "judged")
+        said = capsys.readouterr().out
+        assert "--refine" not in said and ("--posterior full" in said) == ("full" in advised) and "--hidden 48" in said
+        assert ("each log p(x) above is log p(x | y)" in said) == (model == "conditional")
 
 
 def test_images_of_a_conditional_run_take_a_label(run, folder, capsys):

@@ -184,6 +184,10 @@ def judge_run(
         "density": face.density, "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
     found = dataclasses.replace(found, protocol=found.protocol | about).of_run(str(run), loaded.config)
+    findings = (
+        dataclasses.replace(f, command="", python="") if f.remedy in face.no_remedies else f for f in found.findings
+    )
+    found = dataclasses.replace(found, findings=tuple(findings))
     text = found.to_json()
     write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)

@@ -37,6 +37,7 @@ class Face:
         density: What is estimated, in words.
         site: The latent that is looked at; None for the only one.
         rows: What samples are shown of.
+        no_remedies: What `judge` may advise and no command can do for the model.
         needs_label: Whether a datum without its label can be given no numbers.
         within: Whether a line in the latent space is one within a class, as the decoder is given the class.
     """
@@ -46,6 +47,7 @@ class Face:
     within = False
     rows = "the prior"
     needs_label = False
+    no_remedies: frozenset[str] = frozenset()
 
     def programs(self, pair: Any) -> tuple[Any, Any]:
         """Model and guide, as everything that judges takes them."""
@@ -112,6 +114,8 @@ class Face:
 
 class Zoo(Face):
     """What the pairs of the zoo have in common."""
+
+    no_remedies = frozenset({"refine"})
 
     def lines(self, pair: Any, start: Tensor, end: Tensor, y: Tensor | None, steps: int) -> Tensor:
         beside = self.beside(pair, start, y)
@@ -255,6 +259,7 @@ class Mixture(Zoo):
 
 class Hierarchical(Zoo):
     site = "z1"
+    no_remedies = frozenset({"refine", "full", "local", "iaf"})
 
     def prior_draws(self, pair: Any, count: int, y: Tensor | None) -> Tensor:
         model = pair.model
