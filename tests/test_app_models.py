@@ -199,7 +199,9 @@ def test_the_labels_change_nothing_of_the_draws_of_the_data():
         assert torch.equal(torch.einsum("bhw,chw->bc", x[:, 0], bright).argmax(1), y)
 
 
-@pytest.mark.parametrize("model", OPTIONS)
+@pytest.mark.parametrize(
+    "model", [name if OPTIONS[name] else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
 def test_a_run_that_was_broken_off_goes_on_to_the_bit(folder, tmp_path, model, monkeypatch):
     argv = ["fit", "--model", model, *OPTIONS[model], *tiny(folder, "--epochs", "4", "--seed", "3")]
     command(*argv, "--out", tmp_path / "whole")
@@ -276,7 +278,7 @@ def test_no_command_is_advised_that_the_model_refuses(run, capsys, monkeypatch):
     judge = judgement.judge
 
     def advising(*args, **options):
-        findings = tuple(Finding(f"try {name}", remedy=name) for name in ("refine", "full", "wider"))
+        findings = tuple(Finding("training", f"Try {name}.", remedy=name) for name in ("refine", "full", "wider"))
         return dataclasses.replace(judge(*args, **options), findings=findings)
 
     monkeypatch.setattr(judgement, "judge", advising)
@@ -395,9 +397,14 @@ def test_a_class_without_training_data_is_refused(folder, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [["--bound", "iwae", "--num-samples", "3"], ["--posterior", "iaf"], ["--kl-warmup", "1"]]
+    "model, more",
+    [
+        ("conditional", ["--kl-warmup", "1", "--model-options", "conditional_prior=true"]),
+        ("mixture", ["--bound", "iwae", "--num-samples", "3", "--network", "conv", "--hidden", "4"]),
+        pytest.param("mixture", ["--posterior", "iaf"], marks=pytest.mark.slow),
+        pytest.param("conditional", ["--posterior", "iaf"], marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("model", ["conditional", "mixture"])
 def test_other_parts_go_with_it(folder, tmp_path, model, more):
     command("fit", "--out", tmp_path / "run", *tiny(folder, "--epochs", "2"), "--model", model, *more)
     assert np.isfinite(pv.open(tmp_path / "run").summary["test_log_likelihood"])
