@@ -186,7 +186,8 @@ def photos(folder: Path, size: int = 16) -> Path:
 
 def line(found: dict[str, Any]) -> str:
     error = found["gain_stderr"]
-    came = "harm" if found["gain"] < -2 * error else "gain" if found["gain"] > 2 * error else "within the error"
+    beyond = abs(found["gain"]) > max(2 * error, 0.005)  # what is not printed is none
+    came = "within the error" if not beyond else "harm" if found["gain"] < 0 else "gain"
     if found["advice"] == "leave it":
         came = ""
     advice = found["advice"].split("config.json")[-1].strip()

@@ -86,6 +86,9 @@ class FitOptions:
     kl_warmup_steps: int | None = None
     patience: int | None = None
     seed: int = 0
+    data_seed: int | None = None
+    split_seed: int | None = None
+    frozen: str | None = None
     device: str = "auto"
     threads: int | None = None
     compile: str = "auto"
@@ -229,8 +232,9 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
         values[name] = values[name] or None  # 0 turns it off
     if data not in DATASETS and Path(data).expanduser().exists():
         values["data"] = str(Path(data).expanduser().absolute())
-    if values["data_dir"] is not None:
-        values["data_dir"] = str(Path(values["data_dir"]).expanduser().absolute())
+    for name in ("data_dir", "frozen"):
+        if values[name] is not None:
+            values[name] = str(Path(values[name]).expanduser().absolute())
     values |= _binarization(data, given, values["likelihood"])
     return FitOptions(**values)
 

@@ -17,7 +17,7 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.distances import energy_distance
-from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import ElboTerms, Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import Answers
@@ -129,22 +129,7 @@ def _densities(vae: Answers, test: Split, num_samples: int, options: dict[str, A
     model, guide = face.programs(vae)
     terms = elbo_terms(model, guide, face.given(test), num_samples=ELBO_SAMPLES, **options)
     estimate = log_likelihood(model, guide, face.given(test), num_samples=num_samples, **options)
-    numbers: dict[str, Any] = {
-        "test_elbo": terms.value,
-        "test_elbo_stderr": terms.mc_stderr,
-        "test_elbo_data_stderr": terms.data_stderr,
-        "test_reconstruction": terms.reconstruction,
-        "test_kl": terms.kl,
-        "test_log_likelihood": estimate.value,
-        **({} if face.density == "log p(x)" else {"log_likelihood_of": face.density}),
-        "log_likelihood_is": estimate.kind,
-        "log_likelihood_by": estimate.method,
-        "test_log_likelihood_stderr": estimate.mc_stderr,
-        "test_log_likelihood_data_stderr": estimate.data_stderr,
-        "test_log_likelihood_bias": estimate.bias,
-        "test_khat_ok": estimate.khat_ok,
-        "test_ess_median": estimate.ess.median().item(),
-    }
+    numbers = told(terms, estimate) | ({} if face.density == "log p(x)" else {"log_likelihood_of": face.density})
     if test.dequantize:
         dims = test[:1].numel()
         numbers["test_bits_per_dimension"] = bits_per_dimension(estimate.value, dims)
@@ -153,6 +138,25 @@ def _densities(vae: Answers, test: Split, num_samples: int, options: dict[str, A
             "to bins v of width one; an upper limit on the bits of the 8-bit levels"
         )
     return numbers
+
+
+def told(terms: ElboTerms, estimate: Estimate) -> dict[str, Any]:
+    """The ELBO and log p(x) by their names in a summary."""
+    return {
+        "test_elbo": terms.value,
+        "test_elbo_stderr": terms.mc_stderr,
+        "test_elbo_data_stderr": terms.data_stderr,
+        "test_reconstruction": terms.reconstruction,
+        "test_kl": terms.kl,
+        "test_log_likelihood": estimate.value,
+        "log_likelihood_is": estimate.kind,
+        "log_likelihood_by": estimate.method,
+        "test_log_likelihood_stderr": estimate.mc_stderr,
+        "test_log_likelihood_data_stderr": estimate.data_stderr,
+        "test_log_likelihood_bias": estimate.bias,
+        "test_khat_ok": estimate.khat_ok,
+        "test_ess_median": estimate.ess.median().item(),
+    }
 
 
 def _latents_and_samples(vae: Answers, test: Split) -> dict[str, Any]:

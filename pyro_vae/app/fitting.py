@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.app import evaluation, models, report, serving
-from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions
+from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions, option
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.progress import Progress
 from pyro_vae.app.remarks import remarks
@@ -28,7 +28,9 @@ from pyro_vae.app.runs import (
     METRICS,
     SUMMARY,
     WEIGHTS,
+    Run,
     finish,
+    options_of,
     run_folder,
     write_json,
     write_lines,
@@ -38,6 +40,7 @@ from pyro_vae.data.splits import Binarization
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.training import History, fit
+from pyro_vae.judging.guides import fit_guide
 from pyro_vae.judging.latents import posterior_means
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
@@ -54,7 +57,7 @@ SMALL = 300_000  # numbers in the training part: a second fit takes seconds
 _READING = ("image_size", "crop", "channels", "background", "images", "labels")
 _TRAINING = (
     "epochs", "batch_size", "learning_rate", "schedule", "clip_norm", "kl_warmup", "kl_warmup_steps", "patience",
-    "seed", "matmul_precision",
+    "seed", "data_seed", "matmul_precision",
 )  # fmt: skip
 _COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
@@ -97,7 +100,7 @@ def fit_run(
         seen = Progress(vae, dataset, options, folder, say, going_on=going_on)
         saved = Sparing(folder / CHECKPOINT) if checkpoint is None else checkpoint
         started = time.perf_counter()
-        history = _fit(vae, dataset, options, saved, seen, progress)
+        history = train(vae, dataset, options, saved, seen, progress)
         seconds = time.perf_counter() - started
         vae.save(folder / WEIGHTS)
         write_lines(folder / METRICS, history.records)
@@ -183,7 +186,7 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         binarization, dequantize = "none", False
     dataset = load(
         options.data, options.data_dir, binarization=binarization, dequantize=dequantize, limit=most,  # type: ignore[arg-type]
-        seed=options.seed, **framing,
+        seed=options.seed if options.split_seed is None else options.split_seed, **framing,
     )  # fmt: skip
     if open_ and kind == "binary" and dataset.train.binarization == "none":
         dataset = _redrawn(dataset, "dynamic")  # binary files are binary by themselves: these are grey
@@ -257,6 +260,8 @@ def build(options: FitOptions, dataset: Dataset) -> Any:
     device = the_device(options.device)
     with seeded(options.seed):
         vae = Architecture.of(dataset.x_shape, **{name: getattr(options, name) for name in BUILT}).build()
+        if options.frozen is not None:
+            return under_frozen(options, vae).to(device)
         likelihood = getattr(vae.model.likelihood, "part", vae.model.likelihood)  # of one of z and y, the part
         standardize = standardize_of(likelihood)
         if standardize is not None and not standardize.automatic:
@@ -276,6 +281,28 @@ def build(options: FitOptions, dataset: Dataset) -> Any:
     elif isinstance(likelihood, Bernoulli):
         set_output_mean(likelihood.decoder, dataset.train.mean(), floor=1e-3)
     return vae.to(device)
+
+
+def under_frozen(options: FitOptions, vae: Any) -> Any:
+    """A new pair with the model of the run that the options name.
+
+    Raises:
+        ValueError: Options that shape the model are others than that run's.
+    """
+    assert options.frozen is not None
+    run = Run.load(options.frozen)
+    there = options_of(run)
+    shared = [name for name in (*BUILT, "data") if not name.startswith("posterior")]
+    other = [name for name in shared if getattr(options, name) != getattr(there, name)]
+    if other:
+        words = ", ".join(f"{option(n)} {getattr(options, n)} (there: {getattr(there, n)})" for n in other)
+        raise ValueError(
+            f"got --frozen {options.frozen} with {words}, wanted the options that its model was built with. Only the "
+            "posterior and the training of the guide can be others."
+        )
+    trusted = [name for name in (there.posterior, options.prior, options.likelihood) if name is not None]
+    vae.model.load_state_dict(run.vae(trusted).model.state_dict())
+    return vae
 
 
 def the_device(name: str) -> torch.device:
@@ -318,15 +345,16 @@ def training_numbers(vae: Answers, history: History, seconds: float, options: Fi
     }
 
 
-def _fit(
-    vae: Answers, dataset: Dataset, options: FitOptions, checkpoint: Sparing | Path, seen: Progress,
-    progress: bool | None,
+def train(
+    vae: Answers, dataset: Dataset, options: FitOptions, checkpoint: Sparing | Path | None,
+    seen: Callable[[Any], None] | None, progress: bool | None,
 ) -> History:  # fmt: skip
+    """The training of a configuration: `fit`, or `fit_guide` under a frozen model."""
     face = serving.face(vae)
     # The validation images that each epoch is scored on, their noise drawn for good.
     validation = dataset.validation.subset(slice(0, VALIDATION_IMAGES)).frozen(options.seed)
     with _threads(options.threads):
-        return fit(
+        return (fit if options.frozen is None else fit_guide)(
             *face.programs(vae),
             face.training(dataset.train, options),
             loss=the_loss(options, vae),

@@ -73,6 +73,8 @@ def check(options: FitOptions) -> None:
         raise ValueError(_refusal(model, "regularizers", one_latent[0], why, ()))
     if options.posterior == "point":
         raise ValueError(_refusal(model, "posterior", "point", "a point has no density, and the model is one", ()))
+    if options.frozen is not None:
+        raise ValueError(_refusal(model, "frozen", options.frozen, "guides are put under the model of a plain VAE", ()))
     if options.standardize:
         raise ValueError(_refusal(model, "standardize", "true", "its networks see the data as they are", ()))
 

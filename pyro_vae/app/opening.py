@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.app import evaluation, serving
-from pyro_vae.app.commands import options_of
 from pyro_vae.app.defaults import FitOptions, option, resolve
 from pyro_vae.app.fitting import VALIDATION_IMAGES, read
-from pyro_vae.app.runs import Run
+from pyro_vae.app.runs import Run, options_of
 from pyro_vae.data import Dataset, Split
 from pyro_vae.inference.training import History
 from pyro_vae.options import checked
@@ -70,10 +69,8 @@ class Opened:
         """
         return serving.face(self.pair).given(split)
 
-    @functools.cached_property
-    def data(self) -> Dataset:
-        """The data, read when they are first asked for: to train on as the run drew them, afresh in each batch; to
-        validate and to test on the run's own images and draws, so that its numbers come out again.
+    def read(self) -> Dataset:
+        """The data as they lie there, whole: nothing of them is chosen or drawn.
 
         Raises:
             ValueError: They cannot be read any more, or are of another shape.
@@ -86,6 +83,17 @@ class Opened:
                 f"{self.options.data} now has data of shape {found.x_shape}, but {self.path} was fitted to {shape}. "
                 "Give the data that it was fitted to: pv.open(path, data_dir=...)."
             )
+        return found
+
+    @functools.cached_property
+    def data(self) -> Dataset:
+        """The data, read when they are first asked for: to train on as the run drew them, afresh in each batch; to
+        validate and to test on the run's own images and draws, so that its numbers come out again.
+
+        Raises:
+            ValueError: They cannot be read any more, or are of another shape.
+        """
+        found = self.read()
         seed = self.options.seed
         return dataclasses.replace(
             found,

@@ -57,7 +57,7 @@ def commands(
 
     Args:
         remedy: "train", "epochs" (train longer), "wider", "full", "iaf" (another family), "local" (as "full"),
-            "refine", "patience", "warm-up", "samples", "data" (judge more).
+            "scale" (learned), "refine", "patience", "warm-up", "samples", "data" (judge more).
         value: Its number; of "epochs", "patience", "warm-up" epochs, of "samples" K, of "data" how many.
         run: The run folder; None for a command of a run that is still to be named.
         options: Its configuration.
@@ -107,6 +107,11 @@ def _refine(_: int | None, run: str, known: bool, options: Mapping[str, Any]) ->
     return f"pyro-vae evaluate {run} --refine semi-amortized", "guide = pv.SemiAmortized(model, guide)"
 
 
+def _scale(_: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
+    python = 'vae = pv.VAE.build(x_shape, likelihood="normal", scale="learned"); pv.fit(vae, data)'
+    return _fit(run, known, "--scale learned", options), python
+
+
 def _stop(value: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
     patience = value or _patience(options)
     python = f"pv.fit(model, guide, data, validation=validation, patience={patience})"
@@ -134,5 +139,5 @@ def _data(value: int | None, run: str, known: bool, options: Mapping[str, Any]) 
 _WAYS: dict[str, Callable[..., tuple[str, str]]] = {
     "train": _longer, "epochs": _longer, "wider": _wider, "full": _family("full"), "local": _family("full"),
     "iaf": _family("iaf"), "refine": _refine, "patience": _stop, "warm-up": _warm_up, "samples": _samples,
-    "data": _data,
+    "data": _data, "scale": _scale,
 }  # fmt: skip

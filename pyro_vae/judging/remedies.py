@@ -3,7 +3,8 @@
 Each candidate is a guide of the same model: the present one trained on, a wider one or one of another family that start
 from it, or the present one refined datum by datum. What it gains is the ELBO over that of the present one, paired by
 datum, on data that no fit has seen. The model stays as it is, so that log p(x) does too: what a joint training makes of
-the same change is another question, and the verdict says so.
+the same change is another question: what helps is therefore trained on together with it, too, and its log p(x) compared
+with that of the present pair trained on for as many steps, since longer training alone may be what helps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pyro_vae.judging.guides import fit_guide
 from pyro_vae.judging.results import Nats
 from pyro_vae.judging.stages import Stages
 from pyro_vae.judging.trials import Remedy
+from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.parts.networks.dense import MLP
 from pyro_vae.parts.posteriors.amortized import FullNormal
 from pyro_vae.parts.posteriors.flow import IAF, Flow
@@ -41,12 +43,10 @@ _BROKEN = (ValueError, NotImplementedError, RuntimeError, TypeError, KeyError, I
 
 def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     """What remedies gain, where there is a gap that matters."""
-    gaps, bounds = stages.gaps, stages.bounds
-    gap = gaps.inference if gaps.inference.known else bounds.better.minus(bounds.elbo)
-    if not gap.known:
-        return Remedy(reason="the gap is not known")
-    if not gap.material():
-        return Remedy(reason="not needed, since the gap costs nothing that matters")
+    scaled = _fixed_scale(pair.model)
+    reason = _needless(stages)
+    if reason and not scaled:
+        return Remedy(reason=reason)
     own = pair.training is None
     if own and pair.num_data < 2:
         return Remedy(reason="one datum cannot be fitted on and held out as well (give training data: training=)")
@@ -54,10 +54,11 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     training = pair.part(0, half) if pair.training is None else pair.training
     held = pair.part(half, pair.num_data) if own else pair.data
     trial = _Trial(pair, training, held)
-    names = _candidates(pair.guide, gaps.approximation.value > gaps.amortization.value)
+    gaps = stages.gaps
+    names = [] if reason else _candidates(pair.guide, gaps.approximation.value > gaps.amortization.value)
     tried: dict[str, Nats] = {}
     failed = []
-    trial.settle(sum(name not in ("refine", "local") for name in names))
+    trial.settle(sum(name not in ("refine", "local") for name in names) + scaled)
     for name in names:
         try:
             tried[name] = trial.gain(name)
@@ -66,11 +67,12 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
         except _BROKEN as error:
             failed.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
     joint: dict[str, Nats] = {}
-    for name in [name for name, gain in tried.items() if name in _MADE and gain.material()]:
+    for name in ["scale"] * scaled + [name for name, gain in tried.items() if name in _MADE and gain.material()]:
         try:
             joint[name] = trial.joint(name)
         except (OutOfTime, *_BROKEN):  # then what is known is that of the frozen model
             break
+    tried |= {"scale": Nats()} if "scale" in joint else {}
     if not tried:
         late = any(text.endswith("the time") for text in failed)
         return Remedy(status="left out" if late else "not possible", late=late, reason="; ".join(failed),
@@ -80,6 +82,33 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
         joint=tuple(joint.get(name, Nats()) for name in tried),
         num_steps=trial.num_steps, num_training=rows(training), own_data=own,
     )  # fmt: skip
+
+
+def _needless(stages: Stages) -> str:
+    """Why nothing need be tried against the gap; empty where something need."""
+    gaps, bounds = stages.gaps, stages.bounds
+    gap = gaps.inference if gaps.inference.known else bounds.better.minus(bounds.elbo)
+    if not gap.known:
+        return "the gap is not known"
+    return "" if gap.material() else "not needed, since the gap costs nothing that matters"
+
+
+def _fixed_scale(model: Any) -> bool:
+    """Whether the scale of a normal likelihood is a number that nobody learned, as in a mean squared error."""
+    likelihood = getattr(model, "likelihood", None)
+    return isinstance(model, nn.Module) and type(likelihood) is Normal and not isinstance(likelihood.scale, str)
+
+
+def _learn_scale(model: Any, guide: Any, args: tuple[Any, ...]) -> None:
+    """A learned scale in the place of the fixed one, started at the spread of x about its reconstruction."""
+    old = model.likelihood
+    with torch.no_grad():
+        decoded = old(guide.posterior(guide.visible(*args)).sample())
+        stretch = 1.0 if old.standardize is None else old.standardize.scale
+        spread = ((args[0] - decoded.mean) / stretch).square().mean().sqrt().item()
+    start = max(spread, 2 * old.minimum_scale)
+    model.likelihood = Normal(old.decoder, "learned", initial_scale=start, minimum_scale=old.minimum_scale,
+                              standardize=old.standardize).to(args[0])  # fmt: skip
 
 
 def _candidates(guide: Program, family_first: bool) -> list[str]:
@@ -115,7 +144,7 @@ class _Trial:
         self.pair, self.training, self.held = pair, training, held
         self.num_steps = 0
         self._base: Tensor | None = None
-        self._log_p: Tensor | None = None
+        self._log_p: dict[str, Tensor] = {}
 
     def settle(self, fits: int) -> None:
         """How many steps there is time for, by a few that are timed."""
@@ -150,17 +179,31 @@ class _Trial:
             return self._over_base(self._elbo(model, candidate, self.held))
 
     def joint(self, name: str) -> Nats:
-        """What log p(x) of held-out data gains where model and guide are then trained on together, as a fit would."""
+        """What log p(x) of held-out data gains where model and guide are then trained on together, as a fit would, over
+        the present pair trained on for as many steps; of "train", which is that, over the pair as it is."""
+        if not self.num_steps:
+            raise OutOfTime
+        before = self._after("train") if name != "train" else self._after("")
+        return paired(self._after(name) - before)
+
+    def _after(self, name: str) -> Tensor:
+        """log p(x) of the data held out, after a joint training with a remedy; of none as the pair is."""
+        if name in self._log_p:
+            return self._log_p[name]
         budget, settings = self.pair.budget, {"num_samples": _SAMPLES, **self.pair.options}
-        with budget.piece(), torch.enable_grad():
-            model, guide = copy.deepcopy((self.pair.model, self.pair.guide))
-            guide = _MADE[name](guide, at(self.training, slice(2)))
-            self._fit(guide, self.num_steps, model)
+        model, guide = self.pair.model, self.pair.guide
+        if name:
+            with budget.piece(), torch.enable_grad():
+                model, guide = copy.deepcopy((model, guide))
+                few = at(self.training, slice(2 if name in _MADE else 256))
+                if name == "scale":
+                    _learn_scale(model, guide, few)
+                else:
+                    guide = _MADE[name](guide, few)
+                self._fit(guide, self.num_steps, model)
         with budget.piece():
-            after = log_likelihood(model, guide, self.held, **settings).pointwise
-            if self._log_p is None:
-                self._log_p = log_likelihood(self.pair.model, self.pair.guide, self.held, **settings).pointwise
-        return paired(after - self._log_p)
+            self._log_p[name] = log_likelihood(model, guide, self.held, **settings).pointwise
+        return self._log_p[name]
 
     def _fit(self, guide: Any, steps: int, model: Any = None) -> None:
         count = min(rows(self.training), steps * _BATCH)

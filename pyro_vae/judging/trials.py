@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pyro_vae.judging.results import Nats, plain, typed
+from pyro_vae.judging.results import RELEVANT, Nats, plain, typed
 
 Status = Literal["done", "left out", "not possible"]
 T = TypeVar("T", bound="Stage")
@@ -106,10 +106,11 @@ class Remedy(Stage):
     Attributes:
         tried: Their names: "train" (the encoder alone goes on), "wider" (a wider encoder, that starts as the present
             one), "full" and "iaf" (another family with its own encoder, started from the present one), "refine"
-            (`SemiAmortized`), "local" (a full normal fitted to each datum, where the guide cannot be copied).
-        gains: ELBO over that of the guide, paired by datum; both errors in one.
-        joint: What log p(x) gained where model and guide were then trained on together for as many steps; not known
-            where that was not tried.
+            (`SemiAmortized`), "local" (a full normal fitted to each datum, where the guide cannot be copied), "scale"
+            (a learned scale in the place of a fixed one, which is the model's, and tried with it alone).
+        gains: ELBO over that of the guide, paired by datum; both errors in one. Not known of "scale".
+        joint: What log p(x) gained where model and guide were then trained on together, over the present pair trained
+            on for as many steps (of "train" over the pair as it is); not known where that was not tried.
         failed: Which could not be tried, and why.
         num_steps: Steps of each fit.
         num_training: Data that they were fitted on.
@@ -129,11 +130,25 @@ class Remedy(Stage):
 
     @property
     def ranked(self) -> tuple[tuple[str, Nats], ...]:
-        """What helped by more than two standard errors and a size that matters, the most helpful first; not what did
-        harm to log p(x) in a joint training."""
-        found = [(name, gain) for name, gain in zip(self.tried, self.gains, strict=True) if gain.material()]
-        found = [(name, gain) for name, gain in found if name not in self.harmful]
-        return tuple(sorted(found, key=lambda each: -each[1].value))
+        """What helped by two standard errors and a size that matters, the most helpful first: what log p(x) is known to
+        gain from, what the ELBO gains from under this model, and last what is for its posterior alone."""
+        found = []
+        for name, gain in zip(self.tried, self.gains, strict=True):
+            together = self.joint_gain(name)
+            if together.known:
+                if together.value >= 2 * together.mc_stderr and together.value > RELEVANT:
+                    found.append((0, name, together))
+            elif gain.material():
+                found.append((2 if name == "refine" else 1, name, gain))
+        return tuple((name, gain) for _, name, gain in sorted(found, key=lambda each: (each[0], -each[2].value)))
+
+    @property
+    def idle(self) -> dict[str, Nats]:
+        """What helped the ELBO under the frozen model, and log p(x) in a joint training not beyond its error."""
+        helped, harmful = dict(self.ranked), self.harmful
+        known = zip(self.tried, self.gains, strict=True)
+        names = [name for name, gain in known if gain.material() and self.joint_gain(name).known]
+        return {name: self.joint_gain(name) for name in names if name not in helped and name not in harmful}
 
     @property
     def harmful(self) -> dict[str, Nats]:
@@ -146,8 +161,11 @@ class Remedy(Stage):
         return dict(zip(self.tried, self.joint, strict=False)).get(name, Nats())
 
     def summary(self) -> str:
-        gains = ", ".join(f"{name} {gain}" for name, gain in zip(self.tried, self.gains, strict=True))
+        known = [(name, gain) for name, gain in zip(self.tried, self.gains, strict=True) if gain.known]
+        gains = ", ".join(f"{name} {gain}" for name, gain in known) or "nothing tried under it"
         where = "half of these data" if self.own_data else f"{self.num_training} training data"
         missed = f"; not tried: {'; '.join(self.failed)}" if self.failed else ""
         fits = f"; {self.num_steps} steps on {where}, model frozen" if self.num_steps else ""
-        return f"ELBO gained: {gains} nats; {self.num_data} data{fits}{missed}"
+        joint = ", ".join(f"{n} {self.joint_gain(n)}" for n in self.tried if self.joint_gain(n).known)
+        together = f"; log p(x) gained in joint training: {joint} nats" if joint else ""
+        return f"ELBO gained: {gains} nats{together}; {self.num_data} data{fits}{missed}"

@@ -16,10 +16,11 @@ _WORDS = {
     "iaf": "An inverse autoregressive flow, with the present encoder to start from,",
     "refine": "A few gradient steps for each datum (SemiAmortized)",
     "local": "A normal of full covariance, fitted to each datum,",
+    "scale": "A learned scale of the normal likelihood, in the place of its fixed one,",
 }
 _WHAT = {
     "train": "Train longer.", "wider": "Widen the networks.", "full": "Try FullNormal.", "local": "Try FullNormal.",
-    "iaf": "Try a flow (IAF).",
+    "iaf": "Try a flow (IAF).", "scale": "Learn the scale.",
     "refine": "Refine its posterior datum by datum (SemiAmortized): nothing is fitted anew.",
 }  # fmt: skip
 
@@ -65,9 +66,16 @@ def remedies(stages: Stages) -> Iterator[Finding]:
     yield from helped
     for name, gain in remedy.harmful.items():
         text = f"{_WORDS[name]} helped under the frozen model, but trained on together with it"
+        if not dict(zip(remedy.tried, remedy.gains, strict=True))[name].known:
+            text = f"{_WORDS[name]} was tried: trained on together with it,"
         yield Finding("advice", f"{text} log p(x) of held-out data changed by {gain} nats: not advised.")
+    for name, gain in remedy.idle.items():
+        text = f"{_WORDS[name]} helped under the frozen model, but trained on together with it log p(x) of held-out"
+        beyond = "" if name == "train" else " over the present pair trained on"
+        yield Finding("advice", f"{text} data gained {gain} nats{beyond}, which is within the errors: not advised.")
     if remedy.done:
-        idle = [f"{name} {gain}" for name, gain in zip(remedy.tried, remedy.gains, strict=True) if not gain.material()]
+        gains = [(name, gain) for name, gain in zip(remedy.tried, remedy.gains, strict=True) if gain.known]
+        idle = [f"{name} {gain}" for name, gain in gains if not gain.material()]
         if idle:
             text = f"No gain above twice its error and {RELEVANT} nats, so not advised: {listed(idle, 6)}"
             yield Finding("advice", f"{text} ({_where(remedy)}).")
@@ -81,9 +89,18 @@ def remedies(stages: Stages) -> Iterator[Finding]:
 def _helped(name: str, gain: Nats, remedy: Remedy) -> Finding:
     joint = "" if name == "refine" else " A joint training may behave otherwise."
     together = remedy.joint_gain(name)
+    over = "the pair as it is" if name == "train" else "the present pair trained on for as many"
+    known = dict(zip(remedy.tried, remedy.gains, strict=True))[name]
+    if together.known and not known.known:
+        where = f"{remedy.num_data} held-out data after {remedy.num_steps} steps with the model"
+        return Finding("advice", f"{_WORDS[name]} gained {together} nats of log p(x) over {over} ({where}).", None,
+                       _WHAT[name], name)  # fmt: skip
     if together.known:
-        joint = f" Trained on together with the model for as many steps, log p(x) of these data gained {together} nats."
-    text = f"{_WORDS[name]} gained {gain} nats of ELBO ({_where(remedy)}).{joint}"
+        joint = f" Trained on together with the model for as many steps, log p(x) of these data gained {together} nats"
+        joint += f" over {over}."
+    elif name == "refine":
+        joint = " log p(x) stays what it is."
+    text = f"{_WORDS[name]} gained {known} nats of ELBO ({_where(remedy)}).{joint}"
     return Finding("advice", text, None, _WHAT[name], name)
 
 

@@ -167,10 +167,16 @@ def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
             "warm-up",
         )
     elif 2 * gaps.amortization.mc_stderr <= 5 * RELEVANT:
+        text = (
+            f"No latent moves with the data{carried}, and no member of the family does better for any: it is "
+            "not the encoder that failed, this decoder makes no use of z (posterior collapse)."
+        )
+        if "scale" in dict(stages.remedy.ranked):
+            yield Finding("latents", f"{text} Its noise is set so large that z has nothing to say.", "collapse")
+            return
         yield Finding(
             "latents",
-            f"No latent moves with the data{carried}, and no member of the family does better for any: it is "
-            "not the encoder that failed, this decoder makes no use of z (posterior collapse).",
+            text,
             "collapse",
             "Train anew with a KL warm-up or free bits, or weaken the decoder (not tried here: that takes a fit of "
             "the pair).",
