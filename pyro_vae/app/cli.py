@@ -137,6 +137,7 @@ def fit(config: Path | None, **given: Any) -> int:
       pyro-vae fit
       pyro-vae fit --data mnist --data-dir ~/mnist --out runs/mnist
       pyro-vae fit --data photos/ --image-size 32 --latent-dim 64
+      pyro-vae fit --model semi-supervised --model-options num_labelled=100
       pyro-vae fit --config runs/mnist --seed 1
     """
     from pyro_vae.app.runs import check_place, default_path, is_unfinished
@@ -297,6 +298,8 @@ def report_command(folder: Path, trust: tuple[str, ...]) -> None:
               "[default: mean]")  # fmt: skip
 @click.option("--out", metavar="FILE|DIR", type=_PATH, help="A .png of all, a .npy array, or a "
               "folder for one PNG each. [default: RUN/figures/samples-<n>-seed<seed>.png]")  # fmt: skip
+@click.option("--label", metavar="N|NAME", help="Of this class only, of a model that knows classes: conditional, "
+              "semi-supervised, or the cluster of a mixture that was matched with it.")  # fmt: skip
 @_seed
 def sample(**options: Any) -> None:
     """Draw new data from a run's model."""
@@ -312,6 +315,7 @@ def sample(**options: Any) -> None:
 @click.option("--out", metavar="FILE", type=_PATH, help="[default: reconstructions.png]")
 @click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), default=1000, help="Importance samples per "
               "image. [default: 1000]")  # fmt: skip
+@click.option("--label", metavar="N|NAME", help="The class of the images, which a conditional model takes.")
 @_seed
 def reconstruct(**options: Any) -> None:
     """Reconstruct image files, scaled and coloured as the run's data, and score them."""

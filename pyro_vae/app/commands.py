@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.app import evaluation, report
+from pyro_vae.app import evaluation, report, serving
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
 from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.remarks import of_image
@@ -34,7 +34,7 @@ from pyro_vae.programs.hamiltonian import Hamiltonian
 from pyro_vae.programs.pair import Guide
 from pyro_vae.programs.refined import Refined
 from pyro_vae.programs.semi_amortized import SemiAmortized
-from pyro_vae.programs.vae import VAE
+from pyro_vae.programs.vae import VAE, Answers
 from pyro_vae.traces import particles
 
 _UNITS = {
@@ -47,10 +47,10 @@ _UNITS = {
 
 def _opened(
     run: Path, trust: tuple[str, ...], seed: int | None, device: str | None = None
-) -> tuple[FitOptions, VAE, int]:
+) -> tuple[FitOptions, Answers, int]:
     """A run's configuration, its pair, and the seed: the run's own where none is given."""
     loaded = Run.load(run)
-    options, vae = options_of(loaded), loaded.vae(trust)
+    options, vae = options_of(loaded), loaded.pair(trust)
     return options, vae if device is None else vae.to(the_device(device)), options.seed if seed is None else seed
 
 
@@ -83,6 +83,7 @@ def evaluate_run(
     with contextlib.ExitStack() as stack:
         judged = vae
         if refine is not None:
+            serving.only(vae, "--refine", "vae")
             guide = stack.enter_context(_refined(refine, vae, run).kept())
             judged = VAE(vae.model, cast(Guide, guide), vae.architecture)
             test = evaluation.test_data(dataset, seed, settings["images"])
@@ -116,14 +117,14 @@ def draw_run(run: Path, data_dir: str | None = None, trust: tuple[str, ...] = ()
         click.echo(f"an unfinished run, as it stood after epoch {len(records)} of {options.epochs}", err=True)
     views = {} if loaded.summary.get("interrupted") else second_view(vae, dataset, options)
     report.draw(vae, dataset, records, loaded.summary, options, run / FIGURES, views)
-    paths = [run / FIGURES / name for name in PICTURES]
+    paths = [run / FIGURES / name for name in PICTURES if (run / FIGURES / name).is_file()]
     paths.append(write_page(run, options, loaded.summary))
     for path in paths:
         click.echo(path)
     return paths
 
 
-def _refined(name: str, vae: VAE, run: Path) -> Refined:
+def _refined(name: str, vae: Answers, run: Path) -> Refined:
     """A run's guide, refined with the help of its model."""
     if _point(vae):
         raise ValueError(f"got --refine {name} for {run}, a plain autoencoder: a point has no ELBO to climb.")
@@ -157,20 +158,26 @@ def judge_run(
     _, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed, num_data)
     records = loaded.metrics() if (run / METRICS).is_file() else None
+    face = serving.face(vae)
     history = None if records is None else History(records, stopped_early=bool(loaded.summary.get("stopped_early")))
     # Loading has its time already, and the pictures are to have theirs.
     left = budget - (time.monotonic() - started) - min(15.0, 0.15 * budget)
     found = judge(
-        vae.model, vae.guide, test, history=history, training=dataset.train, budget=max(left, 0.01), num_data=num_data,
+        *face.programs(vae), face.given(test), history=history, training=face.given(dataset.train),
+        budget=max(left, 0.01), num_data=num_data,
         seed=seed,
         num_samples=options.evaluation_samples if num_samples is None else num_samples,
         progress=False if as_json else None,
     )  # fmt: skip
     about: dict[str, Any] = {
         "run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions(),
-        "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
+        "density": face.density, "budget_seconds": budget, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
     found = dataclasses.replace(found, protocol=found.protocol | about).of_run(str(run), loaded.config)
+    findings = (
+        dataclasses.replace(f, command="", python="") if f.remedy in face.no_remedies else f for f in found.findings
+    )
+    found = dataclasses.replace(found, findings=tuple(findings))
     text = found.to_json()
     write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)
@@ -179,19 +186,24 @@ def judge_run(
         click.echo(text)
     else:
         files = [("report", str(folder / "judgement.html")), ("", str(folder / "judgement.json"))]
-        report.show_lines([*found.lines(), *files])
+        given = [("given", f"y: each log p(x) above is {face.density}, y the labels of the test data")]
+        report.show_lines([*found.lines(), *(given if face.needs_label else []), *files])
     return found
 
 
 def sample_run(
     run: Path, number: int = 64, pixels: str = "mean", out: Path | None = None, seed: int | None = None,
-    trust: tuple[str, ...] = (),
+    trust: tuple[str, ...] = (), label: str | None = None,
 ) -> Path:  # fmt: skip
     """`pyro-vae sample`: new data as a picture, an array or a folder of pictures; returns where."""
     _, vae, seed = _opened(run, trust, seed)
+    summary = Run.load(run).summary
+    known = serving.label_names(summary)
+    wanted = None if label is None else serving.label_of(label, known)
     with seeded(seed):
-        x = vae.sample(number, pixels=pixels)
-    path = out or run / FIGURES / f"samples-{number}-seed{seed}.png"
+        x = serving.face(vae).sample(vae, number, pixels=pixels, label=wanted, clusters=summary.get("cluster_classes"))
+    of = "" if label is None else f"-label{label}"
+    path = out or run / FIGURES / f"samples-{number}{of}-seed{seed}.png"
     if path.suffix == ".npy":
         import numpy as np
 
@@ -201,7 +213,8 @@ def sample_run(
 
         write_file(path, write)
     elif path.suffix == ".png":
-        report.save(plots.samples(x, f"{number} samples from the prior, seed {seed}"), path)
+        what = f"{number} samples from the prior" if label is None else f"{number} samples of label {label}"
+        report.save(plots.samples(x, f"{what}, seed {seed}"), path)
     elif path.suffix:
         raise ValueError(f"got --out {path}, wanted a .png, a .npy, or a folder.")
     else:
@@ -212,7 +225,7 @@ def sample_run(
 
 def reconstruct_images(
     run: Path, images: tuple[Path, ...], out: Path | None = None, num_samples: int = 1000, seed: int | None = None,
-    trust: tuple[str, ...] = (),
+    trust: tuple[str, ...] = (), label: str | None = None,
 ) -> Path:  # fmt: skip
     """`pyro-vae reconstruct`: image files beside their reconstructions, and their scores; returns the picture."""
     options, vae, seed = _opened(run, trust, seed)
@@ -220,18 +233,20 @@ def reconstruct_images(
     if len(shape) != 3:
         raise ValueError(f"{run} is of vectors of shape {shape}, wanted a run of images.")
     x = torch.cat([_as_data(path, shape, options, seed)[None] for path in images])
-    rows = [("image", *(("E_q log p(x|z)", "KL", "ELBO", "log p(x)") if not _point(vae) else ("log p(x|z)",)))]
+    face, labels = serving.face(vae), _label_of_images(vae, label, len(x), run)
+    (model, guide), given = face.programs(vae), face.batch(x, labels)
+    rows = [("image", *(("E_q log p(x|z)", "KL", "ELBO", face.density) if not _point(vae) else ("log p(x|z)",)))]
     bound: Tensor | None = None
     with seeded(seed), torch.no_grad():
         if _point(vae):
-            terms = [particles(vae.model, vae.guide, x).log_likelihood.mean(0)]
+            terms = [particles(model, guide, *given).log_likelihood.mean(0)]
         else:
-            drawn = particles(vae.model, vae.guide, x, num_samples=100)
+            drawn = particles(model, guide, *given, num_samples=100)
             likelihood, elbo = drawn.log_likelihood.mean(0), drawn.log_weight.mean(0)
-            estimate = log_likelihood(vae.model, vae.guide, x, num_samples=num_samples, seed=seed, progress=False)
+            estimate = log_likelihood(model, guide, given, num_samples=num_samples, seed=seed, progress=False)
             terms = [likelihood, likelihood - elbo, elbo, estimate.pointwise]
             bound = estimate.trusted
-        picture = plots.reconstructions(x, vae.reconstruct(x))
+        picture = plots.reconstructions(x, vae.reconstruct(x, *face.beside(vae, x, labels)))
     rows += [(path.name, *(f"{float(term[i]):.2f}" for term in terms)) for i, path in enumerate(images)]
     if bound is not None:
         rows = [(*row[:-1], row[-1] if i == 0 or bound[i - 1] else f">= {row[-1]}") for i, row in enumerate(rows)]
@@ -263,12 +278,21 @@ def rank_anomalies(
     options, dataset = _data(options, vae, data_dir, images=None)
     test = evaluation.test_data(dataset, seed)
     strange = None
+    if score == "regret":
+        serving.only(vae, "--score regret, which refits a reparameterised q(z | x),", "vae", "conditional", "mixture",
+                     "hierarchical")  # fmt: skip
+    if score == "ratio":
+        serving.only(vae, "--score ratio, which compares log p(x) with a compressed size,", "vae", "semi-supervised",
+                     "mixture", "hierarchical")  # fmt: skip
     if outliers is not None:
+        serving.only(vae, "--outliers, which have no labels,", "vae", "semi-supervised", "mixture", "hierarchical")
         strange = _outliers(outliers, outliers_dir, fit_outliers, options, _x_shape(vae), seed)
-    scores = anomaly_scores(vae.model, vae.guide, test, **settings)
+    face = serving.face(vae)
+    model, guide = face.programs(vae)
+    scores = anomaly_scores(model, guide, face.given(test), **settings)
     order = scores.argsort(descending=True, stable=True)
     shown = order[:top]
-    unit = _UNITS[score]
+    unit = _UNITS[score].replace("log p(x)", face.density)
     name = _label_names(dataset, test)
     rows = [("rank", "test datum", *(("label",) if test.labels is not None else ()), f"{unit} (nats)")]
     rows += [(str(r + 1), str(i), *name(i), f"{scores[i]:.2f}") for r, i in enumerate(shown.tolist())]
@@ -276,7 +300,7 @@ def rank_anomalies(
     click.echo(f"test data: mean {scores.mean():.2f}, median {scores.median():.2f}, of {len(scores)}")
     result: dict[str, Any] = {"scores": scores, "order": order}
     if strange is not None:
-        outside = anomaly_scores(vae.model, vae.guide, strange, **settings)
+        outside = anomaly_scores(model, guide, face.given(strange), **settings)
         result |= {"outlier_scores": outside, "roc_auc": roc_auc(scores, outside)}
         click.echo(f"{outliers}: mean {outside.mean():.2f}, median {outside.median():.2f}, of {len(outside)}")
         click.echo(f"ROC-AUC {result['roc_auc']:.4f}: the chance that one of {outliers} scores above a test datum")
@@ -292,7 +316,27 @@ def rank_anomalies(
     return result
 
 
-def _data(options: FitOptions, vae: VAE, data_dir: str | None, images: int | None) -> tuple[FitOptions, Dataset]:
+def _label_of_images(vae: Answers, label: str | None, count: int, run: Path) -> Tensor | None:
+    """The label that images are said to have, for each of them, if the model takes it; else None.
+
+    Raises:
+        ValueError: A conditional model, and no label or one that is no class; a label for another model.
+    """
+    if label is not None:
+        serving.only(vae, "--label of an image", "conditional")
+    elif serving.face(vae).needs_label:
+        raise ValueError(f"{run} is a conditional model of p(x | y), wanted the label of the images: --label N.")
+    if label is None:
+        return None
+    assert vae.architecture is not None
+    found = serving.label_of(label, serving.label_names(Run.load(run).summary))
+    classes = vae.architecture.option("num_classes")
+    if not 0 <= found < classes:
+        raise ValueError(f"got --label {label}, wanted one of the classes 0, ..., {classes - 1}.")
+    return torch.full((count,), found)
+
+
+def _data(options: FitOptions, vae: Answers, data_dir: str | None, images: int | None) -> tuple[FitOptions, Dataset]:
     changed = {} if data_dir is None else {"data_dir": data_dir}
     options, dataset = read(resolve(vars(options) | {"evaluation_images": images} | changed))
     if dataset.x_shape != _x_shape(vae):
@@ -391,10 +435,10 @@ def _print_table(rows: list[tuple[str, ...]]) -> None:
         click.echo("  ".join(cells))
 
 
-def _x_shape(vae: VAE) -> tuple[int, ...]:
+def _x_shape(vae: Answers) -> tuple[int, ...]:
     assert vae.architecture is not None
     return vae.architecture.x_shape
 
 
-def _point(vae: VAE) -> bool:
+def _point(vae: Answers) -> bool:
     return evaluation.is_autoencoder(vae)

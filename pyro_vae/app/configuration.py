@@ -228,6 +228,11 @@ _FIT = (
     _option("Data", "--labels", "KEY", "Which array of a file is the labels; of celeba, which attribute. [default: by "
             "name; Smiling]"),
     _option("Data", "--limit", "N", "Train on the first N images only.", int),
+    _option("Model", "--model", _choice("model"), "The plain p(z) p(x|z); given labels y, p(x|z,y), where all are "
+            "known or a few; clusters in the latent space; several levels of latents. [default: vae]"),
+    _option("Model", "--model-options", "A=1,B=2", "Its own options: num_labelled=100 of semi-supervised, "
+            "num_components=10 of mixture, latent_dims=[20,10] of hierarchical, conditional_prior=true of "
+            "conditional."),
     _option("Model", "--network", _choice("network"), "Fully connected, plain or gated, convolutional, plain or "
             "residual, or no hidden layer."),
     _option("Model", "--hidden", "N,N,...", "Widths (mlp, gated) or channels (conv, residual) from the data to the "

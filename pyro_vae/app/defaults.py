@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pyro_vae.app import models
 from pyro_vae.parts import names
 from pyro_vae.words import did_you_mean, spelled
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model": models.MODELS,
     "schedule": ("constant", "cosine", "one-cycle"),
     "network": tuple(names.NETWORKS),
     "activation": ("silu", "relu", "gelu", "elu", "tanh", "softplus"),
@@ -55,6 +57,8 @@ class FitOptions:
     images: str | None = None
     labels: str | None = None
     limit: int | None = None
+    model: str = "vae"
+    model_options: dict[str, Any] = field(default_factory=dict)
     network: str = "mlp"
     hidden: tuple[int, ...] = (400, 400)
     activation: str = "silu"
@@ -145,6 +149,7 @@ class FitOptions:
                     f"got --posterior point with {option(name)} {getattr(self, name)}: a plain autoencoder has neither "
                     f"a prior nor a bound. Leave {option(name)} out."
                 )
+        models.check(self)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, to be written and given back by ``--config``."""
@@ -222,6 +227,7 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
         values["prior"] = names.prior_for(values["posterior"])
     values["prior"] = names.check("prior", values["prior"])
     names.check_supports(values["posterior"], values["prior"])
+    values |= models.asked(values, given)
     for name in ("clip_norm", "patience"):
         values[name] = values[name] or None  # 0 turns it off
     if data not in DATASETS and Path(data).expanduser().exists():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.app import evaluation
+from pyro_vae.app import evaluation, serving
 from pyro_vae.app.defaults import DATASETS, FitOptions
 from pyro_vae.app.opening import open as opened
 from pyro_vae.atomic import write_file
@@ -22,7 +22,7 @@ from pyro_vae.data.arrays import as_pixels
 from pyro_vae.data.decoding import Framing, grey_level, read_image, suffixes
 from pyro_vae.data.sources import SPLITS
 from pyro_vae.evaluation import evaluating
-from pyro_vae.programs.vae import VAE
+from pyro_vae.programs.vae import Answers
 from pyro_vae.words import spelled
 
 DRAWS = 256  # of a family without mean or scale in closed form
@@ -37,12 +37,20 @@ class Codes(NamedTuple):
     drawn: int
 
 
-def codes(vae: VAE, data: Split, seed: int = 0) -> Codes:
-    """Mean and standard deviation of q(z | x) of every datum; by draws where the family has no closed form."""
+def codes(vae: Answers, data: Split, seed: int = 0) -> Codes:
+    """Mean and standard deviation of q(z | x) of every datum; by draws where the family has no closed form.
+
+    Of a conditional model those of q(z | x, y); of a hierarchical one those of z1.
+
+    Raises:
+        ValueError: A pair that has no one q(z | x), or data without the labels that it takes.
+    """
     means, scales, drawn = [], [], 0
+    face, labels = serving.face(vae), data.labels
     with evaluating(vae.model, vae.guide, seed=seed):
         for start in range(0, len(data), _ROWS):
-            q = vae.posterior(data[start : start + _ROWS])
+            rows = slice(start, start + _ROWS)
+            q = face.codes(vae, data[rows], None if labels is None else labels[rows])
             try:
                 mean, scale = q.mean, q.stddev
             except NotImplementedError:
@@ -67,10 +75,10 @@ def encode_run(
     found = opened(run, trust=trust, data_dir=data_dir)
     seed = found.options.seed if seed is None else seed
     split, names = _data(data, found, seed)
-    shape = None if found.vae.architecture is None else found.vae.architecture.x_shape
+    shape = None if found.pair.architecture is None else found.pair.architecture.x_shape
     if split.x_shape != shape:
         raise ValueError(f"got {data} of shape {split.x_shape}, wanted {shape} as in {run}. Bring it to that shape.")
-    result = codes(found.vae, split, seed)
+    result = codes(found.pair, split, seed)
     how = f" (means and scales of {DRAWS} draws: the family has none in closed form)" if result.drawn else ""
     write_file(out, lambda partial: write(partial, names, result))
     click.echo(f"{out}: {len(result.mean):,} rows, mean and scale of {result.mean.shape[1]} latents{how}")
@@ -91,7 +99,7 @@ def _data(data: str, found: Any, seed: int) -> tuple[Split, Names]:
     pictures = suffixes()
     files = _pictures(path, pictures) if data not in DATASETS else []
     if files:
-        x = torch.stack([_framed(file, found.vae.architecture.x_shape, options) for file in files])
+        x = torch.stack([_framed(file, found.pair.architecture.x_shape, options) for file in files])
         names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
         return _as_in(options, x).frozen(seed), {"file": names}
     if path.suffix == ".npy" and path.is_file():
@@ -108,7 +116,9 @@ def _data(data: str, found: Any, seed: int) -> tuple[Split, Names]:
     x = torch.cat([split.pixels for split in splits])
     rows: Names = {"part": [n for n, s in zip(SPLITS, splits, strict=True) for _ in range(len(s))],
                    "row": [i for s in splits for i in range(len(s))]}  # fmt: skip
-    return dataclasses.replace(splits[0], pixels=x, labels=None, fixed=True), rows
+    known = [split.labels for split in splits if split.labels is not None]
+    labels = torch.cat(known) if len(known) == len(splits) else None
+    return dataclasses.replace(splits[0], pixels=x, labels=labels, fixed=True), rows
 
 
 def _pictures(path: Path, known: frozenset[str]) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 
+from pyro_vae.app import serving
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions
 from pyro_vae.app.remarks import codes_outside, levels
 from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
@@ -19,7 +20,7 @@ from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import ElboTerms, Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.parts.likelihoods import Normal
-from pyro_vae.programs.vae import VAE
+from pyro_vae.programs.vae import Answers
 from pyro_vae.protocols import has_density, standardize
 from pyro_vae.version import __version__
 
@@ -40,7 +41,7 @@ class Plan(NamedTuple):
     full_seconds: float
 
 
-def plan(vae: VAE, dataset: Dataset, options: FitOptions) -> Plan:
+def plan(vae: Answers, dataset: Dataset, options: FitOptions) -> Plan:
     """How much of the test data is evaluated, with how many samples.
 
     What the options say, else 1,000 images, or as many as the clock says that about a minute allows: 500, 200 or 100,
@@ -66,16 +67,18 @@ def plan(vae: VAE, dataset: Dataset, options: FitOptions) -> Plan:
     return Plan(samples, images, seconds(images, samples), len(test), seconds(len(test), most))
 
 
-def seconds_each(vae: VAE, test: Split, most: int) -> float:
+def seconds_each(vae: Answers, test: Split, most: int) -> float:
     """Seconds that one importance sample of one image takes."""
     if is_autoencoder(vae):
         return 0.0
     few = test.subset(slice(0, _TRIED)).frozen()
-    num_samples = min(50, most)
-    log_likelihood(vae.model, vae.guide, few, num_samples=num_samples, progress=False)  # whatever is made only once
+    num_samples, face = min(50, most), serving.face(vae)
+    model, guide = face.programs(vae)
+    given = face.given(few)
+    log_likelihood(model, guide, given, num_samples=num_samples, progress=False)  # whatever is made only once
     while True:
         started = time.perf_counter()
-        log_likelihood(vae.model, vae.guide, few, num_samples=num_samples, progress=False)
+        log_likelihood(model, guide, given, num_samples=num_samples, progress=False)
         seconds = time.perf_counter() - started
         if seconds >= _LONG_ENOUGH or num_samples >= most:
             return seconds / (len(few) * num_samples)
@@ -89,7 +92,7 @@ def test_data(dataset: Dataset, seed: int, images: int | None = None) -> Split:
 
 
 def evaluate(
-    vae: VAE,
+    vae: Answers,
     dataset: Dataset,
     *,
     num_samples: int,
@@ -115,15 +118,18 @@ def evaluate(
         numbers |= _closed_forms(vae, dataset, test, numbers["test_elbo"])
     with evaluating(vae, seed=seed):
         numbers |= _latents_and_samples(vae, test)
+        numbers |= serving.face(vae).numbers(vae, dataset, test_data(dataset, seed), seed)
     numbers["evaluation_seconds"] = time.perf_counter() - started
     return numbers
 
 
-def _densities(vae: VAE, test: Split, num_samples: int, options: dict[str, Any]) -> dict[str, Any]:
+def _densities(vae: Answers, test: Split, num_samples: int, options: dict[str, Any]) -> dict[str, Any]:
     """The ELBO and log p(x), with their errors."""
-    terms = elbo_terms(vae.model, vae.guide, test, num_samples=ELBO_SAMPLES, **options)
-    estimate = log_likelihood(vae.model, vae.guide, test, num_samples=num_samples, **options)
-    numbers = told(terms, estimate)
+    face = serving.face(vae)
+    model, guide = face.programs(vae)
+    terms = elbo_terms(model, guide, face.given(test), num_samples=ELBO_SAMPLES, **options)
+    estimate = log_likelihood(model, guide, face.given(test), num_samples=num_samples, **options)
+    numbers = told(terms, estimate) | ({} if face.density == "log p(x)" else {"log_likelihood_of": face.density})
     if test.dequantize:
         dims = test[:1].numel()
         numbers["test_bits_per_dimension"] = bits_per_dimension(estimate.value, dims)
@@ -153,19 +159,23 @@ def told(terms: ElboTerms, estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def _latents_and_samples(vae: VAE, test: Split) -> dict[str, Any]:
+def _latents_and_samples(vae: Answers, test: Split) -> dict[str, Any]:
     """Active units, and how far samples are from the data; what takes more data than there are is left out."""
     numbers: dict[str, Any] = {}
     left_out = []
+    face = serving.face(vae)
     if len(test) >= 2:
-        numbers["active_units"] = active_units(vae.guide, test).count
+        numbers["active_units"] = active_units(vae.guide, face.given(test), site=face.site).count
+        if face.site not in (None, "z"):
+            numbers["active_units_of"] = face.site
         if not is_autoencoder(vae):
-            codes = posterior_means(vae.guide, test.subset(slice(0, SAMPLES)), progress=False)
-            numbers["codes_outside_prior"] = codes_outside(codes, vae.model.prior().sample((4000,)))
+            few = test.subset(slice(0, SAMPLES))
+            codes = posterior_means(vae.guide, face.given(few), site=face.site, progress=False)
+            numbers["codes_outside_prior"] = codes_outside(codes, face.prior_draws(vae, 4000, few.labels))
     else:
         left_out.append("active units (a variance over the test data, of which there is one)")
     if len(test) >= 4:
-        distance = energy_distance(vae.sample(SAMPLES, pixels="draw"), test[:SAMPLES])
+        distance = energy_distance(face.sample(vae, SAMPLES, pixels="draw", y=test.labels), test[:SAMPLES])
         numbers |= {"sample_energy_distance": distance.value, "sample_energy_distance_null": distance.null}
     else:
         left_out.append(f"the energy distance of samples (takes 4 test data, got {len(test)})")
@@ -173,7 +183,7 @@ def _latents_and_samples(vae: VAE, test: Split) -> dict[str, Any]:
 
 
 def protocol(
-    vae: VAE, dataset: Dataset, *, num_samples: int, images: int | None = None, seed: int = 0
+    vae: Answers, dataset: Dataset, *, num_samples: int, images: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """What belongs to every number of `evaluate`."""
     test = dataset.test
@@ -190,6 +200,10 @@ def protocol(
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+    if vae.architecture is not None and vae.architecture.model != "vae":
+        about |= {"model": vae.architecture.model, "model_options": dict(vae.architecture.model_options)}
+        if dataset.label_names is not None:
+            about["label_names"] = list(dataset.label_names)
     if not is_autoencoder(vae):
         about |= {"log_likelihood_samples": num_samples, "elbo_samples": ELBO_SAMPLES}
     return about
@@ -205,22 +219,24 @@ def versions() -> dict[str, str]:
     }
 
 
-def is_autoencoder(vae: VAE) -> bool:
+def is_autoencoder(vae: Answers) -> bool:
     """Whether the guide is a point, so that there is no density over z."""
+    if vae.architecture is not None and vae.architecture.model != "vae":
+        return False
     guide: Any = vae.guide
     return not has_density(getattr(guide, "guide", guide).posterior)  # of a refined guide, its base
 
 
-def standardized(vae: VAE) -> bool:
+def standardized(vae: Answers) -> bool:
     """Whether the networks see columns of mean 0 and standard deviation 1; the densities are of the data anyway."""
     found = standardize(vae.model.likelihood)
     return found is not None and found.moves and not (bool((found.loc == 0).all()) and bool((found.scale == 1).all()))
 
 
-def fitted_testbed(vae: VAE) -> LinearGaussian | None:
+def fitted_testbed(vae: Answers) -> LinearGaussian | None:
     """The closed form of a fitted linear-Gaussian model; None where it is not one."""
     likelihood, built = vae.model.likelihood, vae.architecture
-    if built is None or built.network != "linear" or not isinstance(likelihood, Normal):
+    if built is None or built.model != "vae" or built.network != "linear" or not isinstance(likelihood, Normal):
         return None
     if standardized(vae):  # then its noise differs from column to column
         return None
@@ -234,7 +250,7 @@ def fitted_testbed(vae: VAE) -> LinearGaussian | None:
     return LinearGaussian(layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu(), scale)
 
 
-def _closed_forms(vae: VAE, dataset: Dataset, test: Split, elbo: float) -> dict[str, Any]:
+def _closed_forms(vae: Answers, dataset: Dataset, test: Split, elbo: float) -> dict[str, Any]:
     fitted = fitted_testbed(vae)
     if fitted is None:
         return {}
@@ -253,5 +269,5 @@ def _closed_forms(vae: VAE, dataset: Dataset, test: Split, elbo: float) -> dict[
     return numbers
 
 
-def _latent_dim(vae: VAE) -> int:
+def _latent_dim(vae: Answers) -> int:
     return vae.architecture.latent_dim if vae.architecture else vae.model.prior().event_shape.numel()

@@ -16,10 +16,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.app import serving
 from pyro_vae.app.opening import open as opened
 from pyro_vae.atomic import write_file
 from pyro_vae.evaluation import evaluating
-from pyro_vae.programs.vae import VAE
 from pyro_vae.protocols import has_head
 
 TOLERANCE = 1e-6
@@ -32,7 +32,7 @@ class Encoder(nn.Module):
     Where the family has no mean, to the numbers that it is made of, (B, P).
     """
 
-    def __init__(self, vae: VAE, x: Tensor) -> None:
+    def __init__(self, vae: Any, x: Tensor) -> None:
         super().__init__()
         self.guide = vae.guide
         self.gives: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
 
     gives = ("mean",)
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.model = vae.model
 
@@ -77,7 +77,9 @@ def export_run(run: Path, out: Path | None = None, trust: tuple[str, ...] = ()) 
     Raises:
         ValueError: A part that torch.export cannot write, or a file that does not give what the networks give.
     """
-    vae = opened(run, trust=trust).vae.eval()
+    pair = opened(run, trust=trust).pair.eval()
+    serving.only(pair, "export", "vae", "mixture")
+    vae: Any = pair
     folder = run / "export" if out is None else out
     assert vae.architecture is not None
     dtype = next(vae.parameters()).dtype

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.app import evaluation, report
+from pyro_vae.app import evaluation, models, report, serving
 from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions, option
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.progress import Progress
@@ -47,8 +47,9 @@ from pyro_vae.parts.likelihoods import Bernoulli, Normal
 from pyro_vae.parts.networks import set_output_mean
 from pyro_vae.parts.priors import VampPrior
 from pyro_vae.parts.priors.mixture import PSEUDO_INPUTS
-from pyro_vae.programs.vae import VAE
-from pyro_vae.protocols import default_options, has_density, passes, values
+from pyro_vae.programs.architecture import Architecture
+from pyro_vae.programs.vae import Answers
+from pyro_vae.protocols import default_options, passes, values
 from pyro_vae.protocols import standardize as standardize_of
 
 VALIDATION_IMAGES = 2000
@@ -201,6 +202,7 @@ def _settled(options: FitOptions, dataset: Dataset, kind: str | None) -> FitOpti
     Raises:
         ValueError: The data do not fit the likelihood, or the network.
     """
+    options = models.settled(options, dataset)
     options = dataclasses.replace(
         options, binarization=dataset.train.binarization, dequantize=dataset.train.dequantize,
         likelihood=options.likelihood or ("normal" if dataset.train.binarization == "none" else "bernoulli"),
@@ -253,14 +255,15 @@ def _redrawn(dataset: Dataset, binarization: Binarization) -> Dataset:
     return dataclasses.replace(dataset, protocol=protocol, **splits)
 
 
-def build(options: FitOptions, dataset: Dataset) -> VAE:
+def build(options: FitOptions, dataset: Dataset) -> Any:
     """The pair of a configuration with new weights, started at the mean or spread of the data."""
     device = the_device(options.device)
     with seeded(options.seed):
-        vae = VAE.build(dataset.x_shape, **{name: getattr(options, name) for name in BUILT})
+        vae = Architecture.of(dataset.x_shape, **{name: getattr(options, name) for name in BUILT}).build()
         if options.frozen is not None:
             return under_frozen(options, vae).to(device)
-        standardize = standardize_of(vae.model.likelihood)
+        likelihood = getattr(vae.model.likelihood, "part", vae.model.likelihood)  # of one of z and y, the part
+        standardize = standardize_of(likelihood)
         if standardize is not None and not standardize.automatic:
             standardize.measure(dataset.train[rows] for rows in torch.arange(len(dataset.train)).split(4096))
         if isinstance(prior := vae.model.prior, VampPrior):
@@ -271,7 +274,6 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
                 )
             chosen = dataset.train[torch.randperm(len(dataset.train))[: prior.num_components]]
             prior.start_at(vae.guide.visible(chosen))
-    likelihood = vae.model.likelihood
     if isinstance(likelihood, Normal):
         if hasattr(likelihood, "log_scale") and standardize is None:  # whose spread is the one it starts at
             spread = dataset.train[torch.arange(min(1000, len(dataset.train)))].std().clamp(min=0.01).item()
@@ -281,7 +283,7 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
     return vae.to(device)
 
 
-def under_frozen(options: FitOptions, vae: VAE) -> VAE:
+def under_frozen(options: FitOptions, vae: Any) -> Any:
     """A new pair with the model of the run that the options name.
 
     Raises:
@@ -320,7 +322,7 @@ def the_device(name: str) -> torch.device:
     return device
 
 
-def training_numbers(vae: VAE, history: History, seconds: float, options: FitOptions) -> dict[str, Any]:
+def training_numbers(vae: Answers, history: History, seconds: float, options: FitOptions) -> dict[str, Any]:
     """What is worth knowing of a fit."""
     rates = history["images_per_second"]
     last = history.records[-1] if history.records else {}
@@ -337,25 +339,26 @@ def training_numbers(vae: VAE, history: History, seconds: float, options: FitOpt
         "parameters": sum(p.numel() for p in vae.parameters()),
         "seed": options.seed,
         "training_threads": options.threads or torch.get_num_threads(),
-        "objective": options.bound if has_density(vae.guide.posterior) else "reconstruction",
+        "objective": "reconstruction" if evaluation.is_autoencoder(vae) else options.bound,
         "objective_samples": options.num_samples,
         "estimator": options.estimator,
     }
 
 
 def train(
-    vae: VAE, dataset: Dataset, options: FitOptions, checkpoint: Sparing | Path | None,
+    vae: Answers, dataset: Dataset, options: FitOptions, checkpoint: Sparing | Path | None,
     seen: Callable[[Any], None] | None, progress: bool | None,
 ) -> History:  # fmt: skip
     """The training of a configuration: `fit`, or `fit_guide` under a frozen model."""
+    face = serving.face(vae)
+    # The validation images that each epoch is scored on, their noise drawn for good.
+    validation = dataset.validation.subset(slice(0, VALIDATION_IMAGES)).frozen(options.seed)
     with _threads(options.threads):
         return (fit if options.frozen is None else fit_guide)(
-            vae.model,
-            vae.guide,
-            dataset.train,
+            *face.programs(vae),
+            face.training(dataset.train, options),
             loss=the_loss(options, vae),
-            # The validation images that each epoch is scored on, their noise drawn for good.
-            validation=dataset.validation.subset(slice(0, VALIDATION_IMAGES)).frozen(options.seed),
+            validation=face.given(validation),
             compile=_COMPILE[options.compile],
             checkpoint=checkpoint,
             progress=progress,
@@ -364,13 +367,14 @@ def train(
         )
 
 
-def second_view(vae: VAE, dataset: Dataset, options: FitOptions) -> dict[str, Tensor]:
+def second_view(vae: Answers, dataset: Dataset, options: FitOptions) -> dict[str, Tensor]:
     """Posterior means of the test data in the plane of a second, small VAE of two latents, by a title.
 
     Nothing where the data are not few, small and labelled, or the pair has no more than two latents itself. Grey levels
     are taken as they are: what is left of a digit of 64 zeros and ones does not tell the classes apart in a plane.
     """
     small = len(dataset.train) * math.prod(dataset.x_shape) <= SMALL
+    small = small and options.model == "vae"
     if not small or dataset.test.labels is None or options.latent_dim <= 2 or evaluation.is_autoencoder(vae):
         return {}
     changes: dict[str, Any] = {"latent_dim": 2, "posterior": "diagonal", "posterior_options": {}, "prior": "normal",

@@ -13,11 +13,12 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 from tqdm import tqdm
 
+from pyro_vae.app import serving
 from pyro_vae.app.defaults import CHOICES, FitOptions, option
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import Bound, ciwae, elbo, iwae, miwae, reconstruction, renyi, vr_max
-from pyro_vae.inference.objectives import Objective
+from pyro_vae.inference.objectives import Objective, default_loss
 from pyro_vae.inference.regularizers import Regularizer, free_bits, mmd, total_correlation
 from pyro_vae.inference.split_bounds import cubo, piwae, wake_sleep
 from pyro_vae.inference.training import fit
@@ -44,7 +45,7 @@ _REGULARIZERS: dict[str, Callable[[float], Regularizer]] = {
 }
 
 
-def the_loss(options: FitOptions, vae: VAE) -> Any:
+def the_loss(options: FitOptions, vae: Any) -> Any:
     """The loss of a configuration: Pyro's own ELBO unless something else was asked for.
 
     With one sample and a posterior whose KL to the prior has a closed form, that is the one which uses it: same bound,
@@ -53,11 +54,16 @@ def the_loss(options: FitOptions, vae: VAE) -> Any:
     Raises:
         ValueError: A bound, an estimator and options that do not go together.
     """
-    if not has_density(vae.guide.posterior):
+    if (only := serving.face(vae).loss(vae)) is not None:
+        return only
+    if options.model == "vae" and not has_density(vae.guide.posterior):
         return Objective(reconstruction)
     plain = options.bound == "elbo" and options.num_samples == 1 and not options.regularizers and options.beta == 1
-    if plain and options.estimator == "reparameterized" and _has_closed_form(vae):
-        return TraceMeanField_ELBO()
+    if plain and options.estimator == "reparameterized":
+        if options.model == "hierarchical":
+            return default_loss(vae.guide)  # the divergence of the last level in closed form
+        if _has_closed_form(vae):
+            return TraceMeanField_ELBO()
     regularizers = [_REGULARIZERS[name](weight) for name, weight in options.regularizers.items()]
     return Objective(
         the_bound(options.bound, options.bound_options), options.num_samples, estimator=options.estimator,
@@ -65,12 +71,14 @@ def the_loss(options: FitOptions, vae: VAE) -> Any:
     )  # fmt: skip
 
 
-def _has_closed_form(vae: VAE) -> bool:
+def _has_closed_form(vae: Any) -> bool:
     """Whether torch knows KL(q(z | x) || p(z)) of the pair."""
     assert vae.architecture is not None
     x = torch.zeros(2, *vae.architecture.x_shape, device=device_of(vae))
-    with evaluating(vae.model, vae.guide):
-        q, p = (sites(program, x)["z"]["fn"] for program in (vae.guide, vae.model))
+    face = serving.face(vae)
+    model, guide = face.programs(vae)
+    with evaluating(model, guide):
+        q, p = (sites(program, *face.batch(x))["z"]["fn"] for program in (guide, model))
         return closed_form_kl(q, p) is not None
 
 

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.app import evaluation
+from pyro_vae.app import evaluation, serving
 from pyro_vae.app.defaults import FitOptions, option, resolve
 from pyro_vae.app.fitting import VALIDATION_IMAGES, read
 from pyro_vae.app.runs import Run, options_of
-from pyro_vae.data import Dataset
+from pyro_vae.data import Dataset, Split
 from pyro_vae.inference.training import History
 from pyro_vae.options import checked
-from pyro_vae.programs.pair import Guide, Model
-from pyro_vae.programs.vae import VAE
+from pyro_vae.programs.vae import VAE, Answers
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Opened:
 
     Attributes:
         path: Its folder.
-        vae: The fitted pair, in evaluation mode.
+        pair: The fitted pair, in evaluation mode: a `VAE`, or what --model named, a class of `pyro_vae.zoo`.
         options: The complete configuration, one field for each option of the command.
         history: What the fit did, one record per epoch.
         summary: The numbers of summary.json.
@@ -35,21 +34,40 @@ class Opened:
     """
 
     path: Path
-    vae: VAE
+    pair: Answers
     options: FitOptions
     history: History
     summary: dict[str, Any]
     data_dir: str | None = None
 
     @property
-    def model(self) -> Model:
-        """p(z) p(x | z)."""
-        return self.vae.model
+    def vae(self) -> VAE:
+        """The pair of a run of --model vae.
+
+        Raises:
+            ValueError: A run of another model.
+        """
+        if not isinstance(self.pair, VAE):
+            raise ValueError(f"{self.path} is a {self.options.model} model and no plain VAE: its pair is run.pair.")
+        return self.pair
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """p(z) p(x | z), as everything that judges takes it: of a mixture with its clusters summed out."""
+        return serving.face(self.pair).programs(self.pair)[0]
 
     @property
-    def guide(self) -> Guide:
+    def guide(self) -> Any:
         """q(z | x)."""
-        return self.vae.guide
+        return self.pair.guide
+
+    def arguments(self, split: Split) -> Any:
+        """What the programs take of some data, and so what `judge` and all others do: the data as they are, but for
+        a conditional model, which is given data and labels.
+
+        Example: ``pv.judge(run, run.arguments(run.data.test))``, for whatever model.
+        """
+        return serving.face(self.pair).given(split)
 
     def read(self) -> Dataset:
         """The data as they lie there, whole: nothing of them is chosen or drawn.
@@ -59,7 +77,7 @@ class Opened:
         """
         moved = {} if self.data_dir is None else {"data_dir": self.data_dir}
         _, found = read(resolve(vars(self.options) | moved))
-        shape = None if self.vae.architecture is None else self.vae.architecture.x_shape
+        shape = None if self.pair.architecture is None else self.pair.architecture.x_shape
         if found.x_shape != shape:
             raise ValueError(
                 f"{self.options.data} now has data of shape {found.x_shape}, but {self.path} was fitted to {shape}. "
@@ -92,17 +110,20 @@ class Opened:
                                 ("test_reconstruction", "reconstruction"))
             if self.summary.get(name) is not None
         ]  # fmt: skip
-        count = sum(p.numel() for p in self.vae.parameters())
+        count = sum(p.numel() for p in self.pair.parameters())
+        plain = self.options.model == "vae"
+        model, held = ("", ".vae") if plain else (f"{self.options.model}, ", ".pair")
         early = " (stopped early)" if self.history.stopped_early else ""
         ended = " (interrupted)" if self.history.interrupted else early
         lines = [
             f"{self.path}: a run on {self.options.data}, {len(self.history)} epochs{ended}",
-            f"  pair     {self.options.network} {'-'.join(map(str, self.options.hidden))}, {self.options.latent_dim} "
-            f"latents, q {self.options.posterior}, p(z) {self.options.prior}, p(x|z) {self.options.likelihood}, "
+            f"  pair     {model}{self.options.network} {'-'.join(map(str, self.options.hidden))}, "
+            f"{self.options.latent_dim} latents, q {self.options.posterior}, p(z) {self.options.prior}, "
+            f"p(x|z) {self.options.likelihood}, "
             f"{count:,} parameters",
             f"  test     {', '.join(numbers) or 'not evaluated'}",
             f"  options  {' '.join(differ) or 'the defaults'}",
-            "  has      .vae .model .guide .data .options .history .summary",
+            f"  has      {held} .model .guide .data .options .history .summary",
         ]
         return "\n".join(lines)
 
@@ -123,8 +144,9 @@ def open(  # noqa: A001 - as pv.open
             that it names, or ``module:Class`` of those that are. As --trust of the command.
         data_dir: Where the files of a named dataset lie now; None where they were.
     Returns:
-        The run: ``vae`` (``model``, ``guide``), ``data`` (``train``, ``validation``, ``test``), ``options``,
-        ``history``, ``summary``. It may be given wherever a pair is: ``pv.judge(run, run.data.test)``.
+        The run: ``pair``, which is ``vae`` too where it is one (``model``, ``guide``), ``data`` (``train``,
+        ``validation``, ``test``), ``options``, ``history``, ``summary``. It may be given wherever a pair is:
+        ``pv.judge(run, run.data.test)``.
     Raises:
         ValueError: No run folder, a file missing or damaged, or parts that are not trusted.
     Example:
@@ -139,7 +161,7 @@ def open(  # noqa: A001 - as pv.open
         trusted: Sequence[str] = [name for name in named if isinstance(name, str)] if trust else ()
     else:
         trusted = [trust] if isinstance(trust, str) else trust
-    vae = run.vae(trusted)
+    pair = run.pair(trusted)
     told = {name: run.summary.get(name) for name in ("best_epoch", "stopped_early", "interrupted")}
     history = History(run.metrics(), told["best_epoch"], bool(told["stopped_early"]), bool(told["interrupted"]))
-    return Opened(run.path, vae, options_of(run), history, run.summary, None if data_dir is None else str(data_dir))
+    return Opened(run.path, pair, options_of(run), history, run.summary, None if data_dir is None else str(data_dir))

@@ -11,7 +11,7 @@ from pyro_vae.app import evaluation, report
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.runs import FIGURES, METRICS, WEIGHTS, write_lines
 from pyro_vae.data import Dataset
-from pyro_vae.programs.vae import VAE
+from pyro_vae.programs.vae import Answers
 
 SHARE = 0.02  # of the time, for weights and pictures during the training
 
@@ -32,7 +32,7 @@ class Progress:
     """
 
     def __init__(
-        self, vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, say: Callable[[str], None],
+        self, vae: Answers, dataset: Dataset, options: FitOptions, folder: Path, say: Callable[[str], None],
         going_on: bool = False,
     ) -> None:  # fmt: skip
         self.vae, self.dataset, self.options, self.folder, self.say = vae, dataset, options, folder, say

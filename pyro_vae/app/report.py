@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.app import evaluation
+from pyro_vae.app import evaluation, serving
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.remarks import remarks
 from pyro_vae.atomic import write_file
@@ -24,7 +24,7 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.latents import posterior_means
 from pyro_vae.judging.quotes import about_weights, kind_of, lower_bound
-from pyro_vae.programs.vae import VAE
+from pyro_vae.programs.vae import Answers
 
 
 def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str, str]]:
@@ -39,7 +39,7 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
                 f"{_nats(summary, 'test_elbo')} nats = reconstruction {summary['test_reconstruction']:.2f} - "
                 f"KL {summary['test_kl']:.2f}",
             ),
-            ("test log p(x)", _log_likelihood(summary)),
+            (f"test {summary.get('log_likelihood_of', 'log p(x)')}", _log_likelihood(summary)),
         ]
     elif "test_reconstruction" in summary:
         text = f"{summary['test_reconstruction']:.2f} nats = log p(x | z(x)); a point has no ELBO and no log p(x)"
@@ -59,7 +59,12 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
         )
         found.append(("true model", text))
     if "active_units" in summary:
-        found.append(("active units", f"{summary['active_units']} of {summary['latent_dim']}"))
+        of = f" of {summary['active_units_of']}" if "active_units_of" in summary else ""
+        found.append(("active units", f"{summary['active_units']} of {summary['latent_dim']}{of}"))
+    if "test_accuracy" in summary:
+        error = summary.get("test_accuracy_stderr")
+        share = f"{summary['test_accuracy']:.3f} ± {'?' if error is None else f'{error:.3f}'}"
+        found.append(("accuracy", f"{share}, {summary['accuracy_is']}"))
     if "sample_energy_distance" in summary:
         distance, null = summary["sample_energy_distance"], summary["sample_energy_distance_null"]
         found.append(("samples", f"energy distance {distance:.4f} to the test data (their own halves: {null:.4f})"))
@@ -182,8 +187,8 @@ CURVE = (
 
 
 def draw(
-    vae: VAE, dataset: Dataset, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], options: FitOptions,
-    folder: Path, views: Mapping[str, Tensor] | None = None,
+    vae: Answers, dataset: Dataset, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any],
+    options: FitOptions, folder: Path, views: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Draw the five pictures of a run into a folder.
 
@@ -199,18 +204,24 @@ def draw(
     point = evaluation.is_autoencoder(vae)
     test = evaluation.test_data(dataset, options.seed, options.evaluation_images)
     device = next(vae.parameters()).device
+    face = serving.face(vae)
     draw_curve(vae, records, numbers, options, folder)
     with seeded(options.seed), torch.no_grad():
         _draw_data(vae, dataset, options, folder)
         known, labels = test[torch.arange(min(200, len(test)))], test.labels
         if len(test) < 2:  # nothing lies between one datum and itself
-            known, labels = torch.cat([dataset.validation[:1], known]), None
-        start, end = pairs(known, labels)
-        lines = vae.interpolate(start.to(device), end.to(device), steps=10)
-        title = "Interpolations between test data" + ("" if point or not _binary(dataset) else ", as probabilities")
-        save(plots.interpolations(lines, title), folder / "interpolations.png")
+            known = torch.cat([dataset.validation[:1], known])
+            both = (dataset.validation.labels, labels)
+            labels = torch.cat([y[:1] for y in both if y is not None]) if face.within else None
+        starts, ends = pairs(known, labels, alike=face.within)
+        if starts:  # there may be no two of a class
+            given = None if labels is None else labels[starts]
+            lines = face.lines(vae, known[starts].to(device), known[ends].to(device), given, 10)
+            title = f"Interpolations between test data{' of a class' if face.within else ''}"
+            title += "" if point or not _binary(dataset) else ", as probabilities"
+            save(plots.interpolations(lines, title), folder / "interpolations.png")
         shown = latent_data(dataset, options)
-        means = posterior_means(vae.guide, shown, seed=options.seed)
+        means = posterior_means(vae.guide, face.given(shown), site=face.site, seed=options.seed)
         title = f"this run: {means.flatten(1).shape[1]} latents, principal components" if views else ""
         figure = plots.latent_spaces({title: means} | dict(views or {}), shown.labels, dataset.label_names)
         save(figure, folder / "latent_space.png")
@@ -223,7 +234,7 @@ def latent_data(dataset: Dataset, options: FitOptions) -> Split:
 
 
 def draw_progress(
-    vae: VAE, dataset: Dataset, records: Sequence[Mapping[str, Any]], options: FitOptions, folder: Path
+    vae: Answers, dataset: Dataset, records: Sequence[Mapping[str, Any]], options: FitOptions, folder: Path
 ) -> None:
     """Draw three of them while the pair is trained: nothing of it is changed, random state included."""
     draw_curve(vae, records, {}, options, folder)
@@ -232,10 +243,11 @@ def draw_progress(
 
 
 def draw_curve(
-    vae: VAE, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], options: FitOptions, folder: Path
+    vae: Answers, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], options: FitOptions, folder: Path
 ) -> None:
     """Draw the training curve, with what `evaluate` found, if anything."""
-    log_p = "lower bound of test log p(x)" if _is_bound(numbers) else "test log p(x)"
+    log_p = f"test {numbers.get('log_likelihood_of', 'log p(x)')}"
+    log_p = f"lower bound of {log_p}" if _is_bound(numbers) else log_p
     finals = {
         label: numbers[key]
         for label, key in ((log_p, "test_log_likelihood"), ("test ELBO", "test_elbo"),
@@ -247,7 +259,7 @@ def draw_curve(
     save(plots.training_curve(records, finals, name, note=CURVE), folder / "training_curve.png")
 
 
-def _draw_data(vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, when: str = "") -> None:
+def _draw_data(vae: Answers, dataset: Dataset, options: FitOptions, folder: Path, when: str = "") -> None:
     """Test data beside their reconstructions, and samples."""
     device = next(vae.parameters()).device
     few = dataset.test.subset(slice(0, _SHOWN))
@@ -257,27 +269,34 @@ def _draw_data(vae: VAE, dataset: Dataset, options: FitOptions, folder: Path, wh
     grey = None
     if _binary(dataset) and few.binarization == "dynamic" and not few.fixed:
         grey = few.pixels / 255 if few.pixels.dtype == torch.uint8 else few.pixels
-    save(plots.reconstructions(x, vae.reconstruct(x), title, grey=grey), folder / "reconstructions.png")
-    title = f"Samples from the prior{probabilities}{when}"
+    face = serving.face(vae)
+    again = vae.reconstruct(x, *face.beside(vae, x, few.labels))
+    save(plots.reconstructions(x, again, title, grey=grey), folder / "reconstructions.png")
+    title = f"Samples {'from' if face.rows == 'the prior' else 'of'} {face.rows}{probabilities}{when}"
     if evaluation.is_autoencoder(vae):
         title = f"Decoded from N(0, I), which this autoencoder knows nothing of{when}"
-    save(plots.samples(vae.sample(64), title), folder / "samples.png")
+    new, rows = face.grid(vae, dataset.label_names)
+    save(plots.samples(new, title, rows=rows), folder / "samples.png")
 
 
 def _binary(dataset: Dataset) -> bool:
     return dataset.train.binarization != "none"
 
 
-def pairs(x: Tensor, labels: Tensor | None, count: int = 6) -> tuple[Tensor, Tensor]:
-    """Starts and ends to interpolate between, so many pairs at most, of different labels where there are labels."""
+def pairs(x: Tensor, labels: Tensor | None, count: int = 6, alike: bool = False) -> tuple[list[int], list[int]]:
+    """Rows to interpolate between, from and to, so many pairs at most: of different labels where there are labels, or
+    of `alike` ones."""
     starts, ends = [], []
     for i in range(0, len(x) - 1, 2):
-        j = next((j for j in range(i + 1, len(x)) if labels is None or labels[j] != labels[i]), i + 1)
+        fitting = (j for j in range(i + 1, len(x)) if labels is None or bool(labels[j] == labels[i]) is alike)
+        j = next(fitting, None if alike else i + 1)
+        if j is None:
+            continue
         starts.append(i)
         ends.append(j)
         if len(starts) == count:
             break
-    return x[starts], x[ends]
+    return starts, ends
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -16,7 +16,8 @@ from pyro_vae.atomic import write_file
 
 PICTURES = {
     "reconstructions.png": "What the pair makes of test data: the originals, and E[x | z] for a z drawn from q(z | x).",
-    "samples.png": "What the model makes of nothing but noise: E[x | z] for z drawn from p(z).",
+    "samples.png": "What the model makes of nothing but noise: E[x | z] for z drawn from p(z); a row for each class or "
+    "cluster, if the model has them.",
     "latent_space.png": "Where the guide puts test data: the mean of q(z | x), coloured by label if there are labels.",
     "training_curve.png": "The bound by epoch.",
     "interpolations.png": "Straight lines in latent space between the codes of two test data, decoded.",

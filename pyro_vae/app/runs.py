@@ -30,7 +30,7 @@ from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.atomic import reason_of, write_file
 
 if TYPE_CHECKING:
-    from pyro_vae.programs.vae import VAE
+    from pyro_vae.programs.vae import VAE, Answers
 
 CONFIG, SUMMARY, METRICS, WEIGHTS, FIGURES, REPORT, UNFINISHED, CHECKPOINT = (
     "config.json", "summary.json", "metrics.jsonl", "weights.safetensors", "figures", "report.html", "unfinished.json",
@@ -66,16 +66,30 @@ class Run:
         return cls(path, _read_object(path / CONFIG), _read_object(path / SUMMARY) if there else {"interrupted": True})
 
     def vae(self, trust: Sequence[str] = ()) -> VAE:
-        """The fitted pair; parts of the user's own are imported only where `trust` names them, ``module:Class``.
+        """The fitted pair of a run of ``--model vae``; arguments and errors are those of `pair`."""
+        from pyro_vae.programs.vae import VAE
 
+        found = self.pair(trust)
+        if not isinstance(found, VAE):
+            raise ValueError(
+                f"{self.path} is a {self.config.get('model')} model, wanted a plain VAE (--model vae). Its pair is "
+                "pv.open(run).pair."
+            )
+        return found
+
+    def pair(self, trust: Sequence[str] = ()) -> Answers:
+        """The fitted pair, of whatever ``--model``: a `VAE`, or a class of the zoo.
+
+        Args:
+            trust: Parts of the user's own that may be imported, ``module:Class``.
         Raises:
             ValueError: The weights are corrupt, not those of their architecture, or of parts that are not trusted.
         """
-        from pyro_vae.programs.vae import VAE
+        from pyro_vae.programs.vae import Answers
 
         path = self.path / WEIGHTS
         try:
-            vae = VAE.load(path, trust=trust)
+            vae = Answers.load(path, trust=trust)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} has a damaged architecture entry ({error}). Fit again.") from error
         assert vae.architecture is not None
@@ -112,6 +126,7 @@ def options_of(run: Run) -> FitOptions:
 
 
 BUILT = (
+    "model", "model_options",
     "latent_dim", "network", "hidden", "activation", "posterior", "posterior_options", "prior", "prior_options",
     "likelihood", "likelihood_options", "scale", "standardize",
 )  # fmt: skip

@@ -101,16 +101,22 @@ def reconstructions(
     return _mosaic(rows, title, labels, gap_after=2 if grey is None else 3, ax=ax)
 
 
-def samples(x: Tensor, title: str = "Samples from the prior", ax: Axes | None = None) -> Figure:
+def samples(
+    x: Tensor, title: str = "Samples from the prior", ax: Axes | None = None, rows: Sequence[str] = ()
+) -> Figure:
     """Samples in a square, or in the nearest full rectangle.
 
     Args:
         x: Samples, (N, *x_shape).
         title: Above the picture.
         ax: Axes to draw into, of images; a figure of its own if omitted.
+        rows: What the rows are, as many as there are of equal length; none for a square.
     """
     if _is_vector(x):
-        return _heatmaps({"": x}, title, ax=ax)
+        each = [name if i % (len(x) // len(rows)) == 0 else "" for name in rows for i in range(len(x) // len(rows))]
+        return _heatmaps({"": x}, title, each, ax=ax)
+    if rows:
+        return _mosaic(list(x.split(len(x) // len(rows))), title, rows, ax=ax)
     square = int(np.ceil(len(x) ** 0.5))
     columns = next((c for c in range(square, 2 * square + 1) if len(x) % c == 0), square)
     return _mosaic(list(x.split(columns)), title, ax=ax)

@@ -1,7 +1,8 @@
-"""What a standard VAE is built of, as plain data that is saved beside its weights."""
+"""What a pair is built of, as plain data that is saved beside its weights: a standard VAE, or a pair of the zoo."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from pyro_vae.options import integer, integers
 from pyro_vae.parts import names
+from pyro_vae.programs import kinds
 from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.protocols import PriorOfPosterior, default_options, parameters_per_pixel, standardize
 from pyro_vae.words import did_you_mean, one_of
@@ -17,7 +19,7 @@ from pyro_vae.words import did_you_mean, one_of
 
 @dataclass(frozen=True)
 class Architecture:
-    """The parts of a standard VAE by name, and their options.
+    """The parts of a pair by name, and their options.
 
     A name of the package, or ``module:Class`` for a class of your own: a posterior is
     built by Class(encoder, latent_dim, **options), a prior by Class(latent_dim,
@@ -42,6 +44,8 @@ class Architecture:
             standard deviation of the training data, column by column; densities stay those of x (see
             `pyro_vae.parts.standardize`). None does so for vectors of which a column is far from size one, when
             they are first fitted, and says it; it starts the networks of large counts at their size likewise.
+        model: A name of `pyro_vae.programs.kinds`: "vae", or a pair of the zoo, which then has these parts.
+        model_options: Its own options, such as num_classes of "conditional".
     Raises:
         ValueError: An unknown name, or parts that do not fit together.
     """
@@ -59,6 +63,8 @@ class Architecture:
     prior_options: dict[str, Any] = field(default_factory=dict)
     likelihood_options: dict[str, Any] = field(default_factory=dict)
     standardize: bool | None = None
+    model: str = "vae"
+    model_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x_shape", integers("x_shape", self.x_shape))
@@ -78,6 +84,7 @@ class Architecture:
         if layers and not (self.hidden and all(width > 0 for width in self.hidden)):
             raise ValueError(f"hidden must be one or more positive widths, got {self.hidden}.")
         names.check_supports(self.posterior, self.prior)
+        object.__setattr__(self, "model", kinds.check(self.model, self.model_options))
 
     @classmethod
     def of(cls, x_shape: Sequence[int], **options: Any) -> Architecture:
@@ -98,16 +105,39 @@ class Architecture:
         """The parts whose code lies outside this package."""
         return tuple(name for kind in names.PARTS if names.is_foreign(name := getattr(self, kind)))
 
-    def encoder(self) -> nn.Module:
-        """Data to features."""
-        return names.networks(self.network).encoder(self.x_shape, self.hidden, self.activation)
+    def encoder(self, beside: int = 0) -> nn.Module:
+        """Data to features; with so many numbers `beside` them, the two joined as one vector."""
+        shape = (math.prod(self.x_shape) + beside,) if beside else self.x_shape
+        return names.networks(self.network).encoder(shape, self.hidden, self.activation)
 
-    def decoder(self, parameters_per_pixel: int = 1) -> nn.Module:
-        """Latents to the parameters of the likelihood."""
+    def decoder(self, parameters_per_pixel: int = 1, beside: int = 0) -> nn.Module:
+        """Latents, and numbers `beside` them, to the parameters of the likelihood."""
         parameters_per_pixel = integer("parameters_per_pixel", parameters_per_pixel)
         out_shape = (parameters_per_pixel * self.x_shape[0], *self.x_shape[1:])
         make = names.networks(self.network).decoder
-        return make(self.latent_dim, out_shape, self.hidden[::-1], self.activation)
+        return make(self.latent_dim + beside, out_shape, self.hidden[::-1], self.activation)
+
+    def decoder_features(self) -> nn.Module:
+        """Latents to features, by an encoder of the decoder's widths."""
+        return names.networks(self.network).encoder((self.latent_dim,), self.hidden[::-1], self.activation)
+
+    def option(self, name: str) -> Any:
+        """One of the model's own options that has no default.
+
+        Raises:
+            ValueError: It is not there.
+        """
+        if name not in self.model_options:
+            raise ValueError(f"the model {self.model} needs model_options {name}, got {self.model_options}.")
+        return self.model_options[name]
+
+    def build(self) -> Any:
+        """The pair with new weights: a `VAE`, or the class of the zoo that `model` names.
+
+        Raises:
+            ValueError: Parts that cannot be built so, or do not fit together.
+        """
+        return kinds.find(self.model).of(self)
 
     def pair(self) -> tuple[Model, Guide]:
         """p(z) p(x | z) and q(z | x) with new weights.
@@ -117,19 +147,23 @@ class Architecture:
         Raises:
             ValueError: Parts that cannot be built so, or do not fit together.
         """
-        likelihood = self._likelihood()
-        posterior = names.build("posterior", self.posterior, [self.encoder(), self.latent_dim], self.posterior_options)
+        likelihood, posterior = self.a_likelihood(), self.a_posterior()
         prior = self._prior(posterior)
         names.check_same_support(self.posterior, self.prior, posterior, prior)
         return Model(prior, likelihood), Guide(posterior, standardize=standardize(likelihood))
 
-    def _likelihood(self) -> Any:
+    def a_posterior(self, beside: int = 0) -> Any:
+        """q(z | x) of the posterior's family, or of x and numbers `beside` it, joined."""
+        return names.build("posterior", self.posterior, [self.encoder(beside), self.latent_dim], self.posterior_options)
+
+    def a_likelihood(self, beside: int = 0) -> Any:
+        """p(x | z) of the likelihood's family, or of z and numbers `beside` it, joined."""
         given = self.likelihood_options
         family = names.find("likelihood", self.likelihood)
         defaults = default_options(family, self.x_shape, self.scale, self.standardize, given)
         likelihood = names.build("likelihood", self.likelihood, [nn.Identity()], given, defaults)
         # How many channels the decoder has is the likelihood's to say.
-        likelihood.decoder = self.decoder(parameters_per_pixel(likelihood))
+        likelihood.decoder = self.decoder(parameters_per_pixel(likelihood), beside)
         if self.standardize and standardize(likelihood) is None:
             raise ValueError(
                 f"got standardize=True with the likelihood {self.likelihood!r}, wanted 'normal': the values of the "

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -24,6 +24,7 @@ from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
 from pyro_vae.parts import posteriors
+from pyro_vae.programs import kinds
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.tensors import data_of, running
@@ -48,6 +49,7 @@ class Answers(nn.Module):
 
     model: Any
     guide: Any
+    architecture: Architecture | None = None
 
     def posterior(self, x: Any, *y: Any) -> TorchDistribution:
         """q(z | x), or q(z | x, y): a distribution over the latent for each datum, batch_shape (B,)."""
@@ -98,6 +100,94 @@ class Answers(nn.Module):
         rows = [slice(start, start + _ROWS) for start in range(0, len(x), _ROWS)]
         return [(x[r], *(v if v is None or len(v) != len(x) else v[r] for v in others)) for r in rows]
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights (and architecture, where known) to a safetensors file, atomically.
+
+        Raises:
+            ValueError: There is no such folder.
+            OSError: Nothing can be written there; an older file is then as it was.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise ValueError(f"cannot write {path}: there is no folder {path.parent}. Make it first.")
+        metadata = {_METADATA: json.dumps(asdict(self.architecture))} if self.architecture else {}
+        replace_file(path, lambda partial: save_model(_Plain(self), str(partial), metadata=metadata))  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Self:
+        """Rebuild a pair that `save` wrote. Reads tensors and JSON, and runs no code but this package's.
+
+        Args:
+            path: The file.
+            trust: Parts of your own, ``module:Class``, that may be imported.
+        Raises:
+            ValueError: No such file, not a safetensors file, weights without an
+                architecture (those of your own pair: build the VAE, then `load_weights`),
+                with one of another pair or that this version cannot read, or with a part that is not trusted.
+        """
+        text = _metadata(path).get(_METADATA)
+        if text is None:
+            raise ValueError(
+                f"{path} holds weights without an architecture. Build the VAE from your own parts, then call "
+                "vae.load_weights(path)."
+            )
+        try:
+            options = {"standardize": False} | json.loads(text)  # none had it before the field was there
+            try:
+                architecture = Architecture.of(options.pop("x_shape"), **options)
+            except ValueError as error:
+                raise TypeError(str(error)) from error
+            for name in architecture.foreign:
+                if name not in trust:
+                    raise ValueError(
+                        f"{path} was built with {name}, code outside pyro_vae that loading would run. If you trust it, "
+                        f"say so: VAE.load(path, trust=[{name!r}]), or --trust {name} on the command line."
+                    )
+            maker = cls._maker(architecture.model, path)
+            with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no random numbers
+                vae = maker.of(architecture)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} holds an architecture that cannot be read ({error!r}), wanted what vae.save writes, got: "
+                f"{text[:200]}"
+            ) from error
+        vae.to(_dtype(path))
+        vae.load_weights(path)
+        return vae.eval()
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self:
+        """The pair of an architecture, with new weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def _maker(cls, model: str, path: str | os.PathLike[str]) -> type[Self]:
+        """The class that a file's pair is made by: this one, or the one of that name if this one is more general."""
+        kind = kinds.find(model)
+        if issubclass(cls, kind):
+            return cls
+        if issubclass(kind, cls):
+            return kind
+        raise ValueError(
+            f"{path} holds a {model} model, wanted one that {cls.__name__}.load makes. Take "
+            f"{kind.__name__}.load(path), or pv.open(run).pair of a run folder."
+        )
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """Read weights into this pair.
+
+        Raises:
+            ValueError: No such file, a corrupt one, or tensors that do not fit; the weights are then as they were.
+        """
+        _metadata(path)
+        before = {name: value.clone() for name, value in self.state_dict().items()}
+        try:
+            load_model(_Plain(self), str(path))  # type: ignore[arg-type]
+        except (RuntimeError, SafetensorError) as error:
+            self.load_state_dict(before)
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise ValueError(f"the weights in {path} do not fit this VAE: {' '.join(lines[1:2] or lines)}") from error
+
 
 class VAE(Answers):
     """A model p(z) p(x | z) and a guide q(z | x), with what people expect of the pair.
@@ -134,7 +224,17 @@ class VAE(Answers):
         Raises:
             ValueError: An unknown option, or a value that it cannot have.
         """
-        architecture = Architecture.of(x_shape, **options)
+        return cls.of(Architecture.of(x_shape, **options))
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self:
+        """The VAE of an architecture, with new weights.
+
+        Raises:
+            ValueError: An architecture of another pair, or parts that do not fit together.
+        """
+        if architecture.model != "vae":
+            raise ValueError(f"got model={architecture.model!r}, wanted 'vae'. Architecture.build makes the others.")
         return cls(*architecture.pair(), architecture)
 
     def posterior(self, x: Any, mask: Any = None) -> TorchDistribution:
@@ -236,75 +336,6 @@ class VAE(Answers):
             )
         a, b = (self.encode(x).unsqueeze(1) for x in (start, end))
         return a, b
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights (and architecture, where known) to a safetensors file, atomically.
-
-        Raises:
-            ValueError: There is no such folder.
-            OSError: Nothing can be written there; an older file is then as it was.
-        """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}. Make it first.")
-        metadata = {_METADATA: json.dumps(asdict(self.architecture))} if self.architecture else {}
-        replace_file(path, lambda partial: save_model(_Plain(self), str(partial), metadata=metadata))  # type: ignore[arg-type]
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> VAE:
-        """Rebuild a VAE that `save` wrote. Reads tensors and JSON, and runs no code but this package's.
-
-        Args:
-            path: The file.
-            trust: Parts of your own, ``module:Class``, that may be imported.
-        Raises:
-            ValueError: No such file, not a safetensors file, weights without an
-                architecture (those of your own pair: build the VAE, then `load_weights`),
-                with one that this version cannot read, or with a part that is not trusted.
-        """
-        text = _metadata(path).get(_METADATA)
-        if text is None:
-            raise ValueError(
-                f"{path} holds weights without an architecture. Build the VAE from your own parts, then call "
-                "vae.load_weights(path)."
-            )
-        try:
-            options = {"standardize": False} | json.loads(text)  # none had it before the field was there
-            try:
-                architecture = Architecture.of(options.pop("x_shape"), **options)
-            except ValueError as error:
-                raise TypeError(str(error)) from error
-            for name in architecture.foreign:
-                if name not in trust:
-                    raise ValueError(
-                        f"{path} was built with {name}, code outside pyro_vae that loading would run. If you trust it, "
-                        f"say so: VAE.load(path, trust=[{name!r}]), or --trust {name} on the command line."
-                    )
-            with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no random numbers
-                vae = cls(*architecture.pair(), architecture)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} holds an architecture that cannot be read ({error!r}), wanted what vae.save writes, got: "
-                f"{text[:200]}"
-            ) from error
-        vae.to(_dtype(path))
-        vae.load_weights(path)
-        return vae.eval()
-
-    def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Read weights into this VAE.
-
-        Raises:
-            ValueError: No such file, a corrupt one, or tensors that do not fit; the weights are then as they were.
-        """
-        _metadata(path)
-        before = {name: value.clone() for name, value in self.state_dict().items()}
-        try:
-            load_model(_Plain(self), str(path))  # type: ignore[arg-type]
-        except (RuntimeError, SafetensorError) as error:
-            self.load_state_dict(before)
-            lines = [line.strip() for line in str(error).splitlines()]
-            raise ValueError(f"the weights in {path} do not fit this VAE: {' '.join(lines[1:2] or lines)}") from error
 
 
 def pixels_of(given_z: TorchDistribution, pixels: str) -> Tensor:

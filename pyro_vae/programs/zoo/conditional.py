@@ -10,7 +10,7 @@ and so does whatever takes the pair: fit(pair.model, pair.guide, (x, y)).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pyro
 import torch
@@ -24,6 +24,7 @@ from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
 from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo import assembly
@@ -197,6 +198,18 @@ class Conditional(assembly.Pair):
         prior = DiagonalNormal(MLP(y_dim, (), None), latent_dim) if conditional_prior else StandardNormal(latent_dim)
         joined = Joined(names.made("posterior", posterior, encoder, latent_dim), event_dim=len(x_shape))
         return cls(prior, Joined(decoder), joined, conditional_prior, y_dim)
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self:
+        """The pair of an architecture, with new weights: y are the classes 0, ..., num_classes - 1."""
+        classes, dims = architecture.option("num_classes"), architecture.latent_dim
+        conditional_prior = bool(architecture.model_options.get("conditional_prior", False))
+        prior = DiagonalNormal(MLP(classes, (), None), dims) if conditional_prior else StandardNormal(dims)
+        likelihood = Joined(architecture.a_likelihood(classes))
+        posterior = Joined(architecture.a_posterior(classes), event_dim=len(architecture.x_shape))
+        pair = cls(prior, likelihood, posterior, conditional_prior, classes)
+        pair.architecture = architecture
+        return pair
 
     def posterior(self, x: Any, *y: Any) -> TorchDistribution:
         """q(z | x, y), batch_shape (B,)."""

@@ -16,7 +16,9 @@ exact posterior has the guide's form: z_2 and x are independent given z_1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Self
 
 import pyro
 import torch
@@ -30,6 +32,7 @@ from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
 from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood
@@ -155,6 +158,22 @@ class Hierarchical(Pair):
         ]
         decoder = pixel_likelihood(likelihood, latent_dims[0], hidden[0][::-1], x_shape, activation)
         return cls(StandardNormal(latent_dims[-1]), down, decoder, up)
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self:
+        """The pair of an architecture, with new weights: latent_dim is that of the level next to the data, and the
+        networks of each level are half as wide as those of the level below."""
+        levels = [
+            replace(architecture, x_shape=(below,), latent_dim=dim, model="vae", model_options={},
+                    hidden=tuple(max(1, width >> level) for width in architecture.hidden))
+            for level, (below, dim) in enumerate(pairwise(architecture.option("latent_dims")), start=1)
+        ]  # fmt: skip
+        up = [architecture.a_posterior(), *(level.a_posterior() for level in levels)]
+        down = [DiagonalNormal(level.decoder_features(), level.x_shape[0]) for level in levels]
+        prior = StandardNormal(levels[-1].latent_dim)
+        pair = cls(prior, down, architecture.a_likelihood(), up)
+        pair.architecture = architecture
+        return pair
 
     @property
     def num_layers(self) -> int:

@@ -16,7 +16,7 @@ and estimate that stands on it, work with, since they draw each latent that a mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pyro
 import pyro.distributions as dist
@@ -30,6 +30,7 @@ from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
+from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Guide, Model, Named, observe
 from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood
@@ -159,6 +160,15 @@ class Mixture(Pair):
         encoder = MLP(x_shape, hidden, None, activation)
         clusters = Clusters(num_clusters, latent_dim)
         return cls(num_clusters, clusters, decoder, names.made("posterior", posterior, encoder, latent_dim))
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self:
+        """The pair of an architecture, with new weights and Gaussian clusters."""
+        count = architecture.option("num_components")
+        clusters = Clusters(count, architecture.latent_dim)
+        pair = cls(count, clusters, architecture.a_likelihood(), architecture.a_posterior())
+        pair.architecture = architecture
+        return pair
 
     @property
     def marginal(self) -> Model:

@@ -23,7 +23,7 @@ and not reparameterised: `particles` and log p(x) estimates are right as they st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pyro
 import pyro.distributions as dist
@@ -38,6 +38,7 @@ from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
 from pyro_vae.programs.vae import pixels_of
 from pyro_vae.programs.zoo.assembly import (
@@ -217,6 +218,22 @@ class SemiSupervised(Pair):
             Joined(names.made("posterior", posterior, encoder, latent_dim), len(x_shape), num_classes),
             alpha,
         )
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self:
+        """The pair of an architecture, with new weights; the classifier has an encoder of its own."""
+        classes = architecture.option("num_classes")
+        features: Any = architecture.encoder()
+        pair = cls(
+            Labels(classes),
+            StandardNormal(architecture.latent_dim),
+            Joined(architecture.a_likelihood(classes), num_classes=classes),
+            Classifier(nn.Sequential(features, nn.Linear(features.out_features, classes))),
+            Joined(architecture.a_posterior(classes), len(architecture.x_shape), classes),
+            float(architecture.model_options.get("alpha", 1.0)),
+        )
+        pair.architecture = architecture
+        return pair
 
     @torch.no_grad()
     @checked

@@ -1,0 +1,91 @@
+"""The pairs that an architecture can be of, by name: the plain VAE, and those of the zoo.
+
+One table says which class a name stands for and which options it has of its own. It imports nothing heavy, so that a
+command line can show it, and a file that names a pair gets a class of this package or a refusal, never other code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pyro_vae.words import did_you_mean, one_of
+
+KINDS: dict[str, str] = {
+    "vae": "vae:VAE",
+    "conditional": "zoo.conditional:Conditional",
+    "semi-supervised": "zoo.semi_supervised:SemiSupervised",
+    "mixture": "zoo.mixture:Mixture",
+    "hierarchical": "zoo.hierarchical:Hierarchical",
+}
+# Their own options, and what kind of value each has.
+OPTIONS: dict[str, dict[str, str]] = {
+    "vae": {},
+    "conditional": {"num_classes": "count", "conditional_prior": "switch"},
+    "semi-supervised": {"num_classes": "count", "num_labelled": "count", "alpha": "weight"},
+    "mixture": {"num_components": "count"},
+    "hierarchical": {"latent_dims": "dimensions"},
+}
+_WANTED = {
+    "count": "a whole number >= 1",
+    "switch": "true or false",
+    "weight": "a number >= 0",
+    "dimensions": "two or more whole numbers >= 1, the level next to the data first, such as latent_dims=[20,10]",
+}
+
+
+def check(model: str, options: Mapping[str, Any], where: str = "model_options") -> str:
+    """A pair's name as the table spells it, once its options are what they can be.
+
+    Args:
+        model: The name, in whatever spelling.
+        options: Its own options.
+        where: What they are called, for the message.
+    Raises:
+        ValueError: An unknown name or option, or a value that it cannot have.
+    Example:
+        >>> check("Semi_Supervised", {"num_labelled": 100})
+        'semi-supervised'
+        >>> check("mixture", {"num_clusters": 10})
+        Traceback (most recent call last):
+        ...
+        ValueError: got model_options num_clusters for the model mixture, which has num_components.
+    """
+    model = one_of("model", model, KINDS)
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where} must be a dict of options, got {options!r}.")
+    known = OPTIONS[model]
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(
+                f"got {where} {name} for the model {model}, which has {', '.join(known) or 'none'}."
+                + did_you_mean(name, list(known))
+            )
+        if not _is(known[name], value):
+            raise ValueError(f"got {where} {name}={value!r}, wanted {_WANTED[known[name]]}.")
+    return model
+
+
+def _is(kind: str, value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kind == "count":
+        return whole and value >= 1
+    if kind == "switch":
+        return isinstance(value, bool)
+    if kind == "weight":
+        return (whole or isinstance(value, float)) and 0 <= value < float("inf")
+    return isinstance(value, list | tuple) and len(value) >= 2 and all(_is("count", each) for each in value)
+
+
+def find(model: str) -> Any:
+    """The class of a pair by its name.
+
+    Raises:
+        ValueError: An unknown name.
+    Example:
+        >>> find("mixture").__name__
+        'Mixture'
+    """
+    module, _, name = KINDS[one_of("model", model, KINDS)].partition(":")
+    return getattr(importlib.import_module(f"pyro_vae.programs.{module}"), name)
