@@ -32,7 +32,7 @@ from pyro_vae.app import evaluation
 from pyro_vae.app.cli import main as pyro_vae
 from pyro_vae.app.commands import _data, _refined, judge_run, options_of
 from pyro_vae.app.runs import Run
-from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 
 RESULTS = Path(__file__).parent / "results" / "verdicts"
 NUM_SAMPLES, NUM_TEST = 1000, 300
@@ -108,8 +108,12 @@ def one(case: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if kept:
         result["advice"], result["remedy"] = kept[0].command, kept[0].remedy
-        after = followed(kept[0].command, kept[0].remedy, folder, evaluated)
-        gain = after.pointwise - before.pointwise
+        if kept[0].remedy == "refine":  # of which log p(x) is the same, and the ELBO what is to gain
+            after, gain = before, held_out_elbo(folder, kept[0].command) - held_out_elbo(folder)
+            result["of"] = "ELBO"
+        else:
+            after = followed(kept[0].command, kept[0].remedy, folder, evaluated)
+            gain = after.pointwise - before.pointwise
         result |= {"after": after.value, "gain": gain.mean().item(), "after_khat_ok": after.khat_ok,
                    "gain_stderr": gain.std().item() / math.sqrt(len(gain))}  # fmt: skip
     return result | {"num_test": len(before.pointwise), "num_samples": NUM_SAMPLES,
@@ -124,8 +128,6 @@ def followed(command: str, remedy: str, folder: Path, evaluated: list[str]) -> A
         if not other.exists():
             typed([name, *arguments, *evaluated, "--out", str(other)])
         return held_out(other)
-    if remedy == "refine":
-        return held_out(folder, refine=arguments[arguments.index("--refine") + 1])
     return held_out(folder, int(arguments[arguments.index("-K") + 1]))
 
 
@@ -134,15 +136,30 @@ def judged(folder: Path, budget: float, num_data: int) -> Any:
         return judge_run(folder, num_data=num_data, budget=budget, num_samples=NUM_SAMPLES)
 
 
-def held_out(folder: Path, num_samples: int = NUM_SAMPLES, refine: str | None = None) -> Any:
+def held_out(folder: Path, num_samples: int = NUM_SAMPLES) -> Any:
     """log p(x) of a run's first test data, the same noise in all runs."""
+    vae, test = opened(folder)
+    return log_likelihood(vae.model, vae.guide, test, num_samples=num_samples, seed=0, progress=False)
+
+
+def held_out_elbo(folder: Path, command: str | None = None) -> torch.Tensor:
+    """The ELBO of the same data, per datum, with the guide refined as a command says."""
+    vae, test = opened(folder)
+    guide: Any = vae.guide
+    with contextlib.ExitStack() as stack:
+        if command is not None:
+            arguments = shlex.split(command)
+            guide = _refined(arguments[arguments.index("--refine") + 1], vae, folder)
+            stack.enter_context(guide.kept())
+        return elbo_terms(vae.model, guide, test, num_samples=100, seed=0, progress=False).pointwise
+
+
+def opened(folder: Path) -> tuple[Any, Any]:
+    """The pair of a run, and its first test data."""
     run = Run.load(folder)
     vae = run.vae()
     _, dataset = _data(options_of(run), vae, None, None)
-    test = evaluation.test_data(dataset, 0, NUM_TEST)
-    guide: Any = vae.guide if refine is None else _refined(refine, vae, folder)
-    with contextlib.nullcontext() if refine is None else guide.kept():
-        return log_likelihood(vae.model, guide, test, num_samples=num_samples, seed=0, progress=False)
+    return vae, evaluation.test_data(dataset, 0, NUM_TEST)
 
 
 def typed(arguments: list[str]) -> None:
@@ -192,7 +209,7 @@ def line(found: dict[str, Any]) -> str:
         came = ""
     advice = found["advice"].split("config.json")[-1].strip()
     blamed = ", ".join(found["culprits"]) or "-"
-    gain = f"{found['gain']:+.2f} ± {error:.2f}"
+    gain = f"{found['gain']:+.2f} ± {error:.2f}" + (f" ({found['of']})" if "of" in found else "")
     return f"| {found['case']} | {found['seed']} | {found['log_p']:.2f} | {blamed} | `{advice}` | {gain} | {came} |"
 
 
@@ -200,7 +217,7 @@ def table(results: Path) -> str:
     """Markdown of all that is there."""
     rows = [json.loads(path.read_text()) for path in results.glob("*.json")]
     rows.sort(key=lambda row: (list(CASES).index(row["case"]), row["seed"]))
-    head = ["| case | seed | log p(x) | at fault | first advice | gain, nats | |", "|---|---|---|---|---|---|---|"]
+    head = ["| case | seed | log p(x) | at fault | first advice | gain in log p(x), nats | |", "|---|---|---|---|---|---|---|"]
     return "\n".join([*head, *map(line, rows)])
 
 

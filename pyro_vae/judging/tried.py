@@ -79,6 +79,8 @@ def remedies(stages: Stages) -> Iterator[Finding]:
         if idle:
             text = f"No gain above twice its error and {RELEVANT} nats, so not advised: {listed(idle, 6)}"
             yield Finding("advice", f"{text} ({_where(remedy)}).")
+        if helped and all(finding.remedy == "refine" for finding in helped) and not over:
+            yield Finding("advice", "The model is not worth changing, its log p(x) stays what it is: leave it.")
         if not helped and not over:
             yield Finding("advice", "The pair is not worth changing for its gap: leave it as it is.")
     elif remedy.late or (remedy.status == "not possible" and remedy.reason):
