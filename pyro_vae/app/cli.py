@@ -125,7 +125,7 @@ def commands(context: click.Context) -> None:
 
 @commands.command(cls=GroupedCommand, epilog=configuration.epilog())
 @configuration.FIT
-def fit(config: Path | None, **given: Any) -> int:
+def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
     """Fit a VAE to images, judge it on test data, and write a run folder.
 
     The folder holds config.json, summary.json, metrics.jsonl, weights.safetensors,
@@ -138,14 +138,16 @@ def fit(config: Path | None, **given: Any) -> int:
       pyro-vae fit --data mnist --data-dir ~/mnist --out runs/mnist
       pyro-vae fit --data photos/ --image-size 32 --latent-dim 64
       pyro-vae fit --config runs/mnist --seed 1
+      pyro-vae fit --from runs/mnist --epochs 50
     """
+    from pyro_vae.app import starting
     from pyro_vae.app.runs import check_place, default_path, is_unfinished
 
     options_given = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
     values = (read_config(config) if config is not None else {}) | options_given
     out, quiet = values.pop("out", None), values.pop("quiet", False)
     checkpoint = values.pop("checkpoint", None)
-    options = resolve(values)
+    options = resolve(starting.merged(values) if values.get("from_run") else values)
     asked = options.to_json()
     path = Path(out).expanduser() if out is not None else default_path(options.data, asked)
     check_place(path, asked)
@@ -157,7 +159,7 @@ def fit(config: Path | None, **given: Any) -> int:
     from pyro_vae.app.run_page import files
 
     saved = None if checkpoint is None else Path(checkpoint).expanduser()
-    summary = fit_run(options, path, checkpoint=saved, progress=False if quiet else None, say=_say(quiet))
+    summary = fit_run(options, path, checkpoint=saved, progress=False if quiet else None, say=_say(quiet), trust=trust)
     if not quiet:
         show(summary, path)
         show_lines(files(path, summary))

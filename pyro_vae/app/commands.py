@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pyro_vae import plots
 from pyro_vae.app import evaluation, report
-from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
 from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.remarks import of_image
-from pyro_vae.app.runs import CONFIG, FIGURES, METRICS, Run, is_unfinished, write_json
+from pyro_vae.app.runs import FIGURES, METRICS, Run, is_unfinished, write_json
+from pyro_vae.app.starting import options_of as options_of
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
@@ -44,15 +44,6 @@ _UNITS = {
     "ratio": "-log p(x) - compressed size",
     "regret": "ELBO(best q) - ELBO(q)",
 }
-
-
-def options_of(run: Run) -> FitOptions:
-    """The configuration of a run; a ValueError where config.json holds a value that it cannot have."""
-    where = run.path / CONFIG
-    try:
-        return resolve({name: convert(name, value, name) for name, value in run.config.items()})
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{where} is damaged: {error}") from error
 
 
 def _opened(

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pyro_vae.app.runs import (
     write_json,
     write_lines,
 )
+from pyro_vae.app.starting import Origin, base, compared, options_of
 from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.data.splits import Binarization
 from pyro_vae.inference.batches import seeded
@@ -65,6 +66,7 @@ def fit_run(
     checkpoint: Path | None = None,
     progress: bool | None = None,
     say: Callable[[str], None] = lambda _: None,
+    trust: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Do one run, or the rest of an unfinished one, and write its folder.
 
@@ -78,6 +80,7 @@ def fit_run(
             as often as costs next to nothing. Removed when the run is finished.
         progress: Show bars; None shows them on a terminal only.
         say: Takes a line about what is going on.
+        trust: Parts of the user's own, ``module:Class``, that the run of ``--from`` may import.
     Returns:
         The summary. With ``interrupted`` true where Ctrl-C ended the training, or the evaluation: the
             weights are then those of that moment, and nothing was evaluated.
@@ -91,7 +94,7 @@ def fit_run(
         asked = options
         options, dataset = read(options)
         _describe(options, dataset, say)
-        vae = build(options, dataset)
+        vae, origin = start(options, dataset, trust, say)
         write_json(folder / CONFIG, options.to_json())
         seen = Progress(vae, dataset, options, folder, say, going_on=going_on)
         saved = Sparing(folder / CHECKPOINT) if checkpoint is None else checkpoint
@@ -107,7 +110,7 @@ def fit_run(
         settings: dict[str, Any] = {
             "num_samples": seen.plan.num_samples, "images": seen.plan.images, "seed": options.seed,
         }  # fmt: skip
-        summary = {"interrupted": True} | summary
+        summary = {"interrupted": True} | ({} if origin is None else {"from": origin.to_json()}) | summary
         summary["protocol"] = evaluation.protocol(vae, dataset, **settings)
         summary["remarks"] = remarks(summary)
         write_json(folder / SUMMARY, summary)
@@ -274,6 +277,48 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
     elif isinstance(likelihood, Bernoulli):
         set_output_mean(likelihood.decoder, dataset.train.mean(), floor=1e-3)
     return vae.to(device)
+
+
+def start(
+    options: FitOptions, dataset: Dataset, trust: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
+) -> tuple[VAE, Origin | None]:
+    """The pair that a fit starts from: new, or a finished run's where `options` go on from one and can take it.
+
+    Raises:
+        ValueError: That run is missing, unfinished or damaged, its parts are not trusted, or its data are not these.
+    """
+    if options.from_run is None:
+        return build(options, dataset), None
+    run = base(options.from_run)
+    earlier = options_of(run)
+    origin = compared(run, earlier, options)
+    vae = None
+    if origin.weights:
+        vae = run.vae(trust)
+        assert vae.architecture is not None
+        if vae.architecture.x_shape != dataset.x_shape:
+            before, now = (" x ".join(map(str, shape)) for shape in (vae.architecture.x_shape, dataset.x_shape))
+            if all(getattr(earlier, name) == getattr(options, name) for name in ("data", "data_dir", *_READING)):
+                raise ValueError(
+                    f"{options.data} now has data of shape {now}, but {run.path}, the run of --from, was fitted to "
+                    f"{before}. Give the data that it was fitted to, or the options by --config {run.path}."
+                )
+            origin = dataclasses.replace(origin, weights=False, why=f"the data are {now}, there {before}")
+            vae = None
+        elif earlier.seed != options.seed and earlier.data == options.data:
+            _same_test(run.path, dataset, read(dataclasses.replace(earlier, data_dir=options.data_dir))[1], options)
+    say(origin.line(options))
+    return (build(options, dataset) if vae is None else vae.to(the_device(options.device))), origin
+
+
+def _same_test(path: Path, now: Dataset, then: Dataset, options: FitOptions) -> None:
+    """Raise a ValueError where another seed makes test data of what the weights were trained on."""
+    one, two = now.test.pixels, then.test.pixels
+    if one.shape != two.shape or not torch.equal(one, two):
+        raise ValueError(
+            f"got --seed {options.seed} with --from {path}: {options.data} is split by the seed, so that the weights "
+            f"would be tested on data that they were trained on. Leave --seed out, or start anew by --config {path}."
+        )
 
 
 def the_device(name: str) -> torch.device:

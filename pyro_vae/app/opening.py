@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.app import evaluation
-from pyro_vae.app.commands import options_of
 from pyro_vae.app.defaults import FitOptions, option, resolve
 from pyro_vae.app.fitting import VALIDATION_IMAGES, read
 from pyro_vae.app.runs import Run
+from pyro_vae.app.starting import options_of
 from pyro_vae.data import Dataset
 from pyro_vae.inference.training import History
 from pyro_vae.options import checked

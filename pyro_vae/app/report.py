@@ -18,6 +18,7 @@ from pyro_vae import plots
 from pyro_vae.app import evaluation
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.remarks import remarks
+from pyro_vae.app.starting import shown
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split
 from pyro_vae.evaluation import evaluating
@@ -32,6 +33,8 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
     found: list[tuple[str, str]] = []
     if summary.get("interrupted"):
         found.append(("interrupted", "the weights are those of that moment; nothing was evaluated"))
+    if summary.get("from"):
+        found.append(("from", _origin(summary["from"])))
     if "test_elbo" in summary:
         found += [
             (
@@ -73,6 +76,13 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
     if run is not None:
         found.append(("run", str(run)))
     return found
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    where = shown(origin["run"])
+    if origin["weights"]:
+        return f"{where}: its weights, {origin['epochs']} epochs old, and its options"
+    return f"{where}: its options; new weights, since {origin['why']}"
 
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.app import report
-from pyro_vae.app.defaults import FitOptions, option, resolve
+from pyro_vae.app.defaults import FitOptions, changed
 from pyro_vae.app.runs import FIGURES, REPORT
 from pyro_vae.atomic import write_file
 
@@ -77,14 +77,6 @@ def page(
     )
 
 
-def changed(options: FitOptions) -> dict[str, str]:
-    """The options that differ from the defaults of their dataset, as they are typed, with the default."""
-    usual = vars(resolve({"data": options.data}))
-    found = {name: (value, usual[name]) for name, value in vars(options).items() if value != usual[name]}
-    words = {option(name): f"{_word(value)} (default: {_word(default)})" for name, (value, default) in found.items()}
-    return ({"--data": options.data} if options.data != FitOptions().data else {}) | words
-
-
 def next_commands(run: Path, summary: Mapping[str, Any]) -> list[str]:
     """Three commands that go on from a run."""
     where = shlex.quote(str(run))
@@ -101,11 +93,3 @@ def files(run: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("report", str(run / REPORT)))
     commands = next_commands(run, summary)
     return [*pairs, *(("next" if not i else "", command) for i, command in enumerate(commands))]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ",".join(f"{key}={item}" for key, item in value.items()) or "none"
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
