@@ -33,7 +33,7 @@ from pyro_vae.app.runs import (
     write_json,
     write_lines,
 )
-from pyro_vae.app.starting import Origin, base, compared, options_of
+from pyro_vae.app.starting import Origin, base, compared, options_of, shown
 from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.data.splits import Binarization
 from pyro_vae.inference.batches import seeded
@@ -300,8 +300,8 @@ def start(
             before, now = (" x ".join(map(str, shape)) for shape in (vae.architecture.x_shape, dataset.x_shape))
             if all(getattr(earlier, name) == getattr(options, name) for name in ("data", "data_dir", *_READING)):
                 raise ValueError(
-                    f"{options.data} now has data of shape {now}, but {run.path}, the run of --from, was fitted to "
-                    f"{before}. Give the data that it was fitted to, or the options by --config {run.path}."
+                    f"{options.data} now has data of shape {now}, but {shown(run.path)}, the run of --from, was fitted "
+                    f"to {before}. Give the data that it was fitted to, or the options by --config {shown(run.path)}."
                 )
             origin = dataclasses.replace(origin, weights=False, why=f"the data are {now}, there {before}")
             vae = None
@@ -316,8 +316,8 @@ def _same_test(path: Path, now: Dataset, then: Dataset, options: FitOptions) -> 
     one, two = now.test.pixels, then.test.pixels
     if one.shape != two.shape or not torch.equal(one, two):
         raise ValueError(
-            f"got --seed {options.seed} with --from {path}: {options.data} is split by the seed, so that the weights "
-            f"would be tested on data that they were trained on. Leave --seed out, or start anew by --config {path}."
+            f"got --seed {options.seed} with --from {shown(path)}: {options.data} is split by the seed, so that the weights "
+            f"would be tested on data that they were trained on. Leave --seed out, or start anew by --config {shown(path)}."
         )
 
 
