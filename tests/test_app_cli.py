@@ -253,7 +253,7 @@ def test_nothing_but_the_summary_where_there_is_no_terminal(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert "\r" not in done.stdout + done.stderr
     assert "\x1b" not in done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 2
+    assert len(done.stderr.strip().splitlines()) == 3 and done.stderr.splitlines()[-1].startswith("next: pyro-vae judge")
     assert done.stdout.startswith("test ELBO")
 
 

@@ -140,7 +140,7 @@ def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
       pyro-vae fit --config runs/mnist --seed 1
       pyro-vae fit --from runs/mnist --epochs 50
     """
-    from pyro_vae.app import starting
+    from pyro_vae.app import following, starting
     from pyro_vae.app.runs import check_place, default_path, is_unfinished
 
     options_given = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
@@ -169,6 +169,8 @@ def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
             err=True,
         )
         return 130
+    if not quiet:
+        following.say(following.after("fit", path, summary))
     return 0
 
 
@@ -329,6 +331,23 @@ def export(**options: Any) -> None:
     from pyro_vae.app.exporting import export_run
 
     export_run(**options)
+
+
+@commands.command()
+@click.argument("folders", nargs=-1, metavar="[FOLDER ...]", type=_PATH)
+@click.option("--sort", type=_word("time", "log-p", "elbo", "name", "data", "epochs", "seconds"), default="time",
+              help="time: the latest first; numbers: the largest first; what has none comes last. "
+              "[default: time]")  # fmt: skip
+@click.option("--data", "only", metavar="NAME|PATH", help="Only runs on these data.")
+@_json
+def runs(**options: Any) -> None:
+    """List the runs in folders, at any depth, with their numbers. [default: runs]
+
+    A damaged run is a row with the reason. Nothing but JSON is read.
+    """
+    from pyro_vae.app.listing import list_runs
+
+    list_runs(**options)
 
 
 @commands.command()

@@ -283,10 +283,10 @@ FIT = _options(
     _option("Run", "--config", "FILE|RUN", "Read options from YAML or JSON, or from a run folder; the command line "
             "wins.", click.Path(path_type=Path)),
     click.option("--from", "from_run", cls=GroupedOption, group="Run", metavar="RUN", type=str,
-                 help="Go on from a finished run: its options, but for what is typed here. Its weights too where the "
-                 "networks and the shape of the data stay the same; then --epochs are so many more, with the seed's data "
-                 "order and noise, the learning rate's schedule and Adam's moments from their start, and without its "
-                 "KL warm-up. Else new weights; a line says which of the two. [default of --epochs: as many as RUN had]"),
+                 help="Go on from a finished run: its options, but for what is typed here. Its weights too where "
+                 "networks and shape of the data stay the same: then --epochs are so many more, without a KL warm-up, "
+                 "with the data order and noise of the seed, the learning rate's schedule and Adam's moments from the "
+                 "start. Else new weights; a line says which of the two. [default of --epochs: as many as RUN had]"),
     click.option("--trust", cls=GroupedOption, group="Run", metavar="MODULE:CLASS", multiple=True,
                  help="Import this part of the run of --from, code of your own."),
     click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),

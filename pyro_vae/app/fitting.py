@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -96,7 +97,8 @@ def fit_run(
         _describe(options, dataset, say)
         vae, origin = start(options, dataset, trust, say)
         write_json(folder / CONFIG, options.to_json())
-        seen = Progress(vae, dataset, options, folder, say, going_on=going_on)
+        in_lines = progress is not True and not sys.stderr.isatty()
+        seen = Progress(vae, dataset, options, folder, say, going_on=going_on, in_lines=in_lines)
         saved = Sparing(folder / CHECKPOINT) if checkpoint is None else checkpoint
         started = time.perf_counter()
         history = _fit(vae, dataset, options, saved, seen, progress)
@@ -316,8 +318,9 @@ def _same_test(path: Path, now: Dataset, then: Dataset, options: FitOptions) -> 
     one, two = now.test.pixels, then.test.pixels
     if one.shape != two.shape or not torch.equal(one, two):
         raise ValueError(
-            f"got --seed {options.seed} with --from {shown(path)}: {options.data} is split by the seed, so that the weights "
-            f"would be tested on data that they were trained on. Leave --seed out, or start anew by --config {shown(path)}."
+            f"got --seed {options.seed} with --from {shown(path)}: {options.data} is split by the seed, so that the "
+            "weights would be tested on data that they were trained on. Leave --seed out, or start anew by --config "
+            f"{shown(path)}."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shlex
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from pyro_vae.app import report
 from pyro_vae.app.defaults import FitOptions, changed
+from pyro_vae.app.following import next_commands
 from pyro_vae.app.runs import FIGURES, REPORT
 from pyro_vae.atomic import write_file
 
@@ -77,19 +77,11 @@ def page(
     )
 
 
-def next_commands(run: Path, summary: Mapping[str, Any]) -> list[str]:
-    """Three commands that go on from a run."""
-    where = shlex.quote(str(run))
-    if "test_elbo" not in summary:  # a plain autoencoder, or a run that is not evaluated yet
-        return [f"pyro-vae {name} {where}" for name in ("draw", "sample", "anomalies")]
-    return [f"pyro-vae judge {where}", f"pyro-vae sample {where} -n 100", f"pyro-vae evaluate {where} --full"]
-
-
 def files(run: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What lies in a run to look at, and what to do next, as (what, text) pairs."""
+    """What lies in a run to look at, and what else can be done with it, as (what, text) pairs."""
     names = [name for name in PICTURES if (run / FIGURES / name).is_file()]
     pairs = [("pictures", str(run / FIGURES / name)) if not i else ("", name) for i, name in enumerate(names)]
     if (run / REPORT).is_file():
         pairs.append(("report", str(run / REPORT)))
-    commands = next_commands(run, summary)
-    return [*pairs, *(("next" if not i else "", command) for i, command in enumerate(commands))]
+    others = next_commands(run, summary)[1:]  # the first of them is the line at the end: see `following`
+    return [*pairs, *(("also" if not i else "", command) for i, command in enumerate(others))]
