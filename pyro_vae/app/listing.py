@@ -14,15 +14,16 @@ import click
 
 from pyro_vae.app import following
 from pyro_vae.app.configuration import convert
-from pyro_vae.app.defaults import FitOptions, changed, resolve
+from pyro_vae.app.defaults import DATASETS, OTHER, field_of, in_words, option
 from pyro_vae.app.runs import CONFIG, METRICS, SUMMARY, UNFINISHED, WEIGHTS, Run, is_unfinished
 from pyro_vae.app.starting import shown
 
 # What a run can be sorted by, and whether the largest comes first.
 ORDERS = {"time": True, "log-p": True, "elbo": True, "name": False, "data": False, "epochs": True, "seconds": True}
-# Options that say how a run was computed, not what it is.
+# Options that stand in columns of their own, or say how a run was computed, not what it is.
 _NOT_TOLD = ("data", "data_dir", "epochs", "device", "threads", "compile", "from_run", "evaluation_samples",
-             "evaluation_images", "full", "seed")  # fmt: skip
+             "evaluation_images", "full")  # fmt: skip
+_SETTLED = ("likelihood", "binarization", "dequantize", "standardize")  # by the data, for every run on them
 _OWN = "--"
 
 
@@ -93,24 +94,29 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
-    options = resolve({name: convert(name, value, name) for name, value in config.items()})
+    for name in ("data", "epochs"):
+        if config.get(name) is None:
+            raise ValueError(f"{CONFIG} has no {name}")
+    options = {field_of(name): convert(name, value, f"{CONFIG}: {name}") for name, value in config.items()}
+    origin = options.get("from_run")
     return {
-        "data": options.data, "of": options.epochs, "options": _told(options),
-        "from": None if options.from_run is None else shown(options.from_run),
+        "data": options["data"], "of": options["epochs"], "options": _told(options),
+        "from": None if origin is None else shown(origin),
     }  # fmt: skip
 
 
-def _told(options: FitOptions) -> dict[str, str]:
-    """What tells a run from the others of its data: options that are not the defaults, as they are typed."""
-    settled = resolve({"data": options.data})
-    given = dict(vars(options))
-    for name in ("likelihood", "binarization", "dequantize", "standardize", "likelihood_options"):
-        if getattr(settled, name) is None or name == "likelihood_options" and "levels" in given[name]:
-            given[name] = getattr(settled, name)  # the data settled it, for every run on them
-    hidden = {f"--{name.replace('_', '-')}" for name in (*_NOT_TOLD, "seed")} | {"--from"}
-    words = {key: value.partition(" (default: ")[0] for key, value in changed(FitOptions(**given)).items()}
-    found = {key[2:]: value for key, value in words.items() if key not in hidden}
-    return found | ({"seed": str(options.seed)} if options.seed else {})
+def _told(options: Mapping[str, Any]) -> dict[str, str]:
+    """What tells a run from the others of its data: options that are not the defaults, as they are typed.
+
+    `resolve` would bring torch with the parts that it looks at: the table of the dataset is enough to compare with.
+    """
+    usual = vars(DATASETS.get(options["data"], OTHER))
+    found = {}
+    for name, value in options.items():
+        settled = name in _SETTLED and usual[name] is None or name == "likelihood_options" and "levels" in value
+        if name not in _NOT_TOLD and not settled and value != usual[name]:
+            found[option(name)[2:]] = in_words(value)
+    return found
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,15 +161,18 @@ def _show(records: Sequence[Mapping[str, Any]], sort: str) -> None:
         notes += [f"from {record['from']}"] if record["from"] else []
         if record["state"] == "unfinished":
             notes.insert(0, "unfinished")
+        if record["elbo"] is None and record["reconstruction"] is not None:
+            notes.insert(0, f"reconstruction {record['reconstruction']:.2f}")
         if record["state"] == "damaged":
-            notes = [f"damaged: {record['why']}"]
+            why = record["why"].removeprefix(f"{record['run']} ").partition(", wanted")[0]
+            notes = [f"damaged: {why.replace(record['run'] + os.sep, '')}"]
         table.add_row(
-            Text(shown(record["run"])), Text(_data_name(record["data"])), Text(", ".join(notes) or _OWN),
+            Text(shown(record["run"])), Text(_data_name(record["data"])), Text(", ".join(notes) or "the defaults"),
             _epochs(record), _log_p(record), _value(record["elbo"]), _seconds(record["seconds"]),
         )  # fmt: skip
     console.print(table)
-    words = {"time": "the latest", "name": "by name", "data": "by data"}.get(sort, f"the largest {sort}")
-    text = f"{len(records)} run{'s' if len(records) > 1 else ''}, {words}{' first' if sort not in ('name', 'data') else ''}"
+    order = "the latest first" if sort == "time" else f"the largest {sort} first" if ORDERS[sort] else f"by {sort}"
+    text = f"{len(records)} run{'s' if len(records) > 1 else ''}, {order}"
     if len({record["data"] for record in records if record["data"]}) > 1:
         text += "; numbers on different data, or of different protocols, do not compare"
     console.print(text, soft_wrap=True)
