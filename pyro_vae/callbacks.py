@@ -68,8 +68,8 @@ def wandb(run: Any = None, prefix: str = "", **options: Any) -> Callback:
     active = package.run if run is None else run
     if active is not None and options:
         raise ValueError(
-            f"got a run and the options {', '.join(options)} of a new one. Leave out one of them, or end the active run "
-            "by wandb.finish()."
+            f"got a run and the options {', '.join(options)} of a new one. Leave out one of them, or end the active "
+            "run by wandb.finish()."
         )
     target = package.init(**options) if active is None else active
 
@@ -89,6 +89,6 @@ def _imported(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"the callback {extra} needs the package {extra}, which cannot be imported here ({error}). Run: pip install "
-            f"'pyro-vae[{extra}]', or pip install {extra}."
+            f"the callback {extra} needs the package {extra}, which cannot be imported here ({error}). Run: pip "
+            f"install 'pyro-vae[{extra}]', or pip install {extra}."
         ) from error

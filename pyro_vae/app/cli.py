@@ -96,7 +96,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class _Commands(click.Group):
-    """Commands of which a typo gets a hint."""
+    """Commands of which a typo gets a hint, listed in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -123,7 +126,8 @@ def commands(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@commands.command(cls=GroupedCommand, epilog=configuration.epilog())
+@commands.command(cls=GroupedCommand, short_help="Fit a VAE, judge it on test data, write a run folder.",
+                  epilog=configuration.epilog())
 @configuration.FIT
 def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
     """Fit a VAE to images, judge it on test data, and write a run folder.
@@ -188,7 +192,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[default: the run's own]")
 
 
-@commands.command()
+@commands.command(short_help="Judge a run again: other samples, images or seed.")
 @_run
 @_trust
 @click.option("--evaluation-samples", "-K", metavar="K", type=click.IntRange(2), help="[default: the run's own]")
@@ -209,7 +213,7 @@ def evaluate(**options: Any) -> None:
     evaluate_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Draw a run's pictures and report.html again.")
 @_run
 @_trust
 @_data_dir
@@ -220,7 +224,7 @@ def draw(**options: Any) -> None:
     draw_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Say whose fault a run's gap is, and what to try next.")
 @_run
 @_trust
 @click.option("--num-data", metavar="N", type=click.IntRange(2), default=100, help="Test data looked at, at most. "
@@ -262,7 +266,7 @@ def sample(**options: Any) -> None:
     sample_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Reconstruct image files, and score them.")
 @_run
 @_trust
 @click.argument("images", nargs=-1, required=True, type=_PATH)
@@ -277,7 +281,7 @@ def reconstruct(**options: Any) -> None:
     reconstruct_images(**options)
 
 
-@commands.command()
+@commands.command(short_help="Rank a run's test data from strange to ordinary.")
 @_run
 @_trust
 @click.option("--score", type=_word("log-likelihood", "reconstruction", "ratio", "regret"),
@@ -300,7 +304,7 @@ def anomalies(**options: Any) -> None:
     rank_anomalies(**options)
 
 
-@commands.command()
+@commands.command(short_help="Write mean and scale of q(z | x) for data.")
 @_run
 @click.argument("data", metavar="DATA")
 @_trust
@@ -319,7 +323,7 @@ def encode(**options: Any) -> None:
     encode_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Write encoder and decoder as .pt2 of torch.export.")
 @_run
 @_trust
 @click.option("--out", metavar="DIR", type=_PATH, help="[default: RUN/export]")
@@ -333,7 +337,7 @@ def export(**options: Any) -> None:
     export_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="List runs with their numbers.")
 @click.argument("folders", nargs=-1, metavar="[FOLDER ...]", type=_PATH)
 @click.option("--sort", type=_word("time", "log-p", "elbo", "name", "data", "epochs", "seconds"), default="time",
               help="time: the latest first; numbers: the largest first; what has none comes last. "
@@ -350,7 +354,7 @@ def runs(**options: Any) -> None:
     list_runs(**options)
 
 
-@commands.command()
+@commands.command(short_help="Try every posterior with every bound and estimator.")
 @click.option("--posterior", "posteriors", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--bound", "bounds", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--estimator", "estimators", metavar="NAME", multiple=True, help="Only these. [default: all]")
