@@ -94,6 +94,19 @@ def test_the_time_left_is_true(here, monkeypatch):
     assert lines[-1][1] == pytest.approx(7.0, abs=1e-3), "the evaluation"
 
 
+@pytest.mark.parametrize("batch", [25, 100])
+def test_pictures_do_not_count_as_steps(batch, here, monkeypatch):
+    """They are drawn within the first ten steps, and then ever more rarely."""
+    options, dataset = read(resolve({"limit": 200, "hidden": (16,), "latent_dim": 3, "epochs": 30}))
+    vae, told = build(options, dataset), []
+    (here / "figures").mkdir()
+    monkeypatch.setattr(progress.report, "draw_progress", lambda *_: time.sleep(0.5))
+    monkeypatch.setattr(progress.report, "about", lambda seconds: told.append(seconds) or "")
+    seen = progress.Progress(vae, dataset, options, here, lambda _: None)
+    fit(vae.model, vae.guide, dataset.train, epochs=30, batch_size=batch, callback=seen, progress=False, compile=False)
+    assert told[0] < 0.25 * 0.5 / 5 * (240 if batch == 25 else 60), "or a fifth of them in every step"
+
+
 def test_the_bar_counts_what_comes_after_the_fit():
     texts = []
     for ahead in (0.0, 3600.0):

@@ -159,14 +159,13 @@ def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
         click.echo(f"going on with {path} (--out another folder to start afresh)", err=True)
 
     from pyro_vae.app.fitting import fit_run
-    from pyro_vae.app.report import show, show_lines
+    from pyro_vae.app.report import lines, show_lines
     from pyro_vae.app.run_page import files
 
     saved = None if checkpoint is None else Path(checkpoint).expanduser()
     summary = fit_run(options, path, checkpoint=saved, progress=False if quiet else None, say=_say(quiet), trust=trust)
     if not quiet:
-        show(summary, path)
-        show_lines(files(path, summary))
+        show_lines([*lines(summary, path), *files(path, summary)])
     if summary["interrupted"]:
         click.echo(
             f"{PROGRAM}: interrupted: what was trained so far is in {path}, and the same command goes on with it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from pyro_vae.app import evaluation, report
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.runs import FIGURES, METRICS, WEIGHTS, write_lines
 from pyro_vae.data import Dataset
+from pyro_vae.inference.training import EARLY
 from pyro_vae.programs.vae import VAE
 
 SHARE = 0.02  # of the time, for weights and pictures during the training
@@ -46,13 +48,17 @@ class Progress:
         self.going_on, self.in_lines = going_on, in_lines
         self._started = time.perf_counter()
         self._spent = self._cost = 0.0
+        self._drawn = -math.inf  # when the latest pictures were done
         self._resumed = 0  # epochs
         self._told = self._failed = self._long = False
         self._since: tuple[float, int | None] = (self._started, None)  # a moment, and the steps then to come
 
     def early(self, seconds: float, steps: int) -> None:
         """Say how long it will take, from the time of a step and the number of those to come."""
-        self._since = (time.perf_counter(), steps)
+        now = time.perf_counter()
+        self._since, measured = (now, steps), EARLY - EARLY // 2
+        if self._drawn > now - seconds * measured:  # the first pictures fell into these steps, and come but now and then
+            seconds -= self._cost / measured
         self._long = seconds * steps + self.ahead > LONG
         if not self._told:
             self._told = True
@@ -103,5 +109,6 @@ class Progress:
             else:
                 if not self._cost and len(self.records) < self.options.epochs:
                     self.say(f"first pictures in {self.folder / FIGURES}")
-        self._cost = time.perf_counter() - now
+        self._drawn = time.perf_counter()
+        self._cost = self._drawn - now
         self._spent += self._cost

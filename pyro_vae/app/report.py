@@ -111,7 +111,8 @@ def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None)
             console.print(f"{name:{width}}{text}", soft_wrap=True, markup=False)
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
+    narrow = width > console.width // 3  # then the words on the left are broken, rather than all that is said
+    table.add_column(style="bold", no_wrap=not narrow, max_width=console.width // 4 if narrow else None)
     table.add_column(overflow="fold")
     for name, text in pairs:
         table.add_row(name, Text(text))

@@ -48,7 +48,7 @@ from pyro_vae.turns import callback as in_callback
 from pyro_vae.words import did_you_mean
 
 _LOOK = 20  # steps between two looks at the loss
-_EARLY = 10  # steps after which it is known how long a step takes
+EARLY = 10  # steps after which it is known how long a step takes
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {left} left{postfix}"  # within 80 columns
 _SIZES = 10_000  # sizes of batches whose unit is remembered
 _WARM = 6  # steps of a kind, at most, until it is captured
@@ -589,10 +589,10 @@ class _Stepper:
                 if self.steps < len(self.batches):  # later the bar shows what the last epoch came to
                     bar.set_postfix_str(f"loss of a batch {float(value) / self.unit.whole:.2f}", refresh=False)
             self._taken += 1
-            if self._taken == _EARLY // 2:
+            if self._taken == EARLY // 2:
                 self._clock = time.perf_counter()
-            elif self._taken == _EARLY and self.early is not None:
-                self.early((time.perf_counter() - self._clock) / (_EARLY - _EARLY // 2), self.total - self.steps)
+            elif self._taken == EARLY and self.early is not None:
+                self.early((time.perf_counter() - self._clock) / (EARLY - EARLY // 2), self.total - self.steps)
             if self.steps >= self._telling and self.tenth is not None:
                 so_far = bound if isinstance(self.loss, Objective) else -summed if even and not tempered else math.nan
                 self.tenth(self.steps, self.total, None if math.isnan(so_far) else float(so_far) / count)
