@@ -48,7 +48,7 @@ LEAST = dict.fromkeys(
     ("batch_size", "epochs", "halvings", "images", "most", "num_groups", "num_neighbours", "num_samples",
      "num_directions", "num_imputations", "num_components",
      "x_shape", "hidden", "latent_dim", "latent_dims", "y_dim", "num_clusters"), 1
-) | dict.fromkeys(("seed", "pilot_seed", "pilot_steps", "max_plate_nesting", "size"), 0)  # fmt: skip
+) | dict.fromkeys(("seed", "data_seed", "pilot_seed", "pilot_steps", "max_plate_nesting", "size"), 0)  # fmt: skip
 # What is not among all the whole numbers that there are, in words that say more.
 WORDS = {"kl_warmup_steps": "a number of steps"}
 FINITE = {"learning_rate", "beta"}

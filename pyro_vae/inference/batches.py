@@ -38,6 +38,7 @@ from pyro_vae.sites import unwrapped
 from pyro_vae.traces import Program, draw
 
 _AT_ONCE = 2**22  # numbers that are looked through together
+_EVALUATION, _TRAINING = 1, 2  # streams of the data's noise
 
 
 @contextlib.contextmanager
@@ -49,6 +50,19 @@ def seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def apart(*numbers: int) -> int:
+    """A seed for a stream that has nothing in common with that of any of the numbers.
+
+    torch's generator of the CPU looks at the last 32 bits of a seed only: 2**46 + 5 is the stream of 5.
+
+    Example:
+        >>> len({apart(0, 5), apart(5, 0), apart(2**46, 5), apart(5)})
+        4
+    """
+    words = [word for number in (len(numbers), *numbers) for word in divmod(number % 2**64, 2**32)]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def one_draw(data: Any, seed: int | None) -> Any:
@@ -86,8 +100,7 @@ class NoiseOfData:
         if self.seed is None:
             yield from batches
             return
-        # Far from the seeds that people choose, as the samples' noise is to be independent of it.
-        iterator, generator = iter(batches), torch.Generator().manual_seed(2**46 + self.seed)
+        iterator, generator = iter(batches), torch.Generator().manual_seed(apart(_EVALUATION, self.seed))
         state = generator.get_state()
         while True:
             outside = torch.get_rng_state()
@@ -100,6 +113,42 @@ class NoiseOfData:
                 state = torch.get_rng_state()
                 torch.set_rng_state(outside)
             yield batch
+
+
+class Stream:
+    """Random numbers for the data alone in training: the order, and what is drawn on the way, of each pass.
+
+    Two fits of one ``data_seed`` see the same batches, whatever their programs draw in between.
+
+    Args:
+        seed: Of the data.
+        device: Where the batches are made.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed, self._cuda = seed, device if device.type == "cuda" else None
+        self._states: list[Tensor] = []
+        self.begin(0)
+
+    def begin(self, number: int) -> None:
+        """Start pass `number` anew, wherever the stream is: a fit that goes on needs nothing of the passes before."""
+        devices: list[Any] = ["cpu"] if self._cuda is None else ["cpu", self._cuda]
+        seed = apart(_TRAINING, self.seed, number)
+        self._states = [torch.Generator(device=each).manual_seed(seed).get_state() for each in devices]
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: Any) -> None:
+        self._swap()
+
+    def _swap(self) -> None:
+        outside = [torch.get_rng_state()]
+        torch.set_rng_state(self._states[0])
+        if self._cuda is not None:
+            outside.append(torch.cuda.get_rng_state(self._cuda))
+            torch.cuda.set_rng_state(self._states[1], self._cuda)
+        self._states = outside
 
 
 class _Spent(Exception):
@@ -143,6 +192,7 @@ class Batches:
         self.device = device
         self.shuffle = shuffle
         self.batch_size = batch_size
+        self.stream: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         self.programs = tuple(program for program in programs if program is not None)
         self.arguments: Arguments = arguments_of(*self.programs)
         self.columns: tuple[Any, ...] | None = None
@@ -219,7 +269,8 @@ class Batches:
                 yield self._placed(batch)
             return
         assert self.num_data is not None
-        order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
+        with self.stream:
+            order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
         parts = list(order.to(self.home).split(self.batch_size))
         if self.together and len(parts) > 1 and len(parts[-1]) == 1:
             parts[-2:] = [torch.cat(parts[-2:])]
@@ -233,8 +284,9 @@ class Batches:
         number, batches = 0, None
         while True:
             try:
-                batches = self._begun() if batches is None else batches
-                given = next(batches)
+                with self.stream:
+                    batches = self._begun() if batches is None else batches
+                    given = next(batches)
             except StopIteration:
                 if not number:
                     raise ValueError(self._no_batches()) from None
@@ -270,11 +322,13 @@ class Batches:
         if self.columns is None:
             return choice
         if self._plain:  # nothing to look at or to convert: a step waits for this
-            batch = self._cast(tuple(one[choice[0]] for one in self.columns[: self._keep]))
+            with self.stream:
+                batch = self._cast(tuple(one[choice[0]] for one in self.columns[: self._keep]))
             if self.device is None:
                 return batch
             return tuple(x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
-        batch = self._cast(self._gathered(choice[0]))
+        with self.stream:
+            batch = self._cast(self._gathered(choice[0]))
         if self._each:
             self._look(batch, lambda row: f"row {int(choice[0][row])}", len(choice[0]))
         return self._placed(batch)

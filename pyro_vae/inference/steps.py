@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.utils import _pytree as pytree
 
-from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.batches import Batches, Stream
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.captured import Graph, Watched, settings
 from pyro_vae.inference.optimizers import Fused, Update
@@ -179,7 +179,8 @@ class GraphSteps:
     ) -> None:
         self.compiled, self.model, self.guide = compiled, model, guide
         self.optimizer, self.batches = optimizer, batches
-        self.chooses = batches.home.type == "cuda"
+        # No graph draws from a stream of the data.
+        self.chooses = batches.home.type == "cuda" and not isinstance(batches.stream, Stream)
         self._ways: list[tuple[bool, TrainingStep]] = []
         self._made_for: Any = "nothing yet"
 

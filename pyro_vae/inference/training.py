@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
 from pyro_vae.inference._diagnosis import diagnosis
-from pyro_vae.inference.batches import Batches, seeded
+from pyro_vae.inference.batches import Batches, Stream, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors
 from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
@@ -139,6 +139,7 @@ def fit(
     patience: int | None = None,
     device: str | torch.device | None = None,
     seed: int | None = None,
+    data_seed: int | None = None,
     matmul_precision: str | None = None,
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
@@ -187,6 +188,9 @@ def fit(
             go back to the best weights.
         device: Move modules and batches there; where the modules are when not given.
         seed: Seed torch for the fit and restore its random state afterwards.
+        data_seed: Draw the order of the data, and what they draw on the way (a binarisation, an augmentation), from a
+            stream of their own: two pairs fitted with the same one see the same batches. None draws them from the
+            stream of everything else, in which they depend on what the programs draw.
         matmul_precision: During the fit: "highest", "high", "medium" as for
             ``torch.set_float32_matmul_precision``, or "bfloat16", which rounds what goes into
             linear and convolutional layers (see `pyro_vae.inference.hardware`).
@@ -258,6 +262,8 @@ def fit(
         with others_kept(modules):
             batches = Batches(data, batch_size, place, programs=(model, guide))
             batches.keep_together()
+            if data_seed is not None:
+                batches.stream = Stream(data_seed, torch.device(place or "cpu"))
         if batches.shown is not None:  # also networks that plain functions use
             _refuse_inference({id(p): p for p in batches.shown.parameters if isinstance(p, nn.Parameter)}.values())
         before_fit(modules, batches)
@@ -289,7 +295,8 @@ def fit(
             warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
             settings: dict[str, Any] = {
                 "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
-                **optimizer_settings(optimizer), "patience": patience, "validation_bound": validation_bound,
+                "data_seed": data_seed, **optimizer_settings(optimizer), "patience": patience,
+                "validation_bound": validation_bound,
                 "matmul_precision": torch.get_float32_matmul_precision() if matmul_precision is None
                 else matmul_precision, "device": torch.device(place or "cpu").type, "data": data,
                 "validation": None if validation is None else validation.origin,
@@ -319,6 +326,8 @@ def fit(
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
                     _train(modules)  # a callback may have looked at pictures in evaluation mode
                     bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+                    if isinstance(batches.stream, Stream):
+                        batches.stream.begin(epoch)
                     record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(bar)
                     best.settle()
                     if validation is not None:

@@ -4,12 +4,22 @@
     of a judgement      bounds_by_samples · gap_bars · khat_against_log_p · bracket · rank_histogram ·
                         coverage_curve · kl_by_dimension · number_bars (of any table)
 
+    of a comparison     differences · cost · curves_by_time · khat_maps · side_by_side · critical_difference
+
     asked of a pair     latent_scatter · latent_grid · attribute · posterior_contours · rate_distortion
 
 What draws one pair of axes takes ``ax=``, where it draws then; all return the figure.
 """
 
 from pyro_vae.plots._bounds import bounds_by_samples, bracket, gap_bars, khat_against_log_p, number_bars
+from pyro_vae.plots._comparisons import (
+    cost,
+    critical_difference,
+    curves_by_time,
+    differences,
+    khat_maps,
+    side_by_side,
+)
 from pyro_vae.plots._latents import coverage_curve, kl_by_dimension, rank_histogram
 from pyro_vae.plots._lecture import attribute, latent_grid, latent_scatter, posterior_contours, rate_distortion
 from pyro_vae.plots._pictures import (
@@ -26,11 +36,16 @@ __all__ = [
     "attribute",
     "bounds_by_samples",
     "bracket",
+    "cost",
     "coverage_curve",
+    "critical_difference",
+    "curves_by_time",
+    "differences",
     "gallery",
     "gap_bars",
     "interpolations",
     "khat_against_log_p",
+    "khat_maps",
     "kl_by_dimension",
     "latent_grid",
     "latent_scatter",
@@ -42,5 +57,6 @@ __all__ = [
     "rate_distortion",
     "reconstructions",
     "samples",
+    "side_by_side",
     "training_curve",
 ]

@@ -1,0 +1,120 @@
+"""Differences between fits over crossed data and seeds: their errors, p-values and intervals.
+
+A number y of arm a, fitted with seed s, at datum i is
+
+    y[a, s, i] = mean[a] + seed effect[a, s] + datum effect[a, i] + rest[a, s, i]
+
+Of two arms only d[s, i] = y[a, s, i] - y[b, s, i] is looked at, so that what all arms share (a datum that is hard for
+everyone, an order of the data) is gone. With the mean squares of its table of S seeds and N data,
+
+    seeds  MS_S = N var_s(mean_i d),   data  MS_D = S var_i(mean_s d),   rest  MS_E
+
+its mean has the variance ([MS_S - MS_E]+ + [MS_D - MS_E]+ + MS_E) / (S N): new seeds and new data are both in it. Few
+seeds say little about MS_S. It is therefore taken with its own uncertainty, MS_S ~ nu MS_S / chi2(nu), over which the
+tail of the t distribution of N - 1 degrees is averaged: where seeds are all that varies, that is Student's t of nu
+degrees. And pairs of arms lend each other strength: nu and MS_S are those after the squeezing of variances towards
+their common value (Smyth, 2004), with as much strength as the variances are found to agree, and never more than
+(arms - 1) (S - 1) degrees in all.
+
+One seed alone says nothing of other seeds, and the interval is then of other data only.
+
+References: Smyth, Linear models and empirical Bayes methods, 2004; Tsui and Weerahandi, Generalized p-values, 1989;
+Holm, A simple sequentially rejective multiple test procedure, 1979.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special, stats
+
+LEVEL = 0.95
+_POINTS = (np.arange(200) + 0.5) / 200  # quantiles of the uncertain variance
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """P-values after Holm's correction: valid for any dependence among them.
+
+    Example:
+        >>> holm(np.array([0.01, 0.04, 0.03])).round(3).tolist()
+        [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    out = np.empty(len(p))
+    out[order] = np.minimum(stepped, 1.0)
+    return out
+
+
+def compared(tables: Sequence[np.ndarray], most: int) -> dict[str, np.ndarray]:
+    """Means, errors, p-values and half widths of intervals of tables of differences (see the module)."""
+    squares = np.array([_mean_squares(table) for table in tables]).reshape(-1, 5)
+    mean, seeds, data, rest, freedom = squares.T
+    counts = np.array([table.shape for table in tables], dtype=float).reshape(-1, 2)
+    total = counts.prod(1)
+    seeds, freedom = _squeezed(seeds, freedom, most)
+    data_part = np.maximum(data - rest, 0)
+    stderr = np.sqrt((np.maximum(seeds, rest) + data_part) / total)
+    known = freedom > 0
+    quantiles = stats.chi2.ppf(_POINTS[None], np.where(known, np.minimum(freedom, 1e9), 1.0)[:, None])
+    spread = np.where(known[:, None], np.minimum(freedom, 1e9)[:, None] * seeds[:, None] / quantiles, 0.0)
+    variance = (np.maximum(spread, rest[:, None]) + data_part[:, None]) / total[:, None]
+    stderrs = np.sqrt(variance)
+
+    def p_of(value: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.abs(value)[:, None] / stderrs
+        ratio = np.where(stderrs > 0, ratio, np.where(np.abs(value)[:, None] > 0, np.inf, 0.0))
+        return (2 * stats.t.sf(ratio, (counts[:, 1] - 1)[:, None])).mean(1)
+
+    low, high = np.zeros(len(mean)), 1e4 * np.maximum(stderrs.max(1, initial=0.0), 1e-300)
+    for _ in range(80):
+        middle = (low + high) / 2
+        outside = p_of(middle) < 1 - LEVEL
+        low, high = np.where(outside, low, middle), np.where(outside, middle, high)
+    return {"mean": mean, "stderr": stderr, "p": p_of(mean), "half": high}
+
+
+def _mean_squares(table: np.ndarray) -> tuple[float, float, float, float, float]:
+    """The mean of a table of differences, its mean squares of seeds, data and rest, and the seeds' freedom."""
+    num_seeds, num_data = table.shape
+    mean, rows, columns = table.mean(), table.mean(1), table.mean(0)
+    data = num_seeds * columns.var(ddof=1) if num_data > 1 else math.nan
+    if num_seeds == 1:
+        return mean, 0.0, data, 0.0, 0.0
+    rest = table - rows[:, None] - columns[None] + mean
+    left = float((rest**2).sum() / ((num_seeds - 1) * max(num_data - 1, 1)))
+    return mean, num_data * rows.var(ddof=1), data, left, num_seeds - 1.0
+
+
+def _squeezed(variances: np.ndarray, freedom: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Variances drawn towards their common value, as far as they agree, and their degrees of freedom then."""
+    use = (freedom > 0) & (variances > 0)
+    if use.sum() < 2 or most < 1:
+        return variances, freedom
+    own, degrees = variances[use], freedom[use]
+    logs = np.log(own) - special.digamma(degrees / 2) + np.log(degrees / 2)
+    excess = logs.var(ddof=1) - special.polygamma(1, degrees / 2).mean()
+    if excess > 0:
+        prior = 2 * _trigamma_inverse(float(excess))
+        center = math.exp(logs.mean() + special.digamma(prior / 2) - math.log(prior / 2))
+        new, total = (prior * center + degrees * own) / (prior + degrees), prior + degrees
+    else:
+        new, total = np.full(len(own), (degrees * own).sum() / degrees.sum()), np.full(len(own), np.inf)
+    variances, freedom = variances.copy(), freedom.copy()
+    variances[use], freedom[use] = new, np.minimum(total, max(float(most), degrees.max()))
+    return variances, freedom
+
+
+def _trigamma_inverse(value: float) -> float:
+    """The y of which the trigamma function is a value > 0, by Newton's steps on 1 / trigamma."""
+    y = 0.5 + 1 / value
+    for _ in range(50):
+        tri = float(special.polygamma(1, y))
+        step = tri * (1 - tri / value) / float(special.polygamma(2, y))
+        y += step
+        if abs(step) < 1e-10 * y:
+            break
+    return y

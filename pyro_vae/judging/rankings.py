@@ -1,0 +1,324 @@
+"""Who is ahead, by how much, and whether that holds: fitted pairs compared datum by datum, and over seeds.
+
+Errors and intervals are those of `pyro_vae.judging.crossed`. "A is ahead of B" is said where the p-value holds after
+Holm's correction over all pairs of arms, and where B's number is not a mere lower bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_vae.judging.crossed import LEVEL, compared, holm
+from pyro_vae.judging.results import Result
+from pyro_vae.judging.scoring import Scores
+from pyro_vae.judging.tables import aligned, latex
+from pyro_vae.judging.weights import khat_ok
+from pyro_vae.words import did_you_mean
+
+FEW_DATA, FEW_OK = 100, 0.9
+CRITERIA = {"log_p": "log p(x)", "elbo": "ELBO"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much the first arm is above the second, in nats per datum.
+
+    Attributes:
+        first, second: The arms.
+        value: The mean of the paired differences.
+        diff_stderr: Its standard error over data and seeds.
+        low, high: Its 95 % interval, by itself.
+        p: Two-sided p-value of no difference.
+        p_corrected: The same after Holm's correction over all pairs that were compared.
+        num_seeds: Pairs of fits.
+        claimable: Whether the sign can be claimed at all: the lower one of the two is no mere lower bound.
+    """
+
+    first: str
+    second: str
+    value: float
+    diff_stderr: float
+    low: float
+    high: float
+    p: float
+    p_corrected: float
+    num_seeds: int
+    claimable: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether the first (of a negative value: the second) is ahead beyond the noise of data and seeds."""
+        return self.claimable and self.p_corrected < 1 - LEVEL
+
+    @property
+    def p_worse(self) -> float:
+        """The probability, in the sense of the interval, that the second is worse than the first."""
+        return 1 - self.p / 2 if self.value > 0 else self.p / 2
+
+    def reversed(self) -> Difference:
+        """The second above the first."""
+        return Difference(
+            self.second, self.first, -self.value, self.diff_stderr, -self.high, -self.low, self.p, self.p_corrected,
+            self.num_seeds, self.claimable,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranking(Result):
+    """Arms side by side, best first.
+
+    Attributes:
+        arms: The scores of each arm, one for each seed, by name.
+        differences: Of each pair of arms.
+        criterion: What they are ranked by: "log_p", or "elbo" where all share one frozen model.
+        failed: Arms or fits that are not there, with the reason.
+        notes: What belongs to the comparison: its budget, its protocol.
+    """
+
+    arms: dict[str, tuple[Scores, ...]]
+    differences: tuple[Difference, ...]
+    criterion: str = "log_p"
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> list[str]:
+        """The arms, best first."""
+        return sorted(self.arms, key=lambda name: -self._mean(name, self.criterion))
+
+    @property
+    def best(self) -> str:
+        """The arm of the highest mean."""
+        return self.order[0]
+
+    def difference(self, first: str, second: str) -> Difference:
+        """By how much one arm is above another.
+
+        Raises:
+            ValueError: There is no such arm.
+        """
+        for name in (first, second):
+            if name not in self.arms:
+                hint = did_you_mean(name, self.arms)
+                raise ValueError(f"got no arm {name!r}, wanted one of {', '.join(map(repr, self.arms))}.{hint}")
+        for each in self.differences:
+            if (each.first, each.second) == (first, second):
+                return each
+            if (each.first, each.second) == (second, first):
+                return each.reversed()
+        raise ValueError(f"got {first!r} twice, wanted two arms.")
+
+    @property
+    def verdict(self) -> str:
+        """Who is ahead, by how much, and whether that holds, in a sentence."""
+        if len(self.arms) == 1:
+            return f"only {self.best} is there: nothing to compare it with."
+        first, second, *_ = self.order
+        ahead = self.difference(first, second)
+        what = CRITERIA[self.criterion]
+        by = f"{ahead.value:.3f} nats of {what} [{ahead.low:.3f}, {ahead.high:.3f}]"
+        over = self._over(ahead)
+        many = f" among {len(self.arms)} arms" if len(self.arms) > 2 else ""
+        chance = f"p = {ahead.p_corrected:.2g}" + (" after the correction" if len(self.arms) > 2 else "")
+        if ahead.holds:
+            return f"{first} is ahead of {second} by {by}, {over}; this holds{many} ({chance})."
+        why = "within the noise" if ahead.claimable else f"{second} has only a lower bound, so that it may be higher"
+        if ahead.claimable and ahead.p < 1 - LEVEL:
+            why = f"not beyond what the best of {len(self.arms)} shows by chance"
+        return f"nobody is ahead for sure: {first} is above {second} by {by}, {over}, {why} ({chance})."
+
+    def _over(self, ahead: Difference) -> str:
+        data = f"{len(self.arms[ahead.first][0].log_p):,} data"
+        if ahead.num_seeds > 1:
+            return f"95 % over {data} and {ahead.num_seeds} seeds"
+        return f"95 % over {data}, one fit each"
+
+    def flags(self, name: str) -> list[str]:
+        """What a reader should know of an arm before its number is believed."""
+        own, found = self.arms[name], []
+        if len(own[0].log_p) < FEW_DATA:
+            found.append("few data")
+        if len(own) == 1:
+            found.append("one seed")
+        if self._khat_ok(name) < FEW_OK:
+            found.append("k̂ bad")
+        if self._bound(name):
+            found.append("lower bound")
+        if name != self.best:
+            if not self.difference(self.best, name).holds:
+                found.append("difference within noise")
+        elif len(self.arms) > 2:
+            found.append(f"best of {len(self.arms)}")
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each arm, in the columns of ArviZ's ``compare``, those that failed last."""
+        best, found = self.best, []
+        for rank_, name in enumerate(self.order):
+            own = self.arms[name]
+            line: dict[str, Any] = {"rank": rank_, "arm": name, "log_p": self._mean(name, "log_p")}
+            if name == best:
+                line |= {"diff": 0.0, "diff_stderr": 0.0, "diff_low": 0.0, "diff_high": 0.0, "p_worse": None,
+                         "p_corrected": None, "holds": None}  # fmt: skip
+            else:
+                by = self.difference(best, name)
+                line |= {"diff": by.value, "diff_stderr": by.diff_stderr, "diff_low": by.low, "diff_high": by.high,
+                         "p_worse": by.p_worse, "p_corrected": by.p_corrected, "holds": by.holds}  # fmt: skip
+            line |= {
+                "mc_stderr": self._mc_stderr(own), "data_stderr": self._data_stderr(own),
+                "khat_ok": self._khat_ok(name), "elbo": self._mean(name, "elbo"),
+                "gap": self._mean(name, "log_p") - self._mean(name, "elbo"),
+                "seconds": float(np.mean([each.seconds for each in own])), "parameters": own[0].parameters,
+                "seeds": len(own), "flags": ", ".join(self.flags(name)),
+            }  # fmt: skip
+            found.append(line)
+        head = list(found[0]) if found else ["rank", "arm", "flags"]
+        for name, reason in self.failed.items():
+            found.append(dict.fromkeys(head) | {"arm": name, "flags": f"failed: {reason}"})
+        return found
+
+    def to_latex(self) -> str:
+        """The table in LaTeX, with the rules of booktabs."""
+        return latex(self._lines())
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, the verdict above it."""
+        return self._repr_markdown_()
+
+    def plot(self, ax: Any = None) -> Any:
+        """How far each arm is behind the best, with its interval, as a figure, or drawn into `ax`."""
+        from pyro_vae.plots import differences
+
+        return differences(self.rows(), ax=ax)
+
+    def __str__(self) -> str:
+        over = "data and seeds" if any(len(own) > 1 for own in self.arms.values()) else "data, one fit each"
+        foot = f"nats per datum; ±: Monte Carlo; [ , ]: 95 % over {over}"
+        flags = {name: self.flags(name) for name in self.order}
+        told = [f"  {name}: {', '.join(each)}" for name, each in flags.items() if each]
+        lost = [f"  {name}: failed: {reason}" for name, reason in self.failed.items()]
+        return "\n".join([self.verdict, "", *aligned(self._lines()), "", foot, *told, *lost,
+                          *self.notes])  # fmt: skip
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        head, *body = self._lines()
+        return head, body
+
+    def _lines(self) -> list[list[str]]:
+        elbo = self.criterion == "elbo"
+        columns = ["arm", "ELBO" if elbo else "log p(x)", "behind the best", "p worse", "gap" if elbo else "ELBO",
+                   "k̂ ok", "seconds", "parameters"]  # fmt: skip
+        lines = [columns]
+        for line in self.rows():
+            if line["rank"] is None:
+                lines.append([line["arm"], "failed", *[""] * (len(columns) - 2)])
+                continue
+            own = self.arms[line["arm"]]
+            behind = f"{line['diff']:.3f} [{line['diff_low']:.3f}, {line['diff_high']:.3f}]"
+            shown = f"{line['log_p']:.2f} ± {line['mc_stderr']:.2f}"
+            if self._bound(line["arm"]):
+                shown = f">= {math.floor(10 * line['log_p']) / 10:.1f}"
+            if elbo:
+                shown = f"{line['elbo']:.2f}"
+            okay, seconds = line["khat_ok"], line["seconds"]
+            lines.append([
+                line["arm"] if len(own) == 1 else f"{line['arm']} (of {len(own)})", shown,
+                "" if line["p_worse"] is None else behind,
+                "" if line["p_worse"] is None else f"{line['p_worse']:.3f}",
+                f"{line['gap']:.2f}" if elbo else f"{line['elbo']:.2f}",
+                f"{100 * okay:.0f} %" if okay == okay else "-",
+                f"{seconds:.0f}" if seconds == seconds else "-", f"{line['parameters']:,}",
+            ])  # fmt: skip
+        return lines
+
+    def _mean(self, name: str, what: str) -> float:
+        return float(np.mean([getattr(each, what).double().mean().item() for each in self.arms[name]]))
+
+    def _bound(self, name: str) -> bool:
+        return any(each.bound for each in self.arms[name])
+
+    def _khat_ok(self, name: str) -> float:
+        own = self.arms[name]
+        shares = [khat_ok(each.pareto_k, each.num_samples) for each in own]
+        known = [share for share in shares if share == share]
+        return float(np.mean(known)) if known else math.nan
+
+    @staticmethod
+    def _mc_stderr(own: Sequence[Scores]) -> float:
+        return math.hypot(*(each.mc_stderr for each in own)) / len(own)
+
+    @staticmethod
+    def _data_stderr(own: Sequence[Scores]) -> float:
+        each = torch.stack([one.log_p.double() for one in own]).mean(0)
+        return each.std().item() / math.sqrt(len(each)) if len(each) > 1 else math.nan
+
+
+def rank(
+    arms: Mapping[str, Scores | Sequence[Scores]], *, criterion: str = "log_p", failed: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Ranking:  # fmt: skip
+    """Compare arms that were scored on the same data: paired by datum and by seed, with intervals over both.
+
+    Args:
+        arms: By name, the scores of a pair, or those of several fits of it from other seeds.
+        criterion: "log_p", or "elbo" where one frozen model is common to all.
+        failed: What could not be had, with the reason.
+        notes: Lines that belong below the table.
+    Returns:
+        The ranking.
+    Raises:
+        ValueError: No arm, or scores of other numbers of data or samples.
+    Example:
+        >>> noise = torch.randn(500, generator=torch.Generator().manual_seed(0))
+        >>> one = Scores(noise, 0.0, noise - 1, noise * 0, 100)
+        >>> two = Scores(noise - 0.5 + 0.1 * noise.flip(0), 0.0, noise - 2, noise * 0, 100)
+        >>> rank({"one": one, "two": two}).difference("one", "two").holds
+        True
+    """
+    groups = {name: (own,) if isinstance(own, Scores) else tuple(own) for name, own in arms.items()}
+    if not groups or not all(groups.values()):
+        raise ValueError(f"got {len(groups)} arms, wanted at least one, with at least one fit each.")
+    if criterion not in CRITERIA:
+        raise ValueError(f"got criterion={criterion!r}, wanted one of {', '.join(map(repr, CRITERIA))}.")
+    sizes = {(len(each.log_p), each.num_samples) for own in groups.values() for each in own}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"got scores of {' and '.join(f'{n} data with K = {k}' for n, k in sorted(sizes))}, wanted the same data "
+            "and K for all: differences are paired by datum, and the bias of log p(x) depends on K."
+        )
+    names = list(groups)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    tables = [_table(groups[a], groups[b], criterion) for a, b in pairs]
+    most = sum(len(own) - 1 for own in groups.values()) - max(len(own) - 1 for own in groups.values())
+    found = compared(tables, most)
+    corrected = holm(found["p"])
+    differences = []
+    for i, (a, b) in enumerate(pairs):
+        value, half = float(found["mean"][i]), float(found["half"][i])
+        lower = b if value > 0 else a
+        sure = criterion == "elbo" or not any(each.bound for each in groups[lower])
+        differences.append(
+            Difference(a, b, value, float(found["stderr"][i]), value - half, value + half, float(found["p"][i]),
+                       float(corrected[i]), len(tables[i]), sure)
+        )  # fmt: skip
+    return Ranking(groups, tuple(differences), criterion, dict(failed or {}), tuple(notes))
+
+
+def _table(first: Sequence[Scores], second: Sequence[Scores], criterion: str) -> np.ndarray:
+    """Paired differences of two arms, (S, N): fits of one seed together; the rest, which is independent, in turn."""
+    mine = {each.seed: each for each in first}
+    theirs = {each.seed: each for each in second}
+    common = [seed for seed in mine if seed in theirs]
+    if len(mine) < len(first) or len(theirs) < len(second):
+        common, rest = [], (list(first), list(second))
+    else:
+        rest = ([each for seed, each in mine.items() if seed not in common],
+                [each for seed, each in theirs.items() if seed not in common])  # fmt: skip
+    matched = [(mine[seed], theirs[seed]) for seed in common] + list(zip(*rest, strict=False))
+    return np.stack([(getattr(a, criterion).double() - getattr(b, criterion).double()).numpy() for a, b in matched])
