@@ -27,6 +27,7 @@ CLASSES = """SemiAmortized Hamiltonian VAE Model Guide Objective Compiled Histor
 SPACES = {
     "posteriors": "IAF", "priors": "VampPrior", "likelihoods": "Normal", "networks": "MLP", "bounds": "renyi", "data": "load",
     "distributions": "Pushforward", "zoo": "Hierarchical", "plots": "gap_bars", "testing": "PosteriorLaws",
+    "callbacks": "tensorboard",
 }  # fmt: skip
 PACKAGES = ["pyro_vae"] + [
     f"pyro_vae.{name}"

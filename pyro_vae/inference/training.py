@@ -743,7 +743,7 @@ class _Bar(tqdm):
         done, elapsed = found["n"] - found["initial"], found["elapsed"]
         rate = found["rate"] or (done / elapsed if elapsed else 0)
         left = tqdm.format_interval((found["total"] - found["n"]) / rate + self.ahead) if rate else "?"
-        return found | {"left": left}
+        return {**found, "left": left}
 
 
 class _Best:
