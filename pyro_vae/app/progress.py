@@ -57,7 +57,7 @@ class Progress:
         """Say how long it will take, from the time of a step and the number of those to come."""
         now = time.perf_counter()
         self._since, measured = (now, steps), EARLY - EARLY // 2
-        if self._drawn > now - seconds * measured:  # the first pictures fell into these steps, and come but now and then
+        if self._drawn > now - seconds * measured:  # pictures fell into these steps, and come but rarely
             seconds -= self._cost / measured
         self._long = seconds * steps + self.ahead > LONG
         if not self._told:
