@@ -12,6 +12,7 @@
                     reconstruction  map_estimate (for guides that are a point)
     regularizers    mmd  total_correlation  free_bits
     how good        log_likelihood  elbo_terms  Estimate  ais  bdmc  quadrature  identity  judge (everything)
+    who is ahead    compare (pairs and runs)  study (arms x seeds, resumable)
     whose fault     gaps  compare_guides  reference  guide_distances  sbc  gradient_lab
     the latents     active_units  collapse  kl_per_dimension  mutual_information  rate_distortion  probe
     use             open (a run folder)  impute  anomaly_scores  roc_auc  energy_distance  to_arviz  pv.plots
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from pyro_vae import data as data
     from pyro_vae import plots as plots
     from pyro_vae import testing as testing
+    from pyro_vae.app.comparing import compare as compare
+    from pyro_vae.app.comparing import study as study
     from pyro_vae.app.opening import open as open
     from pyro_vae.data import Dataset as Dataset
     from pyro_vae.data import LinearGaussian as LinearGaussian

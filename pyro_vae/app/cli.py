@@ -249,6 +249,53 @@ def judge(**options: Any) -> None:
     judge_run(**options, started=started)
 
 
+@commands.command(cls=GroupedCommand)
+@click.argument("runs", nargs=-1, type=_PATH, metavar="[RUN RUN...|STUDY]")
+@configuration.COMPARE
+def compare(runs: tuple[Path, ...], **given: Any) -> None:
+    """Say who is ahead, by how much, and whether that holds.
+
+    Of finished runs at once, on the same test data with the same noise; or of a study: arms that differ in options of
+    fit, times seeds, from --vary or a YAML file. A study that was broken off is gone on with by the same command.
+
+    \b
+    Examples:
+      pyro-vae compare runs/a runs/b
+      pyro-vae compare --vary posterior=diagonal,full,iaf --vary bound=elbo,iwae --seeds 2 --epochs 50
+      pyro-vae compare --vary posterior=diagonal,full,iaf --frozen runs/mnist
+      pyro-vae compare study.yaml --jobs 4
+    """
+    from pyro_vae.app.compare_command import compare_runs, compare_study
+
+    asked = {name: given.pop(name) for name in list(given) if name in OPTIONS_OF_COMPARE}
+    fixed = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
+    files = [path for path in runs if path.is_file() or (path / "study.json").is_file()]
+    if files or asked["vary"]:
+        if files and (len(runs) > 1 or asked["vary"]):
+            raise ValueError(f"got {' '.join(map(str, runs))} with other runs or --vary, wanted a study alone.")
+        if runs and not files:
+            raise ValueError(f"got --vary and the runs {' '.join(map(str, runs))}, wanted one of them.")
+        compare_study(files[0] if files else None, fixed, say=_say(asked["as_json"]), **asked)
+        return
+    if len(runs) < 2:
+        raise ValueError(f"got {len(runs)} runs, wanted at least two, a study file, or --vary NAME=A,B,...")
+    compare_runs(runs, fixed, **{name: asked[name] for name in ("out", "table", "as_json", "trust")})
+
+
+OPTIONS_OF_COMPARE = ("vary", "seeds", "frozen", "freeze", "budget", "jobs", "backend", "address", "retry", "dry_run",
+                      "out", "table", "as_json", "trust")  # fmt: skip
+
+
+@commands.command("report")
+@click.argument("folder", type=_PATH, metavar="STUDY")
+@_trust
+def report_command(folder: Path, trust: tuple[str, ...]) -> None:
+    """Write the tables and the page of a study again, of an unfinished one as it stands."""
+    from pyro_vae.app.compare_command import report_study
+
+    report_study(folder, trust)
+
+
 @commands.command()
 @_run
 @_trust

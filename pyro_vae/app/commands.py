@@ -20,8 +20,7 @@ from pyro_vae.app import evaluation, following, report
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
 from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.remarks import of_image
-from pyro_vae.app.runs import FIGURES, METRICS, Run, is_unfinished, write_json
-from pyro_vae.app.starting import options_of as options_of
+from pyro_vae.app.runs import FIGURES, METRICS, Run, is_unfinished, options_of, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level

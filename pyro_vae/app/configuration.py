@@ -42,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ValueError(f"got --config {path}, wanted a readable YAML or JSON file: {reason}.") from error
-    values = _parsed(path, text)
+    values = parsed(path, text)
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds {_shown(values)}, wanted options by name, such as 'epochs: 20'.")
     result: dict[str, Any] = {}
@@ -78,7 +78,12 @@ def convert(name: str, value: Any, where: str) -> Any:
     raise ValueError(f"got {where} = {_shown(value)}, wanted {wanted}.")
 
 
-def _parsed(path: Path, text: str) -> Any:
+def parsed(path: Path, text: str) -> Any:
+    """What a YAML or (.json) JSON file holds, as plain data.
+
+    Raises:
+        ValueError: It is neither.
+    """
     import yaml
 
     try:
@@ -205,7 +210,7 @@ def _options(*decorators: Decorator) -> Decorator:
     return decorate
 
 
-FIT = _options(
+_FIT = (
     _option("Data", "--data", "NAME|PATH", f"{', '.join(DATASETS)}, a folder of images, or a file of arrays (.npy, "
             ".npz, .mat, .amat, IDX). [default: digits]"),
     _option("Data", "--data-dir", "DIR", "Where the files of a named dataset lie. [default: $PYRO_VAE_DATA or "
@@ -261,6 +266,12 @@ FIT = _options(
     _option("Training", "--patience", "N", "Stop after N epochs without a better validation bound, and keep the best "
             "weights; 0 for never. [default: 0]", int),
     _option("Training", "--seed", "N", "Same seed, same machine: the same weights to the bit. [default: 0]", int),
+    _option("Training", "--data-seed", "N", "Of the order and draws of the data alone, for fits that are to see the "
+            "same batches. [default: the seed's stream]", int),
+    _option("Training", "--split-seed", "N", "Of what is drawn of the data once: the split of files without one, a "
+            "static binarisation. [default: the seed]", int),
+    _option("Training", "--frozen", "RUN", "Fit only a guide, under the frozen model of this run, whose options are "
+            "the defaults."),
     _option("Training", "--device", "NAME", "cpu, cuda, cuda:1, mps; auto takes a GPU, if any. [default: auto]"),
     _option("Training", "--threads", "N", "CPU threads while training; small networks are faster on one. "
             "[default: torch's; for digits and linear-gaussian 1]", int),
@@ -275,6 +286,20 @@ FIT = _options(
             "where they take more than about a minute]", int),
     click.option("--full/--no-full", cls=GroupedOption, group="Evaluation", default=None,
                  help="Evaluate on all test images with 5000 samples, however long it takes."),
+)  # fmt: skip
+
+
+def _names(decorator: Decorator) -> list[str]:
+    """The options that a decorator makes."""
+
+    def probe() -> None: ...
+
+    decorator(probe)
+    return [name for each in probe.__click_params__ for name in each.opts]  # type: ignore[attr-defined]
+
+
+FIT = _options(
+    *_FIT,
     _option("Run", "--out", "RUN", "Run folder to make, or an unfinished one to go on with. "
             "[default: runs/<data>-<n>]"),
     _option("Run", "--checkpoint", "FILE", "Another .safetensors file for the state, written after each epoch; steps "
@@ -290,4 +315,30 @@ FIT = _options(
     click.option("--trust", cls=GroupedOption, group="Run", metavar="MODULE:CLASS", multiple=True,
                  help="Import this part of the run of --from, code of your own."),
     click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),
+)  # fmt: skip
+_STUDY = {"--seed", "--data-seed", "--frozen", "--checkpoint"}  # which a study sets
+COMPARE = _options(
+    click.option("--vary", cls=GroupedOption, group="Study", metavar="NAME=A,B,...", multiple=True, help="An axis: an "
+                 "option of fit and its values; a value with commas in brackets, --vary hidden=[400],[400,400]. Again "
+                 "for more axes: the arms are all combinations."),
+    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", click.IntRange(1), default=1),
+    _option("Study", "--frozen", "RUN", "Fit only guides, under the frozen model of this run."),
+    click.option("--freeze", cls=GroupedOption, group="Study", is_flag=True, help="Fit a model first, with the options "
+                 "below, and only guides under it."),
+    _option("Study", "--budget", "epochs|gradients|SECONDS", "What is equal for all: passes through the data, passes "
+            "times samples in the bound, or seconds a fit. [default: epochs]"),
+    _option("Study", "--jobs", "N", "Fits at a time. [default: the number of cores]", click.IntRange(1)),
+    _option("Study", "--backend", "[local|dask|slurm]", "Where they run. [default: local]", click.Choice(
+            ["local", "dask", "slurm"]), default="local"),
+    _option("Study", "--address", "URL", "Of dask's scheduler."),
+    click.option("--retry", cls=GroupedOption, group="Study", is_flag=True, help="Try again what failed."),
+    click.option("--dry-run", cls=GroupedOption, group="Study", is_flag=True, help="Print the plan, what is there, and "
+                 "about how long the rest takes."),
+    _option("Output", "--out", "DIR", "Folder of the study, or of the page of a comparison of runs. [default: studies/"
+            "<axes>-<hash>; none for runs]"),
+    _option("Output", "--table", "FILE", "Write the table: .csv, .tex, .md or .parquet."),
+    click.option("--json", "as_json", cls=GroupedOption, group="Output", is_flag=True, help="Print JSON instead."),
+    click.option("--trust", cls=GroupedOption, group="Output", metavar="MODULE:CLASS", multiple=True,
+                 help="Import this part, code of your own, that a run or a study file names."),
+    *(decorator for decorator in _FIT if not _STUDY & set(_names(decorator))),
 )  # fmt: skip

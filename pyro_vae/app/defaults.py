@@ -82,6 +82,9 @@ class FitOptions:
     kl_warmup_steps: int | None = None
     patience: int | None = None
     seed: int = 0
+    data_seed: int | None = None
+    split_seed: int | None = None
+    frozen: str | None = None
     device: str = "auto"
     threads: int | None = None
     compile: str = "auto"
@@ -227,7 +230,7 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
         values[name] = values[name] or None  # 0 turns it off
     if data not in DATASETS and Path(data).expanduser().exists():
         values["data"] = str(Path(data).expanduser().absolute())
-    for name in ("data_dir", "from_run"):
+    for name in ("data_dir", "frozen", "from_run"):
         if values[name] is not None:
             values[name] = str(Path(values[name]).expanduser().absolute())
     values |= _binarization(data, given, values["likelihood"])

@@ -16,7 +16,7 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.distances import energy_distance
-from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import ElboTerms, Estimate, elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import VAE
@@ -123,7 +123,20 @@ def _densities(vae: VAE, test: Split, num_samples: int, options: dict[str, Any])
     """The ELBO and log p(x), with their errors."""
     terms = elbo_terms(vae.model, vae.guide, test, num_samples=ELBO_SAMPLES, **options)
     estimate = log_likelihood(vae.model, vae.guide, test, num_samples=num_samples, **options)
-    numbers: dict[str, Any] = {
+    numbers = told(terms, estimate)
+    if test.dequantize:
+        dims = test[:1].numel()
+        numbers["test_bits_per_dimension"] = bits_per_dimension(estimate.value, dims)
+        numbers["bits_per_dimension_by"] = (
+            f"-log p(x) / (D ln 2) + log2(256), D = {dims}: the density of x = (v + u) / 256, u ~ U(0, 1), changed "
+            "to bins v of width one; an upper limit on the bits of the 8-bit levels"
+        )
+    return numbers
+
+
+def told(terms: ElboTerms, estimate: Estimate) -> dict[str, Any]:
+    """The ELBO and log p(x) by their names in a summary."""
+    return {
         "test_elbo": terms.value,
         "test_elbo_stderr": terms.mc_stderr,
         "test_elbo_data_stderr": terms.data_stderr,
@@ -138,14 +151,6 @@ def _densities(vae: VAE, test: Split, num_samples: int, options: dict[str, Any])
         "test_khat_ok": estimate.khat_ok,
         "test_ess_median": estimate.ess.median().item(),
     }
-    if test.dequantize:
-        dims = test[:1].numel()
-        numbers["test_bits_per_dimension"] = bits_per_dimension(estimate.value, dims)
-        numbers["bits_per_dimension_by"] = (
-            f"-log p(x) / (D ln 2) + log2(256), D = {dims}: the density of x = (v + u) / 256, u ~ U(0, 1), changed "
-            "to bins v of width one; an upper limit on the bits of the 8-bit levels"
-        )
-    return numbers
 
 
 def _latents_and_samples(vae: VAE, test: Split) -> dict[str, Any]:

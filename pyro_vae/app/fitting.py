@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.app import evaluation, report
-from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions
+from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions, option
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.progress import Progress
 from pyro_vae.app.remarks import remarks
@@ -29,17 +29,20 @@ from pyro_vae.app.runs import (
     METRICS,
     SUMMARY,
     WEIGHTS,
+    Run,
     finish,
+    options_of,
     run_folder,
     write_json,
     write_lines,
 )
-from pyro_vae.app.starting import Origin, base, compared, options_of, shown
+from pyro_vae.app.starting import Origin, base, compared, shown
 from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.data.splits import Binarization
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.training import History, fit
+from pyro_vae.judging.guides import fit_guide
 from pyro_vae.judging.latents import posterior_means
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
@@ -55,7 +58,7 @@ SMALL = 300_000  # numbers in the training part: a second fit takes seconds
 _READING = ("image_size", "crop", "channels", "background", "images", "labels")
 _TRAINING = (
     "epochs", "batch_size", "learning_rate", "schedule", "clip_norm", "kl_warmup", "kl_warmup_steps", "patience",
-    "seed", "matmul_precision",
+    "seed", "data_seed", "matmul_precision",
 )  # fmt: skip
 _COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
@@ -101,7 +104,7 @@ def fit_run(
         seen = Progress(vae, dataset, options, folder, say, going_on=going_on, in_lines=in_lines)
         saved = Sparing(folder / CHECKPOINT) if checkpoint is None else checkpoint
         started = time.perf_counter()
-        history = _fit(vae, dataset, options, saved, seen, progress)
+        history = train(vae, dataset, options, saved, seen, progress)
         seconds = time.perf_counter() - started
         vae.save(folder / WEIGHTS)
         write_lines(folder / METRICS, history.records)
@@ -187,7 +190,7 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
         binarization, dequantize = "none", False
     dataset = load(
         options.data, options.data_dir, binarization=binarization, dequantize=dequantize, limit=most,  # type: ignore[arg-type]
-        seed=options.seed, **framing,
+        seed=options.seed if options.split_seed is None else options.split_seed, **framing,
     )  # fmt: skip
     if open_ and kind == "binary" and dataset.train.binarization == "none":
         dataset = _redrawn(dataset, "dynamic")  # binary files are binary by themselves: these are grey
@@ -260,6 +263,8 @@ def build(options: FitOptions, dataset: Dataset) -> VAE:
     device = the_device(options.device)
     with seeded(options.seed):
         vae = VAE.build(dataset.x_shape, **{name: getattr(options, name) for name in BUILT})
+        if options.frozen is not None:
+            return under_frozen(options, vae).to(device)
         standardize = standardize_of(vae.model.likelihood)
         if standardize is not None and not standardize.automatic:
             standardize.measure(dataset.train[rows] for rows in torch.arange(len(dataset.train)).split(4096))
@@ -307,7 +312,7 @@ def start(
                 )
             origin = dataclasses.replace(origin, weights=False, why=f"the data are {now}, there {before}")
             vae = None
-        elif earlier.seed != options.seed and earlier.data == options.data:
+        elif (earlier.seed, earlier.split_seed) != (options.seed, options.split_seed) and earlier.data == options.data:
             _same_test(run.path, dataset, read(dataclasses.replace(earlier, data_dir=options.data_dir))[1], options)
     say(origin.line(options))
     return (build(options, dataset) if vae is None else vae.to(the_device(options.device))), origin
@@ -318,10 +323,32 @@ def _same_test(path: Path, now: Dataset, then: Dataset, options: FitOptions) -> 
     one, two = now.test.pixels, then.test.pixels
     if one.shape != two.shape or not torch.equal(one, two):
         raise ValueError(
-            f"got --seed {options.seed} with --from {shown(path)}: {options.data} is split by the seed, so that the "
-            "weights would be tested on data that they were trained on. Leave --seed out, or start anew by --config "
-            f"{shown(path)}."
+            f"got another seed than --from {shown(path)}: {options.data} is split by it, so that the weights would be "
+            "tested on data that they were trained on. Leave --seed and --split-seed out, or keep the split by "
+            f"--split-seed, or start anew by --config {shown(path)}."
         )
+
+
+def under_frozen(options: FitOptions, vae: VAE) -> VAE:
+    """A new pair with the model of the run that the options name.
+
+    Raises:
+        ValueError: Options that shape the model are others than that run's.
+    """
+    assert options.frozen is not None
+    run = Run.load(options.frozen)
+    there = options_of(run)
+    shared = [name for name in (*BUILT, "data") if not name.startswith("posterior")]
+    other = [name for name in shared if getattr(options, name) != getattr(there, name)]
+    if other:
+        words = ", ".join(f"{option(n)} {getattr(options, n)} (there: {getattr(there, n)})" for n in other)
+        raise ValueError(
+            f"got --frozen {options.frozen} with {words}, wanted the options that its model was built with. Only the "
+            "posterior and the training of the guide can be others."
+        )
+    trusted = [name for name in (there.posterior, options.prior, options.likelihood) if name is not None]
+    vae.model.load_state_dict(run.vae(trusted).model.state_dict())
+    return vae
 
 
 def the_device(name: str) -> torch.device:
@@ -364,11 +391,13 @@ def training_numbers(vae: VAE, history: History, seconds: float, options: FitOpt
     }
 
 
-def _fit(
-    vae: VAE, dataset: Dataset, options: FitOptions, checkpoint: Sparing | Path, seen: Progress, progress: bool | None
-) -> History:
+def train(
+    vae: VAE, dataset: Dataset, options: FitOptions, checkpoint: Sparing | Path | None,
+    seen: Callable[[Any], None] | None, progress: bool | None,
+) -> History:  # fmt: skip
+    """The training of a configuration: `fit`, or `fit_guide` under a frozen model."""
     with _threads(options.threads):
-        return fit(
+        return (fit if options.frozen is None else fit_guide)(
             vae.model,
             vae.guide,
             dataset.train,

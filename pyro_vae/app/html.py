@@ -26,7 +26,10 @@ ul.verdict { list-style: none; padding: 0; }
 ul.verdict li { border-left: .3rem solid #a0aec0; margin: .5rem 0; padding: .3rem .8rem; background: #f7fafc; }
 ul.verdict li.fault { border-color: #dd6b20; background: #fffaf0; }
 .advice { font-weight: 600; }
-code { font-size: .85rem; overflow-wrap: anywhere; }
+code { font-size: .85rem; overflow-wrap: anywhere; } h1 { overflow-wrap: anywhere; }
+p.verdict { border-left: .3rem solid #2b6cb0; margin: .5rem 0; padding: .3rem .8rem; background: #f7fafc; }
+.wide { overflow-x: auto; }
+pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr { border-bottom: 1px solid #e2e8f0; }
@@ -53,15 +56,7 @@ def page(
 
     `late` is asked before each picture; once it says so, the rest is left out, and the page says that.
     """
-    figures = ""
-    for picture in draw(judgement.stages) if pictures is None else pictures:
-        if late is not None and late():
-            figures += '<p class="small">Further pictures were left out for want of time.</p>'
-            break
-        figures += (
-            f'<figure><img alt="{escape(picture.name)}" src="data:image/png;base64,{_png(picture.figure)}"><figcaption>'
-            f"{escape(picture.caption)}</figcaption></figure>"
-        )
+    shown = figures(draw(judgement.stages) if pictures is None else pictures, late)
     findings = "".join(_item(finding) for finding in judgement.findings)
     stages = "".join(
         f"<tr><th>{escape(stage.title)}</th><td>{escape(stage.status)}</td>"
@@ -73,17 +68,38 @@ def page(
         f'<tr><th>{escape(name)}</th><td class="number">{escape(value)}</td><td>{escape(note)}</td></tr>'
         for name, value, note in table(judgement.stages)
     )
+    return document(
+        title,
+        f'<h2>Verdict</h2><ul class="verdict">{findings}</ul>'
+        f'<h2>Numbers</h2><table>{rows}</table><p class="small">Nats per datum, with Monte Carlo standard errors given '
+        f"these data; data ± is the error for other data of the kind. {escape(_protocol(judgement.protocol))}.</p>"
+        f"<h2>What was done</h2><table>{stages}</table>"
+        f"<h2>Pictures</h2>{shown}",
+    )
+
+
+def document(title: str, body: str) -> str:
+    """A page that loads nothing and runs nothing: a title, which is escaped, and HTML that is taken as it is."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        f'<h1>{escape(title)}</h1><h2>Verdict</h2><ul class="verdict">{findings}</ul>'
-        f'<h2>Numbers</h2><table>{rows}</table><p class="small">Nats per datum, with Monte Carlo standard errors given '
-        f"these data; data ± is the error for other data of the kind. {escape(_protocol(judgement.protocol))}.</p>"
-        f"<h2>What was done</h2><table>{stages}</table>"
-        f"<h2>Pictures</h2>{figures}</body></html>\n"
+        f"<h1>{escape(title)}</h1>{body}</body></html>\n"
     )
+
+
+def figures(pictures: Iterable[Picture], late: Callable[[], bool] | None = None) -> str:
+    """Pictures inside the page; what `late` cuts off is said."""
+    found = ""
+    for picture in pictures:
+        if late is not None and late():
+            return found + '<p class="small">Further pictures were left out for want of time.</p>'
+        found += (
+            f'<figure><img alt="{escape(picture.name)}" src="data:image/png;base64,{_png(picture.figure)}"><figcaption>'
+            f"{escape(picture.caption)}</figcaption></figure>"
+        )
+    return found
 
 
 def table(stages: Stages) -> Iterator[tuple[str, str, str]]:

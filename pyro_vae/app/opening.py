@@ -13,8 +13,7 @@ from typing import Any
 from pyro_vae.app import evaluation
 from pyro_vae.app.defaults import FitOptions, option, resolve
 from pyro_vae.app.fitting import VALIDATION_IMAGES, read
-from pyro_vae.app.runs import Run
-from pyro_vae.app.starting import options_of
+from pyro_vae.app.runs import Run, options_of
 from pyro_vae.data import Dataset
 from pyro_vae.inference.training import History
 from pyro_vae.options import checked
@@ -52,10 +51,8 @@ class Opened:
         """q(z | x)."""
         return self.vae.guide
 
-    @functools.cached_property
-    def data(self) -> Dataset:
-        """The data, read when they are first asked for: to train on as the run drew them, afresh in each batch; to
-        validate and to test on the run's own images and draws, so that its numbers come out again.
+    def read(self) -> Dataset:
+        """The data as they lie there, whole: nothing of them is chosen or drawn.
 
         Raises:
             ValueError: They cannot be read any more, or are of another shape.
@@ -68,6 +65,17 @@ class Opened:
                 f"{self.options.data} now has data of shape {found.x_shape}, but {self.path} was fitted to {shape}. "
                 "Give the data that it was fitted to: pv.open(path, data_dir=...)."
             )
+        return found
+
+    @functools.cached_property
+    def data(self) -> Dataset:
+        """The data, read when they are first asked for: to train on as the run drew them, afresh in each batch; to
+        validate and to test on the run's own images and draws, so that its numbers come out again.
+
+        Raises:
+            ValueError: They cannot be read any more, or are of another shape.
+        """
+        found = self.read()
         seed = self.options.seed
         return dataclasses.replace(
             found,

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_vae.app.configuration import convert
+from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.atomic import reason_of, write_file
 
 if TYPE_CHECKING:
@@ -98,6 +100,15 @@ class Run:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} could not be read: {error}.") from error
+
+
+def options_of(run: Run) -> FitOptions:
+    """The configuration of a run; a ValueError where config.json holds a value that it cannot have."""
+    where = run.path / CONFIG
+    try:
+        return resolve({name: convert(name, value, name) for name, value in run.config.items()})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
 
 
 BUILT = (

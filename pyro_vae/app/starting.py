@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import FitOptions, in_words, option, resolve
-from pyro_vae.app.runs import BUILT, CONFIG, Run, is_unfinished
+from pyro_vae.app.runs import BUILT, Run, is_unfinished, options_of
 
 _OF_VALUES = ("likelihood", "likelihood_options", "scale", "standardize", "binarization", "dequantize")
 # What is settled by another option, so that it goes with it.
@@ -61,15 +60,6 @@ def shown(path: str | os.PathLike[str]) -> str:
     """A path as short as it can be typed here."""
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
-
-
-def options_of(run: Run) -> FitOptions:
-    """The configuration of a run; a ValueError where config.json holds a value that it cannot have."""
-    where = run.path / CONFIG
-    try:
-        return resolve({name: convert(name, value, name) for name, value in run.config.items()})
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{where} is damaged: {error}") from error
 
 
 def base(path: str | os.PathLike[str]) -> Run:
@@ -137,7 +127,7 @@ def _asked(options: FitOptions) -> dict[str, Any]:
 
 def compared(run: Run, earlier: FitOptions, options: FitOptions) -> Origin:
     """Whether a fit of these options can take the weights of a run, as far as the options say."""
-    differing = [name for name in BUILT if getattr(earlier, name) != getattr(options, name)]
+    differing = [name for name in (*BUILT, "frozen") if getattr(earlier, name) != getattr(options, name)]
     before = run.summary.get("from") or {}
     epochs = int(run.summary.get("epochs") or 0) + int(before["epochs"] if before.get("weights") else 0)
     words = [f"{option(name)} {in_words(getattr(options, name))} (there: {in_words(getattr(earlier, name))})"

@@ -128,9 +128,11 @@ class Ranking(Result):
         chance = f"p = {ahead.p_corrected:.2g}" + (" after the correction" if len(self.arms) > 2 else "")
         if ahead.holds:
             return f"{first} is ahead of {second} by {by}, {over}; this holds{many} ({chance})."
-        why = "within the noise" if ahead.claimable else f"{second} has only a lower bound, so that it may be higher"
-        if ahead.claimable and ahead.p < 1 - LEVEL:
+        why = "within the noise"
+        if ahead.p < 1 - LEVEL <= ahead.p_corrected:
             why = f"not beyond what the best of {len(self.arms)} shows by chance"
+        elif ahead.p_corrected < 1 - LEVEL:
+            why = f"but {second} has only a lower bound, so that it may be higher"
         return f"nobody is ahead for sure: {first} is above {second} by {by}, {over}, {why} ({chance})."
 
     def _over(self, ahead: Difference) -> str:

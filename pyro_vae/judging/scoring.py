@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import ElboTerms, Estimate, elbo_terms, log_likelihood
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
 
@@ -68,7 +68,10 @@ def scores(
     found = log_likelihood(model, guide, data, num_samples=num_samples, **options)
     terms = elbo_terms(model, guide, data, num_samples=min(100, num_samples), **options)
     about = {"seed" if name == "seed_of_fit" else name: value for name, value in about.items()}
-    return Scores(
-        found.pointwise, found.mc_stderr, terms.pointwise, found.pareto_k, num_samples,
-        found.kind == "lower bound", **about,
-    )  # fmt: skip
+    return scores_of(found, terms, **about)
+
+
+def scores_of(found: Estimate, terms: ElboTerms, **about: Any) -> Scores:
+    """The scores that an estimate of log p(x) and an ELBO are, with other fields of `Scores`."""
+    return Scores(found.pointwise, found.mc_stderr, terms.pointwise, found.pareto_k, found.num_samples,
+                  found.kind == "lower bound", **about)  # fmt: skip

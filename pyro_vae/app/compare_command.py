@@ -1,0 +1,185 @@
+"""What `pyro-vae compare` and `pyro-vae report` do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyro_vae.app.comparing import _arms, compare, read_study, study, study_of
+from pyro_vae.app.report import about
+from pyro_vae.app.runs import REPORT
+from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan
+from pyro_vae.app.study_page import runs_page, write_results, write_table
+from pyro_vae.app.trials import rankings, reason, state, time_left
+from pyro_vae.atomic import write_file
+from pyro_vae.judging.rankings import Ranking
+from pyro_vae.judging.results import plain
+
+
+def compare_runs(
+    runs: Sequence[Path], given: Mapping[str, Any], *, out: str | None, table: str | None, as_json: bool,
+    trust: Sequence[str],
+) -> Ranking:  # fmt: skip
+    """Finished runs, on the same test data with the same noise; prints the verdict first."""
+    allowed = ("evaluation_samples", "evaluation_images", "full", "device")
+    for name in given:
+        if name not in allowed:
+            raise ValueError(
+                f"got --{name.replace('_', '-')} for runs that are fitted, wanted only how they are scored. To fit "
+                "anew, give --vary, or a study."
+            )
+    full = given.get("full")
+    found = compare(
+        list(runs), num_samples=given.get("evaluation_samples") or (5000 if full else 1000),
+        num_data=given.get("evaluation_images") or (10**9 if full else EVALUATION_IMAGES), trust=list(trust),
+        device=given.get("device"), progress=False if as_json else None,
+    )  # fmt: skip
+    if out is not None:
+        opened = {name: members[0] for name, members in _arms(list(runs), list(trust)).items()}
+        title = "Comparison of " + ", ".join(map(str, runs))
+        text = runs_page(found, opened, title)
+        write_file(Path(out) / REPORT, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_table(found, Path(out) / "table.csv")
+    if table is not None:
+        write_table(found, Path(table))
+    _show({"": found}, as_json)
+    if not as_json and out is not None:
+        click.echo(f"report {Path(out) / REPORT}")
+    if not as_json:
+        worse = found.order[-1]
+        where = shlex.quote(worse) if Path(worse).is_dir() else "RUN"
+        click.echo(f"next: pyro-vae judge {where}", err=True)
+    return found
+
+
+def compare_study(
+    file: Path | None, fixed: Mapping[str, Any], *, say: Callable[[str], None], vary: Sequence[str], seeds: int,
+    frozen: str | None, freeze: bool, budget: str | None, jobs: int | None, backend: str, address: str | None,
+    retry: bool, dry_run: bool, out: str | None, table: str | None, as_json: bool, trust: Sequence[str],
+) -> None:  # fmt: skip
+    """A study from a file or from the command line; what is there is not made again."""
+    if file is None:
+        equal = budget or "epochs"
+        seconds = float(equal) if re.fullmatch(r"[\d.]+s?", equal.rstrip("s")) else None
+        asked = Study.of(
+            {"vary": dict(map(_axis, vary)), "fixed": fixed, "seeds": seeds, "frozen": True if freeze else frozen,
+             "budget": "seconds" if seconds is not None else equal, "seconds": seconds},
+            "the command",
+        )  # fmt: skip
+    else:
+        if fixed:
+            raise ValueError(
+                f"got --{next(iter(fixed)).replace('_', '-')} and the study {file}, wanted it in the file."
+            )
+        asked = read_study(file) if file.is_dir() else study_of(file)
+        _check_trust(asked, trust)
+    folder = (
+        Path(out).expanduser() if out is not None else file if file is not None and file.is_dir() else _place(asked)
+    )
+    if dry_run:
+        _show_plan(asked, folder, jobs)
+        return
+    if not as_json:
+        click.echo(f"study {folder}", err=True)
+    found = study(asked, folder, jobs=jobs, backend=backend, address=address, retry=retry,
+                  progress=False if as_json else None, say=say)  # fmt: skip
+    named = {"": found} if isinstance(found, Ranking) else found
+    if table is not None:
+        if len(named) > 1:
+            raise ValueError(f"got --table for {len(named)} datasets, wanted one; the tables are in {folder}.")
+        write_table(named[""], Path(table))
+    _show(named, as_json)
+    if not as_json:
+        click.echo(f"report {folder / REPORT}, tables beside it")
+
+
+def report_study(folder: Path, trust: Sequence[str]) -> list[Path]:
+    """The tables and the page of a study again, from what is there."""
+    asked = read_study(folder)
+    _check_trust(asked, trust)
+    planned = plan(asked, folder, _speeds(folder))
+    found = rankings(planned, asked)
+    if not found:
+        raise ValueError(f"{folder} has no fit that is done yet. Run: pyro-vae compare {folder}")
+    missing = [trial for trial in planned.trials if state(trial) not in ("done", "failed")]
+    if missing:
+        click.echo(f"{len(missing)} of {len(planned.trials)} fits are not there yet: as it stands now", err=True)
+    paths = write_results(planned, asked, found, folder)
+    for path in paths:
+        click.echo(path)
+    return paths
+
+
+def _speeds(folder: Path) -> dict[str, float] | None:
+    place = folder / "speeds.json"
+    return json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
+
+
+def _check_trust(asked: Study, trust: Sequence[str]) -> None:
+    """Refuse parts of one's own that a file names and the command does not: importing them runs their code."""
+    text = json.dumps(asked.to_json())
+    named = sorted(set(re.findall(r'"([A-Za-z_][\w.]*:[A-Za-z_]\w*)"', text)) - set(trust))
+    if named:
+        raise ValueError(
+            f"the study names {', '.join(named)}, code of somebody's own, which is imported only if you say so. Add "
+            f"{' '.join(f'--trust {name}' for name in named)}, if you trust it."
+        )
+
+
+def _axis(text: str) -> tuple[str, Any]:
+    """NAME=A,B,... as an axis and its values, which are read as YAML reads a list."""
+    import yaml
+
+    name, equals, values = text.partition("=")
+    try:
+        listed = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        listed = None
+    if not equals or not listed:
+        raise ValueError(f"got --vary {text}, wanted NAME=A,B,..., such as --vary posterior=diagonal,full.")
+    return name.strip(), listed
+
+
+def _place(asked: Study) -> Path:
+    """The folder that the same command finds again."""
+    digest = hashlib.sha256(json.dumps(asked.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+    axes = re.sub(r"[^a-z0-9]+", "-", "-".join(asked.vary).lower()).strip("-")
+    return Path("studies", f"{axes}-{digest}")
+
+
+def _show_plan(asked: Study, folder: Path, jobs: int | None) -> None:
+    import os
+
+    planned = plan(asked, folder, _speeds(folder))
+    trials = ([planned.base] if planned.base is not None else []) + list(planned.trials)
+    width = max(len(trial.arm) for trial in trials)
+    for trial in trials:
+        there = state(trial)
+        more = f": {reason(trial)}" if there == "failed" else f"  {trial.folder}"
+        click.echo(f"{trial.arm:{width}}  seed {trial.options.seed}  {there:10}{more}")
+    for note in planned.notes:
+        click.echo(note)
+    counts = [state(trial) for trial in trials]
+    left = len(counts) - counts.count("done") - counts.count("failed")
+    side = min(jobs or os.cpu_count() or 1, max(left, 1))
+    click.echo(f"{len(trials)} fits: {counts.count('done')} done, {counts.count('failed')} failed, {left} to come"
+               + (f", {about(time_left(planned) / side)} with {side} at a time" if left else ""))  # fmt: skip
+
+
+def _show(found: Mapping[str, Ranking], as_json: bool) -> None:
+    if as_json:
+        told = {data: {"verdict": each.verdict, "rows": plain(each.rows(), finite=True), "notes": list(each.notes)}
+                for data, each in found.items()}  # fmt: skip
+        click.echo(json.dumps(told[""] if list(told) == [""] else told, indent=2))
+        return
+    for data, each in found.items():
+        if data:
+            click.echo(f"{data}:")
+        click.echo(str(each))

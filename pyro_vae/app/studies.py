@@ -1,0 +1,394 @@
+"""A study: arms, which differ in named options, times seeds; each a run folder, found by what it was made of.
+
+    study.json          what was asked for
+    trials/NAME/        a run folder for each fit, with scores.safetensors beside its weights
+    table.csv, .md, .tex, report.html
+
+The plan of a study is a pure function of its definition, the data and the versions of the package. A fit that is there
+is not made again, an unfinished one is gone on with, and one with anything different (an option, a datum, a version) is
+another fit in another folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae.app import evaluation
+from pyro_vae.app.configuration import convert, parsed
+from pyro_vae.app.defaults import FitOptions, option, resolve
+from pyro_vae.app.fitting import read
+from pyro_vae.app.runs import WEIGHTS, Run, options_of
+from pyro_vae.data import Dataset
+from pyro_vae.words import did_you_mean
+
+BUDGETS = ("epochs", "gradients", "seconds")
+OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name != "from_run")
+_PLACES = {"data_dir", "device", "frozen"}  # where things lie says nothing about a result
+_READS = (
+    "data", "data_dir", "binarization", "dequantize", "image_size", "crop", "channels", "background", "images",
+    "labels", "limit", "likelihood", "split_seed",
+)  # fmt: skip
+EVALUATION_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        vary: Axes: options of ``fit`` by name, each with its values; or a name of one's own with sets of options by
+            name, ``{"encoder": {"narrow": {"hidden": (64,)}, "wide": {"hidden": (512,)}}}``. The arms are all
+            combinations.
+        fixed: Options that all arms share, those of ``fit``.
+        seeds: How many fits of each arm, 0, 1, ..., or which seeds.
+        frozen: A run, whose model is frozen for all guides; True fits one first, with the fixed options. None: model
+            and guide are trained together in each arm.
+        budget: What is equal: "epochs" (passes through the data), "gradients" (passes times samples in the bound: the
+            arm of fewest samples has the epochs, others fewer), or "seconds".
+        seconds: Of each fit, for that budget.
+    """
+
+    vary: dict[str, Any]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    seeds: int | tuple[int, ...] = 1
+    frozen: str | bool | None = None
+    budget: str = "epochs"
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.vary, Mapping) or not all(self.vary.values()):
+            raise ValueError(
+                f"got vary={self.vary!r}, wanted axes with their values, such as {{'posterior': ['diagonal', 'full']}}."
+            )
+        if self.budget not in BUDGETS or (self.budget == "seconds") != (self.seconds is not None):
+            raise ValueError(
+                f"got budget={self.budget!r} and seconds={self.seconds}, wanted one of {', '.join(BUDGETS)}, with "
+                "seconds for the last alone."
+            )
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"got seconds={self.seconds}, wanted a positive number.")
+        seeds = self.seed_list
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(f"got seeds={self.seeds}, wanted how many, 1 or more, or different seeds from 0 on.")
+        for name in self.fixed:
+            _known(name)
+        for name in ("seed", "frozen", "data_seed", "evaluation_samples", "evaluation_images"):
+            if name in self.vary:
+                raise ValueError(f"got vary: {name}, wanted another axis: that is the study's to set.")
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """The seeds."""
+        return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Of each arm, by its name, the options in which it differs.
+
+        Raises:
+            ValueError: An unknown option, a value that it cannot have, two arms that are the same.
+        """
+        axes = [[(axis, *each) for each in _values(axis, values)] for axis, values in self.vary.items()]
+        found: dict[str, dict[str, Any]] = {}
+        for combination in itertools.product(*axes):
+            name = ", ".join(label for _, label, _ in combination)
+            changes = {key: value for _, _, options in combination for key, value in options.items()}
+            if name in found:
+                raise ValueError(f"got the arm {name!r} twice, wanted different values on each axis.")
+            found[name] = changes
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, from which `of` makes it again."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "the study") -> Study:
+        """From plain data, such as a YAML file holds.
+
+        Raises:
+            ValueError: Unknown keys, or values of other types.
+        """
+        known = [each.name for each in dataclasses.fields(cls)]
+        given = {str(key).replace("-", "_"): value for key, value in values.items()}
+        for key in given:
+            if key not in known:
+                raise ValueError(f"{where} has the unknown key {key!r}, wanted some of {', '.join(known)}."
+                                 + did_you_mean(key, known))  # fmt: skip
+        if "vary" not in given:
+            raise ValueError(f"{where} has no 'vary', wanted axes, such as 'vary: {{posterior: [diagonal, full]}}'.")
+        for key in ("vary", "fixed"):
+            if not isinstance(given.get(key, {}), Mapping):
+                raise ValueError(f"{where}: {key} is {given[key]!r}, wanted options by name.")
+        if isinstance(given.get("seeds"), list | tuple):
+            given["seeds"] = tuple(given["seeds"])
+        seeds = given.get("seeds", 1)
+        if not all(type(seed) is int for seed in (seeds if isinstance(seeds, tuple) else (seeds,))):
+            raise ValueError(f"{where}: seeds is {seeds!r}, wanted a whole number, or a list of them.")
+        fixed = {_known(str(key)): value for key, value in given.pop("fixed", {}).items()}
+        fixed = {name: convert(name, value, f"{where}: {name}") for name, value in fixed.items()}
+        vary = {_axis(str(key)): value for key, value in given.pop("vary").items()}
+        return cls(vary=vary, fixed=fixed, **given)
+
+
+def study_file(path: Path) -> Study:
+    """The study of a YAML or JSON file.
+
+    Raises:
+        ValueError: It cannot be read, or is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"got {path}, wanted a study in YAML or JSON: {getattr(error, 'strerror', error)}.") from error
+    values = parsed(path, text)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} holds no study, wanted keys such as vary, fixed and seeds.")
+    return Study.of(values, str(path))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fit of a study.
+
+    Attributes:
+        arm: The arm that it belongs to.
+        options: Its whole configuration.
+        folder: Its run folder.
+        reason: Why it cannot be made; None where it can.
+    """
+
+    arm: str
+    options: FitOptions
+    folder: Path
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All fits of a study.
+
+    Attributes:
+        trials: They.
+        base: The fit whose model the others are frozen on, if the study makes one.
+        notes: What belongs below its table: the budget and the protocol.
+    """
+
+    trials: tuple[Trial, ...]
+    base: Trial | None
+    notes: tuple[str, ...]
+
+
+def plan(study: Study, folder: Path, speeds: Mapping[str, float] | None = None) -> Plan:
+    """What a study is made of, in the folder of it.
+
+    Args:
+        study: The study.
+        folder: Where its trials lie.
+        speeds: Seconds of an epoch of each arm, for a budget of seconds.
+    Raises:
+        ValueError: An option that is none; data that cannot be read; arms with different data, which cannot be paired.
+    """
+    base, shared = None, _base_options(study)
+    if study.frozen is True:
+        options = _resolved("the model", shared | {"seed": study.seed_list[0]})
+        base = Trial("the model", options, folder / "trials" / _name("model", options, _data_print(options)))
+    settings, trials, prints = study.settings(), [], {}
+    resolved: dict[str, FitOptions | str] = {}
+    for arm, changes in settings.items():
+        try:
+            resolved[arm] = _resolved(arm, _changed(shared, changes))
+        except ValueError as error:
+            resolved[arm] = str(error)
+    epochs = _epochs(study, {arm: each for arm, each in resolved.items() if isinstance(each, FitOptions)}, speeds)
+    for arm, each in resolved.items():
+        for seed in study.seed_list:
+            if isinstance(each, str):
+                trials.append(Trial(arm, resolve({}), folder, each))
+                continue
+            options = dataclasses.replace(each, seed=seed, data_seed=seed, epochs=epochs[arm])
+            if study.frozen is not None:
+                model = str(base.folder) if base is not None else str(Path(str(study.frozen)).expanduser().absolute())
+                options = dataclasses.replace(options, frozen=model)
+            prints[arm] = _data_print(options)
+            frozen = _model_print(base, options)
+            name = _name(f"{arm}-s{seed}", options, prints[arm], frozen)
+            trials.append(Trial(arm, options, folder / "trials" / name))
+    _same_data(prints, {arm: each for arm, each in resolved.items() if isinstance(each, FitOptions)})
+    return Plan(tuple(trials), base, tuple(_notes(study, epochs, resolved)))
+
+
+def datasets(plan_: Plan) -> dict[str, list[str]]:
+    """The arms of each dataset."""
+    found: dict[str, list[str]] = {}
+    for trial in plan_.trials:
+        arms = found.setdefault(trial.options.data if trial.reason is None else "", [])
+        if trial.arm not in arms:
+            arms.append(trial.arm)
+    return found
+
+
+def _base_options(study: Study) -> dict[str, Any]:
+    """What all arms start from, as it was asked for."""
+    shared: dict[str, Any] = {"split_seed": 0, "threads": 1, "compile": "off"}
+    if isinstance(study.frozen, str):
+        run = Run.load(Path(study.frozen).expanduser())
+        shared |= {name: getattr(options_of(run), name) for name in OPTIONS} | {"threads": 1, "compile": "off"}
+        if shared["split_seed"] is None:
+            shared["split_seed"] = shared["seed"]
+        shared["evaluation_images"] = shared["frozen"] = None
+    return _changed(shared, study.fixed)
+
+
+def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with changes; what belongs to a part that was changed does not outlive it."""
+    found = dict(base)
+    for part in ("posterior", "prior", "likelihood", "bound"):
+        if part in changes and changes[part] != base.get(part):
+            found.pop(f"{part}_options", None)
+    if "bound" in changes and changes["bound"] != base.get("bound", "elbo"):
+        found.pop("num_samples", None)
+    if "network" in changes and changes["network"] != base.get("network"):
+        found.pop("hidden", None)
+    return found | dict(changes)
+
+
+def _resolved(arm: str, given: Mapping[str, Any]) -> FitOptions:
+    try:
+        options = resolve({key: value for key, value in given.items() if key != "frozen"})
+    except ValueError as error:
+        raise ValueError(f"{arm}: {error}") from error
+    if options.evaluation_images is None and not options.full:
+        options = dataclasses.replace(options, evaluation_images=EVALUATION_IMAGES)
+    return options
+
+
+def _epochs(study: Study, arms: Mapping[str, FitOptions], speeds: Mapping[str, float] | None) -> dict[str, int]:
+    if study.budget == "gradients" and arms:
+        least = min(each.num_samples for each in arms.values())
+        return {arm: max(1, round(each.epochs * least / each.num_samples)) for arm, each in arms.items()}
+    if study.budget == "seconds" and speeds is not None:
+        assert study.seconds is not None
+        return {arm: max(1, int(study.seconds / speeds[arm])) for arm in arms}
+    return {arm: each.epochs for arm, each in arms.items()}
+
+
+def _notes(study: Study, epochs: Mapping[str, int], arms: Mapping[str, FitOptions | str]) -> Iterator[str]:
+    known = {arm: each for arm, each in arms.items() if isinstance(each, FitOptions)}
+    counts = sorted(set(epochs.values()))
+    if study.budget == "epochs":
+        yield f"budget: equal epochs, {', '.join(map(str, counts))}"
+    else:
+        each = ", ".join(f"{arm}: {count}" for arm, count in epochs.items())
+        equal = {"gradients": "gradient evaluations (passes x samples)", "seconds": f"time, {study.seconds} s a fit"}
+        yield f"budget: equal {equal[study.budget]}; epochs: {each}"
+    if known:
+        first = next(iter(known.values()))
+        data = f"the first {first.evaluation_images} test data (or all)" if first.evaluation_images else "all test data"
+        yield (
+            f"protocol: K = {first.evaluation_samples}, {data}, one draw and one "
+            f"noise for all (seed {first.split_seed}); seeds {', '.join(map(str, study.seed_list))}, each with "
+            "one order and one draw of the training data for all arms"
+        )
+    if study.frozen is not None:
+        yield "the model is frozen: one p(z | x) for all, and arms are ranked by the ELBO"
+
+
+def _same_data(prints: Mapping[str, str], arms: Mapping[str, FitOptions]) -> None:
+    """Refuse arms of one dataset that see it otherwise."""
+    by_data: dict[str, str] = {}
+    for arm, each in arms.items():
+        first = by_data.setdefault(each.data, arm)
+        if prints[arm] != prints[first]:
+            other = arms[first]
+            names = [n for n in _READS if getattr(each, n) != getattr(other, n)]
+            said = ", ".join(f"{option(n)} {getattr(each, n)} against {getattr(other, n)}" for n in names)
+            raise ValueError(
+                f"the arms {first!r} and {arm!r} do not see the same {each.data} ({said or 'as read'}): their log p(x) "
+                "are of different data, zeros and ones or grey levels, say, and cannot be compared. Vary it in a study "
+                "of its own, or fix --binarization for all."
+            )
+
+
+_PRINTS: dict[tuple[Any, ...], str] = {}
+
+
+def _data_print(options: FitOptions) -> str:
+    """What the data of a configuration are, as a hash: all that is trained and scored on, and how it is drawn."""
+    shaping = (*_READS, "evaluation_images", "standardize", "network", "prior")
+    key = tuple(str(getattr(options, name)) for name in shaping)
+    if key not in _PRINTS:
+        _, dataset = read(options)
+        _PRINTS[key] = fingerprint_of(dataset, options)
+    return _PRINTS[key]
+
+
+def fingerprint_of(dataset: Dataset, options: FitOptions) -> str:
+    """A hash of a dataset's pixels and of its test data as they are scored."""
+    digest = hashlib.sha256()
+    test = evaluation.test_data(dataset, options.split_seed or 0, options.evaluation_images)
+    for part in (dataset.train.pixels, dataset.validation.pixels, test.pixels):
+        digest.update(str((tuple(part.shape), part.dtype)).encode())
+        digest.update(part.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    digest.update(json.dumps([dataset.train.binarization, dataset.train.dequantize]).encode())
+    return digest.hexdigest()
+
+
+def _model_print(base: Trial | None, options: FitOptions) -> str:
+    """What the frozen model is: the base's folder, which its own name tells, or a hash of the weights of a run."""
+    if base is not None:
+        return base.folder.name
+    if options.frozen is None:
+        return ""
+    return hashlib.sha256((Path(options.frozen) / WEIGHTS).read_bytes()).hexdigest()
+
+
+def _name(stem: str, options: FitOptions, data: str, frozen: str = "") -> str:
+    """The folder of a trial, found by all that shapes its result."""
+    plain = {name: value for name, value in options.to_json().items() if name not in _PLACES}
+    versions = {name: value for name, value in evaluation.versions().items() if name != "python"}
+    text = json.dumps([plain, data, frozen, versions], sort_keys=True)
+    short = re.sub(r"[^a-zA-Z0-9.]+", "-", stem).strip("-")[:60]
+    return f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _known(name: str) -> str:
+    key = name.replace("-", "_")
+    if key not in OPTIONS:
+        known = [each.replace("_", "-") for each in OPTIONS]
+        raise ValueError(f"got the option {name!r}, wanted one of fit's." + did_you_mean(name, known))
+    return key
+
+
+def _axis(name: str) -> str:
+    return name.replace("-", "_") if name.replace("-", "_") in OPTIONS else name
+
+
+def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The labels of an axis, and the options that each stands for."""
+    if isinstance(values, Mapping):
+        sets = []
+        for label, changes in values.items():
+            if not isinstance(changes, Mapping):
+                raise ValueError(f"got vary: {axis}: {label}: {changes!r}, wanted options by name.")
+            pairs = {_known(str(key)): value for key, value in changes.items()}
+            sets.append((str(label), {k: convert(k, v, f"{axis}: {label}: {k}") for k, v in pairs.items()}))
+        return sets
+    name = _known(axis)
+    listed: Sequence[Any] = values if isinstance(values, list | tuple) else [values]
+    read_ = [convert(name, value, option(name)) for value in listed]
+    words = all(isinstance(value, str) for value in read_)
+    return [(value if words else f"{name.replace('_', '-')}={_shown(value)}", {name: value}) for value in read_]
+
+
+def _shown(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)

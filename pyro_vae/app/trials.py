@@ -1,0 +1,327 @@
+"""The fits of a study: one after another or side by side, here or on a cluster, and what comes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from pyro_vae.app import evaluation
+from pyro_vae.app.defaults import FitOptions, resolve
+from pyro_vae.app.fitting import build, read, train, training_numbers
+from pyro_vae.app.report import about
+from pyro_vae.app.run_page import write_page
+from pyro_vae.app.runs import (
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    WEIGHTS,
+    Run,
+    finish,
+    is_unfinished,
+    run_folder,
+    write_json,
+    write_lines,
+)
+from pyro_vae.app.studies import Plan, Study, Trial, datasets
+from pyro_vae.atomic import write_file
+from pyro_vae.inference.checkpoints import Sparing
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.rankings import Ranking, rank
+from pyro_vae.judging.scoring import Scores, scores_of
+
+SCORES = "scores.safetensors"
+FAILED = ".failed.json"  # beside the folder of a fit that failed
+BACKENDS = ("local", "dask", "slurm")
+_TRIED = 20  # steps that the speed of an arm is measured on
+
+
+def run_trial(config: Mapping[str, Any], folder: str) -> str | None:
+    """Make one fit and score it, or what is missing of that.
+
+    Args:
+        config: The options, as plain data.
+        folder: The run folder.
+    Returns:
+        Why it failed; None where it is done.
+    Raises:
+        KeyboardInterrupt: It was broken off, and is gone on with the next time.
+    """
+    options, path = resolve(config), Path(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads or threads)
+    try:
+        if not (path / SUMMARY).is_file() or is_unfinished(path):
+            _fit(options, path)
+        if not (path / SCORES).is_file():
+            _score(options, path)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # one fit is not the study
+        if os.environ.get("PYRO_VAE_DEBUG") == "1":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        write_json(_failed(path), {"reason": reason})
+        return reason
+    finally:
+        torch.set_num_threads(threads)
+    _failed(path).unlink(missing_ok=True)
+    return None
+
+
+def _fit(options: FitOptions, path: Path) -> None:
+    """A run folder without pictures, which `draw` makes when they are wanted."""
+    with run_folder(path, options.to_json()) as folder:
+        settled, dataset = read(options)
+        vae = build(settled, dataset)
+        write_json(folder / CONFIG, settled.to_json())
+        started = time.perf_counter()
+
+        def keep(record: Mapping[str, Any]) -> None:
+            if not (folder / WEIGHTS).exists():  # from here on what was broken off is worth to go on with
+                vae.save(folder / WEIGHTS)
+
+        history = train(vae, dataset, settled, Sparing(folder / CHECKPOINT), keep, progress=False)
+        if history.interrupted:
+            raise KeyboardInterrupt
+        seconds = max(time.perf_counter() - started, history.records[-1]["seconds"])
+        vae.save(folder / WEIGHTS)
+        write_lines(folder / METRICS, history.records)
+        summary = {"interrupted": False} | training_numbers(vae, history, seconds, settled)
+        shown = {"num_samples": settled.evaluation_samples, "images": settled.evaluation_images}
+        summary["protocol"] = evaluation.protocol(vae, dataset, **shown, seed=settled.split_seed or 0)  # type: ignore[arg-type]
+        write_json(folder / SUMMARY, summary)
+        write_page(folder, options, summary)
+        finish(folder)
+
+
+def _score(options: FitOptions, path: Path) -> None:
+    """log p(x) and ELBO per datum of the test data that all fits of the study share, with the same noise."""
+    settled, dataset = read(options)
+    run = Run.load(path)
+    vae = run.vae(own_parts(options))
+    seed = options.split_seed or 0
+    test = evaluation.test_data(dataset, seed, options.evaluation_images)
+    shared: dict[str, Any] = {"seed": seed, "progress": False}
+    estimate = log_likelihood(vae.model, vae.guide, test, num_samples=options.evaluation_samples, **shared)
+    terms = elbo_terms(vae.model, vae.guide, test, num_samples=evaluation.ELBO_SAMPLES, **shared)
+    found = scores_of(estimate, terms)
+    tensors = {name: getattr(found, name).double() for name in ("log_p", "elbo", "pareto_k")}
+    told = {"num_samples": found.num_samples, "mc_stderr": found.mc_stderr, "bound": found.bound}
+    write_file(path / SCORES, lambda partial: save_file(tensors, partial, {"scores": json.dumps(told)}))
+    summary = run.summary | {"test_images": len(test)} | evaluation.told(terms, estimate)
+    write_json(path / SUMMARY, summary)
+    write_page(path, options, summary)
+
+
+def read_scores(trial: Trial) -> Scores:
+    """The scores of a trial that is done."""
+    with safe_open(trial.folder / SCORES, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("log_p", "elbo", "pareto_k")}
+        told = json.loads(file.metadata()["scores"])
+    summary = Run.load(trial.folder).summary
+    return Scores(**tensors, **told, seed=trial.options.seed, seconds=summary["train_seconds"],
+                  parameters=summary["parameters"])  # fmt: skip
+
+
+def state(trial: Trial) -> str:
+    """What there is of a trial: "done", "failed", "unfinished" or "missing"."""
+    if trial.reason is not None or _failed(trial.folder).is_file():
+        return "failed"
+    if (trial.folder / SCORES).is_file():
+        return "done"
+    return "unfinished" if trial.folder.is_dir() else "missing"
+
+
+def reason(trial: Trial) -> str:
+    """Why a trial failed."""
+    if trial.reason is not None:
+        return trial.reason
+    try:
+        return str(json.loads(_failed(trial.folder).read_text(encoding="utf-8"))["reason"])
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def execute(
+    plan: Plan, *, jobs: int | None = None, backend: str = "local", address: str | None = None, retry: bool = False,
+    progress: bool | None = None, say: Callable[[str], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Make all fits of a plan that are not there, the frozen model first.
+
+    Args:
+        plan: The plan.
+        jobs: How many at a time; as many as there are cores if omitted. Each takes the threads that its options say.
+        backend: "local" processes, a "dask" cluster, or "slurm" jobs by submitit.
+        address: Of dask's scheduler.
+        retry: Whether what failed is tried again.
+        progress: Show a bar; None shows it on a terminal only, and a line for each fit elsewhere.
+        say: Takes a line.
+    Raises:
+        ValueError: The frozen model could not be fitted; a backend that is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"got backend={backend!r}, wanted one of {', '.join(BACKENDS)}.")
+    if plan.base is not None and state(plan.base) != "done":
+        say(f"fitting the model that is frozen: {plan.base.folder}")
+        failure = run_trial(plan.base.options.to_json(), str(plan.base.folder))
+        if failure is not None:
+            raise ValueError(f"the model that was to be frozen could not be fitted: {failure}")
+    wanted = ("missing", "unfinished", "failed") if retry else ("missing", "unfinished")
+    todo = [trial for trial in plan.trials if trial.reason is None and state(trial) in wanted]
+    counts = {"done": sum(state(trial) == "done" for trial in plan.trials), "failed": 0}
+    counts["failed"] = len(plan.trials) - len(todo) - counts["done"]
+    jobs = min(jobs or os.cpu_count() or 1, max(len(todo), 1))
+    started, shown = time.monotonic(), None if progress is None else not progress
+    with tqdm(total=len(todo), disable=shown, bar_format="{desc}", dynamic_ncols=True, leave=False) as bar:
+        bar.set_description_str(_told(counts, jobs, len(todo), None))
+        for number, (trial, failure) in enumerate(_outcomes(todo, jobs, backend, address), 1):
+            counts["done" if failure is None else "failed"] += 1
+            left = len(todo) - number
+            seconds = (time.monotonic() - started) / number * left
+            bar.set_description_str(_told(counts, min(jobs, left), left, seconds))
+            bar.update(1)
+            if bar.disable and progress is not False or failure is not None:
+                ended = "done" if failure is None else f"failed: {failure}"
+                say(f"{_told(counts, min(jobs, left), left, seconds)}; {trial.arm}, seed {trial.options.seed}: {ended}")
+
+
+def _told(counts: Mapping[str, int], running: int, left: int, seconds: float | None) -> str:
+    waits = f", {about(seconds)} left" if seconds is not None and left else ""
+    return f"{counts['done']} done, {running} running, {counts['failed']} failed, {left - running} to come{waits}"
+
+
+def _outcomes(
+    todo: Sequence[Trial], jobs: int, backend: str, address: str | None
+) -> Iterator[tuple[Trial, str | None]]:
+    """Each trial as it ends, and why it failed."""
+    calls = [(trial.options.to_json(), str(trial.folder)) for trial in todo]
+    if backend == "slurm":
+        yield from _by_slurm(todo, calls)
+        return
+    if backend == "local" and jobs == 1:
+        for trial, call in zip(todo, calls, strict=True):
+            yield trial, run_trial(*call)
+        return
+    import joblib
+
+    with contextlib.ExitStack() as stack:
+        if backend == "dask":
+            stack.enter_context(_dask(address))
+            stack.enter_context(joblib.parallel_config("dask", n_jobs=-1))
+        else:
+            inner = max(1, max(call[0]["threads"] or 1 for call in calls)) if calls else 1
+            stack.enter_context(joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=inner))
+        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
+        for number, failure in parallel(joblib.delayed(_numbered)(i, *call) for i, call in enumerate(calls)):
+            yield todo[number], failure
+
+
+def _numbered(number: int, config: Mapping[str, Any], folder: str) -> tuple[int, str | None]:
+    return number, run_trial(config, folder)
+
+
+@contextlib.contextmanager
+def _dask(address: str | None) -> Iterator[Any]:
+    """A client of a cluster that is there, or of one on this machine."""
+    try:
+        from dask.distributed import Client
+    except ImportError as error:
+        raise ValueError(
+            "got backend='dask', which needs dask. Run: pip install 'pyro-vae[dask]', or take the local backend."
+        ) from error
+    try:
+        client = Client(address) if address else Client(threads_per_worker=1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"got address {address!r}, wanted that of a dask scheduler that answers: {error}.") from error
+    with client:
+        yield client
+
+
+def _by_slurm(todo: Sequence[Trial], calls: Sequence[tuple[dict[str, Any], str]]) -> Iterator[tuple[Trial, str | None]]:
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError(
+            "got backend='slurm', which needs submitit. Run: pip install 'pyro-vae[slurm]', or take the local backend."
+        ) from error
+    if not todo:
+        return
+    executor = submitit.AutoExecutor(folder=todo[0].folder.parent / "slurm")
+    jobs = [executor.submit(run_trial, *call) for call in calls]
+    for trial, job in zip(todo, jobs, strict=True):
+        yield trial, job.result()
+
+
+def rankings(plan: Plan, study: Study) -> dict[str, Ranking]:
+    """What came of a study: of each dataset the ranking of its arms, by the ELBO where they share a frozen model."""
+    found: dict[str, Ranking] = {}
+    lost = {trial.arm: reason(trial) for trial in plan.trials if state(trial) == "failed"}
+    for data, names in datasets(plan).items():
+        arms: dict[str, list[Scores]] = {}
+        for trial in plan.trials:
+            if trial.arm in names and state(trial) == "done":
+                arms.setdefault(trial.arm, []).append(read_scores(trial))
+        gone = {name: lost[name] for name in names if name in lost}
+        if arms:
+            criterion = "log_p" if study.frozen is None else "elbo"
+            found[data] = rank(arms, criterion=criterion, failed=gone, notes=plan.notes)
+    if len(found) > 1 or not found:
+        return found
+    (data,) = found  # what failed before its data were known belongs to the only ones there are
+    return {data: dataclasses.replace(found[data], failed=lost)}
+
+
+def speed(options: FitOptions) -> tuple[float, float]:
+    """Seconds of an epoch, and of the scoring, measured on a few steps and images."""
+    settled, dataset = read(dataclasses.replace(options, frozen=None))
+    vae = build(dataclasses.replace(settled, frozen=None), dataset)
+    few = dataset.train.subset(slice(0, _TRIED * settled.batch_size))
+    small = dataclasses.replace(dataset, train=few, validation=dataset.validation.subset(slice(0, 50)))
+    short = dataclasses.replace(settled, epochs=2, schedule="constant", patience=None, kl_warmup=0, frozen=None)
+    history = train(vae, small, short, None, None, progress=False)
+    each = history.records[-1]["seconds"] - history.records[0]["seconds"]
+    images = settled.evaluation_images or len(dataset.test)
+    per_sample = evaluation.seconds_each(vae, dataset.test, settled.evaluation_samples)
+    scoring = per_sample * min(images, len(dataset.test)) * (settled.evaluation_samples + evaluation.ELBO_SAMPLES)
+    return each / len(few) * len(dataset.train), scoring
+
+
+def time_left(plan: Plan) -> float:
+    """Seconds of one process that are left: by fits of the same arm that are done, or else measured."""
+    known: dict[str, float] = {}
+    todo = [t for t in plan.trials if state(t) in ("missing", "unfinished")]
+    for trial in plan.trials:
+        if state(trial) == "done" and trial.arm not in known:
+            known[trial.arm] = Run.load(trial.folder).summary["train_seconds"]
+    total = 0.0
+    for trial in todo:
+        if trial.arm not in known:
+            epoch, scoring = speed(trial.options)
+            known[trial.arm] = epoch * trial.options.epochs + scoring
+        total += known[trial.arm]
+    if plan.base is not None and state(plan.base) != "done":
+        epoch, scoring = speed(plan.base.options)
+        total += epoch * plan.base.options.epochs + scoring
+    return total
+
+
+def own_parts(options: FitOptions) -> list[str]:
+    """Parts of one's own: in a study they were named by who started it."""
+    named = (options.posterior, options.prior, options.likelihood)
+    return [name for name in named if name is not None and ":" in name]
+
+
+def _failed(path: Path) -> Path:
+    return path.with_name(path.name + FAILED)
