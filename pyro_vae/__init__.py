@@ -7,7 +7,7 @@
 
     the pair        VAE (holds one made of parts)  Model  Guide  SemiAmortized  Hamiltonian  autoencoder
     its parts       pv.posteriors  pv.priors  pv.likelihoods  pv.networks  pv.distributions  pv.zoo (ready-made pairs)
-    fit             fit  History  Objective  Compiled  ex_post  fit_guide
+    fit             fit  History  Objective  Compiled  ex_post  fit_guide  pv.callbacks (TensorBoard, MLflow, W&B)
     bounds          elbo  iwae  renyi  vr_max  miwae  ciwae  piwae  cubo  wake_sleep (all in pv.bounds)
                     reconstruction  map_estimate (for guides that are a point)
     regularizers    mmd  total_correlation  free_bits
@@ -29,6 +29,7 @@ from pyro_vae._lazy import attach
 from pyro_vae.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from pyro_vae import callbacks as callbacks
     from pyro_vae import data as data
     from pyro_vae import plots as plots
     from pyro_vae import testing as testing

@@ -154,7 +154,7 @@ def test_the_command_line_wins_over_the_file(here, monkeypatch):
         return {"interrupted": False}
 
     monkeypatch.setattr(fitting, "fit_run", record)
-    monkeypatch.setattr("pyro_vae.app.report.show", lambda *_: None)
+    monkeypatch.setattr("pyro_vae.app.report.show_lines", lambda *_: None)
     assert main(["fit", "--config", "some.yaml", "--epochs", "9"]) == 0
     options = seen["options"]
     assert (options.epochs, options.batch_size, options.learning_rate, options.hidden) == (9, 32, 2e-3, (40, 20))
@@ -253,7 +253,9 @@ def test_nothing_but_the_summary_where_there_is_no_terminal(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert "\r" not in done.stdout + done.stderr
     assert "\x1b" not in done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 2
+    assert len(done.stderr.strip().splitlines()) == 3 and done.stderr.splitlines()[-1].startswith(
+        "next: pyro-vae judge"
+    )
     assert done.stdout.startswith("test ELBO")
 
 

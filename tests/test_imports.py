@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "judging": GROUND | {"inference", "parts", "programs", "plots"},
     "app": GROUND | {"parts", "programs", "data", "inference", "judging", "plots"},
     "testing": GROUND,
+    "callbacks": set(),
     "__main__": {"app"},
 }
 ONLY_THESE_PROGRAMS_KNOW_PARTS = {"architecture.py", "_ex_post.py", "vae.py", "zoo"}

@@ -41,6 +41,7 @@ def test_commands_of_the_shell_blocks_exist():
         "judge",
         "encode",
         "export",
+        "runs",
     }
     run = [sys.executable, "-m", "pyro_vae", "--help"]
     listed = subprocess.run(run, capture_output=True, text=True, check=True).stdout

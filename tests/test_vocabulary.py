@@ -142,7 +142,11 @@ def test_a_history_names_its_columns_and_is_drawn():
     assert torch.allclose(torch.tensor(axes.lines[0].get_ydata()), torch.tensor(history["bound"]).double())
 
 
-SEVERAL = {"gallery", "latent_spaces"}  # that have a panel for each datum or view, and so no axes of one
+SEVERAL = {
+    "gallery",
+    "latent_spaces",
+    "side_by_side",
+}  # that have a panel for each datum or view, and so no axes of one
 
 
 def test_every_picture_of_one_pair_of_axes_takes_them():

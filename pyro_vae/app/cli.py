@@ -96,7 +96,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class _Commands(click.Group):
-    """Commands of which a typo gets a hint."""
+    """Commands of which a typo gets a hint, listed in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -123,9 +126,13 @@ def commands(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@commands.command(cls=GroupedCommand, epilog=configuration.epilog())
+@commands.command(
+    cls=GroupedCommand,
+    short_help="Fit a VAE, judge it on test data, write a run folder.",
+    epilog=configuration.epilog(),
+)
 @configuration.FIT
-def fit(config: Path | None, **given: Any) -> int:
+def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
     """Fit a VAE to images, judge it on test data, and write a run folder.
 
     The folder holds config.json, summary.json, metrics.jsonl, weights.safetensors,
@@ -139,14 +146,16 @@ def fit(config: Path | None, **given: Any) -> int:
       pyro-vae fit --data photos/ --image-size 32 --latent-dim 64
       pyro-vae fit --model semi-supervised --model-options num_labelled=100
       pyro-vae fit --config runs/mnist --seed 1
+      pyro-vae fit --from runs/mnist --epochs 50
     """
+    from pyro_vae.app import following, starting
     from pyro_vae.app.runs import check_place, default_path, is_unfinished
 
     options_given = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
     values = (read_config(config) if config is not None else {}) | options_given
     out, quiet = values.pop("out", None), values.pop("quiet", False)
     checkpoint = values.pop("checkpoint", None)
-    options = resolve(values)
+    options = resolve(starting.merged(values) if values.get("from_run") else values)
     asked = options.to_json()
     path = Path(out).expanduser() if out is not None else default_path(options.data, asked)
     check_place(path, asked)
@@ -154,20 +163,21 @@ def fit(config: Path | None, **given: Any) -> int:
         click.echo(f"going on with {path} (--out another folder to start afresh)", err=True)
 
     from pyro_vae.app.fitting import fit_run
-    from pyro_vae.app.report import show, show_lines
+    from pyro_vae.app.report import lines, show_lines
     from pyro_vae.app.run_page import files
 
     saved = None if checkpoint is None else Path(checkpoint).expanduser()
-    summary = fit_run(options, path, checkpoint=saved, progress=False if quiet else None, say=_say(quiet))
+    summary = fit_run(options, path, checkpoint=saved, progress=False if quiet else None, say=_say(quiet), trust=trust)
     if not quiet:
-        show(summary, path)
-        show_lines(files(path, summary))
+        show_lines([*lines(summary, path), *files(path, summary)])
     if summary["interrupted"]:
         click.echo(
             f"{PROGRAM}: interrupted: what was trained so far is in {path}, and the same command goes on with it",
             err=True,
         )
         return 130
+    if not quiet:
+        following.say(following.after("fit", path, summary))
     return 0
 
 
@@ -185,7 +195,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[default: the run's own]")
 
 
-@commands.command()
+@commands.command(short_help="Judge a run again: other samples, images or seed.")
 @_run
 @_trust
 @click.option("--evaluation-samples", "-K", metavar="K", type=click.IntRange(2), help="[default: the run's own]")
@@ -206,7 +216,7 @@ def evaluate(**options: Any) -> None:
     evaluate_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Draw a run's pictures and report.html again.")
 @_run
 @_trust
 @_data_dir
@@ -217,7 +227,7 @@ def draw(**options: Any) -> None:
     draw_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Say whose fault a run's gap is, and what to try next.")
 @_run
 @_trust
 @click.option("--num-data", metavar="N", type=click.IntRange(2), default=100, help="Test data looked at, at most. "
@@ -308,7 +318,7 @@ def sample(**options: Any) -> None:
     sample_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Reconstruct image files, and score them.")
 @_run
 @_trust
 @click.argument("images", nargs=-1, required=True, type=_PATH)
@@ -324,7 +334,7 @@ def reconstruct(**options: Any) -> None:
     reconstruct_images(**options)
 
 
-@commands.command()
+@commands.command(short_help="Rank a run's test data from strange to ordinary.")
 @_run
 @_trust
 @click.option("--score", type=_word("log-likelihood", "reconstruction", "ratio", "regret"),
@@ -347,7 +357,7 @@ def anomalies(**options: Any) -> None:
     rank_anomalies(**options)
 
 
-@commands.command()
+@commands.command(short_help="Write mean and scale of q(z | x) for data.")
 @_run
 @click.argument("data", metavar="DATA")
 @_trust
@@ -366,7 +376,7 @@ def encode(**options: Any) -> None:
     encode_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Write encoder and decoder as .pt2 of torch.export.")
 @_run
 @_trust
 @click.option("--out", metavar="DIR", type=_PATH, help="[default: RUN/export]")
@@ -380,7 +390,7 @@ def export(**options: Any) -> None:
     export_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="Write a page to move through the latent space in.")
 @_run
 @_trust
 @click.option("--out", metavar="FILE", type=_PATH, help="A .html. [default: RUN/explore.html]")
@@ -400,7 +410,24 @@ def explore(**options: Any) -> None:
     explore_run(**options)
 
 
-@commands.command()
+@commands.command(short_help="List runs with their numbers.")
+@click.argument("folders", nargs=-1, metavar="[FOLDER ...]", type=_PATH)
+@click.option("--sort", type=_word("time", "log-p", "elbo", "name", "data", "epochs", "seconds"), default="time",
+              help="time: the latest first; numbers: the largest first; what has none comes last. "
+              "[default: time]")  # fmt: skip
+@click.option("--data", "only", metavar="NAME|PATH", help="Only runs on these data.")
+@_json
+def runs(**options: Any) -> None:
+    """List the runs in folders, at any depth, with their numbers. [default: runs]
+
+    A damaged run is a row with the reason. Nothing but JSON is read.
+    """
+    from pyro_vae.app.listing import list_runs
+
+    list_runs(**options)
+
+
+@commands.command(short_help="Try every posterior with every bound and estimator.")
 @click.option("--posterior", "posteriors", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--bound", "bounds", metavar="NAME", multiple=True, help="Only these. [default: all]")
 @click.option("--estimator", "estimators", metavar="NAME", multiple=True, help="Only these. [default: all]")

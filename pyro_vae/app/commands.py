@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.app import evaluation, report, serving
+from pyro_vae.app import evaluation, following, report, serving
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
 from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.remarks import of_image
@@ -102,6 +102,8 @@ def evaluate_run(
                    "nats above that of the run's own guide (paired by datum)")  # fmt: skip
     if out is not None:
         write_json(out, numbers | {"run": str(run)})
+    if not as_json:
+        following.say(following.after("evaluate", run, numbers))
     return numbers
 
 
@@ -121,6 +123,7 @@ def draw_run(run: Path, data_dir: str | None = None, trust: tuple[str, ...] = ()
     paths.append(write_page(run, options, loaded.summary))
     for path in paths:
         click.echo(path)
+    following.say(following.after("draw", run, loaded.summary))
     return paths
 
 
@@ -188,6 +191,7 @@ def judge_run(
         files = [("report", str(folder / "judgement.html")), ("", str(folder / "judgement.json"))]
         given = [("given", f"y: each log p(x) above is {face.density}, y the labels of the test data")]
         report.show_lines([*found.lines(), *(given if face.needs_label else []), *files])
+        following.say(following.after_judging(run, [finding.command for finding in found.advice]))
     return found
 
 
@@ -220,6 +224,7 @@ def sample_run(
     else:
         _image_folder(x, path)
     click.echo(path)
+    following.say(following.after("sample", run, {}))
     return path
 
 
@@ -258,6 +263,7 @@ def reconstruct_images(
     path = out or Path("reconstructions.png")
     report.save(picture, path)
     click.echo(path)
+    following.say(following.after("reconstruct", run, {}))
     return path
 
 
@@ -313,6 +319,7 @@ def rank_anomalies(
     captions = [" ".join([*name(i), f"{scores[i]:.1f}"]) for i in shown.tolist()]
     report.save(plots.gallery(test[shown], captions, f"Most anomalous test data, {unit} in nats"), path)
     click.echo(path)
+    following.say(following.after("anomalies", run, {}))
     return result
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pyro_vae.app import following
 from pyro_vae.app.comparing import _arms, compare, read_study, study, study_of
 from pyro_vae.app.report import about
 from pyro_vae.app.runs import REPORT
@@ -53,9 +53,7 @@ def compare_runs(
     if not as_json and out is not None:
         click.echo(f"report {Path(out) / REPORT}")
     if not as_json:
-        worse = found.order[-1]
-        where = shlex.quote(worse) if Path(worse).is_dir() else "RUN"
-        click.echo(f"next: pyro-vae judge {where}", err=True)
+        following.say(following.after_comparing(found.order[-1]))
     return found
 
 
@@ -98,6 +96,7 @@ def compare_study(
     _show(named, as_json)
     if not as_json:
         click.echo(f"report {folder / REPORT}, tables beside it")
+        following.say(_after(asked, named, folder))
 
 
 def report_study(folder: Path, trust: Sequence[str]) -> list[Path]:
@@ -115,6 +114,13 @@ def report_study(folder: Path, trust: Sequence[str]) -> list[Path]:
     for path in paths:
         click.echo(path)
     return paths
+
+
+def _after(asked: Study, found: Mapping[str, Ranking], folder: Path) -> str:
+    """The next command: the first fit of the arm that is ahead, judged."""
+    best = next(iter(found.values())).best
+    trials = plan(asked, folder, _speeds(folder)).trials
+    return following.typed("judge", next(t.folder for t in trials if t.arm == best and state(t) == "done"))
 
 
 def _speeds(folder: Path) -> dict[str, float] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyro_vae.app import evaluation
+from pyro_vae.app import evaluation, serving
 from pyro_vae.app.opening import Opened
 from pyro_vae.app.opening import open as open_run
 from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, study_file
@@ -72,6 +72,11 @@ def compare(
     if criterion is None:
         criterion = "elbo" if len(everyone) > 1 and _one_model(everyone) else "log_p"
     options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "device": device, "progress": progress}
+    kinds = {serving.face(pair.pair).density: name for name, own in arms.items() for pair in own
+             if isinstance(pair, Opened)}  # fmt: skip
+    if len(kinds) > 1:
+        said = ", ".join(f"{name} has {density}" for density, name in kinds.items())
+        raise ValueError(f"{said}: the two are not of the same thing, and cannot be compared.")
     scored = {name: [_scored(pair, data, options) for pair in members] for name, members in arms.items()}
     notes = [f"K = {num_samples}, one draw and one noise for all (seed {seed})"]
     if criterion == "elbo":
@@ -282,7 +287,7 @@ def _refuse_other_data(one: tuple[str, Opened, Split], other: tuple[str, Opened,
 def _refuse_points(arms: Mapping[str, Sequence[Any]]) -> None:
     for name, members in arms.items():
         for each in members:
-            vae = each.vae if isinstance(each, Opened) else each
+            vae = each.pair if isinstance(each, Opened) else each
             if hasattr(getattr(vae, "guide", None), "posterior") and evaluation.is_autoencoder(vae):
                 raise ValueError(
                     f"{name} is a plain autoencoder: a point has no density over z, hence no log p(x) to be ahead by. "
@@ -315,6 +320,8 @@ def _scored(pair: Any, data: Any, options: Mapping[str, Any]) -> Scores:
     model, guide = _programs(pair)
     about: dict[str, Any] = {}
     if isinstance(pair, Opened):
+        if isinstance(data, Split):
+            data = pair.arguments(data)
         about = {"seed_of_fit": pair.options.seed, "seconds": pair.summary.get("train_seconds") or float("nan"),
                  "parameters": pair.summary.get("parameters", 0)}  # fmt: skip
     elif isinstance(getattr(pair, "parameters", None), object) and isinstance(pair, torch.nn.Module):

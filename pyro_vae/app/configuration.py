@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions
+from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions, field_of
 from pyro_vae.parts import names
 from pyro_vae.words import did_you_mean
 
@@ -47,7 +47,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds {_shown(values)}, wanted options by name, such as 'epochs: 20'.")
     result: dict[str, Any] = {}
     for key, value in values.items():
-        name = str(key).replace("-", "_")
+        name = field_of(str(key))
         if name not in _TYPES:
             known = [field.replace("_", "-") for field in _TYPES]
             raise ValueError(f"{path} has the unknown key {key!r}." + did_you_mean(name, known))
@@ -66,7 +66,7 @@ def convert(name: str, value: Any, where: str) -> Any:
         >>> convert("posterior_options", "transforms=2, hidden_features=[64, 64]", "here")
         {'transforms': 2, 'hidden_features': [64, 64]}
     """
-    kinds = [kind.strip() for kind in _TYPES[name].split("|")]
+    kinds = [kind.strip() for kind in _TYPES[field_of(name)].split("|")]
     if value is None and "None" in kinds:
         return None
     for kind in kinds:
@@ -312,6 +312,13 @@ FIT = _options(
             "checkpoint.safetensors, until the run is finished]"),
     _option("Run", "--config", "FILE|RUN", "Read options from YAML or JSON, or from a run folder; the command line "
             "wins.", click.Path(path_type=Path)),
+    click.option("--from", "from_run", cls=GroupedOption, group="Run", metavar="RUN", type=str,
+                 help="Go on from a finished run: its options, but for what is typed here. Its weights too where "
+                 "networks and shape of the data stay the same: then --epochs are so many more, without a KL warm-up, "
+                 "with the data order and noise of the seed, the learning rate's schedule and Adam's moments from the "
+                 "start. Else new weights; a line says which of the two. [default of --epochs: as many as RUN had]"),
+    click.option("--trust", cls=GroupedOption, group="Run", metavar="MODULE:CLASS", multiple=True,
+                 help="Import this part of the run of --from, code of your own."),
     click.option("--quiet", cls=GroupedOption, group="Run", is_flag=True, default=None, help="Print errors only."),
 )  # fmt: skip
 _STUDY = {"--seed", "--data-seed", "--frozen", "--checkpoint"}  # which a study sets

@@ -96,6 +96,7 @@ class FitOptions:
     evaluation_samples: int = 1000
     evaluation_images: int | None = None
     full: bool = False
+    from_run: str | None = None  # --from, and "from" in config.json: a word that Python keeps for itself
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
@@ -153,9 +154,11 @@ class FitOptions:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, to be written and given back by ``--config``."""
-        return asdict(self) | {"hidden": list(self.hidden)}
+        values = asdict(self) | {"hidden": list(self.hidden)}
+        return {_FIELDS.get(name, name): value for name, value in values.items()}
 
 
+_FIELDS = {"from_run": "from"}  # as they are written and typed, where that is no name in Python
 _LEAST = {
     "image_size": 1, "crop": 1, "channels": 1, "limit": 1, "latent_dim": 1, "num_samples": 1, "epochs": 1,
     "batch_size": 1, "threads": 1, "clip_norm": 0, "beta": 0, "kl_warmup": 0, "kl_warmup_steps": 0,
@@ -207,6 +210,7 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
         (50, (32, 64, 128))
     """
     known = [field.name for field in fields(FitOptions)]
+    given = {field_of(name): value for name, value in given.items()}
     for name in given:
         if name not in known:
             raise ValueError(f"got the option {name!r}, wanted one of {', '.join(known)}." + did_you_mean(name, known))
@@ -232,7 +236,7 @@ def resolve(given: Mapping[str, Any]) -> FitOptions:
         values[name] = values[name] or None  # 0 turns it off
     if data not in DATASETS and Path(data).expanduser().exists():
         values["data"] = str(Path(data).expanduser().absolute())
-    for name in ("data_dir", "frozen"):
+    for name in ("data_dir", "frozen", "from_run"):
         if values[name] is not None:
             values[name] = str(Path(values[name]).expanduser().absolute())
     values |= _binarization(data, given, values["likelihood"])
@@ -272,4 +276,37 @@ def option(name: str) -> str:
         >>> option("batch_size")
         '--batch-size'
     """
-    return "--" + name.replace("_", "-")
+    return "--" + _FIELDS.get(name, name).replace("_", "-")
+
+
+def field_of(name: str) -> str:
+    """The field of an option as it is written in a file.
+
+    Example:
+        >>> field_of("batch-size"), field_of("from")
+        ('batch_size', 'from_run')
+    """
+    return {word: field for field, word in _FIELDS.items()}.get(name, name.replace("-", "_"))
+
+
+def changed(options: FitOptions) -> dict[str, str]:
+    """The options that differ from the defaults of their dataset, as they are typed, with the default."""
+    usual = vars(resolve({"data": options.data}))
+    found = {name: (value, usual[name]) for name, value in vars(options).items() if value != usual[name]}
+    words = {option(name): f"{in_words(value)} (default: {in_words(default)})"
+             for name, (value, default) in found.items()}  # fmt: skip
+    return ({"--data": options.data} if options.data != FitOptions().data else {}) | words
+
+
+def in_words(value: Any) -> str:
+    """The value of an option as it is typed.
+
+    Example:
+        >>> in_words((400, 200)), in_words({"bins": 8}), in_words(None)
+        ('400,200', 'bins=8', 'none')
+    """
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={item}" for key, item in value.items()) or "none"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.app import evaluation, serving
+from pyro_vae.app import evaluation, following, serving
 from pyro_vae.app.defaults import DATASETS, FitOptions
 from pyro_vae.app.opening import open as opened
 from pyro_vae.atomic import write_file
@@ -82,6 +82,7 @@ def encode_run(
     how = f" (means and scales of {DRAWS} draws: the family has none in closed form)" if result.drawn else ""
     write_file(out, lambda partial: write(partial, names, result))
     click.echo(f"{out}: {len(result.mean):,} rows, mean and scale of {result.mean.shape[1]} latents{how}")
+    following.say(following.after("encode", run, {}))
     return out
 
 

@@ -16,7 +16,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.app import serving
+from pyro_vae.app import following, serving
 from pyro_vae.app.opening import open as opened
 from pyro_vae.atomic import write_file
 from pyro_vae.evaluation import evaluating
@@ -94,6 +94,7 @@ def export_run(run: Path, out: Path | None = None, trust: tuple[str, ...] = ()) 
         click.echo(f"{path}: {takes}, (B, {', '.join(map(str, shape))}), to ({', '.join(module.gives)},)")
         written.append(path)
     click.echo(f'load it by torch.export.load("{written[0]}").module(); it needs torch {torch.__version__} alone')
+    following.say(following.after("export", run, {}))
     return written
 
 

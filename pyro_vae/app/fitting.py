@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pyro_vae.app.runs import (
     write_json,
     write_lines,
 )
+from pyro_vae.app.starting import Origin, base, compared, shown
 from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.data.splits import Binarization
 from pyro_vae.inference.batches import seeded
@@ -69,6 +71,7 @@ def fit_run(
     checkpoint: Path | None = None,
     progress: bool | None = None,
     say: Callable[[str], None] = lambda _: None,
+    trust: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Do one run, or the rest of an unfinished one, and write its folder.
 
@@ -82,6 +85,7 @@ def fit_run(
             as often as costs next to nothing. Removed when the run is finished.
         progress: Show bars; None shows them on a terminal only.
         say: Takes a line about what is going on.
+        trust: Parts of the user's own, ``module:Class``, that the run of ``--from`` may import.
     Returns:
         The summary. With ``interrupted`` true where Ctrl-C ended the training, or the evaluation: the
             weights are then those of that moment, and nothing was evaluated.
@@ -95,9 +99,10 @@ def fit_run(
         asked = options
         options, dataset = read(options)
         _describe(options, dataset, say)
-        vae = build(options, dataset)
+        vae, origin = start(options, dataset, trust, say)
         write_json(folder / CONFIG, options.to_json())
-        seen = Progress(vae, dataset, options, folder, say, going_on=going_on)
+        in_lines = progress is not True and not sys.stderr.isatty()
+        seen = Progress(vae, dataset, options, folder, say, going_on=going_on, in_lines=in_lines)
         saved = Sparing(folder / CHECKPOINT) if checkpoint is None else checkpoint
         started = time.perf_counter()
         history = train(vae, dataset, options, saved, seen, progress)
@@ -111,7 +116,7 @@ def fit_run(
         settings: dict[str, Any] = {
             "num_samples": seen.plan.num_samples, "images": seen.plan.images, "seed": options.seed,
         }  # fmt: skip
-        summary = {"interrupted": True} | summary
+        summary = {"interrupted": True} | ({} if origin is None else {"from": origin.to_json()}) | summary
         summary["protocol"] = evaluation.protocol(vae, dataset, **settings)
         summary["remarks"] = remarks(summary)
         write_json(folder / SUMMARY, summary)
@@ -281,6 +286,49 @@ def build(options: FitOptions, dataset: Dataset) -> Any:
     elif isinstance(likelihood, Bernoulli):
         set_output_mean(likelihood.decoder, dataset.train.mean(), floor=1e-3)
     return vae.to(device)
+
+
+def start(
+    options: FitOptions, dataset: Dataset, trust: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
+) -> tuple[Any, Origin | None]:
+    """The pair that a fit starts from: new, or a finished run's where `options` go on from one and can take it.
+
+    Raises:
+        ValueError: That run is missing, unfinished or damaged, its parts are not trusted, or its data are not these.
+    """
+    if options.from_run is None:
+        return build(options, dataset), None
+    run = base(options.from_run)
+    earlier = options_of(run)
+    origin = compared(run, earlier, options)
+    vae = None
+    if origin.weights:
+        vae = run.pair(trust)
+        assert vae.architecture is not None
+        if vae.architecture.x_shape != dataset.x_shape:
+            before, now = (" x ".join(map(str, shape)) for shape in (vae.architecture.x_shape, dataset.x_shape))
+            if all(getattr(earlier, name) == getattr(options, name) for name in ("data", "data_dir", *_READING)):
+                raise ValueError(
+                    f"{options.data} now has data of shape {now}, but {shown(run.path)}, the run of --from, was fitted "
+                    f"to {before}. Give the data that it was fitted to, or the options by --config {shown(run.path)}."
+                )
+            origin = dataclasses.replace(origin, weights=False, why=f"the data are {now}, there {before}")
+            vae = None
+        elif (earlier.seed, earlier.split_seed) != (options.seed, options.split_seed) and earlier.data == options.data:
+            _same_test(run.path, dataset, read(dataclasses.replace(earlier, data_dir=options.data_dir))[1], options)
+    say(origin.line(options))
+    return (build(options, dataset) if vae is None else vae.to(the_device(options.device))), origin
+
+
+def _same_test(path: Path, now: Dataset, then: Dataset, options: FitOptions) -> None:
+    """Raise a ValueError where another seed makes test data of what the weights were trained on."""
+    one, two = now.test.pixels, then.test.pixels
+    if one.shape != two.shape or not torch.equal(one, two):
+        raise ValueError(
+            f"got another seed than --from {shown(path)}: {options.data} is split by it, so that the weights would be "
+            "tested on data that they were trained on. Leave --seed and --split-seed out, or keep the split by "
+            f"--split-seed, or start anew by --config {shown(path)}."
+        )
 
 
 def under_frozen(options: FitOptions, vae: Any) -> Any:

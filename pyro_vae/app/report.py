@@ -18,6 +18,7 @@ from pyro_vae import plots
 from pyro_vae.app import evaluation, serving
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.remarks import remarks
+from pyro_vae.app.starting import shown
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split
 from pyro_vae.evaluation import evaluating
@@ -32,6 +33,8 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
     found: list[tuple[str, str]] = []
     if summary.get("interrupted"):
         found.append(("interrupted", "the weights are those of that moment; nothing was evaluated"))
+    if summary.get("from"):
+        found.append(("from", _origin(summary["from"])))
     if "test_elbo" in summary:
         found += [
             (
@@ -80,6 +83,13 @@ def lines(summary: Mapping[str, Any], run: Path | None = None) -> list[tuple[str
     return found
 
 
+def _origin(origin: Mapping[str, Any]) -> str:
+    where = shown(origin["run"])
+    if origin["weights"]:
+        return f"{where}: its weights, {origin['epochs']} epochs old, and its options"
+    return f"{where}: its options; new weights, since {origin['why']}"
+
+
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """The protocol in a line."""
     noise = "dequantized" if protocol.get("dequantize") else f"{protocol.get('binarization')} binarization"
@@ -106,7 +116,8 @@ def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None)
             console.print(f"{name:{width}}{text}", soft_wrap=True, markup=False)
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
+    narrow = width > console.width // 3  # then the words on the left are broken, rather than all that is said
+    table.add_column(style="bold", no_wrap=not narrow, max_width=console.width // 4 if narrow else None)
     table.add_column(overflow="fold")
     for name, text in pairs:
         table.add_row(name, Text(text))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import shlex
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from pyro_vae.app import report
-from pyro_vae.app.defaults import FitOptions, option, resolve
+from pyro_vae.app.defaults import FitOptions, changed
+from pyro_vae.app.following import next_commands
 from pyro_vae.app.runs import FIGURES, REPORT
 from pyro_vae.atomic import write_file
 
@@ -78,35 +78,11 @@ def page(
     )
 
 
-def changed(options: FitOptions) -> dict[str, str]:
-    """The options that differ from the defaults of their dataset, as they are typed, with the default."""
-    usual = vars(resolve({"data": options.data}))
-    found = {name: (value, usual[name]) for name, value in vars(options).items() if value != usual[name]}
-    words = {option(name): f"{_word(value)} (default: {_word(default)})" for name, (value, default) in found.items()}
-    return ({"--data": options.data} if options.data != FitOptions().data else {}) | words
-
-
-def next_commands(run: Path, summary: Mapping[str, Any]) -> list[str]:
-    """Three commands that go on from a run."""
-    where = shlex.quote(str(run))
-    if "test_elbo" not in summary:  # a plain autoencoder, or a run that is not evaluated yet
-        return [f"pyro-vae {name} {where}" for name in ("draw", "sample", "anomalies")]
-    return [f"pyro-vae judge {where}", f"pyro-vae sample {where} -n 100", f"pyro-vae evaluate {where} --full"]
-
-
 def files(run: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What lies in a run to look at, and what to do next, as (what, text) pairs."""
+    """What lies in a run to look at, and what else can be done with it, as (what, text) pairs."""
     names = [name for name in PICTURES if (run / FIGURES / name).is_file()]
     pairs = [("pictures", str(run / FIGURES / name)) if not i else ("", name) for i, name in enumerate(names)]
     if (run / REPORT).is_file():
         pairs.append(("report", str(run / REPORT)))
-    commands = next_commands(run, summary)
-    return [*pairs, *(("next" if not i else "", command) for i, command in enumerate(commands))]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ",".join(f"{key}={item}" for key, item in value.items()) or "none"
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+    others = next_commands(run, summary)[1:]  # the first of them is the line at the end: see `following`
+    return [*pairs, *(("also" if not i else "", command) for i, command in enumerate(others))]

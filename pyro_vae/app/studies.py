@@ -32,7 +32,7 @@ from pyro_vae.data import Dataset
 from pyro_vae.words import did_you_mean
 
 BUDGETS = ("epochs", "gradients", "seconds")
-OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions))
+OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name != "from_run")
 _PLACES = {"data_dir", "device", "frozen"}  # where things lie says nothing about a result
 _READS = (
     "data", "data_dir", "binarization", "dequantize", "image_size", "crop", "channels", "background", "images",
@@ -304,7 +304,14 @@ def _notes(study: Study, epochs: Mapping[str, int], arms: Mapping[str, FitOption
 
 
 def _same_data(prints: Mapping[str, str], arms: Mapping[str, FitOptions]) -> None:
-    """Refuse arms of one dataset that see it otherwise."""
+    """Refuse arms of one dataset that see it otherwise, or the density of something else."""
+    given = [arm for arm, each in arms.items() if each.model == "conditional"]
+    if given and len(given) < len(arms):
+        without = next(arm for arm in arms if arm not in given)
+        raise ValueError(
+            f"the arm {given[0]!r} has log p(x | y), which knows the label of each datum, and {without!r} log p(x): the "
+            "two are not of the same thing, and cannot be compared. Give conditional models a study of their own."
+        )
     by_data: dict[str, str] = {}
     for arm, each in arms.items():
         first = by_data.setdefault(each.data, arm)

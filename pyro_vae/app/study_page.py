@@ -9,10 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyro_vae import plots
-from pyro_vae.app import evaluation
+from pyro_vae.app import evaluation, serving
 from pyro_vae.app.fitting import read
 from pyro_vae.app.html import Picture, document, figures
 from pyro_vae.app.run_page import changed
@@ -20,6 +18,7 @@ from pyro_vae.app.runs import REPORT, Run
 from pyro_vae.app.studies import Plan, Study, Trial
 from pyro_vae.app.trials import reason, state
 from pyro_vae.atomic import write_file
+from pyro_vae.evaluation import noise
 from pyro_vae.judging.rankings import Ranking
 from pyro_vae.judging.weights import khat_limit
 
@@ -150,7 +149,7 @@ class _Fitted:
     def __init__(self, trial: Trial) -> None:
         from pyro_vae.app.trials import own_parts
 
-        self.vae = Run.load(trial.folder).vae(own_parts(trial.options))
+        self.pair = Run.load(trial.folder).pair(own_parts(trial.options))
         self.options = trial.options
 
     def read(self) -> Any:
@@ -164,14 +163,14 @@ def _images(runs: Mapping[str, Any]) -> Iterator[Picture]:
     dataset = next(iter(runs.values())).read()
     if len(dataset.x_shape) != 3 or dataset.x_shape[0] not in (1, 3):
         return
-    test = evaluation.test_data(dataset, 0, SHOWN)[:]
+    test = evaluation.test_data(dataset, 0, SHOWN)
     made, again = {}, {}
     for name, run in list(runs.items())[:8]:
-        made[name] = run.vae.sample(SHOWN, seed=0)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            again[name] = run.vae.reconstruct(test)
-    originals = ("data", test)
+        face = serving.face(run.pair)
+        with noise(0):
+            made[name] = face.sample(run.pair, SHOWN, y=test.labels)
+            again[name] = run.pair.reconstruct(test[:], *face.beside(run.pair, test[:], test.labels))
+    originals = ("data", test[:])
     yield Picture("reconstructions", plots.side_by_side(again, first=originals), "The same test data, reconstructed.")
     yield Picture("samples", plots.side_by_side(made), "Decoded draws of the prior.")
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from pyro_vae.app import evaluation
+from pyro_vae.app import evaluation, serving
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import build, read, train, training_numbers
 from pyro_vae.app.report import about
@@ -110,17 +110,19 @@ def _score(options: FitOptions, path: Path) -> None:
     """log p(x) and ELBO per datum of the test data that all fits of the study share, with the same noise."""
     settled, dataset = read(options)
     run = Run.load(path)
-    vae = run.vae(own_parts(options))
+    pair = run.pair(own_parts(options))
+    face = serving.face(pair)
+    model, guide = face.programs(pair)
     seed = options.split_seed or 0
-    test = evaluation.test_data(dataset, seed, options.evaluation_images)
+    test = face.given(evaluation.test_data(dataset, seed, options.evaluation_images))
     shared: dict[str, Any] = {"seed": seed, "progress": False}
-    estimate = log_likelihood(vae.model, vae.guide, test, num_samples=options.evaluation_samples, **shared)
-    terms = elbo_terms(vae.model, vae.guide, test, num_samples=evaluation.ELBO_SAMPLES, **shared)
+    estimate = log_likelihood(model, guide, test, num_samples=options.evaluation_samples, **shared)
+    terms = elbo_terms(model, guide, test, num_samples=evaluation.ELBO_SAMPLES, **shared)
     found = scores_of(estimate, terms, options.evaluation_samples)
     tensors = {name: getattr(found, name).double() for name in ("log_p", "elbo", "pareto_k")}
     told = {"num_samples": found.num_samples, "mc_stderr": found.mc_stderr, "bound": found.bound}
     write_file(path / SCORES, lambda partial: save_file(tensors, partial, {"scores": json.dumps(told)}))
-    summary = run.summary | {"test_images": len(test)} | evaluation.told(terms, estimate)
+    summary = run.summary | {"test_images": len(found.log_p)} | evaluation.told(terms, estimate)
     write_json(path / SUMMARY, summary)
     write_page(path, options, summary)
 

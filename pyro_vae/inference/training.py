@@ -48,7 +48,8 @@ from pyro_vae.turns import callback as in_callback
 from pyro_vae.words import did_you_mean
 
 _LOOK = 20  # steps between two looks at the loss
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"  # within 80 columns
+EARLY = 10  # steps after which it is known how long a step takes
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {left} left{postfix}"  # within 80 columns
 _SIZES = 10_000  # sizes of batches whose unit is remembered
 _WARM = 6  # steps of a kind, at most, until it is captured
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
@@ -194,9 +195,11 @@ def fit(
             ``torch.set_float32_matmul_precision``, or "bfloat16", which rounds what goes into
             linear and convolutional layers (see `pyro_vae.inference.hardware`).
         progress: Show a bar; None shows it on a terminal only.
-        callback: Called with each epoch's record. If it has a method ``early``, that is called once after twenty steps,
-            with the seconds that a step takes and the number of steps to come; if it has a method ``resumed``, that
-            gets the records of a fit that goes on from a checkpoint.
+        callback: Called with each epoch's record. If it has a method ``early``, that is called once after ten steps,
+            with the seconds that a step takes and the number of steps to come; a method ``tenth`` is called at every
+            tenth of the way, with the steps done, those of the whole fit and the bound of the epoch so far, if it is
+            known; a method ``resumed`` gets the records of a fit that goes on from a checkpoint; and an attribute
+            ``ahead`` is the seconds that will be needed after the fit, which the bar adds to its time left.
         checkpoint: A .safetensors file that gets the state of the fit after each epoch.
             If it is there already, the fit goes on from it, to the bit; and does not if
             anything that shapes the result is another: the data, the loss, the optimiser, ... A
@@ -312,12 +315,13 @@ def fit(
             resumed = getattr(callback, "resumed", None)
             if resumed is not None:
                 resumed(history.records)
-        stepper.early = getattr(callback, "early", None)
+        stepper.listen(callback)
         quiet = None if progress is None else not progress
-        with tqdm(
+        with _Bar(
             total=stepper.total, initial=stepper.steps, disable=quiet, bar_format=_BAR, dynamic_ncols=True,
             desc=f"epoch {len(history) + 1}/{epochs}",
         ) as bar:  # fmt: skip
+            bar.ahead = float(getattr(callback, "ahead", 0.0))
             try:
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
                     _train(modules)  # a callback may have looked at pictures in evaluation mode
@@ -493,7 +497,8 @@ class _Stepper:
             model, guide = Tempered(self.weight)(model), Tempered(self.weight)(guide)
         self.considers, self._timed = False, 0.0
         self.early: Callable[[float, int], None] | None = None
-        self._taken, self._clock = 0, 0.0
+        self.tenth: Callable[[int, int, float | None], None] | None = None
+        self._taken, self._clock, self._telling = 0, 0.0, math.inf
         self.batches = batches
         if held is not None and len(batches) > 1:
             raise ValueError(
@@ -511,6 +516,15 @@ class _Stepper:
         if batches.shuffle and batches.num_data is not None and len(batches) == 1:
             self._keep_rows(guide)
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
+
+    def listen(self, callback: Any) -> None:
+        """Call what a callback has for early and for every tenth of the steps."""
+        self.early, self.tenth = getattr(callback, "early", None), getattr(callback, "tenth", None)
+        self._telling = math.inf if self.tenth is None else self._next_tenth()
+
+    def _next_tenth(self) -> float:
+        """The steps at which another tenth of them is done."""
+        return math.ceil((10 * self.steps // self.total + 1) * self.total / 10)
 
     def beta(self) -> float:
         """The weight of log q - log p(z) in the step to come."""
@@ -584,10 +598,14 @@ class _Stepper:
                 if self.steps < len(self.batches):  # later the bar shows what the last epoch came to
                     bar.set_postfix_str(f"loss of a batch {float(value) / self.unit.whole:.2f}", refresh=False)
             self._taken += 1
-            if self._taken == _LOOK // 2:
+            if self._taken == EARLY // 2:
                 self._clock = time.perf_counter()
-            elif self._taken == _LOOK and self.early is not None:
-                self.early((time.perf_counter() - self._clock) / (_LOOK - _LOOK // 2), self.total - self.steps)
+            elif self._taken == EARLY and self.early is not None:
+                self.early((time.perf_counter() - self._clock) / (EARLY - EARLY // 2), self.total - self.steps)
+            if self.steps >= self._telling and self.tenth is not None:
+                so_far = bound if isinstance(self.loss, Objective) else -summed if even and not tempered else math.nan
+                self.tenth(self.steps, self.total, None if math.isnan(so_far) else float(so_far) / count)
+                self._telling = self._next_tenth()
         self._check_finite(summed)
         record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):
@@ -712,6 +730,20 @@ class _Stepper:
                     "the same where the model computes with them. Put a number in their place, x.where(mask, 0)."
                 )
             raise ValueError(said)
+
+
+class _Bar(tqdm):
+    """A bar whose time left has what comes after the fit in it."""
+
+    ahead = 0.0
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        found = super().format_dict
+        done, elapsed = found["n"] - found["initial"], found["elapsed"]
+        rate = found["rate"] or (done / elapsed if elapsed else 0)
+        left = tqdm.format_interval((found["total"] - found["n"]) / rate + self.ahead) if rate else "?"
+        return {**found, "left": left}
 
 
 class _Best:
