@@ -309,8 +309,8 @@ def _same_data(prints: Mapping[str, str], arms: Mapping[str, FitOptions]) -> Non
     if given and len(given) < len(arms):
         without = next(arm for arm in arms if arm not in given)
         raise ValueError(
-            f"the arm {given[0]!r} has log p(x | y), which knows the label of each datum, and {without!r} log p(x): the "
-            "two are not of the same thing, and cannot be compared. Give conditional models a study of their own."
+            f"the arm {given[0]!r} has log p(x | y), which knows the label of each datum, and {without!r} log p(x): "
+            "they are not of the same thing, and cannot be compared. Give conditional models a study of their own."
         )
     by_data: dict[str, str] = {}
     for arm, each in arms.items():
