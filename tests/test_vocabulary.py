@@ -114,7 +114,7 @@ def test_an_unknown_keyword_gets_a_hint(call, hint):
 
 
 @pytest.mark.parametrize("argv, hint", [
-    (["fti"], "unknown command 'fti', wanted one of anomalies, combinations, "),
+    (["fti"], "unknown command 'fti', wanted one of fit, evaluate, "),
     (["fti"], "Did you mean 'fit'?"),
     (["fit", "--epoch", "3"], "did you mean"),
     (["fit", "--posterior", "ifa"], "Did you mean 'iaf'?"),
