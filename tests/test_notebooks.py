@@ -33,8 +33,13 @@ def pictures(notebook):
     return [base64.b64decode(text) for text in found]
 
 
+def python(cell):
+    """The source of a cell without what is IPython's alone."""
+    return "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+
+
 def count_asserts(notebook):
-    trees = [ast.parse(cell.source) for cell in cells(notebook, IN_CODE)]
+    trees = [ast.parse(python(cell)) for cell in cells(notebook, IN_CODE)]
     return sum(isinstance(node, ast.Assert) for tree in trees for node in ast.walk(tree))
 
 
@@ -51,7 +56,7 @@ def faults(notebook):
     code = cells(notebook, IN_CODE)
     for number, cell in enumerate(code):
         try:
-            compile(cell.source, f"cell {number}", "exec")
+            compile(python(cell), f"cell {number}", "exec")
         except SyntaxError as error:
             return [f"code cell {number} is no Python: {error}"]
     if notebook.cells[0].cell_type != IN_MARKDOWN or not notebook.cells[0].source.startswith("# "):
@@ -93,7 +98,7 @@ def test_the_korean_edition_has_the_same_cells(path):
     own, english = (nbformat.read(place, as_version=4) for place in (path, FOLDER / path.name))
     assert [cell.cell_type for cell in own.cells] == [cell.cell_type for cell in english.cells]
     for mine, theirs in zip(cells(own, IN_CODE), cells(english, IN_CODE), strict=True):
-        assert ast.dump(ast.parse(mine.source)) == ast.dump(ast.parse(theirs.source))
+        assert ast.dump(ast.parse(python(mine))) == ast.dump(ast.parse(python(theirs)))
     for cell in cells(own, IN_MARKDOWN):
         assert any("가" <= letter <= "힣" for letter in cell.source)
 
