@@ -283,6 +283,9 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
         return
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} runs, wanted at least two, a study file, or --vary NAME=A,B,...")
+    for name in ("seeds", "frozen", "freeze", "budget", "jobs", "address", "retry", "dry_run"):
+        if asked[name]:
+            raise ValueError(f"got {option(name)} for runs that are fitted, which is for studies. Leave it out.")
     compare_runs(runs, fixed, **{name: asked[name] for name in ("out", "table", "as_json", "trust")})
 
 
