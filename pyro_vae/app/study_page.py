@@ -137,7 +137,7 @@ def _pictures_of(ranking: Ranking, runs: Mapping[str, Any]) -> Iterator[Picture]
 
 def _numbers(ranking: Ranking) -> Iterator[Picture]:
     rows = ranking.rows()
-    caption = "How far each arm is behind the best, with 95 % intervals over data and seeds. Filled: it holds."
+    caption = f"How far each arm is behind the best, with 95 % intervals over {ranking.over}. Filled: it holds."
     yield Picture("differences", plots.differences(rows), caption)
     if any(row["seconds"] == row["seconds"] and row["rank"] is not None for row in rows):
         caption = "Accuracy against the seconds of a fit. Bars are two Monte Carlo errors."
@@ -196,7 +196,7 @@ def _over_datasets(found: Mapping[str, Ranking], methods: Mapping[str, str]) -> 
 
 def _notes(ranking: Ranking) -> str:
     lines = "".join(f"<li>{escape(note)}</li>" for note in ranking.notes)
-    explained = "Nats per datum. ±: Monte Carlo error given these data; [ , ]: 95 % over data and seeds."
+    explained = f"Nats per datum. ±: Monte Carlo error given these data; [ , ]: 95 % over {ranking.over}."
     return f'<p class="small">{explained}</p><ul class="small">{lines}</ul>'
 
 

@@ -290,8 +290,13 @@ def _outcomes(
             for number, failure in parallel(joblib.delayed(_numbered)(i, *call) for i, call in enumerate(calls)):
                 done.add(number)
                 yield todo[number], failure
-        except BrokenProcessPool:
-            if backend != "local":
+        except Exception as error:
+            if backend == "dask":
+                raise ValueError(
+                    f"the cluster gave up: {type(error).__name__}: {' '.join(str(error).split())[:200]}. What is done is "
+                    "kept: the same command goes on with the rest."
+                ) from error
+            if not isinstance(error, BrokenProcessPool):
                 raise
         # A process died, for want of memory, say. Which fit it was is seen where each has a process of its own.
         for number, call in enumerate(calls):
@@ -342,7 +347,11 @@ def _by_slurm(todo: Sequence[Trial], calls: Sequence[tuple[dict[str, Any], str]]
     executor = submitit.AutoExecutor(folder=todo[0].folder.parent / "slurm")
     jobs = [executor.submit(run_trial, *call) for call in calls]
     for trial, job in zip(todo, jobs, strict=True):
-        yield trial, job.result()
+        try:
+            failure = job.result()
+        except Exception as error:  # what the scheduler ended is one fit, and not the study
+            failure = _lost(trial.folder, f"its job was ended ({type(error).__name__}), for want of time or memory, say")
+        yield trial, failure
 
 
 def rankings(plan: Plan, study: Study) -> dict[str, Ranking]:

@@ -115,6 +115,11 @@ class Ranking(Result):
         raise ValueError(f"got {first!r} twice, wanted two arms.")
 
     @property
+    def over(self) -> str:
+        """What the intervals are over: other data and seeds, or, of one fit each, other data alone."""
+        return "data and seeds" if len(self.arms[self.best]) > 1 else "data, one fit each"
+
+    @property
     def verdict(self) -> str:
         """Who is ahead, by how much, and whether that holds, in a sentence."""
         if len(self.arms) == 1:
@@ -153,7 +158,8 @@ class Ranking(Result):
         if self._bound(name):
             found.append("lower bound")
         if name != self.best:
-            if not self.difference(self.best, name).holds:
+            by = self.difference(self.best, name)
+            if by.p_corrected >= 1 - LEVEL:  # else it is its bound that nothing can be said of
                 found.append("difference within noise")
         elif len(self.arms) > 2:
             found.append(f"best of {len(self.arms)}")
@@ -200,8 +206,7 @@ class Ranking(Result):
         return differences(self.rows(), ax=ax)
 
     def __str__(self) -> str:
-        over = "data and seeds" if any(len(own) > 1 for own in self.arms.values()) else "data, one fit each"
-        foot = f"nats per datum; ±: Monte Carlo; [ , ]: 95 % over {over}"
+        foot = f"nats per datum; ±: Monte Carlo; [ , ]: 95 % over {self.over}"
         flags = {name: self.flags(name) for name in self.order}
         told = [f"  {name}: {', '.join(each)}" for name, each in flags.items() if each]
         lost = [f"  {name}: failed: {reason}" for name, reason in self.failed.items()]
