@@ -95,16 +95,20 @@ def test_killed_at_random_ten_times_it_gives_the_identical_table(done, tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     call = [*RUN, "--out", str(folder), "--jobs", "2"]
     while kills < 10:
+        # Fits that are done are taken away again, so that no kill comes after everything; their folders stay.
+        done_already = sorted(folder.glob("trials/*/scores.safetensors"))
+        for path in random.Random(kills).sample(done_already, max(0, len(done_already) - 5)):
+            path.unlink()
         process = subprocess.Popen(call, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)  # fmt: skip
+        # The clock starts with the first fit: on a machine that is slow to import, the kills are in the work too.
+        while not list(folder.glob("trials/*.lock")) and process.poll() is None:
+            time.sleep(0.01)
         try:
-            process.wait(rng.uniform(4, 14))
-            assert process.returncode == 0
-            # All was there before ten kills were: what a kill in the midst of a fit leaves is tried on its own.
-            for path in random.Random(kills).sample(sorted(folder.glob("trials/*/scores.safetensors")), 2):
-                path.unlink()
+            process.wait(rng.uniform(0, 5))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            # All its processes, or the first alone, whose workers go on while the next attempt begins.
+            (os.killpg if kills % 2 else os.kill)(process.pid, signal.SIGKILL)
             process.wait()
         kills += 1
     subprocess.run(call, env=environment, check=True, capture_output=True)

@@ -293,8 +293,8 @@ def _outcomes(
         except Exception as error:
             if backend == "dask":
                 raise ValueError(
-                    f"the cluster gave up: {type(error).__name__}: {' '.join(str(error).split())[:200]}. What is done is "
-                    "kept: the same command goes on with the rest."
+                    f"the cluster gave up: {type(error).__name__}: {' '.join(str(error).split())[:200]}. What is done "
+                    "is kept: the same command goes on with the rest."
                 ) from error
             if not isinstance(error, BrokenProcessPool):
                 raise
@@ -350,7 +350,8 @@ def _by_slurm(todo: Sequence[Trial], calls: Sequence[tuple[dict[str, Any], str]]
         try:
             failure = job.result()
         except Exception as error:  # what the scheduler ended is one fit, and not the study
-            failure = _lost(trial.folder, f"its job was ended ({type(error).__name__}), for want of time or memory, say")
+            why = f"its job was ended ({type(error).__name__}), for want of time or memory, say"
+            failure = _lost(trial.folder, why)
         yield trial, failure
 
 
