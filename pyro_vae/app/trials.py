@@ -107,6 +107,7 @@ def held(path: Path) -> Iterator[None]:
         with file:
             if locked(file) and _is(place, file):
                 try:
+                    os.utime(place)  # when it was taken
                     yield
                 finally:
                     with contextlib.suppress(OSError):
