@@ -80,7 +80,7 @@ def compare_study(
         )  # fmt: skip
     else:
         said = {"seeds": seeds, "frozen": frozen, "freeze": freeze or None, "budget": budget}
-        for name, value in (fixed | said).items():
+        for name, value in {**fixed, **said}.items():
             if value is not None:
                 raise ValueError(f"got --{name.replace('_', '-')} and the study {file}, wanted it in the file.")
         asked = read_study(file) if file.is_dir() else study_of(file)

@@ -301,11 +301,11 @@ def rank(
             "and K for all: differences are paired by datum, and the bias of log p(x) depends on K."
         )
     for name, own in groups.items():
-        values = torch.stack([getattr(each, criterion) for each in own])
-        if len(own[0].log_p) < 2 or not bool(values.isfinite().all()):
-            lost = int((~values.isfinite()).any(0).sum())
+        given = torch.stack([getattr(each, criterion) for each in own])
+        if given.shape[1] < 2 or not bool(given.isfinite().all()):
+            lost = int((~given.isfinite()).any(0).sum())
             raise ValueError(
-                f"got {name!r} with {values.shape[1]} data, of which {lost} have {CRITERIA[criterion]} that is not "
+                f"got {name!r} with {given.shape[1]} data, of which {lost} have {CRITERIA[criterion]} that is not "
                 "finite, wanted two data or more, and finite numbers: there is no mean to rank it by. Leave it out."
             )
     groups, left_out = _balanced(groups)
