@@ -396,7 +396,7 @@ _PRINTS: dict[tuple[Any, ...], str] = {}
 
 def _data_print(options: FitOptions) -> str:
     """What the data of a configuration are, as a hash: all that is trained and scored on, and how it is drawn."""
-    shaping = (*_READS, "evaluation_images", "standardize", "network", "prior")
+    shaping = (*_READS, "evaluation_images", "standardize", "network", "prior", "model")
     key = tuple(str(getattr(options, name)) for name in shaping)
     if key not in _PRINTS:
         _, dataset = read(options)
@@ -411,8 +411,8 @@ def fingerprint_of(dataset: Dataset, options: FitOptions) -> str:
     for part in (dataset.train.pixels, dataset.validation.pixels, test.pixels):
         digest.update(str((tuple(part.shape), part.dtype)).encode())
         digest.update(part.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    for labels in (dataset.train.labels, test.labels):
-        if labels is not None:  # some models are trained on them
+    for labels in (dataset.train.labels, test.labels) if options.model != "vae" else ():
+        if labels is not None:  # which some models are trained on
             digest.update(torch.as_tensor(labels).contiguous().cpu().view(torch.uint8).numpy().tobytes())
     digest.update(json.dumps([dataset.train.binarization, dataset.train.dequantize]).encode())
     return digest.hexdigest()
