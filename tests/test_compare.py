@@ -36,6 +36,12 @@ def done(tmp_path_factory):
     return folder, pv.study(small(), folder, jobs=1, progress=False)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Most of the time of a small study goes into its pictures, which are drawn and looked at in other tests."""
+    monkeypatch.setattr("pyro_vae.app.study_page.pictures", lambda *_: iter(()))
+
+
 def table(folder: Path) -> pandas.DataFrame:
     return pandas.read_csv(folder / "table.csv").drop(columns=MEASURED)
 
@@ -65,7 +71,7 @@ def test_a_trial_is_a_run_and_its_scores_are_those_of_the_functions(done):
     assert run.summary["test_elbo"] == pytest.approx(terms.value, abs=1e-5)
 
 
-def test_what_is_there_is_not_made_again_and_the_table_is_the_same(done, tmp_path):
+def test_what_is_there_is_not_made_again_and_the_table_is_the_same(done, no_pictures):
     folder, _ = done
     before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/weights.safetensors")}
     first = (folder / "table.csv").read_text()
@@ -78,7 +84,7 @@ def test_what_is_there_is_not_made_again_and_the_table_is_the_same(done, tmp_pat
     assert {state(trial) for trial in other.trials} == {"missing"}
 
 
-def test_two_processes_give_the_identical_table(done, tmp_path):
+def test_two_processes_give_the_identical_table(done, tmp_path, no_pictures):
     pv.study(small(), tmp_path / "study", jobs=2, progress=False)
     pandas.testing.assert_frame_equal(table(done[0]), table(tmp_path / "study"), check_exact=True)
 
@@ -163,7 +169,7 @@ def test_a_trial_that_fails_is_a_row_with_its_reason(tmp_path, capsys):
     assert [state(trial) for trial in again.trials] == ["done", "failed"]
 
 
-def test_under_a_frozen_model_guides_are_ranked_by_the_elbo(tmp_path):
+def test_under_a_frozen_model_guides_are_ranked_by_the_elbo(tmp_path, no_pictures):
     study = small(vary={"posterior": ["diagonal", "full"]}, seeds=2, frozen=True, fixed=SMALL | {"epochs": 3})
     found = pv.study(study, tmp_path / "s", jobs=1, progress=False)
     assert found.criterion == "elbo"
