@@ -169,10 +169,10 @@ def gap_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figur
         second.tick_params(length=0)
         second.spines[:].set_visible(False)
     else:
-        room = int(11 * figure.get_figwidth() / len(guides))  # characters, about, of a name under its bar
-        names = [wrapped(guide, max(room, 12)) for guide in guides]
-        slanted = any(len(line) > room for name in names for line in name.split("\n"))
-        axes.set_xticks(range(len(guides)), guides if slanted else names, **_SLANTED if slanted else {})
+        room = max(10, int(10 * figure.get_figwidth() / len(guides)))  # characters of a name under its bar, about
+        slanted = any(len(word) > room for guide in guides for word in guide.split())
+        names = [wrapped(guide) if slanted else wrapped(guide, room) for guide in guides]
+        axes.set_xticks(range(len(guides)), names, **_SLANTED if slanted else {})
         axes.tick_params(axis="x", length=0)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xlim(-0.6, len(guides) - 0.4)

@@ -88,11 +88,11 @@ def cost(
     for row in shown:  # as disks with the rank in them: names at the points would lie over one another
         axes.errorbar(row["seconds"], row[criterion], yerr=None if criterion == "elbo" else 2 * row["mc_stderr"],
                       fmt="o", color=DARK if row in front else GREY, ms=13, label=wrapped(row["arm"]))  # fmt: skip
-        axes.annotate(str(row["rank"]), (row["seconds"], row[criterion]), ha="center", va="center", fontsize=8,
+        axes.annotate(str(row["rank"] + 1), (row["seconds"], row[criterion]), ha="center", va="center", fontsize=8,
                       color="white", zorder=3)  # fmt: skip
     axes.margins(x=0.08, y=0.12)
     handles, names = axes.get_legend_handles_labels()
-    ranks = [""] * (len(handles) - len(shown)) + [f"{row['rank']}: " for row in shown]
+    ranks = [""] * (len(handles) - len(shown)) + [f"{row['rank'] + 1}: " for row in shown]
     axes.legend(handles, [rank + name for rank, name in zip(ranks, names, strict=True)], frameon=False, fontsize=8,
                 loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=0.5)  # fmt: skip
     return figure
