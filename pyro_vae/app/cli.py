@@ -265,7 +265,8 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
     \b
     Examples:
       pyro-vae compare runs/a runs/b
-      pyro-vae compare --vary posterior=diagonal,full,iaf --vary bound=elbo,iwae --seeds 2 --epochs 50
+      pyro-vae compare --vary posterior=diagonal,full,iaf --seeds 2
+      pyro-vae compare --vary posterior=full,iaf --vary bound=elbo,iwae
       pyro-vae compare --vary posterior=diagonal,full,iaf --frozen runs/mnist
       pyro-vae compare study.yaml --jobs 4
     """
@@ -293,7 +294,7 @@ OPTIONS_OF_COMPARE = ("vary", "seeds", "frozen", "freeze", "budget", "jobs", "ba
                       "out", "table", "as_json", "trust")  # fmt: skip
 
 
-@commands.command("report")
+@commands.command("report", short_help="Write a study's tables and page again.")
 @click.argument("folder", type=_PATH, metavar="STUDY")
 @_trust
 def report_command(folder: Path, trust: tuple[str, ...]) -> None:
