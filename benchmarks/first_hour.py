@@ -6,7 +6,7 @@
 The commands and the sentences are the page's own. A block of `bash` that is followed by a block of `text` is run, in one
 folder for all, and the text becomes its output, with standard error, abridged by the rules of SHOWN: what is left out
 stands as `...`, and long lines are folded. The command that `judge` advises is the next one that is typed; where it
-advises another one now, the script says so and stops.
+advises another one now, the script says so and stops. The verdict of the study goes into the README as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 from summary import machine
@@ -31,7 +30,7 @@ WIDTH = 116
 SHOWN = (
     (r"fit --epochs", None),
     (r"fit ", r"going on|new weights|from  |test |run  |next:"),
-    (r"judge ", r"verdict|.*(gained .* Train longer|can be relied upon|report)|  type .*--epochs|ELBO and|training  |"
+    (r"judge ", r"verdict|.*(had not ended|can be relied upon)|report|  type .*--epochs|ELBO and|training  |"
                 r"remedies tried|next:"),
     (r"compare .*--dry-run", r"diagonal, elbo  seed 0|full, iwae  .*seed 1|budget|\d+ fits"),
     (r"compare --vary", r"study |1 done|8 done|(?!\d+ done)"),
@@ -46,14 +45,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        text, advised = PAGE.read_text(encoding="utf-8"), None
-        for command, _ in list(STEP.findall(text)):
+        advised, printed = None, {}
+        for command, _ in steps(PAGE.read_text(encoding="utf-8")):
             if advised is not None and command != advised:
                 raise SystemExit(f"judge advises now: {advised}\nthe page has: {command}\nWrite that into the page.")
             print(command, flush=True)
             lines = typed(command, folder)
             advised = lines[-1].removeprefix("next: ") if command.startswith("pyro-vae judge") else None
-            text = with_output(text, command, "\n".join(abridged(command, lines)))
+            printed[command] = "\n".join(abridged(command, lines))
+        text = PAGE.read_text(encoding="utf-8")
+        for command, output in printed.items():
+            text = with_output(text, command, output)
         about = machine(1, "cpu")
         of = ("torch", "pyro-ppl", "pyro-vae")
         text = between(text, "machine", f"{about['cpu']}, {about['cores']} cores, python {about['versions']['python']}, "
@@ -61,6 +63,16 @@ def main() -> None:
         for name in PICTURES:
             shutil.copy(folder / "runs" / "first" / "figures" / name, ROOT / "docs" / "images" / f"first-{name}")
         PAGE.write_text(text, encoding="utf-8")
+        front()
+
+
+def front() -> None:
+    """Put the study's verdict into the README, as it stands in the page."""
+    (shown,) = [lines for command, lines in steps(PAGE.read_text(encoding="utf-8")) if "--vary" in command
+                and "--dry-run" not in command]  # fmt: skip
+    first = next(i for i, line in enumerate(shown) if "nats of log p(x) [" in line)
+    readme, verdict = ROOT / "README.md", "\n".join(shown[first : shown.index("", first)])
+    readme.write_text(between(readme.read_text("utf-8"), "study", f"\n```text\n{verdict}\n```\n"), encoding="utf-8")
 
 
 def steps(text: str) -> list[tuple[str, list[str]]]:
@@ -89,12 +101,11 @@ def abridged(command: str, lines: list[str]) -> list[str]:
     return found
 
 
-def folded(line: str) -> Iterator[str]:
-    """A long line as a terminal has it, but indented to where its text begins."""
-    label = re.match(r"( *\S+(?: \S+)*  +)?", line)
-    indent = " " * (len(label[0]) if label is not None and len(label[0]) < 40 else 2)
-    # What is broken off is found again by joining: no hyphens are made, and none are broken at.
-    yield from textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False) or [""]
+def folded(line: str) -> list[str]:
+    """A long line as a terminal has it, but indented to where its text begins; no word is broken."""
+    label = re.match(r" {4,}|( *\S+(?: \S+)* {2,})?", line)
+    indent = " " * (len(label[0]) if label is not None and 0 < len(label[0]) < 40 else 2)
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False) or [""]
 
 
 def with_output(text: str, command: str, output: str) -> str:
