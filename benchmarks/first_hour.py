@@ -117,7 +117,9 @@ def with_output(text: str, command: str, output: str) -> str:
 
 def between(text: str, name: str, words: str) -> str:
     """The page with other words between `<!-- name -->` and `<!-- /name -->`."""
-    found, times = re.subn(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", lambda m: m[1] + words + m[2], text, flags=re.DOTALL)
+    found, times = re.subn(
+        rf"(<!-- {name} -->).*?(<!-- /{name} -->)", lambda m: m[1] + words + m[2], text, flags=re.DOTALL
+    )
     if times != 1:
         raise SystemExit(f"the page has {times} places <!-- {name} -->, wanted one.")
     return found

@@ -256,7 +256,7 @@ def insert(page: Path, said: str) -> None:
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     if not found or end not in rest:
         raise SystemExit(f"{page} has no lines {begin} and {end}.")
-    page.write_text(f"{before}{begin}\n\n{said}\n\n{rest[rest.index(end):]}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n\n{said}\n\n{rest[rest.index(end) :]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
