@@ -19,7 +19,7 @@ from playwright.sync_api import sync_playwright
 
 from pyro_vae.app.cli import main as pyro_vae
 
-WIDTH, COLOURS = 960, 128
+WIDTH, COLOURS = 960, 256
 
 
 def main(run: str, out: str) -> None:

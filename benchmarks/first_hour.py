@@ -3,9 +3,9 @@
     python benchmarks/first_hour.py                       # about five minutes; writes the page anew
     python benchmarks/first_hour.py --folder /tmp/hour    # and keeps the runs there
 
-The commands and the sentences are the page's own. A block of `bash` that is followed by a block of `text` is run, in one
-folder for all, and the text becomes its output, with standard error, abridged by the rules of SHOWN: what is left out
-stands as `...`, and long lines are folded. The command that `judge` advises is the next one that is typed; where it
+The commands and the sentences are the page's own. A block of `bash` that is followed by a block of `text` is run, in
+one folder for all, and the text becomes its output, with standard error, abridged by the rules of SHOWN: what is left
+out stands as `...`, and long lines are folded. The command that `judge` advises is the next one that is typed; where it
 advises another one now, the script says so and stops. The verdict of the study goes into the README as well.
 """
 
@@ -57,9 +57,10 @@ def main() -> None:
         for command, output in printed.items():
             text = with_output(text, command, output)
         about = machine(1, "cpu")
-        of = ("torch", "pyro-ppl", "pyro-vae")
-        text = between(text, "machine", f"{about['cpu']}, {about['cores']} cores, python {about['versions']['python']}, "
-                       + ", ".join(f"{name} {about['versions'][name]}" for name in of))  # fmt: skip
+        versions = ", ".join(
+            f"{name} {about['versions'][name]}" for name in ("python", "torch", "pyro-ppl", "pyro-vae")
+        )
+        text = between(text, "machine", f"{about['cpu']}, {about['cores']} cores, {versions}")
         for name in PICTURES:
             shutil.copy(folder / "runs" / "first" / "figures" / name, ROOT / "docs" / "images" / f"first-{name}")
         PAGE.write_text(text, encoding="utf-8")
