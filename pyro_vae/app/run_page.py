@@ -33,7 +33,8 @@ figure { margin: 1.2rem 0; overflow-x: auto; } img { max-width: 100%; height: au
 figcaption, .small { color: #4a5568; font-size: .9rem; }
 pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; }
 @media (max-width: 30rem) { th, td { display: block; padding-bottom: 0; } tr { display: block; padding: .3rem 0; }
-       .latent_space img, .training_curve img { max-width: none; width: 36rem; } figcaption { position: sticky; left: 0; } }
+       .latent_space img, .training_curve img { max-width: none; width: 36rem; }
+       figcaption { position: sticky; left: 0; } }
 """
 
 
