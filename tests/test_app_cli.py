@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_vae.app import fitting
-from pyro_vae.app.cli import main
+from pyro_vae.app.cli import commands, main
 from pyro_vae.app.defaults import CHOICES, DATASETS, resolve
 from pyro_vae.app.fitting import build, read
 from pyro_vae.data import BINARIZATIONS
@@ -65,6 +67,17 @@ def test_every_command_has_help(capsys):
     for command in ("evaluate", "sample", "reconstruct", "anomalies"):
         assert main([command, "--help"]) == 0
         assert "RUN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [None, *commands.commands])
+def test_help_fits_a_terminal_of_eighty_columns_and_is_not_cut(command, capsys, monkeypatch):
+    for columns in (80, 160):
+        monkeypatch.setattr("shutil.get_terminal_size", lambda *_, columns=columns: os.terminal_size((columns, 24)))
+        assert main([*([] if command is None else [command]), "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        # A list of choices stands in a line of its own, however long.
+        assert [line for line in lines if len(line) > min(columns, 100) and not re.match(r" +--[a-z-]+ \[", line)] == []
+        assert not [line for line in lines if re.search(r"[a-z]\.\.\.$", line)]
 
 
 def test_version(capsys):

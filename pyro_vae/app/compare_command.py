@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import click
 
 from pyro_vae.app import following
 from pyro_vae.app.comparing import _arms, compare, read_study, speeds_of, study, study_of
-from pyro_vae.app.report import about
+from pyro_vae.app.report import about, wrapped
 from pyro_vae.app.runs import REPORT
 from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers
 from pyro_vae.app.study_page import check_table, runs_page, write_results, write_table
@@ -180,4 +182,8 @@ def _show(found: Mapping[str, Ranking], as_json: bool) -> None:
     for data, each in found.items():
         if data:
             click.echo(f"{data}:")
-        click.echo(str(each))
+        if not sys.stdout.isatty():
+            click.echo(str(each))
+            continue
+        width = shutil.get_terminal_size().columns
+        click.echo("\n".join(wrapped(line, width) for line in each.text(width).splitlines()))

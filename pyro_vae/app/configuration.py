@@ -168,7 +168,7 @@ class GroupedCommand(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):  # arguments stand in the usage
                 groups.setdefault(getattr(parameter, "group", "Run"), []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):

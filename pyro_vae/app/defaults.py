@@ -306,11 +306,13 @@ def in_words(value: Any) -> str:
     """The value of an option as it is typed.
 
     Example:
-        >>> in_words((400, 200)), in_words({"bins": 8}), in_words(None)
-        ('400,200', 'bins=8', 'none')
+        >>> in_words((400, 200)), in_words({"bins": 8, "alpha": 1.2570000000000001}), in_words(None)
+        ('400,200', 'bins=8,alpha=1.257', 'none')
     """
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={item}" for key, item in value.items()) or "none"
+        return ",".join(f"{key}={in_words(item)}" for key, item in value.items()) or "none"
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.15g}"
     return "none" if value is None else str(value)

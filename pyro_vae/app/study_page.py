@@ -104,7 +104,8 @@ def runs_page(ranking: Ranking, runs: Mapping[str, Any], title: str) -> str:
 def ranking_table(ranking: Ranking) -> str:
     """The rows of a ranking as HTML."""
     head, body = ranking._cells()
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in [*head, "flags"])]
+    numbers = "".join(f'<th class="number">{escape(cell)}</th>' for cell in head[1:])
+    lines = [f"<th>{escape(head[0])}</th>{numbers}<th>flags</th>"]
     flags = [str(row["flags"]) for row in ranking.rows()]
     for line, flag in zip(body, flags, strict=True):
         cells = "".join(f'<td class="{"" if i == 0 else "number"}">{escape(cell)}</td>' for i, cell in enumerate(line))

@@ -206,11 +206,15 @@ class Ranking(Result):
         return differences(self.rows(), ax=ax)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: float = math.inf) -> str:
+        """The verdict, the table and the notes; of the table as many columns as lines of `width` characters hold."""
         foot = f"nats per datum; ±: Monte Carlo; [ , ]: 95 % over {self.over}"
         flags = {name: self.flags(name) for name in self.order}
         told = [f"  {name}: {', '.join(each)}" for name, each in flags.items() if each]
         lost = [f"  {name}: failed: {reason}" for name, reason in self.failed.items()]
-        return "\n".join([self.verdict, "", *aligned(self._lines()), "", foot, *told, *lost,
+        return "\n".join([self.verdict, "", *aligned(self._lines(), width=width), "", foot, *told, *lost,
                           *self.notes])  # fmt: skip
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
@@ -228,7 +232,8 @@ class Ranking(Result):
                 continue
             own = self.arms[line["arm"]]
             behind = f"{line['diff']:.3f} [{line['diff_low']:.3f}, {line['diff_high']:.3f}]"
-            shown = f"{line['log_p']:.2f} ± {line['mc_stderr']:.2f}"
+            error = line["mc_stderr"]
+            shown = f"{line['log_p']:.2f} ± {error:.2f}" if not error < 0.01 else f"{line['log_p']:.2f} ± {error:.1g}"
             if self._bound(line["arm"]):
                 shown = f">= {math.floor(10 * line['log_p']) / 10:.1f}"
             if elbo:
