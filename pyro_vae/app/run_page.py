@@ -33,7 +33,8 @@ figure { margin: 1.2rem 0; overflow-x: auto; } img { max-width: 100%; height: au
 figcaption, .small { color: #4a5568; font-size: .9rem; }
 pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; }
 @media (max-width: 30rem) { th, td { display: block; padding-bottom: 0; } tr { display: block; padding: .3rem 0; }
-       .latent_space img, .training_curve img { max-width: none; width: 36rem; } figcaption { position: sticky; left: 0; } }
+       .latent_space img, .training_curve img { max-width: none; width: 36rem; }
+       figcaption { position: sticky; left: 0; } }
 """
 
 
@@ -60,7 +61,8 @@ def page(
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in report.lines(summary))
     captions = {name: escape(PICTURES.get(name, name)) for name in pictures}
     figures = "".join(
-        f'<figure class="{escape(Path(name).stem)}"><img alt="{captions[name]}" src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
+        f'<figure class="{escape(Path(name).stem)}"><img alt="{captions[name]}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
         f"<figcaption>{captions[name]}</figcaption></figure>"
         for name, data in pictures.items()
     )
