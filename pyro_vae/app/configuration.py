@@ -326,7 +326,7 @@ COMPARE = _options(
     click.option("--vary", cls=GroupedOption, group="Study", metavar="NAME=A,B,...", multiple=True, help="An axis: an "
                  "option of fit and its values; a value with commas in brackets, --vary hidden=[400],[400,400]. Again "
                  "for more axes: the arms are all combinations."),
-    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", click.IntRange(1), default=1),
+    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", click.IntRange(1)),
     _option("Study", "--frozen", "RUN", "Fit only guides, under the frozen model of this run."),
     click.option("--freeze", cls=GroupedOption, group="Study", is_flag=True, help="Fit a model first, with the options "
                  "below, and only guides under it."),

@@ -38,7 +38,8 @@ def _latex_cell(text: str) -> str:
     if re.fullmatch(r"[-+]?\d[\d.,]*(e[-+]?\d+)?( ± \d[\d.]*)?", text):
         return f"${text.replace('±', chr(92) + 'pm')}$"
     escaped = "".join(_ESCAPED.get(each, each) for each in text)
-    return escaped.replace("±", r"$\pm$").replace("k̂", r"$\hat{k}$")
+    escaped = re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)  # a minus, and no hyphen
+    return escaped.replace(">=", r"$\geq$").replace("±", r"$\pm$").replace("k̂", r"$\hat{k}$")
 
 
 def listed(names: Sequence[str], most: int, between: str = ", ") -> str:

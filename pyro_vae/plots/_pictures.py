@@ -210,8 +210,8 @@ def _scatter(
         for i, label in enumerate(found):
             chosen = points[(labels == label).numpy()]
             name = names[label] if names and label < len(names) else str(label)
-            style |= {"color": CLASSES[i % len(CLASSES)], "marker": SHAPES[i // len(CLASSES)]}
-            axes.scatter(chosen[:, 0], chosen[:, 1], label=name, **style)
+            look: dict[str, Any] = {"color": CLASSES[i % len(CLASSES)], "marker": SHAPES[i // len(CLASSES)]}
+            axes.scatter(chosen[:, 0], chosen[:, 1], label=name, **look, **style)
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
         shown = axes.legend(frameon=False, markerscale=1.6, title="label", **beside) if legend else None
         for handle in shown.legend_handles if shown is not None else ():
