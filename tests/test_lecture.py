@@ -126,7 +126,9 @@ def test_shades_are_whole_where_the_guide_never_goes():
     shades = next(c for c in figure.axes[0].collections if isinstance(c, QuadContourSet))
     away = (torch.tensor(shades.get_paths()[0].vertices) - X[0].flatten() / 2).abs().amax(0)
     wanted = 0.5**0.5 * (-2 * math.log(0.05)) ** 0.5
-    assert away.tolist() == pytest.approx([wanted, wanted], rel=0.03) and figure.axes[0].get_title(loc="left") == "narrow"
+    assert (
+        away.tolist() == pytest.approx([wanted, wanted], rel=0.03) and figure.axes[0].get_title(loc="left") == "narrow"
+    )
 
 
 def test_rate_and_distortion_stand_where_they_are():
