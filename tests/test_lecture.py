@@ -224,3 +224,46 @@ def cell(picture, row, column):
     line = max(2, round(zoom * 2 / 28))
     top, left = row * (zoom + line), column * (2 * zoom + line)
     return torch.stack([picture[top + zoom // 2, left + zoom // 2], picture[top + zoom // 2, left + zoom + zoom // 2]])
+
+
+def test_marks_stand_where_they_were_put():
+    figure = plots.latent_scatter(pair_of_vectors(), X.flatten(1), marks=torch.tensor([[1.0, -2.0], [0.5, 3.0]]))
+    assert torch.tensor(figure.axes[0].collections[-1].get_offsets()).tolist() == [[1.0, -2.0], [0.5, 3.0]]
+    with pytest.raises(ValueError, match=r"got marks of shape \(3,\) for a pair of 2 latents"):
+        plots.latent_scatter(pair_of_vectors(), X.flatten(1), marks=torch.zeros(3))
+
+
+def test_a_cloud_is_drawn_from_the_posterior_and_a_point_is_one():
+    figure = plots.latent_clouds(pair_of_vectors(), X[:3].flatten(1), X.flatten(1), num_samples=4000)
+    others, *clouds = (torch.tensor(c.get_offsets()) for c in figure.axes[0].collections)
+    assert torch.allclose(others.float(), X.flatten(1) / 2)
+    for cloud, x in zip(clouds, X[:3].flatten(1), strict=True):
+        assert ((cloud.mean(0) - x / 2).abs() < 4.5 * 0.5 / 4000**0.5).all()
+        assert ((cloud.std(0) - 0.5).abs() < 4.5 * 0.5 / 8000**0.5).all()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2", "3"]
+    plain = pv.autoencoder((1, 2, 2), latent_dim=2, hidden=(4,))
+    (point,) = plots.latent_clouds(plain, torch.ones(1, 1, 2, 2)).axes[0].collections
+    assert torch.allclose(torch.tensor(point.get_offsets()).float(), plain.encode(torch.ones(1, 1, 2, 2)))
+    with pytest.raises(ValueError, match="got a pair of 3 latents, wanted two"):
+        plots.latent_clouds(pv.VAE.build((4,), latent_dim=3, hidden=(4,)), torch.zeros(2, 4))
+
+
+def test_the_bars_of_the_identity_end_at_log_p():
+    figure = plots.identity_bars({"good": -3.1, "bad": -5.0}, {"good": 0.1, "bad": 2.0}, -3.0)
+    axes = figure.axes[0]
+    tops = [bar.get_y() + bar.get_height() for bar in axes.patches]
+    assert tops == pytest.approx([-3.1, -3.0, -5.0, -3.0])
+    assert axes.lines[0].get_ydata()[0] == -3.0
+    with pytest.raises(ValueError, match="got an ELBO of a and a KL of b, wanted both of each q"):
+        plots.identity_bars({"a": -1.0}, {"b": 1.0}, 0.0)
+
+
+def test_the_curves_of_the_elbo_are_its_terms_and_their_sum():
+    gained, paid = torch.tensor([-4.0, -2.0, -3.0]), torch.tensor([0.0, 0.5, 3.0])
+    axes = plots.elbo_curves(torch.tensor([0.1, 1.0, 2.0]), gained, paid, "width", log_p=-2.4).axes[0]
+    shown = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert shown["reconstruction"] == gained.tolist() and shown["−KL(q || p(z))"] == (-paid).tolist()
+    assert shown["their sum, the ELBO"] == [-4.0, -2.5, -6.0] and axes.get_xscale() == "log"
+    assert torch.tensor(axes.collections[0].get_offsets()).tolist() == [[1.0, -2.5]]
+    with pytest.raises(ValueError, match="got 2 values, 3 reconstructions and 3 divergences"):
+        plots.elbo_curves([1.0, 2.0], gained, paid)

@@ -128,6 +128,7 @@ def test_the_command_says_nothing_of_a_gpu_that_is_not_there(capsys):
     import logging
 
     from pyro_vae.app.cli import _warnings_as_lines
+    from pyro_vae.news import no_news_of_a_gpu
 
     logger = logging.getLogger("torch.utils.cpp_extension")
     seen: list[str] = []
@@ -140,6 +141,8 @@ def test_the_command_says_nothing_of_a_gpu_that_is_not_there(capsys):
     logger.addHandler(handler)
     try:
         with _warnings_as_lines():
+            with no_news_of_a_gpu():  # a step that is compiled
+                logger.warning("No CUDA runtime is found")
             logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
             logger.warning("another")
         logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "x")

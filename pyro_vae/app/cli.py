@@ -6,7 +6,6 @@ error that the user can mend is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ import click
 from pyro_vae.app import configuration
 from pyro_vae.app.configuration import GroupedCommand, convert, read_config
 from pyro_vae.app.defaults import CHOICES, option, resolve
+from pyro_vae.news import no_news_of_a_gpu
 from pyro_vae.parts import names
 from pyro_vae.version import __version__
 from pyro_vae.words import did_you_mean, spelled
@@ -80,19 +80,9 @@ def _warnings_as_lines() -> Iterator[None]:
         if issubclass(category, UserWarning):
             click.echo(f"{PROGRAM}: warning: {' '.join(str(message).split())}", err=True)
 
-    # Torch's compiler looks for a GPU's tools, and logs that there is no GPU: on a CPU that is no news.
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    logger.addFilter(_is_news)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            yield
-    finally:
-        logger.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("No CUDA runtime is found")
+    with no_news_of_a_gpu(), warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 class _Commands(click.Group):
@@ -265,7 +255,8 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
     \b
     Examples:
       pyro-vae compare runs/a runs/b
-      pyro-vae compare --vary posterior=diagonal,full,iaf --vary bound=elbo,iwae --seeds 2 --epochs 50
+      pyro-vae compare --vary posterior=diagonal,full,iaf --seeds 2
+      pyro-vae compare --vary posterior=full,iaf --vary bound=elbo,iwae
       pyro-vae compare --vary posterior=diagonal,full,iaf --frozen runs/mnist
       pyro-vae compare study.yaml --jobs 4
     """
@@ -283,6 +274,9 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
         return
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} runs, wanted at least two, a study file, or --vary NAME=A,B,...")
+    for name in ("seeds", "frozen", "freeze", "budget", "jobs", "address", "retry", "dry_run"):
+        if asked[name]:
+            raise ValueError(f"got {option(name)} for runs that are fitted, which is for studies. Leave it out.")
     compare_runs(runs, fixed, **{name: asked[name] for name in ("out", "table", "as_json", "trust")})
 
 
@@ -290,7 +284,7 @@ OPTIONS_OF_COMPARE = ("vary", "seeds", "frozen", "freeze", "budget", "jobs", "ba
                       "out", "table", "as_json", "trust")  # fmt: skip
 
 
-@commands.command("report")
+@commands.command("report", short_help="Write a study's tables and page again.")
 @click.argument("folder", type=_PATH, metavar="STUDY")
 @_trust
 def report_command(folder: Path, trust: tuple[str, ...]) -> None:

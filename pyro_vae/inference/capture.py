@@ -46,6 +46,7 @@ from pyro_vae.inference.graphs import (
     written,
 )
 from pyro_vae.inference.hardware import fast_matmul
+from pyro_vae.news import no_news_of_a_gpu
 
 _aten = torch.ops.aten
 _READS = (
@@ -165,9 +166,9 @@ class Capture:
 
     def compile(self, args: Sequence[Tensor]) -> None:
         """Hand the graph to Inductor; what it raises comes through, and the graph stays replayable."""
-        from torch._inductor.compile_fx import compile_fx
+        with no_news_of_a_gpu(), torch.no_grad(), torch.random.fork_rng():
+            from torch._inductor.compile_fx import compile_fx
 
-        with torch.no_grad(), torch.random.fork_rng():
             examples = [t.detach() for t in (*args, *self.constants, *(draw() for draw in self.draws))]
             graph = fx.GraphModule({}, fx.Graph())
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))

@@ -6,13 +6,16 @@
 
     of a comparison     differences · cost · curves_by_time · khat_maps · side_by_side · critical_difference
 
-    asked of a pair     latent_scatter · latent_grid · histograms · traverse · morph · attribute · posterior_contours ·
-                        rate_distortion
+    asked of a pair     latent_scatter · latent_clouds · latent_grid · histograms · traverse · morph · attribute ·
+                        posterior_contours · rate_distortion
+
+    what log p(x) is    identity_bars · elbo_curves
 
 What draws one pair of axes takes ``ax=``, where it draws then; all return the figure.
 """
 
 from pyro_vae.plots._bounds import bounds_by_samples, bracket, gap_bars, khat_against_log_p, number_bars
+from pyro_vae.plots._codes import latent_clouds
 from pyro_vae.plots._comparisons import (
     cost,
     critical_difference,
@@ -41,6 +44,7 @@ from pyro_vae.plots._pictures import (
     samples,
     training_curve,
 )
+from pyro_vae.plots._terms import elbo_curves, identity_bars
 
 __all__ = [
     "attribute",
@@ -51,13 +55,16 @@ __all__ = [
     "critical_difference",
     "curves_by_time",
     "differences",
+    "elbo_curves",
     "gallery",
     "gap_bars",
     "histograms",
+    "identity_bars",
     "interpolations",
     "khat_against_log_p",
     "khat_maps",
     "kl_by_dimension",
+    "latent_clouds",
     "latent_grid",
     "latent_scatter",
     "latent_space",

@@ -16,8 +16,9 @@ from pyro_vae.plots._pictures import _mosaic, latent_space
 
 
 def latent_scatter(
-    vae: Any, data: Any, labels: Tensor | None = None, title: str = "", ax: Axes | None = None
-) -> Figure:
+    vae: Any, data: Any, labels: Tensor | None = None, title: str = "", marks: Tensor | None = None,
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
     """Where a pair puts data in its latent space, coloured by label.
 
     Args:
@@ -25,12 +26,23 @@ def latent_scatter(
         data: As for `VAE.encode`.
         labels: One integer per datum, (N,); those of a `Split` if omitted.
         title: Above the picture.
+        marks: Other places in the plane of two latents, (M, 2), shown as crosses.
         ax: Axes to draw into; a figure of its own if omitted.
+    Raises:
+        ValueError: Marks that are no places in the plane.
     """
     labels = getattr(data, "labels", None) if labels is None else labels
-    figure = latent_space(_own(vae).encode(data, seed=0), labels, ax=ax)
+    codes = _own(vae).encode(data, seed=0)
+    if marks is not None and (codes.shape[-1] != 2 or marks.dim() != 2 or marks.shape[-1] != 2):
+        raise ValueError(
+            f"got marks of shape {tuple(marks.shape)} for a pair of {codes.shape[-1]} latents, wanted (M, 2) and two."
+        )
+    figure = latent_space(codes, labels, ax=ax)
+    axes = figure.axes[0] if ax is None else ax
     if title:
-        (figure.axes[0] if ax is None else ax).set_title(title, loc="left", fontsize=11)
+        axes.set_title(title, loc="left", fontsize=11)
+    if marks is not None:
+        axes.scatter(array(marks[:, 0]), array(marks[:, 1]), s=50, marker="x", color="black", lw=1.4, zorder=3)
     return figure
 
 
