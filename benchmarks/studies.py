@@ -1,4 +1,4 @@
-"""The studies of `benchmarks/studies/` in the docs: their tables and their figure, from the folders that `compare` made.
+"""The studies of `benchmarks/studies/` in the docs: tables and figure, from the folders that `compare` made.
 
     PYRO_VAE_DATA=path/to/mnist pyro-vae compare benchmarks/studies/mnist-joint.yaml --out studies/mnist-joint
     PYRO_VAE_DATA=path/to/mnist pyro-vae compare benchmarks/studies/mnist-frozen.yaml --out studies/mnist-frozen
@@ -52,7 +52,8 @@ def main(folders: list[str]) -> None:
     before, found, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     if not found or END not in rest:
         raise SystemExit(f"{PAGE} has no lines {BEGIN} and {END}.")
-    said = "\n\n".join(f"`{name}.yaml`: {(RESULTS / f'{name}.md').read_text(encoding='utf-8').strip()}" for name in names)
+    tables = {name: (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip() for name in names}
+    said = "\n\n".join(f"`{name}.yaml`: {table}" for name, table in tables.items())
     PAGE.write_text(f"{before}{BEGIN}\n\n{said}\n\n{rest[rest.index(END) :]}", encoding="utf-8")
 
 

@@ -447,7 +447,9 @@ def test_the_other_pages_fit_too_with_words_large_enough_to_read(browser, tmp_pa
         shown = context.new_page()
         shown.goto((tmp_path / f"{name}.html").as_uri())
         assert shown.evaluate("document.documentElement.scrollWidth") <= width, name
-        assert all(shown.evaluate("[...document.querySelectorAll('body > table td')].map(e => e.clientWidth > 120)")), name
+        assert all(shown.evaluate("[...document.querySelectorAll('body > table td')].map(e => e.clientWidth > 120)")), (
+            name
+        )
         assert shown.evaluate("document.querySelector('img').getBoundingClientRect().width") >= 560, name
     context.close()
 
