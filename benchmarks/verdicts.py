@@ -3,10 +3,12 @@
     python benchmarks/verdicts.py --data-dir path/to/data            # all that is not there yet; resumable
     python benchmarks/verdicts.py --cases digits,frey --seeds 1
     python benchmarks/verdicts.py --print                            # the table of what is there
+    python benchmarks/verdicts.py --print --page docs/judging.md     # and puts it there between its markers
 
 A case is a `pyro-vae fit` of about a minute on two cores. Its first advice is typed as it stands; where it asks to
 judge more data, that is done once, and the first advice of that judgement counts. Reported is held-out log p(x) of the
 same test data before and after, and their difference, paired by datum, with its error. "leave it" is an advice, too.
+Refinement leaves the model and its log p(x) as they are: its gain is one of the ELBO.
 
 Data: digits and linear-gaussian need none. For fashion-mnist `apt install dataset-fashion-mnist`; Frey faces as a file
 in DIR/frey (see `pyro_vae.data`); photos are tiles of the two photographs that scikit-learn ships.
@@ -20,6 +22,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -33,6 +36,7 @@ from pyro_vae.app.cli import main as pyro_vae
 from pyro_vae.app.commands import _data, _refined, judge_run, options_of
 from pyro_vae.app.runs import Run
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.quotes import kind_of, lower_bound
 
 RESULTS = Path(__file__).parent / "results" / "verdicts"
 NUM_SAMPLES, NUM_TEST = 1000, 300
@@ -60,6 +64,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=180.0, help="seconds of each judgement")
     parser.add_argument("--quick", action="store_true", help="a tenth of the epochs, and of the budget; no result")
     parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument("--page", type=Path, help="a page of Markdown, between whose markers the table is put")
     given = parser.parse_args()
     cases = given.cases.split(",")
     if unknown := [case for case in cases if case not in CASES]:
@@ -78,7 +83,9 @@ def main() -> None:
                 break
             place.write_text(json.dumps(found, indent=2) + "\n")
             print(line(found), flush=True)
-    print(table(results))
+    print(said := f"{definitions(results)}\n\n{table(results)}")
+    if given.page is not None:
+        insert(given.page, said)
 
 
 def one(case: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -205,21 +212,51 @@ def line(found: dict[str, Any]) -> str:
     error = found["gain_stderr"]
     beyond = abs(found["gain"]) > max(2 * error, 0.005)  # what is not printed is none
     came = "within the error" if not beyond else "harm" if found["gain"] < 0 else "gain"
+    gain = f"{found['gain']:+.2f} ± {error:.2f}" + (" of ELBO" if found.get("of") == "ELBO" else "")
+    known, advice = f"{100 * found['khat_ok']:.0f} %", f"`{placeless(found['advice'])}`"
     if found["advice"] == "leave it":
-        came = ""
-    advice = found["advice"].split("config.json")[-1].strip()
+        advice, gain, came = "leave it", "", ""
+    elif found["remedy"] != "refine":  # of which the weights stay
+        known += f", then {100 * found['after_khat_ok']:.0f} %"
+    before = lower_bound(found["log_p"]) if kind_of(found["khat_ok"]) == "lower bound" else f"{found['log_p']:.2f}"
     blamed = ", ".join(found["culprits"]) or "-"
-    gain = f"{found['gain']:+.2f} ± {error:.2f}" + (f" ({found['of']})" if "of" in found else "")
-    return f"| {found['case']} | {found['seed']} | {found['log_p']:.2f} | {blamed} | `{advice}` | {gain} | {came} |"
+    return f"| {found['case']} | {found['seed']} | {before} | {known} | {blamed} | {advice} | {gain} | {came} |"
+
+
+def placeless(command: str) -> str:
+    """A command without the places of one machine: the run is RUN."""
+    command = re.sub(r" --data-dir \S+", "", command)
+    command = re.sub(r"(--data )\S*/", r"\1", command)
+    return re.sub(r"(?<!\S)\S*/[\w.-]+-\d(?=[/ ])", "RUN", command)
+
+
+def definitions(results: Path) -> str:
+    """What each case is, as its fit was typed."""
+    fits = {row["case"]: row["fit"] for row in rows(results)}
+    lines = [f"| {case} | `pyro-vae fit {placeless(command)}` |" for case, command in fits.items()]
+    return "\n".join(["| case | is |", "|---|---|", *lines])
 
 
 def table(results: Path) -> str:
     """Markdown of all that is there."""
-    rows = [json.loads(path.read_text()) for path in results.glob("*.json")]
-    rows.sort(key=lambda row: (list(CASES).index(row["case"]), row["seed"]))
-    names = ("case", "seed", "log p(x)", "at fault", "first advice", "gain in log p(x), nats", "")
+    names = ("case", "seed", "log p(x)", "k̂ ok", "at fault", "first advice", "gain in log p(x), nats", "")
     head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    return "\n".join([*head, *map(line, rows)])
+    return "\n".join([*head, *map(line, rows(results))])
+
+
+def rows(results: Path) -> list[dict[str, Any]]:
+    """What is there, in the order of the cases."""
+    found = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    return sorted(found, key=lambda row: (list(CASES).index(row["case"]), row["seed"]))
+
+
+def insert(page: Path, said: str) -> None:
+    """Put the tables between the markers of a page."""
+    begin, end = "<!-- verdicts: python benchmarks/verdicts.py --print --page docs/judging.md -->", "<!-- /verdicts -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"{page} has no lines {begin} and {end}.")
+    page.write_text(f"{before}{begin}\n\n{said}\n\n{rest[rest.index(end) :]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

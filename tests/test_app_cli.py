@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_vae.app import fitting
-from pyro_vae.app.cli import main
+from pyro_vae.app.cli import commands, main
 from pyro_vae.app.defaults import CHOICES, DATASETS, resolve
 from pyro_vae.app.fitting import build, read
 from pyro_vae.data import BINARIZATIONS
@@ -67,6 +69,17 @@ def test_every_command_has_help(capsys):
         assert "RUN" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [None, *commands.commands])
+def test_help_fits_a_terminal_of_eighty_columns_and_is_not_cut(command, capsys, monkeypatch):
+    for columns in (80, 160):
+        monkeypatch.setattr("shutil.get_terminal_size", lambda *_, columns=columns: os.terminal_size((columns, 24)))
+        assert main([*([] if command is None else [command]), "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        # A list of choices stands in a line of its own, however long.
+        assert [line for line in lines if len(line) > min(columns, 100) and not re.match(r" +--[a-z-]+ \[", line)] == []
+        assert not [line for line in lines if re.search(r"[a-z]\.\.\.$", line)]
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pyro-vae {__version__}\n"
@@ -93,6 +106,11 @@ def test_a_resolved_configuration_resolves_to_itself(name):
         (["--epoch", "3"], "Try 'pyro-vae fit --help'"),
         (["--epochs", "many"], "'many' is not a valid integer"),
         (["--epochs", "0"], "--epochs 0, wanted a number >= 1"),
+        (["--evaluation-samples", str(2**63)], f"--evaluation-samples {2**63}, wanted a number up to 2,147,483,647"),
+        (["--batch-size", str(10**23)], f"--batch-size {10**23}, wanted a number up to"),
+        (["--learning-rate", "nan"], "--learning-rate nan, wanted a number > 0"),
+        (["--data-seed", str(2**64)], f"--data-seed {2**64}, wanted a number below 2^63"),
+        (["--split-seed", "-1"], "--split-seed -1, wanted a number >= 0"),
         (["--learning-rate", "-1"], "--learning-rate -1.0, wanted a number > 0"),
         (["--learning-rate", "nan"], "--learning-rate nan"),
         (["--network", "cnn"], "--network 'cnn', wanted one of mlp, gated, conv, residual, linear."),

@@ -33,11 +33,13 @@ def test_there_is_no_block_that_no_test_runs():
     kinds = {page: {kind for kind, _ in BLOCK.findall(text)} for page, text in WORDS.items()}
     assert {page for page, found in kinds.items() if "python" in found} == {
         "README.md",
+        "compare.md",
         "contributing.md",
         "errors.md",
         "users.md",
     }
-    assert all(found <= {"python", "bash", "text"} for found in kinds.values()), kinds
+    assert {page for page, found in kinds.items() if "yaml" in found} == {"compare.md"}
+    assert all(found <= {"python", "bash", "text", "yaml"} for found in kinds.values()), kinds
     assert len(CASES) + 1 == len(blocks("errors.md", "python")) and len(CASES) == len(blocks("errors.md", "text"))
     assert len(CASES) >= 15
 
@@ -67,7 +69,9 @@ def test_each_error_is_met_as_the_page_says(title, program, message, tmp_path, m
 
 SMALL = [(r"epochs=\d+", "epochs=1"), (r"num_samples=\d+", "num_samples=20"), (r"hidden=\(256,\)", "hidden=(16,)"),
          (r"side=15", "side=3"), (r"digits\.test\.frozen\(0\)", "digits.test.frozen(0).subset(range(40))"),
-         (r"digits\.train", "digits.train.subset(range(150))")]  # fmt: skip
+         (r"digits\.train", "digits.train.subset(range(150))"),
+         (r"\"epochs\": \d+", '"epochs": 1, "limit": 100, "evaluation_samples": 10, "evaluation_images": 30'),
+         (r"(pv\.study\(study, [^)]*)", r"\1, jobs=1")]  # fmt: skip
 
 
 def user(title):
@@ -145,8 +149,104 @@ def test_the_frozen_study_of_a_researcher(tmp_path, monkeypatch, capsys):
     run(made_small(script), "study", tmp_path, monkeypatch)
     said = capsys.readouterr().out
     table = said[said.index("\\begin{tabular}") :].splitlines()
-    assert len([line for line in table if line.endswith("\\\\")]) == 9 and "nsf, iwae (of 2)" in said
-    assert table[2].startswith("guide & ELBO & iwae 5 & iwae 50 &")
+    assert len([line for line in table if line.endswith("\\\\")]) == 9 and "nsf, iwae 5 (of 2)" in said
+    assert table[2].startswith("arm & ELBO & behind the best &")
+    assert "30 data and 2 seeds" in said and "the model is frozen" in said
+
+
+@pytest.mark.parametrize("block", blocks("compare.md", "python"), ids=["pairs", "study"])
+def test_what_is_compared_from_python(block, tmp_path, monkeypatch, capsys):
+    run(made_small(block), "compare", tmp_path, monkeypatch)
+    assert re.search(r"(is ahead of|is above) .* nats of log p\(x\) \[", capsys.readouterr().out)
+    assert "pv.study" not in block or (tmp_path / "forest.png").stat().st_size > 1000
+
+
+def test_the_study_of_the_page_is_one(tmp_path):
+    from pyro_vae.app.studies import plan, study_file
+
+    (text,) = blocks("compare.md", "yaml")
+    (tmp_path / "study.yaml").write_text(text)
+    planned = plan(study_file(tmp_path / "study.yaml"), tmp_path)
+    assert [trial.reason for trial in planned.trials] == [None] * 12
+    assert {trial.arm for trial in planned.trials} == {
+        "diagonal, narrow", "diagonal, wide", "full, narrow", "full, wide"
+    }  # fmt: skip
+    assert {trial.options.learning_rate for trial in planned.trials if "wide" in trial.arm} == {0.001}
+
+
+# Of the first hour: what is typed in addition here, so that it takes seconds. The first fit is that of the page: its curve
+# must not be flat, for the advice to be the same.
+SCORED = "--evaluation-samples 100 --evaluation-images 30"
+FASTER = {"fit --epochs": SCORED, "fit --config": "--epochs 4", "fit --from": "--epochs 3", "judge": "--budget 5",
+          "compare runs": SCORED, "compare --vary": f"--epochs 1 --jobs 1 --limit 200 --hidden 16 {SCORED}"}  # fmt: skip
+
+
+def the_first_hour():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import first_hour
+
+    return first_hour
+
+
+def unfolded(lines):
+    """Lines of which those that were folded are whole again."""
+    found, width = [], the_first_hour().WIDTH
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.startswith("  ") and before and len(before) + 1 + len(line.split()[0]) > width:
+            found[-1] += " " + " ".join(line.split())
+        else:
+            found.append(line)
+    return found
+
+
+def words(line):
+    """The words of a line of output, without numbers and durations; None where other numbers have other words."""
+    if re.match(r"\.\.\.$|note |verdict | {36}|  (type|or) | {2}[^ ].*: |nobody is ahead|.* is ahead of", line):
+        return None
+    if label := re.match(r"ELBO and log p\(x\)|training  |remedies tried|test log p\(x\)|next: pyro-vae \w+", line):
+        return label[0].strip()
+    if row := re.match(r"(runs/\S+|\w+, \w+)( \(of \d\))? {2,}(?!seed)", line):  # whatever its rank
+        return row[1]
+    line = re.sub(r"\b[0-9a-f]{12}\b|(?<=bound-)[0-9a-f]{8}", "#", line)
+    line = re.sub(r"a few seconds|about \d+ (s|min|h)\b", "TIME", line)
+    return re.sub(r"-?\d[\d.,]*(e-\d+)?", "#", " ".join(line.split()))
+
+
+@pytest.mark.slow
+def test_the_first_hour_is_as_the_page_has_it(tmp_path, monkeypatch):
+    import contextlib
+    import io
+
+    from pyro_vae.app.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    page = the_first_hour().steps(WORDS["first-hour.md"])
+    assert len(page) == len(blocks("first-hour.md", "text")) == 10
+    for command, shown in page:
+        added = next((more for start, more in FASTER.items() if command.startswith(f"pyro-vae {start}")), "")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            assert main([*command.split()[1:], *added.split()]) == 0, printed.getvalue()
+        here = unfolded(the_first_hour().abridged(command, printed.getvalue().rstrip().splitlines()))
+        there = {words(line) for line in unfolded(shown)} - {None}
+        assert there - {words(line) for line in here} == set(), f"{command}\n{printed.getvalue()}"
+    assert (tmp_path / "runs" / "first" / "explore.html").stat().st_size > 10_000
+
+
+def test_the_first_hour_hangs_together():
+    page = the_first_hour().steps(WORDS["first-hour.md"])
+    for (command, shown), (following, _) in zip(page, page[1:], strict=False):
+        assert shown and max(map(len, shown)) <= 120, command
+        if command.startswith("pyro-vae judge"):  # what is typed next is what was advised
+            assert shown[-1] == f"next: {following}"
+    # What the sentences of the page say of its numbers.
+    text = " ".join(WORDS["first-hour.md"].split())
+    assert "nobody is ahead for sure: full, iwae is above diagonal, iwae" in text
+    assert "runs/digits-1 is ahead of runs/first" in text and "this holds" in text
+    assert "diagonal, iwae: k̂ bad, lower bound, difference within noise" in text
+    verdict = re.search(r"<!-- study -->\n```text\n(.*?)```\n<!-- /study -->", WORDS["README.md"], re.DOTALL)
+    assert verdict is not None and "2 seeds" in verdict[1] and verdict[1] in WORDS["first-hour.md"]
+    assert "too few data to judge the samples" in text and "full, elbo: difference" not in text
 
 
 @pytest.mark.slow
@@ -178,7 +278,7 @@ def test_the_two_lines_that_are_no_errors_are_printed(tmp_path, monkeypatch):
     words = "the programs can read what a captured step cannot watch"
     with pytest.warns(UserWarning, match=words):
         pv.fit(model, guide, x, epochs=2, compile=True)
-    verdict = "(a lower bound: the weights of the others miss mass; raise num_samples or enrich the guide)"
+    verdict = "(a lower bound: the weights of the others miss mass; take more samples or enrich the guide)"
     assert verdict in str(pv.log_likelihood(model, guide, x[:50], num_samples=100, compile=False))
     assert words in WORDS["errors.md"] and verdict in WORDS["errors.md"]
 
@@ -244,9 +344,9 @@ def test_the_commands_of_the_front_page_run_as_they_are_written_but_smaller(tmp_
     done = []
     for page, command in commands("pyro-vae"):
         if page != "README.md" or any(
-            word in command for word in ("mnist --data-dir", "photos", "outliers", "seven", "combinations")
+            word in command for word in ("mnist --data-dir", "photos", "outliers", "seven", "compare")
         ):
-            continue  # these need files that are not here; tests/test_app_cli.py runs them on others
+            continue  # these need files that are not here; tests/test_app_cli.py and test_compare.py run them on others
         words = command.split()[1:]
         words = [word.replace("runs/mnist", "runs/digits") for word in words]
         if words[0] == "fit":
@@ -259,10 +359,11 @@ def test_the_commands_of_the_front_page_run_as_they_are_written_but_smaller(tmp_
     assert set(done) >= {"fit", "evaluate", "sample", "judge"}
 
 
-@pytest.mark.parametrize("script, page", [("judging", "judging.md"), ("swap", "parts.md")])
+@pytest.mark.parametrize("script, page", [("judging", "judging.md"), ("swap", "parts.md"), ("verdicts", "judging.md")])
 def test_tables_are_the_kept_results(script, page):
     given = ["runs/none"] if script == "judging" else []
-    run = [sys.executable, f"benchmarks/{script}.py", *given, "--print", "--folder", str(KEPT / script)]
+    where = "--results" if script == "verdicts" else "--folder"
+    run = [sys.executable, f"benchmarks/{script}.py", *given, "--print", where, str(KEPT / script)]
     printed = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line for line in printed.splitlines() if line.startswith("|") and "---" not in line]
     assert len(rows) > 5 and [row for row in rows if row not in WORDS[page]] == []

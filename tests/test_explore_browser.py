@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae import plots
+from pyro_vae.app import html, run_page
 from pyro_vae.app.explore import contents, document
 from pyro_vae.app.explore.contents import payload
 from pyro_vae.app.explore.document import page
@@ -420,6 +422,36 @@ def test_no_width_is_overflown(browser, tmp_path, width):
     )
     assert wide == []
     shown.context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_other_pages_fit_too_with_words_large_enough_to_read(browser, tmp_path, width):
+    # A long word, a wide table and wide pictures: the page itself never moves sideways.
+    long = "a/" + "very-long-name-" * 12
+    figure = plots.cost([{"rank": 0, "arm": long, "seconds": 2.0, "log_p": -3.0, "mc_stderr": 0.1}])
+    drawn = html.figures([html.Picture("cost", figure, long)])
+    wide = f"<p>{long}</p><div class='wide'><table><tr>{'<td class=number>-27.17 ± 0.004</td>' * 9}</tr></table></div>"
+    narrow = "<table><tr><th>approximation gap</th><td class=number>-10.02 ± 0.04 nats</td><td>the estimator's; " \
+             "beside one that uses the best q of each datum, too</td></tr></table>"  # fmt: skip
+    figure.savefig(tmp_path / "a.png", dpi=150)
+    picture = {"training_curve.png": (tmp_path / "a.png").read_bytes()}
+    pages = {
+        "study": html.document(long, f"<pre>{long}</pre>{narrow}{wide}{drawn}"),
+        "run": run_page.page(long, {"test_elbo": 1.0, "test_elbo_stderr": 0.1, "test_reconstruction": 1, "test_kl": 0,
+                                    "test_log_likelihood": 1.0, "test_log_likelihood_stderr": 0.1,
+                                    "test_log_likelihood_data_stderr": 0.1}, picture, {"--data": long}, [long]),
+    }  # fmt: skip
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    for name, text in pages.items():
+        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
+        shown = context.new_page()
+        shown.goto((tmp_path / f"{name}.html").as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert all(shown.evaluate("[...document.querySelectorAll('body > table td')].map(e => e.clientWidth > 120)")), (
+            name
+        )
+        assert shown.evaluate("document.querySelector('img').getBoundingClientRect().width") >= 560, name
+    context.close()
 
 
 MUTANTS = [

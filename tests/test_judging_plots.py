@@ -156,3 +156,74 @@ def test_kl_by_dimension_falls_and_counts_what_is_used():
 def test_a_picture_is_written(tmp_path):
     report.save(plots.gap_bars(rows()), tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").stat().st_size > 5000
+
+
+ARMS = [f"{family}, {bound}" for family in ("diagonal", "low-rank", "von-mises-fisher") for bound in ("elbo", "iwae")]
+ROWS = [
+    {"arm": arm, "rank": i, "seconds": 10.0 + i / 100, "log_p": -23 - i / 100, "elbo": -24.0, "mc_stderr": 0.01,
+     "diff": i / 10, "diff_low": 0.0, "diff_high": 1.0, "p_worse": None if i == 0 else 0.9, "holds": i > 2}
+    for i, arm in enumerate(ARMS)
+]  # fmt: skip
+
+
+def overlapping(texts, figure):
+    """Pairs of texts of which one lies over the other, as drawn."""
+    boxes = [(text.get_text(), text.get_window_extent(figure.canvas.get_renderer())) for text in texts]
+    boxes = [(text, box) for text, box in boxes if text]
+    return [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other)]
+
+
+@pytest.mark.parametrize("draw", [
+    lambda arms: plots.differences([row | {"arm": arm} for row, arm in zip(ROWS, arms, strict=False)]),
+    lambda arms: plots.gap_bars([{"guide": arm, "total": 0.5, "total_stderr": 0.1} for arm in arms]),
+    lambda arms: plots.khat_maps({arm: torch.linspace(-1, 2, 50) for arm in arms}),
+    lambda arms: plots.side_by_side({arm: torch.zeros(10, 1, 8, 8) for arm in arms}),
+])  # fmt: skip
+@pytest.mark.parametrize("more", ["", ", num_samples=50, learning_rate=0.0005, hidden=[400,400]"])
+def test_names_of_arms_do_not_lie_over_one_another(draw, more):
+    figure = draw([arm + more for arm in ARMS])
+    figure.canvas.draw()
+    axes = figure.axes[: len(ARMS) * 10]
+    names = [text for each in axes for text in (*each.get_yticklabels(), each.yaxis.label)]
+    across = [text for text in axes[0].get_xticklabels() if text.get_rotation() == 0]
+    assert overlapping(names, figure) == [] and overlapping(across, figure) == []
+
+
+def test_points_of_the_cost_have_their_rank_and_the_names_are_beside():
+    figure = plots.cost(ROWS)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4", "5", "6"]
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [name.replace("\n", " ") for name in named[-6:]] == [f"{i + 1}: {arm}" for i, arm in enumerate(ARMS)]
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1  # not over the data
+
+
+def test_khat_changes_colour_at_the_limit():
+    def luminous(k, limit):
+        image = plots.khat_maps({"a": [k]}, limit).axes[0].images[0]
+        red, _, blue, _ = image.cmap(image.norm(k))
+        return blue - red
+
+    for limit in (0.5, 0.67, 0.7):
+        assert luminous(limit - 1e-3, limit) > 0 > luminous(limit + 1e-3, limit)  # blue below, orange above
+        assert luminous(-1.0, limit) > 0 > luminous(5.0, limit)
+
+
+def test_columns_of_unlike_scale_are_all_seen():
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e4, 1.0])
+    x[:, 1] += 5e4
+    panels = plots.reconstructions(x, x + torch.tensor([0.0, 1e4, 1.0])).axes
+    shown, _, difference = (axes.images[0].get_array() for axes in panels[:3])
+    assert (shown.std(0) > 0.1 * np.abs(shown).max()).all()
+    assert_allclose(difference[:, 0], 0, atol=1e-6)
+    assert (difference[:, 1:] < -0.5).all()
+    assert "standard deviations" in panels[-1].get_ylabel()
+    alike = plots.reconstructions(x[:, [0, 2]], x[:, [0, 2]]).axes  # the values themselves
+    assert_allclose(alike[0].images[0].get_array(), x[:, [0, 2]].numpy())
+
+
+def test_classes_differ_in_colour_or_shape():
+    axes = plots.latent_space(torch.randn(40, 2), torch.arange(40) % 20).axes[0]
+    looks = {(tuple(c.get_facecolor()[0]), len(c.get_paths()[0].vertices)) for c in axes.collections}
+    assert len(looks) == 20

@@ -119,6 +119,18 @@ def test_contours_hold_the_mass_that_they_say():
         plots.posterior_contours({"a": pair(), "b": pair()}, X[0])
 
 
+def test_shades_are_whole_where_the_guide_never_goes():
+    from matplotlib.contour import QuadContourSet
+
+    figure = plots.posterior_contours(pair(0.05), X[0], title="narrow")
+    shades = next(c for c in figure.axes[0].collections if isinstance(c, QuadContourSet))
+    away = (torch.tensor(shades.get_paths()[0].vertices) - X[0].flatten() / 2).abs().amax(0)
+    wanted = 0.5**0.5 * (-2 * math.log(0.05)) ** 0.5
+    assert (
+        away.tolist() == pytest.approx([wanted, wanted], rel=0.03) and figure.axes[0].get_title(loc="left") == "narrow"
+    )
+
+
 def test_rate_and_distortion_stand_where_they_are():
     vae = pv.VAE.build((1, 1, 2), latent_dim=2, hidden=(4,))
     found = pv.rate_distortion(vae, (X > 0).float(), num_samples=50, progress=False)

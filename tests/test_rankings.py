@@ -166,6 +166,8 @@ def test_the_table_has_arvizs_columns_and_those_that_failed() -> None:
     assert frame["flags"][3] == "failed: out of memory"
     assert "out of memory" in str(found) and "budget: 3 epochs" in str(found)
     assert r"\toprule" in found.to_latex() and found.to_markdown().count("|") > 20
+    bounds = rank(arms_of(values - 5, bound=(False, False, True))).to_latex()
+    assert r"$\geq$ $-$" in bounds and "[$-$" in bounds and ">" not in bounds  # which text of LaTeX prints as another
     assert found.plot().axes
 
 
@@ -179,3 +181,26 @@ def test_what_cannot_be_paired_is_refused() -> None:
         rank({"a1": one}).difference("a1", "a1")
     with pytest.raises(ValueError, match="no arm 'tow'.*'two'"):
         rank({"two": one}).difference("tow", "two")
+
+
+def test_a_seed_that_not_all_arms_have_is_left_out_and_said() -> None:
+    """Over other seeds a mean is of other luck: the order and the paired differences would contradict each other."""
+    luck = np.array([0.0, 5.0])[:, None] + np.random.default_rng(11).normal(size=(1, 60))
+    better = 0.3 + 0.01 * np.random.default_rng(12).normal(size=(2, 60))
+    arms = arms_of(np.stack([luck, luck + better]))
+    found = rank({"a0": arms["a0"], "a1": arms["a1"][:1]})  # a1's lucky seed failed
+    assert found.best == "a1" and found.difference("a1", "a0").value == pytest.approx(better[0].mean())
+    assert found.rows()[1]["diff"] == pytest.approx(found.rows()[0]["log_p"] - found.rows()[1]["log_p"])
+    assert found.notes == ("of the seeds only 0 is compared, which all arms have: a1 lacks 1",)
+    assert "one fit each" in found.verdict
+    by_place = rank({"a0": arms["a0"], "a1": tuple(Scores(**(vars(each) | {"seed": 9})) for each in arms["a1"][:1])})
+    assert [len(own) for own in by_place.arms.values()] == [1, 1] and "as many as all have: a0 has 2" in str(by_place)
+
+
+def test_what_has_no_mean_is_not_ranked() -> None:
+    values = np.zeros((2, 1, 10))
+    values[1, 0, 3] = np.nan
+    with pytest.raises(ValueError, match="'a1' with 10 data, of which 1 have log p.x. that is not finite"):
+        rank(arms_of(values))
+    with pytest.raises(ValueError, match="'a0' with 1 data.*wanted two data or more"):
+        rank(arms_of(np.zeros((2, 3, 1))))

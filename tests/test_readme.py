@@ -37,10 +37,10 @@ def test_commands_of_the_shell_blocks_exist():
         "sample",
         "reconstruct",
         "anomalies",
-        "combinations",
         "judge",
+        "explore",
+        "compare",
         "encode",
-        "export",
         "runs",
     }
     run = [sys.executable, "-m", "pyro_vae", "--help"]

@@ -12,6 +12,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
+from pyro_vae.judging import compare_guides, identity
 from pyro_vae.judging.distances import guide_distances, sliced_wasserstein, squared_mmd
 from pyro_vae.judging.references import diagnostics, quadrature, reference
 from tests.pairs import binary, linear_pair, small_pair
@@ -265,3 +266,15 @@ def test_refusals():
         reference(pair.model, pair.guide, x, num_chains=1)
     with pytest.raises(ValueError, match="num_warmup=3, wanted at least 20"):
         reference(pair.model, pair.guide, x, num_warmup=3)
+
+
+def test_guides_are_compared_from_quadrature_and_one_that_has_not_converged_says_so():
+    pair = Banana()
+    exact = quadrature(pair.model, pair.guide, X)
+    found = compare_guides(pair.model, {"own": pair.guide}, X, log_likelihood=exact, num_samples=4000, progress=False)
+    kl = identity(pair.model, pair.guide, X, progress=False).pointwise
+    gap = found.scores["own"].gap
+    assert found.log_likelihood.value == pytest.approx(exact.log_evidence.mean().item(), abs=1e-9)
+    assert not gap.bound and abs(gap.value - kl.mean().item()) < 4 * gap.mc_stderr
+    rough = quadrature(pair.model, pair.guide, X, num_points=5, refinements=0)
+    assert not rough.converged.any() and bool(rough.pointwise_stderr.isinf().all())

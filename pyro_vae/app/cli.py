@@ -255,7 +255,8 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
     \b
     Examples:
       pyro-vae compare runs/a runs/b
-      pyro-vae compare --vary posterior=diagonal,full,iaf --vary bound=elbo,iwae --seeds 2 --epochs 50
+      pyro-vae compare --vary posterior=diagonal,full,iaf --seeds 2
+      pyro-vae compare --vary posterior=full,iaf --vary bound=elbo,iwae
       pyro-vae compare --vary posterior=diagonal,full,iaf --frozen runs/mnist
       pyro-vae compare study.yaml --jobs 4
     """
@@ -273,6 +274,9 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
         return
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} runs, wanted at least two, a study file, or --vary NAME=A,B,...")
+    for name in ("seeds", "frozen", "freeze", "budget", "jobs", "address", "retry", "dry_run"):
+        if asked[name]:
+            raise ValueError(f"got {option(name)} for runs that are fitted, which is for studies. Leave it out.")
     compare_runs(runs, fixed, **{name: asked[name] for name in ("out", "table", "as_json", "trust")})
 
 
@@ -280,7 +284,7 @@ OPTIONS_OF_COMPARE = ("vary", "seeds", "frozen", "freeze", "budget", "jobs", "ba
                       "out", "table", "as_json", "trust")  # fmt: skip
 
 
-@commands.command("report")
+@commands.command("report", short_help="Write a study's tables and page again.")
 @click.argument("folder", type=_PATH, metavar="STUDY")
 @_trust
 def report_command(folder: Path, trust: tuple[str, ...]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ from typing import Any
 import click
 
 from pyro_vae.app import following
-from pyro_vae.app.comparing import _arms, compare, read_study, study, study_of
-from pyro_vae.app.report import about
+from pyro_vae.app.comparing import _arms, compare, read_study, speeds_of, study, study_of
+from pyro_vae.app.report import about, wrapped
 from pyro_vae.app.runs import REPORT
-from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan
-from pyro_vae.app.study_page import runs_page, write_results, write_table
-from pyro_vae.app.trials import rankings, reason, state, time_left
+from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers
+from pyro_vae.app.study_page import check_table, runs_page, write_results, write_table
+from pyro_vae.app.trials import jobs_of, rankings, reason, state, time_left
 from pyro_vae.atomic import write_file
 from pyro_vae.judging.rankings import Ranking
 from pyro_vae.judging.results import plain
@@ -28,6 +30,8 @@ def compare_runs(
     trust: Sequence[str],
 ) -> Ranking:  # fmt: skip
     """Finished runs, on the same test data with the same noise; prints the verdict first."""
+    if table is not None:
+        check_table(Path(table))
     allowed = ("evaluation_samples", "evaluation_images", "full", "device")
     for name in given:
         if name not in allowed:
@@ -58,26 +62,31 @@ def compare_runs(
 
 
 def compare_study(
-    file: Path | None, fixed: Mapping[str, Any], *, say: Callable[[str], None], vary: Sequence[str], seeds: int,
+    file: Path | None, fixed: Mapping[str, Any], *, say: Callable[[str], None], vary: Sequence[str], seeds: int | None,
     frozen: str | None, freeze: bool, budget: str | None, jobs: int | None, backend: str, address: str | None,
     retry: bool, dry_run: bool, out: str | None, table: str | None, as_json: bool, trust: Sequence[str],
 ) -> None:  # fmt: skip
     """A study from a file or from the command line; what is there is not made again."""
+    if table is not None:
+        check_table(Path(table))
+    if freeze and frozen is not None:
+        raise ValueError(f"got --freeze and --frozen {frozen}, wanted one: a model fitted first, or that of a run.")
     if file is None:
         equal = budget or "epochs"
-        seconds = float(equal) if re.fullmatch(r"[\d.]+s?", equal.rstrip("s")) else None
+        number = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?s?", equal)
+        seconds = float(number[1]) if number else None
         asked = Study.of(
-            {"vary": dict(map(_axis, vary)), "fixed": fixed, "seeds": seeds, "frozen": True if freeze else frozen,
+            {"vary": dict(map(_axis, vary)), "fixed": fixed, "seeds": seeds or 1, "frozen": True if freeze else frozen,
              "budget": "seconds" if seconds is not None else equal, "seconds": seconds},
             "the command",
         )  # fmt: skip
     else:
-        if fixed:
-            raise ValueError(
-                f"got --{next(iter(fixed)).replace('_', '-')} and the study {file}, wanted it in the file."
-            )
+        said = {"seeds": seeds, "frozen": frozen, "freeze": freeze or None, "budget": budget}
+        for name, value in {**fixed, **said}.items():
+            if value is not None:
+                raise ValueError(f"got --{name.replace('_', '-')} and the study {file}, wanted it in the file.")
         asked = read_study(file) if file.is_dir() else study_of(file)
-        _check_trust(asked, trust)
+    refuse_strangers(asked, trust, in_file=file is not None)
     folder = (
         Path(out).expanduser() if out is not None else file if file is not None and file.is_dir() else _place(asked)
     )
@@ -87,7 +96,7 @@ def compare_study(
     if not as_json:
         click.echo(f"study {folder}", err=True)
     found = study(asked, folder, jobs=jobs, backend=backend, address=address, retry=retry,
-                  progress=False if as_json else None, say=say)  # fmt: skip
+                  progress=False if as_json else None, say=say, trust=trust)  # fmt: skip
     named = {"": found} if isinstance(found, Ranking) else found
     if table is not None:
         if len(named) > 1:
@@ -102,8 +111,8 @@ def compare_study(
 def report_study(folder: Path, trust: Sequence[str]) -> list[Path]:
     """The tables and the page of a study again, from what is there."""
     asked = read_study(folder)
-    _check_trust(asked, trust)
-    planned = plan(asked, folder, _speeds(folder))
+    refuse_strangers(asked, trust, in_file=True)
+    planned = plan(asked, folder, speeds_of(asked, folder, measure=False))
     found = rankings(planned, asked)
     if not found:
         raise ValueError(f"{folder} has no fit that is done yet. Run: pyro-vae compare {folder}")
@@ -119,24 +128,8 @@ def report_study(folder: Path, trust: Sequence[str]) -> list[Path]:
 def _after(asked: Study, found: Mapping[str, Ranking], folder: Path) -> str:
     """The next command: the first fit of the arm that is ahead, judged."""
     best = next(iter(found.values())).best
-    trials = plan(asked, folder, _speeds(folder)).trials
+    trials = plan(asked, folder, speeds_of(asked, folder, measure=False)).trials
     return following.typed("judge", next(t.folder for t in trials if t.arm == best and state(t) == "done"))
-
-
-def _speeds(folder: Path) -> dict[str, float] | None:
-    place = folder / "speeds.json"
-    return json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
-
-
-def _check_trust(asked: Study, trust: Sequence[str]) -> None:
-    """Refuse parts of one's own that a file names and the command does not: importing them runs their code."""
-    text = json.dumps(asked.to_json())
-    named = sorted(set(re.findall(r'"([A-Za-z_][\w.]*:[A-Za-z_]\w*)"', text)) - set(trust))
-    if named:
-        raise ValueError(
-            f"the study names {', '.join(named)}, code of somebody's own, which is imported only if you say so. Add "
-            f"{' '.join(f'--trust {name}' for name in named)}, if you trust it."
-        )
 
 
 def _axis(text: str) -> tuple[str, Any]:
@@ -145,7 +138,7 @@ def _axis(text: str) -> tuple[str, Any]:
 
     name, equals, values = text.partition("=")
     try:
-        listed = yaml.safe_load(f"[{values}]")
+        listed = yaml.load(f"[{values}]", yaml.BaseLoader)  # noqa: S506 - words alone: "on" is no truth value here
     except yaml.YAMLError:
         listed = None
     if not equals or not listed:
@@ -161,22 +154,23 @@ def _place(asked: Study) -> Path:
 
 
 def _show_plan(asked: Study, folder: Path, jobs: int | None) -> None:
-    import os
-
-    planned = plan(asked, folder, _speeds(folder))
+    speeds = speeds_of(asked, folder, measure=False)
+    is_open = asked.budget == "seconds" and speeds is None  # how many epochs there are, and so which folders
+    planned = plan(asked, folder, speeds)
     trials = ([planned.base] if planned.base is not None else []) + list(planned.trials)
     width = max(len(trial.arm) for trial in trials)
     for trial in trials:
         there = state(trial)
-        more = f": {reason(trial)}" if there == "failed" else f"  {trial.folder}"
+        more = f": {reason(trial)}" if there == "failed" else "" if is_open else f"  {trial.folder}"
         click.echo(f"{trial.arm:{width}}  seed {trial.options.seed}  {there:10}{more}")
     for note in planned.notes:
         click.echo(note)
     counts = [state(trial) for trial in trials]
     left = len(counts) - counts.count("done") - counts.count("failed")
-    side = min(jobs or os.cpu_count() or 1, max(left, 1))
+    side = min(jobs or jobs_of(planned), max(left, 1))
+    seconds = left * (asked.seconds or 0) if is_open else time_left(planned)
     click.echo(f"{len(trials)} fits: {counts.count('done')} done, {counts.count('failed')} failed, {left} to come"
-               + (f", {about(time_left(planned) / side)} with {side} at a time" if left else ""))  # fmt: skip
+               + (f", {about(seconds / side)} with {side} at a time" if left else ""))  # fmt: skip
 
 
 def _show(found: Mapping[str, Ranking], as_json: bool) -> None:
@@ -188,4 +182,8 @@ def _show(found: Mapping[str, Ranking], as_json: bool) -> None:
     for data, each in found.items():
         if data:
             click.echo(f"{data}:")
-        click.echo(str(each))
+        if not sys.stdout.isatty():
+            click.echo(str(each))
+            continue
+        width = shutil.get_terminal_size().columns
+        click.echo("\n".join(wrapped(line, width) for line in each.text(width).splitlines()))

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae.app import evaluation, serving
 from pyro_vae.app.opening import Opened
 from pyro_vae.app.opening import open as open_run
-from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, study_file
-from pyro_vae.app.trials import execute, rankings, speed
+from pyro_vae.app.runs import is_unfinished
+from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers, shaping, study_file
+from pyro_vae.app.trials import execute, held, rankings, speed
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Split
 from pyro_vae.judging.rankings import Ranking, rank
@@ -66,8 +68,10 @@ def compare(
     """
     arms = _arms(pairs, trust)
     everyone = [pair for members in arms.values() for pair in members]
+    notes = [f"K = {num_samples}, one draw and one noise for all (seed {seed})", *_of_runs(arms)]
     if data is None:
-        data = _common_data(arms, num_data, 0 if seed is None else seed)
+        data, more = _common_data(arms, num_data, 0 if seed is None else seed)
+        notes += more
     _refuse_points(arms)
     if criterion is None:
         criterion = "elbo" if len(everyone) > 1 and _one_model(everyone) else "log_p"
@@ -78,7 +82,6 @@ def compare(
         said = ", ".join(f"{name} has {density}" for density, name in kinds.items())
         raise ValueError(f"{said}: the two are not of the same thing, and cannot be compared.")
     scored = {name: [_scored(pair, data, options) for pair in members] for name, members in arms.items()}
-    notes = [f"K = {num_samples}, one draw and one noise for all (seed {seed})"]
     if criterion == "elbo":
         notes.append("one model for all, to the bit: p(z | x) is the same, and arms are ranked by the ELBO")
     return rank(scored, criterion=criterion, notes=notes)
@@ -94,6 +97,7 @@ def study(
     retry: bool = False,
     progress: bool | None = None,
     say: Any = None,
+    trust: bool | Sequence[str] = False,
 ) -> Ranking | dict[str, Ranking]:
     """Fit all arms of a study that are not there yet, and rank them; broken off, the same call goes on.
 
@@ -107,12 +111,16 @@ def study(
         retry: Whether fits that failed are tried again.
         progress: Show a bar; None shows it on a terminal only.
         say: Takes lines about what is going on.
+        trust: Parts of your own that a file, or a run whose model is frozen, names and that may be imported,
+            ``module:Class``; True for all. Those of a `Study` made in Python are the caller's.
     Returns:
         The ranking; of several datasets one for each, by name.
     Raises:
         ValueError: A bad option or file, arms of different data, nothing that could be fitted.
     """
     wanted = study_of(asked)
+    in_file = isinstance(asked, str | os.PathLike)
+    refuse_strangers(wanted, trust, in_file=in_file)
     place = Path(folder).expanduser()
     planned = plan(wanted, place)
     write_study(wanted, place)
@@ -162,23 +170,46 @@ def read_study(folder: Path) -> Study:
     return study_file(folder / STUDY)
 
 
-def speeds_of(asked: Study, folder: Path) -> dict[str, float] | None:
-    """Seconds of an epoch of each arm, for a budget of seconds: measured once, and kept, so that a study that is gone
-    on with is the same study."""
+def speeds_of(asked: Study, folder: Path, measure: bool = True) -> dict[str, float] | None:
+    """Seconds of an epoch of each arm, for a budget of seconds: measured once, and kept by what the arm is, so that a
+    study that is gone on with is the same study.
+
+    Args:
+        asked: The study.
+        folder: Its folder.
+        measure: Whether what is missing is measured; else there is None where anything is missing.
+    """
     import json
 
     if asked.budget != "seconds":
         return None
     place = folder / "speeds.json"
-    known: dict[str, float] = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     trials = {trial.arm: trial for trial in plan(asked, folder).trials if trial.reason is None}
-    missing = [arm for arm in trials if arm not in known]
-    for arm in missing:
-        known[arm] = speed(trials[arm].options)[0]
-    if missing:
-        text = json.dumps(known, indent=2) + "\n"
-        write_file(place, lambda partial: partial.write_text(text, encoding="utf-8"))
-    return known
+    keys = {arm: _speed_key(trial.options) for arm, trial in trials.items()}
+
+    def kept() -> dict[str, float]:
+        return json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+
+    known = kept()
+    if not set(keys.values()) <= set(known):
+        if not measure:
+            return None
+        with held(place):
+            known = kept()
+            for arm, key in keys.items():
+                if key not in known:
+                    known[key] = speed(trials[arm].options)[0]
+            text = json.dumps(known, indent=2) + "\n"
+            write_file(place, lambda partial: partial.write_text(text, encoding="utf-8"))
+    return {arm: known[key] for arm, key in keys.items()}
+
+
+def _speed_key(options: Any) -> str:
+    import hashlib
+    import json
+
+    plain = {k: v for k, v in shaping(options).items() if k not in ("epochs", "seed", "data_seed")}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
 STUDY = "study.json"
@@ -225,37 +256,63 @@ def _grouped(listed: Sequence[Any]) -> dict[str, list[Any]]:
     for number, each in enumerate(listed):
         key = f"{number}"
         if isinstance(each, Opened):
-            plain = each.options.to_json()
-            key = str(sorted((k, v) for k, v in plain.items() if k not in ("seed", "data_seed", "data_dir", "device")))
+            key = _apart_from_seeds(each)
         groups.setdefault(key, []).append(each)
         keys.append(key)
+    if len(groups) == 1:  # which were meant to be told from each other
+        groups = {str(number): [each] for number, each in enumerate(listed)}
+        keys = list(groups)
     called: dict[str, list[Any]] = {}
     for key, members in groups.items():
         first = members[0]
         name = str(first.path) if isinstance(first, Opened) else f"{type(first).__name__} {keys.index(key) + 1}"
-        called[name] = members
+        called[name if name not in called else f"{name} ({keys.index(key) + 1})"] = members
     return called
 
 
-def _common_data(arms: Mapping[str, Sequence[Any]], num_data: int, seed: int) -> Split:
-    """The test data of runs, where they are the same for all.
+def _of_runs(arms: Mapping[str, Sequence[Any]]) -> list[str]:
+    """What a reader should know of runs that are compared."""
+    opened = [run for members in arms.values() for run in members if isinstance(run, Opened)]
+    notes = [f"{run.path} is not finished: as it stands after {len(run.history)} epochs" for run in opened
+             if run.history.interrupted or is_unfinished(run.path)]  # fmt: skip
+    if len(arms) > 1 and len(opened) > 1 and len({_apart_from_seeds(run) for run in opened}) == 1:
+        notes.append("these runs differ in nothing but their seeds, if at all: fits of one arm, compared as fits")
+    return notes
+
+
+def _apart_from_seeds(run: Opened) -> str:
+    plain = run.options.to_json()
+    return str(sorted((k, v) for k, v in plain.items() if k not in ("seed", "data_seed", "data_dir", "device")))
+
+
+def _common_data(arms: Mapping[str, Sequence[Any]], num_data: int, seed: int) -> tuple[Split, list[str]]:
+    """The test data of runs, where they are the same for all, and what is to be said of their training data.
 
     Raises:
         ValueError: Pairs that are no runs, or runs of different data.
     """
     first: tuple[str, Opened, Split] | None = None
+    trained: dict[str, int] = {}
+    seen: Tensor | None = None
+    same = True
     for name, members in arms.items():
         for run in members:
             if not isinstance(run, Opened):
                 raise ValueError("got pairs and no data, wanted data to score them on: compare(pairs, data).")
-            test = run.read().test
+            dataset = run.read()
+            test, pixels = dataset.test, dataset.train.pixels
+            trained[name] = len(pixels)
+            same = same and (seen is None or seen.shape == pixels.shape and torch.equal(seen.cpu(), pixels.cpu()))
+            seen = pixels
             if first is None:
                 first = (name, run, test)
                 continue
             _refuse_other_data(first, (name, run, test))
     assert first is not None
     test = first[2].frozen(seed)
-    return test.subset(slice(0, min(num_data, len(test))))
+    counts = ", ".join(f"{name}: {count:,}" for name, count in trained.items())
+    notes = [] if same else [f"not trained on the same data ({counts}); what they are scored on is the same"]
+    return test.subset(slice(0, min(num_data, len(test)))), notes
 
 
 def _refuse_other_data(one: tuple[str, Opened, Split], other: tuple[str, Opened, Split]) -> None:

@@ -168,7 +168,7 @@ class GroupedCommand(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):  # arguments stand in the usage
                 groups.setdefault(getattr(parameter, "group", "Run"), []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
@@ -326,7 +326,7 @@ COMPARE = _options(
     click.option("--vary", cls=GroupedOption, group="Study", metavar="NAME=A,B,...", multiple=True, help="An axis: an "
                  "option of fit and its values; a value with commas in brackets, --vary hidden=[400],[400,400]. Again "
                  "for more axes: the arms are all combinations."),
-    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", click.IntRange(1), default=1),
+    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", click.IntRange(1)),
     _option("Study", "--frozen", "RUN", "Fit only guides, under the frozen model of this run."),
     click.option("--freeze", cls=GroupedOption, group="Study", is_flag=True, help="Fit a model first, with the options "
                  "below, and only guides under it."),

@@ -125,10 +125,13 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and not (value >= least and math.isfinite(value)):
                 raise ValueError(f"got {option(name)} {value}, wanted a number >= {least}.")
+            if value is not None and not name.endswith("seed") and value > _MOST:
+                raise ValueError(f"got {option(name)} {value}, wanted a number up to {_MOST:,}.")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"got {option('learning_rate')} {self.learning_rate}, wanted a number > 0.")
-        if self.seed >= 2**63:
-            raise ValueError(f"got --seed {self.seed}, wanted a number below 2^63.")
+        for name in ("seed", "data_seed", "split_seed"):
+            if (getattr(self, name) or 0) >= 2**63:
+                raise ValueError(f"got {option(name)} {getattr(self, name)}, wanted a number below 2^63.")
         if isinstance(self.scale, str) and self.scale not in SCALES or not isinstance(self.scale, str) and not (
             self.scale > 0 and math.isfinite(self.scale)
         ):  # fmt: skip
@@ -162,9 +165,10 @@ _FIELDS = {"from_run": "from"}  # as they are written and typed, where that is n
 _LEAST = {
     "image_size": 1, "crop": 1, "channels": 1, "limit": 1, "latent_dim": 1, "num_samples": 1, "epochs": 1,
     "batch_size": 1, "threads": 1, "clip_norm": 0, "beta": 0, "kl_warmup": 0, "kl_warmup_steps": 0,
-    "patience": 1, "seed": 0, "evaluation_samples": 2,
-    "evaluation_images": 2,
+    "patience": 1, "seed": 0, "data_seed": 0, "split_seed": 0, "evaluation_samples": 2, "evaluation_images": 2,
 }  # fmt: skip
+
+_MOST = 2**31 - 1  # what counts and sizes can be: torch has no more of most
 
 FULL_SAMPLES = 5000  # of --full
 
@@ -302,11 +306,13 @@ def in_words(value: Any) -> str:
     """The value of an option as it is typed.
 
     Example:
-        >>> in_words((400, 200)), in_words({"bins": 8}), in_words(None)
-        ('400,200', 'bins=8', 'none')
+        >>> in_words((400, 200)), in_words({"bins": 8, "alpha": 1.2570000000000001}), in_words(None)
+        ('400,200', 'bins=8,alpha=1.257', 'none')
     """
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={item}" for key, item in value.items()) or "none"
+        return ",".join(f"{key}={in_words(item)}" for key, item in value.items()) or "none"
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.15g}"
     return "none" if value is None else str(value)

@@ -28,12 +28,16 @@ ul.verdict li.fault { border-color: #dd6b20; background: #fffaf0; }
 .advice { font-weight: 600; }
 code { font-size: .85rem; overflow-wrap: anywhere; } h1 { overflow-wrap: anywhere; }
 p.verdict { border-left: .3rem solid #2b6cb0; margin: .5rem 0; padding: .3rem .8rem; background: #f7fafc; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .wide td:first-child, .wide td:last-child { min-width: 8rem; }
+th.number { text-align: right; }
 pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr { border-bottom: 1px solid #e2e8f0; }
-figure { margin: 1rem 0; } img { max-width: 100%; } figcaption, .small { color: #4a5568; font-size: .9rem; }
+figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; }
+figcaption, .small { color: #4a5568; font-size: .9rem; }
+@media (max-width: 30rem) { img { max-width: none; width: 36rem; } figcaption { position: sticky; left: 0; }
+       body > table :is(tr, th, td) { display: block; text-align: left; padding-bottom: 0; } }
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,9 +121,22 @@ def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None)
     narrow = width > console.width // 3  # then the words on the left are broken, rather than all that is said
     table.add_column(style="bold", no_wrap=not narrow, max_width=console.width // 4 if narrow else None)
     table.add_column(overflow="fold")
+    taken = max(1, console.width - (console.width // 4 if narrow else width - 2) - 2)
     for name, text in pairs:
-        table.add_row(name, Text(text))
+        table.add_row(name, Text(wrapped(text, taken)))
     console.print(table)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text in lines, in which a number stays with its sign, its error and its unit.
+
+    Example:
+        >>> wrapped("k-hat ok for 95.3 % of -23.41 ± 0.02 nats", 20)
+        'k-hat ok for 95.3 %\\nof\\n-23.41 ± 0.02 nats'
+    """
+    glued = re.sub(r"(?<=[±<>=]) (?=\S)|(?<=\d) (?=[±%=]|(?:nats|s|min|h|data)\b)", "\N{NO-BREAK SPACE}", text)
+    lines = textwrap.wrap(glued, width, break_on_hyphens=False)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _khat_ok(summary: Mapping[str, Any]) -> float:

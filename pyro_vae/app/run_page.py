@@ -29,10 +29,12 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 th { white-space: nowrap; font-weight: 600; } tr { border-bottom: 1px solid #e2e8f0; }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
+figure { margin: 1.2rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
 figcaption, .small { color: #4a5568; font-size: .9rem; }
 pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; }
-@media (max-width: 30rem) { th, td { display: block; padding-bottom: 0; } tr { display: block; padding: .3rem 0; } }
+@media (max-width: 30rem) { th, td { display: block; padding-bottom: 0; } tr { display: block; padding: .3rem 0; }
+       .latent_space img, .training_curve img { max-width: none; width: 36rem; }
+       figcaption { position: sticky; left: 0; } }
 """
 
 
@@ -59,7 +61,8 @@ def page(
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in report.lines(summary))
     captions = {name: escape(PICTURES.get(name, name)) for name in pictures}
     figures = "".join(
-        f'<figure><img alt="{captions[name]}" src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
+        f'<figure class="{escape(Path(name).stem)}"><img alt="{captions[name]}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
         f"<figcaption>{captions[name]}</figcaption></figure>"
         for name, data in pictures.items()
     )

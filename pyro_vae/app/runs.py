@@ -210,12 +210,12 @@ def _differing(path: Path, asked: Mapping[str, Any]) -> dict[str, tuple[Any, Any
 def _alone(path: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which goes with the process that holds it."""
     with (path / UNFINISHED).open("rb") as file:
-        if not _locked(file):
+        if not locked(file):
             raise ValueError(f"got --out {path}, which another process is writing. Wait, or name another folder.")
         yield
 
 
-def _locked(file: Any) -> bool:
+def locked(file: Any) -> bool:
     """Whether the lock of a file is ours from now on; always where the system has no locks."""
     try:
         import fcntl

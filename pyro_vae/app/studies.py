@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from pyro_vae.words import did_you_mean
 
 BUDGETS = ("epochs", "gradients", "seconds")
 OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name != "from_run")
-_PLACES = {"data_dir", "device", "frozen"}  # where things lie says nothing about a result
+PLACES = ("data_dir", "device", "frozen")  # where things lie says nothing about a result
 _READS = (
     "data", "data_dir", "binarization", "dequantize", "image_size", "crop", "channels", "background", "images",
     "labels", "limit", "likelihood", "split_seed",
@@ -82,6 +83,12 @@ class Study:
             raise ValueError(f"got seeds={self.seeds}, wanted how many, 1 or more, or different seeds from 0 on.")
         for name in self.fixed:
             _known(name)
+            part = name.removesuffix("_options")
+            if part != name and part in self.vary:
+                raise ValueError(
+                    f"got fixed: {name} and vary: {part}, wanted options with the part that they belong to: give a set "
+                    f"of both, such as vary: {{mine: {{a: {{{part}: ..., {name}: ...}}}}}}."
+                )
         for name in ("seed", "frozen", "data_seed", "evaluation_samples", "evaluation_images"):
             if name in self.vary:
                 raise ValueError(f"got vary: {name}, wanted another axis: that is the study's to set.")
@@ -97,15 +104,24 @@ class Study:
         Raises:
             ValueError: An unknown option, a value that it cannot have, two arms that are the same.
         """
-        axes = [[(axis, *each) for each in _values(axis, values)] for axis, values in self.vary.items()]
         found: dict[str, dict[str, Any]] = {}
-        for combination in itertools.product(*axes):
-            name = ", ".join(label for _, label, _ in combination)
-            changes = {key: value for _, _, options in combination for key, value in options.items()}
+        for combination in self._combinations():
+            name = ", ".join(label for label, _ in combination)
+            changes = {key: value for _, options in combination for key, value in options.items()}
             if name in found:
                 raise ValueError(f"got the arm {name!r} twice, wanted different values on each axis.")
             found[name] = changes
         return found
+
+    def methods(self) -> dict[str, str]:
+        """Of each arm what it is called without its dataset: the same for arms that differ in their data alone."""
+        return {
+            ", ".join(label for label, _ in each): ", ".join(label for label, options in each if "data" not in options)
+            for each in self._combinations()
+        }
+
+    def _combinations(self) -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
+        return itertools.product(*(_values(axis, values) for axis, values in self.vary.items()))
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, from which `of` makes it again."""
@@ -138,6 +154,41 @@ class Study:
         fixed = {name: convert(name, value, f"{where}: {name}") for name, value in fixed.items()}
         vary = {_axis(str(key)): value for key, value in given.pop("vary").items()}
         return cls(vary=vary, fixed=fixed, **given)
+
+
+def refuse_strangers(study: Study, trust: bool | Sequence[str], *, in_file: bool) -> None:
+    """Refuse parts of one's own that a file names, and its reader does not: importing them runs their code.
+
+    Args:
+        study: The study.
+        in_file: Whether a file named its parts; else whoever asks for it did, but not those of a run that it freezes.
+        trust: True for all, or ``module:Class`` of those that may be imported.
+    Raises:
+        ValueError: The study, or the run whose model it freezes, names others.
+    """
+    written = set(_foreign(study.to_json()))
+    named = set(written)
+    if isinstance(study.frozen, str):
+        named |= set(_foreign(Run.load(Path(study.frozen).expanduser()).config))
+    if not in_file:
+        named -= written
+    strange = [] if trust is True else sorted(named - set([trust] if isinstance(trust, str) else trust or ()))
+    if strange:
+        raise ValueError(
+            f"the study names {', '.join(strange)}, code of somebody's own, which is imported only if you say so. Add "
+            f"{' '.join(f'--trust {name}' for name in strange)}, if you trust it."
+        )
+
+
+def _foreign(value: Any) -> Iterator[str]:
+    """All that has the form ``module:Class`` in plain data."""
+    if isinstance(value, Mapping | list | tuple):
+        for each in [*value.values()] if isinstance(value, Mapping) else value:
+            yield from _foreign(each)
+    elif isinstance(value, str):
+        module, colon, attribute = value.partition(":")
+        if colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+            yield value
 
 
 def study_file(path: Path) -> Study:
@@ -204,16 +255,18 @@ def plan(study: Study, folder: Path, speeds: Mapping[str, float] | None = None) 
         base = Trial("the model", options, folder / "trials" / _name("model", options, _data_print(options)))
     settings, trials, prints = study.settings(), [], {}
     resolved: dict[str, FitOptions | str] = {}
+    data: dict[str, str] = {}  # of what cannot be fitted
     for arm, changes in settings.items():
         try:
-            resolved[arm] = _resolved(arm, _changed(shared, changes))
+            resolved[arm] = _resolved(arm, _changed(shared, changes, study.fixed))
         except ValueError as error:
             resolved[arm] = str(error)
+            data[arm] = str(_changed(shared, changes, {}).get("data", "digits"))
     epochs = _epochs(study, {arm: each for arm, each in resolved.items() if isinstance(each, FitOptions)}, speeds)
     for arm, each in resolved.items():
         for seed in study.seed_list:
             if isinstance(each, str):
-                trials.append(Trial(arm, resolve({}), folder, each))
+                trials.append(Trial(arm, resolve({"data": data[arm], "seed": seed}), folder, each))
                 continue
             options = dataclasses.replace(each, seed=seed, data_seed=seed, epochs=epochs[arm])
             if study.frozen is not None:
@@ -224,14 +277,14 @@ def plan(study: Study, folder: Path, speeds: Mapping[str, float] | None = None) 
             name = _name(f"{arm}-s{seed}", options, prints[arm], frozen)
             trials.append(Trial(arm, options, folder / "trials" / name))
     _same_data(prints, {arm: each for arm, each in resolved.items() if isinstance(each, FitOptions)})
-    return Plan(tuple(trials), base, tuple(_notes(study, epochs, resolved)))
+    return Plan(tuple(trials), base, tuple(_notes(study, epochs, resolved, speeds)))
 
 
 def datasets(plan_: Plan) -> dict[str, list[str]]:
     """The arms of each dataset."""
     found: dict[str, list[str]] = {}
     for trial in plan_.trials:
-        arms = found.setdefault(trial.options.data if trial.reason is None else "", [])
+        arms = found.setdefault(trial.options.data, [])
         if trial.arm not in arms:
             arms.append(trial.arm)
     return found
@@ -246,11 +299,12 @@ def _base_options(study: Study) -> dict[str, Any]:
         if shared["split_seed"] is None:
             shared["split_seed"] = shared["seed"]
         shared["evaluation_images"] = shared["frozen"] = None
-    return _changed(shared, study.fixed)
+    return _changed(shared, study.fixed, {})
 
 
-def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with changes; what belongs to a part that was changed does not outlive it."""
+def _changed(base: Mapping[str, Any], changes: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with changes; what belongs to a part that was changed does not outlive it, unless it was asked for."""
+    asked = {name: base[name] for name in fixed if name in base}
     found = dict(base)
     for part in ("posterior", "prior", "likelihood", "bound"):
         if part in changes and changes[part] != base.get(part):
@@ -259,7 +313,7 @@ def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         found.pop("num_samples", None)
     if "network" in changes and changes["network"] != base.get("network"):
         found.pop("hidden", None)
-    return found | dict(changes)
+    return found | asked | dict(changes)
 
 
 def _resolved(arm: str, given: Mapping[str, Any]) -> FitOptions:
@@ -267,6 +321,11 @@ def _resolved(arm: str, given: Mapping[str, Any]) -> FitOptions:
         options = resolve({key: value for key, value in given.items() if key != "frozen"})
     except ValueError as error:
         raise ValueError(f"{arm}: {error}") from error
+    if options.posterior == "point":
+        raise ValueError(
+            f"{arm}: got --posterior point, a plain autoencoder: a point has no density over z, hence no ELBO and no "
+            "log p(x) to be ahead by. Compare reconstructions of runs, or take another posterior."
+        )
     if options.evaluation_images is None and not options.full:
         options = dataclasses.replace(options, evaluation_images=EVALUATION_IMAGES)
     return options
@@ -275,6 +334,13 @@ def _resolved(arm: str, given: Mapping[str, Any]) -> FitOptions:
 def _epochs(study: Study, arms: Mapping[str, FitOptions], speeds: Mapping[str, float] | None) -> dict[str, int]:
     if study.budget == "gradients" and arms:
         least = min(each.num_samples for each in arms.values())
+        for arm, each in arms.items():
+            if 2 * each.epochs * least < each.num_samples:
+                raise ValueError(
+                    f"got --epochs {each.epochs} with --budget gradients, wanted at least "
+                    f"{math.ceil(each.num_samples / least)}: {arm} has {each.num_samples} samples in the bound, and "
+                    f"{each.epochs * least / each.num_samples:.2g} of an epoch would be its share."
+                )
         return {arm: max(1, round(each.epochs * least / each.num_samples)) for arm, each in arms.items()}
     if study.budget == "seconds" and speeds is not None:
         assert study.seconds is not None
@@ -282,15 +348,21 @@ def _epochs(study: Study, arms: Mapping[str, FitOptions], speeds: Mapping[str, f
     return {arm: each.epochs for arm, each in arms.items()}
 
 
-def _notes(study: Study, epochs: Mapping[str, int], arms: Mapping[str, FitOptions | str]) -> Iterator[str]:
+def _notes(
+    study: Study, epochs: Mapping[str, int], arms: Mapping[str, FitOptions | str], speeds: Mapping[str, float] | None
+) -> Iterator[str]:
     known = {arm: each for arm, each in arms.items() if isinstance(each, FitOptions)}
     counts = sorted(set(epochs.values()))
     if study.budget == "epochs":
         yield f"budget: equal epochs, {', '.join(map(str, counts))}"
+    elif study.budget == "gradients":
+        spent = ", ".join(f"{arm}: {n} x {known[arm].num_samples}" for arm, n in epochs.items())
+        yield f"budget: equal gradient evaluations (passes x samples), as near as whole epochs are: {spent}"
+    elif speeds is None:
+        yield f"budget: equal time, {study.seconds} s a fit; the speed of each arm is measured at the start"
     else:
-        each = ", ".join(f"{arm}: {count}" for arm, count in epochs.items())
-        equal = {"gradients": "gradient evaluations (passes x samples)", "seconds": f"time, {study.seconds} s a fit"}
-        yield f"budget: equal {equal[study.budget]}; epochs: {each}"
+        each = ", ".join(f"{arm}: {n} of {speeds[arm]:.2g} s" for arm, n in epochs.items())
+        yield f"budget: equal time, {study.seconds} s a fit, by the speed measured at the start; epochs: {each}"
     if known:
         first = next(iter(known.values()))
         data = f"the first {first.evaluation_images} test data (or all)" if first.evaluation_images else "all test data"
@@ -331,7 +403,7 @@ _PRINTS: dict[tuple[Any, ...], str] = {}
 
 def _data_print(options: FitOptions) -> str:
     """What the data of a configuration are, as a hash: all that is trained and scored on, and how it is drawn."""
-    shaping = (*_READS, "evaluation_images", "standardize", "network", "prior")
+    shaping = (*_READS, "evaluation_images", "standardize", "network", "prior", "model")
     key = tuple(str(getattr(options, name)) for name in shaping)
     if key not in _PRINTS:
         _, dataset = read(options)
@@ -346,6 +418,9 @@ def fingerprint_of(dataset: Dataset, options: FitOptions) -> str:
     for part in (dataset.train.pixels, dataset.validation.pixels, test.pixels):
         digest.update(str((tuple(part.shape), part.dtype)).encode())
         digest.update(part.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    for labels in (dataset.train.labels, test.labels) if options.model != "vae" else ():
+        if labels is not None:  # which some models are trained on
+            digest.update(torch.as_tensor(labels).contiguous().cpu().view(torch.uint8).numpy().tobytes())
     digest.update(json.dumps([dataset.train.binarization, dataset.train.dequantize]).encode())
     return digest.hexdigest()
 
@@ -361,11 +436,17 @@ def _model_print(base: Trial | None, options: FitOptions) -> str:
 
 def _name(stem: str, options: FitOptions, data: str, frozen: str = "") -> str:
     """The folder of a trial, found by all that shapes its result."""
-    plain = {name: value for name, value in options.to_json().items() if name not in _PLACES}
+    plain = shaping(options)
     versions = {name: value for name, value in evaluation.versions().items() if name != "python"}
     text = json.dumps([plain, data, frozen, versions], sort_keys=True)
     short = re.sub(r"[^a-zA-Z0-9.]+", "-", stem).strip("-")[:60]
     return f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def shaping(options: FitOptions) -> dict[str, Any]:
+    """What shapes a result of a configuration, as plain data: not where anything lies."""
+    plain = {name: value for name, value in options.to_json().items() if name not in PLACES}
+    return plain | {"data": Path(options.data).name}
 
 
 def _known(name: str) -> str:

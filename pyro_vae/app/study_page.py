@@ -30,8 +30,11 @@ def write_results(plan: Plan, study: Study, found: Mapping[str, Ranking], folder
     """Write the tables and the page of a study; where they are."""
     several = len(found) > 1
     paths = []
-    for data, ranking in found.items():
+    stems = [Path(data).stem for data in found]
+    for number, (data, ranking) in enumerate(found.items(), 1):
         stem = "table" if not several else f"table-{Path(data).stem}"
+        if stems.count(Path(data).stem) > 1:
+            stem += f"-{number}"
         paths += [write_table(ranking, folder / f"{stem}.{kind}") for kind in ("csv", "md", "tex")]
     text = page(plan, study, found, folder)
     write_file(folder / REPORT, lambda partial: partial.write_text(text, encoding="utf-8"))
@@ -44,9 +47,7 @@ def write_table(ranking: Ranking, path: Path) -> Path:
     Raises:
         ValueError: Another ending, or nothing can be written there.
     """
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in _TABLES:
-        raise ValueError(f"got {path}, wanted a file that ends in .{', .'.join(_TABLES)}.")
+    kind = check_table(path)
     if kind == "parquet":
         try:
             write_file(path, lambda partial: ranking.to_frame().to_parquet(partial))
@@ -58,6 +59,14 @@ def write_table(ranking: Ranking, path: Path) -> Path:
     text = texts[kind]()
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
+
+
+def check_table(path: Path) -> str:
+    """The kind of table that the ending of a file names; a ValueError where there is none of that kind."""
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in _TABLES:
+        raise ValueError(f"got {path}, wanted a file that ends in .{', .'.join(_TABLES)}.")
+    return kind
 
 
 def page(plan: Plan, study: Study, found: Mapping[str, Ranking], folder: Path) -> str:
@@ -72,7 +81,7 @@ def page(plan: Plan, study: Study, found: Mapping[str, Ranking], folder: Path) -
         trials = [trial for trial in plan.trials if trial.arm in ranking.arms and trial.options.data == data]
         body.append(figures(pictures(ranking, trials)))
     if len(found) >= 5:
-        body.append(figures(_over_datasets(found)))
+        body.append(figures(_over_datasets(found, study.methods())))
     body.append(f"<h2>Configuration</h2><pre>{escape(json.dumps(study.to_json(), indent=2))}</pre>")
     body.append(f"<h2>Fits</h2>{_fits(plan)}")
     body.append(f"<h2>The same again</h2><pre>pyro-vae compare {escape(shlex.quote(str(folder / 'study.json')))} --out "
@@ -95,7 +104,8 @@ def runs_page(ranking: Ranking, runs: Mapping[str, Any], title: str) -> str:
 def ranking_table(ranking: Ranking) -> str:
     """The rows of a ranking as HTML."""
     head, body = ranking._cells()
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in [*head, "flags"])]
+    numbers = "".join(f'<th class="number">{escape(cell)}</th>' for cell in head[1:])
+    lines = [f"<th>{escape(head[0])}</th>{numbers}<th>flags</th>"]
     flags = [str(row["flags"]) for row in ranking.rows()]
     for line, flag in zip(body, flags, strict=True):
         cells = "".join(f'<td class="{"" if i == 0 else "number"}">{escape(cell)}</td>' for i, cell in enumerate(line))
@@ -128,7 +138,7 @@ def _pictures_of(ranking: Ranking, runs: Mapping[str, Any]) -> Iterator[Picture]
 
 def _numbers(ranking: Ranking) -> Iterator[Picture]:
     rows = ranking.rows()
-    caption = "How far each arm is behind the best, with 95 % intervals over data and seeds. Filled: it holds."
+    caption = f"How far each arm is behind the best, with 95 % intervals over {ranking.over}. Filled: it holds."
     yield Picture("differences", plots.differences(rows), caption)
     if any(row["seconds"] == row["seconds"] and row["rank"] is not None for row in rows):
         caption = "Accuracy against the seconds of a fit. Bars are two Monte Carlo errors."
@@ -175,9 +185,9 @@ def _images(runs: Mapping[str, Any]) -> Iterator[Picture]:
     yield Picture("samples", plots.side_by_side(made), "Decoded draws of the prior.")
 
 
-def _over_datasets(found: Mapping[str, Ranking]) -> Iterator[Picture]:
+def _over_datasets(found: Mapping[str, Ranking], methods: Mapping[str, str]) -> Iterator[Picture]:
     """Mean ranks over datasets, of the arms that are on all of them."""
-    orders = [[_bare(name, data) for name in ranking.order] for data, ranking in found.items()]
+    orders = [[methods[name] for name in ranking.order] for ranking in found.values()]
     common = [name for name in orders[0] if all(name in order for order in orders)]
     if len(common) >= 2:
         ranks = {name: [1 + [n for n in order if n in common].index(name) for order in orders] for name in common}
@@ -185,14 +195,9 @@ def _over_datasets(found: Mapping[str, Ranking]) -> Iterator[Picture]:
         yield Picture("critical-difference", plots.critical_difference(ranks), caption)
 
 
-def _bare(arm: str, data: str) -> str:
-    """The name of an arm without its dataset."""
-    return ", ".join(part for part in arm.split(", ") if part != data)
-
-
 def _notes(ranking: Ranking) -> str:
     lines = "".join(f"<li>{escape(note)}</li>" for note in ranking.notes)
-    explained = "Nats per datum. ±: Monte Carlo error given these data; [ , ]: 95 % over data and seeds."
+    explained = f"Nats per datum. ±: Monte Carlo error given these data; [ , ]: 95 % over {ranking.over}."
     return f'<p class="small">{explained}</p><ul class="small">{lines}</ul>'
 
 

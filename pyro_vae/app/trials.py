@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,21 @@ from pyro_vae.app.runs import (
     Run,
     finish,
     is_unfinished,
+    locked,
     run_folder,
     write_json,
     write_lines,
 )
-from pyro_vae.app.studies import Plan, Study, Trial, datasets
-from pyro_vae.atomic import write_file
+from pyro_vae.app.studies import PLACES, Plan, Study, Trial, datasets
+from pyro_vae.atomic import reason_of, write_file
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
-from pyro_vae.judging.rankings import Ranking, rank
+from pyro_vae.judging.rankings import CRITERIA, Ranking, rank
 from pyro_vae.judging.scoring import Scores, scores_of
 
 SCORES = "scores.safetensors"
 FAILED = ".failed.json"  # beside the folder of a fit that failed
+LOCK = ".lock"  # beside the folder of a fit, while a process makes it
 BACKENDS = ("local", "dask", "slurm")
 _TRIED = 20  # steps that the speed of an arm is measured on
 
@@ -62,27 +66,69 @@ def run_trial(config: Mapping[str, Any], folder: str) -> str | None:
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads or threads)
     try:
-        if not (path / SUMMARY).is_file() or is_unfinished(path):
-            _fit(options, path)
-        if not (path / SCORES).is_file():
-            _score(options, path)
+        with held(path):
+            if not (path / SUMMARY).is_file() and not is_unfinished(path):
+                shutil.rmtree(path, ignore_errors=True)  # what was killed before it was begun
+            if not (path / SUMMARY).is_file() or is_unfinished(path):
+                _fit(options, path)
+            if not (path / SCORES).is_file():
+                _score(options, path)
+            _failed(path).unlink(missing_ok=True)
     except KeyboardInterrupt:
         raise
     except Exception as error:  # one fit is not the study
         if os.environ.get("PYRO_VAE_DEBUG") == "1":
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        write_json(_failed(path), {"reason": reason})
-        return reason
+        return _lost(path, " ".join(str(error).split()) or type(error).__name__)
     finally:
         torch.set_num_threads(threads)
-    _failed(path).unlink(missing_ok=True)
     return None
+
+
+def _lost(path: Path, reason: str) -> str:
+    """Keep why a fit failed, beside its folder."""
+    write_json(_failed(path), {"reason": reason})
+    return reason
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold what lies at a path, which another process of the study may be making: waits until that one has ended.
+
+    A process that was killed leaves workers behind, which finish their fit; and a study may be asked for twice.
+    """
+    place = path.with_name(path.name + LOCK)
+    while True:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = place.open("ab")
+        except OSError as error:
+            raise ValueError(f"got {place.parent}, wanted a place to write to: {reason_of(error)}.") from error
+        with file:
+            if locked(file) and _is(place, file):
+                try:
+                    os.utime(place)  # when it was taken
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        place.unlink()
+                return
+        time.sleep(0.1)
+
+
+def _is(place: Path, file: Any) -> bool:
+    """Whether an open file is still the one of that name: whoever held it before removed it."""
+    try:
+        return os.path.samestat(place.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 def _fit(options: FitOptions, path: Path) -> None:
     """A run folder without pictures, which `draw` makes when they are wanted."""
-    with run_folder(path, options.to_json()) as folder:
+    # Where data and model lie now is no part of what an unfinished fit was begun with: a study may be moved.
+    asked = {name: value for name, value in options.to_json().items() if name not in (*PLACES, "data")}
+    with run_folder(path, asked) as folder:
         settled, dataset = read(options)
         vae = build(settled, dataset)
         write_json(folder / CONFIG, settled.to_json())
@@ -121,10 +167,11 @@ def _score(options: FitOptions, path: Path) -> None:
     found = scores_of(estimate, terms, options.evaluation_samples)
     tensors = {name: getattr(found, name).double() for name in ("log_p", "elbo", "pareto_k")}
     told = {"num_samples": found.num_samples, "mc_stderr": found.mc_stderr, "bound": found.bound}
-    write_file(path / SCORES, lambda partial: save_file(tensors, partial, {"scores": json.dumps(told)}))
     summary = run.summary | {"test_images": len(found.log_p)} | evaluation.told(terms, estimate)
     write_json(path / SUMMARY, summary)
     write_page(path, options, summary)
+    # The last one: a fit with scores is done, and nothing of it is missing.
+    write_file(path / SCORES, lambda partial: save_file(tensors, partial, {"scores": json.dumps(told)}))
 
 
 def read_scores(trial: Trial) -> Scores:
@@ -139,10 +186,12 @@ def read_scores(trial: Trial) -> Scores:
 
 def state(trial: Trial) -> str:
     """What there is of a trial: "done", "failed", "unfinished" or "missing"."""
-    if trial.reason is not None or _failed(trial.folder).is_file():
+    if trial.reason is not None:
         return "failed"
     if (trial.folder / SCORES).is_file():
         return "done"
+    if _failed(trial.folder).is_file():
+        return "failed"
     return "unfinished" if trial.folder.is_dir() else "missing"
 
 
@@ -164,7 +213,7 @@ def execute(
 
     Args:
         plan: The plan.
-        jobs: How many at a time; as many as there are cores if omitted. Each takes the threads that its options say.
+        jobs: How many at a time; if omitted as many as there are cores for, with the threads that each takes.
         backend: "local" processes, a "dask" cluster, or "slurm" jobs by submitit.
         address: Of dask's scheduler.
         retry: Whether what failed is tried again.
@@ -184,7 +233,7 @@ def execute(
     todo = [trial for trial in plan.trials if trial.reason is None and state(trial) in wanted]
     counts = {"done": sum(state(trial) == "done" for trial in plan.trials), "failed": 0}
     counts["failed"] = len(plan.trials) - len(todo) - counts["done"]
-    jobs = min(jobs or os.cpu_count() or 1, max(len(todo), 1))
+    jobs = min(jobs or jobs_of(plan), max(len(todo), 1))
     started, shown = time.monotonic(), None if progress is None else not progress
     with tqdm(total=len(todo), disable=shown, bar_format="{desc}", dynamic_ncols=True, leave=False) as bar:
         bar.set_description_str(_told(counts, jobs, len(todo), None))
@@ -199,6 +248,17 @@ def execute(
                 say(f"{_told(counts, min(jobs, left), left, seconds)}; {trial.arm}, seed {trial.options.seed}: {ended}")
 
 
+def jobs_of(plan: Plan) -> int:
+    """How many fits have a core for each of their threads, of the cores that this process may use."""
+    import joblib
+
+    return max(1, joblib.cpu_count() // _threads(trial.options for trial in plan.trials if trial.reason is None))
+
+
+def _threads(options: Iterable[FitOptions]) -> int:
+    return max([1, *(each.threads or 1 for each in options)])
+
+
 def _told(counts: Mapping[str, int], running: int, left: int, seconds: float | None) -> str:
     waits = f", {about(seconds)} left" if seconds is not None and left else ""
     return f"{counts['done']} done, {running} running, {counts['failed']} failed, {left - running} to come{waits}"
@@ -208,7 +268,7 @@ def _outcomes(
     todo: Sequence[Trial], jobs: int, backend: str, address: str | None
 ) -> Iterator[tuple[Trial, str | None]]:
     """Each trial as it ends, and why it failed."""
-    calls = [(trial.options.to_json(), str(trial.folder)) for trial in todo]
+    calls = [(trial.options.to_json(), str(trial.folder.absolute())) for trial in todo]
     if backend == "slurm":
         yield from _by_slurm(todo, calls)
         return
@@ -223,11 +283,36 @@ def _outcomes(
             stack.enter_context(_dask(address))
             stack.enter_context(joblib.parallel_config("dask", n_jobs=-1))
         else:
-            inner = max(1, max(call[0]["threads"] or 1 for call in calls)) if calls else 1
+            inner = _threads(trial.options for trial in todo)
             stack.enter_context(joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=inner))
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        for number, failure in parallel(joblib.delayed(_numbered)(i, *call) for i, call in enumerate(calls)):
-            yield todo[number], failure
+        done: set[int] = set()
+        try:
+            for number, failure in parallel(joblib.delayed(_numbered)(i, *call) for i, call in enumerate(calls)):
+                done.add(number)
+                yield todo[number], failure
+        except Exception as error:
+            if backend == "dask":
+                raise ValueError(
+                    f"the cluster gave up: {type(error).__name__}: {' '.join(str(error).split())[:200]}. What is done "
+                    "is kept: the same command goes on with the rest."
+                ) from error
+            if not isinstance(error, BrokenProcessPool):
+                raise
+        # A process died, for want of memory, say. Which fit it was is seen where each has a process of its own.
+        for number, call in enumerate(calls):
+            if number not in done:
+                yield todo[number], _by_itself(*call)
+
+
+def _by_itself(config: Mapping[str, Any], folder: str) -> str | None:
+    """A fit in a process of its own, whose end is the fit's and not the study's."""
+    from joblib.externals.loky import get_reusable_executor
+
+    try:
+        return get_reusable_executor(max_workers=1).submit(run_trial, config, folder).result()
+    except BrokenProcessPool:
+        return _lost(Path(folder), "its process was ended from outside, for want of memory, say")
 
 
 def _numbered(number: int, config: Mapping[str, Any], folder: str) -> tuple[int, str | None]:
@@ -263,26 +348,55 @@ def _by_slurm(todo: Sequence[Trial], calls: Sequence[tuple[dict[str, Any], str]]
     executor = submitit.AutoExecutor(folder=todo[0].folder.parent / "slurm")
     jobs = [executor.submit(run_trial, *call) for call in calls]
     for trial, job in zip(todo, jobs, strict=True):
-        yield trial, job.result()
+        try:
+            failure = job.result()
+        except Exception as error:  # what the scheduler ended is one fit, and not the study
+            why = f"its job was ended ({type(error).__name__}), for want of time or memory, say"
+            failure = _lost(trial.folder, why)
+        yield trial, failure
 
 
 def rankings(plan: Plan, study: Study) -> dict[str, Ranking]:
     """What came of a study: of each dataset the ranking of its arms, by the ELBO where they share a frozen model."""
+    criterion = "log_p" if study.frozen is None else "elbo"
     found: dict[str, Ranking] = {}
-    lost = {trial.arm: reason(trial) for trial in plan.trials if state(trial) == "failed"}
+    nowhere: dict[str, str] = {}  # what failed on data of which no arm is there
     for data, names in datasets(plan).items():
         arms: dict[str, list[Scores]] = {}
+        lost: dict[str, dict[int, str]] = {}
         for trial in plan.trials:
-            if trial.arm in names and state(trial) == "done":
-                arms.setdefault(trial.arm, []).append(read_scores(trial))
-        gone = {name: lost[name] for name in names if name in lost}
+            if trial.arm not in names:
+                continue
+            if state(trial) == "failed":
+                lost.setdefault(trial.arm, {})[trial.options.seed] = reason(trial)
+            elif state(trial) == "done":
+                own = read_scores(trial)
+                infinite = int((~getattr(own, criterion).isfinite()).sum())
+                if infinite:
+                    words = f"{CRITERIA[criterion]} is not finite for {infinite} of {len(own.log_p)} data"
+                    lost.setdefault(trial.arm, {})[trial.options.seed] = words
+                else:
+                    arms.setdefault(trial.arm, []).append(own)
+        failed = _rows_of_failures(lost, len(study.seed_list))
         if arms:
-            criterion = "log_p" if study.frozen is None else "elbo"
-            found[data] = rank(arms, criterion=criterion, failed=gone, notes=plan.notes)
-    if len(found) > 1 or not found:
-        return found
-    (data,) = found  # what failed before its data were known belongs to the only ones there are
-    return {data: dataclasses.replace(found[data], failed=lost)}
+            found[data] = rank(arms, criterion=criterion, failed=failed, notes=plan.notes)
+        else:
+            nowhere |= failed
+    if found and nowhere:
+        first = next(iter(found))
+        found[first] = dataclasses.replace(found[first], failed=found[first].failed | nowhere)
+    return found
+
+
+def _rows_of_failures(lost: Mapping[str, Mapping[int, str]], seeds: int) -> dict[str, str]:
+    """A row for each fit that failed, or one for an arm of which all did for one reason."""
+    rows = {}
+    for arm, reasons in lost.items():
+        if len(reasons) == seeds and len(set(reasons.values())) == 1:
+            rows[arm] = next(iter(reasons.values()))
+        else:
+            rows |= {f"{arm}, seed {seed}": why for seed, why in reasons.items()}
+    return rows
 
 
 def speed(options: FitOptions) -> tuple[float, float]:

@@ -56,6 +56,16 @@ class Quadrature(NamedTuple):
     outside: Tensor
 
     @property
+    def pointwise(self) -> Tensor:
+        """log p(x), (N,): under this name `compare_guides` takes it as its ``log_likelihood``."""
+        return self.log_evidence
+
+    @property
+    def pointwise_stderr(self) -> Tensor:
+        """What stands for its standard error, (N,): the grid's error, and infinite where it has not converged."""
+        return self.error.masked_fill(~self.converged, torch.inf)
+
+    @property
     def converged(self) -> Tensor:
         """Whether a finer or larger grid would change log p(x) by less than 1e-4 nats (1e-7 of it, where rounding is
         more than that), (N,)."""

@@ -115,6 +115,11 @@ class Ranking(Result):
         raise ValueError(f"got {first!r} twice, wanted two arms.")
 
     @property
+    def over(self) -> str:
+        """What the intervals are over: other data and seeds, or, of one fit each, other data alone."""
+        return "data and seeds" if len(self.arms[self.best]) > 1 else "data, one fit each"
+
+    @property
     def verdict(self) -> str:
         """Who is ahead, by how much, and whether that holds, in a sentence."""
         if len(self.arms) == 1:
@@ -153,7 +158,8 @@ class Ranking(Result):
         if self._bound(name):
             found.append("lower bound")
         if name != self.best:
-            if not self.difference(self.best, name).holds:
+            by = self.difference(self.best, name)
+            if by.p_corrected >= 1 - LEVEL:  # else it is its bound that nothing can be said of
                 found.append("difference within noise")
         elif len(self.arms) > 2:
             found.append(f"best of {len(self.arms)}")
@@ -200,12 +206,15 @@ class Ranking(Result):
         return differences(self.rows(), ax=ax)
 
     def __str__(self) -> str:
-        over = "data and seeds" if any(len(own) > 1 for own in self.arms.values()) else "data, one fit each"
-        foot = f"nats per datum; ±: Monte Carlo; [ , ]: 95 % over {over}"
+        return self.text()
+
+    def text(self, width: float = math.inf) -> str:
+        """The verdict, the table and the notes; of the table as many columns as lines of `width` characters hold."""
+        foot = f"nats per datum; ±: Monte Carlo; [ , ]: 95 % over {self.over}"
         flags = {name: self.flags(name) for name in self.order}
         told = [f"  {name}: {', '.join(each)}" for name, each in flags.items() if each]
         lost = [f"  {name}: failed: {reason}" for name, reason in self.failed.items()]
-        return "\n".join([self.verdict, "", *aligned(self._lines()), "", foot, *told, *lost,
+        return "\n".join([self.verdict, "", *aligned(self._lines(), width=width), "", foot, *told, *lost,
                           *self.notes])  # fmt: skip
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
@@ -223,7 +232,8 @@ class Ranking(Result):
                 continue
             own = self.arms[line["arm"]]
             behind = f"{line['diff']:.3f} [{line['diff_low']:.3f}, {line['diff_high']:.3f}]"
-            shown = f"{line['log_p']:.2f} ± {line['mc_stderr']:.2f}"
+            error = line["mc_stderr"]
+            shown = f"{line['log_p']:.2f} ± {error:.2f}" if not error < 0.01 else f"{line['log_p']:.2f} ± {error:.1g}"
             if self._bound(line["arm"]):
                 shown = f">= {math.floor(10 * line['log_p']) / 10:.1f}"
             if elbo:
@@ -275,7 +285,8 @@ def rank(
     Returns:
         The ranking.
     Raises:
-        ValueError: No arm, or scores of other numbers of data or samples.
+        ValueError: No arm, scores of other numbers of data or samples, fewer than two data, or numbers to rank by that
+            are not finite.
     Example:
         >>> noise = torch.randn(500, generator=torch.Generator().manual_seed(0))
         >>> one = Scores(noise, 0.0, noise - 1, noise * 0, 100)
@@ -294,10 +305,22 @@ def rank(
             f"got scores of {' and '.join(f'{n} data with K = {k}' for n, k in sorted(sizes))}, wanted the same data "
             "and K for all: differences are paired by datum, and the bias of log p(x) depends on K."
         )
+    for name, own in groups.items():
+        given = torch.stack([getattr(each, criterion) for each in own])
+        if given.shape[1] < 2 or not bool(given.isfinite().all()):
+            lost = int((~given.isfinite()).any(0).sum())
+            raise ValueError(
+                f"got {name!r} with {given.shape[1]} data, of which {lost} have {CRITERIA[criterion]} that is not "
+                "finite, wanted two data or more, and finite numbers: there is no mean to rank it by. Leave it out."
+            )
+    groups, left_out = _balanced(groups)
     names = list(groups)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    tables = [_table(groups[a], groups[b], criterion) for a, b in pairs]
-    most = sum(len(own) - 1 for own in groups.values()) - max(len(own) - 1 for own in groups.values())
+    values = {
+        name: np.stack([getattr(each, criterion).double().numpy() for each in own]) for name, own in groups.items()
+    }
+    tables = [values[a] - values[b] for a, b in pairs]
+    most = (len(groups) - 1) * (len(groups[names[0]]) - 1)
     found = compared(tables, most)
     corrected = holm(found["p"])
     differences = []
@@ -309,18 +332,27 @@ def rank(
             Difference(a, b, value, float(found["stderr"][i]), value - half, value + half, float(found["p"][i]),
                        float(corrected[i]), len(tables[i]), sure)
         )  # fmt: skip
-    return Ranking(groups, tuple(differences), criterion, dict(failed or {}), tuple(notes))
+    return Ranking(groups, tuple(differences), criterion, dict(failed or {}), (*notes, *left_out))
 
 
-def _table(first: Sequence[Scores], second: Sequence[Scores], criterion: str) -> np.ndarray:
-    """Paired differences of two arms, (S, N): fits of one seed together; the rest, which is independent, in turn."""
-    mine = {each.seed: each for each in first}
-    theirs = {each.seed: each for each in second}
-    common = [seed for seed in mine if seed in theirs]
-    if len(mine) < len(first) or len(theirs) < len(second):
-        common, rest = [], (list(first), list(second))
+def _balanced(groups: Mapping[str, tuple[Scores, ...]]) -> tuple[dict[str, tuple[Scores, ...]], list[str]]:
+    """As many fits of each arm, in an order in which they are paired, and what is left out for it.
+
+    Fits of one seed are paired. A seed that not all arms have says nothing of their order: means over other seeds would
+    contradict the paired differences. Arms without a seed in common are independent, and paired as they come.
+    """
+    seeds = {name: [each.seed for each in own] for name, own in groups.items()}
+    common = sorted(set.intersection(*map(set, seeds.values())))
+    if not common or any(len(set(own)) < len(own) for own in seeds.values()):
+        least = min(map(len, groups.values()))
+        kept = {name: own[:least] for name, own in groups.items()}
+        more = [f"{name} has {len(own)}" for name, own in groups.items() if len(own) > least]
+        said = f"{least} fits of each arm are compared, as many as all have: {', '.join(more)}"
     else:
-        rest = ([each for seed, each in mine.items() if seed not in common],
-                [each for seed, each in theirs.items() if seed not in common])  # fmt: skip
-    matched = [(mine[seed], theirs[seed]) for seed in common] + list(zip(*rest, strict=False))
-    return np.stack([(getattr(a, criterion).double() - getattr(b, criterion).double()).numpy() for a, b in matched])
+        by_seed = {name: {each.seed: each for each in own} for name, own in groups.items()}
+        kept = {name: tuple(own[seed] for seed in common) for name, own in by_seed.items()}
+        every = sorted({seed for own in seeds.values() for seed in own})
+        lacks = {name: [seed for seed in every if seed not in own] for name, own in seeds.items()}
+        more = [f"{name} lacks {', '.join(map(str, own))}" for name, own in lacks.items() if own]
+        said = f"of the seeds only {', '.join(map(str, common))} is compared, which all arms have: {'; '.join(more)}"
+    return kept, [said] if more else []

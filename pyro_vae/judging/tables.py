@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -37,7 +38,8 @@ def _latex_cell(text: str) -> str:
     if re.fullmatch(r"[-+]?\d[\d.,]*(e[-+]?\d+)?( ± \d[\d.]*)?", text):
         return f"${text.replace('±', chr(92) + 'pm')}$"
     escaped = "".join(_ESCAPED.get(each, each) for each in text)
-    return escaped.replace("±", r"$\pm$").replace("k̂", r"$\hat{k}$")
+    escaped = re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)  # a minus, and no hyphen
+    return escaped.replace(">=", r"$\geq$").replace("±", r"$\pm$").replace("k̂", r"$\hat{k}$")
 
 
 def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
@@ -50,13 +52,20 @@ def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
     return between.join(names[:most]) + (f"{between}and {len(names) - most} more" if len(names) > most else "")
 
 
-def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]], left: int = 1, width: float = math.inf) -> list[str]:
     """Cells as lines of one length, the first columns flush left and the others flush right.
+
+    The last columns are left out where the lines would be longer than `width`, but for the first two.
 
     Example:
         >>> aligned([["set", "bound"], ["test", "-1.2"]])
         ['set   bound', 'test   -1.2']
+        >>> aligned([["set", "bound", "seconds"], ["test", "-1.2", "9"]], width=15)
+        ['set   bound', 'test   -1.2']
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     forms = [f"{'<' if i < left else '>'}{width}" for i, width in enumerate(widths)]
-    return ["  ".join(map(format, line, forms)) for line in lines]
+    shown = len(widths)
+    while shown > 2 and sum(widths[:shown]) + 2 * (shown - 1) > width:
+        shown -= 1
+    return ["  ".join(map(format, line[:shown], forms)) for line in lines]

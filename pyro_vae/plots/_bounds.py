@@ -33,7 +33,10 @@ from pyro_vae.plots._canvas import (
     show_legend,
     styles,
     titled_axes,
+    wrapped,
 )  # fmt: skip
+
+_SLANTED: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
 
 
 def bounds_by_samples(
@@ -166,14 +169,18 @@ def gap_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figur
         second.tick_params(length=0)
         second.spines[:].set_visible(False)
     else:
-        axes.set_xticks(range(len(guides)), guides)
+        room = max(10, int(10 * figure.get_figwidth() / len(guides)))  # characters of a name under its bar, about
+        slanted = any(len(word) > room for guide in guides for word in guide.split())
+        names = [wrapped(guide) if slanted else wrapped(guide, room) for guide in guides]
+        axes.set_xticks(range(len(guides)), names, **_SLANTED if slanted else {})
         axes.tick_params(axis="x", length=0)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xlim(-0.6, len(guides) - 0.4)
     label_axes(axes, "gap (nats per datum)", "Inference gap by guide")
     axes.grid(axis="x", visible=False)
     axes.set_ylim(top=axes.get_ylim()[1] * 1.18)
-    axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=9)
+    if named != {"total only"}:  # one kind of bars needs no key
+        axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=9)
     return figure
 
 

@@ -5,6 +5,7 @@ Colours differ in lightness, and lines also in dash and marker, so that a grey p
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 DARK, MIDDLE, LIGHT = "#1a4480", "#dd6b20", "#f6b26b"
 STYLES = (("o", "-", DARK), ("s", "--", MIDDLE), ("^", "-.", "#4a5568"), ("D", ":", "#2f855a"), ("v", "--", "#97266d"))
+# Of classes: Okabe and Ito's, which the colour-blind tell apart; after eight of them another shape, as in `explore`.
+CLASSES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a7a00", "#333333")
+SHAPES = ("o", "^", "s")
 INCHES = 7.0
 Numbers = Any  # a list of numbers, an array or a tensor
 
@@ -90,6 +94,16 @@ def number(value: float, digits: int = 2) -> str:
     if np.isneginf(value):
         return "−∞"
     return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def wrapped(name: str, width: int = 28) -> str:
+    """A name in lines of so many characters, so that a long one does not press the picture aside.
+
+    Example:
+        >>> wrapped("von-mises-fisher, iwae, 3 epochs", 20)
+        'von-mises-fisher,\\niwae, 3 epochs'
+    """
+    return textwrap.fill(name, width)
 
 
 def latent_name(names: Sequence[str], index: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
@@ -30,6 +31,7 @@ from pyro_vae.plots._canvas import (
     show_legend,
     styles,
     titled_axes,
+    wrapped,
 )
 
 
@@ -42,7 +44,8 @@ def differences(rows: Sequence[Mapping[str, Any]], title: str = "Behind the best
         ax: Axes to draw into; a figure of its own if omitted.
     """
     shown = [row for row in rows if row["rank"] is not None]
-    figure, axes = axes_of(ax, INCHES, 1.2 + 0.36 * len(shown))
+    names = [wrapped(row["arm"]) for row in shown]
+    figure, axes = axes_of(ax, INCHES, 1.2 + len(names) * _height(names))
     label_axes(axes, "", title, "nats per datum: how far below the best arm")
     for place, row in enumerate(shown):
         best = row["p_worse"] is None
@@ -51,12 +54,12 @@ def differences(rows: Sequence[Mapping[str, Any]], title: str = "Behind the best
             axes.plot([row["diff_low"], row["diff_high"]], [place, place], color=DARK, lw=1.6)
         axes.plot(row["diff"], place, "D" if best else "o", color=colour, markerfacecolor=face, ms=7, zorder=3)
     axes.axvline(0, color=GREY, lw=1, zorder=0)
-    axes.set_yticks(range(len(shown)), [row["arm"] for row in shown])
+    axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.plot([], [], "o", color=DARK, label="holds, after the correction")
     axes.plot([], [], "o", color=DARK, markerfacecolor="white", label="within the noise")
-    show_legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.28 - 0.6 / (1 + len(shown))), ncols=2)
+    show_legend(axes, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, ncols=2)  # below the label
     return figure
 
 
@@ -81,14 +84,17 @@ def cost(
             front.append(row)
     if len(front) > 1:
         axes.step([r["seconds"] for r in front], [r[criterion] for r in front], where="post", color=ORANGE, lw=1.5,
-                  label="nobody is both faster and better")  # fmt: skip
-    for place, row in enumerate(shown):
+                  label="nobody is both faster and better", zorder=1)  # fmt: skip
+    for row in shown:  # as disks with the rank in them: names at the points would lie over one another
         axes.errorbar(row["seconds"], row[criterion], yerr=None if criterion == "elbo" else 2 * row["mc_stderr"],
-                      fmt="o", color=DARK if row in front else GREY, ms=6)  # fmt: skip
-        axes.annotate(row["arm"], (row["seconds"], row[criterion]), xytext=(6, 5 if place % 2 else -12),
-                      textcoords="offset points", fontsize=8)  # fmt: skip
-    axes.margins(x=0.18, y=0.15)
-    show_legend(axes, loc="lower right")
+                      fmt="o", color=DARK if row in front else GREY, ms=13, label=wrapped(row["arm"]))  # fmt: skip
+        axes.annotate(str(row["rank"] + 1), (row["seconds"], row[criterion]), ha="center", va="center", fontsize=8,
+                      color="white", zorder=3)  # fmt: skip
+    axes.margins(x=0.08, y=0.12)
+    handles, names = axes.get_legend_handles_labels()
+    ranks = [""] * (len(handles) - len(shown)) + [f"{row['rank'] + 1}: " for row in shown]
+    axes.legend(handles, [rank + name for rank, name in zip(ranks, names, strict=True)], frameon=False, fontsize=8,
+                loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=0.5)  # fmt: skip
     return figure
 
 
@@ -111,18 +117,18 @@ def curves_by_time(
         for number, each in enumerate(fits):
             seconds, values = array([r["seconds"] for r in each]), array([r.get(key) for r in each])
             axes.plot(seconds, values, dash, color=colour, lw=1.4, alpha=1 if number == 0 else 0.45,
-                      label=name if number == 0 else None)  # fmt: skip
+                      label=wrapped(name) if number == 0 else None)  # fmt: skip
             ends.extend(values[len(values) // 5 :])
     known = array(ends)[np.isfinite(array(ends))]
     if len(known):
         low, high = known.min(), known.max()
         axes.set_ylim(low - 0.1 * (high - low + 1e-6), high + 0.1 * (high - low + 1e-6))
-    show_legend(axes, loc="lower right")
+    show_legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside them: a slow arm ends where there is room
     return figure
 
 
 def khat_maps(values: Mapping[str, Numbers], limit: float = 0.7, ax: Axes | None = None) -> Figure:
-    """k-hat of each datum and arm: dark where importance weights miss mass.
+    """k-hat of each datum and arm: orange to brown where importance weights miss mass.
 
     Args:
         values: Of each arm one k-hat per datum, (N,), the same data for all.
@@ -131,13 +137,17 @@ def khat_maps(values: Mapping[str, Numbers], limit: float = 0.7, ax: Axes | None
     """
     table = np.stack([array(each) for each in values.values()])
     order = np.argsort(np.nan_to_num(table, nan=-1).mean(0))
-    figure, axes = axes_of(ax, INCHES, 1.4 + 0.3 * len(table))
-    look: dict[str, Any] = {"aspect": "auto", "cmap": "cividis_r", "interpolation": "nearest"}
-    image = axes.imshow(table[:, order], vmin=0, vmax=2 * limit, **look)
-    axes.set_yticks(range(len(values)), list(values))
-    label_axes(axes, "", f"k̂ per datum (above {limit:.2f} is bad)", "data, from easy to hard for all arms")
+    names = [wrapped(name) for name in values]
+    figure, axes = axes_of(ax, INCHES, 1.4 + len(names) * _height(names))
+    # Blue is good and orange bad, the darker the worse, with a step at the limit: a fading colour hides where it is.
+    steps = ("#f7fafc", "#dbe6f3", "#a9c1de", "#f6b26b", "#dd6b20", "#7b341e")
+    norm = BoundaryNorm((0, limit / 2, limit, max(1.0, 1.4 * limit), max(1.5, 2 * limit)), len(steps), extend="both")
+    look: dict[str, Any] = {"aspect": "auto", "cmap": ListedColormap(steps), "interpolation": "nearest"}
+    image = axes.imshow(table[:, order], norm=norm, **look)
+    axes.set_yticks(range(len(names)), names)
+    label_axes(axes, "", rf"$\hat{{k}}$ per datum (above {limit:.2f} is bad)", "data, from easy to hard for all arms")
     axes.grid(visible=False)
-    figure.colorbar(image, ax=axes, label="k̂")
+    figure.colorbar(image, ax=axes, label=r"$\hat{k}$", format="%.2g")
     return figure
 
 
@@ -163,10 +173,15 @@ def side_by_side(
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(wrapped(name, 22), rotation=0, ha="right", va="center", fontsize=8)
     if title:
         figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure
+
+
+def _height(names: Sequence[str]) -> float:
+    """Inches of a row whose name stands at the left, in lines."""
+    return max(0.33, 0.1 + 0.17 * max((1 + name.count("\n") for name in names), default=1))
 
 
 def critical_difference(ranks: Mapping[str, Sequence[float]], title: str = "", ax: Axes | None = None) -> Figure:

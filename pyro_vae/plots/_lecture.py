@@ -252,7 +252,10 @@ def rate_distortion(points: Mapping[str, Any], ax: Axes | None = None) -> Figure
     return figure
 
 
-def posterior_contours(vaes: Mapping[str, Any] | Any, x: Any, side: int = 121, ax: Axes | None = None) -> Figure:
+def posterior_contours(
+    vaes: Mapping[str, Any] | Any, x: Any, side: int = 121,
+    title: str = "Posterior and approximation, 50 and 95 % of the mass", ax: Axes | None = None,
+) -> Figure:  # fmt: skip
     """p(z | x) of one datum on a grid, as shades, and contours of one or several q(z | x) over it, of two latents.
 
     Args:
@@ -260,6 +263,7 @@ def posterior_contours(vaes: Mapping[str, Any] | Any, x: Any, side: int = 121, a
             95 % of the mass.
         x: One datum, x_shape or (1, *x_shape).
         side: Grid points a side.
+        title: Above the picture.
         ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: Not two latents, or pairs with different models.
@@ -278,8 +282,10 @@ def posterior_contours(vaes: Mapping[str, Any] | Any, x: Any, side: int = 121, a
         x = x if x.dim() > len(first.decode(torch.zeros(1, 2)).event_shape) else x[None]
         torch.manual_seed(0)
         drawn = torch.cat([each.posterior(x).sample((500,))[:, 0] for each in pairs.values()])
-        low, high = drawn.min(0).values, drawn.max(0).values
-        for _ in range(3):  # until the posterior's mass is inside
+        # The prior's plane first, as there may be mass where no guide ever draws; then closer, three times.
+        every = torch.cat([drawn, first.model.prior().sample((2000,))])
+        low, high = every.min(0).values, every.max(0).values
+        for _ in range(3):
             z, density = _density(first, x, low, high, side)
             inside = z[density > density.max() * 1e-4]
             pad = 0.15 * (inside.max(0).values - inside.min(0).values) + (high - low) * 0.02
@@ -296,7 +302,7 @@ def posterior_contours(vaes: Mapping[str, Any] | Any, x: Any, side: int = 121, a
         axes.contour(across, up, shown, _levels(own[name]), colors=colour, linestyles=dash)
         axes.plot([], [], color=colour, ls=dash, label=name)
     axes.fill_between([], [], color=GREY, label="p(z | x)")
-    label_axes(axes, "z2", "Posterior and approximation, 50 and 95 % of the mass", "z1")
+    label_axes(axes, "z2", title, "z1")
     show_legend(axes, loc="best")
     return figure
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -18,9 +17,11 @@ from torch import Tensor
 
 from pyro_vae.plots._canvas import (
     BLUE,
+    CLASSES,
     GREY,
     INCHES,
     ORANGE,
+    SHAPES,
     axes_of,
     canvas,
     label_axes,
@@ -63,8 +64,8 @@ def training_curve(
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
     pad = 0.06 * (high - low) or 1.0
     axes.set_ylim(low - pad, high + pad)
-    show_legend(axes, loc="lower right")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    show_legend(axes, loc="best")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # else one epoch is at 1.000
     if note and ax is None:
         figure.set_figheight(figure.get_figheight() + 0.2 * (1 + note.count("\n")))
         figure.supxlabel(note, fontsize=8, color="#4a5568", x=0.02, ha="left")
@@ -90,7 +91,7 @@ def reconstructions(
         ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if _is_vector(x):
-        return _heatmaps({names[0]: x, names[1]: reconstructed, "difference": x - reconstructed}, title, ax=ax)
+        return _heatmaps({names[0]: x, names[1]: reconstructed}, title, ax=ax, difference="difference")
     columns = min(len(x), 10)
     rows: list[Tensor] = []
     labels: list[str] = []
@@ -206,11 +207,11 @@ def _scatter(
     style: dict[str, Any] = {"s": 9 if len(points) > 1000 else 16, "linewidths": 0, "alpha": 0.75}
     found = labels.unique().tolist() if labels is not None else []
     if labels is not None and len(found) <= _MAX_LABELS:
-        colours = colormaps["tab10" if len(found) <= 10 else "tab20"]
         for i, label in enumerate(found):
             chosen = points[(labels == label).numpy()]
             name = names[label] if names and label < len(names) else str(label)
-            axes.scatter(chosen[:, 0], chosen[:, 1], color=colours(i), label=name, **style)
+            look: dict[str, Any] = {"color": CLASSES[i % len(CLASSES)], "marker": SHAPES[i // len(CLASSES)]}
+            axes.scatter(chosen[:, 0], chosen[:, 1], label=name, **look, **style)
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
         shown = axes.legend(frameon=False, markerscale=1.6, title="label", **beside) if legend else None
         for handle in shown.legend_handles if shown is not None else ():
@@ -283,24 +284,40 @@ def _mosaic(
     return figure
 
 
-def _heatmaps(panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = (), ax: Axes | None = None) -> Figure:
-    """Vectors as rows of heat maps that share one colour scale."""
+def _heatmaps(
+    panels: Mapping[str, Tensor], title: str, captions: Sequence[str] = (), ax: Axes | None = None,
+    difference: str = "",
+) -> Figure:  # fmt: skip
+    """Vectors as rows of heat maps that share one colour scale, with the difference of the first two under that name.
+
+    Where some columns are ten times larger than others, which would then be all that is seen, colours are standard
+    deviations of each column from its mean.
+    """
     if ax is not None:
         raise ValueError("got ax= for vectors, wanted images: heat maps have several axes. Leave ax out.")
     arrays = {name: x.detach().float().cpu().numpy() for name, x in panels.items()}
+    every = np.concatenate(list(arrays.values()))
+    sizes, spread = np.abs(every).max(0), every.std(0)
+    by_column = len(every) > 1 and sizes.max() > 10 * sizes.min()
+    if by_column:
+        arrays = {name: (a - every.mean(0)) / np.where(spread > 0, spread, 1) for name, a in arrays.items()}
+    if difference:
+        first, second = list(arrays.values())[:2]
+        arrays[difference] = first - second
     limit = max(float(np.abs(a).max()) for a in arrays.values()) or 1.0
-    figure = canvas(INCHES if len(panels) > 1 else 5.0, 4.2)
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    figure = canvas(INCHES if len(arrays) > 1 else 5.0, 4.2)
+    grid = figure.subplots(1, len(arrays), squeeze=False, sharey=True)[0]
     for i, (axes, (name, a)) in enumerate(zip(grid, arrays.items(), strict=True)):
         shown = axes.imshow(a, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("dimension")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if not i:
             axes.set_ylabel("row")
             if captions:
                 axes.set_yticks(range(len(captions)), captions, fontsize=7)
-    figure.colorbar(shown, ax=list(grid), shrink=0.8)
+    label = "standard deviations of a column from its mean" if by_column else ""
+    figure.colorbar(shown, ax=list(grid), shrink=0.8, label=label)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure

@@ -214,6 +214,22 @@ class VAE(Answers):
         self.guide = guide
         self.architecture = architecture
 
+    def load_model(self, path: str | os.PathLike[str]) -> None:
+        """Read the weights of the model alone, of a pair of whatever guide; none of that guide's code is needed.
+
+        Raises:
+            ValueError: No such file, a corrupt one, or tensors that do not fit.
+        """
+        _metadata(path)
+        alone = torch.nn.Module()
+        alone.model = self.model
+        try:
+            missing, _ = load_model(_Plain(alone), str(path), strict=False)  # type: ignore[arg-type]
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"the model in {path} does not fit this VAE: {' '.join(str(error).split())}.") from error
+        if missing:
+            raise ValueError(f"the model in {path} shares {sorted(missing)[0]} with its guide, wanted one of its own.")
+
     @classmethod
     def build(cls, x_shape: Sequence[int], **options: Any) -> VAE:
         """A standard VAE with new weights.
