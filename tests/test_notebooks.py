@@ -63,8 +63,8 @@ def faults(notebook):
         found.append("it does not begin with a title")
     if SWITCH not in code[0].source:
         found.append("its first code cell has no switch for the data")
-    if count_asserts(notebook) < 10:
-        found.append("it claims more than it checks: fewer than ten asserts")
+    if count_asserts(notebook) < 6:
+        found.append("it claims more than it checks: fewer than six asserts")
     if source.count("<details>") < 2 or source.count("<details>") != source.count("</details>"):
         found.append("it has no exercises with solutions that are folded away")
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
@@ -116,7 +116,7 @@ def spoilt(change):
         (lambda n, code: code[0].update(source="import os"), "switch"),
         (lambda n, code: code[1].update(execution_count=9), "another order"),
         (lambda n, code: code[2].update(source="def"), "no Python"),
-        (lambda n, code: [c.update(source="print(1)") for c in code[1:]], "fewer than ten asserts"),
+        (lambda n, code: [c.update(source="print(1)") for c in code[1:]], "fewer than six asserts"),
         (lambda n, code: [c.update(outputs=[]) for c in code], "fewer than three pictures"),
         (lambda n, code: [c.update(source="# text") for c in cells(n, IN_MARKDOWN)], "folded away"),
         (lambda n, code: code[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="Warning")), "printed a warning"),
