@@ -222,6 +222,7 @@ def test_protocols_never_mix(tmp_path):
     ({"fixed": {}}, "has no 'vary'"),
     ({"vary": TWO, "varies": 1}, "unknown key 'varies'"),
     ({"vary": {"posterior": ["full", "full"]}}, "twice"),
+    ({"vary": TWO, "fixed": {"posterior_options": {"bins": 4}}}, "fixed: posterior_options and vary: posterior"),
 ])  # fmt: skip
 def test_a_bad_study_is_refused_before_time_is_spent(values, said, tmp_path):
     def planned():
@@ -232,6 +233,13 @@ def test_a_bad_study_is_refused_before_time_is_spent(values, said, tmp_path):
 
     with pytest.raises(ValueError, match=said):
         planned()
+
+
+def test_what_was_fixed_stays_where_something_else_is_varied(tmp_path):
+    found = plan(small(vary={"bound": ["elbo", "iwae"]}, fixed=SMALL | {"num_samples": 5}, seeds=1), tmp_path)
+    assert {t.arm: t.options.num_samples for t in found.trials} == {"elbo": 5, "iwae": 5}
+    found = plan(small(vary={"network": ["mlp", "gated"]}, seeds=1), tmp_path)
+    assert {t.options.hidden for t in found.trials} == {(8,)}
 
 
 def test_axes_of_ones_own_are_sets_of_options(tmp_path):

@@ -292,7 +292,9 @@ def test_runs_are_told_from_each_other_and_what_differs_is_said(frozen, tmp_path
     twin = pv.compare([run, run], num_samples=10, num_data=20, progress=False)
     assert len(twin.arms) == 2 and twin.differences[0].value == 0
     assert any("nothing but their seeds" in note for note in twin.notes)
-    assert command(["fit", *OPTIONS, "--split-seed", "0", "--limit", "60", "--quiet", "--out", str(tmp_path / "r")]) == 0
+    assert (
+        command(["fit", *OPTIONS, "--split-seed", "0", "--limit", "60", "--quiet", "--out", str(tmp_path / "r")]) == 0
+    )
     found = pv.compare([run, tmp_path / "r"], num_samples=10, num_data=20, progress=False)
     assert any("not trained on the same data" in note and ": 60)" in note for note in found.notes)
 

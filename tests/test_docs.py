@@ -278,7 +278,7 @@ def test_the_two_lines_that_are_no_errors_are_printed(tmp_path, monkeypatch):
     words = "the programs can read what a captured step cannot watch"
     with pytest.warns(UserWarning, match=words):
         pv.fit(model, guide, x, epochs=2, compile=True)
-    verdict = "(a lower bound: the weights of the others miss mass; raise num_samples or enrich the guide)"
+    verdict = "(a lower bound: the weights of the others miss mass; take more samples or enrich the guide)"
     assert verdict in str(pv.log_likelihood(model, guide, x[:50], num_samples=100, compile=False))
     assert words in WORDS["errors.md"] and verdict in WORDS["errors.md"]
 

@@ -217,8 +217,8 @@ def test_the_command_writes_a_page_into_the_run(tmp_path, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert main(["explore", str(run), "--num-data", "4"]) == 0
-    told = capsys.readouterr().out
-    assert str(run / "explore.html") in told and "next" in told and f"pyro-vae judge '{run}'" in told
+    told, following = capsys.readouterr()
+    assert str(run / "explore.html") in told and f"next: pyro-vae judge '{run}'" in following
     shown = json.loads(of((run / "explore.html").read_text(encoding="utf-8"), "data"))
     found = pv.open(run)
     assert shown["labels"] == found.data.test.labels[:4].tolist() and shown["reference"] is None

@@ -431,10 +431,12 @@ def test_the_other_pages_fit_too_with_words_large_enough_to_read(browser, tmp_pa
     figure = plots.cost([{"rank": 0, "arm": long, "seconds": 2.0, "log_p": -3.0, "mc_stderr": 0.1}])
     drawn = html.figures([html.Picture("cost", figure, long)])
     wide = f"<p>{long}</p><div class='wide'><table><tr>{'<td class=number>-27.17 ± 0.004</td>' * 9}</tr></table></div>"
+    narrow = "<table><tr><th>approximation gap</th><td class=number>-10.02 ± 0.04 nats</td><td>the estimator's; " \
+             "beside one that uses the best q of each datum, too</td></tr></table>"  # fmt: skip
     figure.savefig(tmp_path / "a.png", dpi=150)
     picture = {"training_curve.png": (tmp_path / "a.png").read_bytes()}
     pages = {
-        "study": html.document(long, f"<pre>{long}</pre>{wide}{drawn}"),
+        "study": html.document(long, f"<pre>{long}</pre>{narrow}{wide}{drawn}"),
         "run": run_page.page(long, {"test_elbo": 1.0, "test_elbo_stderr": 0.1, "test_reconstruction": 1, "test_kl": 0,
                                     "test_log_likelihood": 1.0, "test_log_likelihood_stderr": 0.1,
                                     "test_log_likelihood_data_stderr": 0.1}, picture, {"--data": long}, [long]),
@@ -445,6 +447,9 @@ def test_the_other_pages_fit_too_with_words_large_enough_to_read(browser, tmp_pa
         shown = context.new_page()
         shown.goto((tmp_path / f"{name}.html").as_uri())
         assert shown.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert all(shown.evaluate("[...document.querySelectorAll('body > table td')].map(e => e.clientWidth > 120)")), (
+            name
+        )
         assert shown.evaluate("document.querySelector('img').getBoundingClientRect().width") >= 560, name
     context.close()
 

@@ -138,6 +138,19 @@ def test_a_fault_is_no_advice_and_what_helped_is_ranked_by_what_it_gained():
     assert "log p(x) of these data gained 0.10 ± 0.05" in said(gaps=fault, remedy=harmed)
     unfinished = Training(status="done", epochs=50, curve="validation", rising=Nats(0.1, 0.01))
     assert [n for n, _ in typed(gaps=fault, remedy=remedy, training=unfinished)] == ["epochs", "train", "full"]
+    # A curve that is flat because the rate fell to nothing: trained on together, there was more to gain.
+    flat = replace(tried(train=(0.01, 0.01), full=(0.2, 0.02)), joint=(Nats(0.4, 0.05), Nats(0.01, 0.05)))
+    assert [name for name, _ in typed(gaps=fault, remedy=flat)] == ["train"]
+    text = said(gaps=fault, remedy=flat)
+    assert "Model and guide trained on together, log p(x) of these data gained 0.40 ± 0.05 nats" in text
+    assert "data gained 0.01 ± 0.05 nats over the present pair trained on, which is within the errors" in text
+    # What changes the model goes before what is for its posterior alone, however much that gains.
+    both = replace(tried(refine=(0.5, 0.01), full=(0.2, 0.02)), joint=(Nats(), Nats(0.1, 0.01)))
+    assert [name for name, _ in typed(gaps=fault, remedy=both)] == ["full", "refine"]
+    scale = replace(tried(scale=(math.nan, math.nan)), joint=(Nats(9.0, 0.1),))
+    collapsed = split(0.0, 0.0)
+    assert [name for name, _ in typed(gaps=collapsed, latents=DEAD, remedy=scale)] == ["scale"]
+    assert "so large that z has nothing to say" in said(gaps=collapsed, latents=DEAD, remedy=scale)
     late = Remedy(late=True, reason="wider: it did not fit into the time")
     assert "none is advised: wider: it did not fit" in said(gaps=fault, remedy=late)
 

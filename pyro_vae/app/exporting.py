@@ -91,7 +91,8 @@ def export_run(run: Path, out: Path | None = None, trust: tuple[str, ...] = ()) 
         path = folder / f"{name}.pt2"
         write_file(path, lambda partial, m=module, e=example, n=name: _exported(m, e, n, partial))  # type: ignore[misc]
         takes, shape = ("x", vae.architecture.x_shape) if name == "encoder" else ("z", (vae.architecture.latent_dim,))
-        click.echo(f"{path}: {takes}, (B, {', '.join(map(str, shape))}), to ({', '.join(module.gives)},)")
+        gives = ", ".join(module.gives) + ("," if len(module.gives) == 1 else "")
+        click.echo(f"{path}: {takes}, (B, {', '.join(map(str, shape))}), to ({gives})")
         written.append(path)
     click.echo(f'load it by torch.export.load("{written[0]}").module(); it needs torch {torch.__version__} alone')
     following.say(following.after("export", run, {}))

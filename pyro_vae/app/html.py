@@ -36,7 +36,8 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: 
 tr { border-bottom: 1px solid #e2e8f0; }
 figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; }
 figcaption, .small { color: #4a5568; font-size: .9rem; }
-@media (max-width: 30rem) { img { max-width: none; width: 36rem; } figcaption { position: sticky; left: 0; } }
+@media (max-width: 30rem) { img { max-width: none; width: 36rem; } figcaption { position: sticky; left: 0; }
+       body > table :is(tr, th, td) { display: block; text-align: left; padding-bottom: 0; } }
 """
 
 

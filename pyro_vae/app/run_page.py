@@ -61,7 +61,8 @@ def page(
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in report.lines(summary))
     captions = {name: escape(PICTURES.get(name, name)) for name in pictures}
     figures = "".join(
-        f'<figure class="{escape(Path(name).stem)}"><img alt="{captions[name]}" src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
+        f'<figure class="{escape(Path(name).stem)}"><img alt="{captions[name]}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
         f"<figcaption>{captions[name]}</figcaption></figure>"
         for name, data in pictures.items()
     )

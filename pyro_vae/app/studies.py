@@ -83,6 +83,12 @@ class Study:
             raise ValueError(f"got seeds={self.seeds}, wanted how many, 1 or more, or different seeds from 0 on.")
         for name in self.fixed:
             _known(name)
+            part = name.removesuffix("_options")
+            if part != name and part in self.vary:
+                raise ValueError(
+                    f"got fixed: {name} and vary: {part}, wanted options with the part that they belong to: give a set "
+                    f"of both, such as vary: {{mine: {{a: {{{part}: ..., {name}: ...}}}}}}."
+                )
         for name in ("seed", "frozen", "data_seed", "evaluation_samples", "evaluation_images"):
             if name in self.vary:
                 raise ValueError(f"got vary: {name}, wanted another axis: that is the study's to set.")
@@ -252,10 +258,10 @@ def plan(study: Study, folder: Path, speeds: Mapping[str, float] | None = None) 
     data: dict[str, str] = {}  # of what cannot be fitted
     for arm, changes in settings.items():
         try:
-            resolved[arm] = _resolved(arm, _changed(shared, changes))
+            resolved[arm] = _resolved(arm, _changed(shared, changes, study.fixed))
         except ValueError as error:
             resolved[arm] = str(error)
-            data[arm] = str(_changed(shared, changes).get("data", "digits"))
+            data[arm] = str(_changed(shared, changes, {}).get("data", "digits"))
     epochs = _epochs(study, {arm: each for arm, each in resolved.items() if isinstance(each, FitOptions)}, speeds)
     for arm, each in resolved.items():
         for seed in study.seed_list:
@@ -293,11 +299,12 @@ def _base_options(study: Study) -> dict[str, Any]:
         if shared["split_seed"] is None:
             shared["split_seed"] = shared["seed"]
         shared["evaluation_images"] = shared["frozen"] = None
-    return _changed(shared, study.fixed)
+    return _changed(shared, study.fixed, {})
 
 
-def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with changes; what belongs to a part that was changed does not outlive it."""
+def _changed(base: Mapping[str, Any], changes: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with changes; what belongs to a part that was changed does not outlive it, unless it was asked for."""
+    asked = {name: base[name] for name in fixed if name in base}
     found = dict(base)
     for part in ("posterior", "prior", "likelihood", "bound"):
         if part in changes and changes[part] != base.get(part):
@@ -306,7 +313,7 @@ def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         found.pop("num_samples", None)
     if "network" in changes and changes["network"] != base.get("network"):
         found.pop("hidden", None)
-    return found | dict(changes)
+    return found | asked | dict(changes)
 
 
 def _resolved(arm: str, given: Mapping[str, Any]) -> FitOptions:

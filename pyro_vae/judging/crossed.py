@@ -67,10 +67,10 @@ def compared(tables: Sequence[np.ndarray], most: int) -> dict[str, np.ndarray]:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.abs(value)[:, None] / stderrs
         ratio = np.where(stderrs > 0, ratio, np.where(np.abs(value)[:, None] > 0, np.inf, 0.0))
-        return (2 * stats.t.sf(ratio, (counts[:, 1] - 1)[:, None])).mean(1)
+        return (2 * special.stdtr((counts[:, 1] - 1)[:, None], -ratio)).mean(1)
 
     low, high = np.zeros(len(mean)), 1e4 * np.maximum(stderrs.max(1, initial=0.0), 1e-300)
-    for _ in range(80):
+    for _ in range(48):
         middle = (low + high) / 2
         outside = p_of(middle) < 1 - LEVEL
         low, high = np.where(outside, low, middle), np.where(outside, middle, high)

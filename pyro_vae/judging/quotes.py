@@ -69,7 +69,7 @@ def about_weights(khat_ok: float, num_samples: int, hat: str = "k̂", method: st
     text = f", {hat} ok for {100 * khat_ok:.1f} %"
     if kind == "estimate":
         return text
-    return text + " (a lower bound: the weights of the others miss mass; raise num_samples or enrich the guide)"
+    return text + " (a lower bound: the weights of the others miss mass; take more samples or enrich the guide)"
 
 
 def over_data(data_stderr: float) -> str:

@@ -67,7 +67,9 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
         except _BROKEN as error:
             failed.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
     joint: dict[str, Nats] = {}
-    for name in ["scale"] * scaled + [name for name, gain in tried.items() if name in _MADE and gain.material()]:
+    # "train" always: of a rate that fell to nothing the curve is flat, however much is left to learn.
+    helped = [name for name, gain in tried.items() if name in _MADE and (gain.material() or name == "train")]
+    for name in ["scale"] * scaled + helped:
         try:
             joint[name] = trial.joint(name)
         except (OutOfTime, *_BROKEN):  # then what is known is that of the frozen model

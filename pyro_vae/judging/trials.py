@@ -153,8 +153,9 @@ class Remedy(Stage):
     @property
     def harmful(self) -> dict[str, Nats]:
         """What lowered log p(x) in a joint training, by more than two standard errors."""
-        known = dict(zip(self.tried, self.joint, strict=False))
-        return {name: gain for name, gain in known.items() if gain.value < -2 * gain.mc_stderr}
+        known = zip(self.tried, self.gains, self.joint, strict=False)
+        return {name: joint for name, gain, joint in known
+                if joint.value < -2 * joint.mc_stderr and (gain.material() or not gain.known)}  # fmt: skip
 
     def joint_gain(self, name: str) -> Nats:
         """What log p(x) gained in a joint training."""

@@ -75,7 +75,8 @@ def remedies(stages: Stages) -> Iterator[Finding]:
         yield Finding("advice", f"{text} data gained {gain} nats{beyond}, which is within the errors: not advised.")
     if remedy.done:
         gains = [(name, gain) for name, gain in zip(remedy.tried, remedy.gains, strict=True) if gain.known]
-        idle = [f"{name} {gain}" for name, gain in gains if not gain.material()]
+        advised = dict(remedy.ranked)
+        idle = [f"{name} {gain}" for name, gain in gains if not gain.material() and name not in advised]
         if idle:
             text = f"No gain above twice its error and {RELEVANT} nats, so not advised: {listed(idle, 6)}"
             yield Finding("advice", f"{text} ({_where(remedy)}).")
@@ -93,6 +94,10 @@ def _helped(name: str, gain: Nats, remedy: Remedy) -> Finding:
     together = remedy.joint_gain(name)
     over = "the pair as it is" if name == "train" else "the present pair trained on for as many"
     known = dict(zip(remedy.tried, remedy.gains, strict=True))[name]
+    if together.known and name == "train":
+        where = f"{remedy.num_data}, held out; {remedy.num_steps} steps on {remedy.num_training} others"
+        text = f"Model and guide trained on together, log p(x) of these data gained {together} nats ({where})."
+        return Finding("advice", text, None, _WHAT[name], name)
     if together.known and not known.known:
         where = f"{remedy.num_data} held-out data after {remedy.num_steps} steps with the model"
         return Finding("advice", f"{_WORDS[name]} gained {together} nats of log p(x) over {over} ({where}).", None,

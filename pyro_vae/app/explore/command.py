@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from pyro_vae.app import report
+from pyro_vae.app import following, report
 from pyro_vae.app.explore.contents import payload
 from pyro_vae.app.explore.document import LIMIT, page
+from pyro_vae.app.following import next_commands
 from pyro_vae.app.opening import open as opened
-from pyro_vae.app.run_page import next_commands
 from pyro_vae.atomic import write_file
 
 PAGE = "explore.html"
@@ -42,6 +42,6 @@ def explore_run(
     what = f"{size / 1e6:.1f} MB with everything inside, opens offline in a browser{large}"
     sampling = f"pyro-vae sample {shlex.quote(str(run))}"
     follow = next((command for command in next_commands(run, found.summary) if "judge" in command), sampling)
-    report.show_lines([("page", str(path)), ("", what), ("weights", weights), ("test data", f"{len(test):,}"),
-                       ("next", follow)])  # fmt: skip
+    report.show_lines([("page", str(path)), ("", what), ("weights", weights), ("test data", f"{len(test):,}")])
+    following.say(follow)
     return path
