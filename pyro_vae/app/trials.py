@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -288,7 +289,8 @@ def _outcomes(
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
         done: set[int] = set()
         try:
-            for number, failure in parallel(joblib.delayed(_numbered)(i, *call) for i, call in enumerate(calls)):
+            ways = list(sys.path)
+            for number, failure in parallel(joblib.delayed(_numbered)(i, ways, *call) for i, call in enumerate(calls)):
                 done.add(number)
                 yield todo[number], failure
         except Exception as error:
@@ -310,12 +312,15 @@ def _by_itself(config: Mapping[str, Any], folder: str) -> str | None:
     from joblib.externals.loky import get_reusable_executor
 
     try:
-        return get_reusable_executor(max_workers=1).submit(run_trial, config, folder).result()
+        executor = get_reusable_executor(max_workers=1)
+        return executor.submit(_numbered, 0, list(sys.path), config, folder).result()[1]
     except BrokenProcessPool:
         return _lost(Path(folder), "its process was ended from outside, for want of memory, say")
 
 
-def _numbered(number: int, config: Mapping[str, Any], folder: str) -> tuple[int, str | None]:
+def _numbered(number: int, ways: Sequence[str], config: Mapping[str, Any], folder: str) -> tuple[int, str | None]:
+    """A trial in another process, which may have been begun before this one found the parts of the user's own."""
+    sys.path += [way for way in ways if way not in sys.path]
     return number, run_trial(config, folder)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from pyro_vae.judging.crossed import LEVEL, compared, holm
 from pyro_vae.judging.results import Result
-from pyro_vae.judging.scoring import Scores
+from pyro_vae.judging.scoring import Scores, balanced
 from pyro_vae.judging.tables import aligned, latex
 from pyro_vae.judging.weights import khat_ok
 from pyro_vae.words import did_you_mean
@@ -313,7 +313,7 @@ def rank(
                 f"got {name!r} with {given.shape[1]} data, of which {lost} have {CRITERIA[criterion]} that is not "
                 "finite, wanted two data or more, and finite numbers: there is no mean to rank it by. Leave it out."
             )
-    groups, left_out = _balanced(groups)
+    groups, left_out = balanced(groups)
     names = list(groups)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     values = {
@@ -333,26 +333,3 @@ def rank(
                        float(corrected[i]), len(tables[i]), sure)
         )  # fmt: skip
     return Ranking(groups, tuple(differences), criterion, dict(failed or {}), (*notes, *left_out))
-
-
-def _balanced(groups: Mapping[str, tuple[Scores, ...]]) -> tuple[dict[str, tuple[Scores, ...]], list[str]]:
-    """As many fits of each arm, in an order in which they are paired, and what is left out for it.
-
-    Fits of one seed are paired. A seed that not all arms have says nothing of their order: means over other seeds would
-    contradict the paired differences. Arms without a seed in common are independent, and paired as they come.
-    """
-    seeds = {name: [each.seed for each in own] for name, own in groups.items()}
-    common = sorted(set.intersection(*map(set, seeds.values())))
-    if not common or any(len(set(own)) < len(own) for own in seeds.values()):
-        least = min(map(len, groups.values()))
-        kept = {name: own[:least] for name, own in groups.items()}
-        more = [f"{name} has {len(own)}" for name, own in groups.items() if len(own) > least]
-        said = f"{least} fits of each arm are compared, as many as all have: {', '.join(more)}"
-    else:
-        by_seed = {name: {each.seed: each for each in own} for name, own in groups.items()}
-        kept = {name: tuple(own[seed] for seed in common) for name, own in by_seed.items()}
-        every = sorted({seed for own in seeds.values() for seed in own})
-        lacks = {name: [seed for seed in every if seed not in own] for name, own in seeds.items()}
-        more = [f"{name} lacks {', '.join(map(str, own))}" for name, own in lacks.items() if own]
-        said = f"of the seeds only {', '.join(map(str, common))} is compared, which all arms have: {'; '.join(more)}"
-    return kept, [said] if more else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,3 +76,26 @@ def scores_of(found: Estimate, terms: ElboTerms, num_samples: int, **about: Any)
     """The scores that an estimate of log p(x), for which K samples were asked, and an ELBO are, with other fields."""
     return Scores(found.pointwise, found.mc_stderr, terms.pointwise, found.pareto_k, num_samples,
                   found.kind == "lower bound", **about)  # fmt: skip
+
+
+def balanced(groups: Mapping[str, tuple[Scores, ...]]) -> tuple[dict[str, tuple[Scores, ...]], list[str]]:
+    """As many fits of each arm, in an order in which they are paired, and what is left out for it.
+
+    Fits of one seed are paired. A seed that not all arms have says nothing of their order: means over other seeds would
+    contradict the paired differences. Arms without a seed in common are independent, and paired as they come.
+    """
+    seeds = {name: [each.seed for each in own] for name, own in groups.items()}
+    common = sorted(set.intersection(*map(set, seeds.values())))
+    if not common or any(len(set(own)) < len(own) for own in seeds.values()):
+        least = min(map(len, groups.values()))
+        kept = {name: own[:least] for name, own in groups.items()}
+        more = [f"{name} has {len(own)}" for name, own in groups.items() if len(own) > least]
+        said = f"{least} fits of each arm are compared, as many as all have: {', '.join(more)}"
+    else:
+        by_seed = {name: {each.seed: each for each in own} for name, own in groups.items()}
+        kept = {name: tuple(own[seed] for seed in common) for name, own in by_seed.items()}
+        every = sorted({seed for own in seeds.values() for seed in own})
+        lacks = {name: [seed for seed in every if seed not in own] for name, own in seeds.items()}
+        more = [f"{name} lacks {', '.join(map(str, own))}" for name, own in lacks.items() if own]
+        said = f"of the seeds only {', '.join(map(str, common))} is compared, which all arms have: {'; '.join(more)}"
+    return kept, [said] if more else []

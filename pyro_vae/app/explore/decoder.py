@@ -18,6 +18,7 @@ from pyro_vae.parts import likelihoods
 from pyro_vae.parts.networks import MLP, ConvDecoder, GatedMLP, ResidualDecoder, Softplus
 from pyro_vae.parts.networks.convolutional import ResidualBlock
 from pyro_vae.parts.networks.dense import GatedLinear
+from pyro_vae.protocols import standardize
 
 TOLERANCE = 1e-3  # of the range of a pixel: how far a decoded one may be from that of torch
 
@@ -92,7 +93,7 @@ def link(likelihood: nn.Module, keep: Keep) -> dict[str, Any]:
     """
     kind = type(likelihood)
     own: Any = likelihood
-    scaled = getattr(own, "standardize", None)
+    scaled = standardize(own)
     moved = {} if scaled is None else {"shift": keep(scaled.loc), "stretch": keep(scaled.scale)}
     if kind is likelihoods.Bernoulli:
         return {"name": "sigmoid"}
