@@ -278,7 +278,9 @@ def test_the_command_says_who_is_ahead_first_and_finds_its_study_again(tmp_path,
     for bad, said in ((["compare", runs[0]], "at least two"), (["compare", *runs, "--epochs", "3"], "got --epochs"),
                       (["compare", str(study), *runs], "a study alone"), (["compare", "--vary", "posterior"], "NAME=A,B"),
                       (["compare", "--vary", "posterior=full", *runs], "wanted one of them"),
-                      (["report", runs[0]], "the folder of a study")):  # fmt: skip
+                      (["report", runs[0]], "the folder of a study"),
+                      (["compare", "nowhere.yaml"], "got nowhere.yaml, which is not there"),
+                      (["compare", "--vary", "posterior=full", "--budget", "x"], "got --budget x, wanted epochs")):  # fmt: skip
         assert command(bad) == 2
         assert said in capsys.readouterr().err
 

@@ -273,7 +273,7 @@ def test_the_command_refuses_what_it_would_not_do(frozen, tmp_path, monkeypatch,
         ([str(folder), "--seeds", "3"], "got --seeds and the study"),
         ([str(folder), "--budget", "gradients"], "got --budget and the study"),
         ([*runs, "--dry-run"], "got --dry-run for runs that are fitted"),
-        ([*vary, "--budget", "1.2.3"], "got budget='1.2.3'"),
+        ([*vary, "--budget", "1.2.3"], "got --budget 1.2.3, wanted epochs"),
         ([*vary, "--freeze", "--frozen", runs[0]], "got --freeze and --frozen"),
         ([*vary, "--table", "t.xyz"], "wanted a file that ends in .csv"),
     ):

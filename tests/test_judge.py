@@ -34,6 +34,7 @@ from pyro_vae.judging.verdicts import Finding, verdict
 from pyro_vae.parts.posteriors import IAF
 from pyro_vae.programs.hamiltonian import Hamiltonian
 from pyro_vae.programs.semi_amortized import SemiAmortized
+from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 from tests.pairs import binary, linear_pair, small_pair
 
@@ -285,6 +286,28 @@ def test_a_spoilt_encoder_is_trained_on_and_measured_on_held_out_data(fitted):
     together = [remedy.joint_gain(name).known for name in remedy.tried if gains[name].material() and name != "refine"]
     assert together and any(together)
     assert gains["refine"].value > -2 * gains["refine"].mc_stderr
+
+
+def test_a_fixed_scale_is_tried_learned_and_what_it_gains_is_log_p():
+    """Two clusters far within the noise that was fixed: a learned scale must gain about log of the ratio each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count):
+        side = torch.randint(0, 2, (count, 1), generator=generator).float() - 0.5
+        return side.expand(count, 6) + 0.1 * torch.randn(count, 6, generator=generator)
+
+    torch.manual_seed(0)
+    vae = VAE.build((6,), latent_dim=1, hidden=(16,), likelihood="normal", scale=3.0, standardize=False)
+    fit(vae.model, vae.guide, drawn(400), epochs=20, learning_rate=5e-3, seed=0, progress=False)
+    before = copy.deepcopy(vae.state_dict())
+    found = judge(
+        vae.model, vae.guide, drawn(60), training=drawn(400), num_data=40, num_samples=50, budget=20, clock=Ticks()
+    )
+    gain = found.stages.remedy.joint_gain("scale")
+    # Without z the spread is about 0.51, so that the scale alone gains 6 (log(3 / 0.51) - 1/2 + ...) > 6 nats.
+    assert gain.value > 6 and gain.material() and "scale" in [f.remedy for f in found.advice]
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert vae.model.likelihood.scale == 3.0  # tried on a copy
 
 
 @pytest.mark.parametrize("kind", [SemiAmortized, Hamiltonian])

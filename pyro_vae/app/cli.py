@@ -272,6 +272,11 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
             raise ValueError(f"got --vary and the runs {' '.join(map(str, runs))}, wanted one of them.")
         compare_study(files[0] if files else None, fixed, say=_say(asked["as_json"]), **asked)
         return
+    gone = [path for path in runs if not path.exists()]
+    if gone:
+        raise ValueError(
+            f"got {gone[0]}, which is not there, wanted run folders, or a study: a YAML file or its folder."
+        )
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} runs, wanted at least two, a study file, or --vary NAME=A,B,...")
     for name in ("seeds", "frozen", "freeze", "budget", "jobs", "address", "retry", "dry_run"):

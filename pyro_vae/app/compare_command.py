@@ -75,6 +75,8 @@ def compare_study(
         equal = budget or "epochs"
         number = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?s?", equal)
         seconds = float(number[1]) if number else None
+        if seconds is None and equal not in ("epochs", "gradients"):
+            raise ValueError(f"got --budget {equal}, wanted epochs, gradients, or seconds of a fit, such as 60.")
         asked = Study.of(
             {"vary": dict(map(_axis, vary)), "fixed": fixed, "seeds": seeds or 1, "frozen": True if freeze else frozen,
              "budget": "seconds" if seconds is not None else equal, "seconds": seconds},
