@@ -248,6 +248,19 @@ def test_a_cloud_is_drawn_from_the_posterior_and_a_point_is_one():
         plots.latent_clouds(pv.VAE.build((4,), latent_dim=3, hidden=(4,)), torch.zeros(2, 4))
 
 
+def test_the_aggregated_posterior_lies_over_the_prior():
+    prior = lambda: dist.Normal(torch.tensor([2.0, -1.0]), 0.3).to_event(1)  # noqa: E731
+    vae = pv.VAE(pv.Model(prior, pair().model.likelihood), pair_of_vectors().guide)
+    x = torch.randn(4000, 2)
+    shades, dots = plots.aggregated(vae, x, side=161).axes[0].collections
+    drawn = torch.tensor(dots.get_offsets())  # of N(x / 2, 1/4): their variance is 1/2, x varying by one
+    assert drawn.shape == (4000, 2) and (drawn.var(0) - 0.5).abs().max() < 4.5 * 0.5 * (2 / 4000) ** 0.5
+    darkest = [path for path in shades.get_paths() if len(path.vertices)][-1].vertices
+    assert torch.allclose(torch.tensor(darkest).mean(0).float(), torch.tensor([2.0, -1.0]), atol=0.1)
+    with pytest.raises(ValueError, match="got a pair of 3 latents, wanted two"):
+        plots.aggregated(pv.VAE.build((4,), latent_dim=3, hidden=(4,)), torch.zeros(2, 4))
+
+
 def test_the_bars_of_the_identity_end_at_log_p():
     figure = plots.identity_bars({"good": -3.1, "bad": -5.0}, {"good": 0.1, "bad": 2.0}, -3.0)
     axes = figure.axes[0]

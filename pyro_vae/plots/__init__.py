@@ -7,7 +7,7 @@
     of a comparison     differences · cost · curves_by_time · khat_maps · side_by_side · critical_difference
 
     asked of a pair     latent_scatter · latent_clouds · latent_grid · histograms · traverse · morph · attribute ·
-                        posterior_contours · rate_distortion
+                        posterior_contours · rate_distortion · aggregated
 
     what log p(x) is    identity_bars · elbo_curves
 
@@ -15,7 +15,7 @@ What draws one pair of axes takes ``ax=``, where it draws then; all return the f
 """
 
 from pyro_vae.plots._bounds import bounds_by_samples, bracket, gap_bars, khat_against_log_p, number_bars
-from pyro_vae.plots._codes import latent_clouds
+from pyro_vae.plots._codes import aggregated, latent_clouds
 from pyro_vae.plots._comparisons import (
     cost,
     critical_difference,
@@ -47,6 +47,7 @@ from pyro_vae.plots._pictures import (
 from pyro_vae.plots._terms import elbo_curves, identity_bars
 
 __all__ = [
+    "aggregated",
     "attribute",
     "bounds_by_samples",
     "bracket",

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.plots._canvas import GREY, array, axes_of, label_axes
+from pyro_vae.plots._canvas import GREY, ORANGE, array, axes_of, label_axes
 
 
 def latent_clouds(
@@ -36,10 +36,7 @@ def latent_clouds(
         posterior = own.posterior(x)
         z: Tensor = posterior.sample((num_samples,)).transpose(0, 1)
         codes = None if data is None else own.encode(data, seed=0)
-    if z.shape[-1] != 2:
-        raise ValueError(
-            f"got a pair of {z.shape[-1]} latents, wanted two, which make a plane. Build it with latent_dim=2."
-        )
+    _refuse_all_but_two(z)
     figure, axes = axes_of(ax, 5.4, 5.2)
     if codes is not None:
         across, up = array(codes).T
@@ -55,3 +52,42 @@ def latent_clouds(
     label_axes(axes, "z2", title or "q(z | x) of a few data", "z1")
     axes.set_aspect("equal", adjustable="datalim")
     return figure
+
+
+def aggregated(vae: Any, data: Any, side: int = 80, title: str = "", ax: Axes | None = None) -> Figure:
+    """The aggregated posterior over the prior, of two latents: where they differ, rate is lost, and samples are strange.
+
+    Dots are draws of q(z) = 1/N sum_n q(z | x_n), one for each datum; shades are the density of p(z).
+
+    Args:
+        vae: The pair, of two latents, or a run.
+        data: The data, as for `VAE.posterior`.
+        side: Grid points a side, of the shades.
+        title: Above the picture.
+        ax: Axes to draw into; a figure of its own if omitted.
+    Raises:
+        ValueError: Not two latents.
+    """
+    own = getattr(vae, "vae", vae)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        z: Tensor = own.posterior(data).sample()
+        _refuse_all_but_two(z)
+        reach = 1.1 * float(z.abs().max())
+        line = torch.linspace(-reach, reach, side)
+        grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+        density = own.model.prior().log_prob(grid.reshape(-1, 2)).exp().reshape(side, side)
+    figure, axes = axes_of(ax, 5.0, 4.8)
+    axes.contourf(array(line), array(line), array(density), levels=12, cmap="Blues")
+    axes.scatter(*array(z).T, s=3, color=ORANGE, alpha=0.5, lw=0)
+    label_axes(axes, "z2", title or "Draws of q(z) over the density of p(z)", "z1")
+    axes.set_aspect("equal", adjustable="box")
+    axes.grid(visible=False)
+    return figure
+
+
+def _refuse_all_but_two(z: Tensor) -> None:
+    if z.shape[-1] != 2:
+        raise ValueError(
+            f"got a pair of {z.shape[-1]} latents, wanted two, which make a plane. Build it with latent_dim=2."
+        )
