@@ -55,7 +55,7 @@ def latent_clouds(
 
 
 def aggregated(vae: Any, data: Any, side: int = 80, title: str = "", ax: Axes | None = None) -> Figure:
-    """The aggregated posterior over the prior, of two latents: where they differ, rate is lost, and samples are strange.
+    """The aggregated posterior over the prior, of two latents: where they differ, rate is lost.
 
     Dots are draws of q(z) = 1/N sum_n q(z | x_n), one for each datum; shades are the density of p(z).
 
@@ -79,7 +79,8 @@ def aggregated(vae: Any, data: Any, side: int = 80, title: str = "", ax: Axes | 
         density = own.model.prior().log_prob(grid.reshape(-1, 2)).exp().reshape(side, side)
     figure, axes = axes_of(ax, 5.0, 4.8)
     axes.contourf(array(line), array(line), array(density), levels=12, cmap="Blues")
-    axes.scatter(*array(z).T, s=3, color=ORANGE, alpha=0.5, lw=0)
+    across, up = array(z).T
+    axes.scatter(across, up, s=3, color=ORANGE, alpha=0.5, lw=0)
     label_axes(axes, "z2", title or "Draws of q(z) over the density of p(z)", "z1")
     axes.set_aspect("equal", adjustable="box")
     axes.grid(visible=False)
