@@ -175,8 +175,8 @@ class Fused(PyroOptim):
     def inside(self) -> Update | None:
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
 
-        None where there is no such form: before the first step, between processes, for another algorithm than Adam and AdamW, where
-        parameters took part in different numbers of steps, or where an option changes the algorithm. An option that
+        None where there is no such form: before the first step, between processes, for another algorithm than Adam and
+        AdamW, where parameters took part in different numbers of steps, or where an option changes the algorithm. An option that
         changes needs another graph; where some do again and again, as under a cycle of momenta, there is none either.
         """
         optimizer = self._optimizer

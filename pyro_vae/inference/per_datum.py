@@ -82,8 +82,9 @@ class Counting(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         # It stands outside of all other handlers of a step, so that they have had their say.
         key = (msg["name"], msg["is_observed"])
-        if is_subsample(msg["fn"]) and msg["value"] is None and msg["fn"].subsample_size < msg["fn"].size:
-            self.picks = msg["name"]
+        if is_subsample(msg["fn"]) and msg["value"] is None:
+            most = msg["fn"].subsample_size
+            self.picks = msg["name"] if most is not None and most < msg["fn"].size else self.picks
         if key in self._sites or is_subsample(msg["fn"]) or (msg["infer"] or {}).get("_deterministic"):
             return
         plates = tuple(frame for frame in msg["cond_indep_stack"] if frame.name not in _OF_SAMPLES)
@@ -100,7 +101,6 @@ class Counting(Messenger):
         if key not in self._units:
             self._units = {key: _unit(seen, lengths)}
         return self._units[key]
-
 
     def outside(self, lengths: Sequence[int] = ()) -> list[str]:
         """Latent sites outside the plate of the data, which count once whatever the batch is."""

@@ -90,12 +90,10 @@ class Ranks:
 
     def resumed(self, found: Any) -> Any:
         """What the first process read of a checkpoint, in all of them, with the tensors that it put back."""
-        box = [found]
-        dist.broadcast_object_list(box, 0)
-        if box[0] is not None:
-            for tensor in self.tensors:
-                dist.broadcast(tensor.detach(), 0)
-        return found if self.rank == 0 else box[0]
+        told = first_says(found)
+        for tensor in self.tensors if told is not None else ():
+            dist.broadcast(tensor.detach(), 0)
+        return found if self.rank == 0 else told
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -148,7 +146,9 @@ class Ranks:
         Raises:
             ValueError: The parameters of the processes have come apart.
         """
-        changed = [b if not torch.equal(b, then) else None for b, then in zip(self.buffers, self._as_begun, strict=True)]
+        changed = [
+            b if not torch.equal(b, then) else None for b, then in zip(self.buffers, self._as_begun, strict=True)
+        ]
         summed, flags, _ = self._say(self.buffers, changed, {})
         for buffer, total, flag in zip(self.buffers, summed, flags, strict=True):
             if flag:
@@ -188,7 +188,10 @@ class Ranks:
         message = torch.cat([flags, table.reshape(-1).to(self._dtype)]).to(self._device, self._dtype)
         flat = torch.cat([*parts, message.new_zeros(self._length - used), message])
         self._over = True  # unless all goes well
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            raise Elsewhere(f"a process of this fit is gone ({str(error).splitlines()[0]}), so all stop.") from error
         self._over = False
         rest = flat[self._length :].double().cpu()
         found = rest[self._flags :].reshape(self.size, _NUMBERS, 2).sum(-1).tolist()
@@ -243,9 +246,14 @@ def common_seed(seed: int | None) -> int:
     """The seed, or where there is none one that the first process draws for all."""
     if seed is not None:
         return seed
-    box = [int(torch.randint(2**62, ()).item())]
+    return int(first_says(int(torch.randint(2**62, ()).item())))
+
+
+def first_says(word: Any) -> Any:
+    """The word of the first process, in all of them."""
+    box = [word]
     dist.broadcast_object_list(box, 0)
-    return int(box[0])
+    return box[0]
 
 
 def most_steps(own: int) -> int:

@@ -261,7 +261,6 @@ def fit(
                 "optimiser class, such as torch.optim.Adam."
             )
         noise = common_seed(seed)
-        data_seed = apart(noise) if data_seed is None else data_seed
         progress, callback = (progress, callback) if rank == 0 else (False, None)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else functools.partial(value_of, "schedule", schedule)
     history = History()
@@ -273,8 +272,9 @@ def fit(
         with others_kept(modules):
             batches = Batches(data, batch_size, place, programs=(model, guide))
             batches.keep_together()
-            if data_seed is not None:
-                batches.stream = Stream(data_seed, torch.device(place or "cpu"))
+            if data_seed is not None or size > 1:
+                of_data = apart(noise) if data_seed is None else data_seed
+                batches.stream = Stream(of_data, torch.device(place or "cpu"))
         if batches.shown is not None:  # also networks that plain functions use
             _refuse_inference({id(p): p for p in batches.shown.parameters if isinstance(p, nn.Parameter)}.values())
         before_fit(modules, batches)
@@ -290,7 +290,7 @@ def fit(
                     Objective().particles(model, guide, *validation.first())
             best = _Best(modules)
             if size > 1:
-                _share_out(batches, guide, rank, size)
+                _share_out(batches, model, guide)
             steps = epochs * len(batches)
             tempering = Tempering(
                 loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
@@ -306,12 +306,12 @@ def fit(
             with unmoved(modules):
                 tensors = named_tensors(modules, model, guide, batches.first())
         if size > 1:
-            stepper.link(Ranks(tensors, {
-                "epochs": epochs, "batch_size": batch_size, "loss": fingerprint(loss), "schedule": fingerprint(schedule),
-                "model": program_fingerprint(model), "guide": program_fingerprint(guide), "steps": stepper.total,
-                **{key: fingerprint(value) for key, value in optimizer_settings(optimizer).items()},
-                "patience": patience, "number of data": batches.num_data, "checkpoint": checkpoint is None,
-            }))  # fmt: skip
+            same: dict[str, Any] = {"loss": loss, "schedule": schedule, **optimizer_settings(optimizer)}
+            same = {key: fingerprint(value) for key, value in same.items()}
+            same |= {"epochs": epochs, "batch_size": batch_size, "steps": stepper.total, "patience": patience}
+            same |= {"number of data": batches.num_data, "checkpoint": checkpoint is not None}
+            same |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
+            stepper.link(Ranks(tensors, same))
         if checkpoint is not None:
             warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
             settings: dict[str, Any] = {
@@ -369,7 +369,11 @@ def fit(
                     if patience is not None and settled:
                         best.offer(record["validation"], epoch, stepper.parameters())
                         history.stopped_early = epoch - best.epoch >= patience
-                    if checkpoint is not None and rank == 0 and (epoch == epochs or history.stopped_early or saved.due()):
+                    if (
+                        checkpoint is not None
+                        and rank == 0
+                        and (epoch == epochs or history.stopped_early or saved.due())
+                    ):
                         _saved(saved, history, best, stepper)
                     if history.stopped_early:
                         break
@@ -422,12 +426,21 @@ def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Step
     checkpoint.write(progress, moments, {names[id(t)]: copied for t, copied in best.copies})
 
 
-def _share_out(batches: Batches, guide: Program, rank: int, size: int) -> None:
+def _share_out(batches: Batches, model: Program, guide: Program) -> None:
     """Make the batches those of one process of several, and as many in a pass as any of them has."""
+    rank, size = world()
     if (held := rows_held(guide)) is not None:
         raise ValueError(
             f"the guide holds parameters for each of the {held[1]} rows of latent site {held[0]!r}, and got the data "
             f"in shares of {size} processes. Fit it in one process, or take a guide that is a function of the data."
+        )
+    with undisturbed(), unmoved(modules_of(model, guide)), Counting() as counting:
+        batch = batches.first()
+        poutine.replay(model, trace=poutine.trace(guide).get_trace(*batch))(*batch)
+    if counting.picks is not None:
+        raise ValueError(
+            f"plate {counting.picks!r} picks its rows at random in each run, so that {size} processes cannot share "
+            'them out. Give the rows as arguments: pyro.plate("data", N, subsample=x).'
         )
     batches.shard(rank, size)
     if batches.num_data is None:
@@ -677,8 +690,8 @@ class _Stepper:
         if self.ranks is not None:
             self.ranks.settle()
             table = self.ranks.totals(float(summed), float(count), float(bound), float(even))
-            summed, count, bound = (math.fsum(column) for column in list(zip(*table, strict=True))[:3])
-            even = all(row[3] for row in table)
+            summed, bound = (math.fsum(row[i] for row in table) for i in (0, 2))
+            count, even = sum(int(row[1]) for row in table), all(row[3] for row in table)
         record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):
             record["bound"] = float(bound) / count
@@ -748,18 +761,13 @@ class _Stepper:
         return value
 
     def _check_shared(self) -> None:
-        """Refuse a pair of which the steps of several processes are not one of the whole batch."""
-        if self.counting.picks is not None:
-            raise ValueError(
-                f"plate {self.counting.picks!r} picks its rows at random in each run, so that processes cannot share "
-                "them out. Give the rows as arguments: pyro.plate(\"data\", N, subsample=x)."
-            )
+        """Refuse latents that each process would count once."""
         outside = self.counting.outside(self._sizes) if self.unit.share == 1 else []
         if outside:
             raise ValueError(
                 f"latent site {outside[0]!r} is outside the plate of the data, which does not say how many data there "
                 "are, so that every process would count it once. Give the plate the number of all data: "
-                "pyro.plate(\"data\", N, subsample=x)."
+                'pyro.plate("data", N, subsample=x).'
             )
 
     def _note(self) -> None:
