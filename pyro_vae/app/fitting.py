@@ -40,6 +40,7 @@ from pyro_vae.app.runs import (
 from pyro_vae.app.starting import Origin, base, compared, shown
 from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.data.splits import Binarization
+from pyro_vae.inference import checkpoints
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.ranks import alone, world
@@ -153,7 +154,7 @@ def fit_run(
         if not history.interrupted and failure is None:
             finish(folder)
             if checkpoint is not None:
-                checkpoint.unlink(missing_ok=True)
+                checkpoints.remove(checkpoint)
     if failure is not None:
         raise ValueError(
             f"the pair was fitted and lies in {path}, but judging it failed: {failure}. "

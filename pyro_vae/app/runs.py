@@ -174,8 +174,10 @@ def run_folder(path: Path, asked: Mapping[str, Any] | None = None, checkpoint: P
 
 def finish(path: Path) -> None:
     """Take what makes a run an unfinished one out of its folder."""
-    for name in (CHECKPOINT, UNFINISHED):
-        (path / name).unlink(missing_ok=True)
+    from pyro_vae.inference import checkpoints
+
+    checkpoints.remove(path / CHECKPOINT)
+    (path / UNFINISHED).unlink(missing_ok=True)
 
 
 def is_unfinished(path: Path) -> bool:

@@ -176,8 +176,9 @@ class Fused(PyroOptim):
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
 
         None where there is no such form: before the first step, between processes, for another algorithm than Adam and
-        AdamW, where parameters took part in different numbers of steps, or where an option changes the algorithm. An option that
-        changes needs another graph; where some do again and again, as under a cycle of momenta, there is none either.
+        AdamW, where parameters took part in different numbers of steps, or where an option changes the algorithm. An
+        option that changes needs another graph; where some do again and again, as under a cycle of momenta, there is
+        none either.
         """
         optimizer = self._optimizer
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even or self.exchange is not None:

@@ -24,7 +24,7 @@ from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undi
 from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches, Stream, apart, seeded
 from pyro_vae.inference.bounds import Bound, elbo
-from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors
+from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors, previous
 from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
 from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
@@ -375,6 +375,8 @@ def fit(
                         and (epoch == epochs or history.stopped_early or saved.due())
                     ):
                         _saved(saved, history, best, stepper)
+                        if saved.share is None and (epoch == epochs or history.stopped_early):
+                            previous(saved.path).unlink(missing_ok=True)  # the fit is whole, and so is its file
                     if history.stopped_early:
                         break
             except KeyboardInterrupt:
