@@ -48,6 +48,11 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
         raise ValueError(f"got {path}, wanted a file to write to: {reason_of(error)}.") from error
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """As `write_file`, of a text in UTF-8."""
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def reason_of(error: OSError) -> str:
     """What the system says, in lower case."""
     return (error.strerror or str(error)).lower()

@@ -17,7 +17,7 @@ from pyro_vae.app.run_page import changed
 from pyro_vae.app.runs import REPORT, Run
 from pyro_vae.app.studies import Plan, Study, Trial
 from pyro_vae.app.trials import reason, state
-from pyro_vae.atomic import write_file
+from pyro_vae.atomic import write_file, write_text
 from pyro_vae.evaluation import noise
 from pyro_vae.judging.rankings import Ranking
 from pyro_vae.judging.weights import khat_limit
@@ -36,8 +36,7 @@ def write_results(plan: Plan, study: Study, found: Mapping[str, Ranking], folder
         if stems.count(Path(data).stem) > 1:
             stem += f"-{number}"
         paths += [write_table(ranking, folder / f"{stem}.{kind}") for kind in ("csv", "md", "tex")]
-    text = page(plan, study, found, folder)
-    write_file(folder / REPORT, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(folder / REPORT, page(plan, study, found, folder))
     return [*paths, folder / REPORT]
 
 
@@ -56,8 +55,7 @@ def write_table(ranking: Ranking, path: Path) -> Path:
         return path
     texts = {"csv": lambda: ranking.to_frame().to_csv(index=False), "tex": lambda: ranking.to_latex() + "\n",
              "md": lambda: ranking.to_markdown() + "\n"}  # fmt: skip
-    text = texts[kind]()
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, texts[kind]())
     return path
 
 
