@@ -211,12 +211,8 @@ def protocol(
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    return {
-        "pyro_vae": __version__,
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-        "python": platform.python_version(),
-    }
+    own = {"pyro_vae": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
+    return own | {"python": platform.python_version()}
 
 
 def is_autoencoder(vae: Answers) -> bool:

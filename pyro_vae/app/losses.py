@@ -143,7 +143,9 @@ def _product(*given: Sequence[str] | None) -> Iterator[tuple[str, str, str]]:
 
 
 def _tried(posterior: str, bound: str, estimator: str) -> Outcome:
-    tried = posterior, bound, estimator
+    def outcome(result: str, reason: str = "") -> Outcome:
+        return Outcome(posterior, bound, estimator, result, reason)
+
     with seeded(0), warnings.catch_warnings(), pyro.get_param_store().scope():
         warnings.simplefilter("ignore")
         x = (torch.rand(8, *_SHAPE) < 0.5).float()
@@ -154,13 +156,13 @@ def _tried(posterior: str, bound: str, estimator: str) -> Outcome:
             loss = Objective(the_bound(bound, {}), NUM_SAMPLES, estimator=estimator)
             history = fit(vae.model, vae.guide, x, loss=loss, epochs=1, batch_size=8, progress=False)
         except ValueError as refusal:
-            return Outcome(*tried, "refused", str(refusal))
+            return outcome("refused", str(refusal))
         except Exception as failure:  # a table of everything shows its own holes
-            return Outcome(*tried, "fails", f"{type(failure).__name__}: {failure}")
+            return outcome("fails", f"{type(failure).__name__}: {failure}")
         still = [name for name, p in vae.guide.named_parameters() if torch.equal(p, before[f"guide.{name}"])]
         if still or not math.isfinite(history["loss"][-1]):
-            return Outcome(*tried, "fails", f"{still[0]} did not move" if still else "the loss is not a number")
-    return Outcome(*tried, "trains")
+            return outcome("fails", f"{still[0]} did not move" if still else "the loss is not a number")
+    return outcome("trains")
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

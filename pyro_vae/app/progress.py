@@ -25,16 +25,12 @@ class Progress:
     there is no bar to be seen, at every tenth of the way of a fit of more than a minute how far it is.
 
     Args:
-        vae: The pair.
-        dataset: Its data.
-        options: The configuration of the run.
-        folder: The run folder.
+        vae, dataset, options, folder: The pair, its data, and the configuration and folder of the run.
         say: Takes a line.
         going_on: Whether an unfinished run is gone on with.
         in_lines: Whether a long fit says in lines how far it is.
     Attributes:
-        plan: How much is to be evaluated.
-        ahead: Seconds that this will take, after the training.
+        plan: How much is to be evaluated, for which `ahead` seconds are needed after the training.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ _RARE = 0.05
 
 def remarks(numbers: Mapping[str, Any]) -> list[str]:
     """All that is to be said of a run's numbers, in order of weight."""
-    return [line for remark in (_codes, _few, _noisy, _validation) if (line := remark(numbers)) is not None]
+    return [line for remark in (_codes, _samples, _validation) if (line := remark(numbers)) is not None]
 
 
 def codes_outside(means: Tensor, prior: Tensor) -> float:
@@ -91,21 +91,17 @@ def _codes(numbers: Mapping[str, Any]) -> str | None:
     )
 
 
-def _few(numbers: Mapping[str, Any]) -> str | None:
+def _samples(numbers: Mapping[str, Any]) -> str | None:
     distance, null = numbers.get("sample_energy_distance"), numbers.get("sample_energy_distance_null")
-    count = numbers.get("protocol", {}).get("sizes", {}).get("train")
-    if distance is None or null is None or count is None or count >= 1000 or distance <= 3 * null:
+    if distance is None or null is None:
         return None
-    return (
-        f"few data for samples: {count:,} training data, and samples are {distance:.3g} away where halves of the test "
-        f"data are {null:.3g} apart"
-    )
-
-
-def _noisy(numbers: Mapping[str, Any]) -> str | None:
-    distance, null = numbers.get("sample_energy_distance"), numbers.get("sample_energy_distance_null")
-    images = numbers.get("test_images")
-    if distance is None or null is None or images is None or images >= 1000 or abs(distance) > 2 * null:
+    count, images = numbers.get("protocol", {}).get("sizes", {}).get("train"), numbers.get("test_images")
+    if count is not None and count < 1000 and distance > 3 * null:
+        return (
+            f"few data for samples: {count:,} training data, and samples are {distance:.3g} away where halves of the "
+            f"test data are {null:.3g} apart"
+        )
+    if images is None or images >= 1000 or abs(distance) > 2 * null:
         return None
     return (
         f"too few data to judge the samples: the energy distance {distance:.3g} is within the noise of {images:,} test "

@@ -27,13 +27,12 @@ _WARMUP = {"kl_warmup": 0, "kl_warmup_steps": None}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a fit comes from.
+    """Where a fit comes from, and why.
 
     Attributes:
         run: The folder of the finished run.
         weights: Whether its weights are gone on from; else only its options were the base.
         epochs: Epochs that went into these weights, those of the runs that it came from itself included.
-        why: The reason, in words.
     """
 
     run: str
