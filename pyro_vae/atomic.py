@@ -35,11 +35,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """As `replace_file`, for a user who named the file: its folder is made, and what goes wrong is a ValueError.
-
-    Raises:
-        ValueError: Nothing can be written there.
-    """
+    """As `replace_file`, for a user who named the file: its folder is made, and what goes wrong is a ValueError."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

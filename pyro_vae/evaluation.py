@@ -101,12 +101,7 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module
 
 @contextlib.contextmanager
 def at_rest(modules: Iterable[nn.Module], *, others: bool = False) -> Iterator[None]:
-    """Modules in evaluation mode, and afterwards as they were, tensors and modes.
-
-    Args:
-        modules: With all their children.
-        others: And all other modules that run.
-    """
+    """Modules, with all their children, in evaluation mode, and afterwards as they were; so all `others` that run."""
     standing = _Standing()
     _here.resting.append(standing)
     try:

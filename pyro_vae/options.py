@@ -150,11 +150,7 @@ def number(name: str, value: Any, optional: bool = False) -> Any:
 
 
 def function_of(name: str, value: Any, optional: bool = False) -> Any:
-    """Something that can be called.
-
-    Raises:
-        ValueError: Anything else.
-    """
+    """Something that can be called; a ValueError for anything else."""
     if callable(value):
         return value
     wanted = "a Pyro program, a function or module of the data" if name in _PROGRAMS else "a function"
@@ -225,11 +221,7 @@ def _unpacked(
 
 
 def device(name: str, value: Any, optional: bool = False) -> Any:
-    """A device that is here.
-
-    Raises:
-        ValueError: No name of one, or one that this machine or this torch does not have.
-    """
+    """A device that is here; a ValueError for one that this machine or this torch does not have."""
     reason = "which is none that torch knows"
     try:
         found = torch.device(value)

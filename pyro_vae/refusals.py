@@ -64,13 +64,7 @@ def reworded(
 
 
 def wrong_site(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """The first site whose parameters, value or density are wrong, and its rows; None if there is none.
-
-    Args:
-        programs: As for `in_words`.
-        args: Their arguments.
-        kwargs: Their keyword arguments.
-    """
+    """The first site whose parameters, value or density are wrong, and its rows; None if there is none."""
     size = next((len(x) for x in args if isinstance(x, Tensor) and x.dim()), 0)
     earlier = None
     try:

@@ -40,11 +40,7 @@ def tensor_of(array: Any) -> Tensor:
 
 
 def numbers_of(array: np.ndarray) -> np.ndarray:
-    """An object array as one of numbers: of numbers, or of arrays of one shape.
-
-    Raises:
-        ValueError: Anything else in it.
-    """
+    """An object array as one of numbers: of numbers, or of arrays of one shape; a ValueError for anything else."""
     try:
         if array.ndim == 1 and array.size and all(isinstance(x, np.ndarray | Tensor) for x in array):
             return np.stack([np.asarray(x) for x in array])
@@ -127,15 +123,10 @@ def _coloured(image: Any) -> bool:
 
 
 def running(function: Any, x: Tensor, *others: Any, network: nn.Module) -> Any:
-    """A network's answer to data: to integers as they are, or, where it runs on floats only, as floats.
+    """A network's answer to `data_of`: to integers as they are, or, where it runs on floats only, as floats like its
+    own.
 
-    Args:
-        function: What runs the network on x.
-        x: From `data_of`.
-        others: What else it takes.
-        network: Whose parameters say which floats.
-    Raises:
-        ValueError: It runs on neither.
+    A ValueError where it runs on neither.
     """
     like = next((p for p in network.parameters() if p.is_floating_point()), None)
     trials = [x] if x.is_floating_point() or like is None else [x, x.to(like.dtype)]

@@ -712,13 +712,8 @@ def run_at(
 ) -> Trace:
     """One run of a program at given values of its sites, under a particle plate where there are several samples.
 
-    Args:
-        program: A model or a guide.
-        wanted: The sites that are given, of a plain run, by name.
-        latents: Their values, (K, *plates, *event) each; of other sites they are left alone.
-        nesting: Batch dimensions of all plates.
-        args: What the program takes.
-        kwargs: Keyword arguments that it takes.
+    `wanted` are the sites that are given, of a plain run, by name; `latents` their values, (K, *plates, *event) each;
+    `nesting` counts the batch dimensions of all plates.
     """
     num_samples = max((len(latents[name]) for name in wanted if name in latents), default=1)
     given = Trace()

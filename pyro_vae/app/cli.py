@@ -32,13 +32,7 @@ PROGRAM = "pyro-vae"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: Arguments; those of the process if omitted.
-    Returns:
-        The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
-    """
+    """Run the command. Returns the exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C."""
     if argv is None:
         # A cluster's time limit is a Ctrl-C: what was trained is kept, and nothing half-written.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -147,11 +147,7 @@ def study_of(asked: Study | Mapping[str, Any] | str | os.PathLike[str]) -> Study
 
 
 def write_study(asked: Study, folder: Path) -> None:
-    """Write what was asked for into the folder of a study.
-
-    Raises:
-        ValueError: There is another study, or something else.
-    """
+    """Write what was asked for into the folder of a study; a ValueError where there is another, or something else."""
 
     place = folder / STUDY
     if folder.is_dir() and any(folder.iterdir()) and not place.is_file():
@@ -160,11 +156,7 @@ def write_study(asked: Study, folder: Path) -> None:
 
 
 def read_study(folder: Path) -> Study:
-    """What was asked for in the folder of a study.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """What was asked for in the folder of a study; a ValueError where there is none."""
     if not (folder / STUDY).is_file():
         raise ValueError(f"got {folder}, wanted the folder of a study, as 'pyro-vae compare --vary ...' writes one.")
     return study_file(folder / STUDY)
@@ -269,11 +261,7 @@ def _apart_from_seeds(run: Opened) -> str:
 
 
 def _common_data(arms: Mapping[str, Sequence[Any]], num_data: int, seed: int) -> tuple[Split, list[str]]:
-    """The test data of runs, where they are the same for all, and what is to be said of their training data.
-
-    Raises:
-        ValueError: Pairs that are no runs, or runs of different data.
-    """
+    """The test data of runs of the same data, and what is to be said of their training data; else a ValueError."""
     first: tuple[str, Opened, Split] | None = None
     trained: dict[str, int] = {}
     seen: Tensor | None = None

@@ -28,10 +28,8 @@ _WORDS = {
 def read_config(path: Path) -> dict[str, Any]:
     """Options by field name, of the right types, from a YAML or (.json) JSON file; None for an option set to nothing.
 
-    Keys are option names, with - or _. A run's own config.json is such a file, and a run folder stands for it.
-
-    Raises:
-        ValueError: Unreadable, not a mapping, an unknown key, a value of a wrong type.
+    Keys are option names, with - or _. A run's own config.json is such a file, and a run folder stands for it. What is
+    unreadable or no mapping, an unknown key or a value of a wrong type is a ValueError.
     """
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -56,10 +54,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def convert(name: str, value: Any, where: str) -> Any:
-    """What was read of one option as its field's type; `where` is for the message.
+    """What was read of one option as its field's type; `where` is for the message of the ValueError, if it is none.
 
-    Raises:
-        ValueError: It cannot be read as that type.
     Example:
         >>> convert("hidden", "400,400", "here"), convert("learning_rate", "2e-3", "here")
         ((400, 400), 0.002)
@@ -79,11 +75,7 @@ def convert(name: str, value: Any, where: str) -> Any:
 
 
 def parsed(path: Path, text: str) -> Any:
-    """What a YAML or (.json) JSON file holds, as plain data.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """What a YAML or (.json) JSON file holds, as plain data; a ValueError where it is neither."""
     import yaml
 
     try:

@@ -207,8 +207,8 @@ OTHER = FitOptions("folders, files", clip_norm=1e5)
 def resolve(given: Mapping[str, Any]) -> FitOptions:
     """The configuration that follows from what the user gave; what is missing comes from the dataset's row.
 
-    Raises:
-        ValueError: An unknown option, or a value that it cannot have.
+    An unknown option, or a value that it cannot have, is a ValueError.
+
     Example:
         >>> resolve({"data": "mnist"}).latent_dim, resolve({"network": "conv"}).hidden
         (50, (32, 64, 128))

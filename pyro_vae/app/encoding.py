@@ -40,10 +40,8 @@ class Codes(NamedTuple):
 def codes(vae: Answers, data: Split, seed: int = 0) -> Codes:
     """Mean and standard deviation of q(z | x) of every datum; by draws where the family has no closed form.
 
-    Of a conditional model those of q(z | x, y); of a hierarchical one those of z1.
-
-    Raises:
-        ValueError: A pair that has no one q(z | x), or data without the labels that it takes.
+    Of a conditional model those of q(z | x, y); of a hierarchical one those of z1. A pair that has no one q(z | x), or
+    data without the labels that it takes, is a ValueError.
     """
     means, scales, drawn = [], [], 0
     face, labels = serving.face(vae), data.labels
@@ -66,11 +64,7 @@ def encode_run(
     run: Path, data: str, out: Path, seed: int | None = None, data_dir: str | None = None,
     trust: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
-    """The command; returns where the table is.
-
-    Raises:
-        ValueError: Data that the run cannot encode, an unknown suffix, no parquet here.
-    """
+    """The command; returns where the table is. What the run cannot encode, and an unknown suffix, is a ValueError."""
     write = _writer(out)
     found = opened(run, trust=trust, data_dir=data_dir)
     seed = found.options.seed if seed is None else seed

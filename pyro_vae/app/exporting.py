@@ -72,11 +72,7 @@ class Decoder(nn.Module):
 
 
 def export_run(run: Path, out: Path | None = None, trust: tuple[str, ...] = ()) -> list[Path]:
-    """The command; returns the files.
-
-    Raises:
-        ValueError: A part that torch.export cannot write, or a file that does not give what the networks give.
-    """
+    """The command; returns the files. What torch.export cannot write, or writes wrongly, is a ValueError."""
     pair = opened(run, trust=trust).pair.eval()
     serving.only(pair, "export", "vae", "mixture")
     vae: Any = pair

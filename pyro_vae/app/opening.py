@@ -42,11 +42,7 @@ class Opened:
 
     @property
     def vae(self) -> VAE:
-        """The pair of a run of --model vae.
-
-        Raises:
-            ValueError: A run of another model.
-        """
+        """The pair of a run of --model vae; a ValueError for a run of another model."""
         if not isinstance(self.pair, VAE):
             raise ValueError(f"{self.path} is a {self.options.model} model and no plain VAE: its pair is run.pair.")
         return self.pair
@@ -70,10 +66,8 @@ class Opened:
         return serving.face(self.pair).given(split)
 
     def read(self) -> Dataset:
-        """The data as they lie there, whole: nothing of them is chosen or drawn.
-
-        Raises:
-            ValueError: They cannot be read any more, or are of another shape.
+        """The data as they lie there, whole: nothing of them is chosen or drawn. A ValueError where they are gone, or
+        of another shape.
         """
         moved = {} if self.data_dir is None else {"data_dir": self.data_dir}
         _, found = read(resolve(vars(self.options) | moved))
@@ -88,10 +82,8 @@ class Opened:
     @functools.cached_property
     def data(self) -> Dataset:
         """The data, read when they are first asked for: to train on as the run drew them, afresh in each batch; to
-        validate and to test on the run's own images and draws, so that its numbers come out again.
-
-        Raises:
-            ValueError: They cannot be read any more, or are of another shape.
+        validate and to test on the run's own images and draws, so that its numbers come out again. A ValueError as of
+        `read`.
         """
         found = self.read()
         seed = self.options.seed

@@ -25,11 +25,8 @@ def remarks(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def codes_outside(means: Tensor, prior: Tensor) -> float:
-    """Share of the codes that lie farther from the prior's centre than 999 of 1,000 of its draws.
+    """Share of the codes, (N, ...), that lie farther from the prior's centre than 999 of 1,000 of its draws, (M, ...).
 
-    Args:
-        means: Posterior means, (N, ...).
-        prior: Draws of the prior, (M, ...).
     Example:
         >>> draws = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
         >>> codes_outside(draws[:1000], draws) < 0.01, codes_outside(25 * draws[:1000], draws) > 0.9
@@ -50,11 +47,8 @@ def levels(pixels: Tensor, mean: Tensor) -> dict[str, float]:
 
 
 def of_image(x: Tensor, known: Mapping[str, float] | None) -> str | None:
-    """Whether an image looks inverted or out of range beside the data of the fit; None where nothing is known of them.
+    """Whether an image looks inverted or out of range beside the `levels` of the training data, if they are known.
 
-    Args:
-        x: The image, as the run takes it.
-        known: What `levels` gave for the training data.
     Example:
         >>> mnist = {"mean": 0.13, "low": 0.0, "high": 1.0}
         >>> of_image(torch.full((1, 2, 2), 0.9), mnist)[:48]

@@ -216,16 +216,9 @@ def draw(
     vae: Answers, dataset: Dataset, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any],
     options: FitOptions, folder: Path, views: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Draw the five pictures of a run into a folder.
+    """Draw the five pictures of a run into a folder, with what `evaluate` found, if anything.
 
-    Args:
-        vae: The pair.
-        dataset: Its data.
-        records: One per epoch.
-        numbers: What `evaluate` found, or nothing.
-        options: The configuration.
-        folder: Where they go.
-        views: Latents of `latent_data` by other guides, shown beside those of the pair, by their titles.
+    `views` are latents of `latent_data` by other guides, by their titles, shown beside those of the pair.
     """
     point = evaluation.is_autoencoder(vae)
     test = evaluation.test_data(dataset, options.seed, options.evaluation_images)

@@ -79,10 +79,8 @@ class Face:
 
     def sample(self, pair: Any, size: int, *, pixels: str = "mean", label: int | None = None, y: Tensor | None = None,
                clusters: Sequence[int | None] | None = None) -> Tensor:  # fmt: skip
-        """New data, (size, *x_shape): of one label, of the labels y (those of some data), or of the model's own.
-
-        Raises:
-            ValueError: A label, of a model that knows nothing of labels, or another than there are.
+        """New data, (size, *x_shape): of one label, of the labels y (those of some data), or of the model's own. A
+        label that the model does not know is a ValueError.
         """
         if label is not None:
             raise ValueError(
@@ -96,10 +94,8 @@ class Face:
         return pair.sample(_SAMPLES), []
 
     def codes(self, pair: Any, x: Tensor, y: Tensor | None = None) -> Any:
-        """q(z | x), of the latent that is looked at.
-
-        Raises:
-            ValueError: There is no such distribution, or it takes labels, and there are none.
+        """q(z | x), of the latent that is looked at; a ValueError where there is none, or where it takes labels that
+        are not there.
         """
         return pair.posterior(x)
 
@@ -281,11 +277,7 @@ def face(pair: Answers) -> Face:
 
 
 def only(pair: Answers, what: str, *models: str) -> None:
-    """Refuse what works for some models alone.
-
-    Raises:
-        ValueError: The pair is of another one.
-    """
+    """Refuse, by a ValueError, what works for some models alone."""
     model = "vae" if pair.architecture is None else pair.architecture.model
     if model not in models:
         raise ValueError(f"{what} is for runs of --model {' and '.join(models)}, and this one is a {model} model.")
@@ -317,10 +309,8 @@ def clusters_of(pair: Any, split: Split) -> Tensor:
 def matching(clusters: Tensor, labels: Tensor, num_clusters: int) -> list[int | None]:
     """The class of each cluster, by the one-to-one matching that is right most often; None for what is left over.
 
-    Args:
-        clusters: Of each datum, (N,).
-        labels: Of each datum, (N,).
-        num_clusters: How many clusters there are.
+    Clusters and labels are those of each datum, (N,).
+
     Example:
         >>> matching(torch.tensor([2, 2, 0, 0, 0]), torch.tensor([0, 0, 1, 1, 0]), 3)
         [1, None, 0]
@@ -337,10 +327,8 @@ def matching(clusters: Tensor, labels: Tensor, num_clusters: int) -> list[int | 
 
 
 def label_of(text: str, names: Sequence[str] | None) -> int:
-    """A class by its number or its name.
+    """A class by its number or its name; a ValueError where it is neither.
 
-    Raises:
-        ValueError: Neither.
     Example:
         >>> label_of("7", None), label_of("dog", ["cat", "dog"])
         (7, 1)

@@ -62,11 +62,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def base(path: str | os.PathLike[str]) -> Run:
-    """The finished run that a fit comes from.
-
-    Raises:
-        ValueError: There is none, or an unfinished or damaged one.
-    """
+    """The finished run that a fit comes from; a ValueError where there is none, or an unfinished or damaged one."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"got --from {shown(path)}, wanted a run folder, as 'pyro-vae fit' writes one.")
@@ -79,10 +75,8 @@ def base(path: str | os.PathLike[str]) -> Run:
 
 
 def merged(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `resolve` is to be given: the options of the run at ``from_run``, and over them what the user gave.
-
-    Raises:
-        ValueError: No such run, or an unfinished or damaged one.
+    """What `resolve` is to be given: the options of the run at ``from_run`` (see `base`), and over them what the user
+    gave.
     """
     run = base(given["from_run"])
     earlier = options_of(run)

@@ -100,11 +100,7 @@ class Study:
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Of each arm, by its name, the options in which it differs.
-
-        Raises:
-            ValueError: An unknown option, a value that it cannot have, two arms that are the same.
-        """
+        """Of each arm, by its name, the options in which it differs; two arms that are the same are a ValueError."""
         found: dict[str, dict[str, Any]] = {}
         for combination in self._combinations():
             name = ", ".join(label for label, _ in combination)
@@ -130,11 +126,7 @@ class Study:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "the study") -> Study:
-        """From plain data, such as a YAML file holds.
-
-        Raises:
-            ValueError: Unknown keys, or values of other types.
-        """
+        """From plain data, such as a YAML file holds; unknown keys and values of other types are a ValueError."""
         known = [each.name for each in dataclasses.fields(cls)]
         given = {str(key).replace("-", "_"): value for key, value in values.items()}
         for key in given:
@@ -191,11 +183,7 @@ def _foreign(value: Any) -> Iterator[str]:
 
 
 def study_file(path: Path) -> Study:
-    """The study of a YAML or JSON file.
-
-    Raises:
-        ValueError: It cannot be read, or is none.
-    """
+    """The study of a YAML or JSON file; a ValueError where it cannot be read, or is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -174,13 +174,9 @@ def suffixes() -> frozenset[str]:
 
 
 def read_image(path: str | Path, framing: Framing = AS_IT_IS) -> Tensor:
-    """One image file as uint8 (C, H, W): one channel if the file is grey, else three.
+    """One image file of 8 bits a channel as uint8 (C, H, W): one channel if the file is grey, else three.
 
     Of several frames the first is taken, and a line says so.
-
-    Args:
-        path: PNG, JPEG and others that Pillow decodes, 8 bits a channel.
-        framing: Crop, size and channels to bring it to, and the background.
     """
     with _errors(path), _opened(path) as image:
         frames = _frames(image)

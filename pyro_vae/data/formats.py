@@ -67,11 +67,7 @@ def is_file_of_arrays(path: Path) -> bool:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """The arrays in a file, with those of the files that belong to it.
-
-    Raises:
-        ValueError: It is empty, broken, or not what its name says.
-    """
+    """The arrays in a file, with those of the files that belong to it; a ValueError where it is not what it says."""
     if path.stat().st_size == 0:
         kind = (
             "a NumPy file. Save it again with numpy.save or numpy.savez"
@@ -88,12 +84,8 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def read_folder_of_arrays(folder: Path) -> Arrays | None:
-    """The arrays of a folder in the layout of MNIST, CIFAR, Larochelle or OMNIGLOT; None if it has none of them.
-
-    Args:
-        folder: The one with the files, or the one that torchvision makes around it (MNIST, not MNIST/raw).
-    Raises:
-        ValueError: It holds several datasets, or pickles.
+    """The arrays of a folder in the layout of MNIST, CIFAR, Larochelle or OMNIGLOT, or of the folder that torchvision
+    makes around it; None if it has none of them. Several datasets, or pickles, are a ValueError.
     """
     here = _files(folder)  # a folder of 200,000 photographs is listed once
     for files in (here, _files(folder / "raw")):

@@ -33,16 +33,9 @@ KINDS = {1: "labels", 3: "images"}
 
 
 def read_idx(path: str | Path, axes: int) -> Tensor:
-    """The unsigned bytes in an IDX file.
+    """The unsigned bytes in an IDX file, gzipped or not, of the shape in its header: 3 axes for images, 1 for labels.
 
-    Args:
-        path: The file; one that begins like gzip is decompressed, whatever its name.
-        axes: Number of axes wanted: 3 for images (N, H, W), 1 for labels (N,).
-    Returns:
-        uint8 of the shape in the file's header.
-    Raises:
-        ValueError: If the file is empty, cut short, too long, corrupt, no IDX file of
-            unsigned bytes, or one of another number of axes.
+    A file that is empty, cut short, too long, corrupt, of something else or of other axes is a ValueError.
     """
     raw = _read_bytes(Path(path))
     if not raw:

@@ -34,8 +34,7 @@ ARRAYS_TOO = "or a layout of torchvision, or a .npy or .npz file"
 def read_images(paths: Sequence[Path | tuple[Path, Sequence[int]]], framing: Framing = AS_IT_IS) -> Tensor:
     """Image files of one size and colour as uint8 (N, C, H, W); with a tuple, these frames of the file.
 
-    Raises:
-        ValueError: If two files differ in size or colour after framing; it names both.
+    Two files that differ in size or colour after framing are a ValueError that names both.
     """
     jobs = [entry if isinstance(entry, tuple) else (entry, None) for entry in paths]
     starts = [0, *itertools.accumulate(1 if frames is None else len(frames) for _, frames in jobs)]

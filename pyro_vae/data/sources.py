@@ -65,15 +65,10 @@ def shuffled(count: int, seed: int = 0) -> Tensor:
 
 
 def divide(count: int, sizes: tuple[int, int, int], seed: int = 0, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """Disjoint index sets for train, validation and test.
+    """Disjoint index sets for train, validation and test, of sizes that sum to count, in the order of the seed.
 
-    Args:
-        count: Number of data to divide.
-        sizes: Number of train, validation and test data; they sum to count.
-        seed: Of the order.
-        labels: If given (N,), every part holds each label in its overall share, to within one datum.
-    Returns:
-        Indices under the keys "train", "validation", "test".
+    With labels, (N,), every part holds each label in its overall share, to within one datum.
+
     Example:
         >>> {name: len(rows) for name, rows in divide(10, (8, 1, 1)).items()}
         {'train': 8, 'validation': 1, 'test': 1}
@@ -107,15 +102,12 @@ def tenths(count: int, what: str) -> tuple[int, int, int]:
 
 
 def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0) -> tuple[tuple[Tensor, ...], bool]:
-    """Rows that come in groups (the frames of one file), in pieces that share no group.
+    """Rows that come in groups (the frames of one file), in pieces that share no group, and whether these were kept
+    whole.
 
-    Args:
-        groups: Number of rows of each group, (G,).
-        shares: Sizes of the pieces of n things.
-        seed: Of the order of the groups.
-    Returns:
-        The rows of each piece, and whether the groups were kept whole: with fewer groups than pieces the rows are cut
-        in their order instead, so that only neighbours at the cuts are near-duplicates.
+    `groups` are the numbers of rows of each, (G,), and `shares` the sizes of the pieces of n things. With fewer groups
+    than pieces the rows are cut in their order instead, so that only neighbours at the cuts are near-duplicates.
+
     Example:
         >>> cut(torch.tensor([1, 1, 1, 1]), lambda n: (n - 1, 1))
         ((tensor([2, 1, 0]), tensor([3])), True)

@@ -43,16 +43,12 @@ class Arguments:
     keywords: tuple[str, ...] = ()
 
     def kept(self, batch: tuple[Any, ...], warn: bool = True, columns: bool = True) -> int:
-        """How many columns of a batch are arguments.
+        """How many columns of a batch are arguments; with `warn`, a warning of those that are left out.
 
-        Args:
-            batch: Its columns.
-            warn: Whether to warn of those that are left out.
-            columns: Whether somebody put these columns together for the pair, as a tuple; a loader has its own.
-        Raises:
-            ValueError: Fewer columns than arguments; a boolean column that is no mask of the data; a column that
-                would be handed to an option; an argument that is keyword-only; whole numbers first, and floats of
-                their shape beside them that would be left out.
+        `columns` says whether somebody put these together for the pair, as a tuple; a loader has its own. A ValueError
+        where there are fewer columns than arguments, a boolean one that is no mask of the data, one that would be
+        handed to an option, an argument that is keyword-only, or whole numbers first and floats of their shape left
+        out.
         """
         if self.keywords:
             named = ", ".join((*self.names, *self.keywords))
@@ -129,10 +125,8 @@ def _placed(batch: tuple[Any, ...], keep: int) -> str:
 
 
 def arguments_of(*programs: Program) -> Arguments:
-    """What programs take by position, together.
+    """What programs take by position, together: functions, modules, methods, partials or handlers around them.
 
-    Args:
-        programs: Functions, modules, methods, partials or handlers around them.
     Example:
         >>> found = arguments_of(lambda x, mask=None: None, lambda x, mask=None, **_: None)
         >>> found.names, found.required, found.most, sorted(found.masks)

@@ -48,11 +48,7 @@ class _Array:
 
 
 def indices_of(indices: Sequence[int], size: int) -> Tensor:
-    """The indices of a ``Subset``, as numbers of rows.
-
-    Raises:
-        ValueError: One of no row.
-    """
+    """The indices of a ``Subset``, as numbers of rows; a ValueError for one of no row."""
     try:
         found = torch.as_tensor(indices)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -153,11 +149,7 @@ def _few(numbers: Sequence[int]) -> str:
 
 
 def collated(items: Sequence[Any]) -> Any:
-    """Single data as one batch.
-
-    Raises:
-        ValueError: They cannot be stacked.
-    """
+    """Single data as one batch; a ValueError where they cannot be stacked."""
     items = [mapped(lambda _, x: tensor_of(x) if isinstance(x, np.ndarray) else x, item) for item in items]
     try:
         return default_collate(items)

@@ -97,17 +97,8 @@ class Case:
 
 
 def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> bool:
-    """Refuse what does not go together, warn of what should be known.
-
-    Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        batch: The arguments of both.
-        loss: A Pyro ELBO or an `Objective`.
-    Returns:
-        Whether the guide has a point site, and so no bound.
-    Raises:
-        ValueError: The first reason of `reasons`.
+    """Refuse what does not go together by a ValueError, warn of what should be known; whether the guide has a point
+    site.
     """
     case = examine(model, guide, batch, loss)
     for rule in RULES:

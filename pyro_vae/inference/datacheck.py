@@ -74,14 +74,10 @@ class DataCheck:
             self._made({name: site for name, site in shown.sites.items() if site["is_observed"]}, covered)
 
     def __call__(self, batch: tuple[Any, ...], where: Callable[[int], str], at_once: int = 128) -> None:
-        """Look at one batch.
+        """Look at one batch, as the programs will get it; `where` names a row, and `at_once` suspected rows are run
+        together.
 
-        Args:
-            batch: As the programs will get it.
-            where: How to name a row.
-            at_once: Suspected rows that the pair is run on together.
-        Raises:
-            ValueError: A value outside its support, NaN or infinite, with row, column, value and remedy.
+        A value outside its support, NaN or infinite is a ValueError, with row, column, value and remedy.
         """
         for path, leaf in leaves(batch):
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.numel() and leaf.dtype != torch.bool:

@@ -107,8 +107,6 @@ def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | N
 def refusal(bound: Bound, estimator: str, num_samples: int) -> str | None:
     """Why a bound and an estimator do not go together, None where they do.
 
-    Raises:
-        ValueError: The bound does not take K samples.
     Example:
         >>> refusal(vr_max, "doubly-reparameterized", 8)[:42]
         'doubly-reparameterized needs a bound whose'
@@ -162,15 +160,10 @@ def needs_path(bound: Bound, estimator: str) -> bool:
 def coefficients(
     bound: WeightBound | SplitBound, estimator: str, log_weight: Tensor, beta: float | Tensor = 1.0
 ) -> Coefficients:
-    """The estimator's coefficients for given log weights.
+    """The estimator's coefficients a, c and s, without gradient, for given log weights, (K, B).
 
-    Args:
-        bound: The bound, with its derivatives.
-        estimator: One of `ESTIMATORS`.
-        log_weight: log w, (K, B), tempered where beta is not 1.
-        beta: Weight of log q within log w, to which -g belongs.
-    Returns:
-        a, c and s, without gradient.
+    `log_weight` is tempered where beta is not 1: the weight of log q within it, to which -g belongs.
+
     Example:
         >>> coefficients(IWAE, "doubly-reparameterized", torch.zeros(2, 1)).path.flatten()
         tensor([0.2500, 0.2500])
@@ -194,13 +187,8 @@ def coefficients(
 
 
 def advantage(bound: Bound, particles: Particles) -> Tensor:
-    """L - b_k, (K, B): the bound less itself with sample k replaced by the mean of the others.
+    """L - b_k, (K, B): the bound less itself with sample k replaced by the mean of the others; L itself at K = 1.
 
-    Args:
-        bound: Particles to one number per datum.
-        particles: Log densities of K samples for B data.
-    Returns:
-        Without gradient; L itself at K = 1.
     Example:
         >>> advantage(elbo, Particles(torch.tensor([[0.0], [2.0]]), {}, {}, {})).flatten()
         tensor([-1.,  1.])

@@ -57,13 +57,10 @@ def program_fingerprint(program: Any) -> str:
 
 
 def program_values(*roots: Any, but: Iterable[Tensor] = ()) -> dict[str, str]:
-    """What programs read from Python, a line for each place: numbers, texts, code, arrays and tensors.
+    """What programs, and functions that shape a fit, read from Python, by the name of the place, such as
+    ``state['beta']``.
 
-    Args:
-        *roots: Programs, and functions that shape a fit, such as a schedule.
-        but: Tensors that are told apart otherwise, such as parameters.
-    Returns:
-        Lines by the name of the place, such as ``state['beta']``; empty where more is reached than can be looked at.
+    `but` are tensors that are told apart otherwise. Empty where more is reached than can be looked at.
     """
     reach = Reach(*roots)
     if reach.full:

@@ -254,17 +254,8 @@ def mean_bound(
 ) -> float:
     """A bound averaged over data, at fixed noise and in evaluation mode, in nats per datum.
 
-    Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`, or `Batches` of them.
-        bound: The bound.
-        num_samples: K.
-        batch_size: Data scored at a time.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the noise, so that epochs are compared on the same draws.
-    Returns:
-        The mean over the data.
+    Data are as for `fit`, or `Batches` of them, and `batch_size` of them are scored at a time; the seed is that of the
+    noise, so that epochs are compared on the same draws. Batches go where the modules are, if no device is given.
     """
     objective = Objective(bound, num_samples)
     place = device_of(model, guide) if device is None else device

@@ -91,13 +91,9 @@ class Rehearsal:
 
 
 def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
-    """Run a pair once on a batch, the first program at the draws of the second.
+    """Run a pair once on a batch, the first program at the draws of the second; what it showed, whether it succeeded or
+    not.
 
-    Args:
-        programs: A model and its guides, or any one program.
-        batch: The arguments of all.
-    Returns:
-        What it showed, whether it succeeded or not.
     Example:
         >>> import pyro.distributions as dist
         >>> def model(x):

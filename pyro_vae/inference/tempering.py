@@ -118,14 +118,8 @@ class Tempering:
 
 
 def value_of(name: str, function: Callable[[float], Any], done: float) -> float:
-    """What a function of the fraction of steps done says.
+    """What a schedule of that name says of the fraction of steps done; a ValueError where it is no finite number >= 0.
 
-    Args:
-        name: Its name, for the message.
-        function: A schedule of a weight or a rate.
-        done: The fraction.
-    Raises:
-        ValueError: No number, or one that is negative or not finite.
     Example:
         >>> value_of("beta", lambda done: None, 0.5)
         Traceback (most recent call last):

@@ -33,18 +33,11 @@ def payload(
     vae: VAE, data: Split, *, about: dict[str, Any], names: Sequence[str] | None = None, references: int = 0,
     seed: int = 0, progress: bool | None = None,
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """What the page knows, as JSON would have it, and its arrays as text.
+    """What the page knows of a pair and its test data, as JSON would have it, and its arrays as text.
 
-    Args:
-        vae: The pair, of images and with latents in R^D.
-        data: Test data, drawn for good, with labels where there are.
-        about: Words for the page: "title", "dataset".
-        names: Of the labels.
-        references: Of how many of the first data the posterior is drawn by Hamiltonian Monte Carlo.
-        seed: Of all draws.
-        progress: Whether to show a bar for the references.
-    Raises:
-        ValueError: Data that are no images, latents that are not in R^D, a decoder that the page cannot compute.
+    `about` has the words "title" and "dataset"; `references` says of how many of the first data the posterior is drawn
+    by Hamiltonian Monte Carlo. Data that are no images, latents that are not in R^D, and a decoder that the page cannot
+    compute are a ValueError.
     """
     if not (isinstance(vae, VAE) and hasattr(vae.model, "likelihood") and hasattr(vae.model, "prior")):
         raise ValueError(

@@ -32,13 +32,10 @@ _ACTIVATIONS: dict[type, str] = {
 
 
 def layers(network: nn.Module, keep: Keep) -> Layers:
-    """The layers of a decoder, each a name and its numbers.
+    """The layers of a decoder of this package, each a name and its numbers; `keep` keeps a tensor, and says where.
 
-    Args:
-        network: A decoder of this package, or a layer of one.
-        keep: Keeps a tensor, and says where.
-    Raises:
-        ValueError: A layer that the page does not know.
+    A layer that the page does not know is a ValueError.
+
     Example:
         >>> [layer["op"] for layer in layers(ConvDecoder(2, (1, 8, 8), channels=[4]), lambda tensor: 0)]
         ['linear', 'silu', 'linear', 'reshape', 'silu', 'transposed', 'reshape']
@@ -83,13 +80,8 @@ def _plain(convolution: Any) -> bool:
 
 
 def link(likelihood: nn.Module, keep: Keep) -> dict[str, Any]:
-    """How E[x | z] follows from what the decoder gives.
-
-    Args:
-        likelihood: One of this package.
-        keep: Keeps a tensor, and says where.
-    Raises:
-        ValueError: Another likelihood.
+    """How E[x | z] follows from what the decoder gives; `keep` as of `layers`. Another likelihood than ours is a
+    ValueError.
     """
     kind = type(likelihood)
     own: Any = likelihood
@@ -132,11 +124,7 @@ def rounding(likelihood: Any, z: Tensor) -> float:
 
 
 def described(likelihood: Any, arrays: Arrays, kind: str) -> dict[str, Any]:
-    """Layers and link of a likelihood, its weights kept as "f2" or "f4"; what the link needs is float32 always.
-
-    Raises:
-        ValueError: A layer or a likelihood that the page does not know.
-    """
+    """Layers and link of a likelihood, its weights kept as "f2" or "f4"; what the link needs is float32 always."""
     own = likelihood.decoder
     found = layers(own, lambda tensor: None if tensor is None else arrays.add(tensor, kind))
     last = link(likelihood, lambda tensor: None if tensor is None else arrays.add(tensor, "f4"))
