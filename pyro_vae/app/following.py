@@ -44,7 +44,7 @@ def after(command: str, run: Path, summary: Mapping[str, Any]) -> str:
 
 
 def after_judging(run: Path, advice: Sequence[str]) -> str:
-    """The first of some commands that a judgement advises; where it was followed, the comparison with what came of it."""
+    """The first advice of a judgement; where it was followed, the comparison with what came of it."""
     if not advice:
         return typed("sample", run, "-n 100")
     other = followed(run, advice)
