@@ -42,8 +42,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_modules
 
 from pyro_vae import _trust as trust
-from pyro_vae._bytecode import Named, named_in
-from pyro_vae._trust import MISSING, SCALARS, is_trusted
+from pyro_vae._trust import MISSING, SCALARS, Named, is_trusted, named_in
 
 _FUNCTION_PARTS = tuple(operator.attrgetter(name) for name in ("__code__", "__defaults__", "__kwdefaults__"))
 _FUNCTION_TEXTS = ("__doc__", "__annotations__", "__name__", "__qualname__")

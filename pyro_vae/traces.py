@@ -470,13 +470,6 @@ def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {site["name"]: site for site in sample_sites(poutine.trace(program).get_trace(*args, **kwargs))}
 
 
-def is_point_guide(guide: Program, *args: Any, **kwargs: Any) -> bool:
-    """Whether a guide has a point site (``Delta``) without a density."""
-    with own_parameters(guide), torch.random.fork_rng(), torch.no_grad():
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return bool(points_among(guide, sample_sites(trace), args, kwargs))
-
-
 def _one_pass(
     model: Program,
     guide: Program,

@@ -20,12 +20,12 @@ from typing import Any
 
 import click
 
+from pyro_vae import __version__
 from pyro_vae.app import configuration
 from pyro_vae.app.configuration import GroupedCommand, convert, read_config
 from pyro_vae.app.defaults import CHOICES, option, resolve
 from pyro_vae.news import no_news_of_a_gpu
 from pyro_vae.parts import names
-from pyro_vae.version import __version__
 from pyro_vae.words import did_you_mean, spelled
 
 PROGRAM = "pyro-vae"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 
+from pyro_vae import __version__
 from pyro_vae.app import serving
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions
 from pyro_vae.app.remarks import codes_outside, levels
@@ -22,7 +23,6 @@ from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import Answers
 from pyro_vae.protocols import has_density, standardize
-from pyro_vae.version import __version__
 
 ELBO_SAMPLES = 100
 SAMPLES = 1000

@@ -1,7 +1,7 @@
 """What does not go together is refused before training, with the reason and a remedy.
 
 A combination that trains in silence to a meaningless number is worse than one that
-fails. The rules are one table, so that a study can print it: each is a function of a
+fails. The rules are one table: each is a function of a
 `Case` (the pair, one batch, the loss, and what one run of the pair showed) to a reason, or
 None. Notes are what is allowed and should be known.
 """
@@ -110,34 +110,6 @@ def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> 
         if text is not None:
             warnings.warn(text, stacklevel=4)
     return case.point is not None
-
-
-def reasons(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> list[str]:
-    """Why this combination is refused; an empty list if it is not.
-
-    The loss is evaluated once where nothing else speaks against it.
-
-    Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        batch: The arguments of both.
-        loss: A Pyro ELBO or an `Objective`.
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> from pyro.infer import Trace_ELBO
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Poisson(x.exp()))
-        >>> reasons(model, guide, (torch.zeros(3),), Trace_ELBO())[0][:58]
-        "guide site 'z' (Poisson) is discrete, and the prior is con"
-    """
-    case = examine(model, guide, batch, loss)
-    found = [reason for rule in RULES[:-1] if (reason := rule(case)) is not None]
-    last = None if found else RULES[-1](case)
-    return found if last is None else [last]
 
 
 def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> Case:

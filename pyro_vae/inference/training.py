@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
-from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches, Stream, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors
@@ -34,6 +33,7 @@ from pyro_vae.inference.hardware import reused_memory
 from pyro_vae.inference.objectives import ClosedForm, Objective, default_loss, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting, Unit
+from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.app.encoding import codes
-from pyro_vae.app.explore.arrays import Arrays
 from pyro_vae.app.explore.decoder import TOLERANCE, described, means, rounding
+from pyro_vae.app.explore.document import Arrays
 from pyro_vae.data import Split
 from pyro_vae.evaluation import evaluating
 from pyro_vae.judging.references import reference

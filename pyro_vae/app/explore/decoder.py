@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.app.explore.arrays import Arrays
+from pyro_vae.app.explore.document import Arrays
 from pyro_vae.parts import likelihoods
 from pyro_vae.parts.networks import MLP, ConvDecoder, GatedMLP, ResidualDecoder, Softplus
 from pyro_vae.parts.networks.convolutional import ResidualBlock
