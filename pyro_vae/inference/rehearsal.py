@@ -3,16 +3,16 @@
 Modules run in evaluation mode, whoever owns them; random states, the parameter store and the mode of every module are
 put back.
 
-`diagnosis` says where a loss that is not finite came from. A loss is log p(x | z) + log p(z) - log q(z | x), summed: the
-pair is run again on the batch, and the first of its densities that is not finite is named with its rows, in the order
-in which numbers reach it: the data, q, the draws, the prior, the likelihood. A parameter that is not finite is older
-than all of them.
+`diagnosis` says where a loss that is not finite came from, log p(x | z) + log p(z) - log q(z | x), summed: the pair is
+run again on the batch, and the first of its densities that is not finite is named with its rows, in the order in which
+numbers reach it: the data, q, the draws, the prior, the likelihood. A parameter that is not finite is older than all.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,32 +210,31 @@ def diagnosis(
 def _broken(programs: Sequence[Program]) -> list[str]:
     """Names of parameters that are not finite, in the order of the programs: the model's, the guide's, the store's."""
     named: dict[int, tuple[str, Tensor]] = {}
-    for owner in modules_of(*programs):
-        for name, parameter in owner.named_parameters():
-            named.setdefault(id(parameter), (name, parameter))
+    own = [pair for owner in modules_of(*programs) for pair in owner.named_parameters()]
     store: Any = pyro.get_param_store()
-    for name, parameter in store._params.items():
+    for name, parameter in (*own, *store._params.items()):
         named.setdefault(id(parameter), (name, parameter))
     return [name for name, parameter in named.values() if not bool(torch.isfinite(parameter).all())]
 
 
 def _site(programs: Sequence[Program], batch: tuple[Any, ...], index: Tensor | None) -> str | None:
+    where = functools.partial(rows_in, size=rows(batch), index=index, data_first=True)
     for path, leaf in leaves(batch):
         floating = isinstance(leaf, Tensor) and leaf.dim() and leaf.is_floating_point()
         if floating and not bool(torch.isfinite(leaf).all()):
             named = f" (argument {path[0]})" if path and path[0] else ""
-            return f"The data{named} hold NaN or infinite values in {rows_in(~torch.isfinite(leaf), rows(batch), index, data_first=True)}."
+            return f"The data{named} hold NaN or infinite values in {where(~torch.isfinite(leaf))}."
     for _ in range(_TRIES):
         torch.randint(2, ())  # another draw
         shown = rehearse(programs, batch)
         with torch.no_grad():
-            found = _first(shown, rows(batch), index)
+            found = _first(shown, where)
         if found is not None:
             return found
     return None
 
 
-def _first(shown: Rehearsal, size: int, index: Tensor | None) -> str | None:
+def _first(shown: Rehearsal, where: Callable[[Tensor], str]) -> str | None:
     if shown.error is not None:
         return f"The pair no longer runs on this batch: {' '.join(str(shown.error).split())[:200]}"
     drawn = [(site, "guide", "q") for site in shown.latents.values()]
@@ -247,15 +246,14 @@ def _first(shown: Rehearsal, size: int, index: Tensor | None) -> str | None:
         for name in getattr(fn, "arg_constraints", {}):
             parameter = fn.__dict__.get(name)
             if isinstance(parameter, Tensor) and not bool(torch.isfinite(parameter).all()):
-                where = rows_in(~torch.isfinite(parameter), size, index, data_first=True)
-                return f"{what} has a {name} that is not finite in {where}."
+                return f"{what} has a {name} that is not finite in {where(~torch.isfinite(parameter))}."
         value = _log_prob(site)
         bad = ~torch.isfinite(value)
         if bool(bad.any()):
             worst = float(value[bad].flatten()[0])
             scale = fn.__dict__.get("scale")
             low = f" Its smallest scale is {float(scale.min()):.3g}." if isinstance(scale, Tensor) else ""
-            return f"{what} has a log density of {worst} in {rows_in(bad, size, index, data_first=True)}.{low if role == 'q' else ''}"
+            return f"{what} has a log density of {worst} in {where(bad)}.{low if role == 'q' else ''}"
     return None
 
 
