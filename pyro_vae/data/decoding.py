@@ -15,12 +15,13 @@ Only formats whose decoders are plain code are opened: EPS, say, starts Ghostscr
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -139,26 +140,7 @@ if TYPE_CHECKING:
 
 AS_IT_IS = Framing()
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
-SUFFIXES = frozenset(
-    {
-        ".png",
-        ".apng",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-    }
-)
+SUFFIXES = frozenset(".png .apng .jpg .jpeg .jpe .jfif .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
 ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _ORIENTATION = 0x0112
@@ -212,24 +194,20 @@ def frames_of(path: Path) -> tuple[int, bool, bool, tuple[int, int] | None]:
         return 1, False, False, None
 
 
-class _errors:
+@contextlib.contextmanager
+def _errors(path: str | Path) -> Iterator[None]:
     """Whatever Pillow raises about a file becomes one ValueError that names it."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise ValueError(f"{self.path} could not be decoded: there is no such file. Check the path.") from error
-        # Decoders raise all kinds of things at damaged files; what is refused here on purpose names the file.
-        if isinstance(error, Exception) and not (isinstance(error, ValueError) and str(self.path) in str(error)):
-            reason = str(error).replace(str(self.path), "the file") or type(error).__name__
-            raise ValueError(
-                f"{self.path} could not be decoded ({reason}), wanted an image. Remove the file or save it again."
-            ) from error
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} could not be decoded: there is no such file. Check the path.") from error
+    except Exception as error:  # decoders raise all kinds of things at damaged files
+        if isinstance(error, ValueError) and str(path) in str(error):  # refused here on purpose
+            raise
+        reason = str(error).replace(str(path), "the file") or type(error).__name__
+        raise ValueError(
+            f"{path} could not be decoded ({reason}), wanted an image. Remove the file or save it again."
+        ) from error
 
 
 def _opened(path: str | Path) -> Image.Image:

@@ -91,15 +91,8 @@ def _whole(array: np.ndarray) -> np.ndarray:
 
 
 # What files and folders call the parts of a split.
-PART_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
+PART_NAMES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+PART_NAMES |= dict.fromkeys(("val", "valid", "validation"), "validation")
 IMAGE_WORDS = ("images", "image", "imgs", "img", "x", "data", "pixels", "features", "samples", "inputs")
 LABEL_WORDS = ("labels", "label", "y", "targets", "target", "classes", "class")
 

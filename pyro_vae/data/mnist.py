@@ -92,27 +92,16 @@ DEBIAN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 LABEL_NAMES = {
     "mnist": tuple("0123456789"),
-    "fashion-mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
+    "fashion-mnist": tuple("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")),
 }
 FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], "fashion-mnist": [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]}
 
 
-def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: int | None = None) -> Source:
+def read_mnist_like(name: str, data_dir: Path, download: bool = True) -> Source:
     """MNIST or Fashion-MNIST: the last training images validate, the official test set tests.
 
     Looked for in data_dir (the four files themselves, or torchvision's `MNIST/raw`), then, for Fashion-MNIST, where
-    Debian's package puts it, then on the network. A sixtieth (1,000 of 60,000) validates if `held_out` is omitted.
+    Debian's package puts it, then on the network. A sixtieth (1,000 of 60,000) validates.
     """
     folder = _find(name, data_dir)
     if folder is None and download:
@@ -137,7 +126,7 @@ def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: 
                 f"{folder} holds {other}, wanted {name}: their files bear the same names. "
                 f"Pass data_dir=, a folder with the files of {name}."
             )
-    last = max(1, len(train) // 60) if held_out is None else held_out
+    last = max(1, len(train) // 60)
     if len(train) <= last:
         raise ValueError(f"{found[0]} holds {len(train)} images, wanted more than the {last} set aside for validation.")
     return Source(

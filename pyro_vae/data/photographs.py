@@ -203,7 +203,7 @@ def _pictures(folder: Path) -> list[Path]:
     )
     paths = [path for path in files if path.suffix.lower() in known]
     if not paths:
-        wanted = ", ".join(sorted(known, key=_by_length))
+        wanted = ", ".join(sorted(known, key=lambda suffix: (len(suffix), suffix)))
         raise ValueError(
             f"{folder} holds no images, wanted files ending in {wanted}, {ARRAYS_TOO}. "
             f"{not_readable(folder) or 'Check the path, or point at the folder above or below.'}"
@@ -216,10 +216,6 @@ def _pictures(folder: Path) -> list[Path]:
             f"{folder}: passed over {others.total()} files that are not read as images: {named}.", stacklevel=5
         )
     return paths
-
-
-def _by_length(suffix: str) -> tuple[int, str]:
-    return len(suffix), suffix
 
 
 def _kinds(folder: Path, inner: Sequence[tuple[str, ...]]) -> tuple[list[str | None], list[tuple[str, ...]]]:
