@@ -109,8 +109,7 @@ class Arguments:
             return not isinstance(x, Tensor) and not isinstance(mask, str | list)
         if mask.dtype != torch.bool:
             return mask.shape == x.shape and x.dim() > 1  # of x's shape: the program says that it wants booleans
-        fits = mask.shape == x.shape
-        if not fits:
+        if mask.shape != x.shape:
             raise ValueError(
                 f"got a boolean column of shape {tuple(mask.shape)} beside data of shape {tuple(x.shape)}, which the "
                 f"pair would take as its {self.names[i]!r}; wanted a mask of the shape of the data. Labels: "

@@ -87,9 +87,8 @@ def rate_of(optimizer: PyroOptim) -> float | None:
     """The learning rate as it stands, None where a ``PyroOptim`` has one for each tensor."""
     if isinstance(optimizer, Fused):
         return float(optimizer.current_rate)
-    if isinstance(optimizer, PyroLRScheduler) and optimizer.optim_objs:
-        return float(next(iter(optimizer.optim_objs.values())).optimizer.param_groups[0]["lr"])
-    return None
+    objects = list(optimizer.optim_objs.values()) if isinstance(optimizer, PyroLRScheduler) else []
+    return float(objects[0].optimizer.param_groups[0]["lr"]) if objects else None
 
 
 def optimizer_settings(optimizer: PyroOptim) -> dict[str, Any]:
@@ -97,9 +96,8 @@ def optimizer_settings(optimizer: PyroOptim) -> dict[str, Any]:
     if not isinstance(optimizer, Fused):
         return {"optimizer": type(optimizer)}
     options = {key: value for key, value in optimizer.options.items() if key != "lr"}
-    taken = optimizer.taken_groups()
     return {
-        "optimizer": (optimizer.constructor, taken if taken else options),
+        "optimizer": (optimizer.constructor, optimizer.taken_groups() or options),
         "learning_rate": optimizer.learning_rate,
         "clip_norm": optimizer.clip_norm,
     }

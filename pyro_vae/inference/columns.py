@@ -125,7 +125,8 @@ class _Items:
         except Unreadable:
             raise
         except Exception as error:
-            last = f"item {numbers[len(items)]}" if fetch is None else f"an item of {_few(numbers)}"
+            shown = ", ".join(map(str, numbers[:5])) + "..." * (len(numbers) > 5)
+            last = f"item {numbers[len(items)]}" if fetch is None else f"an item of {shown}"
             raise Unreadable(f"{last} of the dataset", self.items, error) from error
         return collated(items)
 
@@ -141,11 +142,6 @@ class Unreadable(ValueError):
             f"{what} ({type(source).__name__}) cannot be read: {last if last.startswith(name) else f'{name}: {last}'}. "
             "Wanted a dataset whose items can all be read; look at that item by itself."
         )
-
-
-def _few(numbers: Sequence[int]) -> str:
-    more = "..." if len(numbers) > 5 else ""
-    return ", ".join(map(str, numbers[:5])) + more
 
 
 def collated(items: Sequence[Any]) -> Any:
@@ -196,7 +192,7 @@ def column(data: Any) -> Any:
     if isinstance(data, np.generic | int | float | complex | bool | str | bytes) or data is None:
         raise _unknown(data)
     if hasattr(data, "tocsr") and hasattr(data, "toarray"):
-        return _sparse_column(data.tocsr() if len(data.shape) == 2 else data)
+        return _sparse_column(data)
     if isinstance(data, Mapping):
         if not data:
             raise ValueError("the data are empty; wanted at least one column in the dict.")
@@ -292,13 +288,10 @@ def _array_column(data: np.ndarray) -> Any:
 
 
 def _sparse_column(data: Any) -> Any:
-    if len(data.shape) == 1:
-        data = data.reshape(1, -1)
-        return _Array(data.tocsr().T.tocsr(), (data.shape[1],))
-    if len(data.shape) > 2:
-        shape = tuple(data.shape)
-        return _Array(data.reshape(shape[0], -1).tocsr(), shape)
-    return _Array(data.tocsr())
+    shape = tuple(data.shape)
+    if len(shape) == 1:
+        return _Array(data.reshape(1, -1).tocsr().T.tocsr(), shape)
+    return _Array(data.tocsr() if len(shape) == 2 else data.reshape(shape[0], -1).tocsr(), shape)
 
 
 def _frame_column(data: Any) -> Any:

@@ -62,7 +62,8 @@ class DataCheck:
         self.rules = {} if shown is None or shown.error is not None else rules(shown, batch)
         self.masks, self.names = masks, names or {}
         self.tolerated = False
-        self._ran = None if shown is None or shown.error is not None or not _has_rows(batch) else at(batch, slice(1))
+        has_rows = any(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) for _, leaf in leaves(batch))
+        self._ran = at(batch, slice(1)) if shown is not None and shown.error is None and has_rows else None
         self._range: dict[Path, tuple[float, float]] = {}  # of whole numbers that the pair has run on
         for path, leaf in leaves(batch) if self._ran is not None else ():
             if isinstance(leaf, Tensor) and leaf.numel() and leaf.dtype != torch.bool and not leaf.is_floating_point():
@@ -232,10 +233,6 @@ class DataCheck:
         if names is not None and len(spot) == 1:
             return f"{named}, column {names[spot[0]]!r}"
         return f"{named}, column {spot[0] if len(spot) == 1 else spot}"
-
-
-def _has_rows(batch: tuple[Any, ...]) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) for _, leaf in leaves(batch))
 
 
 def _rows_with(bad: Tensor) -> Tensor:

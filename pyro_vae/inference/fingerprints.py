@@ -69,13 +69,12 @@ def program_values(*roots: Any, but: Iterable[Tensor] = ()) -> dict[str, str]:
     for name, value in reach.values():
         if id(value) in known or _BOOKS.search(name):
             continue
-        line = f"code #{_digest(_bytes(value))}" if isinstance(value, types.CodeType) else fingerprint(value)
         place, several = plain_name(name), 1
         key = place
         while key in found:
             several += 1
             key = f"{place} ({several})"
-        found[key] = line
+        found[key] = f"code #{_digest(_bytes(value))}" if isinstance(value, types.CodeType) else fingerprint(value)
     return found
 
 
@@ -129,15 +128,12 @@ def _object(value: Any, path: tuple[int, ...]) -> str:
         return f"{_name(type(value))}({_described(value.X, path)})"
     if hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__getitem__"):  # of HDF5 or zarr
         return f"{_name(type(value))}({_array(value, path)})"
-    state = getattr(value, "__dict__", None) or {name: getattr(value, name, None) for name in _slots(value)}
+    slots = getattr(type(value), "__slots__", ())
+    slots = (slots,) if isinstance(slots, str) else slots
+    state = getattr(value, "__dict__", None) or {name: getattr(value, name, None) for name in slots}
     public = {key: part for key, part in state.items() if not key.startswith("_") and key not in _PASSING}
     length = [f"len={len(value)}"] if hasattr(value, "__len__") else []
     return f"{_name(type(value))}({', '.join([*length, *([_pairs(public, path)] if public else [])])})"
-
-
-def _slots(value: Any) -> Iterable[str]:
-    slots = getattr(type(value), "__slots__", ())
-    return (slots,) if isinstance(slots, str) else slots
 
 
 def _pairs(mapping: Mapping[Any, Any], path: tuple[int, ...]) -> str:
