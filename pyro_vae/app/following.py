@@ -37,10 +37,10 @@ def after(command: str, run: Path, summary: Mapping[str, Any]) -> str:
     if command in ("fit", "evaluate", "draw"):
         found = next_commands(run, summary)
         return next(line for line in found if line.split()[1] != command)
-    more = {"sample": ("anomalies",), "reconstruct": ("anomalies",), "encode": ("export",)}
-    more["anomalies"] = ("encode", "test --out codes.csv")
-    name, *words = more.get(command, ("explore",))
-    return typed(name, run, *words)
+    if command == "anomalies":
+        return typed("encode", run, "test --out codes.csv")
+    more = {"sample": "anomalies", "reconstruct": "anomalies", "encode": "export"}
+    return typed(more.get(command, "explore"), run)
 
 
 def after_judging(run: Path, advice: Sequence[str]) -> str:

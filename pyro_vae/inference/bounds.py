@@ -133,8 +133,7 @@ def iwae(particles: Particles) -> Tensor:
 
     Reference: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519
     """
-    log_weight = particles.log_weight
-    return torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
+    return _log_mean(particles.log_weight)
 
 
 @checked

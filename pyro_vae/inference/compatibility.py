@@ -51,16 +51,7 @@ _MANY_PASSES = 20_000
 class Case:
     """A pair, one batch, a loss, and what one run of each program showed.
 
-    Attributes:
-        model: The model.
-        guide: The guide.
-        batch: The arguments of both.
-        loss: The loss.
-        model_sites: The model's sample sites by name.
-        guide_sites: The guide's.
-        model_modules: Modules that the model ran.
-        guide_modules: Modules that the guide ran.
-        points: Guide sites that are points without a density.
+    Its sample sites by name, the modules that it ran, and the guide's sites that are points without a density.
     """
 
     model: Program
@@ -92,8 +83,10 @@ class Case:
 
     @property
     def rescoring(self) -> str:
-        """What it takes the guide to score a sample that it did not draw, as far as it says."""
-        return rescoring(self.guide, *self.guide_modules)
+        """What it takes the guide to score a sample that it did not draw; "" where the loss does not ask for that."""
+        loss = self.loss
+        asks = isinstance(loss, Objective) and needs_cut(loss.bound, loss.estimator)
+        return rescoring(self.guide, *self.guide_modules) if asks else ""
 
 
 def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> bool:
@@ -101,13 +94,11 @@ def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> 
     site.
     """
     case = examine(model, guide, batch, loss)
-    for rule in RULES:
-        reason = rule(case)
-        if reason is not None:
-            raise ValueError(reason)
+    reason = next((found for rule in RULES if (found := rule(case)) is not None), None)
+    if reason is not None:
+        raise ValueError(reason)
     for note in NOTES:
-        text = note(case)
-        if text is not None:
+        if (text := note(case)) is not None:
             warnings.warn(text, stacklevel=4)
     return case.point is not None
 
@@ -217,32 +208,29 @@ def _supports(case: Case) -> str | None:
                 "and prior the same latent_dim."
             )
         try:
-            ours, theirs = _plain(q.support), _plain(p.support)
+            (ours, mine), (theirs, other) = _bare(q.support), _bare(p.support)
         except NotImplementedError:
             continue
         if ours.is_discrete != theirs.is_discrete:
             words = ("discrete", "continuous") if ours.is_discrete else ("continuous", "discrete")
             return f"{who} is {words[0]}, and the prior is {words[1]} ({kind(p)}). Give both the same support."
-        thin = {_name(ours), _name(theirs)} & _THIN
+        thin = {mine, other} & _THIN
         value = site["value"]
         outside = not bool(value.isnan().any()) and not bool(p.support.check(value).all())
-        if (thin and _name(ours) != _name(theirs)) or outside:
+        if (thin and mine != other) or outside:
             return (
-                f"{who} has the support {_name(ours)}, and the prior ({kind(p)}) the support {_name(theirs)}: the "
+                f"{who} has the support {mine}, and the prior ({kind(p)}) the support {other}: the "
                 "divergence between them is infinite or undefined. Give both the same support, such as VonMisesFisher "
                 "with HypersphericalUniform, or DiagonalNormal with StandardNormal."
             )
     return None
 
 
-def _plain(support: Any) -> Any:
+def _bare(support: Any) -> tuple[Any, str]:
+    """A support of single numbers or whole events, and its name."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support
-
-
-def _name(support: Any) -> str:
-    return type(support).__name__.strip("_").lower()
+    return support, type(support).__name__.strip("_").lower()
 
 
 def _masks(case: Case) -> str | None:
@@ -364,10 +352,9 @@ def _renyi_of_fixed(case: Case) -> str | None:
 
 
 def _rescoring(case: Case) -> str | None:
-    loss = case.loss
-    if not isinstance(loss, Objective) or not needs_cut(loss.bound, loss.estimator) or case.rescoring != "impossible":
+    if case.rescoring != "impossible":
         return None
-    name = case.latents[0] if case.latents else "?"
+    name, loss = (case.latents or ["?"])[0], case.loss
     bound = getattr(loss.bound, "__name__", repr(loss.bound))
     which = f"estimator={loss.estimator!r}" if loss.estimator != "reparameterized" else f"the objective {bound}"
     return (
@@ -406,12 +393,11 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
 
 
 def _slow(case: Case) -> str | None:
-    loss = case.loss
-    if not isinstance(loss, Objective) or not needs_cut(loss.bound, loss.estimator) or case.rescoring != "D passes":
+    if case.rescoring != "D passes":
         return None
     return (
         "this posterior scores a sample that it did not just draw in D passes, one per latent dimension, and "
-        f"{loss!r} asks for that in every step. It will train slowly; a coupling flow needs one pass."
+        f"{case.loss!r} asks for that in every step. It will train slowly; a coupling flow needs one pass."
     )
 
 

@@ -75,14 +75,14 @@ def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | N
         >>> weight_bound(reconstruction, 2) is None
         True
     """
-    for known, with_derivatives in ((elbo, ELBO), (iwae, IWAE), (vr_max, VR_MAX)):
-        if bound is known:
-            return with_derivatives
-    if isinstance(bound, SplitBound):
-        for side in (bound.report, bound.model, bound.guide):
+    pairs = ((elbo, ELBO), (iwae, IWAE), (vr_max, VR_MAX))
+    known = next((own for plain, own in pairs if bound is plain), bound)
+    if isinstance(known, WeightBound | SplitBound):
+        sides = (known.report, known.model, known.guide) if isinstance(known, SplitBound) else (bound,)
+        for side in sides:
             if isinstance(side, WeightBound):
                 side.value(torch.zeros(num_samples, 1))
-        return bound
+        return known
     if isinstance(bound, WeightBound):
         bound.value(torch.zeros(num_samples, 1))
         return bound
@@ -172,12 +172,10 @@ def coefficients(
     model = bound.model if isinstance(bound, SplitBound) else bound
     guide = bound.guide if isinstance(bound, SplitBound) else bound
     joint = None if model is None else model.gradient(log_weight)
-    if isinstance(guide, Wake):
-        if estimator == "doubly-reparameterized":
-            return Coefficients(joint, guide.path(log_weight), None)
-        return Coefficients(joint, None, guide.share(log_weight))
     if estimator == "doubly-reparameterized":
         return Coefficients(joint, guide.path(log_weight), None)
+    if isinstance(guide, Wake):
+        return Coefficients(joint, None, guide.share(log_weight))
     gradient = guide.gradient(log_weight)
     if estimator == "sticking-the-landing":
         return Coefficients(joint, gradient, None)
