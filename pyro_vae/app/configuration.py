@@ -83,10 +83,9 @@ def parsed(path: Path, text: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}.") from error
     except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise ValueError(f"{path} is not valid YAML: {problem}{line}.") from error
+        raise ValueError(f"{path} is not valid YAML: {problem or 'unreadable'}{line}.") from error
 
 
 def _integer(value: Any) -> int:
@@ -101,16 +100,13 @@ def _number(value: Any) -> float:
     return float(value)  # also of text: YAML reads 2e-3 as a word
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return value
+def _of(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError
+        return value
 
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
+    return read
 
 
 def _widths(value: Any) -> tuple[int, ...]:
@@ -127,15 +123,13 @@ def _mapping(value: Any) -> dict[str, Any]:
             value = yaml.safe_load("{" + re.sub(r"\s*=\s*", ": ", value) + "}")
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError from error
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError
-    if None in value.values():
-        raise ValueError  # a name without "="
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and v is not None for k, v in value.items()):
+        raise ValueError  # also of a name without "="
     return dict(value)
 
 
 _READERS: dict[str, Any] = {
-    "int": _integer, "float": _number, "str": _text, "bool": _truth, "tuple[int, ...]": _widths,
+    "int": _integer, "float": _number, "str": _of(str), "bool": _of(bool), "tuple[int, ...]": _widths,
     "dict[str, Any]": _mapping,
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +122,8 @@ def _pictures(path: Path, known: frozenset[str]) -> list[Path]:
         return [path] if path.suffix.lower() in known else []
     if not path.is_dir():
         return []
-    hidden = (file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in known)
-    return sorted(file for file in hidden if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    files = (file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in known)
+    return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts))
 
 
 def _framed(path: Path, shape: tuple[int, ...], options: FitOptions) -> Tensor:
@@ -151,15 +152,12 @@ def _writer(out: Path) -> Callable[[Path, Names, Codes], None]:
     writers = {".csv": _csv, ".npz": _npz, ".parquet": _parquet}
     if out.suffix.lower() not in writers:
         raise ValueError(f"got --out {out}, wanted a .csv, a .npz or a .parquet.")
-    if out.suffix.lower() == ".parquet":
-        for package in ("pandas", "pyarrow"):
-            try:
-                __import__(package)
-            except ImportError as error:
-                raise ValueError(
-                    f"got --out {out}, which needs pandas and pyarrow, and {package} is not installed. Run: pip "
-                    "install pandas pyarrow, or write a .csv or a .npz."
-                ) from error
+    missing = [name for name in ("pandas", "pyarrow") if out.suffix.lower() == ".parquet" and find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"got --out {out}, which needs pandas and pyarrow, and {missing[0]} is not installed. Run: pip install "
+            "pandas pyarrow, or write a .csv or a .npz."
+        )
     return writers[out.suffix.lower()]
 
 

@@ -108,7 +108,8 @@ def evaluate(
     """
     started = time.perf_counter()
     test = test_data(dataset, seed, images)
-    numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": _latent_dim(vae)}
+    latents = vae.architecture.latent_dim if vae.architecture else vae.model.prior().event_shape.numel()
+    numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": latents}
     if len(dataset.x_shape) == 3:
         numbers["train_levels"] = levels(dataset.train.pixels, dataset.train.mean())
     if is_autoencoder(vae):
@@ -162,8 +163,7 @@ def told(terms: ElboTerms, estimate: Estimate) -> dict[str, Any]:
 def _latents_and_samples(vae: Answers, test: Split) -> dict[str, Any]:
     """Active units, and how far samples are from the data; what takes more data than there are is left out."""
     numbers: dict[str, Any] = {}
-    left_out = []
-    face = serving.face(vae)
+    left_out, face = [], serving.face(vae)
     if len(test) >= 2:
         numbers["active_units"] = active_units(vae.guide, face.given(test), site=face.site).count
         if face.site not in (None, "z"):
@@ -263,7 +263,3 @@ def _closed_forms(vae: Answers, dataset: Dataset, test: Split, elbo: float) -> d
             "true_minus_fitted_expected": true.expected_excess(len(dataset.train)),
         }
     return numbers
-
-
-def _latent_dim(vae: Answers) -> int:
-    return vae.architecture.latent_dim if vae.architecture else vae.model.prior().event_shape.numel()

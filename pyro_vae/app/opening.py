@@ -102,9 +102,7 @@ class Opened:
                                 ("test_reconstruction", "reconstruction"))
             if self.summary.get(name) is not None
         ]  # fmt: skip
-        count = sum(p.numel() for p in self.pair.parameters())
-        plain = self.options.model == "vae"
-        model, held = ("", ".vae") if plain else (f"{self.options.model}, ", ".pair")
+        model, held = ("", ".vae") if self.options.model == "vae" else (f"{self.options.model}, ", ".pair")
         early = " (stopped early)" if self.history.stopped_early else ""
         ended = " (interrupted)" if self.history.interrupted else early
         lines = [
@@ -112,7 +110,7 @@ class Opened:
             f"  pair     {model}{self.options.network} {'-'.join(map(str, self.options.hidden))}, "
             f"{self.options.latent_dim} latents, q {self.options.posterior}, p(z) {self.options.prior}, "
             f"p(x|z) {self.options.likelihood}, "
-            f"{count:,} parameters",
+            f"{sum(p.numel() for p in self.pair.parameters()):,} parameters",
             f"  test     {', '.join(numbers) or 'not evaluated'}",
             f"  options  {' '.join(differ) or 'the defaults'}",
             f"  has      {held} .model .guide .data .options .history .summary",
@@ -154,6 +152,6 @@ def open(  # noqa: A001 - as pv.open
     else:
         trusted = [trust] if isinstance(trust, str) else trust
     pair = run.pair(trusted)
-    told = {name: run.summary.get(name) for name in ("best_epoch", "stopped_early", "interrupted")}
-    history = History(run.metrics(), told["best_epoch"], bool(told["stopped_early"]), bool(told["interrupted"]))
+    told, known = run.summary, run.metrics()
+    history = History(known, told.get("best_epoch"), bool(told.get("stopped_early")), bool(told.get("interrupted")))
     return Opened(run.path, pair, options_of(run), history, run.summary, None if data_dir is None else str(data_dir))

@@ -104,9 +104,9 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     return ", ".join(parts) + f"; {protocol.get('selection')}"
 
 
-def show(summary: Mapping[str, Any], run: Path | None = None, console: Console | None = None) -> None:
-    """Print what summary.json holds of a run; the arguments are otherwise those of `show_lines`."""
-    show_lines(lines(summary, run), console)
+def show(summary: Mapping[str, Any], run: Path | None = None) -> None:
+    """Print what summary.json holds of a run."""
+    show_lines(lines(summary, run))
 
 
 def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None) -> None:
@@ -302,18 +302,17 @@ def _binary(dataset: Dataset) -> bool:
     return dataset.train.binarization != "none"
 
 
-def pairs(x: Tensor, labels: Tensor | None, count: int = 6, alike: bool = False) -> tuple[list[int], list[int]]:
-    """Rows to interpolate between, from and to, so many pairs at most: of different labels where there are labels, or
-    of `alike` ones."""
+def pairs(x: Tensor, labels: Tensor | None, alike: bool = False) -> tuple[list[int], list[int]]:
+    """Rows to interpolate between, from and to, six pairs at most: of different labels where there are labels, or of
+    `alike` ones."""
     starts, ends = [], []
     for i in range(0, len(x) - 1, 2):
         fitting = (j for j in range(i + 1, len(x)) if labels is None or bool(labels[j] == labels[i]) is alike)
         j = next(fitting, None if alike else i + 1)
-        if j is None:
-            continue
-        starts.append(i)
-        ends.append(j)
-        if len(starts) == count:
+        if j is not None:
+            starts.append(i)
+            ends.append(j)
+        if len(starts) == 6:
             break
     return starts, ends
 

@@ -128,7 +128,7 @@ class Conditional(Zoo):
     rows = "each class"
 
     def given(self, split: Split) -> Any:
-        return split, _labels(split)
+        return split, _known(split.labels)
 
     def batch(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
         return x, torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
@@ -175,7 +175,7 @@ class SemiSupervised(Conditional):
 
     def training(self, split: Split, options: FitOptions) -> Any:
         own = options.model_options
-        return split, shown_labels(_labels(split), own["num_labelled"], options.seed)
+        return split, shown_labels(_known(split.labels), own["num_labelled"], options.seed)
 
     def given(self, split: Split) -> Any:
         return split
@@ -209,7 +209,7 @@ class SemiSupervised(Conditional):
         with noise(seed):
             guessed = torch.cat([pair.classify(part).argmax(-1).cpu() for part in _parts(test)])
         about = f"the share of {len(test):,} test data whose label is the largest of q(y | x)"
-        return _accuracy(guessed == _labels(test).cpu()) | {"accuracy_is": about}
+        return _accuracy(guessed, test, about)
 
 
 class Mixture(Zoo):
@@ -243,14 +243,13 @@ class Mixture(Zoo):
         train = dataset.train.subset(slice(0, MATCHED)).frozen(seed)
         with noise(seed):
             there, here = (clusters_of(pair, split) for split in (train, test))
-        matched = matching(there, _labels(train).cpu(), len(pair.model.prior.logits))
+        matched = matching(there, _known(train.labels).cpu(), len(pair.model.prior.logits))
         guessed = torch.tensor([-1 if c is None else c for c in matched])[here]
         about = (
             f"the share of {len(test):,} test data whose label is that of their likeliest cluster, clusters matched "
             f"one to one with the classes on {len(train):,} training data"
         )
-        found = _accuracy(guessed == _labels(test).cpu())
-        return found | {"accuracy_is": about, "cluster_classes": matched}
+        return _accuracy(guessed, test, about) | {"cluster_classes": matched}
 
 
 class Hierarchical(Zoo):
@@ -342,18 +341,14 @@ def label_of(text: str, names: Sequence[str] | None) -> int:
         raise ValueError(f"got --label {text!r}, wanted the number of a class{known}.") from None
 
 
-def _accuracy(right: Tensor) -> dict[str, Any]:
-    share, count = right.double().mean().item(), len(right)
+def _accuracy(guessed: Tensor, test: Split, about: str) -> dict[str, Any]:
+    share, count = (guessed == _known(test.labels).cpu()).double().mean().item(), len(test)
     error = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
-    return {"test_accuracy": share, "test_accuracy_stderr": error}
+    return {"test_accuracy": share, "test_accuracy_stderr": error, "accuracy_is": about}
 
 
 def _parts(split: Split) -> list[Tensor]:
     return [split[start : start + _ROWS] for start in range(0, len(split), _ROWS)]
-
-
-def _labels(split: Split) -> Tensor:
-    return _known(split.labels)
 
 
 def _known(labels: Tensor | None) -> Tensor:

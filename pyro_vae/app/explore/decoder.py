@@ -87,15 +87,14 @@ def link(likelihood: nn.Module, keep: Keep) -> dict[str, Any]:
     own: Any = likelihood
     scaled = standardize(own)
     moved = {} if scaled is None else {"shift": keep(scaled.loc), "stretch": keep(scaled.scale)}
-    if kind is likelihoods.Bernoulli:
-        return {"name": "sigmoid"}
-    if kind is likelihoods.ContinuousBernoulli:
-        return {"name": "continuous-bernoulli"}
+    plain = {likelihoods.Bernoulli: "sigmoid", likelihoods.ContinuousBernoulli: "continuous-bernoulli"}
+    if kind in plain:
+        return {"name": plain[kind]}
     if kind is likelihoods.Normal:
         return {"name": "identity", **moved}
     if kind in (likelihoods.Poisson, likelihoods.NegativeBinomial):
         # With levels the mean is multiplied by L - 1 and divided by it again.
-        return {"name": own.link, **{key: value for key, value in moved.items() if key == "stretch"}}
+        return {"name": own.link} | {key: value for key, value in moved.items() if key == "stretch"}
     if kind is likelihoods.Categorical:
         return {"name": "levels", "levels": own.parameters_per_pixel}
     if kind in (likelihoods.DiscretizedLogistic, likelihoods.MixtureOfDiscretizedLogistics):

@@ -31,6 +31,7 @@ class Arrays:
     Attributes:
         table: Of each its kind, its shape and where it begins, in bytes.
     Example:
+        >>> import torch
         >>> arrays = Arrays()
         >>> arrays.add(torch.tensor([1.0, 2.0, 3.0]), "f2"), arrays.add(torch.zeros(2, 2), "f4")
         (0, 1)
