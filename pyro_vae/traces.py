@@ -380,17 +380,10 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
 
 
 def predict(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """Draw data x_k ~ p(x | z_k) at given latents, one for each.
+    """Draw data x_k ~ p(x | z_k) at given latents, one for each: (K, *plates, *event) per observed site.
 
-    Args:
-        model: A Pyro program for p(x, z).
-        latents: Values per latent site, (K, *plates, *event), as `Particles.latents`.
-        args: What the model takes (a batch serves for its shape only).
-        kwargs: Keyword arguments that the model takes.
-    Returns:
-        Per observed site, (K, *plates, *event).
-    Raises:
-        ValueError: A latent site has no value.
+    `latents` have values per latent site, (K, *plates, *event), as `Particles.latents`; one without is a ValueError.
+    The model's arguments serve for their shape only.
     """
     with own_parameters(model), torch.no_grad():
         data = [name for name, site in sites(model, *args, **kwargs).items() if site["is_observed"]]

@@ -62,11 +62,7 @@ def free_parameters(distribution: TorchDistribution) -> tuple[Free, Build]:
 
 
 class Moved(Messenger):
-    """Adds changes to the free parameters of the distributions at a program's sites.
-
-    Args:
-        changes: By site, and then by the name of the parameter.
-    """
+    """Adds changes, by site and then by the name of the parameter, to the free parameters of a program's distributions."""
 
     def __init__(self, changes: Mapping[str, Free]) -> None:
         super().__init__()
@@ -80,11 +76,9 @@ class Moved(Messenger):
 
 
 def local_of(posterior: Headed, parameters: Tensor) -> Local:
-    """A posterior's family at free parameters for each datum; of one without a `local` the head's numbers are free.
+    """The family of a posterior that `has_head` at free parameters for each datum, which start at these, (B, P).
 
-    Args:
-        posterior: One that `has_head`.
-        parameters: Where they start, (B, P), such as what the head returns.
+    Of one without a `local` what the head returns is free.
     """
     if isinstance(posterior, Unamortized):
         return posterior.local(parameters)

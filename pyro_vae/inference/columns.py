@@ -174,13 +174,11 @@ def drawn(column: Any) -> bool:
 
 
 def column(data: Any) -> Any:
-    """One column of whatever holds it.
+    """One column of whatever holds it: a tensor (dense or sparse), array, frame, sparse matrix, AnnData, HDF5 dataset,
+    map-style dataset, a dict of columns, or anything with ``len`` that an index tensor turns into a batch.
 
-    Args:
-        data: A tensor (dense or sparse), array, frame, sparse matrix, AnnData, HDF5 dataset, map-style dataset, a dict
-            of columns, or anything with ``len`` that an index tensor turns into a batch.
-    Raises:
-        ValueError: Nothing that has rows of numbers.
+    Nothing that has rows of numbers is a ValueError.
+
     Example:
         >>> column(np.arange(3, dtype=">i2")[::-1])[torch.tensor([0, 2])]
         tensor([2, 0], dtype=torch.int16)

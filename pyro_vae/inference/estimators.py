@@ -62,14 +62,9 @@ class Coefficients(NamedTuple):
 def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | None:
     """A bound with its derivatives, or None where it is not a function of the log weights alone.
 
-    Bounds of your own are differentiated by autograd (K backward passes of a (K, B) table
-    for the doubly-reparameterised coefficient).
+    Bounds of your own are differentiated by autograd (K backward passes of a (K, B) table for the
+    doubly-reparameterised coefficient). One that does not take K samples is a ValueError.
 
-    Args:
-        bound: Particles to one number per datum.
-        num_samples: K.
-    Raises:
-        ValueError: The bound does not take K samples.
     Example:
         >>> from pyro_vae.inference.bounds import reconstruction
         >>> weight_bound(reconstruction, 2) is None

@@ -70,12 +70,9 @@ def lenient(fn: Any) -> bool:
 class Rehearsal:
     """What one run of a pair showed.
 
-    Attributes:
-        sites: The first program's sample sites by name; empty where it failed.
-        latents: The other programs' sample sites by name.
-        parameters: Parameters that the programs asked for or own, and those of the modules that ran.
-        modules: Modules that ran.
-        error: What a program raised, None if nothing.
+    `sites` are the first program's sample sites by name, empty where it failed, and `latents` those of the others;
+    `parameters` those that the programs asked for or own, and of the modules that ran; `error` is what a program
+    raised.
     """
 
     sites: Mapping[str, Any] = field(default_factory=dict)
@@ -158,16 +155,12 @@ def _finite(value: Tensor) -> bool:
 def diagnosis(
     value: float, step: int, programs: Sequence[Program], batch: tuple[Any, ...], index: Tensor | None = None
 ) -> str:
-    """What to say of a loss that is not finite.
+    """What to say of a loss that is not finite: the step, then as far as they are found the parameter, the site with
+    its rows, and the data's range.
 
-    Args:
-        value: The loss.
-        step: The number of the step, from 0.
-        programs: The model and the guide, as they are now.
-        batch: The batch of that step.
-        index: The rows of the data that it holds, where they are known.
-    Returns:
-        The step, then as far as they are found the parameter, the site with its rows, and the data's range.
+    Steps count from 0; the programs are the model and the guide, as they are now, and the batch that of the step, with
+    the rows of the data that it holds (`index`), where they are known.
+
     Example:
         >>> import pyro.distributions as dist
         >>> def model(x):
