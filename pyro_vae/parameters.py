@@ -132,17 +132,13 @@ class _Store:
         if own is not None:
             self._enter(name, own, constraint)
 
-    def undo(self, name: str) -> None:
-        """Put back what was under a name."""
-        if name in self._before:
+    def undo_all(self) -> None:
+        """Put back what was there."""
+        for name, held in self._before.items():
             self._drop(name)
-            held = self._before.pop(name)
             if held is not None:
                 self._enter(name, *held)
-
-    def undo_all(self) -> None:
-        for name in list(self._before):
-            self.undo(name)
+        self._before.clear()
 
     def _enter(self, name: str, tensor: Tensor, constraint: Any) -> None:
         self.store.set_state({"params": {name: tensor}, "constraints": {name: constraint}})

@@ -62,7 +62,7 @@ def free_parameters(distribution: TorchDistribution) -> tuple[Free, Build]:
 
 
 class Moved(Messenger):
-    """Adds changes, by site and then by the name of the parameter, to the free parameters of a program's distributions."""
+    """Adds changes, by site and then by the parameter's name, to the free parameters of a program's distributions."""
 
     def __init__(self, changes: Mapping[str, Free]) -> None:
         super().__init__()
