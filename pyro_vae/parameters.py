@@ -307,8 +307,7 @@ def names_of(tensor: Tensor) -> list[str]:
 
 def trainable(program: Any) -> list[nn.Parameter]:
     """Parameters with gradients of the modules that a program owns, each once; [] where it owns none."""
-    found = {id(p): p for module in modules_of(program) for p in module.parameters() if p.requires_grad}
-    return list(found.values())
+    return list({id(p): p for module in modules_of(program) for p in module.parameters() if p.requires_grad}.values())
 
 
 def device_of(*programs: Any) -> torch.device | None:

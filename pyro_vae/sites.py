@@ -228,8 +228,7 @@ def mask_of(site: Any) -> Tensor | None:
 
     The handlers' masks and those of the distribution itself together, also those inside of an event.
     """
-    event = site["fn"].event_dim
-    found: list[tuple[Any, int]] = [(site["mask"], event)]
+    found: list[tuple[Any, int]] = [(site["mask"], site["fn"].event_dim)]
     found += [(layer._mask, layer.event_dim) for layer in wrappers(site["fn"]) if isinstance(layer, MaskedDistribution)]
     whole: Tensor | None = None
     for mask, dims in found:

@@ -109,8 +109,7 @@ def _images(images: list[Any], name: str) -> Tensor:
     deep = [image.mode for image in images if image.mode.startswith(("I", "F"))]
     if deep:
         raise ValueError(f"got {name} of images of mode {deep[0]}, wanted 8 bits a channel. Convert to L or RGB.")
-    arrays = [np.asarray(image.convert("L" if grey else "RGB")) for image in images]
-    levels = torch.from_numpy(np.stack(arrays))
+    levels = torch.from_numpy(np.stack([np.asarray(image.convert("L" if grey else "RGB")) for image in images]))
     return (levels.unsqueeze(1) if grey else levels.movedim(-1, 1)).float() / 255
 
 

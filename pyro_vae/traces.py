@@ -194,8 +194,7 @@ class Cut(Messenger):
                 total = total + term
                 earlier = [copy for _, copy in drawn[:last]]
                 if earlier:
-                    carried = torch.autograd.grad(term, earlier, retain_graph=True, allow_unused=True)
-                    for i, extra in enumerate(carried):
+                    for i, extra in enumerate(torch.autograd.grad(term, earlier, retain_graph=True, allow_unused=True)):
                         if extra is not None:
                             gradients[i] = extra if gradients[i] is None else gradients[i] + extra
         return total

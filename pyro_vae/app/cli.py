@@ -441,8 +441,7 @@ def combinations(
     estimators = tuple(_choice("estimator", name) for name in estimators)
     posteriors = tuple(names.check("posterior", name) for name in posteriors)
     outcomes = losses.combinations(posteriors or None, bounds or None, estimators or None)
-    records = [outcome._asdict() for outcome in outcomes]
-    click.echo(json.dumps(records, indent=2) if as_json else losses.table(outcomes))
+    click.echo(json.dumps([outcome._asdict() for outcome in outcomes], indent=2) if as_json else losses.table(outcomes))
     return 1 if any(outcome.result == "fails" for outcome in outcomes) else 0
 
 

@@ -121,8 +121,7 @@ def study(
         ValueError: A bad option or file, arms of different data, nothing that could be fitted.
     """
     wanted = study_of(asked)
-    in_file = isinstance(asked, str | os.PathLike)
-    refuse_strangers(wanted, trust, in_file=in_file)
+    refuse_strangers(wanted, trust, in_file=isinstance(asked, str | os.PathLike))
     place = Path(folder).expanduser()
     planned = plan(wanted, place)
     write_study(wanted, place)

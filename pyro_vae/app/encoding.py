@@ -92,8 +92,7 @@ def _data(data: str, found: Any, seed: int) -> tuple[Split, Names]:
     if part is not None and not path.exists():
         split = getattr(found.data, part)
         return split.frozen(seed), {"part": [part] * len(split), "row": list(range(len(split)))}
-    pictures = suffixes()
-    files = _pictures(path, pictures) if data not in DATASETS else []
+    files = _pictures(path, suffixes()) if data not in DATASETS else []
     if files:
         x = torch.stack([_framed(file, found.pair.architecture.x_shape, options) for file in files])
         names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]

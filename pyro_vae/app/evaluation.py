@@ -63,8 +63,7 @@ def plan(vae: Answers, dataset: Dataset, options: FitOptions) -> Plan:
         if seconds(images, samples) > MINUTE:
             fewer = [k for k in _LADDER if k <= samples] or [samples]
             samples = next((k for k in fewer if seconds(images, k) <= MINUTE), fewer[-1])
-    most = max(samples, FULL_SAMPLES)
-    return Plan(samples, images, seconds(images, samples), len(test), seconds(len(test), most))
+    return Plan(samples, images, seconds(images, samples), len(test), seconds(len(test), max(samples, FULL_SAMPLES)))
 
 
 def seconds_each(vae: Answers, test: Split, most: int) -> float:

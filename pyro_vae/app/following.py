@@ -35,8 +35,7 @@ def next_commands(run: Path, summary: Mapping[str, Any]) -> list[str]:
 def after(command: str, run: Path, summary: Mapping[str, Any]) -> str:
     """What to type after a command on a run, of which the path is as it was typed."""
     if command in ("fit", "evaluate", "draw"):
-        found = next_commands(run, summary)
-        return next(line for line in found if line.split()[1] != command)
+        return next(line for line in next_commands(run, summary) if line.split()[1] != command)
     if command == "anomalies":
         return typed("encode", run, "test --out codes.csv")
     more = {"sample": "anomalies", "reconstruct": "anomalies", "encode": "export"}

@@ -147,8 +147,7 @@ def _tried(posterior: str, bound: str, estimator: str) -> Outcome:
     with seeded(0), warnings.catch_warnings(), pyro.get_param_store().scope():
         warnings.simplefilter("ignore")
         x = (torch.rand(8, *_SHAPE) < 0.5).float()
-        prior = names.prior_for(posterior)
-        vae = VAE.build(_SHAPE, latent_dim=3, hidden=(8,), posterior=posterior, prior=prior)
+        vae = VAE.build(_SHAPE, latent_dim=3, hidden=(8,), posterior=posterior, prior=names.prior_for(posterior))
         before = {name: p.detach().clone() for name, p in vae.named_parameters()}
         try:
             loss = Objective(the_bound(bound, {}), NUM_SAMPLES, estimator=estimator)

@@ -69,8 +69,7 @@ class Opened:
         """The data as they lie there, whole: nothing of them is chosen or drawn. A ValueError where they are gone, or
         of another shape.
         """
-        moved = {} if self.data_dir is None else {"data_dir": self.data_dir}
-        _, found = read(resolve(vars(self.options) | moved))
+        _, found = read(resolve(vars(self.options) | ({} if self.data_dir is None else {"data_dir": self.data_dir})))
         shape = None if self.pair.architecture is None else self.pair.architecture.x_shape
         if found.x_shape != shape:
             raise ValueError(

@@ -135,8 +135,7 @@ def wrapped(text: str, width: int) -> str:
         'k-hat ok for 95.3 %\\nof\\n-23.41 ± 0.02 nats'
     """
     glued = re.sub(r"(?<=[±<>=]) (?=\S)|(?<=\d) (?=[±%=]|(?:nats|s|min|h|data)\b)", "\N{NO-BREAK SPACE}", text)
-    lines = textwrap.wrap(glued, width, break_on_hyphens=False)
-    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+    return "\n".join(textwrap.wrap(glued, width, break_on_hyphens=False)).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _khat_ok(summary: Mapping[str, Any]) -> float:
@@ -248,8 +247,7 @@ def draw(
 
 def latent_data(dataset: Dataset, options: FitOptions) -> Split:
     """The test data whose latents are shown."""
-    images = min(options.evaluation_images or _LATENT_POINTS, _LATENT_POINTS)
-    return evaluation.test_data(dataset, options.seed, images)
+    return evaluation.test_data(dataset, options.seed, min(options.evaluation_images or _LATENT_POINTS, _LATENT_POINTS))
 
 
 def draw_progress(
@@ -273,8 +271,7 @@ def draw_curve(
                            ("test reconstruction", "test_reconstruction"))
         if key in numbers and (key != "test_reconstruction" or "test_elbo" not in numbers)
     }  # fmt: skip
-    point = evaluation.is_autoencoder(vae)
-    name = "reconstruction" if point else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
+    name = "reconstruction" if evaluation.is_autoencoder(vae) else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
     save(plots.training_curve(records, finals, name, note=CURVE), folder / "training_curve.png")
 
 

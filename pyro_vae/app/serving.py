@@ -174,8 +174,7 @@ class SemiSupervised(Conditional):
     needs_label = False
 
     def training(self, split: Split, options: FitOptions) -> Any:
-        own = options.model_options
-        return split, shown_labels(_known(split.labels), own["num_labelled"], options.seed)
+        return split, shown_labels(_known(split.labels), options.model_options["num_labelled"], options.seed)
 
     def given(self, split: Split) -> Any:
         return split

@@ -100,8 +100,7 @@ def ranking_table(ranking: Ranking) -> str:
     head, body = ranking._cells()
     numbers = "".join(f'<th class="number">{escape(cell)}</th>' for cell in head[1:])
     lines = [f"<th>{escape(head[0])}</th>{numbers}<th>flags</th>"]
-    flags = [str(row["flags"]) for row in ranking.rows()]
-    for line, flag in zip(body, flags, strict=True):
+    for line, flag in zip(body, [str(row["flags"]) for row in ranking.rows()], strict=True):
         cells = "".join(f'<td class="{"" if i == 0 else "number"}">{escape(cell)}</td>' for i, cell in enumerate(line))
         lines.append(f"{cells}<td>{escape(flag)}</td>")
     rows = "".join(f"<tr>{line}</tr>" for line in lines)

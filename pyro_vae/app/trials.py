@@ -306,8 +306,7 @@ def _by_itself(config: Mapping[str, Any], folder: str) -> str | None:
     from joblib.externals.loky import get_reusable_executor
 
     try:
-        executor = get_reusable_executor(max_workers=1)
-        return executor.submit(_numbered, 0, list(sys.path), config, folder).result()[1]
+        return get_reusable_executor(max_workers=1).submit(_numbered, 0, list(sys.path), config, folder).result()[1]
     except BrokenProcessPool:
         return _lost(Path(folder), "its process was ended from outside, for want of memory, say")
 
@@ -345,8 +344,7 @@ def _by_slurm(todo: Sequence[Trial], calls: Sequence[tuple[dict[str, Any], str]]
     if not todo:
         return
     executor = submitit.AutoExecutor(folder=todo[0].folder.parent / "slurm")
-    jobs = [executor.submit(run_trial, *call) for call in calls]
-    for trial, job in zip(todo, jobs, strict=True):
+    for trial, job in zip(todo, [executor.submit(run_trial, *call) for call in calls], strict=True):
         try:
             failure = job.result()
         except Exception as error:  # what the scheduler ended is one fit, and not the study
@@ -430,8 +428,7 @@ def time_left(plan: Plan) -> float:
 
 def own_parts(options: FitOptions) -> list[str]:
     """Parts of one's own: in a study they were named by who started it."""
-    named = (options.posterior, options.prior, options.likelihood)
-    return [name for name in named if name is not None and ":" in name]
+    return [name for name in (options.posterior, options.prior, options.likelihood) if name is not None and ":" in name]
 
 
 def _failed(path: Path) -> Path:

@@ -361,8 +361,7 @@ def _rows(
 
 
 def _taken(data: Tensor, index: Tensor) -> Tensor:
-    whole = len(index) == len(data) and bool((index == torch.arange(len(data))).all())
-    return data if whole else data[index]
+    return data if (len(index) == len(data) and bool((index == torch.arange(len(data))).all())) else data[index]
 
 
 def _labels(

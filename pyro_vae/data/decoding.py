@@ -188,8 +188,7 @@ def frames_of(path: Path) -> tuple[int, bool, bool, tuple[int, int] | None]:
         with _opened(path) as image:
             transparent = _transparent(image)
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            size = image.size if turned else image.size[::-1]
-            return len(_frames(image)), image.format == "MPO", transparent, size
+            return len(_frames(image)), image.format == "MPO", transparent, image.size if turned else image.size[::-1]
     except Exception:
         return 1, False, False, None
 
@@ -250,8 +249,7 @@ def _decoded(image: Image.Image, path: str | Path, frames: Sequence[int], framin
                 f"{path} has more than 8 bits a channel ({depth}), wanted 8. Convert it, or stack the "
                 "images in a .npy array: uint16 (N, H, W) keeps 16 bits, floats are in [0, 1]."
             )
-        array = _levels(image, framing.background)
-        pixels = torch.from_numpy(array)
+        pixels = torch.from_numpy(_levels(image, framing.background))
         pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
         yield framing(pixels.unsqueeze(0), name=str(path)).squeeze(0)
 

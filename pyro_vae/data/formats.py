@@ -183,8 +183,7 @@ def _rows_first(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _read_amat(path: Path) -> Arrays:
-    raw = path.read_bytes()
-    table = _binary_table(raw)
+    table = _binary_table(path.read_bytes())
     if table is None:
         try:
             table = np.loadtxt(path, dtype=np.float32, ndmin=2)

@@ -48,8 +48,7 @@ def as_labels(arrays: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> La
     if kinds <= set("US"):
         texts = {part: _text(array) for part, array in columns.items()}
         names, numbers = np.unique(np.concatenate(list(texts.values())), return_inverse=True)
-        ends = np.cumsum([len(text) for text in texts.values()])[:-1]
-        pieces = np.split(numbers.reshape(-1), ends)
+        pieces = np.split(numbers.reshape(-1), np.cumsum([len(text) for text in texts.values()])[:-1])
         classes = {part: torch.from_numpy(piece.astype(np.int64)) for part, piece in zip(texts, pieces, strict=True)}
         return classes, tuple(str(name) for name in names)
     if not kinds <= set("biuf"):

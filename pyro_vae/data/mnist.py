@@ -164,9 +164,8 @@ def _files_in(folder: Path) -> list[Path] | None:
 
 
 def _find(name: str, data_dir: Path) -> Path | None:
-    raw = Path(TORCHVISION[name], "raw")
     # Files lying in data_dir itself bear no dataset's name: MNIST's and Fashion-MNIST's are called alike.
-    folders = [data_dir / raw, data_dir / name, data_dir]
+    folders = [data_dir / Path(TORCHVISION[name], "raw"), data_dir / name, data_dir]
     if name in DEBIAN:
         folders.append(DEBIAN[name])
     return next((folder for folder in folders if _files_in(folder)), None)

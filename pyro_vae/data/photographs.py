@@ -295,8 +295,7 @@ def _jobs(paths: Sequence[Path], groups: Tensor, rows: Tensor) -> list[Path | tu
     owner = torch.arange(len(paths)).repeat_interleave(groups)[rows].tolist()
     jobs: list[Path | tuple[Path, Sequence[int]]] = []
     for file, same in itertools.groupby(zip(owner, rows.tolist(), strict=True), key=lambda pair: pair[0]):
-        frames = [row - int(starts[file]) for _, row in same]
-        jobs.append(paths[file] if groups[file] == 1 else (paths[file], frames))
+        jobs.append(paths[file] if groups[file] == 1 else (paths[file], [row - int(starts[file]) for _, row in same]))
     return jobs
 
 

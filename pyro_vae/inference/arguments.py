@@ -139,9 +139,8 @@ def arguments_of(*programs: Program) -> Arguments:
     names, defaults, most = min(known, key=lambda found: (found[2], len(found[0])))
     required = max(sum(i not in d for i in range(len(n))) for n, d, _ in known)
     masks = {i for n, _, _ in known for i, name in enumerate(n) if name == "mask" or name.endswith("_mask")}
-    longest = max((n for n, _, _ in known), key=len)
     return Arguments(
-        tuple(names) if len(names) >= required else tuple(longest),
+        tuple(names) if len(names) >= required else tuple(max((n for n, _, _ in known), key=len)),
         required,
         most,
         frozenset(masks),
@@ -179,8 +178,7 @@ def _positional(program: Any) -> tuple[Sequence[str] | None, dict[int, Any], flo
     except (TypeError, ValueError):
         return None, {}, math.inf, ()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][taken:]
-    cut = next((i for i, p in enumerate(positional) if p.name in keywords), len(positional))
-    positional = positional[:cut]
+    positional = positional[: next((i for i, p in enumerate(positional) if p.name in keywords), len(positional))]
     endless = any(p.kind == p.VAR_POSITIONAL for p in parameters)
     defaults = {i: p.default for i, p in enumerate(positional) if p.default is not p.empty}
     only = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty and p.name not in keywords]

@@ -343,8 +343,7 @@ def _owned(outputs: list[Tensor], shaped_like: list[Tensor]) -> list[Tensor]:
     for output, like in zip(outputs, shaped_like, strict=True):
         storage = output.untyped_storage().data_ptr()
         whole = output.numel() * output.element_size() == output.untyped_storage().nbytes()
-        fresh = storage not in seen and whole and output.stride() == like.stride()
-        if not fresh:
+        if not (storage not in seen and whole and output.stride() == like.stride()):
             output = torch.empty_like(like).copy_(output)
         seen.add(output.untyped_storage().data_ptr())
         owned.append(output.detach())

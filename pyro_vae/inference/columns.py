@@ -394,8 +394,7 @@ def _indexed_column(data: Any) -> Any:
         return data
     with undisturbed():
         try:
-            two = data[torch.tensor([0, 0])]
-            if rows(two) == 2:
+            if rows(data[torch.tensor([0, 0])]) == 2:
                 return data
         except Exception:  # noqa: BLE001 - whatever a stranger raises for an index that it does not take
             pass

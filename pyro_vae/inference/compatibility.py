@@ -147,8 +147,7 @@ def rows_held(guide: Program) -> tuple[str, int] | None:
     """
     trace = getattr(guide, "prototype_trace", None) if isinstance(guide, AutoGuide) else None
     # Some of Pyro's guides keep nodes in it that are no sites.
-    nodes = () if trace is None else [(n, s) for n, s in trace.nodes.items() if s.get("type") == "sample"]
-    for name, site in nodes:
+    for name, site in () if trace is None else [(n, s) for n, s in trace.nodes.items() if s.get("type") == "sample"]:
         if site["is_observed"] or is_subsample(site["fn"]):
             continue
         for frame in site["cond_indep_stack"]:

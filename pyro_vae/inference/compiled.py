@@ -287,8 +287,7 @@ class Compiled(Captured, ELBO):
         beta = self._beta()
         live = None if beta == 1 else torch.tensor(float(beta), dtype=torch.float64)
         with self._alone(beta, live):
-            update = None if step.training is None else step.training.update
-            written = self._write_down(step, watched, function, update)
+            written = self._write_down(step, watched, function, None if step.training is None else step.training.update)
         if written is None:
             return None
         results, graph = written

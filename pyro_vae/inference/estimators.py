@@ -73,8 +73,7 @@ def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | N
     pairs = ((elbo, ELBO), (iwae, IWAE), (vr_max, VR_MAX))
     known = next((own for plain, own in pairs if bound is plain), bound)
     if isinstance(known, WeightBound | SplitBound):
-        sides = (known.report, known.model, known.guide) if isinstance(known, SplitBound) else (bound,)
-        for side in sides:
+        for side in (known.report, known.model, known.guide) if isinstance(known, SplitBound) else (bound,):
             if isinstance(side, WeightBound):
                 side.value(torch.zeros(num_samples, 1))
         return known

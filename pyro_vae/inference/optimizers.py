@@ -373,8 +373,7 @@ class Fused(PyroOptim):
             return _copied(value).to(parameter.device)
         assert self._optimizer is not None
         (group,) = (g for g in self._optimizer.param_groups if any(parameter is p for p in g["params"]))
-        on_device = group.get("fused") or group.get("capturable")
-        return _copied(value).to(parameter.device if on_device else "cpu")
+        return _copied(value).to(parameter.device if (group.get("fused") or group.get("capturable")) else "cpu")
 
     def _add(self, new: list[Tensor]) -> None:
         if self._optimizer is not None:

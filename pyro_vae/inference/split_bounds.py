@@ -269,8 +269,7 @@ def _part(whole: Tensor, value: Tensor) -> tuple[int, tuple[int, ...], tuple[int
         return None
     offset = value.storage_offset() - whole.storage_offset()
     last = offset + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    inside = offset >= 0 and last < whole.numel()
-    return (int(offset), tuple(value.shape), value.stride()) if inside else None
+    return (int(offset), tuple(value.shape), value.stride()) if (offset >= 0 and last < whole.numel()) else None
 
 
 def _equal(leaf: Tensor, value: Tensor) -> bool:

@@ -135,7 +135,6 @@ def _reference(
         warnings.filterwarnings("ignore", message="the chains of")  # the page says it of each datum
         found = reference(vae.model, vae.guide, data.subset(slice(0, count)), seed=seed, progress=progress)
     draws = found.draws["z"].flatten(0, 1).transpose(0, 1)  # (N, C S, D)
-    every = max(1, draws.shape[1] // _REFERENCE_DRAWS)
-    kept = arrays.add(draws[:, ::every][:, :_REFERENCE_DRAWS], "f2")
+    kept = arrays.add(draws[:, :: max(1, draws.shape[1] // _REFERENCE_DRAWS)][:, :_REFERENCE_DRAWS], "f2")
     rhat = [round(float(value), 3) for value in found.rhat.nan_to_num(1e9).amax(1)]  # nan where nothing moved
     return {"array": kept, "count": count, "rhat": rhat, "converged": found.converged.tolist()}

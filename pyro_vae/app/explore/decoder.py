@@ -124,7 +124,6 @@ def rounding(likelihood: Any, z: Tensor) -> float:
 
 def described(likelihood: Any, arrays: Arrays, kind: str) -> dict[str, Any]:
     """Layers and link of a likelihood, its weights kept as "f2" or "f4"; what the link needs is float32 always."""
-    own = likelihood.decoder
-    found = layers(own, lambda tensor: None if tensor is None else arrays.add(tensor, kind))
+    found = layers(likelihood.decoder, lambda tensor: None if tensor is None else arrays.add(tensor, kind))
     last = link(likelihood, lambda tensor: None if tensor is None else arrays.add(tensor, "f4"))
     return {"layers": found, "link": last, "weights": kind}
