@@ -586,17 +586,15 @@ def _taking(args: tuple[Any, ...]) -> Iterator[None]:
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
             raise
-        got = ", ".join(_shape(x) for x in args) or "no data"
+        tensors = "a tensor of shape {} and dtype {}"
+        each = (
+            tensors.format(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in args
+        )
+        got = ", ".join(each) or "no data"
         raise ValueError(
             f"the programs do not run on {got}: {' '.join(str(error).split())[:200]} ({type(error).__name__}). Wanted "
             "what they take, such as a tensor (B, *x_shape) of their type."
         ) from error
-
-
-def _shape(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}"
-    return f"a {type(x).__name__}"
 
 
 def missing_values(name: str) -> str:

@@ -131,7 +131,9 @@ def study(
             say=say or (lambda _: None))  # fmt: skip
     found = rankings(planned, wanted)
     if not found:
-        raise ValueError(f"no fit of the study in {place} could be made. The first failed: {_first_failure(planned)}")
+        failed = [trial for trial in planned.trials if state(trial) == "failed"]
+        first = f"{failed[0].arm}: {reason(failed[0])}" if failed else "none was begun"
+        raise ValueError(f"no fit of the study in {place} could be made. The first failed: {first}")
     from pyro_vae.app.study_page import write_results
 
     write_results(planned, wanted, found, place)
@@ -195,12 +197,6 @@ def _speed_key(options: Any) -> str:
 
 
 STUDY = "study.json"
-
-
-def _first_failure(planned: Any) -> str:
-
-    failed = [trial for trial in planned.trials if state(trial) == "failed"]
-    return f"{failed[0].arm}: {reason(failed[0])}" if failed else "none was begun"
 
 
 def _arms(pairs: Any, trust: bool | Sequence[str]) -> dict[str, list[Any]]:

@@ -161,8 +161,10 @@ def _show(records: Sequence[Mapping[str, Any]], sort: str) -> None:
         if record["state"] == "damaged":
             why = record["why"].removeprefix(f"{record['run']} ").partition(", wanted")[0]
             notes = [f"damaged: {why.replace(record['run'] + os.sep, '')}"]
+        data = record["data"]
+        name = _OWN if data is None else Path(data).name if os.sep in data else data
         table.add_row(
-            Text(shown(record["run"])), Text(_data_name(record["data"])), Text(", ".join(notes) or "the defaults"),
+            Text(shown(record["run"])), Text(name), Text(", ".join(notes) or "the defaults"),
             _epochs(record), _log_p(record), _value(record["elbo"]), _seconds(record["seconds"]),
         )  # fmt: skip
     console.print(table)
@@ -171,10 +173,6 @@ def _show(records: Sequence[Mapping[str, Any]], sort: str) -> None:
     if len({record["data"] for record in records if record["data"]}) > 1:
         text += "; numbers on different data, or of different protocols, do not compare"
     console.print(text, soft_wrap=True)
-
-
-def _data_name(data: str | None) -> str:
-    return _OWN if data is None else Path(data).name if os.sep in data else data
 
 
 def _epochs(record: Mapping[str, Any]) -> str:

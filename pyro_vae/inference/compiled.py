@@ -206,7 +206,12 @@ class Compiled(Captured, ELBO):
             self.inner.last_bound = results[1]
         if len(results) > offset:
             self._leaves = graph.trained
-            _add_gradients(graph.capture.leaves, results[offset:])
+            for leaf, gradient in zip(graph.capture.leaves, results[offset:], strict=True):
+                if leaf.grad is None:
+                    leaf.grad = gradient
+                else:
+                    with torch.no_grad():
+                        leaf.grad.add_(gradient)
         return results[0]
 
     def _agree(self, results: Sequence[Tensor], expected: list[Tensor] | None) -> bool:
@@ -310,15 +315,6 @@ class Compiled(Captured, ELBO):
             _PYRO_STACK[:] = outer
             if live is not None:
                 self.inner.beta = beta
-
-
-def _add_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        if leaf.grad is None:
-            leaf.grad = gradient
-        else:
-            with torch.no_grad():
-                leaf.grad.add_(gradient)
 
 
 def _neutral_handlers() -> bool:

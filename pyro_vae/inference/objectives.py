@@ -153,7 +153,9 @@ class Objective(ELBO):
                 f"guide site {particles.points[0]!r} is a point (Delta) without a density, so estimator="
                 f"{self.estimator!r} has nothing to score. Use estimator='reparameterized'."
             )
-        log_q = _log_q(particles) if cut is not None else particles.log_likelihood
+        log_q = particles.log_likelihood
+        if cut is not None:
+            log_q = functools.reduce(torch.add, particles.log_q.values(), log_q.new_zeros(()))
         plain = particles
         if not _is_one(self.beta):
             if self.bound is not elbo:
@@ -234,10 +236,6 @@ def _tempered(particles: Particles, beta: float | Tensor) -> Particles:
         log_prior={name: beta * value for name, value in particles.log_prior.items()},
         log_q={name: beta * value for name, value in particles.log_q.items()},
     )
-
-
-def _log_q(particles: Particles) -> Tensor:
-    return functools.reduce(torch.add, particles.log_q.values(), particles.log_likelihood.new_zeros(()))
 
 
 @checked
