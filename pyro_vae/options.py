@@ -107,10 +107,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def integer(name: str, value: Any, optional: bool = False) -> Any:
-    """A whole number as Python's.
+    """A whole number as Python's; a ValueError for another type, or less than its name allows.
 
-    Raises:
-        ValueError: Another type, or less than its name allows.
     Example:
         >>> integer("epochs", torch.tensor(3))
         3
@@ -130,10 +128,8 @@ def integer(name: str, value: Any, optional: bool = False) -> Any:
 
 
 def number(name: str, value: Any, optional: bool = False) -> Any:
-    """A number as Python's.
+    """A number as Python's; a ValueError for another type, nan, or infinite where its name does not allow it.
 
-    Raises:
-        ValueError: Another type, nan, or infinite where its name does not allow it.
     Example:
         >>> number("tolerance", np.float32(0.5))
         0.5
@@ -243,10 +239,8 @@ def _flag(name: str, value: Any, optional: bool = False) -> Any:
 
 
 def integers(name: str, value: Any, optional: bool = False, one: Callable[[str, Any], Any] = integer) -> Any:
-    """Whole numbers as a tuple of Python's.
+    """Whole numbers as a tuple of Python's; a ValueError for no sequence, or where one is not what its name allows.
 
-    Raises:
-        ValueError: No sequence, or one of it is not what its name allows.
     Example:
         >>> integers("hidden", np.array([400, 200]))
         (400, 200)

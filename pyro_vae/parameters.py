@@ -51,11 +51,8 @@ class _Itself(weakref.ref):
 
 
 class _OwnParameters(Messenger):
-    """Answers param statements with the parameter offered, and keeps names apart.
-
-    Args:
-        keeps: Enter the parameters in the store as they are met, as Pyro does.
-        aside: What runs inside is an estimate, which those that keep, around it, take no note of.
+    """Answers param statements with the parameter offered, and keeps names apart; `keeps` enters them in the store as
+    they are met, as Pyro does, but for estimates (`aside`) inside.
     """
 
     def __init__(self, keeps: bool = False, aside: bool = False) -> None:

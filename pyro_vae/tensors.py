@@ -55,15 +55,10 @@ def numbers_of(array: np.ndarray) -> np.ndarray:
 def data_of(x: Any, network: nn.Module | None = None, name: str = "x") -> Tensor:
     """Data in the hand, as `fit` would hand them to a network: a tensor of its type, where it is.
 
-    Floats take the type of the network's parameters, integers and booleans stay what they are (a network that embeds
-    tokens takes them so, see `running`).
+    Of a tensor, an array or frame, a `Split`, a sparse matrix, images of Pillow, or a list of single data. Floats take
+    the type of the network's parameters, integers and booleans stay what they are (a network that embeds tokens takes
+    them so, see `running`). No numbers, or a single one, are a ValueError.
 
-    Args:
-        x: A tensor, an array or frame, a `Split`, a sparse matrix, or a list of single data.
-        network: Whose parameters say the type and the device.
-        name: For messages.
-    Raises:
-        ValueError: No numbers, or a single one.
     Example:
         >>> data_of(np.zeros((2, 3)), nn.Linear(3, 1)).dtype
         torch.float32

@@ -102,7 +102,7 @@ def evaluate(
     """Judge a fitted pair on its test data, or the first so many `images`, with K = `num_samples` for log p(x).
 
     In nats per datum: ``test_elbo`` = ``test_reconstruction`` - ``test_kl``, ``test_log_likelihood`` with its errors,
-    and more. A plain autoencoder has only the reconstruction. The seed is that of the test data's noise and of the
+    and more; of a plain autoencoder only the reconstruction. The seed is that of the test data's noise and of the
     samples.
     """
     started = time.perf_counter()

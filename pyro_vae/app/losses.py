@@ -122,8 +122,8 @@ def combinations(
 ) -> list[Outcome]:
     """Train one step of every posterior x bound x estimator, or of those named, on a small pair.
 
-    A combination trains if every parameter of the guide that it can move has moved and
-    the loss is a number; it is refused by a ValueError; anything else fails.
+    One trains if every parameter of the guide that it can move has moved and the loss is a number; it is refused by a
+    ValueError; anything else fails.
     """
     wanted = list(_product(posteriors, bounds, estimators))
     quiet = None if progress is None else not progress

@@ -58,10 +58,9 @@ class Opened:
         return self.pair.guide
 
     def arguments(self, split: Split) -> Any:
-        """What the programs take of some data, and so what `judge` and all others do: the data as they are, but for
-        a conditional model, which is given data and labels.
-
-        Example: ``pv.judge(run, run.arguments(run.data.test))``, for whatever model.
+        """What the programs take of some data, and so what `judge` and all others do: the data as they are, but for a
+        conditional model, which is given data and labels. ``pv.judge(run, run.arguments(run.data.test))`` is right for
+        whatever model.
         """
         return serving.face(self.pair).given(split)
 

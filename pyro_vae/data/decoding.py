@@ -35,11 +35,10 @@ LUMA = (0.299, 0.587, 0.114)
 class Framing:
     """What to make of images (N, C, H, W): a callable from uint8 to uint8, or float to float.
 
-    Args:
-        crop: Side of a centred square cut out first; None leaves the image whole.
-        image_size: Side of the square that results; None keeps the size.
-        channels: 1 for grey, 3 for colour; None keeps what is there.
-        background: Grey level 0..255 behind the transparent pixels of picture files; a tensor has none.
+    Cuts out a centred square of side `crop` first, scales to a square of `image_size`, and makes `channels` of them, 1
+    for grey or 3 for colour; None leaves each as it is. The background is the grey level 0..255 behind the transparent
+    pixels of picture files; a tensor has none.
+
     Example:
         >>> Framing(crop=20, image_size=8, channels=1)(torch.zeros(2, 3, 28, 24, dtype=torch.uint8)).shape
         torch.Size([2, 1, 8, 8])

@@ -25,15 +25,12 @@ Labels = tuple[dict[str, Tensor], tuple[str, ...] | None]
 
 
 def as_labels(arrays: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> Labels:
-    """Class numbers of all parts of a dataset, by one rule.
+    """Class numbers of all parts of a dataset, by one rule: int64 (N,) for each, and the class names where they were
+    text.
 
-    Args:
-        arrays: Labels of each part.
-        counts: Number of data of each part.
-    Returns:
-        int64 (N,) for each part, and the class names where the labels were text.
-    Raises:
-        ValueError: They are no labels; the message is a clause about them.
+    `counts` are the numbers of data of the parts. Where they are no labels, the ValueError's message is a clause about
+    them.
+
     Example:
         >>> as_labels({"train": np.array(["dog", "cat"])}, {"train": 2})
         ({'train': tensor([1, 0])}, ('cat', 'dog'))

@@ -128,12 +128,11 @@ def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0)
 
 
 def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[dict[str, tuple[str, Tensor]], str]:
-    """Three parts out of the two or three that the files have, none of them seen by another.
+    """Three parts out of the two or three that the files have, none of them seen by another, and what was not as given.
 
     Without data to validate, a tenth of the training data does. Without test data, the validation data are halved; the
-    training data stay as they are. `given` holds the sizes of the groups of rows, as for `cut`, by part. Returned are,
-    for each part of the split, the given part that it comes from and the rows of it; and in words what was not as
-    given.
+    training data stay as they are. `given` holds the sizes of the groups of rows, as for `cut`, by part; each part of
+    the split is named with the given part that it comes from, and has the rows of it.
     """
 
     def all_of(part: str) -> tuple[str, Tensor]:

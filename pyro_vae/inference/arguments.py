@@ -140,7 +140,7 @@ def arguments_of(*programs: Program) -> Arguments:
     required = max(sum(i not in d for i in range(len(n))) for n, d, _ in known)
     masks = {i for n, _, _ in known for i, name in enumerate(n) if name == "mask" or name.endswith("_mask")}
     return Arguments(
-        tuple(names) if len(names) >= required else tuple(max((n for n, _, _ in known), key=len)),
+        tuple(names if len(names) >= required else max((n for n, _, _ in known), key=lambda n: len(list(n)))),
         required,
         most,
         frozenset(masks),

@@ -108,13 +108,8 @@ class Captured:
     """Graphs of calls by their kind, and what is known of kinds that have none.
 
     A call has ``tensors``, all else that it rests on as a ``key``, and ``advance(n)``, which counts such calls.
-
-    Attributes:
-        reason: Why the most recent call ran uncaptured, or None.
-        captures: Number of captures so far, of those that could be kept.
-        quiet: Leave out the lines that say why calls run uncaptured (not those that something is unproven or wrong).
-        unproven: Whether to capture programs that can read what cannot be watched.
-        check_every: Replays of unproven programs between two comparisons with the programs themselves.
+    `reason` says why the most recent one ran uncaptured, if it did; `captures` counts those that could be kept; the
+    options are those of `Compiled`.
     """
 
     unit, result = "call", "result"  # what is captured, and what is compared, in messages

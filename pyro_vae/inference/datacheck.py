@@ -42,16 +42,11 @@ class _Look(NamedTuple):
 
 
 class DataCheck:
-    """Looks at batches, and refuses what the model cannot have drawn.
+    """Looks at batches, and refuses what the model cannot have drawn, by what one run of the pair on one batch showed.
 
-    Args:
-        programs: The pair.
-        shown: What one run of it showed.
-        batch: The batch of that run.
-        masks: Positions of columns that are masks of the first.
-        names: Names of the columns of a table, by leaf.
-    Attributes:
-        tolerated: Whether values outside a support were seen that the pair leaves out, which Pyro's validation refuses.
+    `masks` are positions of columns that are masks of the first, and `names` those of the columns of a table, by leaf.
+    `tolerated` says whether values outside a support were seen that the pair leaves out, which Pyro's validation
+    refuses.
     """
 
     def __init__(

@@ -102,10 +102,8 @@ class Fused(PyroOptim):
     def taking(cls, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Fused:
         """Step with an optimiser that is there: its algorithm, options, groups, rates and state.
 
-        Gradients that lie on its parameters are dropped, since a step would use them.
-
-        Raises:
-            ValueError: In the first step, a parameter that has a gradient and is not in the optimiser.
+        Gradients that lie on its parameters are dropped, since a step would use them. A parameter that has one in the
+        first step and is not in the optimiser is a ValueError then.
         """
         optimizer.zero_grad(set_to_none=True)
         rates = [float(group["lr"]) for group in optimizer.param_groups]

@@ -26,10 +26,8 @@ from pyro_vae.traces import Particles, Program, log_q, simulate, sites
 
 @dataclass(frozen=True)
 class Wake:
-    """The guide's side of the wake phase: sum_k v_k grad log q(z_k | x), v = normalised weights.
-
-    It is no gradient of a bound, but the negative gradient of KL(p(z | x) || q(z | x)),
-    by self-normalised importance sampling.
+    """The guide's side of the wake phase: sum_k v_k grad log q(z_k | x), v = normalised weights: the negative gradient
+    of KL(p(z | x) || q(z | x)), by self-normalised importance sampling, and of no bound.
     """
 
     share: OfWeights = partial(torch.softmax, dim=0)

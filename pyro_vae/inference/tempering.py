@@ -45,11 +45,8 @@ class Number:
 
 
 class Tempered(Messenger):
-    """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change.
-
-    Args:
-        weight: A tensor without dimensions, which a captured step reads anew, or a `Number`, for losses that compare
-            scales in Python.
+    """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change: a tensor without dimensions,
+    which a captured step reads anew, or a `Number`, for losses that compare scales in Python.
     """
 
     def __init__(self, weight: Tensor | Number) -> None:
