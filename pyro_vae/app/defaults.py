@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,19 +176,16 @@ HIDDEN: dict[str, tuple[int, ...]] = {
     "mlp": (400, 400), "gated": (300, 300), "conv": (32, 64, 128), "residual": (32, 64, 128), "linear": (),
 }  # fmt: skip
 
+_MNIST = FitOptions(
+    "mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3, likelihood="bernoulli"
+)
 DATASETS: dict[str, FitOptions] = {
     "digits": FitOptions(
         "digits", hidden=(256, 128), latent_dim=10, epochs=300, batch_size=64, learning_rate=2e-3,
         likelihood="bernoulli", threads=1,
     ),
-    "mnist": FitOptions(
-        "mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3,
-        likelihood="bernoulli",
-    ),
-    "fashion-mnist": FitOptions(
-        "fashion-mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3,
-        likelihood="bernoulli",
-    ),
+    "mnist": _MNIST,
+    "fashion-mnist": replace(_MNIST, data="fashion-mnist"),
     "frey": FitOptions(
         "frey", hidden=(400, 200), latent_dim=20, epochs=300, batch_size=64, likelihood="normal", clip_norm=1e4
     ),

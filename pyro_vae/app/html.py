@@ -165,10 +165,12 @@ def draw(stages: Stages) -> Iterator[Picture]:
 
 def _bar(gaps: GapSplit) -> dict[str, Any]:
     """The gaps as a row of `plots.gap_bars`."""
-    row = {"guide": "guide", "total": gaps.inference.value, "total_stderr": gaps.inference.mc_stderr}
+    parts = {"total": gaps.inference}
     if gaps.split:
-        row |= {"approximation": gaps.approximation.value, "approximation_stderr": gaps.approximation.mc_stderr}
-        row |= {"amortization": gaps.amortization.value, "amortization_stderr": gaps.amortization.mc_stderr}
+        parts |= {"approximation": gaps.approximation, "amortization": gaps.amortization}
+    row: dict[str, Any] = {"guide": "guide"}
+    for name, gap in parts.items():
+        row |= {name: gap.value, f"{name}_stderr": gap.mc_stderr}
     return row
 
 
@@ -206,10 +208,8 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     """What the numbers depend on, in words."""
     words = []
     for name, value in protocol.items():
-        if isinstance(value, Mapping):
-            words += [f"{k} {v}" for k, v in value.items()]
-        else:
-            words.append(f"{name.replace('_', ' ')} {value}")
+        own = value.items() if isinstance(value, Mapping) else ((name.replace("_", " "), value),)
+        words += [f"{k} {v}" for k, v in own]
     return ", ".join(words)
 
 

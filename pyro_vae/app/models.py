@@ -77,9 +77,8 @@ def check(options: FitOptions) -> None:
 
 def _refusal(model: str, name: str, value: Any, why: str, allowed: tuple[Any, ...]) -> str:
     option = f"--{name.replace('_', '-')}"
-    remedy = f"Leave {option} out, or use --model vae."
-    if len(allowed) > 1:
-        remedy = f"Use one of {', '.join(map(str, allowed))}, or leave it out."
+    use = f"Use one of {', '.join(map(str, allowed))}, or leave it out."
+    remedy = use if len(allowed) > 1 else f"Leave {option} out, or use --model vae."
     return f"got {option} {value} with --model {model}: {why}. {remedy}"
 
 

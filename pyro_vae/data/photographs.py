@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_vae.data.arrays import not_readable, only
 from pyro_vae.data.decoding import AS_IT_IS, Framing, frames_of, read_frames, read_image, suffixes
 from pyro_vae.data.labels import PART_NAMES
-from pyro_vae.data.sources import SPLITS, Source, completed, cut, tenths
+from pyro_vae.data.sources import SPLITS, Source, completed, cut, rows_of, tenths
 from pyro_vae.words import one_of
 
 __all__ = ["read_celeba", "read_folder", "read_image", "read_images"]
@@ -270,19 +270,13 @@ def _split(folder: Path, kinds: Sequence[str | None], groups: Tensor, seed: int)
         if not whole:
             how = f"80/10/10 of the {int(groups.sum())} frames in their order, the last of them tested on"
         return dict(zip(SPLITS, pieces, strict=True)), how
-    starts = groups.cumsum(0) - groups
     files = {
         part: torch.tensor([row for row, kind in enumerate(kinds) if kind == part], dtype=torch.long) for part in SPLITS
     }
     given = {part: groups[index] for part, index in files.items() if len(index)}
     rows, how = completed(given, str(folder), seed)
     # Rows of a part are counted from its first frame; here they become rows of all frames.
-    everything = {
-        part: torch.cat(
-            [torch.arange(int(starts[file]), int(starts[file] + groups[file])) for file in files[part].tolist()]
-        )
-        for part in given
-    }
+    everything = {part: rows_of(groups, files[part]) for part in given}
     return (
         {name: everything[part][index] for name, (part, index) in rows.items()},
         f"the subfolders {' and '.join([', '.join(list(given)[:-1]), list(given)[-1]])}{how}",

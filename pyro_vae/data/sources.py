@@ -118,13 +118,16 @@ def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0)
     pieces = shares(rows)
     if count < len(pieces):
         return torch.arange(rows).split(list(pieces)), False
-    ends = groups.cumsum(0)
     order = shuffled(count, seed).split(list(shares(count)))
     if rows == count:
         return order, True
-    return tuple(
-        torch.cat([torch.arange(int(ends[g] - groups[g]), int(ends[g])) for g in piece.tolist()]) for piece in order
-    ), True
+    return tuple(rows_of(groups, piece) for piece in order), True
+
+
+def rows_of(groups: Tensor, chosen: Tensor) -> Tensor:
+    """The rows of some groups, by the number of rows of each, (G,)."""
+    ends = groups.cumsum(0)
+    return torch.cat([torch.arange(int(ends[g] - groups[g]), int(ends[g])) for g in chosen.tolist()])
 
 
 def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[dict[str, tuple[str, Tensor]], str]:
