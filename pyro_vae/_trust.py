@@ -195,14 +195,10 @@ _NOTHING = ("PUSH_NULL", "CACHE", "NOP", "PRECALL")
 
 
 class Named(NamedTuple):
-    """One name that code takes from outside of itself.
+    """One name that code takes from outside of itself, and where: the function, line and file.
 
-    Attributes:
-        where: The function, line and file.
-        how: "load" or "store" of a global, or "import" of a module.
-        name: The global, or the module.
-        attributes: What is read off a loaded global right away, ``name.first.second``.
-        level: Of a relative import, the number of its dots.
+    `how` is "load" or "store" of a global, or "import" of a module; attributes are what is read off a loaded global
+    right away, ``name.first.second``; the level of a relative import is the number of its dots.
     """
 
     where: str

@@ -638,13 +638,12 @@ def _is_original(kind: type) -> bool:
 
 
 def modules_of(*programs: Any) -> list[nn.Module]:
-    """The modules that programs own, wherever they hold them: outermost ones, each once.
+    """The modules that programs own, wherever they hold them: outermost ones, each once. None among programs is passed
+    over.
 
-    A program is a module, a method of one, or a function with modules in its closure, its
-    globals, its arguments or the objects that it reads.
+    A program is a module, a method of one, or a function with modules in its closure, its globals, its arguments or the
+    objects that it reads.
 
-    Args:
-        programs: Pyro programs; None among them is passed over.
     Example:
         >>> net = nn.Linear(1, 1)
         >>> modules_of(lambda x: net(x), None) == [net]

@@ -24,14 +24,9 @@ _NAMED = 5
 
 @contextlib.contextmanager
 def in_words(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Run programs, and say of a distribution's refusal which site and rows it is about.
+    """Run programs (the guide and the model, or one of them, in the order in which they run, on these arguments), and
+    say of a distribution's refusal, a ValueError, which site and rows it is about.
 
-    Args:
-        programs: The guide and the model, or one of them, in the order in which they run.
-        args: Their arguments.
-        kwargs: Their keyword arguments.
-    Raises:
-        ValueError: What a distribution refused, in words; all that the programs raise.
     Example:
         >>> import pyro.distributions as dist
         >>> def model(x):

@@ -138,16 +138,12 @@ class Simulation(NamedTuple):
 
 
 class Cut(Messenger):
-    """Cuts the graph at every latent that a guide draws, and keeps both of its ends.
+    """Cuts the graph at every latent that a guide draws, and keeps both of its ends, per run of the guide (`passes`).
 
-    The draw z, live in the guide's parameters, is kept aside; the rest of the guide and
-    the model see a detached copy of it that asks for a gradient. So log densities
-    become functions of (z, parameters) as two independent things, which is what an
-    estimator other than the total derivative needs, and in the one run of the guide
-    (a second run would draw another dropout mask).
-
-    Attributes:
-        passes: Per run of the guide, in the order of its sites, (live, copy) for each.
+    The draw z, live in the guide's parameters, is kept aside; the rest of the guide and the model see a detached copy
+    of it that asks for a gradient. So log densities become functions of (z, parameters) as two independent things,
+    which is what an estimator other than the total derivative needs, and in the one run of the guide (a second run
+    would draw another dropout mask).
     """
 
     def __init__(self) -> None:
@@ -169,16 +165,11 @@ class Cut(Messenger):
             self.passes[-1].append((live, msg["value"]))
 
     def pathwise(self, target: Tensor) -> Tensor:
-        """A scalar whose gradient is that of the target along the samples, and nowhere else.
+        """A scalar whose gradient is that of the target, a function of the copies, along the samples, and nowhere else.
 
-        With G the gradient of the target at the copies, sum <G, z> over the live z. A later
-        site of a layered guide was drawn given the copies of earlier ones, so what
-        reaches it is carried on to them, from the last site to the first.
-
-        Args:
-            target: A scalar, a function of the copies.
-        Returns:
-            The scalar; zero where no sample has a gradient.
+        With G the gradient of the target at the copies, sum <G, z> over the live z; zero where none has a gradient. A
+        later site of a layered guide was drawn given the copies of earlier ones, so what reaches it is carried on to
+        them, from the last site to the first.
         """
         copies = [copy for drawn in self.passes for _, copy in drawn]
         total = target.new_zeros(())
@@ -423,12 +414,8 @@ def _traced(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
 
 
 class Layout(NamedTuple):
-    """Where a pair's data lie, as one run of it showed.
-
-    Attributes:
-        nesting: How many batch dimensions the plates occupy.
-        joint: As `Particles.joint`.
-        subsampled: B, where the data plate picks B of N rows at random by itself; 0 otherwise.
+    """Where a pair's data lie, as one run of it showed: how many batch dimensions the plates occupy, how many data one
+    density is of (as `Particles.joint`), and B, where the data plate picks B of N rows at random by itself; else 0.
     """
 
     nesting: int

@@ -27,12 +27,8 @@ _WARMUP = {"kl_warmup": 0, "kl_warmup_steps": None}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a fit comes from, and why.
-
-    Attributes:
-        run: The folder of the finished run.
-        weights: Whether its weights are gone on from; else only its options were the base.
-        epochs: Epochs that went into these weights, those of the runs that it came from itself included.
+    """Where a fit comes from, and why: the folder of the finished run; whether its weights are gone on from, or only
+    its options were the base; and epochs that went into these weights, those of the runs that it came from included.
     """
 
     run: str

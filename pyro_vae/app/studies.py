@@ -150,12 +150,10 @@ class Study:
 
 
 def refuse_strangers(study: Study, trust: bool | Sequence[str], *, in_file: bool) -> None:
-    """Refuse parts of one's own that a file names, and its reader does not: importing them runs their code.
+    """Refuse, by a ValueError, parts of one's own that a file names, and its reader does not trust: importing runs
+    their code.
 
     What is not `in_file` was named by whoever asks for the study, but for the parts of a run that it freezes.
-
-    Raises:
-        ValueError: The study, or the run whose model it freezes, names parts that are not trusted.
     """
     written = set(_foreign(study.to_json()))
     named = set(written)

@@ -226,11 +226,9 @@ def read_array(path: Path, seed: int = 0, images: str | None = None, labels: str
     """The data in a file of one of the formats of `formats`.
 
     It holds x_train and x_test (and x_validation, y_train, ..., in many spellings), which are the split, or one array
-    of data, which is split 80/10/10 in an order fixed by the seed. `images`, `labels`: keys, where it has several.
-
-    Raises:
-        ValueError: Broken, or no data, or data that nobody can know the meaning of; the message says what to do.
-            Labels are a reason only if they were asked for.
+    of data, which is split 80/10/10 in an order fixed by the seed; `images` and `labels` are keys, where it has
+    several. What is broken or no data, or has a meaning that nobody can know, is a ValueError; labels are a reason only
+    if they were asked for.
     """
     return _source(read_arrays(path), path, seed, images, labels)
 

@@ -20,19 +20,12 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Raw data in three parts, before binarization.
+    """Raw data in three parts, before binarization, with the defaults of binarization for them.
 
-    Attributes:
-        pixels: uint8 or float data (N, ...) under the keys of `SPLITS`.
-        split: How the parts were made, in words, for the protocol.
-        origin: Where the files lie, for the protocol.
-        labels: (N,) integers under the same keys, or None.
-        label_names: Name of each label, or None.
-        binarization: The default for these data.
-        dequantize: The default for these data.
-        zeros_and_ones: Whether the levels 0 and 255 in `pixels` stand for the numbers 0 and 1 of the files.
-        testbed: The distribution that the data were drawn from, where it is known.
-        notes: What else the protocol should say.
+    Parts are keyed as in `SPLITS`; pixels are uint8 or floats (N, ...), and labels integers (N,) with their names, if
+    any; `split` and `origin` say for the protocol how the parts were made and where the files lie, `notes` what else;
+    `zeros_and_ones` says whether the levels 0 and 255 stand for the numbers 0 and 1 of the files; and the testbed is
+    the distribution that the data were drawn from, where it is known.
     """
 
     pixels: Mapping[str, Tensor]

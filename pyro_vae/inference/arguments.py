@@ -24,15 +24,9 @@ from pyro_vae.traces import Program
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a pair takes by position.
-
-    Attributes:
-        names: Names of the arguments, of the program that takes fewest.
-        required: How many have no default, in the program that needs most.
-        most: How many can be given; infinite with ``*args``.
-        masks: Positions of arguments called ``mask``.
-        defaults: Defaults by position.
-        keywords: Names that have no default and can only be given by keyword.
+    """What a pair takes by position: names of the arguments, of the program that takes fewest; how many have no
+    default, in the program that needs most; how many can be given, infinite with ``*args``; positions of arguments
+    called ``mask``; defaults by position; and names that have no default and can only be given by keyword.
     """
 
     names: tuple[str, ...]

@@ -225,22 +225,12 @@ def split_biases(graph: fx.Graph) -> None:
 class CudaGraph:
     """A function of tensors on one GPU, recorded and played back: a whole step for the price of one launch.
 
-    On a GPU a small network's step is a hundred kernels of a few microseconds each, and
-    launching them from Python takes longer than running them. A CUDA graph records the
-    launches once, with their addresses, and plays them back. What varies between steps (the
-    batch or its index, the noise) is therefore copied to fixed places first; parameters,
-    moments and buffers are read and written where they are. If one of them has moved, the
-    launches are recorded anew.
-
-    Args:
-        run: From tensors to tensors, all on one GPU, without a look at any value.
-        inputs: What it is recorded on.
-        fixed: Which of the inputs are always the same tensor, read and written in place.
-        mutated: The tensors that it changes; they are left as they were.
-    Attributes:
-        recordings: How often the launches were recorded.
-    Raises:
-        RuntimeError: A tensor on another device, or what CUDA cannot record.
+    On a GPU a small network's step is a hundred kernels of a few microseconds each, and launching them from Python
+    takes longer than running them. A CUDA graph records the launches once, with their addresses, and plays them back.
+    What varies between steps (the batch or its index, the noise) is therefore copied to fixed places first; what is
+    `fixed` (parameters, moments, buffers) is read and written where it is, and what is `mutated` is left as it was by
+    the recording. If one of them has moved, the launches are recorded anew; `recordings` counts that. A tensor on
+    another device, or what CUDA cannot record, is a RuntimeError.
 
     Reference: docs.pytorch.org/docs/stable/notes/cuda.html, CUDA Graphs.
     """

@@ -226,11 +226,8 @@ class Fused(PyroOptim):
         """Take up what `get_state` gave: now for parameters that are known, for others when they join.
 
         The learning rate and all other options of the algorithm are then those of the state. Names of programs that
-        this package numbers (Model1, Model2) are the same but for the number.
-
-        Raises:
-            ValueError: Not a state of `Fused`, or of another algorithm. Later, when the parameters are known: they
-                are others than the state's.
+        this package numbers (Model1, Model2) are the same but for the number. What is no state of `Fused`, or of
+        another algorithm, or, when the parameters are known, of others, is a ValueError.
         """
         if not state_dict:
             return

@@ -19,13 +19,8 @@ from pyro_vae.sites import kind, plates, unwrapped, wrappers
 
 @dataclass(frozen=True)
 class Rule:
-    """What one column must be, since a site observes it.
-
-    Attributes:
-        site: Name of the site.
-        kind: Its distribution.
-        support: Where that has a density.
-        masked: Whether the site leaves some of it out.
+    """What one column must be, since a site of this kind observes it: its support, if the site leaves none of it out
+    (`masked`).
     """
 
     site: str
