@@ -35,12 +35,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if not (path / "config.json").is_file():
             raise ValueError(f"got --config {path}, a folder without config.json, wanted a run folder or a file.")
         path = path / "config.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ValueError(f"got --config {path}, wanted a readable YAML or JSON file: {reason}.") from error
-    values = parsed(path, text)
+    values = parsed(path, f"--config {path}, wanted a readable YAML or JSON file")
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds {_shown(values)}, wanted options by name, such as 'epochs: 20'.")
     result: dict[str, Any] = {}
@@ -74,12 +69,15 @@ def convert(name: str, value: Any, where: str) -> Any:
     raise ValueError(f"got {where} = {_shown(value)}, wanted {wanted}.")
 
 
-def parsed(path: Path, text: str) -> Any:
-    """What a YAML or (.json) JSON file holds, as plain data; a ValueError where it is neither."""
+def parsed(path: Path, wanted: str) -> Any:
+    """What a YAML or (.json) JSON file holds, as plain data; else a ValueError with what is `wanted`."""
     import yaml
 
     try:
+        text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"got {wanted}: {getattr(error, 'strerror', None) or 'it is not text'}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}.") from error
     except (yaml.YAMLError, RecursionError) as error:

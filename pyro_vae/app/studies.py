@@ -182,11 +182,7 @@ def _foreign(value: Any) -> Iterator[str]:
 
 def study_file(path: Path) -> Study:
     """The study of a YAML or JSON file; a ValueError where it cannot be read, or is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"got {path}, wanted a study in YAML or JSON: {getattr(error, 'strerror', error)}.") from error
-    values = parsed(path, text)
+    values = parsed(path, f"{path}, wanted a study in YAML or JSON")
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds no study, wanted keys such as vary, fixed and seeds.")
     return Study.of(values, str(path))
