@@ -260,10 +260,6 @@ def integers(name: str, value: Any, optional: bool = False, one: Callable[[str, 
     raise ValueError(f"{name} must be {wanted}, got {_shown(value)}. Pass {name}={shown}, say.")
 
 
-def _nested(name: str, value: Any, optional: bool = False) -> Any:
-    return integers(name, value, optional, integers)
-
-
 def _name(name: str, value: Any) -> Any:
     """One of a few words, in whatever spelling; which there are is the function's to say."""
     return value.casefold().replace("_", "-") if isinstance(value, str) else value
@@ -284,7 +280,7 @@ _KINDS: dict[frozenset[str], Kind] = {
     frozenset({"Bound", "str"}): lambda name, value, _: value if isinstance(value, str) else function_of(name, value),
     frozenset({"str", "torch.device"}): device,
     frozenset({"Sequence[int]"}): integers,
-    frozenset({"Sequence[Sequence[int]]"}): _nested,
+    frozenset({"Sequence[Sequence[int]]"}): lambda name, value, none: integers(name, value, none, integers),
     frozenset({"str", "os.PathLike[str]"}): _path,
 }
 

@@ -16,7 +16,7 @@ import click
 from pyro_vae.app import following
 from pyro_vae.app.comparing import _arms, compare, read_study, speeds_of, study, study_of
 from pyro_vae.app.report import about, wrapped
-from pyro_vae.app.runs import REPORT
+from pyro_vae.app.runs import REPORT, SUMMARY
 from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers
 from pyro_vae.app.study_page import check_table, runs_page, write_results, write_table
 from pyro_vae.app.trials import jobs_of, rankings, reason, state, time_left
@@ -55,7 +55,8 @@ def compare_runs(
     if not as_json:
         if out is not None:
             click.echo(f"report {Path(out) / REPORT}")
-        following.say(following.after_comparing(found.order[-1]))
+        last = Path(found.order[-1])  # the one that is behind, if its arm is a run
+        following.say(following.typed("judge", last) if (last / SUMMARY).is_file() else "pyro-vae runs")
     return found
 
 

@@ -50,11 +50,6 @@ def after_judging(run: Path, advice: Sequence[str]) -> str:
     return advice[0] if other is None else typed("compare", run, shlex.quote(str(other)))
 
 
-def after_comparing(last: str) -> str:
-    """What to type after a comparison of runs: judge the one that is behind, if its arm is a run."""
-    return typed("judge", Path(last)) if (Path(last) / SUMMARY).is_file() else "pyro-vae runs"
-
-
 def after_listing(records: Sequence[Mapping[str, Any]]) -> str:
     """What to type after the records of runs: compare the two latest on the same data, or judge the latest one."""
     latest = sorted(records, key=lambda record: record["time"] or 0.0, reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,14 +131,10 @@ def combinations(
     return [_tried(*combination) for combination in tqdm(wanted, disable=quiet, unit="combination")]
 
 
-def _product(*given: Sequence[str] | None) -> Iterator[tuple[str, str, str]]:
+def _product(*given: Sequence[str] | None) -> Iterator[tuple[str, ...]]:
     dense = [name for name in names.PARTS["posterior"] if has_density(names.find("posterior", name))]
     known = (dense, CHOICES["bound"], CHOICES["estimator"])
-    chosen = [list(k) if g is None else list(g) for g, k in zip(given, known, strict=True)]
-    for posterior in chosen[0]:
-        for bound in chosen[1]:
-            for estimator in chosen[2]:
-                yield posterior, bound, estimator
+    return itertools.product(*(k if g is None else g for g, k in zip(given, known, strict=True)))
 
 
 def _tried(posterior: str, bound: str, estimator: str) -> Outcome:

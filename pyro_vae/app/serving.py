@@ -241,7 +241,10 @@ class Mixture(Zoo):
             return {}
         train = dataset.train.subset(slice(0, MATCHED)).frozen(seed)
         with noise(seed):
-            there, here = (clusters_of(pair, split) for split in (train, test))
+            there, here = (
+                torch.cat([pair.responsibilities(part, 20).argmax(-1).cpu() for part in _parts(split)])
+                for split in (train, test)
+            )
         matched = matching(there, _known(train.labels).cpu(), len(pair.model.prior.logits))
         guessed = torch.tensor([-1 if c is None else c for c in matched])[here]
         about = (
@@ -297,11 +300,6 @@ def shown_labels(labels: Tensor, count: int, seed: int) -> Tensor:
         place[rows] = torch.arange(len(rows))
     chosen = order[place.argsort(stable=True)[:count]]
     return torch.full_like(labels, -1).scatter(0, chosen, labels[chosen])
-
-
-def clusters_of(pair: Any, split: Split) -> Tensor:
-    """The likeliest cluster of each datum, (N,)."""
-    return torch.cat([pair.responsibilities(part, 20).argmax(-1).cpu() for part in _parts(split)])
 
 
 def matching(clusters: Tensor, labels: Tensor, num_clusters: int) -> list[int | None]:

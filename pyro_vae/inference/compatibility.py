@@ -190,10 +190,6 @@ def _not_drawn(case: Case) -> str | None:
     return None
 
 
-def _auxiliary(case: Case) -> str | None:
-    return undetermined(case.guide, case.guide_sites.values(), case.batch, {})
-
-
 def _supports(case: Case) -> str | None:
     for name, site in case.guide_sites.items():
         prior = case.model_sites.get(name)
@@ -378,7 +374,7 @@ def _first_step(case: Case) -> str | None:
 RULES: tuple[Callable[[Case], str | None], ...] = (
     _no_density,
     _not_drawn,
-    _auxiliary,
+    lambda case: undetermined(case.guide, case.guide_sites.values(), case.batch, {}),
     _supports,
     _masks,
     _batch_norm,
