@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._trust import MISSING, contents
 from pyro_vae.parameters import plain_name
 from pyro_vae.reach import Reach
 
@@ -187,12 +188,9 @@ def _module(module: nn.Module) -> str:
 
 
 def _function(value: types.FunctionType, path: tuple[int, ...]) -> str:
-    bound = []
-    for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-        try:
-            bound.append(f"{name}={_described(cell.cell_contents, path)}")
-        except ValueError:  # not filled yet
-            continue
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    held = ((name, contents(cell)) for name, cell in cells)
+    bound = [f"{name}={_described(part, path)}" for name, part in held if part is not MISSING]
     defaults = [_described(default, path) for default in value.__defaults__ or ()]
     named = [f"{key}={_described(part, path)}" for key, part in (value.__kwdefaults__ or {}).items()]
     ours = value.__module__.partition(".")[0] in _OURS
