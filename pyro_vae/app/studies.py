@@ -100,7 +100,9 @@ class Study:
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Of each arm, by its name, the options in which it differs; two arms that are the same are a ValueError."""
+        """Of each arm, by its name, the options in which it differs; an unknown one, or two arms alike, are a
+        ValueError.
+        """
         found: dict[str, dict[str, Any]] = {}
         for combination in self._combinations():
             name = ", ".join(label for label, _ in combination)

@@ -99,7 +99,8 @@ def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | N
 
 
 def refusal(bound: Bound, estimator: str, num_samples: int) -> str | None:
-    """Why a bound and an estimator do not go together, None where they do.
+    """Why a bound and an estimator do not go together, None where they do; a bound that does not take K is a
+    ValueError.
 
     Example:
         >>> refusal(vr_max, "doubly-reparameterized", 8)[:42]

@@ -123,7 +123,10 @@ def rounding(likelihood: Any, z: Tensor) -> float:
 
 
 def described(likelihood: Any, arrays: Arrays, kind: str) -> dict[str, Any]:
-    """Layers and link of a likelihood, its weights kept as "f2" or "f4"; what the link needs is float32 always."""
+    """Layers and link of a likelihood, its weights kept as "f2" or "f4"; what the link needs is float32 always.
+
+    A layer or a likelihood that the page does not know is a ValueError.
+    """
     found = layers(likelihood.decoder, lambda tensor: None if tensor is None else arrays.add(tensor, kind))
     last = link(likelihood, lambda tensor: None if tensor is None else arrays.add(tensor, "f4"))
     return {"layers": found, "link": last, "weights": kind}
