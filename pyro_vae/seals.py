@@ -55,12 +55,19 @@ def save(
     """
 
     def whole(partial: Path) -> None:
-        write(tensors, str(partial), {**metadata, _NAME: _EMPTY})
+        write(tensors, str(partial), dict(metadata))
+        with partial.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            numbers = file.read()
+        # The library writes texts in an order of its own: the same content is to be the same bytes.
+        texts = dict(sorted(({**metadata, _NAME: _EMPTY}).items()))
+        header = {"__metadata__": texts} | {name: entry for name, entry in header.items() if name != "__metadata__"}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        partial.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
         digest = _digest(partial)
         with partial.open("r+b") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            place = header.find(f'"{_NAME}":"{_EMPTY}"'.encode())
-            file.seek(8 + place + len(_NAME) + 4)
+            file.seek(8 + text.index(_field(_EMPTY)) + len(_NAME) + 4)
             file.write(digest.encode())
 
     replace_file(path, whole)
@@ -102,7 +109,11 @@ def _digest(path: Path, said: str = _EMPTY) -> str:
     with path.open("rb") as file:
         size = file.read(8)
         header = file.read(int.from_bytes(size, "little"))
-        found.update(size + header.replace(f'"{_NAME}":"{said}"'.encode(), f'"{_NAME}":"{_EMPTY}"'.encode()))
+        found.update(size + header.replace(_field(said), _field(_EMPTY)))
         while block := file.read(_BLOCK):
             found.update(block)
     return found.hexdigest()
+
+
+def _field(digest: str) -> bytes:
+    return f'"{_NAME}":"{digest}"'.encode()

@@ -177,6 +177,8 @@ def finish(path: Path) -> None:
     from pyro_vae.inference import checkpoints
 
     checkpoints.remove(path / CHECKPOINT)
+    for half in path.rglob(".partial-*"):  # of processes that were killed while they wrote
+        half.unlink(missing_ok=True)
     (path / UNFINISHED).unlink(missing_ok=True)
 
 

@@ -99,7 +99,7 @@ def keep_previous(path: Path) -> None:
     """Keep a checkpoint that is to be replaced under its other name, without a moment in which there is none."""
     if not path.exists():
         return
-    beside = path.with_name(f".link-{os.getpid()}-{path.name}")
+    beside = path.with_name(f".partial-{os.getpid()}-previous-{path.name}")
     try:
         os.link(path, beside)
     except OSError:  # a file system without links
