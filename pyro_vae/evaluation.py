@@ -73,10 +73,9 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
 def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module]]]:
     """Run modules in the modes that they are in, and put the parameters and buffers of all that run back.
 
-    Args:
-        modules: Those that are known, with all their children.
-    Returns:
-        The outermost of those that ran and were not; a reference is dead if a program made it on the way.
+    Yields the outermost of those that ran and are not among them or their children, by references, dead if a program
+    made it on the way.
+
     Example:
         >>> net, other = nn.BatchNorm1d(1), nn.Linear(1, 1)
         >>> with unmoved([net]) as met:
@@ -101,12 +100,7 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module
 
 @contextlib.contextmanager
 def at_rest(modules: Iterable[nn.Module], *, others: bool = False) -> Iterator[None]:
-    """Modules in evaluation mode, and afterwards as they were, tensors and modes.
-
-    Args:
-        modules: With all their children.
-        others: And all other modules that run.
-    """
+    """Modules, with all their children, in evaluation mode, and afterwards as they were; so all `others` that run."""
     standing = _Standing()
     _here.resting.append(standing)
     try:

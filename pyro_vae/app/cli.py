@@ -6,6 +6,7 @@ error that the user can mend is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -13,30 +14,25 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pyro_vae import __version__
 from pyro_vae.app import configuration
 from pyro_vae.app.configuration import GroupedCommand, convert, read_config
 from pyro_vae.app.defaults import CHOICES, option, resolve
 from pyro_vae.news import no_news_of_a_gpu
 from pyro_vae.parts import names
-from pyro_vae.version import __version__
 from pyro_vae.words import did_you_mean, spelled
 
 PROGRAM = "pyro-vae"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: Arguments; those of the process if omitted.
-    Returns:
-        The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
-    """
+    """Run the command. Returns the exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C."""
     if argv is None:
         # A cluster's time limit is a Ctrl-C: what was trained is kept, and nothing half-written.
         # So is a terminal that is closed, unless nohup says that it is none of ours.
@@ -211,6 +207,28 @@ def _fit(config: Path | None, resume: Path | None, trust: tuple[str, ...], given
     return 0
 
 
+def _choice(kind: str, name: str) -> str:
+    found = spelled(name, CHOICES[kind])
+    if found is None:
+        hint = did_you_mean(name, CHOICES[kind])
+        raise ValueError(f"got --{kind} {name!r}, wanted one of {', '.join(CHOICES[kind])}.{hint}")
+    return found
+
+
+def _done_by(path: str) -> Callable[[Callable[[], None]], Callable[..., None]]:
+    """A command whose options all go to a function of `pyro_vae.app`, which is imported when it runs."""
+    module, _, name = path.partition(":")
+
+    def decorate(described: Callable[[], None]) -> Callable[..., None]:
+        @functools.wraps(described)
+        def run(**options: Any) -> None:
+            getattr(import_module(f"pyro_vae.app.{module}"), name)(**options)
+
+        return run
+
+    return decorate
+
+
 def _word(*words: str) -> click.Choice[str]:
     return click.Choice(words, case_sensitive=False)
 
@@ -239,22 +257,18 @@ _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[defau
               "datum, with the help of the model: gradient or Hamiltonian steps that are taken where they "
               "help.")  # fmt: skip
 @click.option("--out", metavar="FILE", type=_PATH, help="Write the JSON to a file too.")
-def evaluate(**options: Any) -> None:
+@_done_by("commands:evaluate_run")
+def evaluate() -> None:
     """Judge a run again: other samples, images or seed. The run folder stays as it is."""
-    from pyro_vae.app.commands import evaluate_run
-
-    evaluate_run(**options)
 
 
 @commands.command(short_help="Draw a run's pictures and report.html again.")
 @_run
 @_trust
 @_data_dir
-def draw(**options: Any) -> None:
+@_done_by("commands:draw_run")
+def draw() -> None:
     """Draw the pictures and report.html of a run again, of an unfinished one too."""
-    from pyro_vae.app.commands import draw_run
-
-    draw_run(**options)
 
 
 @commands.command(short_help="Say whose fault a run's gap is, and what to try next.")
@@ -332,11 +346,9 @@ OPTIONS_OF_COMPARE = ("vary", "seeds", "frozen", "freeze", "budget", "jobs", "ba
 @commands.command("report", short_help="Write a study's tables and page again.")
 @click.argument("folder", type=_PATH, metavar="STUDY")
 @_trust
-def report_command(folder: Path, trust: tuple[str, ...]) -> None:
+@_done_by("compare_command:report_study")
+def report_command() -> None:
     """Write the tables and the page of a study again, of an unfinished one as it stands."""
-    from pyro_vae.app.compare_command import report_study
-
-    report_study(folder, trust)
 
 
 @commands.command()
@@ -350,11 +362,9 @@ def report_command(folder: Path, trust: tuple[str, ...]) -> None:
 @click.option("--label", metavar="N|NAME", help="Of this class only, of a model that knows classes: conditional, "
               "semi-supervised, or the cluster of a mixture that was matched with it.")  # fmt: skip
 @_seed
-def sample(**options: Any) -> None:
+@_done_by("commands:sample_run")
+def sample() -> None:
     """Draw new data from a run's model."""
-    from pyro_vae.app.commands import sample_run
-
-    sample_run(**options)
 
 
 @commands.command(short_help="Reconstruct image files, and score them.")
@@ -366,11 +376,9 @@ def sample(**options: Any) -> None:
               "image. [default: 1000]")  # fmt: skip
 @click.option("--label", metavar="N|NAME", help="The class of the images, which a conditional model takes.")
 @_seed
-def reconstruct(**options: Any) -> None:
+@_done_by("commands:reconstruct_images")
+def reconstruct() -> None:
     """Reconstruct image files, scaled and coloured as the run's data, and score them."""
-    from pyro_vae.app.commands import reconstruct_images
-
-    reconstruct_images(**options)
 
 
 @commands.command(short_help="Rank a run's test data from strange to ordinary.")
@@ -389,11 +397,9 @@ def reconstruct(**options: Any) -> None:
 @_data_dir
 @_seed
 @_device
-def anomalies(**options: Any) -> None:
+@_done_by("commands:rank_anomalies")
+def anomalies() -> None:
     """Rank a run's test data from strange to ordinary, by log p(x) or by reconstruction error."""
-    from pyro_vae.app.commands import rank_anomalies
-
-    rank_anomalies(**options)
 
 
 @commands.command(short_help="Write mean and scale of q(z | x) for data.")
@@ -404,29 +410,25 @@ def anomalies(**options: Any) -> None:
               ".parquet (needs pandas and pyarrow).")  # fmt: skip
 @_data_dir
 @_seed
-def encode(**options: Any) -> None:
+@_done_by("encoding:encode_run")
+def encode() -> None:
     """Write mean and scale of q(z | x) for data, one row each.
 
     DATA is a folder of images or an image (rows have their file names), an array in a .npy, any other data that fit
     takes, or train, validation or test, the run's own.
     """
-    from pyro_vae.app.encoding import encode_run
-
-    encode_run(**options)
 
 
 @commands.command(short_help="Write encoder and decoder as .pt2 of torch.export.")
 @_run
 @_trust
 @click.option("--out", metavar="DIR", type=_PATH, help="[default: RUN/export]")
-def export(**options: Any) -> None:
+@_done_by("exporting:export_run")
+def export() -> None:
     """Write encoder and decoder as .pt2 files of torch.export, which run without this package.
 
     A file is kept only if it gives what the networks give, to 1e-6.
     """
-    from pyro_vae.app.exporting import export_run
-
-    export_run(**options)
 
 
 @commands.command(short_help="Write a page to move through the latent space in.")
@@ -439,14 +441,12 @@ def export(**options: Any) -> None:
               "first N of them by Hamiltonian Monte Carlo, too. [default: 0]")  # fmt: skip
 @_seed
 @_data_dir
-def explore(**options: Any) -> None:
+@_done_by("explore.command:explore_run")
+def explore() -> None:
     """Write a page to move through a run's latent space in: one HTML file that opens offline.
 
     The decoder is inside, and the images follow the pointer, the finger or the arrow keys.
     """
-    from pyro_vae.app.explore.command import explore_run
-
-    explore_run(**options)
 
 
 @commands.command(short_help="List runs with their numbers.")
@@ -456,14 +456,12 @@ def explore(**options: Any) -> None:
               "[default: time]")  # fmt: skip
 @click.option("--data", "only", metavar="NAME|PATH", help="Only runs on these data.")
 @_json
-def runs(**options: Any) -> None:
+@_done_by("listing:list_runs")
+def runs() -> None:
     """List the runs in folders, at any depth, with their numbers. [default: runs]
 
     A damaged run is a row with the reason. Nothing but JSON is read.
     """
-    from pyro_vae.app.listing import list_runs
-
-    list_runs(**options)
 
 
 @commands.command(short_help="Try every posterior with every bound and estimator.")
@@ -479,19 +477,11 @@ def combinations(
 
     from pyro_vae.app import losses
 
-    for kind, given in (("bound", bounds), ("estimator", estimators)):
-        for name in given:
-            if spelled(name, CHOICES[kind]) is None:
-                hint = did_you_mean(name, CHOICES[kind])
-                raise ValueError(f"got --{kind} {name!r}, wanted one of {', '.join(CHOICES[kind])}.{hint}")
+    bounds = tuple(_choice("bound", name) for name in bounds)
+    estimators = tuple(_choice("estimator", name) for name in estimators)
     posteriors = tuple(names.check("posterior", name) for name in posteriors)
-    bounds, estimators = (
-        tuple(spelled(name, CHOICES[kind]) or name for name in given)
-        for kind, given in (("bound", bounds), ("estimator", estimators))
-    )
     outcomes = losses.combinations(posteriors or None, bounds or None, estimators or None)
-    records = [outcome._asdict() for outcome in outcomes]
-    click.echo(json.dumps(records, indent=2) if as_json else losses.table(outcomes))
+    click.echo(json.dumps([outcome._asdict() for outcome in outcomes], indent=2) if as_json else losses.table(outcomes))
     return 1 if any(outcome.result == "fails" for outcome in outcomes) else 0
 
 

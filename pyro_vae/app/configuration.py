@@ -28,21 +28,14 @@ _WORDS = {
 def read_config(path: Path) -> dict[str, Any]:
     """Options by field name, of the right types, from a YAML or (.json) JSON file; None for an option set to nothing.
 
-    Keys are option names, with - or _. A run's own config.json is such a file, and a run folder stands for it.
-
-    Raises:
-        ValueError: Unreadable, not a mapping, an unknown key, a value of a wrong type.
+    Keys are option names, with - or _. A run's own config.json is such a file, and a run folder stands for it. What is
+    unreadable or no mapping, an unknown key or a value of a wrong type is a ValueError.
     """
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"got --config {path}, a folder without config.json, wanted a run folder or a file.")
         path = path / "config.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ValueError(f"got --config {path}, wanted a readable YAML or JSON file: {reason}.") from error
-    values = parsed(path, text)
+    values = parsed(path, f"--config {path}, wanted a readable YAML or JSON file")
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds {_shown(values)}, wanted options by name, such as 'epochs: 20'.")
     result: dict[str, Any] = {}
@@ -56,10 +49,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def convert(name: str, value: Any, where: str) -> Any:
-    """What was read of one option as its field's type; `where` is for the message.
+    """What was read of one option as its field's type; `where` is for the message of the ValueError, if it is none.
 
-    Raises:
-        ValueError: It cannot be read as that type.
     Example:
         >>> convert("hidden", "400,400", "here"), convert("learning_rate", "2e-3", "here")
         ((400, 400), 0.002)
@@ -78,23 +69,21 @@ def convert(name: str, value: Any, where: str) -> Any:
     raise ValueError(f"got {where} = {_shown(value)}, wanted {wanted}.")
 
 
-def parsed(path: Path, text: str) -> Any:
-    """What a YAML or (.json) JSON file holds, as plain data.
-
-    Raises:
-        ValueError: It is neither.
-    """
+def parsed(path: Path, wanted: str) -> Any:
+    """What a YAML or (.json) JSON file holds, as plain data; else a ValueError with what is `wanted`."""
     import yaml
 
     try:
+        text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"got {wanted}: {getattr(error, 'strerror', None) or 'it is not text'}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}.") from error
     except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise ValueError(f"{path} is not valid YAML: {problem}{line}.") from error
+        raise ValueError(f"{path} is not valid YAML: {problem or 'unreadable'}{line}.") from error
 
 
 def _integer(value: Any) -> int:
@@ -109,16 +98,13 @@ def _number(value: Any) -> float:
     return float(value)  # also of text: YAML reads 2e-3 as a word
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return value
+def _of(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError
+        return value
 
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
+    return read
 
 
 def _widths(value: Any) -> tuple[int, ...]:
@@ -135,15 +121,13 @@ def _mapping(value: Any) -> dict[str, Any]:
             value = yaml.safe_load("{" + re.sub(r"\s*=\s*", ": ", value) + "}")
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError from error
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError
-    if None in value.values():
-        raise ValueError  # a name without "="
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and v is not None for k, v in value.items()):
+        raise ValueError  # also of a name without "="
     return dict(value)
 
 
 _READERS: dict[str, Any] = {
-    "int": _integer, "float": _number, "str": _text, "bool": _truth, "tuple[int, ...]": _widths,
+    "int": _integer, "float": _number, "str": _of(str), "bool": _of(bool), "tuple[int, ...]": _widths,
     "dict[str, Any]": _mapping,
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,19 +176,16 @@ HIDDEN: dict[str, tuple[int, ...]] = {
     "mlp": (400, 400), "gated": (300, 300), "conv": (32, 64, 128), "residual": (32, 64, 128), "linear": (),
 }  # fmt: skip
 
+_MNIST = FitOptions(
+    "mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3, likelihood="bernoulli"
+)
 DATASETS: dict[str, FitOptions] = {
     "digits": FitOptions(
         "digits", hidden=(256, 128), latent_dim=10, epochs=300, batch_size=64, learning_rate=2e-3,
         likelihood="bernoulli", threads=1,
     ),
-    "mnist": FitOptions(
-        "mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3,
-        likelihood="bernoulli",
-    ),
-    "fashion-mnist": FitOptions(
-        "fashion-mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3,
-        likelihood="bernoulli",
-    ),
+    "mnist": _MNIST,
+    "fashion-mnist": replace(_MNIST, data="fashion-mnist"),
     "frey": FitOptions(
         "frey", hidden=(400, 200), latent_dim=20, epochs=300, batch_size=64, likelihood="normal", clip_norm=1e4
     ),
@@ -207,8 +204,8 @@ OTHER = FitOptions("folders, files", clip_norm=1e5)
 def resolve(given: Mapping[str, Any]) -> FitOptions:
     """The configuration that follows from what the user gave; what is missing comes from the dataset's row.
 
-    Raises:
-        ValueError: An unknown option, or a value that it cannot have.
+    An unknown option, or a value that it cannot have, is a ValueError.
+
     Example:
         >>> resolve({"data": "mnist"}).latent_dim, resolve({"network": "conv"}).hidden
         (50, (32, 64, 128))

@@ -33,16 +33,9 @@ KINDS = {1: "labels", 3: "images"}
 
 
 def read_idx(path: str | Path, axes: int) -> Tensor:
-    """The unsigned bytes in an IDX file.
+    """The unsigned bytes in an IDX file, gzipped or not, of the shape in its header: 3 axes for images, 1 for labels.
 
-    Args:
-        path: The file; one that begins like gzip is decompressed, whatever its name.
-        axes: Number of axes wanted: 3 for images (N, H, W), 1 for labels (N,).
-    Returns:
-        uint8 of the shape in the file's header.
-    Raises:
-        ValueError: If the file is empty, cut short, too long, corrupt, no IDX file of
-            unsigned bytes, or one of another number of axes.
+    A file that is empty, cut short, too long, corrupt, of something else or of other axes is a ValueError.
     """
     raw = _read_bytes(Path(path))
     if not raw:
@@ -99,27 +92,16 @@ DEBIAN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 LABEL_NAMES = {
     "mnist": tuple("0123456789"),
-    "fashion-mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
+    "fashion-mnist": tuple("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")),
 }
 FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], "fashion-mnist": [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]}
 
 
-def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: int | None = None) -> Source:
+def read_mnist_like(name: str, data_dir: Path, download: bool = True) -> Source:
     """MNIST or Fashion-MNIST: the last training images validate, the official test set tests.
 
     Looked for in data_dir (the four files themselves, or torchvision's `MNIST/raw`), then, for Fashion-MNIST, where
-    Debian's package puts it, then on the network. A sixtieth (1,000 of 60,000) validates if `held_out` is omitted.
+    Debian's package puts it, then on the network. A sixtieth (1,000 of 60,000) validates.
     """
     folder = _find(name, data_dir)
     if folder is None and download:
@@ -144,7 +126,7 @@ def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: 
                 f"{folder} holds {other}, wanted {name}: their files bear the same names. "
                 f"Pass data_dir=, a folder with the files of {name}."
             )
-    last = max(1, len(train) // 60) if held_out is None else held_out
+    last = max(1, len(train) // 60)
     if len(train) <= last:
         raise ValueError(f"{found[0]} holds {len(train)} images, wanted more than the {last} set aside for validation.")
     return Source(
@@ -182,9 +164,8 @@ def _files_in(folder: Path) -> list[Path] | None:
 
 
 def _find(name: str, data_dir: Path) -> Path | None:
-    raw = Path(TORCHVISION[name], "raw")
     # Files lying in data_dir itself bear no dataset's name: MNIST's and Fashion-MNIST's are called alike.
-    folders = [data_dir / raw, data_dir / name, data_dir]
+    folders = [data_dir / Path(TORCHVISION[name], "raw"), data_dir / name, data_dir]
     if name in DEBIAN:
         folders.append(DEBIAN[name])
     return next((folder for folder in folders if _files_in(folder)), None)

@@ -27,7 +27,6 @@ from torch.overrides import TorchFunctionMode
 
 PRECISIONS = ("highest", "high", "medium", "bfloat16")
 
-_LINEAR = {F.linear}
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 }  # fmt: skip
@@ -102,12 +101,9 @@ class _BFloat16Layers(TorchFunctionMode):
         super().__exit__(*args)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _LINEAR:
-            return _rounded(func, False, *args, **kwargs)
-        if func in _CONVOLUTIONS:
-            return _rounded(func, True, *args, **kwargs)
-        return func(*args, **kwargs)
+        if func is F.linear or func in _CONVOLUTIONS:
+            return _rounded(func, func in _CONVOLUTIONS, *args, **kwargs or {})
+        return func(*args, **kwargs or {})
 
 
 def _rounded(

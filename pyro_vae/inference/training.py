@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
-from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches, Stream, apart, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors, previous
@@ -35,6 +34,7 @@ from pyro_vae.inference.objectives import ClosedForm, Objective, default_loss, m
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.ranks import Ranks, alone, common_seed, most_steps, world
+from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps
