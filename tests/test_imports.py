@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "tensors": set(),
     "version": set(),
     "atomic": set(),
-    "plots": set(),
+    "plots": {"_lazy"},
     "parts": GROUND,
     "data": GROUND,
     "inference": GROUND | {"plots"},  # as a history can be drawn
