@@ -102,8 +102,12 @@ def is_trusted(function: Any) -> bool:
 def modules_named(root: Any) -> set[str]:
     """The Python modules that a program is written in, through what wraps it."""
     found, stack = {type(root).__module__}, [root]
+    met: set[int] = set()  # a function that calls itself is in a cell of its own
     while stack:
         value = stack.pop()
+        if id(value) in met:
+            continue
+        met.add(id(value))
         if isinstance(value, functools.partial):
             stack += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.MethodType):

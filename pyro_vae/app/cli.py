@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         # A cluster's time limit is a Ctrl-C: what was trained is kept, and nothing half-written.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # So is a terminal that is closed, unless nohup says that it is none of ours.
+        for which in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(which) is not signal.SIG_IGN:
+                signal.signal(which, signal.default_int_handler)
     try:
         with _warnings_as_lines():
             code = commands.main(args=None if argv is None else list(argv), prog_name=PROGRAM, standalone_mode=False)
@@ -112,6 +115,14 @@ class _Commands(click.Group):
 @click.pass_context
 def commands(context: click.Context) -> None:
     """Fit, look at and judge variational autoencoders written as Pyro programs."""
+    from pyro_vae.app.processes import number
+
+    command = context.invoked_subcommand
+    if command not in (None, "fit") and number() > 1:
+        raise ValueError(
+            f"got {command} in {number()} processes, which would do it as often. Only fit shares its work out: run "
+            f"{PROGRAM} {command} by itself."
+        )
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -122,12 +133,13 @@ def commands(context: click.Context) -> None:
     epilog=configuration.epilog(),
 )
 @configuration.FIT
-def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
+def fit(config: Path | None, resume: Path | None, trust: tuple[str, ...], **given: Any) -> int:
     """Fit a VAE to images, judge it on test data, and write a run folder.
 
     The folder holds config.json, summary.json, metrics.jsonl, weights.safetensors,
     figures and report.html. First pictures appear after the first epoch. Ctrl-C keeps
-    what was trained so far, and the same command goes on in the same folder.
+    what was trained so far, and the same command goes on in the same folder, as
+    --resume RUN does after whatever ended it.
 
     \b
     Examples:
@@ -137,19 +149,45 @@ def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
       pyro-vae fit --model semi-supervised --model-options num_labelled=100
       pyro-vae fit --config runs/mnist --seed 1
       pyro-vae fit --from runs/mnist --epochs 50
+      pyro-vae fit --resume runs/mnist-2
+      torchrun --nproc-per-node 2 -m pyro_vae fit --data mnist --data-dir ~/mnist
     """
+    from pyro_vae.app import processes
+
+    with processes.group():
+        return _fit(config, resume, trust, given)
+
+
+def _fit(config: Path | None, resume: Path | None, trust: tuple[str, ...], given: dict[str, Any]) -> int:
     from pyro_vae.app import following, starting
-    from pyro_vae.app.runs import check_place, default_path, is_unfinished
+    from pyro_vae.app.processes import of_first
+    from pyro_vae.app.runs import asked_of, check_place, default_path, is_unfinished
 
     options_given = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
     values = (read_config(config) if config is not None else {}) | options_given
     out, quiet = values.pop("out", None), values.pop("quiet", False)
     checkpoint = values.pop("checkpoint", None)
-    options = resolve(starting.merged(values) if values.get("from_run") else values)
+    if resume is not None:
+        other = [*values, *(["out"] if out is not None else []), *(["config"] if config is not None else [])]
+        if other:
+            raise ValueError(
+                f"got --resume {resume} with {option(other[0])}, wanted no other option: a run goes on with those that "
+                "it was begun with. Begin another one with --out, or go on from a finished one with --from."
+            )
+        values, began = asked_of(resume.expanduser())
+        out, checkpoint = resume, began if checkpoint is None else checkpoint
+    options = resolve(starting.merged(values) if values.get("from_run") and resume is None else values)
     asked = options.to_json()
-    path = Path(out).expanduser() if out is not None else default_path(options.data, asked)
-    check_place(path, asked)
-    if is_unfinished(path) and not quiet:
+
+    def place() -> Path:
+        found = Path(out).expanduser() if out is not None else default_path(options.data, asked)
+        check_place(found, asked)
+        return found
+
+    path = of_first(place)
+    here = path is not None  # in the process that has the folder
+    quiet, path = quiet or not here, path or Path(out or "runs")
+    if here and is_unfinished(path) and not quiet:
         click.echo(f"going on with {path} (--out another folder to start afresh)", err=True)
 
     from pyro_vae.app.fitting import fit_run
@@ -161,10 +199,12 @@ def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
     if not quiet:
         show_lines([*lines(summary, path), *files(path, summary)])
     if summary["interrupted"]:
-        click.echo(
-            f"{PROGRAM}: interrupted: what was trained so far is in {path}, and the same command goes on with it",
-            err=True,
-        )
+        if here:
+            click.echo(
+                f"{PROGRAM}: interrupted: what was trained so far is in {path}, and the same command goes on with it, "
+                f"as '{PROGRAM} fit --resume {path}' does",
+                err=True,
+            )
         return 130
     if not quiet:
         following.say(following.after("fit", path, summary))

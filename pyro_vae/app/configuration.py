@@ -312,6 +312,8 @@ FIT = _options(
             "checkpoint.safetensors, until the run is finished]"),
     _option("Run", "--config", "FILE|RUN", "Read options from YAML or JSON, or from a run folder; the command line "
             "wins.", click.Path(path_type=Path)),
+    _option("Run", "--resume", "RUN", "Go on with an unfinished run, whatever ended it (Ctrl-C, a kill, a power cut), "
+            "with the options that it was begun with.", click.Path(path_type=Path)),
     click.option("--from", "from_run", cls=GroupedOption, group="Run", metavar="RUN", type=str,
                  help="Go on from a finished run: its options, but for what is typed here. Its weights too where "
                  "networks and shape of the data stay the same: then --epochs are so many more, without a KL warm-up, "

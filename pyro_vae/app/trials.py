@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+from pyro_vae import seals
 from pyro_vae.app import evaluation, serving
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import build, read, train, training_numbers
@@ -39,7 +38,7 @@ from pyro_vae.app.runs import (
     write_lines,
 )
 from pyro_vae.app.studies import PLACES, Plan, Study, Trial, datasets
-from pyro_vae.atomic import reason_of, write_file
+from pyro_vae.atomic import reason_of
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.rankings import CRITERIA, Ranking, rank
@@ -172,17 +171,15 @@ def _score(options: FitOptions, path: Path) -> None:
     write_json(path / SUMMARY, summary)
     write_page(path, options, summary)
     # The last one: a fit with scores is done, and nothing of it is missing.
-    write_file(path / SCORES, lambda partial: save_file(tensors, partial, {"scores": json.dumps(told)}))
+    seals.save(path / SCORES, tensors, {"scores": json.dumps(told)})
 
 
 def read_scores(trial: Trial) -> Scores:
     """The scores of a trial that is done."""
-    with safe_open(trial.folder / SCORES, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in ("log_p", "elbo", "pareto_k")}
-        told = json.loads(file.metadata()["scores"])
+    tensors, metadata = seals.read(trial.folder / SCORES)
     summary = Run.load(trial.folder).summary
-    return Scores(**tensors, **told, seed=trial.options.seed, seconds=summary["train_seconds"],
-                  parameters=summary["parameters"])  # fmt: skip
+    told: dict[str, Any] = tensors | json.loads(metadata["scores"])
+    return Scores(**told, seed=trial.options.seed, seconds=summary["train_seconds"], parameters=summary["parameters"])
 
 
 def state(trial: Trial) -> str:

@@ -62,6 +62,8 @@ class Fused(PyroOptim):
         scale: What the loss is a multiple of, such as the scale of a plate; 1 if nobody says.
         parameters: The tensors that had a gradient so far.
         count: Steps taken.
+        exchange: Takes the tensors that have a gradient before each step, puts the gradients to step along in their
+            place, and returns those that have one then: how processes put theirs together.
     Raises:
         ValueError: A learning rate or clip_norm that is not positive.
     Example:
@@ -97,6 +99,7 @@ class Fused(PyroOptim):
         self.count = 0
         self._even = True  # whether all parameters took part in every step
         self._update: Update | None = None
+        self.exchange: Callable[[list[Tensor]], list[Tensor]] | None = None
 
     @classmethod
     def taking(cls, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Fused:
@@ -119,6 +122,8 @@ class Fused(PyroOptim):
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Step all parameters that have a gradient; new ones join the optimiser."""
         params = [p for p in params if p.grad is not None]
+        if self.exchange is not None:
+            params = self.exchange(params)
         new = [p for p in params if p not in self.parameters]
         if new:
             self._join(new)
@@ -170,12 +175,13 @@ class Fused(PyroOptim):
     def inside(self) -> Update | None:
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
 
-        None where there is no such form: before the first step, for another algorithm than Adam and AdamW, where
-        parameters took part in different numbers of steps, or where an option changes the algorithm. An option that
-        changes needs another graph; where some do again and again, as under a cycle of momenta, there is none either.
+        None where there is no such form: before the first step, between processes, for another algorithm than Adam and
+        AdamW, where parameters took part in different numbers of steps, or where an option changes the algorithm. An
+        option that changes needs another graph; where some do again and again, as under a cycle of momenta, there is
+        none either.
         """
         optimizer = self._optimizer
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even:
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even or self.exchange is not None:
             return None
         assert optimizer is not None
         (group, *more) = optimizer.param_groups

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from pyro_vae.atomic import replace_file
+from pyro_vae import seals
 from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
@@ -111,7 +111,7 @@ class Answers(nn.Module):
         if not path.parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}. Make it first.")
         metadata = {_METADATA: json.dumps(asdict(self.architecture))} if self.architecture else {}
-        replace_file(path, lambda partial: save_model(_Plain(self), str(partial), metadata=metadata))  # type: ignore[arg-type]
+        seals.save(path, _Plain(self), metadata, save_model)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Self:
@@ -125,8 +125,7 @@ class Answers(nn.Module):
                 architecture (those of your own pair: build the VAE, then `load_weights`),
                 with one of another pair or that this version cannot read, or with a part that is not trusted.
         """
-        metadata, dtype = _read(path)
-        text = metadata.get(_METADATA)
+        text = seals.check(path).get(_METADATA)
         if text is None:
             raise ValueError(
                 f"{path} holds weights without an architecture. Build the VAE from your own parts, then call "
@@ -152,7 +151,7 @@ class Answers(nn.Module):
                 f"{path} holds an architecture that cannot be read ({error!r}), wanted what vae.save writes, got: "
                 f"{text[:200]}"
             ) from error
-        vae.to(dtype)
+        vae.to(_dtype(path))
         vae.load_weights(path)
         return vae.eval()
 
@@ -180,7 +179,7 @@ class Answers(nn.Module):
         Raises:
             ValueError: No such file, a corrupt one, or tensors that do not fit; the weights are then as they were.
         """
-        _read(path)
+        seals.check(path)
         before = {name: value.clone() for name, value in self.state_dict().items()}
         try:
             load_model(_Plain(self), str(path))  # type: ignore[arg-type]
@@ -218,7 +217,7 @@ class VAE(Answers):
         Raises:
             ValueError: No such file, a corrupt one, or tensors that do not fit.
         """
-        _read(path)
+        seals.check(path)
         alone = torch.nn.Module()
         alone.model = self.model
         try:
@@ -371,14 +370,8 @@ class _Plain:
         return [name for name in here if name not in given], [name for name in given if name not in here]
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], torch.dtype]:
-    """The metadata of a file, and the dtype of its first floating-point tensor."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            found = (file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118 (a file is no dict)
-            dtype = next((dtype for dtype in found if dtype.is_floating_point), torch.get_default_dtype())
-            return file.metadata() or {}, dtype
-    except FileNotFoundError as error:
-        raise ValueError(f"no such file: {path}.") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+def _dtype(path: str | os.PathLike[str]) -> torch.dtype:
+    """Of the first floating-point tensor in a file."""
+    with safe_open(str(path), framework="pt") as file:
+        found = (file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118 (a file is no dict)
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.get_default_dtype())
