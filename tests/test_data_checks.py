@@ -18,7 +18,7 @@ from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.training import fit
-from pyro_vae.judging.distances import anomaly_scores
+from pyro_vae.judging.anomalies import anomaly_scores
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.programs.vae import VAE
 

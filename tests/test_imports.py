@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "tensors": set(),
     "atomic": set(),
     "seals": {"atomic"},
-    "plots": set(),
+    "plots": {"_lazy"},
     "parts": GROUND,
     "data": GROUND,
     "inference": GROUND | {"plots"},  # as a history can be drawn

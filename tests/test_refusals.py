@@ -320,7 +320,7 @@ def plain_pair():
 def test_a_row_that_is_too_far_out_is_named(pair, estimate):
     from pyro_vae.judging._gaps import gaps
     from pyro_vae.judging.annealing import ais
-    from pyro_vae.judging.references import quadrature
+    from pyro_vae.judging.grids import quadrature
 
     model, guide = plain_pair() if pair == "plain" else (normal_vae().model, normal_vae().guide)
     x = table()[:, :2].clone() if pair == "plain" else table().clone()

@@ -18,7 +18,8 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.distances import energy_distance
-from pyro_vae.judging.estimates import ElboTerms, Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import ElboTerms, elbo_terms, log_likelihood
+from pyro_vae.judging.evidence import Estimate
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import Answers

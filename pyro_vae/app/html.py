@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from pyro_vae import plots
+from pyro_vae.judging.advice import Finding
 from pyro_vae.judging.judgement import Judgement
 from pyro_vae.judging.results import Nats
 from pyro_vae.judging.stages import Bounds, Calibrated, GapSplit, Stages
-from pyro_vae.judging.verdicts import Finding
 from pyro_vae.judging.weights import khat_limit
 
 _STYLE = """
