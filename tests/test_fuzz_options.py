@@ -3,11 +3,12 @@
 What is taken is not run: the first step of a fit, an evaluation, a page is where a trial ends.
 """
 
-import contextlib
 import random
+from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 
 from pyro_vae.app import cli, fitting
 
@@ -50,8 +51,9 @@ def fault(arguments, name, capsys):
         return f"exit code {code}, said {said[-300:]!r}"
     if len(last) > 1500:
         return f"a line of {len(last)} characters"
-    words = name.lstrip("-").split("-")
-    if not all(word in last.lower() for word in words):
+    words, value = name.lstrip("-").split("-"), arguments[-1]
+    named = value.strip() and (value[:60] in last or str(Path(value).absolute()) in last)
+    if not named and not all(word in last.lower() for word in words):
         return f"{last[:300]!r} does not name {name}"
     return None
 
@@ -62,25 +64,70 @@ def no_work(monkeypatch, tmp_path):
         raise Reached
 
     monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("x.png")
     monkeypatch.setattr(fitting, "train", reached)
     from pyro_vae.app import compare_command
 
     monkeypatch.setattr(compare_command, "execute", reached, raising=False)
+    return reached
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "run"
+    tiny = ["--hidden", "8", "--latent-dim", "2", "--epochs", "1", "--evaluation-samples", "5", "--quiet"]
+    assert cli.main(["fit", *QUICK, *tiny, "--evaluation-images", "5", "--out", str(path)]) == 0
+    return path
 
 
 def cases(command):
     return [(option.opts[0], value) for option in options_of(command) for value in BAD]
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_every_option_of_fit(part, no_work, capsys):
-    all_cases = cases("fit")
-    random.Random(0).shuffle(all_cases)
-    chosen = all_cases[part::4]
-    faults = {}
-    for name, value in chosen:
-        with contextlib.suppress(OSError):
-            found = fault(["fit", *QUICK, name, value], name, capsys)
-            if found:
-                faults[name, value[:20]] = found
-    assert not faults, "\n".join(f"{k}: {v}" for k, v in faults.items())
+def faults(command, before, chosen, capsys):
+    found = {(name, v[:20]): fault([command, *before, name, v], name, capsys) for name, v in chosen}
+    return "\n".join(f"{each}: {said}" for each, said in found.items() if said)
+
+
+PARTS = [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))]
+HEAVY = ("pyro_vae.app.evaluation.evaluate", "pyro_vae.app.report.draw", "pyro_vae.app.commands.anomaly_scores",
+         "pyro_vae.judging.judgement.judge")  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_every_option_of_a_fit(command, part, no_work, capsys):
+    chosen = cases(command)
+    random.Random(0).shuffle(chosen)
+    before = QUICK if command == "fit" else [*QUICK, "--vary", "posterior=diagonal,full", "--dry-run"]
+    said = faults(command, before, chosen[part::8], capsys)
+    assert not said, said
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["evaluate", "draw", "judge", "sample", "reconstruct", "anomalies", "encode", "export", "explore", "runs",
+     "combinations"],
+)  # fmt: skip
+def test_every_option_of_what_is_done_with_a_run(command, a_run, no_work, capsys, monkeypatch):
+    for name in HEAVY:
+        monkeypatch.setattr(name, no_work)
+    before = {
+        "runs": [str(a_run.parent)],
+        "combinations": [],
+        "encode": [str(a_run), "digits", "--out", "z.csv"],
+        "reconstruct": [str(a_run), "x.png"],
+    }
+    said = faults(command, before.get(command, [str(a_run)]), cases(command), capsys)
+    assert not said, said
+
+
+@pytest.mark.slow
+def test_two_bad_values_at_once(no_work, capsys):
+    rng = random.Random(1)
+    names = [option.opts[0] for option in options_of("fit")]
+    for _ in range(5000):
+        one, two = rng.sample(names, 2)
+        arguments = ["fit", *QUICK, one, rng.choice(BAD), two, rng.choice(BAD)]
+        code, said = tried(arguments, capsys)
+        assert code in (0, 2, None) and "Traceback" not in said, (arguments, said)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -22,13 +23,15 @@ import click
 
 from pyro_vae import __version__
 from pyro_vae.app import configuration
-from pyro_vae.app.configuration import GroupedCommand, convert, read_config
+from pyro_vae.app.configuration import GroupedCommand, at_least, convert, read_config
 from pyro_vae.app.defaults import CHOICES, option, resolve
+from pyro_vae.atomic import reason_of
 from pyro_vae.news import no_news_of_a_gpu
 from pyro_vae.parts import names
 from pyro_vae.words import did_you_mean, spelled
 
 PROGRAM = "pyro-vae"
+_LONGEST = 4096  # characters of a word that is typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(which, signal.default_int_handler)
     try:
         with _warnings_as_lines():
+            _check_words(sys.argv[1:] if argv is None else argv)
             code = commands.main(args=None if argv is None else list(argv), prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -56,12 +60,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("PYRO_VAE_DEBUG") == "1":
             raise
+        where = _option_of(getattr(error, "filename", None), sys.argv[1:] if argv is None else argv)
+        if where is not None and isinstance(error, OSError):
+            return _failed(f"got {where}: {reason_of(error)}")
         return _failed(str(error) or type(error).__name__)
 
 
 def _failed(message: str) -> int:
-    click.echo(f"{PROGRAM}: error: {' '.join(message.split())}", err=True)
+    line = re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...", " ".join(message.split()))
+    click.echo(f"{PROGRAM}: error: {line}", err=True)
     return 2
+
+
+def _option_of(path: Any, argv: Sequence[str]) -> str | None:
+    """A word that was typed with a path that the system refused, and the option before it."""
+    for before, word in zip(["", *argv], argv, strict=False):
+        if path is not None and word and Path(word).absolute() == Path(path).absolute():
+            return f"{before} {word}" if before.startswith("-") else word
+    return None
+
+
+def _check_words(argv: Sequence[str]) -> None:
+    """Refuse what can be no name and no path."""
+    for before, word in zip(["", *argv], argv, strict=False):
+        if "\0" in word or len(word) > _LONGEST or not word.strip():
+            name = next((each.partition("=")[0] for each in (word, before) if each.startswith("-")), "an argument")
+            what = (
+                "a null character" if "\0" in word else f"{len(word):,} characters" if word.strip() else "nothing in it"
+            )
+            raise ValueError(f"got {name[:80]} with {what}, wanted text of 1 to {_LONGEST:,} characters.")
 
 
 def _message(error: click.ClickException) -> str:
@@ -240,14 +267,14 @@ _device = click.option("--device", metavar="NAME", default="auto", help="[defaul
 _trust = click.option("--trust", metavar="MODULE:CLASS", multiple=True, help="Import this part of a run, code of your "
                       "own.")  # fmt: skip
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-_seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[default: the run's own]")
+_seed = click.option("--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), help="[default: the run's own]")
 
 
 @commands.command(short_help="Judge a run again: other samples, images or seed.")
 @_run
 @_trust
-@click.option("--evaluation-samples", "-K", metavar="K", type=click.IntRange(2), help="[default: the run's own]")
-@click.option("--evaluation-images", metavar="N", type=click.IntRange(2), help="[default: the run's own]")
+@click.option("--evaluation-samples", "-K", metavar="K", type=at_least(2), help="[default: the run's own]")
+@click.option("--evaluation-images", metavar="N", type=at_least(2), help="[default: the run's own]")
 @click.option("--full", is_flag=True, help="All test images, 5000 samples.")
 @_seed
 @_data_dir
@@ -274,11 +301,11 @@ def draw() -> None:
 @commands.command(short_help="Say whose fault a run's gap is, and what to try next.")
 @_run
 @_trust
-@click.option("--num-data", metavar="N", type=click.IntRange(2), default=100, help="Test data looked at, at most. "
+@click.option("--num-data", metavar="N", type=at_least(2), default=100, help="Test data looked at, at most. "
               "[default: 100]")  # fmt: skip
 @click.option("--budget", metavar="SECONDS", type=click.FloatRange(1), default=110.0, help="From the start of the "
               "command; it takes no more. What does not fit is left out, with the reason. [default: 110]")  # fmt: skip
-@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), help="Of the estimate of log p(x) that is "
+@click.option("--num-samples", "-K", metavar="K", type=at_least(2), help="Of the estimate of log p(x) that is "
               "judged. [default: the run's own evaluation samples]")  # fmt: skip
 @_seed
 @_data_dir
@@ -372,7 +399,7 @@ def sample() -> None:
 @_trust
 @click.argument("images", nargs=-1, required=True, type=_PATH)
 @click.option("--out", metavar="FILE", type=_PATH, help="[default: reconstructions.png]")
-@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), default=1000, help="Importance samples per "
+@click.option("--num-samples", "-K", metavar="K", type=at_least(2), default=1000, help="Importance samples per "
               "image. [default: 1000]")  # fmt: skip
 @click.option("--label", metavar="N|NAME", help="The class of the images, which a conditional model takes.")
 @_seed
@@ -387,7 +414,7 @@ def reconstruct() -> None:
 @click.option("--score", type=_word("log-likelihood", "reconstruction", "ratio", "regret"),
               help="ratio: log p(x) against the compressed size; regret: what refitting q to each datum gains. "
               "[default: log-likelihood; reconstruction for an autoencoder]")  # fmt: skip
-@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples. [default: 100]")
+@click.option("--num-samples", "-K", metavar="K", type=at_least(1), default=100, help="Samples. [default: 100]")
 @click.option("--top", metavar="N", type=click.IntRange(1, 1000), default=16, help="How many to show. [default: 16]")
 @click.option("--outliers", metavar="NAME|PATH", help="Data that should score higher; gives the ROC-AUC.")
 @click.option("--outliers-dir", metavar="DIR", help="Where the files of a named outlier set lie.")
@@ -435,9 +462,9 @@ def export() -> None:
 @_run
 @_trust
 @click.option("--out", metavar="FILE", type=_PATH, help="A .html. [default: RUN/explore.html]")
-@click.option("--num-data", metavar="N", type=click.IntRange(1), default=1000, help="Test data on the plane, at most. "
+@click.option("--num-data", metavar="N", type=at_least(1), default=1000, help="Test data on the plane, at most. "
               "[default: 1000]")  # fmt: skip
-@click.option("--reference", metavar="N", type=click.IntRange(0), default=0, help="Draw the exact posterior of the "
+@click.option("--reference", metavar="N", type=at_least(0), default=0, help="Draw the exact posterior of the "
               "first N of them by Hamiltonian Monte Carlo, too. [default: 0]")  # fmt: skip
 @_seed
 @_data_dir

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions, field_of
+from pyro_vae.app.defaults import CHOICES, DATASETS, MOST, OTHER, FitOptions, field_of
+from pyro_vae.atomic import reason_of
 from pyro_vae.parts import names
 from pyro_vae.words import did_you_mean
 
 # Options of the command that are no part of a run's configuration.
 COMMAND_ONLY = {"out": "str", "checkpoint": "str", "quiet": "bool"}
 _TYPES = {field.name: str(field.type) for field in fields(FitOptions)} | COMMAND_ONLY
+_MOST = 2**64
 _WORDS = {
     "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
     "tuple[int, ...]": "whole numbers such as 400,400",
@@ -46,6 +49,23 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} has the unknown key {key!r}." + did_you_mean(name, known))
         result[name] = convert(name, value, f"{path}: {key}")
     return result
+
+
+def at_least(least: int) -> click.IntRange:
+    """A number of data, samples or steps: torch has no more of most."""
+    return click.IntRange(least, MOST)
+
+
+@contextlib.contextmanager
+def about(option: str, value: Any) -> Iterator[None]:
+    """What goes wrong inside with the value of an option names that option."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        said = reason_of(error) if isinstance(error, OSError) else str(error)
+        if option in said:
+            raise
+        raise ValueError(f"got {option} {value}{', ' if said.startswith(('wanted', 'an ')) else ': '}{said}") from error
 
 
 def convert(name: str, value: Any, where: str) -> Any:
@@ -89,7 +109,10 @@ def parsed(path: Path, wanted: str) -> Any:
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or isinstance(value, float) and value != int(value):
         raise ValueError
-    return int(value)
+    number = int(value)
+    if abs(number) > _MOST:  # which no other number is compared with, nor a tensor sized by
+        raise ValueError
+    return number
 
 
 def _number(value: Any) -> float:
@@ -312,13 +335,13 @@ COMPARE = _options(
     click.option("--vary", cls=GroupedOption, group="Study", metavar="NAME=A,B,...", multiple=True, help="An axis: an "
                  "option of fit and its values; a value with commas in brackets, --vary hidden=[400],[400,400]. Again "
                  "for more axes: the arms are all combinations."),
-    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", click.IntRange(1)),
+    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", at_least(1)),
     _option("Study", "--frozen", "RUN", "Fit only guides, under the frozen model of this run."),
     click.option("--freeze", cls=GroupedOption, group="Study", is_flag=True, help="Fit a model first, with the options "
                  "below, and only guides under it."),
     _option("Study", "--budget", "epochs|gradients|SECONDS", "What is equal for all: passes through the data, passes "
             "times samples in the bound, or seconds a fit. [default: epochs]"),
-    _option("Study", "--jobs", "N", "Fits at a time. [default: the number of cores]", click.IntRange(1)),
+    _option("Study", "--jobs", "N", "Fits at a time. [default: the number of cores]", at_least(1)),
     _option("Study", "--backend", "[local|dask|slurm]", "Where they run. [default: local]", click.Choice(
             ["local", "dask", "slurm"]), default="local"),
     _option("Study", "--address", "URL", "Of dask's scheduler."),

@@ -125,8 +125,8 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and not (value >= least and math.isfinite(value)):
                 raise ValueError(f"got {option(name)} {value}, wanted a number >= {least}.")
-            if value is not None and not name.endswith("seed") and value > _MOST:
-                raise ValueError(f"got {option(name)} {value}, wanted a number up to {_MOST:,}.")
+            if value is not None and not name.endswith("seed") and value > MOST:
+                raise ValueError(f"got {option(name)} {value}, wanted a number up to {MOST:,}.")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"got {option('learning_rate')} {self.learning_rate}, wanted a number > 0.")
         for name in ("seed", "data_seed", "split_seed"):
@@ -168,7 +168,7 @@ _LEAST = {
     "patience": 1, "seed": 0, "data_seed": 0, "split_seed": 0, "evaluation_samples": 2, "evaluation_images": 2,
 }  # fmt: skip
 
-_MOST = 2**31 - 1  # what counts and sizes can be: torch has no more of most
+MOST = 2**31 - 1  # what counts and sizes can be: torch has no more of most
 
 FULL_SAMPLES = 5000  # of --full
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pyro_vae.app.configuration import about
 from pyro_vae.app.defaults import FitOptions, in_words, option, resolve
 from pyro_vae.app.runs import BUILT, Run, is_unfinished, options_of
 
@@ -60,14 +61,12 @@ def shown(path: str | os.PathLike[str]) -> str:
 def base(path: str | os.PathLike[str]) -> Run:
     """The finished run that a fit comes from; a ValueError where there is none, or an unfinished or damaged one."""
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"got --from {shown(path)}, wanted a run folder, as 'pyro-vae fit' writes one.")
-    if is_unfinished(path):
-        raise ValueError(
-            f"got --from {shown(path)}, an unfinished run, wanted a finished one. The command that began it goes on "
-            "with it: type that again first."
-        )
-    return Run.load(path)
+    with about("--from", shown(path)):
+        if not path.is_dir():
+            raise ValueError("wanted a run folder, as 'pyro-vae fit' writes one.")
+        if is_unfinished(path):
+            raise ValueError("an unfinished run, wanted a finished one. Go on with it first: pyro-vae fit --resume.")
+        return Run.load(path)
 
 
 def merged(given: Mapping[str, Any]) -> dict[str, Any]:
