@@ -416,7 +416,7 @@ def _known(name: str) -> str:
     key = name.replace("-", "_")
     if key not in OPTIONS:
         known = [each.replace("_", "-") for each in OPTIONS]
-        raise ValueError(f"got the option {name!r}, wanted one of fit's." + did_you_mean(name, known))
+        raise ValueError(f"got the option {name!r} to vary or to fix, wanted one of fit's." + did_you_mean(name, known))
     return key
 
 

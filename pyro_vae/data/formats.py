@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyro_vae.data.labels import PART_NAMES
+from pyro_vae.data.limits import check_archive, check_mat
 from pyro_vae.data.mnist import read_idx
 
 SIDE = 28
@@ -105,6 +106,7 @@ def _read_npy(path: Path) -> Arrays:
     left_out: dict[str, str] = {}
     objects = f"{path} holds {_OBJECTS}; wanted numbers. Save it as uint8 or float32, all rows of one shape."
     try:
+        check_archive(path)
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return Arrays({"": loaded}, keys=True)
@@ -118,6 +120,8 @@ def _read_npy(path: Path) -> Arrays:
                         raise
                     left_out[key] = _OBJECTS
     except Exception as error:
+        if "bomb" in str(error):
+            raise
         if "Object arrays" in str(error):
             raise ValueError(objects) from None
         reason = str(error) or type(error).__name__
@@ -137,6 +141,7 @@ def _read_npy(path: Path) -> Arrays:
 def _read_mat(path: Path) -> Arrays:
     import scipy.io
 
+    check_mat(path)
     try:
         loaded = scipy.io.loadmat(path)
     except NotImplementedError:

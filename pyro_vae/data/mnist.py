@@ -13,7 +13,6 @@ other; the first test labels tell them apart.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import math
 import os
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.limits import gunzip
 from pyro_vae.data.sources import Source
 
 KINDS = {1: "labels", 3: "images"}
@@ -37,7 +37,7 @@ def read_idx(path: str | Path, axes: int) -> Tensor:
 
     A file that is empty, cut short, too long, corrupt, of something else or of other axes is a ValueError.
     """
-    raw = _read_bytes(Path(path))
+    raw = _read_bytes(Path(path), 4 + 4 * axes)
     if not raw:
         raise ValueError(f"{path} is empty, wanted an IDX file. Fetch it again.")
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
@@ -69,19 +69,21 @@ def read_idx(path: str | Path, axes: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape).copy())
 
 
-def _read_bytes(path: Path) -> bytes:
-    raw = path.read_bytes()
-    if raw[:2] != b"\x1f\x8b":
-        if path.suffix == ".gz" and raw:
-            raise ValueError(
-                f"{path} is a corrupt gzip file (it starts with {raw[:2].hex()}, wanted 1f8b). Fetch it again."
-            )
-        return raw
+def _read_bytes(path: Path, begins: int) -> bytes:
+    with path.open("rb") as file:
+        first = file.read(2)
+        if first != b"\x1f\x8b":
+            if path.suffix == ".gz" and first:
+                raise ValueError(
+                    f"{path} is a corrupt gzip file (it starts with {first.hex()}, wanted 1f8b). Fetch it again."
+                )
+            return first + file.read()
     try:
-        return gzip.decompress(raw)
+        return gunzip(path, begins)
     except EOFError:
+        size = path.stat().st_size
         raise ValueError(
-            f"{path} is truncated: the gzip stream breaks off after {len(raw)} bytes. Fetch it again."
+            f"{path} is truncated: the gzip stream breaks off after {size} bytes. Fetch it again."
         ) from None
     except (OSError, zlib.error) as error:
         raise ValueError(f"{path} is a corrupt gzip file ({error}). Fetch it again.") from None
