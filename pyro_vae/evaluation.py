@@ -37,6 +37,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from pyro_vae.parameters import own_parameters
+from pyro_vae.precision import current, put_back
 from pyro_vae.reach import modules_of
 
 
@@ -335,13 +336,12 @@ def others_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _settings_kept() -> Iterator[None]:
     """Settings of torch and Pyro that a program may switch and forget."""
-    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    precision, dtype = current(), torch.get_default_dtype()
     checks = [(part, part.is_validation_enabled()) for part in (dist, infer, poutine)]
     try:
         yield
     finally:
-        if torch.get_float32_matmul_precision() != precision:
-            torch.set_float32_matmul_precision(precision)
+        put_back(precision)
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
         for part, enabled in checks:

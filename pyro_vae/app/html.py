@@ -76,7 +76,7 @@ def page(
 
 def document(title: str, body: str) -> str:
     """A page that loads nothing and runs nothing: a title, which is escaped, and HTML that is taken as it is."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'

@@ -41,6 +41,7 @@ from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering, value_of
 from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
+from pyro_vae.precision import current as current_precision
 from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
 from pyro_vae.sites import lengths
@@ -318,7 +319,7 @@ def fit(
                 "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
                 "data_seed": data_seed, **optimizer_settings(optimizer), "patience": patience,
                 "validation_bound": validation_bound,
-                "matmul_precision": torch.get_float32_matmul_precision() if matmul_precision is None
+                "matmul_precision": str(current_precision()) if matmul_precision is None
                 else matmul_precision, "device": torch.device(place or "cpu").type, "data": data,
                 "validation": None if validation is None else validation.origin,
             }  # fmt: skip
