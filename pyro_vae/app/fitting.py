@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.app import evaluation, models, report, serving
+from pyro_vae.app.configuration import about
 from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions, option
 from pyro_vae.app.losses import the_loss
 from pyro_vae.app.processes import of_first
@@ -38,6 +39,7 @@ from pyro_vae.app.runs import (
     write_lines,
 )
 from pyro_vae.app.starting import Origin, base, compared, shown
+from pyro_vae.atomic import reason_of
 from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.data.splits import Binarization
 from pyro_vae.inference import checkpoints
@@ -198,10 +200,12 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     kind = None if options.likelihood is None else values(names.find("likelihood", options.likelihood))
     if open_ and kind in ("levels", "counts"):
         binarization, dequantize = "none", False
-    dataset = load(
-        options.data, options.data_dir, binarization=binarization, dequantize=dequantize, limit=most,  # type: ignore[arg-type]
-        seed=options.seed if options.split_seed is None else options.split_seed, **framing,
-    )  # fmt: skip
+    seed = options.seed if options.split_seed is None else options.split_seed
+    framing |= {"binarization": binarization, "dequantize": dequantize, "limit": most, "seed": seed}
+    try:
+        dataset = load(options.data, options.data_dir, **framing)
+    except OSError as error:
+        raise ValueError(f"got --data {options.data}, which cannot be read: {reason_of(error)}.") from error
     if open_ and kind == "binary" and dataset.train.binarization == "none":
         dataset = _redrawn(dataset, "dynamic")  # binary files are binary by themselves: these are grey
     if options.limit is not None:
@@ -347,7 +351,8 @@ def under_frozen(options: FitOptions, vae: Any) -> Any:
         ValueError: Options that shape the model are others than that run's.
     """
     assert options.frozen is not None
-    run = Run.load(options.frozen)
+    with about("--frozen", options.frozen):
+        run = Run.load(options.frozen)
     there = options_of(run)
     shared = [name for name in (*BUILT, "data") if not name.startswith("posterior")]
     other = [name for name in shared if getattr(options, name) != getattr(there, name)]

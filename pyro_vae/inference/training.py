@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
-from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches, Stream, apart, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors, previous
@@ -35,12 +34,14 @@ from pyro_vae.inference.objectives import ClosedForm, Objective, default_loss, m
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.ranks import Ranks, alone, common_seed, most_steps, world
+from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering, value_of
 from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
+from pyro_vae.precision import current as current_precision
 from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
 from pyro_vae.sites import lengths
@@ -318,7 +319,7 @@ def fit(
                 "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
                 "data_seed": data_seed, **optimizer_settings(optimizer), "patience": patience,
                 "validation_bound": validation_bound,
-                "matmul_precision": torch.get_float32_matmul_precision() if matmul_precision is None
+                "matmul_precision": str(current_precision()) if matmul_precision is None
                 else matmul_precision, "device": torch.device(place or "cpu").type, "data": data,
                 "validation": None if validation is None else validation.origin,
             }  # fmt: skip

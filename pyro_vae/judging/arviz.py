@@ -32,6 +32,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae import __version__
 from pyro_vae.atomic import write_file
 from pyro_vae.judging.components import Scorer, placed
 from pyro_vae.judging.results import at_least
@@ -40,7 +41,6 @@ from pyro_vae.judging.weights import Scored, pareto_smoothed
 from pyro_vae.options import checked
 from pyro_vae.sites import plates
 from pyro_vae.traces import Program, predict, simulate
-from pyro_vae.version import __version__
 
 LOO_IS_INVALID = (
     "az.loo and az.waic are invalid here: every datum has a latent of its own, so leaving x out leaves the prior. "
