@@ -12,8 +12,9 @@ numbers that it reaches (docs/results.md has those). Then, for each pair,
   encoder's part beside it;
 * on images that the model has drawn: the bracket, which says how far annealing is from log p(x).
 
-Nothing is selected on the test set. It writes FOLDER/course_table.json and .md; the seconds are CPU seconds, with those
-of the compiler's processes, and a seed makes the numbers repeatable on one processor.
+Nothing is selected on the test set. It writes FOLDER/course_table.json and .md after each posterior, and goes on where
+it was broken off. The seconds are CPU seconds, with those of the compiler's processes; a seed makes the numbers
+repeatable on one processor.
 """
 
 from __future__ import annotations
@@ -177,11 +178,11 @@ def table(results: dict[str, Any]) -> str:
         found = row["bracket"]
         width = f"{found['width'][0]:.3f} (data ± {found['width'][2]:.3f})"
         lines.append(f"| {name} | {_one(found['lower'])} | {_one(found['upper'])} | {width} |")
-    each = [f"{name} {sum(row['seconds'].values()):.0f} s, of it the fit {row['seconds']['fit']:.0f}"
-            for name, row in rows.items()]  # fmt: skip
+    took = {name: sum(row["seconds"].values()) for name, row in rows.items()}
+    each = [f"{name} {took[name]:.0f}, of it the fit {row['seconds']['fit']:.0f}" for name, row in rows.items()]
     lines += [
         "",
-        f"`{results['command']}`: {results['seconds']:.0f} CPU seconds ({'; '.join(each)}), one thread of "
+        f"`{results['command']}`: {sum(took.values()):.0f} CPU seconds ({'; '.join(each)}), one thread of "
         f"{results['processor']}, torch {results['versions']['torch']}.",
     ]
     return "\n".join(lines)
@@ -207,6 +208,12 @@ def command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> s
     return " ".join(["python benchmarks/course_table.py --data-dir path/to/mnist", *options])
 
 
+def _there(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Rows of an earlier run with the same settings, which was broken off."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return kept["rows"] if kept.get("settings") == settings else {}
+
+
 def main() -> None:
     """Fit, judge, write and print; or only print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,17 +234,19 @@ def main() -> None:
         torch.set_num_threads(1)
         dataset = load("mnist", arguments.data_dir, limit=arguments.limit)
         options = DATASETS["mnist"]
-        rows = {name: measure(name, dataset, arguments) for name in POSTERIORS}
-        results = {
-            "command": command(parser, arguments), "seconds": cpu_seconds(),
-            "processor": cpu_name(), "versions": versions(), "rows": rows,
-            "settings": {"epochs": arguments.epochs, "hidden": options.hidden, "latent_dim": options.latent_dim,
-                         "batch_size": options.batch_size, "seed": arguments.seed, "limit": arguments.limit},
-        }  # fmt: skip
-        text = json.dumps(results, indent=1)
-        replace_file(path, lambda partial: partial.write_text(text))
-        markdown = table(results) + "\n"
-        replace_file(path.with_suffix(".md"), lambda partial: partial.write_text(markdown))
+        settings = {"hidden": list(options.hidden), "latent_dim": options.latent_dim, "batch_size": options.batch_size}
+        elsewhere = ("data_dir", "folder", "print")
+        settings |= {name: value for name, value in vars(arguments).items() if name not in elsewhere}
+        rows = _there(path, settings)
+        for name in [name for name in POSTERIORS if name not in rows]:
+            rows[name] = measure(name, dataset, arguments)
+            results = {
+                "command": command(parser, arguments), "processor": cpu_name(), "versions": versions(), "rows": rows,
+                "settings": settings,
+            }  # fmt: skip
+            text, markdown = json.dumps(results, indent=1), table(results) + "\n"
+            replace_file(path, lambda partial, text=text: partial.write_text(text))
+            replace_file(path.with_suffix(".md"), lambda partial, text=markdown: partial.write_text(text))
     print(table(json.loads(path.read_text())))
 
 
