@@ -113,7 +113,7 @@ class GradientLab(Result):
         return [row(each) | {"relative_bias": each.relative_bias} for each in self.measured]
 
     def plot(self, ax: Any = None) -> Any:
-        """The SNR of each estimator and part against K, a figure."""
+        """The SNR of each estimator and part against K, a figure; what all estimators have in common is drawn once."""
         from pyro_vae.plots import bounds_by_samples
 
         counts = sorted({each.num_samples for each in self.measured})
@@ -122,9 +122,17 @@ class GradientLab(Result):
             for curves, value in ((values, each.snr), (errors, each.snr_stderr)):
                 curve = curves.setdefault(f"{each.estimator} ({each.part})", [math.nan] * len(counts))
                 curve[counts.index(each.num_samples)] = value
+        for part in dict.fromkeys(each.part for each in self.measured):
+            names = [name for name in values if name.endswith(f"({part})")]
+            pairs = [pair for name in names for pair in zip(values[names[0]], values[name], strict=True)]
+            if len(names) > 1 and all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs):
+                # The decoder's gradient is the same for all at one noise: one curve, not several over one another.
+                common = [(values.pop(name), errors.pop(name)) for name in names]
+                values[f"all ({part})"], errors[f"all ({part})"] = common[0]
         figure = bounds_by_samples(counts, values, errors, ax=ax)
         ax = figure.axes[0] if ax is None else ax
         ax.set(ylabel="signal-to-noise ratio", yscale="log")
+        ax.legend(frameon=False, fontsize=9, loc="best")
         ax.set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
         return figure
 
