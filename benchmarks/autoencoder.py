@@ -32,8 +32,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from pyro_vae import VAE, Objective, autoencoder, fit, load, reconstruction  # noqa: E402
 from pyro_vae.data import Split  # noqa: E402
+from pyro_vae.judging.anomalies import anomaly_scores, roc_auc  # noqa: E402
 from pyro_vae.judging.distances import energy_distance  # noqa: E402
-from pyro_vae.judging.estimates import anomaly_scores, roc_auc  # noqa: E402
 from pyro_vae.parts.posteriors import mean  # noqa: E402
 
 SETTINGS = {

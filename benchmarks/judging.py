@@ -35,7 +35,8 @@ from pyro_vae.app.runs import Run  # noqa: E402
 from pyro_vae.atomic import replace_file  # noqa: E402
 from pyro_vae.inference.batches import seeded  # noqa: E402
 from pyro_vae.judging._gaps import Gaps, gaps  # noqa: E402
-from pyro_vae.judging.annealing import Bracket, bdmc  # noqa: E402
+from pyro_vae.judging.annealing import bdmc  # noqa: E402
+from pyro_vae.judging.evidence import Bracket  # noqa: E402
 from pyro_vae.judging.guides import fit_guide  # noqa: E402
 from pyro_vae.judging.quotes import kind_of, lower_bound  # noqa: E402
 from pyro_vae.parts.networks import MLP  # noqa: E402

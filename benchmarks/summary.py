@@ -121,7 +121,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
-    return found | {"pyro-vae": importlib.import_module("pyro_vae.version").__version__}
+    return found | {"pyro-vae": importlib.import_module("pyro_vae").__version__}
 
 
 def cpu_name() -> str:

@@ -26,7 +26,8 @@ All quantities are in nats; bounds and estimates go up, losses go down. A name i
 from typing import TYPE_CHECKING
 
 from pyro_vae._lazy import attach
-from pyro_vae.version import __version__ as __version__
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pyro_vae import callbacks as callbacks

@@ -3,4 +3,4 @@
 from pyro_vae.app.cli import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

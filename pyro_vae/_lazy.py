@@ -39,15 +39,9 @@ def listed(source: str) -> dict[str, tuple[str, str]]:
 
 
 def attach(module: str, *own: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__`` and ``__all__`` of a module that hands on what it lists.
+    """``__getattr__``, ``__dir__`` and ``__all__`` of a module that hands on what it lists, and names of its `own`.
 
-    Args:
-        module: Its name, ``__name__``.
-        own: Names that it defines itself and hands on, too.
-    Returns:
-        The three, to be assigned in the module.
-    Raises:
-        ImportError: The module's source is not there to be read.
+    A module without its source, which lists them, is an ImportError.
     """
     here = sys.modules[module]
     loader: Any = here.__spec__.loader if here.__spec__ is not None else None

@@ -1,4 +1,5 @@
-"""Whose code is a function of its arguments, by name: what `pyro_vae.reach` need not look into, and what it may not.
+"""Whose code is a function of its arguments, by name: what `pyro_vae.reach` need not look into, and what it may not;
+and what the bytecode of other functions can name, read without being run.
 
 Of trusted packages (torch, Pyro, NumPy, this one ...) some modules and functions read or write more than their
 arguments: these are denied.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import dis
 import enum
 import functools
 import numbers
@@ -19,7 +21,7 @@ import sysconfig
 import types
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -102,8 +104,12 @@ def is_trusted(function: Any) -> bool:
 def modules_named(root: Any) -> set[str]:
     """The Python modules that a program is written in, through what wraps it."""
     found, stack = {type(root).__module__}, [root]
+    met: set[int] = set()  # a function that calls itself is in a cell of its own
     while stack:
         value = stack.pop()
+        if id(value) in met:
+            continue
+        met.add(id(value))
         if isinstance(value, functools.partial):
             stack += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.MethodType):
@@ -185,3 +191,58 @@ def contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return MISSING
+
+
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+_STORES = ("STORE_GLOBAL", "DELETE_GLOBAL")
+_NOTHING = ("PUSH_NULL", "CACHE", "NOP", "PRECALL")
+
+
+class Named(NamedTuple):
+    """One name that code takes from outside of itself, and where: the function, line and file.
+
+    `how` is "load" or "store" of a global, or "import" of a module; attributes are what is read off a loaded global
+    right away, ``name.first.second``; the level of a relative import is the number of its dots.
+    """
+
+    where: str
+    how: str
+    name: str
+    attributes: tuple[str, ...] = ()
+    level: int = 0
+
+
+@functools.lru_cache(maxsize=4096)  # bytecode never changes, and to take it apart costs more than to follow it
+def named_in(code: types.CodeType) -> tuple[Named, ...]:
+    """The globals and imports of code, in its order, without those of the code inside it.
+
+    Example:
+        >>> [(name.how, name.name, name.attributes) for name in named_in((lambda x: torch.nn.Linear(x, y)).__code__)]
+        [('load', 'torch', ('nn', 'Linear')), ('load', 'y', ())]
+    """
+    found: list[Named] = []
+    instructions = list(dis.get_instructions(code))
+    file = pathlib.PurePath(code.co_filename).name
+    line = code.co_firstlineno
+    for number, instruction in enumerate(instructions):
+        # From Python 3.13 on starts_line is a switch, and the number stands beside it.
+        line = getattr(instruction, "line_number", instruction.starts_line) or line
+        where = f"in {code.co_qualname}, line {line} of {file}"
+        if instruction.opname in _LOADS:
+            found.append(Named(where, "load", instruction.argval, _attributes(instructions, number + 1)))
+        elif instruction.opname in _STORES:
+            found.append(Named(where, "store", instruction.argval))
+        elif instruction.opname == "IMPORT_NAME":
+            level = instructions[number - 2].argval if number > 1 else 0
+            found.append(Named(where, "import", instruction.argval, level=level if isinstance(level, int) else 0))
+    return tuple(found)
+
+
+def _attributes(instructions: list[Any], start: int) -> tuple[str, ...]:
+    names = []
+    for instruction in instructions[start:]:
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            names.append(instruction.argval)
+        elif instruction.opname not in _NOTHING:
+            break
+    return tuple(names)

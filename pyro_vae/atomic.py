@@ -35,17 +35,18 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """As `replace_file`, for a user who named the file: its folder is made, and what goes wrong is a ValueError.
-
-    Raises:
-        ValueError: Nothing can be written there.
-    """
+    """As `replace_file`, for a user who named the file: its folder is made, and what goes wrong is a ValueError."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, write)
     except OSError as error:
         raise ValueError(f"got {path}, wanted a file to write to: {reason_of(error)}.") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """As `write_file`, of a text in UTF-8."""
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def reason_of(error: OSError) -> str:

@@ -43,18 +43,11 @@ def auxiliary_among(sites: Iterable[Any]) -> list[str]:
 def feeds(
     guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, tuple[str, ...]]:
-    """Per ``Delta`` site of a guide, the auxiliary sites that its value is a function of.
+    """Per ``Delta`` site of a guide, the auxiliary sites that its value is a function of; those that none feeds are
+    left out.
 
-    It is found out once for each guide, by running it again under the same noise with another
-    draw of one auxiliary site at a time; random state and buffers stay as they are.
-
-    Args:
-        guide: A Pyro program for q(z | x), as the user gave it.
-        sites: Its sample sites, as a trace gave them.
-        args: What it takes.
-        kwargs: Keyword arguments that it takes.
-    Returns:
-        The names; a ``Delta`` that no auxiliary site feeds is left out.
+    It is found out once for each guide, by running it again under the same noise with another draw of one auxiliary
+    site at a time; random state and buffers stay as they are.
     """
     sites = list(sites)
     names = auxiliary_among(sites)
@@ -73,15 +66,11 @@ def feeds(
 
 
 def undetermined(guide: Any, sites: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """Why a guide has no density of its latents: an auxiliary site u that none of them is a function of.
+    """Why a guide has no density of its latents: an auxiliary site u that none of them is a function of; None where it
+    has.
 
     With log q(u) log q(z | u) in the place of log q(z) the "ELBO" is off by E[log r(u | z)], which no program gives: it
     may lie above log p(x).
-
-    Args:
-        guide, sites, args, kwargs: As for `feeds`.
-    Returns:
-        The sentence, or None.
     """
     sites = list(sites)
     names = auxiliary_among(sites)

@@ -37,6 +37,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from pyro_vae.parameters import own_parameters
+from pyro_vae.precision import current, put_back
 from pyro_vae.reach import modules_of
 
 
@@ -73,10 +74,9 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
 def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module]]]:
     """Run modules in the modes that they are in, and put the parameters and buffers of all that run back.
 
-    Args:
-        modules: Those that are known, with all their children.
-    Returns:
-        The outermost of those that ran and were not; a reference is dead if a program made it on the way.
+    Yields the outermost of those that ran and are not among them or their children, by references, dead if a program
+    made it on the way.
+
     Example:
         >>> net, other = nn.BatchNorm1d(1), nn.Linear(1, 1)
         >>> with unmoved([net]) as met:
@@ -101,12 +101,7 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module
 
 @contextlib.contextmanager
 def at_rest(modules: Iterable[nn.Module], *, others: bool = False) -> Iterator[None]:
-    """Modules in evaluation mode, and afterwards as they were, tensors and modes.
-
-    Args:
-        modules: With all their children.
-        others: And all other modules that run.
-    """
+    """Modules, with all their children, in evaluation mode, and afterwards as they were; so all `others` that run."""
     standing = _Standing()
     _here.resting.append(standing)
     try:
@@ -341,13 +336,12 @@ def others_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _settings_kept() -> Iterator[None]:
     """Settings of torch and Pyro that a program may switch and forget."""
-    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    precision, dtype = current(), torch.get_default_dtype()
     checks = [(part, part.is_validation_enabled()) for part in (dist, infer, poutine)]
     try:
         yield
     finally:
-        if torch.get_float32_matmul_precision() != precision:
-            torch.set_float32_matmul_precision(precision)
+        put_back(precision)
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
         for part, enabled in checks:

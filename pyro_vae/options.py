@@ -107,10 +107,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def integer(name: str, value: Any, optional: bool = False) -> Any:
-    """A whole number as Python's.
+    """A whole number as Python's; a ValueError for another type, or less than its name allows.
 
-    Raises:
-        ValueError: Another type, or less than its name allows.
     Example:
         >>> integer("epochs", torch.tensor(3))
         3
@@ -130,10 +128,8 @@ def integer(name: str, value: Any, optional: bool = False) -> Any:
 
 
 def number(name: str, value: Any, optional: bool = False) -> Any:
-    """A number as Python's.
+    """A number as Python's; a ValueError for another type, nan, or infinite where its name does not allow it.
 
-    Raises:
-        ValueError: Another type, nan, or infinite where its name does not allow it.
     Example:
         >>> number("tolerance", np.float32(0.5))
         0.5
@@ -150,11 +146,7 @@ def number(name: str, value: Any, optional: bool = False) -> Any:
 
 
 def function_of(name: str, value: Any, optional: bool = False) -> Any:
-    """Something that can be called.
-
-    Raises:
-        ValueError: Anything else.
-    """
+    """Something that can be called; a ValueError for anything else."""
     if callable(value):
         return value
     wanted = "a Pyro program, a function or module of the data" if name in _PROGRAMS else "a function"
@@ -225,11 +217,7 @@ def _unpacked(
 
 
 def device(name: str, value: Any, optional: bool = False) -> Any:
-    """A device that is here.
-
-    Raises:
-        ValueError: No name of one, or one that this machine or this torch does not have.
-    """
+    """A device that is here; a ValueError for one that this machine or this torch does not have."""
     reason = "which is none that torch knows"
     try:
         found = torch.device(value)
@@ -251,10 +239,8 @@ def _flag(name: str, value: Any, optional: bool = False) -> Any:
 
 
 def integers(name: str, value: Any, optional: bool = False, one: Callable[[str, Any], Any] = integer) -> Any:
-    """Whole numbers as a tuple of Python's.
+    """Whole numbers as a tuple of Python's; a ValueError for no sequence, or where one is not what its name allows.
 
-    Raises:
-        ValueError: No sequence, or one of it is not what its name allows.
     Example:
         >>> integers("hidden", np.array([400, 200]))
         (400, 200)
@@ -272,10 +258,6 @@ def integers(name: str, value: Any, optional: bool = False, one: Callable[[str, 
     if one is not integer:
         wanted, shown = f"lists of {'positive ' * (least == 1)}integers", ((8, 8), (4,))
     raise ValueError(f"{name} must be {wanted}, got {_shown(value)}. Pass {name}={shown}, say.")
-
-
-def _nested(name: str, value: Any, optional: bool = False) -> Any:
-    return integers(name, value, optional, integers)
 
 
 def _name(name: str, value: Any) -> Any:
@@ -298,7 +280,7 @@ _KINDS: dict[frozenset[str], Kind] = {
     frozenset({"Bound", "str"}): lambda name, value, _: value if isinstance(value, str) else function_of(name, value),
     frozenset({"str", "torch.device"}): device,
     frozenset({"Sequence[int]"}): integers,
-    frozenset({"Sequence[Sequence[int]]"}): _nested,
+    frozenset({"Sequence[Sequence[int]]"}): lambda name, value, none: integers(name, value, none, integers),
     frozenset({"str", "os.PathLike[str]"}): _path,
 }
 

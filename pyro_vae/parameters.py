@@ -51,11 +51,8 @@ class _Itself(weakref.ref):
 
 
 class _OwnParameters(Messenger):
-    """Answers param statements with the parameter offered, and keeps names apart.
-
-    Args:
-        keeps: Enter the parameters in the store as they are met, as Pyro does.
-        aside: What runs inside is an estimate, which those that keep, around it, take no note of.
+    """Answers param statements with the parameter offered, and keeps names apart; `keeps` enters them in the store as
+    they are met, as Pyro does, but for estimates (`aside`) inside.
     """
 
     def __init__(self, keeps: bool = False, aside: bool = False) -> None:
@@ -132,17 +129,13 @@ class _Store:
         if own is not None:
             self._enter(name, own, constraint)
 
-    def undo(self, name: str) -> None:
-        """Put back what was under a name."""
-        if name in self._before:
+    def undo_all(self) -> None:
+        """Put back what was there."""
+        for name, held in self._before.items():
             self._drop(name)
-            held = self._before.pop(name)
             if held is not None:
                 self._enter(name, *held)
-
-    def undo_all(self) -> None:
-        for name in list(self._before):
-            self.undo(name)
+        self._before.clear()
 
     def _enter(self, name: str, tensor: Tensor, constraint: Any) -> None:
         self.store.set_state({"params": {name: tensor}, "constraints": {name: constraint}})
@@ -224,20 +217,14 @@ def _constrained_parameters(program: Any) -> dict[str, tuple[Tensor, Any]]:
 def own_parameters(*programs: Any, keep: bool = False, aside: bool = False) -> Iterator[None]:
     """Run programs on their own parameters, untouched by what the param store holds of others.
 
-    Parameters of modules are used in place and leave no trace in the store, unless they
-    are to be kept there. Those that plain functions declare with ``pyro.param`` live in the
-    store, as always. Values that were loaded into the store reach the modules that ask for
-    them.
+    Parameters of modules are used in place and leave no trace in the store, unless they are to be kept there: then
+    under the names that Pyro gives them, in place of those of other pairs, unless an exception ends it. Those that
+    plain functions declare with ``pyro.param`` live in the store, as always. Values that were loaded into the store
+    reach the modules that ask for them. `aside` marks an estimate, of which contexts around that keep take no note.
 
-    Args:
-        programs: The model, the guide, or both.
-        keep: Leave the parameters in the store, under the names that Pyro gives them, in
-            place of those of other pairs; unless an exception ends it.
-        aside: An estimate, of this pair or another one: contexts around that keep take no note of it.
-    Raises:
-        ValueError: Two of the programs own different constrained parameters
-            (``PyroParam``) under one name, which Pyro cannot tell apart; a value that was
-            loaded has another shape; a program makes a new ``nn.Parameter`` in every run.
+    Two programs with different constrained parameters (``PyroParam``) of one name, which Pyro cannot tell apart, a
+    loaded value of another shape, and a program that makes a new ``nn.Parameter`` in every run are a ValueError.
+
     Example:
         >>> line = nn.Linear(1, 1)
         >>> with own_parameters():
@@ -311,8 +298,7 @@ def names_of(tensor: Tensor) -> list[str]:
 
 def trainable(program: Any) -> list[nn.Parameter]:
     """Parameters with gradients of the modules that a program owns, each once; [] where it owns none."""
-    found = {id(p): p for module in modules_of(program) for p in module.parameters() if p.requires_grad}
-    return list(found.values())
+    return list({id(p): p for module in modules_of(program) for p in module.parameters() if p.requires_grad}.values())
 
 
 def device_of(*programs: Any) -> torch.device | None:

@@ -225,8 +225,7 @@ def same_support(one: object, other: object) -> bool:
 
     What they do not say shows when they are run: `fit` compares their distributions.
     """
-    names = {support_name(one), support_name(other)} - {""}
-    return len(names) < 2
+    return len({support_name(one), support_name(other)} - {""}) < 2
 
 
 def parameters_per_pixel(likelihood: object) -> int:

@@ -42,8 +42,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_modules
 
 from pyro_vae import _trust as trust
-from pyro_vae._bytecode import Named, named_in
-from pyro_vae._trust import MISSING, SCALARS, is_trusted
+from pyro_vae._trust import MISSING, SCALARS, Named, is_trusted, named_in
 
 _FUNCTION_PARTS = tuple(operator.attrgetter(name) for name in ("__code__", "__defaults__", "__kwdefaults__"))
 _FUNCTION_TEXTS = ("__doc__", "__annotations__", "__name__", "__qualname__")
@@ -639,13 +638,12 @@ def _is_original(kind: type) -> bool:
 
 
 def modules_of(*programs: Any) -> list[nn.Module]:
-    """The modules that programs own, wherever they hold them: outermost ones, each once.
+    """The modules that programs own, wherever they hold them: outermost ones, each once. None among programs is passed
+    over.
 
-    A program is a module, a method of one, or a function with modules in its closure, its
-    globals, its arguments or the objects that it reads.
+    A program is a module, a method of one, or a function with modules in its closure, its globals, its arguments or the
+    objects that it reads.
 
-    Args:
-        programs: Pyro programs; None among them is passed over.
     Example:
         >>> net = nn.Linear(1, 1)
         >>> modules_of(lambda x: net(x), None) == [net]

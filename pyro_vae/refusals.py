@@ -24,14 +24,9 @@ _NAMED = 5
 
 @contextlib.contextmanager
 def in_words(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Run programs, and say of a distribution's refusal which site and rows it is about.
+    """Run programs (the guide and the model, or one of them, in the order in which they run, on these arguments), and
+    say of a distribution's refusal, a ValueError, which site and rows it is about.
 
-    Args:
-        programs: The guide and the model, or one of them, in the order in which they run.
-        args: Their arguments.
-        kwargs: Their keyword arguments.
-    Raises:
-        ValueError: What a distribution refused, in words; all that the programs raise.
     Example:
         >>> import pyro.distributions as dist
         >>> def model(x):
@@ -64,13 +59,7 @@ def reworded(
 
 
 def wrong_site(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """The first site whose parameters, value or density are wrong, and its rows; None if there is none.
-
-    Args:
-        programs: As for `in_words`.
-        args: Their arguments.
-        kwargs: Their keyword arguments.
-    """
+    """The first site whose parameters, value or density are wrong, and its rows; None if there is none."""
     size = next((len(x) for x in args if isinstance(x, Tensor) and x.dim()), 0)
     earlier = None
     try:
@@ -104,7 +93,7 @@ def _wrong(site: Any, size: int) -> str | None:
                     held = constraint.check(parameter)
                 worst = float(parameter[~held].flatten()[0]) if not bool(held.all()) else None
                 shown = name if worst is None else f"{name} = {worst:.4g}"
-                return f"{what} has {shown} in {_rows(~held, size)}, wanted {_words(constraint)}. {remedy}"
+                return f"{what} has {shown} in {rows_in(~held, size)}, wanted {_words(constraint)}. {remedy}"
     if isinstance(value, Tensor) and site["is_observed"]:
         try:
             ok = fn.support.check(value)
@@ -114,7 +103,7 @@ def _wrong(site: Any, size: int) -> str | None:
             ok = ok | ~site["mask"]
         if not bool(ok.all()):
             return (
-                f"{what} observes what lies outside its support in {_rows(~ok, size)}, wanted "
+                f"{what} observes what lies outside its support in {rows_in(~ok, size)}, wanted "
                 f"{_words(getattr(inner, 'support', fn.support))}. Rescale or drop them, or take another likelihood."
             )
     density = fn.log_prob(value)
@@ -122,19 +111,23 @@ def _wrong(site: Any, size: int) -> str | None:
         density = torch.where(site["mask"], density, torch.zeros_like(density))
     if bool(density.isnan().any()) or site["is_observed"] and bool(torch.isinf(density).any()):
         bad = ~torch.isfinite(density)
-        return f"{what} has a log density of {float(density[bad].flatten()[0])} in {_rows(bad, size)}. {remedy}"
+        return f"{what} has a log density of {float(density[bad].flatten()[0])} in {rows_in(bad, size)}. {remedy}"
     return None
 
 
-def _rows(bad: Tensor, size: int) -> str:
-    axis = next((d for d in reversed(range(bad.dim())) if size and bad.shape[d] == size), None)
+def rows_in(bad: Tensor, size: int, index: Tensor | None = None, data_first: bool = False) -> str:
+    """Where in a batch of so many data something is wrong, in words; by the rows of the data, where they are known."""
+    dims = range(bad.dim()) if data_first else reversed(range(bad.dim()))
+    axis = next((d for d in dims if size and bad.shape[d] == size), None)
     if axis is None:
         return "all rows"
-    places = bad.movedim(axis, 0).reshape(size, -1).any(1).nonzero().flatten().tolist()
+    places = bad.movedim(axis, 0).reshape(size, -1).any(1).nonzero().flatten()
     if len(places) == size and size > _NAMED:
         return f"all {size} rows of the batch"
-    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
-    return f"row{'s' * (len(places) > 1)} {', '.join(map(str, places[:_NAMED]))}{more} of the batch"
+    numbers = (places if index is None else index.to(places.device)[places]).tolist()
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    listed = ", ".join(map(str, numbers[:_NAMED]))
+    return f"row{'s' * (len(numbers) > 1)} {listed}{more} of the {'batch' if index is None else 'data'}"
 
 
 def _words(constraint: Any) -> str:

@@ -144,8 +144,7 @@ def data_frame(
 ) -> Frame:
     """The plate of the data: of those that all sites share the one that is as long as the data, else the outermost.
 
-    Sites of which it is said that they may hold one density for all data need not share it, nor do those that
-    record what is no random variable.
+    Sites that may hold one density for all data (`joint`) need not share it, nor do those that are no random variables.
     """
     found = [site for t in traces for site in sample_sites(t)]
     bound = {site["name"] for site in found if not _records_only(site)}
@@ -229,8 +228,7 @@ def mask_of(site: Any) -> Tensor | None:
 
     The handlers' masks and those of the distribution itself together, also those inside of an event.
     """
-    event = site["fn"].event_dim
-    found: list[tuple[Any, int]] = [(site["mask"], event)]
+    found: list[tuple[Any, int]] = [(site["mask"], site["fn"].event_dim)]
     found += [(layer._mask, layer.event_dim) for layer in wrappers(site["fn"]) if isinstance(layer, MaskedDistribution)]
     whole: Tensor | None = None
     for mask, dims in found:

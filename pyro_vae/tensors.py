@@ -40,11 +40,7 @@ def tensor_of(array: Any) -> Tensor:
 
 
 def numbers_of(array: np.ndarray) -> np.ndarray:
-    """An object array as one of numbers: of numbers, or of arrays of one shape.
-
-    Raises:
-        ValueError: Anything else in it.
-    """
+    """An object array as one of numbers: of numbers, or of arrays of one shape; a ValueError for anything else."""
     try:
         if array.ndim == 1 and array.size and all(isinstance(x, np.ndarray | Tensor) for x in array):
             return np.stack([np.asarray(x) for x in array])
@@ -59,15 +55,10 @@ def numbers_of(array: np.ndarray) -> np.ndarray:
 def data_of(x: Any, network: nn.Module | None = None, name: str = "x") -> Tensor:
     """Data in the hand, as `fit` would hand them to a network: a tensor of its type, where it is.
 
-    Floats take the type of the network's parameters, integers and booleans stay what they are (a network that embeds
-    tokens takes them so, see `running`).
+    Of a tensor, an array or frame, a `Split`, a sparse matrix, images of Pillow, or a list of single data. Floats take
+    the type of the network's parameters, integers and booleans stay what they are (a network that embeds tokens takes
+    them so, see `running`). No numbers, or a single one, are a ValueError.
 
-    Args:
-        x: A tensor, an array or frame, a `Split`, a sparse matrix, or a list of single data.
-        network: Whose parameters say the type and the device.
-        name: For messages.
-    Raises:
-        ValueError: No numbers, or a single one.
     Example:
         >>> data_of(np.zeros((2, 3)), nn.Linear(3, 1)).dtype
         torch.float32
@@ -113,8 +104,7 @@ def _images(images: list[Any], name: str) -> Tensor:
     deep = [image.mode for image in images if image.mode.startswith(("I", "F"))]
     if deep:
         raise ValueError(f"got {name} of images of mode {deep[0]}, wanted 8 bits a channel. Convert to L or RGB.")
-    arrays = [np.asarray(image.convert("L" if grey else "RGB")) for image in images]
-    levels = torch.from_numpy(np.stack(arrays))
+    levels = torch.from_numpy(np.stack([np.asarray(image.convert("L" if grey else "RGB")) for image in images]))
     return (levels.unsqueeze(1) if grey else levels.movedim(-1, 1)).float() / 255
 
 
@@ -127,15 +117,10 @@ def _coloured(image: Any) -> bool:
 
 
 def running(function: Any, x: Tensor, *others: Any, network: nn.Module) -> Any:
-    """A network's answer to data: to integers as they are, or, where it runs on floats only, as floats.
+    """A network's answer to `data_of`: to integers as they are, or, where it runs on floats only, as floats like its
+    own.
 
-    Args:
-        function: What runs the network on x.
-        x: From `data_of`.
-        others: What else it takes.
-        network: Whose parameters say which floats.
-    Raises:
-        ValueError: It runs on neither.
+    A ValueError where it runs on neither.
     """
     like = next((p for p in network.parameters() if p.is_floating_point()), None)
     trials = [x] if x.is_floating_point() or like is None else [x, x.to(like.dtype)]

@@ -138,16 +138,12 @@ class Simulation(NamedTuple):
 
 
 class Cut(Messenger):
-    """Cuts the graph at every latent that a guide draws, and keeps both of its ends.
+    """Cuts the graph at every latent that a guide draws, and keeps both of its ends, per run of the guide (`passes`).
 
-    The draw z, live in the guide's parameters, is kept aside; the rest of the guide and
-    the model see a detached copy of it that asks for a gradient. So log densities
-    become functions of (z, parameters) as two independent things, which is what an
-    estimator other than the total derivative needs, and in the one run of the guide
-    (a second run would draw another dropout mask).
-
-    Attributes:
-        passes: Per run of the guide, in the order of its sites, (live, copy) for each.
+    The draw z, live in the guide's parameters, is kept aside; the rest of the guide and the model see a detached copy
+    of it that asks for a gradient. So log densities become functions of (z, parameters) as two independent things,
+    which is what an estimator other than the total derivative needs, and in the one run of the guide (a second run
+    would draw another dropout mask).
     """
 
     def __init__(self) -> None:
@@ -169,16 +165,11 @@ class Cut(Messenger):
             self.passes[-1].append((live, msg["value"]))
 
     def pathwise(self, target: Tensor) -> Tensor:
-        """A scalar whose gradient is that of the target along the samples, and nowhere else.
+        """A scalar whose gradient is that of the target, a function of the copies, along the samples, and nowhere else.
 
-        With G the gradient of the target at the copies, sum <G, z> over the live z. A later
-        site of a layered guide was drawn given the copies of earlier ones, so what
-        reaches it is carried on to them, from the last site to the first.
-
-        Args:
-            target: A scalar, a function of the copies.
-        Returns:
-            The scalar; zero where no sample has a gradient.
+        With G the gradient of the target at the copies, sum <G, z> over the live z; zero where none has a gradient. A
+        later site of a layered guide was drawn given the copies of earlier ones, so what reaches it is carried on to
+        them, from the last site to the first.
         """
         copies = [copy for drawn in self.passes for _, copy in drawn]
         total = target.new_zeros(())
@@ -194,8 +185,7 @@ class Cut(Messenger):
                 total = total + term
                 earlier = [copy for _, copy in drawn[:last]]
                 if earlier:
-                    carried = torch.autograd.grad(term, earlier, retain_graph=True, allow_unused=True)
-                    for i, extra in enumerate(carried):
+                    for i, extra in enumerate(torch.autograd.grad(term, earlier, retain_graph=True, allow_unused=True)):
                         if extra is not None:
                             gradients[i] = extra if gradients[i] is None else gradients[i] + extra
         return total
@@ -380,17 +370,10 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
 
 
 def predict(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """Draw data x_k ~ p(x | z_k) at given latents, one for each.
+    """Draw data x_k ~ p(x | z_k) at given latents, one for each: (K, *plates, *event) per observed site.
 
-    Args:
-        model: A Pyro program for p(x, z).
-        latents: Values per latent site, (K, *plates, *event), as `Particles.latents`.
-        args: What the model takes (a batch serves for its shape only).
-        kwargs: Keyword arguments that the model takes.
-    Returns:
-        Per observed site, (K, *plates, *event).
-    Raises:
-        ValueError: A latent site has no value.
+    `latents` have values per latent site, (K, *plates, *event), as `Particles.latents`; one without is a ValueError.
+    The model's arguments serve for their shape only.
     """
     with own_parameters(model), torch.no_grad():
         data = [name for name, site in sites(model, *args, **kwargs).items() if site["is_observed"]]
@@ -431,12 +414,8 @@ def _traced(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
 
 
 class Layout(NamedTuple):
-    """Where a pair's data lie, as one run of it showed.
-
-    Attributes:
-        nesting: How many batch dimensions the plates occupy.
-        joint: As `Particles.joint`.
-        subsampled: B, where the data plate picks B of N rows at random by itself; 0 otherwise.
+    """Where a pair's data lie, as one run of it showed: how many batch dimensions the plates occupy, how many data one
+    density is of (as `Particles.joint`), and B, where the data plate picks B of N rows at random by itself; else 0.
     """
 
     nesting: int
@@ -468,13 +447,6 @@ def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The sample sites of a program by name, as Pyro's trace holds them, from one run."""
     with own_parameters(program), torch.random.fork_rng(), torch.no_grad(), in_words((program,), args, kwargs):
         return {site["name"]: site for site in sample_sites(poutine.trace(program).get_trace(*args, **kwargs))}
-
-
-def is_point_guide(guide: Program, *args: Any, **kwargs: Any) -> bool:
-    """Whether a guide has a point site (``Delta``) without a density."""
-    with own_parameters(guide), torch.random.fork_rng(), torch.no_grad():
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return bool(points_among(guide, sample_sites(trace), args, kwargs))
 
 
 def _one_pass(
@@ -601,17 +573,15 @@ def _taking(args: tuple[Any, ...]) -> Iterator[None]:
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
             raise
-        got = ", ".join(_shape(x) for x in args) or "no data"
+        tensors = "a tensor of shape {} and dtype {}"
+        each = (
+            tensors.format(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in args
+        )
+        got = ", ".join(each) or "no data"
         raise ValueError(
             f"the programs do not run on {got}: {' '.join(str(error).split())[:200]} ({type(error).__name__}). Wanted "
             "what they take, such as a tensor (B, *x_shape) of their type."
         ) from error
-
-
-def _shape(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}"
-    return f"a {type(x).__name__}"
 
 
 def missing_values(name: str) -> str:
@@ -712,13 +682,8 @@ def run_at(
 ) -> Trace:
     """One run of a program at given values of its sites, under a particle plate where there are several samples.
 
-    Args:
-        program: A model or a guide.
-        wanted: The sites that are given, of a plain run, by name.
-        latents: Their values, (K, *plates, *event) each; of other sites they are left alone.
-        nesting: Batch dimensions of all plates.
-        args: What the program takes.
-        kwargs: Keyword arguments that it takes.
+    `wanted` are the sites that are given, of a plain run, by name; `latents` their values, (K, *plates, *event) each;
+    `nesting` counts the batch dimensions of all plates.
     """
     num_samples = max((len(latents[name]) for name in wanted if name in latents), default=1)
     given = Trace()

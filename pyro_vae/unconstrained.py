@@ -25,15 +25,11 @@ from pyro_vae.reach import modules_of, parts_in
 
 
 def free_parameters(distribution: TorchDistribution) -> tuple[Free, Build]:
-    """A distribution's parameters without constraints, and the way back.
+    """The parameters of a distribution without constraints, by name, and a function from such parameters to it.
 
-    Args:
-        distribution: One that its class and the parameters named in its
-            ``arg_constraints`` determine, under ``Independent`` or a mask.
-    Returns:
-        The parameters by name, and a function from such parameters to the distribution.
-    Raises:
-        ValueError: It is not determined so.
+    It is a ValueError where its class and the parameters named in its ``arg_constraints``, under ``Independent`` or a
+    mask, do not determine the distribution.
+
     Example:
         >>> import torch, pyro.distributions as dist
         >>> free, build = free_parameters(dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1))
@@ -62,11 +58,7 @@ def free_parameters(distribution: TorchDistribution) -> tuple[Free, Build]:
 
 
 class Moved(Messenger):
-    """Adds changes to the free parameters of the distributions at a program's sites.
-
-    Args:
-        changes: By site, and then by the name of the parameter.
-    """
+    """Adds changes, by site and then by the parameter's name, to the free parameters of a program's distributions."""
 
     def __init__(self, changes: Mapping[str, Free]) -> None:
         super().__init__()
@@ -80,11 +72,9 @@ class Moved(Messenger):
 
 
 def local_of(posterior: Headed, parameters: Tensor) -> Local:
-    """A posterior's family at free parameters for each datum; of one without a `local` the head's numbers are free.
+    """The family of a posterior that `has_head` at free parameters for each datum, which start at these, (B, P).
 
-    Args:
-        posterior: One that `has_head`.
-        parameters: Where they start, (B, P), such as what the head returns.
+    Of one without a `local` what the head returns is free.
     """
     if isinstance(posterior, Unamortized):
         return posterior.local(parameters)
@@ -98,14 +88,11 @@ def heads_of(guide: Any) -> dict[str, Headed]:
 
 
 class Heads:
-    """What the heads of posteriors return, recorded while it is entered, and changed where changes are given.
+    """What the heads of posteriors (of `heads_of`) return, recorded while it is entered, and changed where changes are
+    given.
 
-    Args:
-        posteriors: Of `heads_of`.
-        changes: What is added to it, by the same names; None for nothing.
-    Attributes:
-        runs: How many times a head has run.
-        returned: What each returned last, with gradients, before it was changed.
+    `runs` counts how many times a head has run; `returned` is what each returned last, with gradients, before the
+    change of its name was added.
     """
 
     def __init__(self, posteriors: Mapping[str, Headed], changes: Mapping[str, Tensor] | None = None) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pyro_vae.judging import annealing
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.components import simulated_batch
+from pyro_vae.judging.grids import quadrature
 from pyro_vae.judging.hamiltonian import schedule
-from pyro_vae.judging.references import quadrature
 from tests.pairs import LinearPair, linear_pair, small_pair
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pyro_vae import __version__
 from pyro_vae.app import fitting
 from pyro_vae.app.cli import commands, main
 from pyro_vae.app.defaults import CHOICES, DATASETS, resolve
@@ -22,7 +23,6 @@ from pyro_vae.data import DATASETS as READABLE
 from pyro_vae.inference import training
 from pyro_vae.inference.optimizers import SCHEDULES
 from pyro_vae.parts.networks import ACTIVATIONS
-from pyro_vae.version import __version__
 
 TINY = ["--epochs", "1", "--limit", "100", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "20",
         "--evaluation-images", "20"]  # fmt: skip

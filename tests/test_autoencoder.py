@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.judging.distances import energy_distance, roc_auc
+from pyro_vae.judging.anomalies import roc_auc
+from pyro_vae.judging.distances import energy_distance
 
 
 @pytest.fixture(scope="module")

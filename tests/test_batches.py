@@ -20,7 +20,7 @@ from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.inference.training import fit
 from pyro_vae.inference.trees import joined, rows, values
-from pyro_vae.judging.distances import anomaly_scores
+from pyro_vae.judging.anomalies import anomaly_scores
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.programs.vae import VAE
 from pyro_vae.programs.zoo.conditional import Conditional

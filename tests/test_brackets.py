@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 
 from pyro_vae.judging.annealing import ais, bdmc
-from pyro_vae.judging.brackets import Annealed, Bracket, steps_wanted, unconverged
+from pyro_vae.judging.evidence import Annealed, Bracket, steps_wanted, unconverged
 from pyro_vae.judging.results import Mean
 
 WEIGHT = 5 * torch.randn(30, 10, generator=torch.Generator().manual_seed(0))

@@ -251,3 +251,34 @@ def test_a_fit_under_torch_compile_goes_on_without_it(tmp_path):
     fit(*whole, binary(), **OPTIONS)
     fit(*resumed, binary(), checkpoint=path, **OPTIONS)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path):
+    whole = small_pair()
+    fit(*whole, binary(), **OPTIONS)
+
+    def at(name):
+        path = tmp_path / f"{name}.safetensors"
+        broken_off(small_pair(), path, 4)
+        return path, path.with_name(f"{name}.previous.safetensors")
+
+    for damage in ("flipped", "cut", "empty", "text"):
+        path, _ = at(damage)
+        content = path.read_bytes()
+        middle = len(content) - 9
+        path.write_bytes({
+            "flipped": content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :],
+            "cut": content[: len(content) // 2], "empty": b"", "text": b"not at all",
+        }[damage])  # fmt: skip
+        fresh = small_pair(seed=9)
+        with pytest.warns(UserWarning, match="goes on from the one before"):
+            fit(*fresh, binary(), checkpoint=path, **OPTIONS)
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(fresh), strict=True))
+    # With both damaged nothing is done and nothing destroyed.
+    both = at("both")
+    for path in both:
+        path.write_bytes(path.read_bytes()[:-1])
+    before = [path.read_bytes() for path in both]
+    with pytest.raises(ValueError, match="not a readable checkpoint .* Remove it"):
+        fit(*small_pair(), binary(), checkpoint=both[0], **OPTIONS)
+    assert before == [path.read_bytes() for path in both]

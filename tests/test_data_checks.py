@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vae.data.splits import Split
-from pyro_vae.inference._diagnosis import diagnosis
 from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.objectives import Objective, mean_bound
+from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.training import fit
-from pyro_vae.judging.distances import anomaly_scores
+from pyro_vae.judging.anomalies import anomaly_scores
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.programs.vae import VAE
 

@@ -13,8 +13,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_vae.judging.distances import anomaly_scores, energy_distance, roc_auc
-from pyro_vae.judging.estimates import Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.anomalies import anomaly_scores, roc_auc
+from pyro_vae.judging.distances import energy_distance
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.evidence import Estimate
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.judging.quotes import lower_bound
 from pyro_vae.judging.results import Nats, plain, typed

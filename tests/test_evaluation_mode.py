@@ -24,16 +24,18 @@ from pyro_vae.judging._calibration import sbc
 from pyro_vae.judging._collapse import collapse, linear_optimum
 from pyro_vae.judging._gaps import gaps
 from pyro_vae.judging.annealing import ais, bdmc
+from pyro_vae.judging.anomalies import anomaly_scores
 from pyro_vae.judging.arviz import to_arviz
-from pyro_vae.judging.distances import anomaly_scores, guide_distances
+from pyro_vae.judging.distances import guide_distances
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood, rate_distortion
 from pyro_vae.judging.gradients import gradient_lab
+from pyro_vae.judging.grids import quadrature
 from pyro_vae.judging.guides import compare_guides, fit_guide
 from pyro_vae.judging.imputation import impute
 from pyro_vae.judging.information import mutual_information, probe
 from pyro_vae.judging.judgement import judge
 from pyro_vae.judging.latents import active_units, kl_per_dimension, posterior_means
-from pyro_vae.judging.references import quadrature, reference
+from pyro_vae.judging.references import reference
 from pyro_vae.parameters import device_of, trainable
 from pyro_vae.programs._ex_post import aggregated_posterior
 from pyro_vae.reach import modules_of

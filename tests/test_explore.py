@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -15,13 +16,23 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.app.cli import main
 from pyro_vae.app.explore import contents
-from pyro_vae.app.explore.arrays import Arrays, unpacked
 from pyro_vae.app.explore.contents import DRAWS, payload
 from pyro_vae.app.explore.decoder import layers, link, rounding
-from pyro_vae.app.explore.document import LIMIT, page
+from pyro_vae.app.explore.document import KINDS, LIMIT, Arrays, page
 
 HOSTILE = '</script><script>window.hacked=1</script><img src="https://evil.example/x.png" onerror="window.hacked=1">\u2028{{script}}'
 ABOUT = {"title": "A run", "dataset": "made up"}
+
+
+def unpacked(packed, table):
+    """What the page makes of it: the arrays, floats as float32."""
+    block = zlib.decompress(base64.b64decode(packed), -15)
+    found = []
+    for entry in table:
+        count = int(np.prod(entry["shape"], dtype=int))
+        flat = np.frombuffer(block, KINDS[entry["kind"]], count, entry["start"]).reshape(entry["shape"])
+        found.append(torch.from_numpy(flat.copy() if entry["kind"] == "u1" else flat.astype(np.float32)))
+    return found
 
 
 def split(count=30, shape=(1, 6, 5), labels=3):

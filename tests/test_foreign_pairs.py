@@ -19,8 +19,8 @@ from pyro_vae.judging._gaps import gaps
 from pyro_vae.judging.annealing import ais, bdmc
 from pyro_vae.judging.arviz import to_arviz
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.grids import quadrature
 from pyro_vae.judging.judgement import judge
-from pyro_vae.judging.references import quadrature
 from pyro_vae.traces import simulate, sites
 from tests.test_judge import Strict, Ticks
 

@@ -22,7 +22,7 @@ from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import resolve
 from pyro_vae.inference.training import fit
 from pyro_vae.judging._calibration import calibration
-from pyro_vae.judging.advice import commands
+from pyro_vae.judging.advice import Finding, commands
 from pyro_vae.judging.curves import records_of, trend
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.judgement import Judgement, judge
@@ -30,7 +30,7 @@ from pyro_vae.judging.remedies import _MADE, _widened, paired
 from pyro_vae.judging.results import Nats
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, GapSplit, Latents, Remedy, Stages
 from pyro_vae.judging.trials import Training
-from pyro_vae.judging.verdicts import Finding, verdict
+from pyro_vae.judging.verdicts import verdict
 from pyro_vae.parts.posteriors import IAF
 from pyro_vae.programs.hamiltonian import Hamiltonian
 from pyro_vae.programs.semi_amortized import SemiAmortized

@@ -10,7 +10,7 @@ import pyro_vae as pv
 from pyro_vae.data import Split
 from pyro_vae.inference.bounds import elbo
 from pyro_vae.inference.objectives import mean_bound
-from pyro_vae.judging.distances import anomaly_scores
+from pyro_vae.judging.anomalies import anomaly_scores
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood, rate_distortion
 
 QUIET = {"progress": False, "compile": False}

@@ -191,7 +191,7 @@ def test_the_unit_of_plates_inside_and_beside():
 
     with Counting() as counting:
         words(None)
-    assert counting.unit((10, 4)) == Unit(4, 25.0, True)
+    assert counting.unit((10, 4)) == Unit(4, 25.0, True, 25.0)
 
     def one_by_one(x):
         for i in pyro.plate("data", 12, subsample_size=3):
@@ -199,7 +199,7 @@ def test_the_unit_of_plates_inside_and_beside():
 
     with Counting() as counting:
         one_by_one(None)
-    assert counting.unit() == Unit(3, 4.0, True)
+    assert counting.unit() == Unit(3, 4.0, True, 4.0)
     with Counting() as counting:
         pyro.sample("x", dist.Normal(torch.zeros(7, 2), 1.0).to_event(2), obs=torch.zeros(7, 2))
     assert counting.unit((7, 2)).rows == 7

@@ -7,9 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_vae.judging.crossed import holm
 from pyro_vae.judging.rankings import rank
-from pyro_vae.judging.scoring import Scores
+from pyro_vae.judging.scoring import Scores, holm
 
 
 def arms_of(values: np.ndarray, bound: tuple[bool, ...] = (), k: float = 0.0) -> dict[str, tuple[Scores, ...]]:

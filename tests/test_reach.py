@@ -260,3 +260,19 @@ def test_what_reaches_too_much_is_given_up_and_not_walked_for_ever():
     assert len(found._places) <= reach._MOST_PLACES
     assert "more than 20,000 places of Python are read" in found.unproven[-1]
     assert Reach(lambda x: x).unproven == []
+
+
+def test_a_function_that_calls_itself_is_met_once():
+    net = nn.Linear(2, 2)
+
+    def layers(x, depth=2):
+        return x if depth == 0 else layers(net(x), depth - 1)
+
+    def other(x):
+        return layers(x) if x.sum() > 0 else another(x)
+
+    def another(x):
+        return other(-x)
+
+    assert Reach(layers).modules == [net]
+    assert Reach(other).modules == [net]

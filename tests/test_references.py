@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyro_vae.judging import compare_guides, identity
 from pyro_vae.judging.distances import guide_distances, sliced_wasserstein, squared_mmd
-from pyro_vae.judging.references import diagnostics, quadrature, reference
+from pyro_vae.judging.grids import quadrature
+from pyro_vae.judging.references import diagnostics, reference
 from tests.pairs import binary, linear_pair, small_pair
 
 

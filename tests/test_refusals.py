@@ -26,6 +26,7 @@ from pyro_vae.parts import likelihoods, posteriors
 from pyro_vae.programs import zoo
 from pyro_vae.programs._ex_post import ex_post
 from pyro_vae.programs.semi_amortized import SemiAmortized
+from tests.test_compatibility import reasons
 
 NAN = math.nan
 
@@ -319,7 +320,7 @@ def plain_pair():
 def test_a_row_that_is_too_far_out_is_named(pair, estimate):
     from pyro_vae.judging._gaps import gaps
     from pyro_vae.judging.annealing import ais
-    from pyro_vae.judging.references import quadrature
+    from pyro_vae.judging.grids import quadrature
 
     model, guide = plain_pair() if pair == "plain" else (normal_vae().model, normal_vae().guide)
     x = table()[:, :2].clone() if pair == "plain" else table().clone()
@@ -572,7 +573,7 @@ def test_the_rules_still_see_a_pair_whose_model_does_not_run_at_the_guides_draws
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
-    found = pv.inference.compatibility.reasons(pair.model, guide, (table(),), pyro.infer.Trace_ELBO())
+    found = reasons(pair.model, guide, (table(),), pyro.infer.Trace_ELBO())
     assert "Give posterior and prior the same latent_dim" in found[0]
 
 

@@ -14,7 +14,8 @@ from pyro_vae.app.runs import Run
 from pyro_vae.judging._calibration import sbc
 from pyro_vae.judging._gaps import gaps
 from pyro_vae.judging.annealing import ais, bdmc
-from pyro_vae.judging.distances import anomaly_scores, energy_distance
+from pyro_vae.judging.anomalies import anomaly_scores
+from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.information import mutual_information
 from pyro_vae.judging.judgement import judge
 from pyro_vae.judging.latents import kl_per_dimension

@@ -103,7 +103,8 @@ def test_the_file_is_a_header_of_json_and_raw_numbers(tmp_path):
     header, numbers = json.loads(content[8 : 8 + length]), content[8 + length :]
     metadata = header.pop("__metadata__")
     wanted = dataclasses.asdict(vae.architecture)
-    assert json.loads(metadata.pop("pyro_vae.architecture")) == json.loads(json.dumps(wanted)) and metadata == {}
+    assert json.loads(metadata.pop("pyro_vae.architecture")) == json.loads(json.dumps(wanted))
+    assert metadata.keys() == {"pyro_vae.digest"} and len(metadata["pyro_vae.digest"]) == 32
     assert header.keys() == vae.state_dict().keys()
     assert max(entry["data_offsets"][1] for entry in header.values()) == len(numbers)
     assert sum(np.prod(entry["shape"], dtype=int) * 4 for entry in header.values()) == len(numbers)

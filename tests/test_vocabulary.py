@@ -11,7 +11,7 @@ from pyro_vae import plots
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import CHOICES, DATASETS, REGULARIZERS, resolve
 from pyro_vae.inference.optimizers import SCHEDULES
-from pyro_vae.judging.tables import latex
+from pyro_vae.judging.quotes import latex
 from pyro_vae.parts import names
 from tests.pairs import binary
 

@@ -6,42 +6,45 @@ error that the user can mend is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pyro_vae import __version__
 from pyro_vae.app import configuration
-from pyro_vae.app.configuration import GroupedCommand, convert, read_config
+from pyro_vae.app.configuration import GroupedCommand, at_least, convert, read_config
 from pyro_vae.app.defaults import CHOICES, option, resolve
+from pyro_vae.atomic import reason_of
 from pyro_vae.news import no_news_of_a_gpu
 from pyro_vae.parts import names
-from pyro_vae.version import __version__
 from pyro_vae.words import did_you_mean, spelled
 
 PROGRAM = "pyro-vae"
+_LONGEST = 4096  # characters of a word that is typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: Arguments; those of the process if omitted.
-    Returns:
-        The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
-    """
+    """Run the command. Returns the exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C."""
     if argv is None:
         # A cluster's time limit is a Ctrl-C: what was trained is kept, and nothing half-written.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # So is a terminal that is closed, unless nohup says that it is none of ours.
+        for which in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(which) is not signal.SIG_IGN:
+                signal.signal(which, signal.default_int_handler)
     try:
         with _warnings_as_lines():
+            _check_words(sys.argv[1:] if argv is None else argv)
             code = commands.main(args=None if argv is None else list(argv), prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -57,12 +60,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("PYRO_VAE_DEBUG") == "1":
             raise
+        where = _option_of(getattr(error, "filename", None), sys.argv[1:] if argv is None else argv)
+        if where is not None and isinstance(error, OSError):
+            return _failed(f"got {where}: {reason_of(error)}")
         return _failed(str(error) or type(error).__name__)
 
 
 def _failed(message: str) -> int:
-    click.echo(f"{PROGRAM}: error: {' '.join(message.split())}", err=True)
+    line = re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...", " ".join(message.split()))
+    click.echo(f"{PROGRAM}: error: {line}", err=True)
     return 2
+
+
+def _option_of(path: Any, argv: Sequence[str]) -> str | None:
+    """A word that was typed with a path that the system refused, and the option before it."""
+    for before, word in zip(["", *argv], argv, strict=False):
+        if path is not None and word and Path(word).absolute() == Path(path).absolute():
+            return f"{before} {word}" if before.startswith("-") else word
+    return None
+
+
+def _check_words(argv: Sequence[str]) -> None:
+    """Refuse what can be no name and no path."""
+    for before, word in zip(["", *argv], argv, strict=False):
+        if "\0" in word or len(word) > _LONGEST or not word.strip():
+            name = next((each.partition("=")[0] for each in (word, before) if each.startswith("-")), "an argument")
+            what = (
+                "a null character" if "\0" in word else f"{len(word):,} characters" if word.strip() else "nothing in it"
+            )
+            raise ValueError(f"got {name[:80]} with {what}, wanted text of 1 to {_LONGEST:,} characters.")
 
 
 def _message(error: click.ClickException) -> str:
@@ -112,6 +138,14 @@ class _Commands(click.Group):
 @click.pass_context
 def commands(context: click.Context) -> None:
     """Fit, look at and judge variational autoencoders written as Pyro programs."""
+    from pyro_vae.app.processes import number
+
+    command = context.invoked_subcommand
+    if command not in (None, "fit") and number() > 1:
+        raise ValueError(
+            f"got {command} in {number()} processes, which would do it as often. Only fit shares its work out: run "
+            f"{PROGRAM} {command} by itself."
+        )
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -122,12 +156,13 @@ def commands(context: click.Context) -> None:
     epilog=configuration.epilog(),
 )
 @configuration.FIT
-def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
+def fit(config: Path | None, resume: Path | None, trust: tuple[str, ...], **given: Any) -> int:
     """Fit a VAE to images, judge it on test data, and write a run folder.
 
     The folder holds config.json, summary.json, metrics.jsonl, weights.safetensors,
     figures and report.html. First pictures appear after the first epoch. Ctrl-C keeps
-    what was trained so far, and the same command goes on in the same folder.
+    what was trained so far, and the same command goes on in the same folder, as
+    --resume RUN does after whatever ended it.
 
     \b
     Examples:
@@ -137,19 +172,45 @@ def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
       pyro-vae fit --model semi-supervised --model-options num_labelled=100
       pyro-vae fit --config runs/mnist --seed 1
       pyro-vae fit --from runs/mnist --epochs 50
+      pyro-vae fit --resume runs/mnist-2
+      torchrun --nproc-per-node 2 -m pyro_vae fit --data mnist --data-dir ~/mnist
     """
+    from pyro_vae.app import processes
+
+    with processes.group():
+        return _fit(config, resume, trust, given)
+
+
+def _fit(config: Path | None, resume: Path | None, trust: tuple[str, ...], given: dict[str, Any]) -> int:
     from pyro_vae.app import following, starting
-    from pyro_vae.app.runs import check_place, default_path, is_unfinished
+    from pyro_vae.app.processes import of_first
+    from pyro_vae.app.runs import asked_of, check_place, default_path, is_unfinished
 
     options_given = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
     values = (read_config(config) if config is not None else {}) | options_given
     out, quiet = values.pop("out", None), values.pop("quiet", False)
     checkpoint = values.pop("checkpoint", None)
-    options = resolve(starting.merged(values) if values.get("from_run") else values)
+    if resume is not None:
+        other = [*values, *(["out"] if out is not None else []), *(["config"] if config is not None else [])]
+        if other:
+            raise ValueError(
+                f"got --resume {resume} with {option(other[0])}, wanted no other option: a run goes on with those that "
+                "it was begun with. Begin another one with --out, or go on from a finished one with --from."
+            )
+        values, began = asked_of(resume.expanduser())
+        out, checkpoint = resume, began if checkpoint is None else checkpoint
+    options = resolve(starting.merged(values) if values.get("from_run") and resume is None else values)
     asked = options.to_json()
-    path = Path(out).expanduser() if out is not None else default_path(options.data, asked)
-    check_place(path, asked)
-    if is_unfinished(path) and not quiet:
+
+    def place() -> Path:
+        found = Path(out).expanduser() if out is not None else default_path(options.data, asked)
+        check_place(found, asked)
+        return found
+
+    path = of_first(place)
+    here = path is not None  # in the process that has the folder
+    quiet, path = quiet or not here, path or Path(out or "runs")
+    if here and is_unfinished(path) and not quiet:
         click.echo(f"going on with {path} (--out another folder to start afresh)", err=True)
 
     from pyro_vae.app.fitting import fit_run
@@ -161,14 +222,38 @@ def fit(config: Path | None, trust: tuple[str, ...], **given: Any) -> int:
     if not quiet:
         show_lines([*lines(summary, path), *files(path, summary)])
     if summary["interrupted"]:
-        click.echo(
-            f"{PROGRAM}: interrupted: what was trained so far is in {path}, and the same command goes on with it",
-            err=True,
-        )
+        if here:
+            click.echo(
+                f"{PROGRAM}: interrupted: what was trained so far is in {path}, and the same command goes on with it, "
+                f"as '{PROGRAM} fit --resume {path}' does",
+                err=True,
+            )
         return 130
     if not quiet:
         following.say(following.after("fit", path, summary))
     return 0
+
+
+def _choice(kind: str, name: str) -> str:
+    found = spelled(name, CHOICES[kind])
+    if found is None:
+        hint = did_you_mean(name, CHOICES[kind])
+        raise ValueError(f"got --{kind} {name!r}, wanted one of {', '.join(CHOICES[kind])}.{hint}")
+    return found
+
+
+def _done_by(path: str) -> Callable[[Callable[[], None]], Callable[..., None]]:
+    """A command whose options all go to a function of `pyro_vae.app`, which is imported when it runs."""
+    module, _, name = path.partition(":")
+
+    def decorate(described: Callable[[], None]) -> Callable[..., None]:
+        @functools.wraps(described)
+        def run(**options: Any) -> None:
+            getattr(import_module(f"pyro_vae.app.{module}"), name)(**options)
+
+        return run
+
+    return decorate
 
 
 def _word(*words: str) -> click.Choice[str]:
@@ -182,14 +267,14 @@ _device = click.option("--device", metavar="NAME", default="auto", help="[defaul
 _trust = click.option("--trust", metavar="MODULE:CLASS", multiple=True, help="Import this part of a run, code of your "
                       "own.")  # fmt: skip
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-_seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[default: the run's own]")
+_seed = click.option("--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), help="[default: the run's own]")
 
 
 @commands.command(short_help="Judge a run again: other samples, images or seed.")
 @_run
 @_trust
-@click.option("--evaluation-samples", "-K", metavar="K", type=click.IntRange(2), help="[default: the run's own]")
-@click.option("--evaluation-images", metavar="N", type=click.IntRange(2), help="[default: the run's own]")
+@click.option("--evaluation-samples", "-K", metavar="K", type=at_least(2), help="[default: the run's own]")
+@click.option("--evaluation-images", metavar="N", type=at_least(2), help="[default: the run's own]")
 @click.option("--full", is_flag=True, help="All test images, 5000 samples.")
 @_seed
 @_data_dir
@@ -199,32 +284,28 @@ _seed = click.option("--seed", metavar="N", type=click.IntRange(0), help="[defau
               "datum, with the help of the model: gradient or Hamiltonian steps that are taken where they "
               "help.")  # fmt: skip
 @click.option("--out", metavar="FILE", type=_PATH, help="Write the JSON to a file too.")
-def evaluate(**options: Any) -> None:
+@_done_by("commands:evaluate_run")
+def evaluate() -> None:
     """Judge a run again: other samples, images or seed. The run folder stays as it is."""
-    from pyro_vae.app.commands import evaluate_run
-
-    evaluate_run(**options)
 
 
 @commands.command(short_help="Draw a run's pictures and report.html again.")
 @_run
 @_trust
 @_data_dir
-def draw(**options: Any) -> None:
+@_done_by("commands:draw_run")
+def draw() -> None:
     """Draw the pictures and report.html of a run again, of an unfinished one too."""
-    from pyro_vae.app.commands import draw_run
-
-    draw_run(**options)
 
 
 @commands.command(short_help="Say whose fault a run's gap is, and what to try next.")
 @_run
 @_trust
-@click.option("--num-data", metavar="N", type=click.IntRange(2), default=100, help="Test data looked at, at most. "
+@click.option("--num-data", metavar="N", type=at_least(2), default=100, help="Test data looked at, at most. "
               "[default: 100]")  # fmt: skip
 @click.option("--budget", metavar="SECONDS", type=click.FloatRange(1), default=110.0, help="From the start of the "
               "command; it takes no more. What does not fit is left out, with the reason. [default: 110]")  # fmt: skip
-@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), help="Of the estimate of log p(x) that is "
+@click.option("--num-samples", "-K", metavar="K", type=at_least(2), help="Of the estimate of log p(x) that is "
               "judged. [default: the run's own evaluation samples]")  # fmt: skip
 @_seed
 @_data_dir
@@ -292,11 +373,9 @@ OPTIONS_OF_COMPARE = ("vary", "seeds", "frozen", "freeze", "budget", "jobs", "ba
 @commands.command("report", short_help="Write a study's tables and page again.")
 @click.argument("folder", type=_PATH, metavar="STUDY")
 @_trust
-def report_command(folder: Path, trust: tuple[str, ...]) -> None:
+@_done_by("compare_command:report_study")
+def report_command() -> None:
     """Write the tables and the page of a study again, of an unfinished one as it stands."""
-    from pyro_vae.app.compare_command import report_study
-
-    report_study(folder, trust)
 
 
 @commands.command()
@@ -310,11 +389,9 @@ def report_command(folder: Path, trust: tuple[str, ...]) -> None:
 @click.option("--label", metavar="N|NAME", help="Of this class only, of a model that knows classes: conditional, "
               "semi-supervised, or the cluster of a mixture that was matched with it.")  # fmt: skip
 @_seed
-def sample(**options: Any) -> None:
+@_done_by("commands:sample_run")
+def sample() -> None:
     """Draw new data from a run's model."""
-    from pyro_vae.app.commands import sample_run
-
-    sample_run(**options)
 
 
 @commands.command(short_help="Reconstruct image files, and score them.")
@@ -322,15 +399,13 @@ def sample(**options: Any) -> None:
 @_trust
 @click.argument("images", nargs=-1, required=True, type=_PATH)
 @click.option("--out", metavar="FILE", type=_PATH, help="[default: reconstructions.png]")
-@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(2), default=1000, help="Importance samples per "
+@click.option("--num-samples", "-K", metavar="K", type=at_least(2), default=1000, help="Importance samples per "
               "image. [default: 1000]")  # fmt: skip
 @click.option("--label", metavar="N|NAME", help="The class of the images, which a conditional model takes.")
 @_seed
-def reconstruct(**options: Any) -> None:
+@_done_by("commands:reconstruct_images")
+def reconstruct() -> None:
     """Reconstruct image files, scaled and coloured as the run's data, and score them."""
-    from pyro_vae.app.commands import reconstruct_images
-
-    reconstruct_images(**options)
 
 
 @commands.command(short_help="Rank a run's test data from strange to ordinary.")
@@ -339,7 +414,7 @@ def reconstruct(**options: Any) -> None:
 @click.option("--score", type=_word("log-likelihood", "reconstruction", "ratio", "regret"),
               help="ratio: log p(x) against the compressed size; regret: what refitting q to each datum gains. "
               "[default: log-likelihood; reconstruction for an autoencoder]")  # fmt: skip
-@click.option("--num-samples", "-K", metavar="K", type=click.IntRange(1), default=100, help="Samples. [default: 100]")
+@click.option("--num-samples", "-K", metavar="K", type=at_least(1), default=100, help="Samples. [default: 100]")
 @click.option("--top", metavar="N", type=click.IntRange(1, 1000), default=16, help="How many to show. [default: 16]")
 @click.option("--outliers", metavar="NAME|PATH", help="Data that should score higher; gives the ROC-AUC.")
 @click.option("--outliers-dir", metavar="DIR", help="Where the files of a named outlier set lie.")
@@ -349,11 +424,9 @@ def reconstruct(**options: Any) -> None:
 @_data_dir
 @_seed
 @_device
-def anomalies(**options: Any) -> None:
+@_done_by("commands:rank_anomalies")
+def anomalies() -> None:
     """Rank a run's test data from strange to ordinary, by log p(x) or by reconstruction error."""
-    from pyro_vae.app.commands import rank_anomalies
-
-    rank_anomalies(**options)
 
 
 @commands.command(short_help="Write mean and scale of q(z | x) for data.")
@@ -364,49 +437,43 @@ def anomalies(**options: Any) -> None:
               ".parquet (needs pandas and pyarrow).")  # fmt: skip
 @_data_dir
 @_seed
-def encode(**options: Any) -> None:
+@_done_by("encoding:encode_run")
+def encode() -> None:
     """Write mean and scale of q(z | x) for data, one row each.
 
     DATA is a folder of images or an image (rows have their file names), an array in a .npy, any other data that fit
     takes, or train, validation or test, the run's own.
     """
-    from pyro_vae.app.encoding import encode_run
-
-    encode_run(**options)
 
 
 @commands.command(short_help="Write encoder and decoder as .pt2 of torch.export.")
 @_run
 @_trust
 @click.option("--out", metavar="DIR", type=_PATH, help="[default: RUN/export]")
-def export(**options: Any) -> None:
+@_done_by("exporting:export_run")
+def export() -> None:
     """Write encoder and decoder as .pt2 files of torch.export, which run without this package.
 
     A file is kept only if it gives what the networks give, to 1e-6.
     """
-    from pyro_vae.app.exporting import export_run
-
-    export_run(**options)
 
 
 @commands.command(short_help="Write a page to move through the latent space in.")
 @_run
 @_trust
 @click.option("--out", metavar="FILE", type=_PATH, help="A .html. [default: RUN/explore.html]")
-@click.option("--num-data", metavar="N", type=click.IntRange(1), default=1000, help="Test data on the plane, at most. "
+@click.option("--num-data", metavar="N", type=at_least(1), default=1000, help="Test data on the plane, at most. "
               "[default: 1000]")  # fmt: skip
-@click.option("--reference", metavar="N", type=click.IntRange(0), default=0, help="Draw the exact posterior of the "
+@click.option("--reference", metavar="N", type=at_least(0), default=0, help="Draw the exact posterior of the "
               "first N of them by Hamiltonian Monte Carlo, too. [default: 0]")  # fmt: skip
 @_seed
 @_data_dir
-def explore(**options: Any) -> None:
+@_done_by("explore.command:explore_run")
+def explore() -> None:
     """Write a page to move through a run's latent space in: one HTML file that opens offline.
 
     The decoder is inside, and the images follow the pointer, the finger or the arrow keys.
     """
-    from pyro_vae.app.explore.command import explore_run
-
-    explore_run(**options)
 
 
 @commands.command(short_help="List runs with their numbers.")
@@ -416,14 +483,12 @@ def explore(**options: Any) -> None:
               "[default: time]")  # fmt: skip
 @click.option("--data", "only", metavar="NAME|PATH", help="Only runs on these data.")
 @_json
-def runs(**options: Any) -> None:
+@_done_by("listing:list_runs")
+def runs() -> None:
     """List the runs in folders, at any depth, with their numbers. [default: runs]
 
     A damaged run is a row with the reason. Nothing but JSON is read.
     """
-    from pyro_vae.app.listing import list_runs
-
-    list_runs(**options)
 
 
 @commands.command(short_help="Try every posterior with every bound and estimator.")
@@ -439,19 +504,11 @@ def combinations(
 
     from pyro_vae.app import losses
 
-    for kind, given in (("bound", bounds), ("estimator", estimators)):
-        for name in given:
-            if spelled(name, CHOICES[kind]) is None:
-                hint = did_you_mean(name, CHOICES[kind])
-                raise ValueError(f"got --{kind} {name!r}, wanted one of {', '.join(CHOICES[kind])}.{hint}")
+    bounds = tuple(_choice("bound", name) for name in bounds)
+    estimators = tuple(_choice("estimator", name) for name in estimators)
     posteriors = tuple(names.check("posterior", name) for name in posteriors)
-    bounds, estimators = (
-        tuple(spelled(name, CHOICES[kind]) or name for name in given)
-        for kind, given in (("bound", bounds), ("estimator", estimators))
-    )
     outcomes = losses.combinations(posteriors or None, bounds or None, estimators or None)
-    records = [outcome._asdict() for outcome in outcomes]
-    click.echo(json.dumps(records, indent=2) if as_json else losses.table(outcomes))
+    click.echo(json.dumps([outcome._asdict() for outcome in outcomes], indent=2) if as_json else losses.table(outcomes))
     return 1 if any(outcome.result == "fails" for outcome in outcomes) else 0
 
 

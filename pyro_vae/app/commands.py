@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae import plots
 from pyro_vae.app import evaluation, following, report, serving
+from pyro_vae.app.configuration import about
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
 from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.remarks import of_image
@@ -292,7 +293,8 @@ def rank_anomalies(
                      "mixture", "hierarchical")  # fmt: skip
     if outliers is not None:
         serving.only(vae, "--outliers, which have no labels,", "vae", "semi-supervised", "mixture", "hierarchical")
-        strange = _outliers(outliers, outliers_dir, fit_outliers, options, _x_shape(vae), seed)
+        with about("--outliers", outliers):
+            strange = _outliers(outliers, outliers_dir, fit_outliers, options, _x_shape(vae), seed)
     face = serving.face(vae)
     model, guide = face.programs(vae)
     scores = anomaly_scores(model, guide, face.given(test), **settings)

@@ -16,11 +16,11 @@ import click
 from pyro_vae.app import following
 from pyro_vae.app.comparing import _arms, compare, read_study, speeds_of, study, study_of
 from pyro_vae.app.report import about, wrapped
-from pyro_vae.app.runs import REPORT
+from pyro_vae.app.runs import REPORT, SUMMARY
 from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers
 from pyro_vae.app.study_page import check_table, runs_page, write_results, write_table
 from pyro_vae.app.trials import jobs_of, rankings, reason, state, time_left
-from pyro_vae.atomic import write_file
+from pyro_vae.atomic import write_text
 from pyro_vae.judging.rankings import Ranking
 from pyro_vae.judging.results import plain
 
@@ -47,17 +47,16 @@ def compare_runs(
     )  # fmt: skip
     if out is not None:
         opened = {name: members[0] for name, members in _arms(list(runs), list(trust)).items()}
-        title = "Comparison of " + ", ".join(map(str, runs))
-        text = runs_page(found, opened, title)
-        write_file(Path(out) / REPORT, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(Path(out) / REPORT, runs_page(found, opened, "Comparison of " + ", ".join(map(str, runs))))
         write_table(found, Path(out) / "table.csv")
     if table is not None:
         write_table(found, Path(table))
     _show({"": found}, as_json)
-    if not as_json and out is not None:
-        click.echo(f"report {Path(out) / REPORT}")
     if not as_json:
-        following.say(following.after_comparing(found.order[-1]))
+        if out is not None:
+            click.echo(f"report {Path(out) / REPORT}")
+        last = Path(found.order[-1])  # the one that is behind, if its arm is a run
+        following.say(following.typed("judge", last) if (last / SUMMARY).is_file() else "pyro-vae runs")
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +17,8 @@ from pyro_vae.app.opening import Opened
 from pyro_vae.app.opening import open as open_run
 from pyro_vae.app.runs import is_unfinished
 from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers, shaping, study_file
-from pyro_vae.app.trials import execute, held, rankings, speed
-from pyro_vae.atomic import write_file
+from pyro_vae.app.trials import execute, held, rankings, reason, speed, state
+from pyro_vae.atomic import write_text
 from pyro_vae.data import Split
 from pyro_vae.judging.rankings import Ranking, rank
 from pyro_vae.judging.scoring import Scores, scores
@@ -119,8 +121,7 @@ def study(
         ValueError: A bad option or file, arms of different data, nothing that could be fitted.
     """
     wanted = study_of(asked)
-    in_file = isinstance(asked, str | os.PathLike)
-    refuse_strangers(wanted, trust, in_file=in_file)
+    refuse_strangers(wanted, trust, in_file=isinstance(asked, str | os.PathLike))
     place = Path(folder).expanduser()
     planned = plan(wanted, place)
     write_study(wanted, place)
@@ -130,7 +131,9 @@ def study(
             say=say or (lambda _: None))  # fmt: skip
     found = rankings(planned, wanted)
     if not found:
-        raise ValueError(f"no fit of the study in {place} could be made. The first failed: {_first_failure(planned)}")
+        failed = [trial for trial in planned.trials if state(trial) == "failed"]
+        first = f"{failed[0].arm}: {reason(failed[0])}" if failed else "none was begun"
+        raise ValueError(f"no fit of the study in {place} could be made. The first failed: {first}")
     from pyro_vae.app.study_page import write_results
 
     write_results(planned, wanted, found, place)
@@ -145,26 +148,16 @@ def study_of(asked: Study | Mapping[str, Any] | str | os.PathLike[str]) -> Study
 
 
 def write_study(asked: Study, folder: Path) -> None:
-    """Write what was asked for into the folder of a study.
-
-    Raises:
-        ValueError: There is another study, or something else.
-    """
-    import json
+    """Write what was asked for into the folder of a study; a ValueError where there is another, or something else."""
 
     place = folder / STUDY
-    text = json.dumps(asked.to_json(), indent=2) + "\n"
     if folder.is_dir() and any(folder.iterdir()) and not place.is_file():
         raise ValueError(f"got --out {folder}, which is there and holds no study, wanted a new folder, or a study's.")
-    write_file(place, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(place, json.dumps(asked.to_json(), indent=2) + "\n")
 
 
 def read_study(folder: Path) -> Study:
-    """What was asked for in the folder of a study.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """What was asked for in the folder of a study; a ValueError where there is none."""
     if not (folder / STUDY).is_file():
         raise ValueError(f"got {folder}, wanted the folder of a study, as 'pyro-vae compare --vary ...' writes one.")
     return study_file(folder / STUDY)
@@ -172,14 +165,8 @@ def read_study(folder: Path) -> Study:
 
 def speeds_of(asked: Study, folder: Path, measure: bool = True) -> dict[str, float] | None:
     """Seconds of an epoch of each arm, for a budget of seconds: measured once, and kept by what the arm is, so that a
-    study that is gone on with is the same study.
-
-    Args:
-        asked: The study.
-        folder: Its folder.
-        measure: Whether what is missing is measured; else there is None where anything is missing.
+    study that is gone on with is the same study. None where anything is missing and nothing is to be measured.
     """
-    import json
 
     if asked.budget != "seconds":
         return None
@@ -199,27 +186,17 @@ def speeds_of(asked: Study, folder: Path, measure: bool = True) -> dict[str, flo
             for arm, key in keys.items():
                 if key not in known:
                     known[key] = speed(trials[arm].options)[0]
-            text = json.dumps(known, indent=2) + "\n"
-            write_file(place, lambda partial: partial.write_text(text, encoding="utf-8"))
+            write_text(place, json.dumps(known, indent=2) + "\n")
     return {arm: known[key] for arm, key in keys.items()}
 
 
 def _speed_key(options: Any) -> str:
-    import hashlib
-    import json
 
     plain = {k: v for k, v in shaping(options).items() if k not in ("epochs", "seed", "data_seed")}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
 STUDY = "study.json"
-
-
-def _first_failure(planned: Any) -> str:
-    from pyro_vae.app.trials import reason, state
-
-    failed = [trial for trial in planned.trials if state(trial) == "failed"]
-    return f"{failed[0].arm}: {reason(failed[0])}" if failed else "none was begun"
 
 
 def _arms(pairs: Any, trust: bool | Sequence[str]) -> dict[str, list[Any]]:
@@ -251,22 +228,15 @@ def _pair(name: str, given: Any, trust: bool | Sequence[str]) -> Any:
 
 def _grouped(listed: Sequence[Any]) -> dict[str, list[Any]]:
     """Runs that differ in nothing but their seeds are fits of one arm; the others are called by what they are."""
-    groups: dict[str, list[Any]] = {}
-    keys: list[str] = []
-    for number, each in enumerate(listed):
-        key = f"{number}"
-        if isinstance(each, Opened):
-            key = _apart_from_seeds(each)
-        groups.setdefault(key, []).append(each)
-        keys.append(key)
-    if len(groups) == 1:  # which were meant to be told from each other
-        groups = {str(number): [each] for number, each in enumerate(listed)}
-        keys = list(groups)
+    keys = [_apart_from_seeds(each) if isinstance(each, Opened) else f"{i}" for i, each in enumerate(listed)]
+    if len(set(keys)) == 1:  # which were meant to be told from each other
+        keys = [f"{i}" for i in range(len(listed))]
     called: dict[str, list[Any]] = {}
-    for key, members in groups.items():
-        first = members[0]
-        name = str(first.path) if isinstance(first, Opened) else f"{type(first).__name__} {keys.index(key) + 1}"
-        called[name if name not in called else f"{name} ({keys.index(key) + 1})"] = members
+    for key in dict.fromkeys(keys):
+        members = [each for each, own in zip(listed, keys, strict=True) if own == key]
+        first, number = members[0], keys.index(key) + 1
+        name = str(first.path) if isinstance(first, Opened) else f"{type(first).__name__} {number}"
+        called[name if name not in called else f"{name} ({number})"] = members
     return called
 
 
@@ -286,28 +256,21 @@ def _apart_from_seeds(run: Opened) -> str:
 
 
 def _common_data(arms: Mapping[str, Sequence[Any]], num_data: int, seed: int) -> tuple[Split, list[str]]:
-    """The test data of runs, where they are the same for all, and what is to be said of their training data.
-
-    Raises:
-        ValueError: Pairs that are no runs, or runs of different data.
-    """
+    """The test data of runs of the same data, and what is to be said of their training data; else a ValueError."""
     first: tuple[str, Opened, Split] | None = None
     trained: dict[str, int] = {}
     seen: Tensor | None = None
     same = True
-    for name, members in arms.items():
-        for run in members:
-            if not isinstance(run, Opened):
-                raise ValueError("got pairs and no data, wanted data to score them on: compare(pairs, data).")
-            dataset = run.read()
-            test, pixels = dataset.test, dataset.train.pixels
-            trained[name] = len(pixels)
-            same = same and (seen is None or seen.shape == pixels.shape and torch.equal(seen.cpu(), pixels.cpu()))
-            seen = pixels
-            if first is None:
-                first = (name, run, test)
-                continue
-            _refuse_other_data(first, (name, run, test))
+    for name, run in ((name, run) for name, members in arms.items() for run in members):
+        if not isinstance(run, Opened):
+            raise ValueError("got pairs and no data, wanted data to score them on: compare(pairs, data).")
+        dataset = run.read()
+        pixels = dataset.train.pixels
+        trained[name] = len(pixels)
+        same = same and (seen is None or seen.shape == pixels.shape and torch.equal(seen.cpu(), pixels.cpu()))
+        seen = pixels
+        first = first or (name, run, dataset.test)
+        _refuse_other_data(first, (name, run, dataset.test))
     assert first is not None
     test = first[2].frozen(seed)
     counts = ", ".join(f"{name}: {count:,}" for name, count in trained.items())
@@ -381,6 +344,6 @@ def _scored(pair: Any, data: Any, options: Mapping[str, Any]) -> Scores:
             data = pair.arguments(data)
         about = {"seed_of_fit": pair.options.seed, "seconds": pair.summary.get("train_seconds") or float("nan"),
                  "parameters": pair.summary.get("parameters", 0)}  # fmt: skip
-    elif isinstance(getattr(pair, "parameters", None), object) and isinstance(pair, torch.nn.Module):
+    elif isinstance(pair, torch.nn.Module):
         about = {"parameters": sum(p.numel() for p in pair.parameters())}
     return scores(model, guide, data, **options, **about)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pyro_vae.app.defaults import CHOICES, DATASETS, OTHER, FitOptions, field_of
+from pyro_vae.app.defaults import CHOICES, DATASETS, MOST, OTHER, FitOptions, field_of
+from pyro_vae.atomic import reason_of
 from pyro_vae.parts import names
 from pyro_vae.words import did_you_mean
 
 # Options of the command that are no part of a run's configuration.
 COMMAND_ONLY = {"out": "str", "checkpoint": "str", "quiet": "bool"}
 _TYPES = {field.name: str(field.type) for field in fields(FitOptions)} | COMMAND_ONLY
+_MOST = 2**64
 _WORDS = {
     "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
     "tuple[int, ...]": "whole numbers such as 400,400",
@@ -28,21 +31,14 @@ _WORDS = {
 def read_config(path: Path) -> dict[str, Any]:
     """Options by field name, of the right types, from a YAML or (.json) JSON file; None for an option set to nothing.
 
-    Keys are option names, with - or _. A run's own config.json is such a file, and a run folder stands for it.
-
-    Raises:
-        ValueError: Unreadable, not a mapping, an unknown key, a value of a wrong type.
+    Keys are option names, with - or _. A run's own config.json is such a file, and a run folder stands for it. What is
+    unreadable or no mapping, an unknown key or a value of a wrong type is a ValueError.
     """
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"got --config {path}, a folder without config.json, wanted a run folder or a file.")
         path = path / "config.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ValueError(f"got --config {path}, wanted a readable YAML or JSON file: {reason}.") from error
-    values = parsed(path, text)
+    values = parsed(path, f"--config {path}, wanted a readable YAML or JSON file")
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds {_shown(values)}, wanted options by name, such as 'epochs: 20'.")
     result: dict[str, Any] = {}
@@ -55,11 +51,26 @@ def read_config(path: Path) -> dict[str, Any]:
     return result
 
 
-def convert(name: str, value: Any, where: str) -> Any:
-    """What was read of one option as its field's type; `where` is for the message.
+def at_least(least: int) -> click.IntRange:
+    """A number of data, samples or steps: torch has no more of most."""
+    return click.IntRange(least, MOST)
 
-    Raises:
-        ValueError: It cannot be read as that type.
+
+@contextlib.contextmanager
+def about(option: str, value: Any) -> Iterator[None]:
+    """What goes wrong inside with the value of an option names that option."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        said = reason_of(error) if isinstance(error, OSError) else str(error)
+        if option in said:
+            raise
+        raise ValueError(f"got {option} {value}{', ' if said.startswith(('wanted', 'an ')) else ': '}{said}") from error
+
+
+def convert(name: str, value: Any, where: str) -> Any:
+    """What was read of one option as its field's type; `where` is for the message of the ValueError, if it is none.
+
     Example:
         >>> convert("hidden", "400,400", "here"), convert("learning_rate", "2e-3", "here")
         ((400, 400), 0.002)
@@ -78,29 +89,30 @@ def convert(name: str, value: Any, where: str) -> Any:
     raise ValueError(f"got {where} = {_shown(value)}, wanted {wanted}.")
 
 
-def parsed(path: Path, text: str) -> Any:
-    """What a YAML or (.json) JSON file holds, as plain data.
-
-    Raises:
-        ValueError: It is neither.
-    """
+def parsed(path: Path, wanted: str) -> Any:
+    """What a YAML or (.json) JSON file holds, as plain data; else a ValueError with what is `wanted`."""
     import yaml
 
     try:
+        text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"got {wanted}: {getattr(error, 'strerror', None) or 'it is not text'}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}.") from error
     except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise ValueError(f"{path} is not valid YAML: {problem}{line}.") from error
+        raise ValueError(f"{path} is not valid YAML: {problem or 'unreadable'}{line}.") from error
 
 
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or isinstance(value, float) and value != int(value):
         raise ValueError
-    return int(value)
+    number = int(value)
+    if abs(number) > _MOST:  # which no other number is compared with, nor a tensor sized by
+        raise ValueError
+    return number
 
 
 def _number(value: Any) -> float:
@@ -109,16 +121,13 @@ def _number(value: Any) -> float:
     return float(value)  # also of text: YAML reads 2e-3 as a word
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return value
+def _of(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError
+        return value
 
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
+    return read
 
 
 def _widths(value: Any) -> tuple[int, ...]:
@@ -135,15 +144,13 @@ def _mapping(value: Any) -> dict[str, Any]:
             value = yaml.safe_load("{" + re.sub(r"\s*=\s*", ": ", value) + "}")
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError from error
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError
-    if None in value.values():
-        raise ValueError  # a name without "="
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and v is not None for k, v in value.items()):
+        raise ValueError  # also of a name without "="
     return dict(value)
 
 
 _READERS: dict[str, Any] = {
-    "int": _integer, "float": _number, "str": _text, "bool": _truth, "tuple[int, ...]": _widths,
+    "int": _integer, "float": _number, "str": _of(str), "bool": _of(bool), "tuple[int, ...]": _widths,
     "dict[str, Any]": _mapping,
 }  # fmt: skip
 
@@ -312,6 +319,8 @@ FIT = _options(
             "checkpoint.safetensors, until the run is finished]"),
     _option("Run", "--config", "FILE|RUN", "Read options from YAML or JSON, or from a run folder; the command line "
             "wins.", click.Path(path_type=Path)),
+    _option("Run", "--resume", "RUN", "Go on with an unfinished run, whatever ended it (Ctrl-C, a kill, a power cut), "
+            "with the options that it was begun with.", click.Path(path_type=Path)),
     click.option("--from", "from_run", cls=GroupedOption, group="Run", metavar="RUN", type=str,
                  help="Go on from a finished run: its options, but for what is typed here. Its weights too where "
                  "networks and shape of the data stay the same: then --epochs are so many more, without a KL warm-up, "
@@ -326,13 +335,13 @@ COMPARE = _options(
     click.option("--vary", cls=GroupedOption, group="Study", metavar="NAME=A,B,...", multiple=True, help="An axis: an "
                  "option of fit and its values; a value with commas in brackets, --vary hidden=[400],[400,400]. Again "
                  "for more axes: the arms are all combinations."),
-    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", click.IntRange(1)),
+    _option("Study", "--seeds", "N", "Fits of each arm. [default: 1]", at_least(1)),
     _option("Study", "--frozen", "RUN", "Fit only guides, under the frozen model of this run."),
     click.option("--freeze", cls=GroupedOption, group="Study", is_flag=True, help="Fit a model first, with the options "
                  "below, and only guides under it."),
     _option("Study", "--budget", "epochs|gradients|SECONDS", "What is equal for all: passes through the data, passes "
             "times samples in the bound, or seconds a fit. [default: epochs]"),
-    _option("Study", "--jobs", "N", "Fits at a time. [default: the number of cores]", click.IntRange(1)),
+    _option("Study", "--jobs", "N", "Fits at a time. [default: the number of cores]", at_least(1)),
     _option("Study", "--backend", "[local|dask|slurm]", "Where they run. [default: local]", click.Choice(
             ["local", "dask", "slurm"]), default="local"),
     _option("Study", "--address", "URL", "Of dask's scheduler."),

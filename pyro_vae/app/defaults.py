@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and not (value >= least and math.isfinite(value)):
                 raise ValueError(f"got {option(name)} {value}, wanted a number >= {least}.")
-            if value is not None and not name.endswith("seed") and value > _MOST:
-                raise ValueError(f"got {option(name)} {value}, wanted a number up to {_MOST:,}.")
+            if value is not None and not name.endswith("seed") and value > MOST:
+                raise ValueError(f"got {option(name)} {value}, wanted a number up to {MOST:,}.")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"got {option('learning_rate')} {self.learning_rate}, wanted a number > 0.")
         for name in ("seed", "data_seed", "split_seed"):
@@ -168,7 +168,7 @@ _LEAST = {
     "patience": 1, "seed": 0, "data_seed": 0, "split_seed": 0, "evaluation_samples": 2, "evaluation_images": 2,
 }  # fmt: skip
 
-_MOST = 2**31 - 1  # what counts and sizes can be: torch has no more of most
+MOST = 2**31 - 1  # what counts and sizes can be: torch has no more of most
 
 FULL_SAMPLES = 5000  # of --full
 
@@ -176,19 +176,16 @@ HIDDEN: dict[str, tuple[int, ...]] = {
     "mlp": (400, 400), "gated": (300, 300), "conv": (32, 64, 128), "residual": (32, 64, 128), "linear": (),
 }  # fmt: skip
 
+_MNIST = FitOptions(
+    "mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3, likelihood="bernoulli"
+)
 DATASETS: dict[str, FitOptions] = {
     "digits": FitOptions(
         "digits", hidden=(256, 128), latent_dim=10, epochs=300, batch_size=64, learning_rate=2e-3,
         likelihood="bernoulli", threads=1,
     ),
-    "mnist": FitOptions(
-        "mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3,
-        likelihood="bernoulli",
-    ),
-    "fashion-mnist": FitOptions(
-        "fashion-mnist", hidden=(500, 500), latent_dim=50, epochs=260, batch_size=256, learning_rate=2e-3,
-        likelihood="bernoulli",
-    ),
+    "mnist": _MNIST,
+    "fashion-mnist": replace(_MNIST, data="fashion-mnist"),
     "frey": FitOptions(
         "frey", hidden=(400, 200), latent_dim=20, epochs=300, batch_size=64, likelihood="normal", clip_norm=1e4
     ),
@@ -207,8 +204,8 @@ OTHER = FitOptions("folders, files", clip_norm=1e5)
 def resolve(given: Mapping[str, Any]) -> FitOptions:
     """The configuration that follows from what the user gave; what is missing comes from the dataset's row.
 
-    Raises:
-        ValueError: An unknown option, or a value that it cannot have.
+    An unknown option, or a value that it cannot have, is a ValueError.
+
     Example:
         >>> resolve({"data": "mnist"}).latent_dim, resolve({"network": "conv"}).hidden
         (50, (32, 64, 128))

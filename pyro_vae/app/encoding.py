@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +41,8 @@ class Codes(NamedTuple):
 def codes(vae: Answers, data: Split, seed: int = 0) -> Codes:
     """Mean and standard deviation of q(z | x) of every datum; by draws where the family has no closed form.
 
-    Of a conditional model those of q(z | x, y); of a hierarchical one those of z1.
-
-    Raises:
-        ValueError: A pair that has no one q(z | x), or data without the labels that it takes.
+    Of a conditional model those of q(z | x, y); of a hierarchical one those of z1. A pair that has no one q(z | x), or
+    data without the labels that it takes, is a ValueError.
     """
     means, scales, drawn = [], [], 0
     face, labels = serving.face(vae), data.labels
@@ -66,11 +65,7 @@ def encode_run(
     run: Path, data: str, out: Path, seed: int | None = None, data_dir: str | None = None,
     trust: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
-    """The command; returns where the table is.
-
-    Raises:
-        ValueError: Data that the run cannot encode, an unknown suffix, no parquet here.
-    """
+    """The command; returns where the table is. What the run cannot encode, and an unknown suffix, is a ValueError."""
     write = _writer(out)
     found = opened(run, trust=trust, data_dir=data_dir)
     seed = found.options.seed if seed is None else seed
@@ -97,8 +92,7 @@ def _data(data: str, found: Any, seed: int) -> tuple[Split, Names]:
     if part is not None and not path.exists():
         split = getattr(found.data, part)
         return split.frozen(seed), {"part": [part] * len(split), "row": list(range(len(split)))}
-    pictures = suffixes()
-    files = _pictures(path, pictures) if data not in DATASETS else []
+    files = _pictures(path, suffixes()) if data not in DATASETS else []
     if files:
         x = torch.stack([_framed(file, found.pair.architecture.x_shape, options) for file in files])
         names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
@@ -127,8 +121,8 @@ def _pictures(path: Path, known: frozenset[str]) -> list[Path]:
         return [path] if path.suffix.lower() in known else []
     if not path.is_dir():
         return []
-    hidden = (file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in known)
-    return sorted(file for file in hidden if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    files = (file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in known)
+    return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts))
 
 
 def _framed(path: Path, shape: tuple[int, ...], options: FitOptions) -> Tensor:
@@ -157,15 +151,12 @@ def _writer(out: Path) -> Callable[[Path, Names, Codes], None]:
     writers = {".csv": _csv, ".npz": _npz, ".parquet": _parquet}
     if out.suffix.lower() not in writers:
         raise ValueError(f"got --out {out}, wanted a .csv, a .npz or a .parquet.")
-    if out.suffix.lower() == ".parquet":
-        for package in ("pandas", "pyarrow"):
-            try:
-                __import__(package)
-            except ImportError as error:
-                raise ValueError(
-                    f"got --out {out}, which needs pandas and pyarrow, and {package} is not installed. Run: pip "
-                    "install pandas pyarrow, or write a .csv or a .npz."
-                ) from error
+    missing = [name for name in ("pandas", "pyarrow") if out.suffix.lower() == ".parquet" and find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"got --out {out}, which needs pandas and pyarrow, and {missing[0]} is not installed. Run: pip install "
+            "pandas pyarrow, or write a .csv or a .npz."
+        )
     return writers[out.suffix.lower()]
 
 

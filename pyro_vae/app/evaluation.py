@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 
+from pyro_vae import __version__
 from pyro_vae.app import serving
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions
 from pyro_vae.app.remarks import codes_outside, levels
@@ -17,12 +18,12 @@ from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.distances import energy_distance
-from pyro_vae.judging.estimates import ElboTerms, Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import ElboTerms, elbo_terms, log_likelihood
+from pyro_vae.judging.evidence import Estimate
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import Answers
 from pyro_vae.protocols import has_density, standardize
-from pyro_vae.version import __version__
 
 ELBO_SAMPLES = 100
 SAMPLES = 1000
@@ -63,8 +64,7 @@ def plan(vae: Answers, dataset: Dataset, options: FitOptions) -> Plan:
         if seconds(images, samples) > MINUTE:
             fewer = [k for k in _LADDER if k <= samples] or [samples]
             samples = next((k for k in fewer if seconds(images, k) <= MINUTE), fewer[-1])
-    most = max(samples, FULL_SAMPLES)
-    return Plan(samples, images, seconds(images, samples), len(test), seconds(len(test), most))
+    return Plan(samples, images, seconds(images, samples), len(test), seconds(len(test), max(samples, FULL_SAMPLES)))
 
 
 def seconds_each(vae: Answers, test: Split, most: int) -> float:
@@ -103,12 +103,13 @@ def evaluate(
     """Judge a fitted pair on its test data, or the first so many `images`, with K = `num_samples` for log p(x).
 
     In nats per datum: ``test_elbo`` = ``test_reconstruction`` - ``test_kl``, ``test_log_likelihood`` with its errors,
-    and more. A plain autoencoder has only the reconstruction. The seed is that of the test data's noise and of the
+    and more; of a plain autoencoder only the reconstruction. The seed is that of the test data's noise and of the
     samples.
     """
     started = time.perf_counter()
     test = test_data(dataset, seed, images)
-    numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": _latent_dim(vae)}
+    latents = vae.architecture.latent_dim if vae.architecture else vae.model.prior().event_shape.numel()
+    numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": latents}
     if len(dataset.x_shape) == 3:
         numbers["train_levels"] = levels(dataset.train.pixels, dataset.train.mean())
     if is_autoencoder(vae):
@@ -162,8 +163,7 @@ def told(terms: ElboTerms, estimate: Estimate) -> dict[str, Any]:
 def _latents_and_samples(vae: Answers, test: Split) -> dict[str, Any]:
     """Active units, and how far samples are from the data; what takes more data than there are is left out."""
     numbers: dict[str, Any] = {}
-    left_out = []
-    face = serving.face(vae)
+    left_out, face = [], serving.face(vae)
     if len(test) >= 2:
         numbers["active_units"] = active_units(vae.guide, face.given(test), site=face.site).count
         if face.site not in (None, "z"):
@@ -211,12 +211,8 @@ def protocol(
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    return {
-        "pyro_vae": __version__,
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-        "python": platform.python_version(),
-    }
+    own = {"pyro_vae": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
+    return own | {"python": platform.python_version()}
 
 
 def is_autoencoder(vae: Answers) -> bool:
@@ -267,7 +263,3 @@ def _closed_forms(vae: Answers, dataset: Dataset, test: Split, elbo: float) -> d
             "true_minus_fitted_expected": true.expected_excess(len(dataset.train)),
         }
     return numbers
-
-
-def _latent_dim(vae: Answers) -> int:
-    return vae.architecture.latent_dim if vae.architecture else vae.model.prior().event_shape.numel()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +71,7 @@ class Decoder(nn.Module):
 
 
 def export_run(run: Path, out: Path | None = None, trust: tuple[str, ...] = ()) -> list[Path]:
-    """The command; returns the files.
-
-    Raises:
-        ValueError: A part that torch.export cannot write, or a file that does not give what the networks give.
-    """
+    """The command; returns the files. What torch.export cannot write, or writes wrongly, is a ValueError."""
     pair = opened(run, trust=trust).pair.eval()
     serving.only(pair, "export", "vae", "mixture")
     vae: Any = pair
@@ -101,7 +96,8 @@ def export_run(run: Path, out: Path | None = None, trust: tuple[str, ...] = ()) 
 
 def _exported(module: Any, example: Tensor, name: str, path: Path) -> None:
     module.eval()
-    with _quiet(), evaluating(module.forward):
+    # Without Pyro's look at values, which no export can record, and what torch says of its own.
+    with warnings.catch_warnings(action="ignore"), pyro.validation_enabled(False), evaluating(module.forward):
         try:
             sizes = ({0: torch.export.Dim("batch", min=1)},)
             program = torch.export.export(module, (example,), dynamic_shapes=sizes, strict=False)
@@ -123,11 +119,3 @@ def _exported(module: Any, example: Tensor, name: str, path: Path) -> None:
                         f"the exported {name} is {away:.1e} away from the networks for a batch of {size}, "
                         f"wanted at most {TOLERANCE:g}: nothing was written. Report it, with the run."
                     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither Pyro's look at values, which no export can record, nor what torch says of its own."""
-    with warnings.catch_warnings(), pyro.validation_enabled(False):
-        warnings.simplefilter("ignore")
-        yield

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.app import evaluation, models, report, serving
+from pyro_vae.app.configuration import about
 from pyro_vae.app.defaults import FULL_SAMPLES, NOT_BINARY, FitOptions, option
 from pyro_vae.app.losses import the_loss
+from pyro_vae.app.processes import of_first
 from pyro_vae.app.progress import Progress
 from pyro_vae.app.remarks import remarks
 from pyro_vae.app.run_page import write_page
@@ -37,10 +39,13 @@ from pyro_vae.app.runs import (
     write_lines,
 )
 from pyro_vae.app.starting import Origin, base, compared, shown
+from pyro_vae.atomic import reason_of
 from pyro_vae.data import DATASETS, Dataset, load
 from pyro_vae.data.splits import Binarization
+from pyro_vae.inference import checkpoints
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
+from pyro_vae.inference.ranks import alone, world
 from pyro_vae.inference.training import History, fit
 from pyro_vae.judging.guides import fit_guide
 from pyro_vae.judging.latents import posterior_means
@@ -94,7 +99,13 @@ def fit_run(
             folder; or a failure after the training, whose weights are then kept all the same.
     """
     failure: Exception | None = None
-    with run_folder(path, options.to_json()) as folder:
+    saved = Sparing(path / CHECKPOINT) if checkpoint is None else checkpoint
+    with contextlib.ExitStack() as stack:
+        folder = of_first(lambda: stack.enter_context(run_folder(path, options.to_json(), checkpoint)))
+        if folder is None:
+            options, dataset = read(options)
+            history = train(start(options, dataset, trust)[0], dataset, options, saved, None, False)
+            return {"interrupted": history.interrupted}
         going_on = (folder / WEIGHTS).is_file()
         asked = options
         options, dataset = read(options)
@@ -103,7 +114,6 @@ def fit_run(
         write_json(folder / CONFIG, options.to_json())
         in_lines = progress is not True and not sys.stderr.isatty()
         seen = Progress(vae, dataset, options, folder, say, going_on=going_on, in_lines=in_lines)
-        saved = Sparing(folder / CHECKPOINT) if checkpoint is None else checkpoint
         started = time.perf_counter()
         history = train(vae, dataset, options, saved, seen, progress)
         seconds = time.perf_counter() - started
@@ -111,7 +121,8 @@ def fit_run(
         write_lines(folder / METRICS, history.records)
         # Of all the time that went into it, before an interruption too.
         seconds = max(seconds, history.records[-1]["seconds"]) if history.records else seconds
-        summary = training_numbers(vae, history, seconds, options)
+        summary = training_numbers(vae, history, seconds, options, world()[1])
+        stack.enter_context(alone())  # the others are done
         scored: dict[str, Any] = {}
         settings: dict[str, Any] = {
             "num_samples": seen.plan.num_samples, "images": seen.plan.images, "seed": options.seed,
@@ -145,7 +156,7 @@ def fit_run(
         if not history.interrupted and failure is None:
             finish(folder)
             if checkpoint is not None:
-                checkpoint.unlink(missing_ok=True)
+                checkpoints.remove(checkpoint)
     if failure is not None:
         raise ValueError(
             f"the pair was fitted and lies in {path}, but judging it failed: {failure}. "
@@ -189,10 +200,12 @@ def read(options: FitOptions) -> tuple[FitOptions, Dataset]:
     kind = None if options.likelihood is None else values(names.find("likelihood", options.likelihood))
     if open_ and kind in ("levels", "counts"):
         binarization, dequantize = "none", False
-    dataset = load(
-        options.data, options.data_dir, binarization=binarization, dequantize=dequantize, limit=most,  # type: ignore[arg-type]
-        seed=options.seed if options.split_seed is None else options.split_seed, **framing,
-    )  # fmt: skip
+    seed = options.seed if options.split_seed is None else options.split_seed
+    framing |= {"binarization": binarization, "dequantize": dequantize, "limit": most, "seed": seed}
+    try:
+        dataset = load(options.data, options.data_dir, **framing)
+    except OSError as error:
+        raise ValueError(f"got --data {options.data}, which cannot be read: {reason_of(error)}.") from error
     if open_ and kind == "binary" and dataset.train.binarization == "none":
         dataset = _redrawn(dataset, "dynamic")  # binary files are binary by themselves: these are grey
     if options.limit is not None:
@@ -338,7 +351,8 @@ def under_frozen(options: FitOptions, vae: Any) -> Any:
         ValueError: Options that shape the model are others than that run's.
     """
     assert options.frozen is not None
-    run = Run.load(options.frozen)
+    with about("--frozen", options.frozen):
+        run = Run.load(options.frozen)
     there = options_of(run)
     shared = [name for name in (*BUILT, "data") if not name.startswith("posterior")]
     other = [name for name in shared if getattr(options, name) != getattr(there, name)]
@@ -363,7 +377,7 @@ def the_device(name: str) -> torch.device:
         ValueError: There is no such device here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros((), device=device).item()
@@ -373,7 +387,9 @@ def the_device(name: str) -> torch.device:
     return device
 
 
-def training_numbers(vae: Answers, history: History, seconds: float, options: FitOptions) -> dict[str, Any]:
+def training_numbers(
+    vae: Answers, history: History, seconds: float, options: FitOptions, processes: int = 1
+) -> dict[str, Any]:
     """What is worth knowing of a fit."""
     rates = history["images_per_second"]
     last = history.records[-1] if history.records else {}
@@ -389,6 +405,7 @@ def training_numbers(vae: Answers, history: History, seconds: float, options: Fi
         "dropout": any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 for m in vae.modules()),
         "parameters": sum(p.numel() for p in vae.parameters()),
         "seed": options.seed,
+        "processes": processes,
         "training_threads": options.threads or torch.get_num_threads(),
         "objective": "reconstruction" if evaluation.is_autoencoder(vae) else options.bound,
         "objective_samples": options.num_samples,

@@ -33,49 +33,25 @@ def next_commands(run: Path, summary: Mapping[str, Any]) -> list[str]:
 
 
 def after(command: str, run: Path, summary: Mapping[str, Any]) -> str:
-    """What to type after a command on a run.
-
-    Args:
-        command: Its name, of those that take one run.
-        run: The folder, as it was typed.
-        summary: Its numbers.
-    """
+    """What to type after a command on a run, of which the path is as it was typed."""
     if command in ("fit", "evaluate", "draw"):
-        found = next_commands(run, summary)
-        return next(line for line in found if line.split()[1] != command)
-    if command in ("sample", "reconstruct"):
-        return typed("anomalies", run)
+        return next(line for line in next_commands(run, summary) if line.split()[1] != command)
     if command == "anomalies":
         return typed("encode", run, "test --out codes.csv")
-    if command == "encode":
-        return typed("export", run)
-    return typed("explore", run)
+    more = {"sample": "anomalies", "reconstruct": "anomalies", "encode": "export"}
+    return typed(more.get(command, "explore"), run)
 
 
 def after_judging(run: Path, advice: Sequence[str]) -> str:
-    """The first advice of a judgement; where it was followed, the comparison with what came of it.
-
-    Args:
-        run: The folder, as it was typed.
-        advice: Commands to type, the first thing to try first.
-    """
+    """The first advice of a judgement; where it was followed, the comparison with what came of it."""
     if not advice:
         return typed("sample", run, "-n 100")
     other = followed(run, advice)
     return advice[0] if other is None else typed("compare", run, shlex.quote(str(other)))
 
 
-def after_comparing(last: str) -> str:
-    """What to type after a comparison of runs: judge the one that is behind, if its arm is a run."""
-    return typed("judge", Path(last)) if (Path(last) / SUMMARY).is_file() else "pyro-vae runs"
-
-
 def after_listing(records: Sequence[Mapping[str, Any]]) -> str:
-    """What to type after a list of runs: compare the two latest on the same data, or judge the latest one.
-
-    Args:
-        records: As of `pyro_vae.app.listing`.
-    """
+    """What to type after the records of runs: compare the two latest on the same data, or judge the latest one."""
     latest = sorted(records, key=lambda record: record["time"] or 0.0, reverse=True)
     finished = [record for record in latest if record["state"] == "finished" and record["elbo"] is not None]
     if not finished:

@@ -1,48 +1,48 @@
-"""A judgement as one HTML file that needs nothing else: pictures inside, no script, every text escaped."""
+"""Pages that need nothing else: pictures inside, no script, every text escaped; and a judgement as one of them."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from pyro_vae import plots
+from pyro_vae.judging.advice import Finding
 from pyro_vae.judging.judgement import Judgement
 from pyro_vae.judging.results import Nats
 from pyro_vae.judging.stages import Bounds, Calibrated, GapSplit, Stages
-from pyro_vae.judging.verdicts import Finding
 from pyro_vae.judging.weights import khat_limit
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 ul.verdict { list-style: none; padding: 0; }
 ul.verdict li { border-left: .3rem solid #a0aec0; margin: .5rem 0; padding: .3rem .8rem; background: #f7fafc; }
 ul.verdict li.fault { border-color: #dd6b20; background: #fffaf0; }
 .advice { font-weight: 600; }
-code { font-size: .85rem; overflow-wrap: anywhere; } h1 { overflow-wrap: anywhere; }
+code { font-size: .85rem; }
 p.verdict { border-left: .3rem solid #2b6cb0; margin: .5rem 0; padding: .3rem .8rem; background: #f7fafc; }
 .wide { overflow-x: auto; } .wide td:first-child, .wide td:last-child { min-width: 8rem; }
 th.number { text-align: right; }
-pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr { border-bottom: 1px solid #e2e8f0; }
 figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; }
 figcaption, .small { color: #4a5568; font-size: .9rem; }
-@media (max-width: 30rem) { img { max-width: none; width: 36rem; } figcaption { position: sticky; left: 0; }
+@media (max-width: 30rem) { figure:not(.shrinks) img { max-width: none; width: 36rem; }
+       figcaption { position: sticky; left: 0; }
        body > table :is(tr, th, td) { display: block; text-align: left; padding-bottom: 0; } }
 """
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure of the report: what it is called, and what it shows."""
 
     name: str
@@ -62,29 +62,21 @@ def page(
     """
     shown = figures(draw(judgement.stages) if pictures is None else pictures, late)
     findings = "".join(_item(finding) for finding in judgement.findings)
-    stages = "".join(
-        f"<tr><th>{escape(stage.title)}</th><td>{escape(stage.status)}</td>"
-        f'<td class="number">{stage.seconds:.1f} s</td><td>{escape(stage.summary() if stage.done else stage.reason)}'
-        "</td></tr>"
-        for stage in judgement.stages
-    )
-    rows = "".join(
-        f'<tr><th>{escape(name)}</th><td class="number">{escape(value)}</td><td>{escape(note)}</td></tr>'
-        for name, value, note in table(judgement.stages)
-    )
+    stages = ((s.title, s.status, f"{s.seconds:.1f} s", s.summary() if s.done else s.reason) for s in judgement.stages)
     return document(
         title,
         f'<h2>Verdict</h2><ul class="verdict">{findings}</ul>'
-        f'<h2>Numbers</h2><table>{rows}</table><p class="small">Nats per datum, with Monte Carlo standard errors given '
-        f"these data; data ± is the error for other data of the kind. {escape(_protocol(judgement.protocol))}.</p>"
-        f"<h2>What was done</h2><table>{stages}</table>"
+        f'<h2>Numbers</h2><table>{rows(table(judgement.stages), 1)}</table><p class="small">Nats per datum, with Monte '
+        f"Carlo standard errors given these data; data ± is the error for other data of the kind. "
+        f"{escape(_protocol(judgement.protocol))}.</p>"
+        f"<h2>What was done</h2><table>{rows(stages, 2)}</table>"
         f"<h2>Pictures</h2>{shown}",
     )
 
 
 def document(title: str, body: str) -> str:
     """A page that loads nothing and runs nothing: a title, which is escaped, and HTML that is taken as it is."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
@@ -93,16 +85,32 @@ def document(title: str, body: str) -> str:
     )
 
 
+def rows(lines: Iterable[Sequence[str]], number: int = 0) -> str:
+    """Rows of a table, each a heading and cells; `number` counts to the one cell that holds numbers, if any."""
+    return "".join(
+        f"<tr><th>{escape(head)}</th>"
+        + "".join(f"<td{' class=number' * (i == number)}>{escape(cell)}</td>" for i, cell in enumerate(cells, 1))
+        + "</tr>"
+        for head, *cells in lines
+    )
+
+
+def image(png: bytes, alt: str, caption: str, kind: str = "") -> str:
+    """A picture inside the page; "shrinks" is the kind of those that stay whole on a narrow screen."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+    caption = f"<figcaption>{escape(caption)}</figcaption>"
+    return f'<figure class="{kind}"><img alt="{escape(alt)}" src="{source}">{caption}</figure>'
+
+
 def figures(pictures: Iterable[Picture], late: Callable[[], bool] | None = None) -> str:
     """Pictures inside the page; what `late` cuts off is said."""
     found = ""
     for picture in pictures:
         if late is not None and late():
             return found + '<p class="small">Further pictures were left out for want of time.</p>'
-        found += (
-            f'<figure><img alt="{escape(picture.name)}" src="data:image/png;base64,{_png(picture.figure)}"><figcaption>'
-            f"{escape(picture.caption)}</figcaption></figure>"
-        )
+        data = io.BytesIO()
+        picture.figure.savefig(data, dpi=110, format="png", bbox_inches="tight", pad_inches=0.1)
+        found += image(data.getvalue(), picture.name, picture.caption)
     return found
 
 
@@ -157,10 +165,12 @@ def draw(stages: Stages) -> Iterator[Picture]:
 
 def _bar(gaps: GapSplit) -> dict[str, Any]:
     """The gaps as a row of `plots.gap_bars`."""
-    row = {"guide": "guide", "total": gaps.inference.value, "total_stderr": gaps.inference.mc_stderr}
+    parts = {"total": gaps.inference}
     if gaps.split:
-        row |= {"approximation": gaps.approximation.value, "approximation_stderr": gaps.approximation.mc_stderr}
-        row |= {"amortization": gaps.amortization.value, "amortization_stderr": gaps.amortization.mc_stderr}
+        parts |= {"approximation": gaps.approximation, "amortization": gaps.amortization}
+    row: dict[str, Any] = {"guide": "guide"}
+    for name, gap in parts.items():
+        row |= {name: gap.value, f"{name}_stderr": gap.mc_stderr}
     return row
 
 
@@ -198,10 +208,8 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     """What the numbers depend on, in words."""
     words = []
     for name, value in protocol.items():
-        if isinstance(value, Mapping):
-            words += [f"{k} {v}" for k, v in value.items()]
-        else:
-            words.append(f"{name.replace('_', ' ')} {value}")
+        own = value.items() if isinstance(value, Mapping) else ((name.replace("_", " "), value),)
+        words += [f"{k} {v}" for k, v in own]
     return ", ".join(words)
 
 
@@ -214,9 +222,3 @@ def _item(finding: Finding) -> str:
     advice = f' <span class="advice">{escape(finding.advice)}</span>' if finding.advice else ""
     typed = "".join(f"<br><code>{escape(line)}</code>" for line in (finding.command, finding.python) if line)
     return f"<li{kind}>{escape(finding.text)}{advice}{typed}</li>"
-
-
-def _png(figure: Figure) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, dpi=110, format="png", bbox_inches="tight", pad_inches=0.1)
-    return base64.b64encode(data.getvalue()).decode("ascii")

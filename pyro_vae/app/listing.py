@@ -30,13 +30,10 @@ _OWN = "--"
 def list_runs(
     folders: Sequence[Path] = (), sort: str = "time", as_json: bool = False, only: str | None = None
 ) -> list[dict[str, Any]]:
-    """The command; prints and returns one record for each run.
+    """The command; prints and returns one record for each run in some folders, at any depth, or in `runs`.
 
-    Args:
-        folders: Where to look, at any depth; a run's own folder is that run. `runs` if none is given.
-        sort: One of `ORDERS`; what has no such number comes last.
-        as_json: Print the records as JSON.
-        only: Runs on data of that name only.
+    Of the data of one name `only`; sorted by one of `ORDERS`, what has no such number last.
+
     Raises:
         ValueError: A folder that is not there.
     """
@@ -136,12 +133,11 @@ def _time(path: Path) -> float | None:
 
 
 def _sorted(records: list[dict[str, Any]], sort: str) -> list[dict[str, Any]]:
-    key = sort.replace("log-p", "log_p")
-    known = [record for record in records if (record["run"] if key == "name" else record[key]) is not None]
-    rest = [record for record in records if record not in known]
-    known.sort(key=lambda record: record["run"])
-    known.sort(key=lambda record: record["run"] if key == "name" else record[key], reverse=ORDERS[sort])
-    return known + sorted(rest, key=lambda record: record["run"])
+    key = {"log-p": "log_p", "name": "run"}.get(sort, sort)
+    records = sorted(records, key=lambda record: record["run"])
+    known = [record for record in records if record[key] is not None]
+    known.sort(key=lambda record: record[key], reverse=ORDERS[sort])
+    return known + [record for record in records if record[key] is None]
 
 
 def _show(records: Sequence[Mapping[str, Any]], sort: str) -> None:
@@ -151,9 +147,8 @@ def _show(records: Sequence[Mapping[str, Any]], sort: str) -> None:
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 80)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold", ratio=3)
-    table.add_column("data", overflow="fold", ratio=2)
-    table.add_column("what differs", overflow="fold", ratio=4)
+    for name, ratio in (("run", 3), ("data", 2), ("what differs", 4)):
+        table.add_column(name, overflow="fold", ratio=ratio)
     for name in ("epochs", "log p(x)", "ELBO", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
@@ -166,8 +161,10 @@ def _show(records: Sequence[Mapping[str, Any]], sort: str) -> None:
         if record["state"] == "damaged":
             why = record["why"].removeprefix(f"{record['run']} ").partition(", wanted")[0]
             notes = [f"damaged: {why.replace(record['run'] + os.sep, '')}"]
+        data = record["data"]
+        name = _OWN if data is None else Path(data).name if os.sep in data else data
         table.add_row(
-            Text(shown(record["run"])), Text(_data_name(record["data"])), Text(", ".join(notes) or "the defaults"),
+            Text(shown(record["run"])), Text(name), Text(", ".join(notes) or "the defaults"),
             _epochs(record), _log_p(record), _value(record["elbo"]), _seconds(record["seconds"]),
         )  # fmt: skip
     console.print(table)
@@ -176,10 +173,6 @@ def _show(records: Sequence[Mapping[str, Any]], sort: str) -> None:
     if len({record["data"] for record in records if record["data"]}) > 1:
         text += "; numbers on different data, or of different protocols, do not compare"
     console.print(text, soft_wrap=True)
-
-
-def _data_name(data: str | None) -> str:
-    return _OWN if data is None else Path(data).name if os.sep in data else data
 
 
 def _epochs(record: Mapping[str, Any]) -> str:

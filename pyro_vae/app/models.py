@@ -51,11 +51,7 @@ _ONLY: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
 
 
 def check(options: FitOptions) -> None:
-    """Refuse options that the model has no use for, by name, and options of its own that it does not have.
-
-    Raises:
-        ValueError: Such an option.
-    """
+    """Refuse, by a ValueError, options that the model has no use for, and options of its own that it does not have."""
     model = kinds.check(options.model, options.model_options, "--model-options")
     for name, (allowed, why) in _ONLY.get(model, {}).items():
         value = getattr(options, name)
@@ -81,17 +77,14 @@ def check(options: FitOptions) -> None:
 
 def _refusal(model: str, name: str, value: Any, why: str, allowed: tuple[Any, ...]) -> str:
     option = f"--{name.replace('_', '-')}"
-    remedy = f"Leave {option} out, or use --model vae."
-    if len(allowed) > 1:
-        remedy = f"Use one of {', '.join(map(str, allowed))}, or leave it out."
+    use = f"Use one of {', '.join(map(str, allowed))}, or leave it out."
+    remedy = use if len(allowed) > 1 else f"Leave {option} out, or use --model vae."
     return f"got {option} {value} with --model {model}: {why}. {remedy}"
 
 
 def asked(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is settled of the model's own options by what was asked for.
-
-    Raises:
-        ValueError: --latent-dim beside latent_dims that say otherwise.
+    """What is settled of the model's own options by what was asked for; --latent-dim against latent_dims is a
+    ValueError.
     """
     model, own = values["model"], dict(values["model_options"])
     if model == "semi-supervised":
@@ -111,10 +104,8 @@ def asked(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settled(options: FitOptions, dataset: Dataset) -> FitOptions:
-    """The options with what the data say of the model's own: how many classes there are, and so on.
-
-    Raises:
-        ValueError: The model needs labels, and the data have none that are classes.
+    """The options with what the data say of the model's own: how many classes there are, and so on; a ValueError where
+    the model needs labels, and the data have none that are classes.
     """
     model, own = options.model, dict(options.model_options)
     if model == "vae":

@@ -42,11 +42,7 @@ class Opened:
 
     @property
     def vae(self) -> VAE:
-        """The pair of a run of --model vae.
-
-        Raises:
-            ValueError: A run of another model.
-        """
+        """The pair of a run of --model vae; a ValueError for a run of another model."""
         if not isinstance(self.pair, VAE):
             raise ValueError(f"{self.path} is a {self.options.model} model and no plain VAE: its pair is run.pair.")
         return self.pair
@@ -62,21 +58,17 @@ class Opened:
         return self.pair.guide
 
     def arguments(self, split: Split) -> Any:
-        """What the programs take of some data, and so what `judge` and all others do: the data as they are, but for
-        a conditional model, which is given data and labels.
-
-        Example: ``pv.judge(run, run.arguments(run.data.test))``, for whatever model.
+        """What the programs take of some data, and so what `judge` and all others do: the data as they are, but for a
+        conditional model, which is given data and labels. ``pv.judge(run, run.arguments(run.data.test))`` is right for
+        whatever model.
         """
         return serving.face(self.pair).given(split)
 
     def read(self) -> Dataset:
-        """The data as they lie there, whole: nothing of them is chosen or drawn.
-
-        Raises:
-            ValueError: They cannot be read any more, or are of another shape.
+        """The data as they lie there, whole: nothing of them is chosen or drawn. A ValueError where they are gone, or
+        of another shape.
         """
-        moved = {} if self.data_dir is None else {"data_dir": self.data_dir}
-        _, found = read(resolve(vars(self.options) | moved))
+        _, found = read(resolve(vars(self.options) | ({} if self.data_dir is None else {"data_dir": self.data_dir})))
         shape = None if self.pair.architecture is None else self.pair.architecture.x_shape
         if found.x_shape != shape:
             raise ValueError(
@@ -88,10 +80,8 @@ class Opened:
     @functools.cached_property
     def data(self) -> Dataset:
         """The data, read when they are first asked for: to train on as the run drew them, afresh in each batch; to
-        validate and to test on the run's own images and draws, so that its numbers come out again.
-
-        Raises:
-            ValueError: They cannot be read any more, or are of another shape.
+        validate and to test on the run's own images and draws, so that its numbers come out again. A ValueError as of
+        `read`.
         """
         found = self.read()
         seed = self.options.seed
@@ -110,9 +100,7 @@ class Opened:
                                 ("test_reconstruction", "reconstruction"))
             if self.summary.get(name) is not None
         ]  # fmt: skip
-        count = sum(p.numel() for p in self.pair.parameters())
-        plain = self.options.model == "vae"
-        model, held = ("", ".vae") if plain else (f"{self.options.model}, ", ".pair")
+        model, held = ("", ".vae") if self.options.model == "vae" else (f"{self.options.model}, ", ".pair")
         early = " (stopped early)" if self.history.stopped_early else ""
         ended = " (interrupted)" if self.history.interrupted else early
         lines = [
@@ -120,7 +108,7 @@ class Opened:
             f"  pair     {model}{self.options.network} {'-'.join(map(str, self.options.hidden))}, "
             f"{self.options.latent_dim} latents, q {self.options.posterior}, p(z) {self.options.prior}, "
             f"p(x|z) {self.options.likelihood}, "
-            f"{count:,} parameters",
+            f"{sum(p.numel() for p in self.pair.parameters()):,} parameters",
             f"  test     {', '.join(numbers) or 'not evaluated'}",
             f"  options  {' '.join(differ) or 'the defaults'}",
             f"  has      {held} .model .guide .data .options .history .summary",
@@ -162,6 +150,6 @@ def open(  # noqa: A001 - as pv.open
     else:
         trusted = [trust] if isinstance(trust, str) else trust
     pair = run.pair(trusted)
-    told = {name: run.summary.get(name) for name in ("best_epoch", "stopped_early", "interrupted")}
-    history = History(run.metrics(), told["best_epoch"], bool(told["stopped_early"]), bool(told["interrupted"]))
+    told, known = run.summary, run.metrics()
+    history = History(known, told.get("best_epoch"), bool(told.get("stopped_early")), bool(told.get("interrupted")))
     return Opened(run.path, pair, options_of(run), history, run.summary, None if data_dir is None else str(data_dir))

@@ -21,20 +21,10 @@ LONG = 60.0  # seconds from which on a fit says in lines how far it is, where no
 
 class Progress:
     """A callback of `fit`: after the first epoch, and then as often as 2 % of the time allow, the weights, the metrics
-    and three pictures of the run as it stands are written. After ten steps it is said how long it will take, and, where
-    there is no bar to be seen, at every tenth of the way of a fit of more than a minute how far it is.
+    and three pictures of the run as it stands are written. After ten steps it is said how long it will take, and,
+    `in_lines`, at every tenth of the way of a fit of more than a minute how far it is.
 
-    Args:
-        vae: The pair.
-        dataset: Its data.
-        options: The configuration of the run.
-        folder: The run folder.
-        say: Takes a line.
-        going_on: Whether an unfinished run is gone on with.
-        in_lines: Whether a long fit says in lines how far it is.
-    Attributes:
-        plan: How much is to be evaluated.
-        ahead: Seconds that this will take, after the training.
+    `plan` says how much is to be evaluated, for which `ahead` seconds are needed after the training.
     """
 
     def __init__(

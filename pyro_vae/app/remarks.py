@@ -21,15 +21,12 @@ _RARE = 0.05
 
 def remarks(numbers: Mapping[str, Any]) -> list[str]:
     """All that is to be said of a run's numbers, in order of weight."""
-    return [line for remark in (_codes, _few, _noisy, _validation) if (line := remark(numbers)) is not None]
+    return [line for remark in (_codes, _samples, _validation) if (line := remark(numbers)) is not None]
 
 
 def codes_outside(means: Tensor, prior: Tensor) -> float:
-    """Share of the codes that lie farther from the prior's centre than 999 of 1,000 of its draws.
+    """Share of the codes, (N, ...), that lie farther from the prior's centre than 999 of 1,000 of its draws, (M, ...).
 
-    Args:
-        means: Posterior means, (N, ...).
-        prior: Draws of the prior, (M, ...).
     Example:
         >>> draws = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
         >>> codes_outside(draws[:1000], draws) < 0.01, codes_outside(25 * draws[:1000], draws) > 0.9
@@ -50,11 +47,8 @@ def levels(pixels: Tensor, mean: Tensor) -> dict[str, float]:
 
 
 def of_image(x: Tensor, known: Mapping[str, float] | None) -> str | None:
-    """Whether an image looks inverted or out of range beside the data of the fit; None where nothing is known of them.
+    """Whether an image looks inverted or out of range beside the `levels` of the training data, if they are known.
 
-    Args:
-        x: The image, as the run takes it.
-        known: What `levels` gave for the training data.
     Example:
         >>> mnist = {"mean": 0.13, "low": 0.0, "high": 1.0}
         >>> of_image(torch.full((1, 2, 2), 0.9), mnist)[:48]
@@ -91,21 +85,17 @@ def _codes(numbers: Mapping[str, Any]) -> str | None:
     )
 
 
-def _few(numbers: Mapping[str, Any]) -> str | None:
+def _samples(numbers: Mapping[str, Any]) -> str | None:
     distance, null = numbers.get("sample_energy_distance"), numbers.get("sample_energy_distance_null")
-    count = numbers.get("protocol", {}).get("sizes", {}).get("train")
-    if distance is None or null is None or count is None or count >= 1000 or distance <= 3 * null:
+    if distance is None or null is None:
         return None
-    return (
-        f"few data for samples: {count:,} training data, and samples are {distance:.3g} away where halves of the test "
-        f"data are {null:.3g} apart"
-    )
-
-
-def _noisy(numbers: Mapping[str, Any]) -> str | None:
-    distance, null = numbers.get("sample_energy_distance"), numbers.get("sample_energy_distance_null")
-    images = numbers.get("test_images")
-    if distance is None or null is None or images is None or images >= 1000 or abs(distance) > 2 * null:
+    count, images = numbers.get("protocol", {}).get("sizes", {}).get("train"), numbers.get("test_images")
+    if count is not None and count < 1000 and distance > 3 * null:
+        return (
+            f"few data for samples: {count:,} training data, and samples are {distance:.3g} away where halves of the "
+            f"test data are {null:.3g} apart"
+        )
+    if images is None or images >= 1000 or abs(distance) > 2 * null:
         return None
     return (
         f"too few data to judge the samples: the energy distance {distance:.3g} is within the noise of {images:,} test "

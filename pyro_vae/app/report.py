@@ -104,9 +104,9 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     return ", ".join(parts) + f"; {protocol.get('selection')}"
 
 
-def show(summary: Mapping[str, Any], run: Path | None = None, console: Console | None = None) -> None:
-    """Print what summary.json holds of a run; the arguments are otherwise those of `show_lines`."""
-    show_lines(lines(summary, run), console)
+def show(summary: Mapping[str, Any], run: Path | None = None) -> None:
+    """Print what summary.json holds of a run."""
+    show_lines(lines(summary, run))
 
 
 def show_lines(pairs: Sequence[tuple[str, str]], console: Console | None = None) -> None:
@@ -135,8 +135,7 @@ def wrapped(text: str, width: int) -> str:
         'k-hat ok for 95.3 %\\nof\\n-23.41 ± 0.02 nats'
     """
     glued = re.sub(r"(?<=[±<>=]) (?=\S)|(?<=\d) (?=[±%=]|(?:nats|s|min|h|data)\b)", "\N{NO-BREAK SPACE}", text)
-    lines = textwrap.wrap(glued, width, break_on_hyphens=False)
-    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+    return "\n".join(textwrap.wrap(glued, width, break_on_hyphens=False)).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _khat_ok(summary: Mapping[str, Any]) -> float:
@@ -216,16 +215,9 @@ def draw(
     vae: Answers, dataset: Dataset, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any],
     options: FitOptions, folder: Path, views: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Draw the five pictures of a run into a folder.
+    """Draw the five pictures of a run into a folder, with what `evaluate` found, if anything.
 
-    Args:
-        vae: The pair.
-        dataset: Its data.
-        records: One per epoch.
-        numbers: What `evaluate` found, or nothing.
-        options: The configuration.
-        folder: Where they go.
-        views: Latents of `latent_data` by other guides, shown beside those of the pair, by their titles.
+    `views` are latents of `latent_data` by other guides, by their titles, shown beside those of the pair.
     """
     point = evaluation.is_autoencoder(vae)
     test = evaluation.test_data(dataset, options.seed, options.evaluation_images)
@@ -255,8 +247,7 @@ def draw(
 
 def latent_data(dataset: Dataset, options: FitOptions) -> Split:
     """The test data whose latents are shown."""
-    images = min(options.evaluation_images or _LATENT_POINTS, _LATENT_POINTS)
-    return evaluation.test_data(dataset, options.seed, images)
+    return evaluation.test_data(dataset, options.seed, min(options.evaluation_images or _LATENT_POINTS, _LATENT_POINTS))
 
 
 def draw_progress(
@@ -280,8 +271,7 @@ def draw_curve(
                            ("test reconstruction", "test_reconstruction"))
         if key in numbers and (key != "test_reconstruction" or "test_elbo" not in numbers)
     }  # fmt: skip
-    point = evaluation.is_autoencoder(vae)
-    name = "reconstruction" if point else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
+    name = "reconstruction" if evaluation.is_autoencoder(vae) else "IWAE / ELBO" if options.bound == "iwae" else "ELBO"
     save(plots.training_curve(records, finals, name, note=CURVE), folder / "training_curve.png")
 
 
@@ -309,18 +299,17 @@ def _binary(dataset: Dataset) -> bool:
     return dataset.train.binarization != "none"
 
 
-def pairs(x: Tensor, labels: Tensor | None, count: int = 6, alike: bool = False) -> tuple[list[int], list[int]]:
-    """Rows to interpolate between, from and to, so many pairs at most: of different labels where there are labels, or
-    of `alike` ones."""
+def pairs(x: Tensor, labels: Tensor | None, alike: bool = False) -> tuple[list[int], list[int]]:
+    """Rows to interpolate between, from and to, six pairs at most: of different labels where there are labels, or of
+    `alike` ones."""
     starts, ends = [], []
     for i in range(0, len(x) - 1, 2):
         fitting = (j for j in range(i + 1, len(x)) if labels is None or bool(labels[j] == labels[i]) is alike)
         j = next(fitting, None if alike else i + 1)
-        if j is None:
-            continue
-        starts.append(i)
-        ends.append(j)
-        if len(starts) == count:
+        if j is not None:
+            starts.append(i)
+            ends.append(j)
+        if len(starts) == 6:
             break
     return starts, ends
 

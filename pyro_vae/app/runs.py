@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.app.configuration import convert
-from pyro_vae.app.defaults import FitOptions, resolve
+from pyro_vae.app.defaults import FitOptions, field_of, resolve
 from pyro_vae.atomic import reason_of, write_file
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ BUILT = (
 
 
 @contextlib.contextmanager
-def run_folder(path: Path, asked: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def run_folder(path: Path, asked: Mapping[str, Any] | None = None, checkpoint: Path | None = None) -> Iterator[Path]:
     """The folder of a run that is begun, or of an unfinished one of the same options that is gone on with.
 
     It is marked unfinished until `finish`. What went wrong before the first epoch was over leaves nothing.
@@ -141,6 +141,7 @@ def run_folder(path: Path, asked: Mapping[str, Any] | None = None) -> Iterator[P
     Args:
         path: The folder, made if it is not there.
         asked: The options as they were asked for, as plain data.
+        checkpoint: Where the state of the fit is kept, if not in the folder.
     Raises:
         ValueError: There is something else, or a run of other options, or a process that writes it; or nothing can be
             written there.
@@ -158,7 +159,8 @@ def run_folder(path: Path, asked: Mapping[str, Any] | None = None) -> Iterator[P
             begun = begun and not isinstance(error, FileExistsError)
             raise ValueError(f"got --out {path}, wanted a place to write to: {reason_of(error)}.") from error
         if begun:
-            write_json(path / UNFINISHED, {"asked": asked})
+            state = None if checkpoint is None else str(checkpoint.absolute())
+            write_json(path / UNFINISHED, {"asked": asked, "checkpoint": state})
         with _alone(path):
             yield path
     except BaseException:
@@ -172,13 +174,37 @@ def run_folder(path: Path, asked: Mapping[str, Any] | None = None) -> Iterator[P
 
 def finish(path: Path) -> None:
     """Take what makes a run an unfinished one out of its folder."""
-    for name in (CHECKPOINT, UNFINISHED):
-        (path / name).unlink(missing_ok=True)
+    from pyro_vae.inference import checkpoints
+
+    checkpoints.remove(path / CHECKPOINT)
+    for half in path.rglob(".partial-*"):  # of processes that were killed while they wrote
+        half.unlink(missing_ok=True)
+    (path / UNFINISHED).unlink(missing_ok=True)
 
 
 def is_unfinished(path: Path) -> bool:
     """Whether there is a run that the same command goes on with."""
     return (path / UNFINISHED).is_file()
+
+
+def asked_of(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The options that an unfinished run was begun with, by field name, and where its state is, if not in the folder.
+
+    Raises:
+        ValueError: A finished run, or no run.
+    """
+    if not is_unfinished(path):
+        said = "which is finished" if (path / SUMMARY).is_file() else "which is no run folder"
+        raise ValueError(
+            f"got --resume {path}, {said}, wanted an unfinished run. More epochs of a finished one are --from {path}."
+        )
+    began = _read_object(path / UNFINISHED)
+    asked, checkpoint = began.get("asked"), began.get("checkpoint")
+    if not isinstance(asked, dict):
+        raise ValueError(f"{path / UNFINISHED} is damaged: it has no options. Type the command that began the run.")
+    where = str(path / UNFINISHED)
+    options = {field_of(name): convert(name, value, f"{where}: {name}") for name, value in asked.items()}
+    return options, checkpoint if isinstance(checkpoint, str) else None
 
 
 def check_place(path: Path, asked: Mapping[str, Any]) -> None:

@@ -79,10 +79,8 @@ class Face:
 
     def sample(self, pair: Any, size: int, *, pixels: str = "mean", label: int | None = None, y: Tensor | None = None,
                clusters: Sequence[int | None] | None = None) -> Tensor:  # fmt: skip
-        """New data, (size, *x_shape): of one label, of the labels y (those of some data), or of the model's own.
-
-        Raises:
-            ValueError: A label, of a model that knows nothing of labels, or another than there are.
+        """New data, (size, *x_shape): of one label, of the labels y (those of some data), or of the model's own. A
+        label that the model does not know is a ValueError.
         """
         if label is not None:
             raise ValueError(
@@ -96,10 +94,8 @@ class Face:
         return pair.sample(_SAMPLES), []
 
     def codes(self, pair: Any, x: Tensor, y: Tensor | None = None) -> Any:
-        """q(z | x), of the latent that is looked at.
-
-        Raises:
-            ValueError: There is no such distribution, or it takes labels, and there are none.
+        """q(z | x), of the latent that is looked at; a ValueError where there is none, or where it takes labels that
+        are not there.
         """
         return pair.posterior(x)
 
@@ -132,7 +128,7 @@ class Conditional(Zoo):
     rows = "each class"
 
     def given(self, split: Split) -> Any:
-        return split, _labels(split)
+        return split, _known(split.labels)
 
     def batch(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
         return x, torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
@@ -178,8 +174,7 @@ class SemiSupervised(Conditional):
     needs_label = False
 
     def training(self, split: Split, options: FitOptions) -> Any:
-        own = options.model_options
-        return split, shown_labels(_labels(split), own["num_labelled"], options.seed)
+        return split, shown_labels(_known(split.labels), options.model_options["num_labelled"], options.seed)
 
     def given(self, split: Split) -> Any:
         return split
@@ -213,7 +208,7 @@ class SemiSupervised(Conditional):
         with noise(seed):
             guessed = torch.cat([pair.classify(part).argmax(-1).cpu() for part in _parts(test)])
         about = f"the share of {len(test):,} test data whose label is the largest of q(y | x)"
-        return _accuracy(guessed == _labels(test).cpu()) | {"accuracy_is": about}
+        return _accuracy(guessed, test, about)
 
 
 class Mixture(Zoo):
@@ -246,15 +241,17 @@ class Mixture(Zoo):
             return {}
         train = dataset.train.subset(slice(0, MATCHED)).frozen(seed)
         with noise(seed):
-            there, here = (clusters_of(pair, split) for split in (train, test))
-        matched = matching(there, _labels(train).cpu(), len(pair.model.prior.logits))
+            there, here = (
+                torch.cat([pair.responsibilities(part, 20).argmax(-1).cpu() for part in _parts(split)])
+                for split in (train, test)
+            )
+        matched = matching(there, _known(train.labels).cpu(), len(pair.model.prior.logits))
         guessed = torch.tensor([-1 if c is None else c for c in matched])[here]
         about = (
             f"the share of {len(test):,} test data whose label is that of their likeliest cluster, clusters matched "
             f"one to one with the classes on {len(train):,} training data"
         )
-        found = _accuracy(guessed == _labels(test).cpu())
-        return found | {"accuracy_is": about, "cluster_classes": matched}
+        return _accuracy(guessed, test, about) | {"cluster_classes": matched}
 
 
 class Hierarchical(Zoo):
@@ -281,11 +278,7 @@ def face(pair: Answers) -> Face:
 
 
 def only(pair: Answers, what: str, *models: str) -> None:
-    """Refuse what works for some models alone.
-
-    Raises:
-        ValueError: The pair is of another one.
-    """
+    """Refuse, by a ValueError, what works for some models alone."""
     model = "vae" if pair.architecture is None else pair.architecture.model
     if model not in models:
         raise ValueError(f"{what} is for runs of --model {' and '.join(models)}, and this one is a {model} model.")
@@ -309,18 +302,11 @@ def shown_labels(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.full_like(labels, -1).scatter(0, chosen, labels[chosen])
 
 
-def clusters_of(pair: Any, split: Split) -> Tensor:
-    """The likeliest cluster of each datum, (N,)."""
-    return torch.cat([pair.responsibilities(part, 20).argmax(-1).cpu() for part in _parts(split)])
-
-
 def matching(clusters: Tensor, labels: Tensor, num_clusters: int) -> list[int | None]:
     """The class of each cluster, by the one-to-one matching that is right most often; None for what is left over.
 
-    Args:
-        clusters: Of each datum, (N,).
-        labels: Of each datum, (N,).
-        num_clusters: How many clusters there are.
+    Clusters and labels are those of each datum, (N,).
+
     Example:
         >>> matching(torch.tensor([2, 2, 0, 0, 0]), torch.tensor([0, 0, 1, 1, 0]), 3)
         [1, None, 0]
@@ -337,10 +323,8 @@ def matching(clusters: Tensor, labels: Tensor, num_clusters: int) -> list[int | 
 
 
 def label_of(text: str, names: Sequence[str] | None) -> int:
-    """A class by its number or its name.
+    """A class by its number or its name; a ValueError where it is neither.
 
-    Raises:
-        ValueError: Neither.
     Example:
         >>> label_of("7", None), label_of("dog", ["cat", "dog"])
         (7, 1)
@@ -354,18 +338,14 @@ def label_of(text: str, names: Sequence[str] | None) -> int:
         raise ValueError(f"got --label {text!r}, wanted the number of a class{known}.") from None
 
 
-def _accuracy(right: Tensor) -> dict[str, Any]:
-    share, count = right.double().mean().item(), len(right)
+def _accuracy(guessed: Tensor, test: Split, about: str) -> dict[str, Any]:
+    share, count = (guessed == _known(test.labels).cpu()).double().mean().item(), len(test)
     error = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
-    return {"test_accuracy": share, "test_accuracy_stderr": error}
+    return {"test_accuracy": share, "test_accuracy_stderr": error, "accuracy_is": about}
 
 
 def _parts(split: Split) -> list[Tensor]:
     return [split[start : start + _ROWS] for start in range(0, len(split), _ROWS)]
-
-
-def _labels(split: Split) -> Tensor:
-    return _known(split.labels)
 
 
 def _known(labels: Tensor | None) -> Tensor:

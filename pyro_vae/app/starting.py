@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pyro_vae.app.configuration import about
 from pyro_vae.app.defaults import FitOptions, in_words, option, resolve
 from pyro_vae.app.runs import BUILT, Run, is_unfinished, options_of
 
@@ -27,13 +28,8 @@ _WARMUP = {"kl_warmup": 0, "kl_warmup_steps": None}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a fit comes from.
-
-    Attributes:
-        run: The folder of the finished run.
-        weights: Whether its weights are gone on from; else only its options were the base.
-        epochs: Epochs that went into these weights, those of the runs that it came from itself included.
-        why: The reason, in words.
+    """Where a fit comes from, and why: the folder of the finished run; whether its weights are gone on from, or only
+    its options were the base; and epochs that went into these weights, those of the runs that it came from included.
     """
 
     run: str
@@ -63,27 +59,19 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def base(path: str | os.PathLike[str]) -> Run:
-    """The finished run that a fit comes from.
-
-    Raises:
-        ValueError: There is none, or an unfinished or damaged one.
-    """
+    """The finished run that a fit comes from; a ValueError where there is none, or an unfinished or damaged one."""
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"got --from {shown(path)}, wanted a run folder, as 'pyro-vae fit' writes one.")
-    if is_unfinished(path):
-        raise ValueError(
-            f"got --from {shown(path)}, an unfinished run, wanted a finished one. The command that began it goes on "
-            "with it: type that again first."
-        )
-    return Run.load(path)
+    with about("--from", shown(path)):
+        if not path.is_dir():
+            raise ValueError("wanted a run folder, as 'pyro-vae fit' writes one.")
+        if is_unfinished(path):
+            raise ValueError("an unfinished run, wanted a finished one. Go on with it first: pyro-vae fit --resume.")
+        return Run.load(path)
 
 
 def merged(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `resolve` is to be given: the options of the run at ``from_run``, and over them what the user gave.
-
-    Raises:
-        ValueError: No such run, or an unfinished or damaged one.
+    """What `resolve` is to be given: the options of the run at ``from_run`` (see `base`), and over them what the user
+    gave.
     """
     run = base(given["from_run"])
     earlier = options_of(run)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae.app import evaluation
 from pyro_vae.app.configuration import convert, parsed
@@ -99,10 +100,8 @@ class Study:
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Of each arm, by its name, the options in which it differs.
-
-        Raises:
-            ValueError: An unknown option, a value that it cannot have, two arms that are the same.
+        """Of each arm, by its name, the options in which it differs; an unknown one, or two arms alike, are a
+        ValueError.
         """
         found: dict[str, dict[str, Any]] = {}
         for combination in self._combinations():
@@ -129,11 +128,7 @@ class Study:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "the study") -> Study:
-        """From plain data, such as a YAML file holds.
-
-        Raises:
-            ValueError: Unknown keys, or values of other types.
-        """
+        """From plain data, such as a YAML file holds; unknown keys and values of other types are a ValueError."""
         known = [each.name for each in dataclasses.fields(cls)]
         given = {str(key).replace("-", "_"): value for key, value in values.items()}
         for key in given:
@@ -157,14 +152,10 @@ class Study:
 
 
 def refuse_strangers(study: Study, trust: bool | Sequence[str], *, in_file: bool) -> None:
-    """Refuse parts of one's own that a file names, and its reader does not: importing them runs their code.
+    """Refuse, by a ValueError, parts of one's own that a file names, and its reader does not trust: importing runs
+    their code.
 
-    Args:
-        study: The study.
-        in_file: Whether a file named its parts; else whoever asks for it did, but not those of a run that it freezes.
-        trust: True for all, or ``module:Class`` of those that may be imported.
-    Raises:
-        ValueError: The study, or the run whose model it freezes, names others.
+    What is not `in_file` was named by whoever asks for the study, but for the parts of a run that it freezes.
     """
     written = set(_foreign(study.to_json()))
     named = set(written)
@@ -192,16 +183,8 @@ def _foreign(value: Any) -> Iterator[str]:
 
 
 def study_file(path: Path) -> Study:
-    """The study of a YAML or JSON file.
-
-    Raises:
-        ValueError: It cannot be read, or is none.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"got {path}, wanted a study in YAML or JSON: {getattr(error, 'strerror', error)}.") from error
-    values = parsed(path, text)
+    """The study of a YAML or JSON file; a ValueError where it cannot be read, or is none."""
+    values = parsed(path, f"{path}, wanted a study in YAML or JSON")
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds no study, wanted keys such as vary, fixed and seeds.")
     return Study.of(values, str(path))
@@ -209,14 +192,7 @@ def study_file(path: Path) -> Study:
 
 @dataclass(frozen=True)
 class Trial:
-    """One fit of a study.
-
-    Attributes:
-        arm: The arm that it belongs to.
-        options: Its whole configuration.
-        folder: Its run folder.
-        reason: Why it cannot be made; None where it can.
-    """
+    """One fit of a study: its arm, whole configuration and run folder, and why it cannot be made, if so."""
 
     arm: str
     options: FitOptions
@@ -226,13 +202,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """All fits of a study.
-
-    Attributes:
-        trials: They.
-        base: The fit whose model the others are frozen on, if the study makes one.
-        notes: What belongs below its table: the budget and the protocol.
-    """
+    """All fits of a study, the fit whose model they are frozen on, if it makes one, and notes below its table."""
 
     trials: tuple[Trial, ...]
     base: Trial | None
@@ -240,12 +210,8 @@ class Plan:
 
 
 def plan(study: Study, folder: Path, speeds: Mapping[str, float] | None = None) -> Plan:
-    """What a study is made of, in the folder of it.
+    """What a study is made of, in its folder; `speeds` are the seconds of an epoch, for a budget of seconds.
 
-    Args:
-        study: The study.
-        folder: Where its trials lie.
-        speeds: Seconds of an epoch of each arm, for a budget of seconds.
     Raises:
         ValueError: An option that is none; data that cannot be read; arms with different data, which cannot be paired.
     """
@@ -253,16 +219,17 @@ def plan(study: Study, folder: Path, speeds: Mapping[str, float] | None = None) 
     if study.frozen is True:
         options = _resolved("the model", shared | {"seed": study.seed_list[0]})
         base = Trial("the model", options, folder / "trials" / _name("model", options, _data_print(options)))
-    settings, trials, prints = study.settings(), [], {}
+    trials, prints = [], {}
     resolved: dict[str, FitOptions | str] = {}
     data: dict[str, str] = {}  # of what cannot be fitted
-    for arm, changes in settings.items():
+    for arm, changes in study.settings().items():
         try:
             resolved[arm] = _resolved(arm, _changed(shared, changes, study.fixed))
         except ValueError as error:
             resolved[arm] = str(error)
             data[arm] = str(_changed(shared, changes, {}).get("data", "digits"))
-    epochs = _epochs(study, {arm: each for arm, each in resolved.items() if isinstance(each, FitOptions)}, speeds)
+    known = {arm: each for arm, each in resolved.items() if isinstance(each, FitOptions)}
+    epochs = _epochs(study, known, speeds)
     for arm, each in resolved.items():
         for seed in study.seed_list:
             if isinstance(each, str):
@@ -273,21 +240,18 @@ def plan(study: Study, folder: Path, speeds: Mapping[str, float] | None = None) 
                 model = str(base.folder) if base is not None else str(Path(str(study.frozen)).expanduser().absolute())
                 options = dataclasses.replace(options, frozen=model)
             prints[arm] = _data_print(options)
-            frozen = _model_print(base, options)
-            name = _name(f"{arm}-s{seed}", options, prints[arm], frozen)
+            name = _name(f"{arm}-s{seed}", options, prints[arm], _model_print(base, options))
             trials.append(Trial(arm, options, folder / "trials" / name))
-    _same_data(prints, {arm: each for arm, each in resolved.items() if isinstance(each, FitOptions)})
-    return Plan(tuple(trials), base, tuple(_notes(study, epochs, resolved, speeds)))
+    _same_data(prints, known)
+    return Plan(tuple(trials), base, tuple(_notes(study, epochs, known, speeds)))
 
 
 def datasets(plan_: Plan) -> dict[str, list[str]]:
     """The arms of each dataset."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}
     for trial in plan_.trials:
-        arms = found.setdefault(trial.options.data, [])
-        if trial.arm not in arms:
-            arms.append(trial.arm)
-    return found
+        found.setdefault(trial.options.data, {})[trial.arm] = None
+    return {data: list(arms) for data, arms in found.items()}
 
 
 def _base_options(study: Study) -> dict[str, Any]:
@@ -306,13 +270,10 @@ def _changed(base: Mapping[str, Any], changes: Mapping[str, Any], fixed: Mapping
     """Options with changes; what belongs to a part that was changed does not outlive it, unless it was asked for."""
     asked = {name: base[name] for name in fixed if name in base}
     found = dict(base)
-    for part in ("posterior", "prior", "likelihood", "bound"):
-        if part in changes and changes[part] != base.get(part):
-            found.pop(f"{part}_options", None)
-    if "bound" in changes and changes["bound"] != base.get("bound", "elbo"):
-        found.pop("num_samples", None)
-    if "network" in changes and changes["network"] != base.get("network"):
-        found.pop("hidden", None)
+    own = [(part, f"{part}_options") for part in ("posterior", "prior", "likelihood", "bound")]
+    for part, option_ in (*own, ("bound", "num_samples"), ("network", "hidden")):
+        if part in changes and changes[part] != base.get(part, "elbo" if part == "bound" else None):
+            found.pop(option_, None)
     return found | asked | dict(changes)
 
 
@@ -349,22 +310,21 @@ def _epochs(study: Study, arms: Mapping[str, FitOptions], speeds: Mapping[str, f
 
 
 def _notes(
-    study: Study, epochs: Mapping[str, int], arms: Mapping[str, FitOptions | str], speeds: Mapping[str, float] | None
+    study: Study, epochs: Mapping[str, int], arms: Mapping[str, FitOptions], speeds: Mapping[str, float] | None
 ) -> Iterator[str]:
-    known = {arm: each for arm, each in arms.items() if isinstance(each, FitOptions)}
     counts = sorted(set(epochs.values()))
     if study.budget == "epochs":
         yield f"budget: equal epochs, {', '.join(map(str, counts))}"
     elif study.budget == "gradients":
-        spent = ", ".join(f"{arm}: {n} x {known[arm].num_samples}" for arm, n in epochs.items())
+        spent = ", ".join(f"{arm}: {n} x {arms[arm].num_samples}" for arm, n in epochs.items())
         yield f"budget: equal gradient evaluations (passes x samples), as near as whole epochs are: {spent}"
     elif speeds is None:
         yield f"budget: equal time, {study.seconds} s a fit; the speed of each arm is measured at the start"
     else:
         each = ", ".join(f"{arm}: {n} of {speeds[arm]:.2g} s" for arm, n in epochs.items())
         yield f"budget: equal time, {study.seconds} s a fit, by the speed measured at the start; epochs: {each}"
-    if known:
-        first = next(iter(known.values()))
+    if arms:
+        first = next(iter(arms.values()))
         data = f"the first {first.evaluation_images} test data (or all)" if first.evaluation_images else "all test data"
         yield (
             f"protocol: K = {first.evaluation_samples}, {data}, one draw and one "
@@ -417,12 +377,16 @@ def fingerprint_of(dataset: Dataset, options: FitOptions) -> str:
     test = evaluation.test_data(dataset, options.split_seed or 0, options.evaluation_images)
     for part in (dataset.train.pixels, dataset.validation.pixels, test.pixels):
         digest.update(str((tuple(part.shape), part.dtype)).encode())
-        digest.update(part.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        digest.update(_raw(part))
     for labels in (dataset.train.labels, test.labels) if options.model != "vae" else ():
         if labels is not None:  # which some models are trained on
-            digest.update(torch.as_tensor(labels).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(_raw(labels))
     digest.update(json.dumps([dataset.train.binarization, dataset.train.dequantize]).encode())
     return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _model_print(base: Trial | None, options: FitOptions) -> str:
@@ -436,9 +400,8 @@ def _model_print(base: Trial | None, options: FitOptions) -> str:
 
 def _name(stem: str, options: FitOptions, data: str, frozen: str = "") -> str:
     """The folder of a trial, found by all that shapes its result."""
-    plain = shaping(options)
     versions = {name: value for name, value in evaluation.versions().items() if name != "python"}
-    text = json.dumps([plain, data, frozen, versions], sort_keys=True)
+    text = json.dumps([shaping(options), data, frozen, versions], sort_keys=True)
     short = re.sub(r"[^a-zA-Z0-9.]+", "-", stem).strip("-")[:60]
     return f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -453,7 +416,7 @@ def _known(name: str) -> str:
     key = name.replace("-", "_")
     if key not in OPTIONS:
         known = [each.replace("_", "-") for each in OPTIONS]
-        raise ValueError(f"got the option {name!r}, wanted one of fit's." + did_you_mean(name, known))
+        raise ValueError(f"got the option {name!r} to vary or to fix, wanted one of fit's." + did_you_mean(name, known))
     return key
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterator, Mapping
@@ -11,13 +12,14 @@ from typing import Any
 
 from pyro_vae import plots
 from pyro_vae.app import evaluation, serving
-from pyro_vae.app.fitting import read
 from pyro_vae.app.html import Picture, document, figures
+from pyro_vae.app.opening import Opened
+from pyro_vae.app.opening import open as open_run
 from pyro_vae.app.run_page import changed
 from pyro_vae.app.runs import REPORT, Run
 from pyro_vae.app.studies import Plan, Study, Trial
-from pyro_vae.app.trials import reason, state
-from pyro_vae.atomic import write_file
+from pyro_vae.app.trials import own_parts, reason, state
+from pyro_vae.atomic import write_file, write_text
 from pyro_vae.evaluation import noise
 from pyro_vae.judging.rankings import Ranking
 from pyro_vae.judging.weights import khat_limit
@@ -28,27 +30,20 @@ _TABLES = ("csv", "tex", "md", "parquet")
 
 def write_results(plan: Plan, study: Study, found: Mapping[str, Ranking], folder: Path) -> list[Path]:
     """Write the tables and the page of a study; where they are."""
-    several = len(found) > 1
     paths = []
     stems = [Path(data).stem for data in found]
     for number, (data, ranking) in enumerate(found.items(), 1):
-        stem = "table" if not several else f"table-{Path(data).stem}"
+        stem = "table" if len(found) == 1 else f"table-{Path(data).stem}"
         if stems.count(Path(data).stem) > 1:
             stem += f"-{number}"
         paths += [write_table(ranking, folder / f"{stem}.{kind}") for kind in ("csv", "md", "tex")]
-    text = page(plan, study, found, folder)
-    write_file(folder / REPORT, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(folder / REPORT, page(plan, study, found, folder))
     return [*paths, folder / REPORT]
 
 
 def write_table(ranking: Ranking, path: Path) -> Path:
-    """Write the table of a ranking as the ending of the file says: .csv, .tex, .md or .parquet.
-
-    Raises:
-        ValueError: Another ending, or nothing can be written there.
-    """
-    kind = check_table(path)
-    if kind == "parquet":
+    """Write the table of a ranking as the ending of the file says: .csv, .tex, .md or .parquet; a ValueError else."""
+    if (kind := check_table(path)) == "parquet":
         try:
             write_file(path, lambda partial: ranking.to_frame().to_parquet(partial))
         except ImportError as error:
@@ -56,8 +51,7 @@ def write_table(ranking: Ranking, path: Path) -> Path:
         return path
     texts = {"csv": lambda: ranking.to_frame().to_csv(index=False), "tex": lambda: ranking.to_latex() + "\n",
              "md": lambda: ranking.to_markdown() + "\n"}  # fmt: skip
-    text = texts[kind]()
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, texts[kind]())
     return path
 
 
@@ -106,8 +100,7 @@ def ranking_table(ranking: Ranking) -> str:
     head, body = ranking._cells()
     numbers = "".join(f'<th class="number">{escape(cell)}</th>' for cell in head[1:])
     lines = [f"<th>{escape(head[0])}</th>{numbers}<th>flags</th>"]
-    flags = [str(row["flags"]) for row in ranking.rows()]
-    for line, flag in zip(body, flags, strict=True):
+    for line, flag in zip(body, [str(row["flags"]) for row in ranking.rows()], strict=True):
         cells = "".join(f'<td class="{"" if i == 0 else "number"}">{escape(cell)}</td>' for i, cell in enumerate(line))
         lines.append(f"{cells}<td>{escape(flag)}</td>")
     rows = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -117,7 +110,7 @@ def ranking_table(ranking: Ranking) -> str:
 def pictures(ranking: Ranking, trials: list[Trial]) -> Iterator[Picture]:
     """What there is to see of a study's fits of one dataset."""
     first = {trial.arm: trial for trial in reversed(trials) if state(trial) == "done"}
-    runs = {arm: _Fitted(first[arm]) for arm in ranking.order if arm in first}
+    runs = {arm: _opened(first[arm]) for arm in ranking.order if arm in first}
     yield from _numbers(ranking)
     records: dict[str, list[Any]] = {arm: [] for arm in runs}
     for trial in trials:
@@ -153,17 +146,9 @@ def _numbers(ranking: Ranking) -> Iterator[Picture]:
         yield Picture("khat", plots.khat_maps(ordered, limit), "Where importance weights cannot be relied upon.")
 
 
-class _Fitted:
-    """A trial as an opened run, as far as pictures need it."""
-
-    def __init__(self, trial: Trial) -> None:
-        from pyro_vae.app.trials import own_parts
-
-        self.pair = Run.load(trial.folder).pair(own_parts(trial.options))
-        self.options = trial.options
-
-    def read(self) -> Any:
-        return read(self.options)[1]
+def _opened(trial: Trial) -> Opened:
+    """A trial with the data as they lie now: a study may be moved."""
+    return dataclasses.replace(open_run(trial.folder, trust=own_parts(trial.options)), options=trial.options)
 
 
 def _images(runs: Mapping[str, Any]) -> Iterator[Picture]:

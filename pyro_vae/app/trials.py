@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+from pyro_vae import seals
 from pyro_vae.app import evaluation, serving
 from pyro_vae.app.defaults import FitOptions, resolve
 from pyro_vae.app.fitting import build, read, train, training_numbers
@@ -39,7 +38,7 @@ from pyro_vae.app.runs import (
     write_lines,
 )
 from pyro_vae.app.studies import PLACES, Plan, Study, Trial, datasets
-from pyro_vae.atomic import reason_of, write_file
+from pyro_vae.atomic import reason_of
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.rankings import CRITERIA, Ranking, rank
@@ -53,13 +52,8 @@ _TRIED = 20  # steps that the speed of an arm is measured on
 
 
 def run_trial(config: Mapping[str, Any], folder: str) -> str | None:
-    """Make one fit and score it, or what is missing of that.
+    """Make one fit and score it, or what is missing of that; why it failed, None where it is done.
 
-    Args:
-        config: The options, as plain data.
-        folder: The run folder.
-    Returns:
-        Why it failed; None where it is done.
     Raises:
         KeyboardInterrupt: It was broken off, and is gone on with the next time.
     """
@@ -172,17 +166,15 @@ def _score(options: FitOptions, path: Path) -> None:
     write_json(path / SUMMARY, summary)
     write_page(path, options, summary)
     # The last one: a fit with scores is done, and nothing of it is missing.
-    write_file(path / SCORES, lambda partial: save_file(tensors, partial, {"scores": json.dumps(told)}))
+    seals.save(path / SCORES, tensors, {"scores": json.dumps(told)})
 
 
 def read_scores(trial: Trial) -> Scores:
     """The scores of a trial that is done."""
-    with safe_open(trial.folder / SCORES, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in ("log_p", "elbo", "pareto_k")}
-        told = json.loads(file.metadata()["scores"])
+    tensors, metadata = seals.read(trial.folder / SCORES)
     summary = Run.load(trial.folder).summary
-    return Scores(**tensors, **told, seed=trial.options.seed, seconds=summary["train_seconds"],
-                  parameters=summary["parameters"])  # fmt: skip
+    told: dict[str, Any] = tensors | json.loads(metadata["scores"])
+    return Scores(**told, seed=trial.options.seed, seconds=summary["train_seconds"], parameters=summary["parameters"])
 
 
 def state(trial: Trial) -> str:
@@ -215,8 +207,7 @@ def execute(
     Args:
         plan: The plan.
         jobs: How many at a time; if omitted as many as there are cores for, with the threads that each takes.
-        backend: "local" processes, a "dask" cluster, or "slurm" jobs by submitit.
-        address: Of dask's scheduler.
+        backend, address: "local" processes, a "dask" cluster at its scheduler's address, or "slurm" jobs by submitit.
         retry: Whether what failed is tried again.
         progress: Show a bar; None shows it on a terminal only, and a line for each fit elsewhere.
         say: Takes a line.
@@ -232,8 +223,8 @@ def execute(
             raise ValueError(f"the model that was to be frozen could not be fitted: {failure}")
     wanted = ("missing", "unfinished", "failed") if retry else ("missing", "unfinished")
     todo = [trial for trial in plan.trials if trial.reason is None and state(trial) in wanted]
-    counts = {"done": sum(state(trial) == "done" for trial in plan.trials), "failed": 0}
-    counts["failed"] = len(plan.trials) - len(todo) - counts["done"]
+    done = sum(state(trial) == "done" for trial in plan.trials)
+    counts = {"done": done, "failed": len(plan.trials) - len(todo) - done}
     jobs = min(jobs or jobs_of(plan), max(len(todo), 1))
     started, shown = time.monotonic(), None if progress is None else not progress
     with tqdm(total=len(todo), disable=shown, bar_format="{desc}", dynamic_ncols=True, leave=False) as bar:
@@ -312,8 +303,7 @@ def _by_itself(config: Mapping[str, Any], folder: str) -> str | None:
     from joblib.externals.loky import get_reusable_executor
 
     try:
-        executor = get_reusable_executor(max_workers=1)
-        return executor.submit(_numbered, 0, list(sys.path), config, folder).result()[1]
+        return get_reusable_executor(max_workers=1).submit(_numbered, 0, list(sys.path), config, folder).result()[1]
     except BrokenProcessPool:
         return _lost(Path(folder), "its process was ended from outside, for want of memory, say")
 
@@ -351,13 +341,13 @@ def _by_slurm(todo: Sequence[Trial], calls: Sequence[tuple[dict[str, Any], str]]
     if not todo:
         return
     executor = submitit.AutoExecutor(folder=todo[0].folder.parent / "slurm")
-    jobs = [executor.submit(run_trial, *call) for call in calls]
-    for trial, job in zip(todo, jobs, strict=True):
+    for trial, job in zip(todo, [executor.submit(run_trial, *call) for call in calls], strict=True):
         try:
             failure = job.result()
         except Exception as error:  # what the scheduler ended is one fit, and not the study
-            why = f"its job was ended ({type(error).__name__}), for want of time or memory, say"
-            failure = _lost(trial.folder, why)
+            failure = _lost(
+                trial.folder, f"its job was ended ({type(error).__name__}), for want of time or memory, say"
+            )
         yield trial, failure
 
 
@@ -421,27 +411,21 @@ def speed(options: FitOptions) -> tuple[float, float]:
 
 def time_left(plan: Plan) -> float:
     """Seconds of one process that are left: by fits of the same arm that are done, or else measured."""
-    known: dict[str, float] = {}
-    todo = [t for t in plan.trials if state(t) in ("missing", "unfinished")]
-    for trial in plan.trials:
-        if state(trial) == "done" and trial.arm not in known:
-            known[trial.arm] = Run.load(trial.folder).summary["train_seconds"]
-    total = 0.0
+    todo = [trial for trial in plan.trials if state(trial) in ("missing", "unfinished")]
+    if plan.base is not None and state(plan.base) != "done":
+        todo.append(plan.base)
+    done = [trial for trial in reversed(plan.trials) if state(trial) == "done"]
+    known = {trial.arm: Run.load(trial.folder).summary["train_seconds"] for trial in done}
     for trial in todo:
         if trial.arm not in known:
             epoch, scoring = speed(trial.options)
             known[trial.arm] = epoch * trial.options.epochs + scoring
-        total += known[trial.arm]
-    if plan.base is not None and state(plan.base) != "done":
-        epoch, scoring = speed(plan.base.options)
-        total += epoch * plan.base.options.epochs + scoring
-    return total
+    return sum(known[trial.arm] for trial in todo)
 
 
 def own_parts(options: FitOptions) -> list[str]:
     """Parts of one's own: in a study they were named by who started it."""
-    named = (options.posterior, options.prior, options.likelihood)
-    return [name for name in named if name is not None and ":" in name]
+    return [name for name in (options.posterior, options.prior, options.likelihood) if name is not None and ":" in name]
 
 
 def _failed(path: Path) -> Path:

@@ -21,9 +21,8 @@ Byte order and memory order do not matter; everything ends as uint8 or float32.
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +35,7 @@ from pyro_vae.data.sources import SPLITS, Source, completed, divide, tenths
 EXACT = 2**24  # float32 holds all integers up to here
 
 
-@dataclass(frozen=True, eq=False)
-class Pixels:
+class Pixels(NamedTuple):
     """Arrays as data, all parts by one rule.
 
     Attributes:
@@ -48,9 +46,9 @@ class Pixels:
     """
 
     parts: dict[str, Tensor]
-    binary: bool
-    zeros_and_ones: bool
-    notes: dict[str, Any]
+    binary: bool = False
+    zeros_and_ones: bool = False
+    notes: Mapping[str, Any] = {}
 
 
 def as_pixels(array: np.ndarray, name: str = "array") -> Tensor:
@@ -78,7 +76,7 @@ def as_parts(arrays: Mapping[str, np.ndarray], names: Mapping[str, str], where: 
         raise ValueError(f"{where}: data of different shape or dtype ({got}), wanted the same in every part.")
     if binary:
         levels = {part: torch.from_numpy(np.ascontiguousarray(array, np.uint8)) * 255 for part, array in arrays.items()}
-        return Pixels(levels, True, True, {})
+        return Pixels(levels, True, True)
     return _floats(arrays, names) if True in floats else _integers(arrays, names)
 
 
@@ -163,7 +161,7 @@ def _integers(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pix
     images = next(iter(arrays.values())).ndim == 4
     if 0 <= low and high <= 255:
         levels = {part: torch.from_numpy(np.ascontiguousarray(array, np.uint8)) for part, array in arrays.items()}
-        return Pixels(levels, all(only(array, 0, 255) for array in arrays.values()), False, {})
+        return Pixels(levels, all(only(array, 0, 255) for array in arrays.values()))
     if images and all(array.dtype.kind == "u" and array.dtype.itemsize == 2 for array in arrays.values()):
         deep = {
             part: torch.from_numpy(np.ascontiguousarray(array, np.float32) / np.float32(65535))
@@ -179,7 +177,7 @@ def _integers(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pix
                 f"(a / {2**bits - 1}).astype(numpy.float32).",
                 stacklevel=7,
             )
-        return Pixels(deep, False, False, {"levels": scale})
+        return Pixels(deep, notes={"levels": scale})
     part = max(arrays, key=lambda part: max(abs(int(arrays[part].min())), abs(int(arrays[part].max()))))
     got = f"{names[part]} has dtype {arrays[part].dtype} and whole numbers in [{low}, {high}]"
     if images:
@@ -189,17 +187,16 @@ def _integers(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pix
         )
     if max(-low, high) > EXACT:
         raise ValueError(f"{got}, wanted none beyond {EXACT}, which float32 holds exactly. Scale them and save floats.")
-    return Pixels(
-        {part: torch.from_numpy(np.ascontiguousarray(array, np.float32)) for part, array in arrays.items()},
-        False,
-        False,
-        {},
-    )
+    return Pixels(_float32(arrays))
+
+
+def _float32(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {part: torch.from_numpy(np.ascontiguousarray(array, np.float32)) for part, array in arrays.items()}
 
 
 def _floats(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pixels:
     with np.errstate(over="ignore"):
-        parts = {part: torch.from_numpy(np.ascontiguousarray(array, np.float32)) for part, array in arrays.items()}
+        parts = _float32(arrays)
     for part, pixels in parts.items():
         bad = ~torch.isfinite(pixels).flatten(1).all(1)
         if bad.any():
@@ -216,7 +213,7 @@ def _floats(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pixel
                 f"{names[part]} holds float images in [{low:.4g}, {high:.4g}], wanted [0, 1]. "
                 "Rescale them, save levels 0..255 as uint8, or flatten to (N, D) vectors of any range."
             )
-    return Pixels(parts, False, False, {})
+    return Pixels(parts)
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -229,11 +226,9 @@ def read_array(path: Path, seed: int = 0, images: str | None = None, labels: str
     """The data in a file of one of the formats of `formats`.
 
     It holds x_train and x_test (and x_validation, y_train, ..., in many spellings), which are the split, or one array
-    of data, which is split 80/10/10 in an order fixed by the seed. `images`, `labels`: keys, where it has several.
-
-    Raises:
-        ValueError: Broken, or no data, or data that nobody can know the meaning of; the message says what to do.
-            Labels are a reason only if they were asked for.
+    of data, which is split 80/10/10 in an order fixed by the seed; `images` and `labels` are keys, where it has
+    several. What is broken or no data, or has a meaning that nobody can know, is a ValueError; labels are a reason only
+    if they were asked for.
     """
     return _source(read_arrays(path), path, seed, images, labels)
 
@@ -364,8 +359,7 @@ def _rows(
 
 
 def _taken(data: Tensor, index: Tensor) -> Tensor:
-    whole = len(index) == len(data) and bool((index == torch.arange(len(data))).all())
-    return data if whole else data[index]
+    return data if (len(index) == len(data) and bool((index == torch.arange(len(data))).all())) else data[index]
 
 
 def _labels(

@@ -130,15 +130,7 @@ def load(
         "source": source.origin,
         **source.notes,
     }
-    return Dataset(
-        str(name),
-        splits["train"],
-        splits["validation"],
-        splits["test"],
-        protocol,
-        label_names=source.label_names,
-        testbed=source.testbed,
-    )
+    return Dataset(str(name), **splits, protocol=protocol, label_names=source.label_names, testbed=source.testbed)
 
 
 def default_data_dir() -> Path:

@@ -15,12 +15,13 @@ Only formats whose decoders are plain code are opened: EPS, say, starts Ghostscr
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,11 +35,10 @@ LUMA = (0.299, 0.587, 0.114)
 class Framing:
     """What to make of images (N, C, H, W): a callable from uint8 to uint8, or float to float.
 
-    Args:
-        crop: Side of a centred square cut out first; None leaves the image whole.
-        image_size: Side of the square that results; None keeps the size.
-        channels: 1 for grey, 3 for colour; None keeps what is there.
-        background: Grey level 0..255 behind the transparent pixels of picture files; a tensor has none.
+    Cuts out a centred square of side `crop` first, scales to a square of `image_size`, and makes `channels` of them, 1
+    for grey or 3 for colour; None leaves each as it is. The background is the grey level 0..255 behind the transparent
+    pixels of picture files; a tensor has none.
+
     Example:
         >>> Framing(crop=20, image_size=8, channels=1)(torch.zeros(2, 3, 28, 24, dtype=torch.uint8)).shape
         torch.Size([2, 1, 8, 8])
@@ -139,26 +139,7 @@ if TYPE_CHECKING:
 
 AS_IT_IS = Framing()
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
-SUFFIXES = frozenset(
-    {
-        ".png",
-        ".apng",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-    }
-)
+SUFFIXES = frozenset(".png .apng .jpg .jpeg .jpe .jfif .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
 ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _ORIENTATION = 0x0112
@@ -174,13 +155,9 @@ def suffixes() -> frozenset[str]:
 
 
 def read_image(path: str | Path, framing: Framing = AS_IT_IS) -> Tensor:
-    """One image file as uint8 (C, H, W): one channel if the file is grey, else three.
+    """One image file of 8 bits a channel as uint8 (C, H, W): one channel if the file is grey, else three.
 
     Of several frames the first is taken, and a line says so.
-
-    Args:
-        path: PNG, JPEG and others that Pillow decodes, 8 bits a channel.
-        framing: Crop, size and channels to bring it to, and the background.
     """
     with _errors(path), _opened(path) as image:
         frames = _frames(image)
@@ -210,30 +187,25 @@ def frames_of(path: Path) -> tuple[int, bool, bool, tuple[int, int] | None]:
         with _opened(path) as image:
             transparent = _transparent(image)
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            size = image.size if turned else image.size[::-1]
-            return len(_frames(image)), image.format == "MPO", transparent, size
+            return len(_frames(image)), image.format == "MPO", transparent, image.size if turned else image.size[::-1]
     except Exception:
         return 1, False, False, None
 
 
-class _errors:
+@contextlib.contextmanager
+def _errors(path: str | Path) -> Iterator[None]:
     """Whatever Pillow raises about a file becomes one ValueError that names it."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise ValueError(f"{self.path} could not be decoded: there is no such file. Check the path.") from error
-        # Decoders raise all kinds of things at damaged files; what is refused here on purpose names the file.
-        if isinstance(error, Exception) and not (isinstance(error, ValueError) and str(self.path) in str(error)):
-            reason = str(error).replace(str(self.path), "the file") or type(error).__name__
-            raise ValueError(
-                f"{self.path} could not be decoded ({reason}), wanted an image. Remove the file or save it again."
-            ) from error
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} could not be decoded: there is no such file. Check the path.") from error
+    except Exception as error:  # decoders raise all kinds of things at damaged files
+        if isinstance(error, ValueError) and str(path) in str(error):  # refused here on purpose
+            raise
+        reason = str(error).replace(str(path), "the file") or type(error).__name__
+        raise ValueError(
+            f"{path} could not be decoded ({reason}), wanted an image. Remove the file or save it again."
+        ) from error
 
 
 def _opened(path: str | Path) -> Image.Image:
@@ -276,8 +248,7 @@ def _decoded(image: Image.Image, path: str | Path, frames: Sequence[int], framin
                 f"{path} has more than 8 bits a channel ({depth}), wanted 8. Convert it, or stack the "
                 "images in a .npy array: uint16 (N, H, W) keeps 16 bits, floats are in [0, 1]."
             )
-        array = _levels(image, framing.background)
-        pixels = torch.from_numpy(array)
+        pixels = torch.from_numpy(_levels(image, framing.background))
         pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
         yield framing(pixels.unsqueeze(0), name=str(path)).squeeze(0)
 

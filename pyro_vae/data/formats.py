@@ -16,12 +16,13 @@ or test instead are read with it: `binarized_mnist_train.amat`, `_valid`, `_test
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pyro_vae.data.labels import PART_NAMES
+from pyro_vae.data.limits import check_archive, check_mat
 from pyro_vae.data.mnist import read_idx
 
 SIDE = 28
@@ -42,20 +43,17 @@ REMEDIES = {
 }
 
 
-@dataclass
-class Arrays:
-    """What a file or folder holds.
+_OBJECTS = "an object array, which would be unpickled and could run any code"
 
-    Attributes:
-        arrays: By key.
-        left_out: Why a key could not be read, by key.
-        keys: Whether the keys are names in the file, and not ours.
-        label_names: Name of each label, or None.
-        origin: The files, in words.
+
+class Arrays(NamedTuple):
+    """What a file or folder holds: arrays by key, why others were left out, and whether the keys are names in the file.
+
+    And the name of each label, if they have names, and the files, in words.
     """
 
     arrays: dict[str, np.ndarray]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = {}
     keys: bool = False
     label_names: tuple[str, ...] | None = None
     origin: str = ""
@@ -67,17 +65,10 @@ def is_file_of_arrays(path: Path) -> bool:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """The arrays in a file, with those of the files that belong to it.
-
-    Raises:
-        ValueError: It is empty, broken, or not what its name says.
-    """
+    """The arrays in a file, with those of the files that belong to it; a ValueError where it is not what it says."""
     if path.stat().st_size == 0:
-        kind = (
-            "a NumPy file. Save it again with numpy.save or numpy.savez"
-            if path.suffix.lower() in (".npy", ".npz")
-            else "data. Fetch it again"
-        )
+        numpy_ = path.suffix.lower() in (".npy", ".npz")
+        kind = "a NumPy file. Save it again with numpy.save or numpy.savez" if numpy_ else "data. Fetch it again"
         raise ValueError(f"{path} is empty, wanted {kind}.")
     if IDX_IMAGES.fullmatch(path.name):
         return _read_idx(path)
@@ -88,12 +79,8 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def read_folder_of_arrays(folder: Path) -> Arrays | None:
-    """The arrays of a folder in the layout of MNIST, CIFAR, Larochelle or OMNIGLOT; None if it has none of them.
-
-    Args:
-        folder: The one with the files, or the one that torchvision makes around it (MNIST, not MNIST/raw).
-    Raises:
-        ValueError: It holds several datasets, or pickles.
+    """The arrays of a folder in the layout of MNIST, CIFAR, Larochelle or OMNIGLOT, or of the folder that torchvision
+    makes around it; None if it has none of them. Several datasets, or pickles, are a ValueError.
     """
     here = _files(folder)  # a folder of 200,000 photographs is listed once
     for files in (here, _files(folder / "raw")):
@@ -117,7 +104,9 @@ def read_folder_of_arrays(folder: Path) -> Arrays | None:
 def _read_npy(path: Path) -> Arrays:
     # Whatever a damaged header makes NumPy raise (also out of memory), the file is what is wrong.
     left_out: dict[str, str] = {}
+    objects = f"{path} holds {_OBJECTS}; wanted numbers. Save it as uint8 or float32, all rows of one shape."
     try:
+        check_archive(path)
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return Arrays({"": loaded}, keys=True)
@@ -129,13 +118,12 @@ def _read_npy(path: Path) -> Arrays:
                 except ValueError as error:
                     if "Object arrays" not in str(error):
                         raise
-                    left_out[key] = "an object array, which would be unpickled and could run any code"
+                    left_out[key] = _OBJECTS
     except Exception as error:
+        if "bomb" in str(error):
+            raise
         if "Object arrays" in str(error):
-            raise ValueError(
-                f"{path} holds an object array, which would be unpickled and could run any code; "
-                "wanted numbers. Save it as uint8 or float32, all rows of one shape."
-            ) from None
+            raise ValueError(objects) from None
         reason = str(error) or type(error).__name__
         if "pickle" in reason:  # what NumPy takes any other file for, with an advice that nobody should follow
             reason = "it does not begin like one"
@@ -146,16 +134,14 @@ def _read_npy(path: Path) -> Arrays:
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
         raise ValueError(f"{path} holds files that are no arrays, wanted a .npz file. Save it again with numpy.savez.")
     if left_out and not arrays:
-        raise ValueError(
-            f"{path} holds an object array, which would be unpickled and could run any code; "
-            "wanted numbers. Save it as uint8 or float32, all rows of one shape."
-        )
+        raise ValueError(objects)
     return Arrays(arrays, left_out, keys=True)
 
 
 def _read_mat(path: Path) -> Arrays:
     import scipy.io
 
+    check_mat(path)
     try:
         loaded = scipy.io.loadmat(path)
     except NotImplementedError:
@@ -202,8 +188,7 @@ def _rows_first(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _read_amat(path: Path) -> Arrays:
-    raw = path.read_bytes()
-    table = _binary_table(raw)
+    table = _binary_table(path.read_bytes())
     if table is None:
         try:
             table = np.loadtxt(path, dtype=np.float32, ndmin=2)
@@ -236,19 +221,16 @@ def _binary_table(raw: bytes) -> np.ndarray | None:
 def _read_idx(path: Path) -> Arrays:
     match = IDX_IMAGES.fullmatch(path.name)
     assert match is not None
-    found = {"x" if match[2].lower() != "train" else "x_train": path}
-    if match[2].lower() == "train":
-        for other in ("t10k", "test"):
-            tests = _unzipped_once(
-                p
-                for p in _files(path.parent)
-                if (m := IDX_IMAGES.fullmatch(p.name)) and (m[1], m[2].lower(), m[3]) == (match[1], other, match[3])
-            )
-            if tests:
-                found["x_test"] = tests[0]
-                break
-    if "x_test" not in found:
-        found = {"x": path}
+    found = {"x": path}
+    for other in ("t10k", "test") if match[2].lower() == "train" else ():
+        tests = _unzipped_once(
+            p
+            for p in _files(path.parent)
+            if (m := IDX_IMAGES.fullmatch(p.name)) and (m[1], m[2].lower(), m[3]) == (match[1], other, match[3])
+        )
+        if tests:
+            found = {"x_train": path, "x_test": tests[0]}
+            break
     arrays: dict[str, np.ndarray] = {}
     for key, images in found.items():
         arrays[key] = read_idx(images, axes=3).numpy()
@@ -296,16 +278,12 @@ def _read_cifar_folder(folder: Path) -> Arrays:
 
 
 def _pickled(folder: Path, hundred: bool) -> str:
-    name, binary, archive = (
-        ("CIFAR100", "cifar-100-binary", "cifar-100-binary.tar.gz")
-        if hundred
-        else ("CIFAR10", "cifar-10-batches-bin", "cifar-10-binary.tar.gz")
-    )
+    number, binary = (100, "cifar-100-binary") if hundred else (10, "cifar-10-batches-bin")
     return (
-        f"{folder} holds Python pickles, which can run any code when read; wanted the binary version: {archive} "
-        f"from https://www.cs.toronto.edu/~kriz/cifar.html, unpacked to {binary}. Or convert what you trust: "
-        f"a, b = torchvision.datasets.{name}(root, True), torchvision.datasets.{name}(root, False); numpy.savez("
-        f"'{name.lower()}.npz', x_train=a.data, y_train=a.targets, x_test=b.data, y_test=b.targets)"
+        f"{folder} holds Python pickles, which can run any code when read; wanted the binary version: cifar-{number}-"
+        f"binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, unpacked to {binary}. Or convert what you "
+        f"trust: a, b = torchvision.datasets.CIFAR{number}(root, True), torchvision.datasets.CIFAR{number}(root, "
+        f"False); numpy.savez('cifar{number}.npz', x_train=a.data, y_train=a.targets, x_test=b.data, y_test=b.targets)"
     )
 
 

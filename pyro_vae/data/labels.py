@@ -25,15 +25,12 @@ Labels = tuple[dict[str, Tensor], tuple[str, ...] | None]
 
 
 def as_labels(arrays: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> Labels:
-    """Class numbers of all parts of a dataset, by one rule.
+    """Class numbers of all parts of a dataset, by one rule: int64 (N,) for each, and the class names where they were
+    text.
 
-    Args:
-        arrays: Labels of each part.
-        counts: Number of data of each part.
-    Returns:
-        int64 (N,) for each part, and the class names where the labels were text.
-    Raises:
-        ValueError: They are no labels; the message is a clause about them.
+    `counts` are the numbers of data of the parts. Where they are no labels, the ValueError's message is a clause about
+    them.
+
     Example:
         >>> as_labels({"train": np.array(["dog", "cat"])}, {"train": 2})
         ({'train': tensor([1, 0])}, ('cat', 'dog'))
@@ -48,8 +45,7 @@ def as_labels(arrays: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> La
     if kinds <= set("US"):
         texts = {part: _text(array) for part, array in columns.items()}
         names, numbers = np.unique(np.concatenate(list(texts.values())), return_inverse=True)
-        ends = np.cumsum([len(text) for text in texts.values()])[:-1]
-        pieces = np.split(numbers.reshape(-1), ends)
+        pieces = np.split(numbers.reshape(-1), np.cumsum([len(text) for text in texts.values()])[:-1])
         classes = {part: torch.from_numpy(piece.astype(np.int64)) for part, piece in zip(texts, pieces, strict=True)}
         return classes, tuple(str(name) for name in names)
     if not kinds <= set("biuf"):
@@ -91,15 +87,8 @@ def _whole(array: np.ndarray) -> np.ndarray:
 
 
 # What files and folders call the parts of a split.
-PART_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
+PART_NAMES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+PART_NAMES |= dict.fromkeys(("val", "valid", "validation"), "validation")
 IMAGE_WORDS = ("images", "image", "imgs", "img", "x", "data", "pixels", "features", "samples", "inputs")
 LABEL_WORDS = ("labels", "label", "y", "targets", "target", "classes", "class")
 

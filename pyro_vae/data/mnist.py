@@ -13,7 +13,6 @@ other; the first test labels tell them apart.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import math
 import os
@@ -27,24 +26,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.limits import gunzip
 from pyro_vae.data.sources import Source
 
 KINDS = {1: "labels", 3: "images"}
 
 
 def read_idx(path: str | Path, axes: int) -> Tensor:
-    """The unsigned bytes in an IDX file.
+    """The unsigned bytes in an IDX file, gzipped or not, of the shape in its header: 3 axes for images, 1 for labels.
 
-    Args:
-        path: The file; one that begins like gzip is decompressed, whatever its name.
-        axes: Number of axes wanted: 3 for images (N, H, W), 1 for labels (N,).
-    Returns:
-        uint8 of the shape in the file's header.
-    Raises:
-        ValueError: If the file is empty, cut short, too long, corrupt, no IDX file of
-            unsigned bytes, or one of another number of axes.
+    A file that is empty, cut short, too long, corrupt, of something else or of other axes is a ValueError.
     """
-    raw = _read_bytes(Path(path))
+    raw = _read_bytes(Path(path), 4 + 4 * axes)
     if not raw:
         raise ValueError(f"{path} is empty, wanted an IDX file. Fetch it again.")
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
@@ -76,19 +69,21 @@ def read_idx(path: str | Path, axes: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape).copy())
 
 
-def _read_bytes(path: Path) -> bytes:
-    raw = path.read_bytes()
-    if raw[:2] != b"\x1f\x8b":
-        if path.suffix == ".gz" and raw:
-            raise ValueError(
-                f"{path} is a corrupt gzip file (it starts with {raw[:2].hex()}, wanted 1f8b). Fetch it again."
-            )
-        return raw
+def _read_bytes(path: Path, begins: int) -> bytes:
+    with path.open("rb") as file:
+        first = file.read(2)
+        if first != b"\x1f\x8b":
+            if path.suffix == ".gz" and first:
+                raise ValueError(
+                    f"{path} is a corrupt gzip file (it starts with {first.hex()}, wanted 1f8b). Fetch it again."
+                )
+            return first + file.read()
     try:
-        return gzip.decompress(raw)
+        return gunzip(path, begins)
     except EOFError:
+        size = path.stat().st_size
         raise ValueError(
-            f"{path} is truncated: the gzip stream breaks off after {len(raw)} bytes. Fetch it again."
+            f"{path} is truncated: the gzip stream breaks off after {size} bytes. Fetch it again."
         ) from None
     except (OSError, zlib.error) as error:
         raise ValueError(f"{path} is a corrupt gzip file ({error}). Fetch it again.") from None
@@ -99,27 +94,16 @@ DEBIAN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 LABEL_NAMES = {
     "mnist": tuple("0123456789"),
-    "fashion-mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
+    "fashion-mnist": tuple("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")),
 }
 FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], "fashion-mnist": [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]}
 
 
-def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: int | None = None) -> Source:
+def read_mnist_like(name: str, data_dir: Path, download: bool = True) -> Source:
     """MNIST or Fashion-MNIST: the last training images validate, the official test set tests.
 
     Looked for in data_dir (the four files themselves, or torchvision's `MNIST/raw`), then, for Fashion-MNIST, where
-    Debian's package puts it, then on the network. A sixtieth (1,000 of 60,000) validates if `held_out` is omitted.
+    Debian's package puts it, then on the network. A sixtieth (1,000 of 60,000) validates.
     """
     folder = _find(name, data_dir)
     if folder is None and download:
@@ -144,7 +128,7 @@ def read_mnist_like(name: str, data_dir: Path, download: bool = True, held_out: 
                 f"{folder} holds {other}, wanted {name}: their files bear the same names. "
                 f"Pass data_dir=, a folder with the files of {name}."
             )
-    last = max(1, len(train) // 60) if held_out is None else held_out
+    last = max(1, len(train) // 60)
     if len(train) <= last:
         raise ValueError(f"{found[0]} holds {len(train)} images, wanted more than the {last} set aside for validation.")
     return Source(
@@ -182,9 +166,8 @@ def _files_in(folder: Path) -> list[Path] | None:
 
 
 def _find(name: str, data_dir: Path) -> Path | None:
-    raw = Path(TORCHVISION[name], "raw")
     # Files lying in data_dir itself bear no dataset's name: MNIST's and Fashion-MNIST's are called alike.
-    folders = [data_dir / raw, data_dir / name, data_dir]
+    folders = [data_dir / Path(TORCHVISION[name], "raw"), data_dir / name, data_dir]
     if name in DEBIAN:
         folders.append(DEBIAN[name])
     return next((folder for folder in folders if _files_in(folder)), None)

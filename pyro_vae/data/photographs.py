@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_vae.data.arrays import not_readable, only
 from pyro_vae.data.decoding import AS_IT_IS, Framing, frames_of, read_frames, read_image, suffixes
 from pyro_vae.data.labels import PART_NAMES
-from pyro_vae.data.sources import SPLITS, Source, completed, cut, tenths
+from pyro_vae.data.sources import SPLITS, Source, completed, cut, rows_of, tenths
 from pyro_vae.words import one_of
 
 __all__ = ["read_celeba", "read_folder", "read_image", "read_images"]
@@ -34,8 +34,7 @@ ARRAYS_TOO = "or a layout of torchvision, or a .npy or .npz file"
 def read_images(paths: Sequence[Path | tuple[Path, Sequence[int]]], framing: Framing = AS_IT_IS) -> Tensor:
     """Image files of one size and colour as uint8 (N, C, H, W); with a tuple, these frames of the file.
 
-    Raises:
-        ValueError: If two files differ in size or colour after framing; it names both.
+    Two files that differ in size or colour after framing are a ValueError that names both.
     """
     jobs = [entry if isinstance(entry, tuple) else (entry, None) for entry in paths]
     starts = [0, *itertools.accumulate(1 if frames is None else len(frames) for _, frames in jobs)]
@@ -204,7 +203,7 @@ def _pictures(folder: Path) -> list[Path]:
     )
     paths = [path for path in files if path.suffix.lower() in known]
     if not paths:
-        wanted = ", ".join(sorted(known, key=_by_length))
+        wanted = ", ".join(sorted(known, key=lambda suffix: (len(suffix), suffix)))
         raise ValueError(
             f"{folder} holds no images, wanted files ending in {wanted}, {ARRAYS_TOO}. "
             f"{not_readable(folder) or 'Check the path, or point at the folder above or below.'}"
@@ -217,10 +216,6 @@ def _pictures(folder: Path) -> list[Path]:
             f"{folder}: passed over {others.total()} files that are not read as images: {named}.", stacklevel=5
         )
     return paths
-
-
-def _by_length(suffix: str) -> tuple[int, str]:
-    return len(suffix), suffix
 
 
 def _kinds(folder: Path, inner: Sequence[tuple[str, ...]]) -> tuple[list[str | None], list[tuple[str, ...]]]:
@@ -275,19 +270,13 @@ def _split(folder: Path, kinds: Sequence[str | None], groups: Tensor, seed: int)
         if not whole:
             how = f"80/10/10 of the {int(groups.sum())} frames in their order, the last of them tested on"
         return dict(zip(SPLITS, pieces, strict=True)), how
-    starts = groups.cumsum(0) - groups
     files = {
         part: torch.tensor([row for row, kind in enumerate(kinds) if kind == part], dtype=torch.long) for part in SPLITS
     }
     given = {part: groups[index] for part, index in files.items() if len(index)}
     rows, how = completed(given, str(folder), seed)
     # Rows of a part are counted from its first frame; here they become rows of all frames.
-    everything = {
-        part: torch.cat(
-            [torch.arange(int(starts[file]), int(starts[file] + groups[file])) for file in files[part].tolist()]
-        )
-        for part in given
-    }
+    everything = {part: rows_of(groups, files[part]) for part in given}
     return (
         {name: everything[part][index] for name, (part, index) in rows.items()},
         f"the subfolders {' and '.join([', '.join(list(given)[:-1]), list(given)[-1]])}{how}",
@@ -300,8 +289,7 @@ def _jobs(paths: Sequence[Path], groups: Tensor, rows: Tensor) -> list[Path | tu
     owner = torch.arange(len(paths)).repeat_interleave(groups)[rows].tolist()
     jobs: list[Path | tuple[Path, Sequence[int]]] = []
     for file, same in itertools.groupby(zip(owner, rows.tolist(), strict=True), key=lambda pair: pair[0]):
-        frames = [row - int(starts[file]) for _, row in same]
-        jobs.append(paths[file] if groups[file] == 1 else (paths[file], frames))
+        jobs.append(paths[file] if groups[file] == 1 else (paths[file], [row - int(starts[file]) for _, row in same]))
     return jobs
 
 

@@ -20,19 +20,12 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Raw data in three parts, before binarization.
+    """Raw data in three parts, before binarization, with the defaults of binarization for them.
 
-    Attributes:
-        pixels: uint8 or float data (N, ...) under the keys of `SPLITS`.
-        split: How the parts were made, in words, for the protocol.
-        origin: Where the files lie, for the protocol.
-        labels: (N,) integers under the same keys, or None.
-        label_names: Name of each label, or None.
-        binarization: The default for these data.
-        dequantize: The default for these data.
-        zeros_and_ones: Whether the levels 0 and 255 in `pixels` stand for the numbers 0 and 1 of the files.
-        testbed: The distribution that the data were drawn from, where it is known.
-        notes: What else the protocol should say.
+    Parts are keyed as in `SPLITS`; pixels are uint8 or floats (N, ...), and labels integers (N,) with their names, if
+    any; `split` and `origin` say for the protocol how the parts were made and where the files lie, `notes` what else;
+    `zeros_and_ones` says whether the levels 0 and 255 stand for the numbers 0 and 1 of the files; and the testbed is
+    the distribution that the data were drawn from, where it is known.
     """
 
     pixels: Mapping[str, Tensor]
@@ -65,15 +58,10 @@ def shuffled(count: int, seed: int = 0) -> Tensor:
 
 
 def divide(count: int, sizes: tuple[int, int, int], seed: int = 0, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """Disjoint index sets for train, validation and test.
+    """Disjoint index sets for train, validation and test, of sizes that sum to count, in the order of the seed.
 
-    Args:
-        count: Number of data to divide.
-        sizes: Number of train, validation and test data; they sum to count.
-        seed: Of the order.
-        labels: If given (N,), every part holds each label in its overall share, to within one datum.
-    Returns:
-        Indices under the keys "train", "validation", "test".
+    With labels, (N,), every part holds each label in its overall share, to within one datum.
+
     Example:
         >>> {name: len(rows) for name, rows in divide(10, (8, 1, 1)).items()}
         {'train': 8, 'validation': 1, 'test': 1}
@@ -107,15 +95,12 @@ def tenths(count: int, what: str) -> tuple[int, int, int]:
 
 
 def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0) -> tuple[tuple[Tensor, ...], bool]:
-    """Rows that come in groups (the frames of one file), in pieces that share no group.
+    """Rows that come in groups (the frames of one file), in pieces that share no group, and whether these were kept
+    whole.
 
-    Args:
-        groups: Number of rows of each group, (G,).
-        shares: Sizes of the pieces of n things.
-        seed: Of the order of the groups.
-    Returns:
-        The rows of each piece, and whether the groups were kept whole: with fewer groups than pieces the rows are cut
-        in their order instead, so that only neighbours at the cuts are near-duplicates.
+    `groups` are the numbers of rows of each, (G,), and `shares` the sizes of the pieces of n things. With fewer groups
+    than pieces the rows are cut in their order instead, so that only neighbours at the cuts are near-duplicates.
+
     Example:
         >>> cut(torch.tensor([1, 1, 1, 1]), lambda n: (n - 1, 1))
         ((tensor([2, 1, 0]), tensor([3])), True)
@@ -126,22 +111,24 @@ def cut(groups: Tensor, shares: Callable[[int], tuple[int, ...]], seed: int = 0)
     pieces = shares(rows)
     if count < len(pieces):
         return torch.arange(rows).split(list(pieces)), False
-    ends = groups.cumsum(0)
     order = shuffled(count, seed).split(list(shares(count)))
     if rows == count:
         return order, True
-    return tuple(
-        torch.cat([torch.arange(int(ends[g] - groups[g]), int(ends[g])) for g in piece.tolist()]) for piece in order
-    ), True
+    return tuple(rows_of(groups, piece) for piece in order), True
+
+
+def rows_of(groups: Tensor, chosen: Tensor) -> Tensor:
+    """The rows of some groups, by the number of rows of each, (G,)."""
+    ends = groups.cumsum(0)
+    return torch.cat([torch.arange(int(ends[g] - groups[g]), int(ends[g])) for g in chosen.tolist()])
 
 
 def completed(given: Mapping[str, Tensor], what: str, seed: int = 0) -> tuple[dict[str, tuple[str, Tensor]], str]:
-    """Three parts out of the two or three that the files have, none of them seen by another.
+    """Three parts out of the two or three that the files have, none of them seen by another, and what was not as given.
 
     Without data to validate, a tenth of the training data does. Without test data, the validation data are halved; the
-    training data stay as they are. `given` holds the sizes of the groups of rows, as for `cut`, by part. Returned are,
-    for each part of the split, the given part that it comes from and the rows of it; and in words what was not as
-    given.
+    training data stay as they are. `given` holds the sizes of the groups of rows, as for `cut`, by part; each part of
+    the split is named with the given part that it comes from, and has the rows of it.
     """
 
     def all_of(part: str) -> tuple[str, Tensor]:

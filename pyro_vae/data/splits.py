@@ -78,8 +78,7 @@ def dequantize(pixels: Tensor, generator: torch.Generator | None = None) -> Tens
     """
     _check_uint8(pixels, "dequantize")
     lanes = _random_lanes(pixels, generator).bitwise_or_(1)
-    middle = pixels.to(torch.float32).mul_(2**-8).add_(2**-9)
-    return torch.add(middle, lanes, alpha=2**-24)
+    return torch.add(pixels.to(torch.float32).mul_(2**-8).add_(2**-9), lanes, alpha=2**-24)
 
 
 def threshold(pixels: Tensor) -> Tensor:
@@ -243,8 +242,7 @@ class Split:
     def subset(self, indices: Index) -> "Split":
         """The data at these indices, in their order, with their labels."""
         rows = torch.arange(len(self))[_as_index(indices)].reshape(-1).to(self.device)
-        labels = None if self.labels is None else self.labels[rows]
-        return replace(self, pixels=self.pixels[rows], labels=labels)
+        return replace(self, pixels=self.pixels[rows], labels=None if self.labels is None else self.labels[rows])
 
     def to(self, device: torch.device | str) -> "Split":
         """The split with pixels and labels on another device; batches are then drawn there."""
@@ -256,8 +254,7 @@ class Split:
 
         For images in [0, 1]: what a decoder's last bias is best started from.
         """
-        total = sum(part.to(torch.float64).sum(0) for part in self.pixels.split(4096))
-        mean = torch.as_tensor(total) / len(self)
+        mean = torch.as_tensor(sum(part.to(torch.float64).sum(0) for part in self.pixels.split(4096))) / len(self)
         if not self.fixed and self.pixels.dtype == torch.uint8:
             mean = (mean + 0.5) / 256 if self.dequantize else mean / 255
         return mean.to(torch.float32 if self.pixels.dtype == torch.uint8 else self.pixels.dtype)

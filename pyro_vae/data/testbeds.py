@@ -65,8 +65,7 @@ class LinearGaussian:
         """
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(x_dim, latent_dim, generator=generator, dtype=torch.float64) / math.sqrt(latent_dim)
-        loc = torch.randn(x_dim, generator=generator, dtype=torch.float64)
-        return cls(weight.to(dtype), loc.to(dtype), scale)
+        return cls(weight.to(dtype), torch.randn(x_dim, generator=generator, dtype=torch.float64).to(dtype), scale)
 
     def __repr__(self) -> str:
         return f"LinearGaussian(x_dim={self.x_dim}, latent_dim={self.latent_dim}, scale={self.scale:g})"
@@ -98,8 +97,7 @@ class LinearGaussian:
         """log p(x) in nats, (B,) for x of (B, X)."""
         # |x - b - W m|^2 / s^2 + |m|^2 equals the quadratic form of the marginal, without its cancellation.
         loc = self._posterior_loc(x)
-        residual = x - self.loc - loc @ self.weight.mT
-        quadratic = residual.square().sum(-1) / self.scale**2 + loc.square().sum(-1)
+        quadratic = (x - self.loc - loc @ self.weight.mT).square().sum(-1) / self.scale**2 + loc.square().sum(-1)
         log_det = self._log_det_precision() + 2 * self.x_dim * math.log(self.scale)
         return -0.5 * (quadratic + log_det + self.x_dim * math.log(2 * math.pi))
 

@@ -24,15 +24,9 @@ from pyro_vae.traces import Program
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a pair takes by position.
-
-    Attributes:
-        names: Names of the arguments, of the program that takes fewest.
-        required: How many have no default, in the program that needs most.
-        most: How many can be given; infinite with ``*args``.
-        masks: Positions of arguments called ``mask``.
-        defaults: Defaults by position.
-        keywords: Names that have no default and can only be given by keyword.
+    """What a pair takes by position: names of the arguments, of the program that takes fewest; how many have no
+    default, in the program that needs most; how many can be given, infinite with ``*args``; positions of arguments
+    called ``mask``; defaults by position; and names that have no default and can only be given by keyword.
     """
 
     names: tuple[str, ...]
@@ -43,16 +37,12 @@ class Arguments:
     keywords: tuple[str, ...] = ()
 
     def kept(self, batch: tuple[Any, ...], warn: bool = True, columns: bool = True) -> int:
-        """How many columns of a batch are arguments.
+        """How many columns of a batch are arguments; with `warn`, a warning of those that are left out.
 
-        Args:
-            batch: Its columns.
-            warn: Whether to warn of those that are left out.
-            columns: Whether somebody put these columns together for the pair, as a tuple; a loader has its own.
-        Raises:
-            ValueError: Fewer columns than arguments; a boolean column that is no mask of the data; a column that
-                would be handed to an option; an argument that is keyword-only; whole numbers first, and floats of
-                their shape beside them that would be left out.
+        `columns` says whether somebody put these together for the pair, as a tuple; a loader has its own. A ValueError
+        where there are fewer columns than arguments, a boolean one that is no mask of the data, one that would be
+        handed to an option, an argument that is keyword-only, or whole numbers first and floats of their shape left
+        out.
         """
         if self.keywords:
             named = ", ".join((*self.names, *self.keywords))
@@ -113,8 +103,7 @@ class Arguments:
             return not isinstance(x, Tensor) and not isinstance(mask, str | list)
         if mask.dtype != torch.bool:
             return mask.shape == x.shape and x.dim() > 1  # of x's shape: the program says that it wants booleans
-        fits = mask.shape == x.shape
-        if not fits:
+        if mask.shape != x.shape:
             raise ValueError(
                 f"got a boolean column of shape {tuple(mask.shape)} beside data of shape {tuple(x.shape)}, which the "
                 f"pair would take as its {self.names[i]!r}; wanted a mask of the shape of the data. Labels: "
@@ -129,10 +118,8 @@ def _placed(batch: tuple[Any, ...], keep: int) -> str:
 
 
 def arguments_of(*programs: Program) -> Arguments:
-    """What programs take by position, together.
+    """What programs take by position, together: functions, modules, methods, partials or handlers around them.
 
-    Args:
-        programs: Functions, modules, methods, partials or handlers around them.
     Example:
         >>> found = arguments_of(lambda x, mask=None: None, lambda x, mask=None, **_: None)
         >>> found.names, found.required, found.most, sorted(found.masks)
@@ -146,9 +133,8 @@ def arguments_of(*programs: Program) -> Arguments:
     names, defaults, most = min(known, key=lambda found: (found[2], len(found[0])))
     required = max(sum(i not in d for i in range(len(n))) for n, d, _ in known)
     masks = {i for n, _, _ in known for i, name in enumerate(n) if name == "mask" or name.endswith("_mask")}
-    longest = max((n for n, _, _ in known), key=len)
     return Arguments(
-        tuple(names) if len(names) >= required else tuple(longest),
+        tuple(names if len(names) >= required else max((n for n, _, _ in known), key=lambda n: len(list(n)))),
         required,
         most,
         frozenset(masks),
@@ -186,8 +172,7 @@ def _positional(program: Any) -> tuple[Sequence[str] | None, dict[int, Any], flo
     except (TypeError, ValueError):
         return None, {}, math.inf, ()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][taken:]
-    cut = next((i for i, p in enumerate(positional) if p.name in keywords), len(positional))
-    positional = positional[:cut]
+    positional = positional[: next((i for i, p in enumerate(positional) if p.name in keywords), len(positional))]
     endless = any(p.kind == p.VAR_POSITIONAL for p in parameters)
     defaults = {i: p.default for i, p in enumerate(positional) if p.default is not p.empty}
     only = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty and p.name not in keywords]

@@ -25,7 +25,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.arguments import Arguments, arguments_of
@@ -132,8 +132,15 @@ class Stream:
 
     def begin(self, number: int) -> None:
         """Start pass `number` anew, wherever the stream is: a fit that goes on needs nothing of the passes before."""
+        self._number = number
+        self._seed(apart(_TRAINING, self.seed, number))
+
+    def turn_aside(self, rank: int) -> None:
+        """Go on, in this pass, as the stream of one process."""
+        self._seed(apart(_TRAINING, self.seed, self._number, rank))
+
+    def _seed(self, seed: int) -> None:
         devices: list[Any] = ["cpu"] if self._cuda is None else ["cpu", self._cuda]
-        seed = apart(_TRAINING, self.seed, number)
         self._states = [torch.Generator(device=each).manual_seed(seed).get_state() for each in devices]
 
     def __enter__(self) -> None:
@@ -170,6 +177,7 @@ class Batches:
     Attributes:
         home: Where the data lie: on a GPU that is the device, where they take little of its memory.
         num_data: N; None of an iterable of batches.
+        own_rows: Whether the latest choice holds rows of this process; else it only fills the place (see `shard`).
     Raises:
         ValueError: No data, tensors of different length, nothing that can be batched, or, with programs, what the
             pair does not take: outside its supports, NaN, other shapes.
@@ -199,6 +207,9 @@ class Batches:
         self.origin: Any = data  # what two passes over the same data have in common
         self.loader: Iterable[Any] | None = None
         self.together = False
+        self.rank, self.size = 0, 1
+        self.own_rows = True
+        self.steps: int | None = None  # of a pass, of the process that has most of them
         self.shown: Rehearsal | None = None
         self._names: dict[Path, Sequence[str]] = {}
         self._foreign: set[int] = set()
@@ -241,10 +252,43 @@ class Batches:
         other.batch_size = batch_size
         return other
 
+    def shard(self, rank: int, size: int) -> None:
+        """Be the share of one of several processes from now on.
+
+        Each batch is one of ``size * batch_size`` rows in the order that all processes have, of which this one takes
+        its even part. An iterable of batches is this process's own; of a list of batches it takes every `size`-th.
+        Where others still have rows and this one has none left, it gets one that does not count (`own_rows`).
+
+        Raises:
+            ValueError: A loader that gives every process all data.
+        """
+        if isinstance(self.loader, list):
+            self.loader = self.loader[rank::size] or self.loader[:1]
+        if isinstance(self.loader, DataLoader) and not isinstance(self.loader.dataset, IterableDataset):
+            sampler: Any = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
+            if not isinstance(sampler, DistributedSampler):
+                raise ValueError(
+                    f"got a DataLoader in a fit of {size} processes, which would give each of them all data; wanted "
+                    "each one's own part. Pass sampler=torch.utils.data.DistributedSampler(dataset) to the loader, or "
+                    "the dataset itself to fit."
+                )
+        self.rank, self.size = rank, size
+
+    def begin(self, epoch: int) -> None:
+        """Start the pass of an epoch: the order of its data depends on nothing before."""
+        if isinstance(self.stream, Stream):
+            self.stream.begin(epoch)
+        sampler: Any = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(epoch)
+
     def __len__(self) -> int:
+        if self.steps is not None:
+            return self.steps
         if self.num_data is not None:
-            count = -(-self.num_data // self.batch_size)
-            return count - 1 if self.together and count > 1 and self.num_data % self.batch_size == 1 else count
+            whole = self.batch_size * self.size
+            count = -(-self.num_data // whole)
+            return count - 1 if self.together and count > 1 and 0 < self.num_data % whole < 2 * self.size else count
         try:
             return len(self.loader)  # type: ignore[arg-type]
         except TypeError:  # also a DataLoader, over a dataset of unknown length
@@ -266,16 +310,30 @@ class Batches:
                 if self.together and size == 1:
                     raise ValueError(_single(f"batch {number} of the loader has one datum"))
                 seen += size
-                yield self._placed(batch)
+                batch = self._placed(batch)
+                self.own_rows = True
+                yield batch
+            if self.steps is not None and number >= self.steps:
+                raise ValueError(
+                    f"the data gave {number + 1} batches in a pass, and {self.steps} when they were counted; wanted "
+                    "as many in each, since the processes of a fit take their steps together."
+                )
+            self.own_rows = False
+            for _ in range(number + 1, self.steps or 0):
+                yield batch
             return
         assert self.num_data is not None
         with self.stream:
             order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
-        parts = list(order.to(self.home).split(self.batch_size))
-        if self.together and len(parts) > 1 and len(parts[-1]) == 1:
+        if isinstance(self.stream, Stream) and self.size > 1:
+            self.stream.turn_aside(self.rank)  # what is drawn on the way is of each process
+        parts = list(order.to(self.home).split(self.batch_size * self.size))
+        if self.together and len(parts) > 1 and len(parts[-1]) < 2 * self.size:
             parts[-2:] = [torch.cat(parts[-2:])]
         for index in parts:
-            yield (index,)
+            own = index if self.size == 1 else index.tensor_split(self.size)[self.rank]
+            self.own_rows = len(own) > 0
+            yield (own if self.own_rows else index[:1],)
 
     def _loaded(self) -> Iterator[Any]:
         """What the loader gives; what it raises instead, with the batch and whose it is."""

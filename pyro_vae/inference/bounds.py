@@ -133,12 +133,11 @@ def iwae(particles: Particles) -> Tensor:
 
     Reference: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519
     """
-    log_weight = particles.log_weight
-    return torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
+    return _log_mean(particles.log_weight)
 
 
 @checked
-def renyi(alpha: float) -> Bound:
+def renyi(alpha: float) -> WeightBound:
     """Variational Renyi bound of order alpha, per datum.
 
         L_alpha(x) = 1 / (1 - alpha) log 1/K sum_k w_k^(1 - alpha)
@@ -191,7 +190,7 @@ def vr_max(particles: Particles) -> Tensor:
 
 
 @checked
-def miwae(num_groups: int) -> Bound:
+def miwae(num_groups: int) -> WeightBound:
     """Mean of M importance-weighted bounds of K / M samples each, per datum.
 
         L_{M, K/M}(x) = 1/M sum_m log M/K sum_{k in group m} w_k
@@ -222,7 +221,7 @@ def miwae(num_groups: int) -> Bound:
 
 
 @checked
-def ciwae(beta: float) -> Bound:
+def ciwae(beta: float) -> WeightBound:
     """Convex combination of the ELBO and the importance-weighted bound, per datum.
 
         L(x) = beta ELBO(x) + (1 - beta) IWAE_K(x)

@@ -48,7 +48,6 @@ from pyro_vae.inference.graphs import (
 from pyro_vae.inference.hardware import fast_matmul
 from pyro_vae.news import no_news_of_a_gpu
 
-_aten = torch.ops.aten
 _READS = (
     "item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__",
     "__dlpack__",
@@ -137,7 +136,13 @@ class Capture:
         drop_forked(graph)
         self.draws, self.live_noise = hoisted(graph)
         graph.eliminate_dead_code()
-        self._drop_unread(graph)
+        # Tensors that nothing reads any more go, too: one on another device would stand in a GPU's way.
+        read = [bool(node.users) for node in self._constant_nodes]
+        for node, used in zip(self._constant_nodes, read, strict=True):
+            if not used:
+                graph.erase_node(node)
+        self.constants = list(itertools.compress(self.constants, read))
+        self._constant_nodes = list(itertools.compress(self._constant_nodes, read))
         if not self._takes_args:
             graph.erase_node(next(iter(graph.nodes)))
         disowned(graph, self.results, [*args, *self.constants])
@@ -150,15 +155,6 @@ class Capture:
         """Results and gradients for new arguments, new noise, and the tensors as they are now."""
         with torch.no_grad(), fast_matmul(self.on_cpu):
             return self._run(*args, *self.constants, *[draw() for draw in self.draws])
-
-    def _drop_unread(self, graph: fx.Graph) -> None:
-        """Leave out tensors that nothing reads any more: one on another device would stand in a GPU's way."""
-        read = [bool(node.users) for node in self._constant_nodes]
-        for node, used in zip(self._constant_nodes, read, strict=True):
-            if not used:
-                graph.erase_node(node)
-        self.constants = [c for c, used in zip(self.constants, read, strict=True) if used]
-        self._constant_nodes = [node for node, used in zip(self._constant_nodes, read, strict=True) if used]
 
     def holds(self) -> bool:
         """Whether the tensors whose values gave a shape hold them still."""
@@ -343,8 +339,7 @@ def _owned(outputs: list[Tensor], shaped_like: list[Tensor]) -> list[Tensor]:
     for output, like in zip(outputs, shaped_like, strict=True):
         storage = output.untyped_storage().data_ptr()
         whole = output.numel() * output.element_size() == output.untyped_storage().nbytes()
-        fresh = storage not in seen and whole and output.stride() == like.stride()
-        if not fresh:
+        if not (storage not in seen and whole and output.stride() == like.stride()):
             output = torch.empty_like(like).copy_(output)
         seen.add(output.untyped_storage().data_ptr())
         owned.append(output.detach())

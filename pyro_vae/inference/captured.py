@@ -38,12 +38,7 @@ Noise = tuple[Tensor, dict[int, Tensor]]
 
 
 class Watched(Reach):
-    """What programs and loss read in Python, and the names in the param store.
-
-    Args:
-        programs: Pyro programs.
-        loss: A Pyro ELBO, or None.
-    """
+    """What programs, and a Pyro ELBO if there is one, read in Python, and the names in the param store."""
 
     def __init__(self, programs: Sequence[Program], loss: Any = None) -> None:
         super().__init__(*programs, settings_of=loss)
@@ -74,11 +69,8 @@ _conditions = operator.attrgetter(
 class Graph:
     """A capture and the conditions under which it holds.
 
-    Attributes:
-        replays: How often it has been replayed.
-        unchecked: Whether the next replay is to be compared with the programs.
-        tried: Whether a compiler has been tried on it.
-        seconds: Its fastest replay.
+    Counts its replays; says whether the next is to be compared with the programs (`unchecked`) and whether a compiler
+    was tried on it; and `seconds` are those of its fastest replay.
     """
 
     def __init__(self, capture: Capture, watched: Watched) -> None:
@@ -116,13 +108,8 @@ class Captured:
     """Graphs of calls by their kind, and what is known of kinds that have none.
 
     A call has ``tensors``, all else that it rests on as a ``key``, and ``advance(n)``, which counts such calls.
-
-    Attributes:
-        reason: Why the most recent call ran uncaptured, or None.
-        captures: Number of captures so far, of those that could be kept.
-        quiet: Leave out the lines that say why calls run uncaptured (not those that something is unproven or wrong).
-        unproven: Whether to capture programs that can read what cannot be watched.
-        check_every: Replays of unproven programs between two comparisons with the programs themselves.
+    `reason` says why the most recent one ran uncaptured, if it did; `captures` counts those that could be kept; the
+    options are those of `Compiled`.
     """
 
     unit, result = "call", "result"  # what is captured, and what is compared, in messages

@@ -4,13 +4,15 @@ After each epoch the whole state of a fit goes to one safetensors file: the tens
 model and guide, the optimiser's moments for each of them, the random state, the best
 weights so far, and (as JSON in the header) the history. Tensors are stored by name,
 since the order in which Pyro hands parameters over differs between processes. The file
-is replaced atomically, and reading it runs no code.
+is replaced atomically and carries a digest; the one before it is kept beside it and taken
+where it is damaged. Reading runs no code.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,11 +22,9 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyro_vae.atomic import replace_file
+from pyro_vae import seals
 from pyro_vae.parameters import plain_name
 from pyro_vae.traces import Program
 
@@ -90,6 +90,34 @@ class Sparing(os.PathLike[str]):
         return os.fspath(self.path)
 
 
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the latest one is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def keep_previous(path: Path) -> None:
+    """Keep a checkpoint that is to be replaced under its other name, without a moment in which there is none."""
+    if not path.exists():
+        return
+    beside = path.with_name(f".partial-{os.getpid()}-previous-{path.name}")
+    try:
+        os.link(path, beside)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, beside)
+    os.replace(beside, previous(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint of which the fit is done, and the one before it."""
+    previous(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    content, metadata = seals.read(path)
+    return content, json.loads(metadata[_METADATA])
+
+
 class Checkpoint:
     """The state of a fit on disk.
 
@@ -145,8 +173,8 @@ class Checkpoint:
             content[f"random/{device}"] = torch.cuda.get_rng_state(device)
         values = {"first": self.first_values, "last": self.values()}
         written = {"settings": self.settings, "values": values, "progress": dict(progress)}
-        header = {_METADATA: json.dumps(written)}
-        replace_file(self.path, lambda partial: save_file(content, str(partial), metadata=header))
+        keep_previous(self.path)
+        seals.save(self.path, content, {_METADATA: json.dumps(written)})
         self._written = time.perf_counter()
         self._cost = self._written - started
 
@@ -158,14 +186,7 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_METADATA])
-                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{self.path} is not a readable checkpoint ({error}). Remove it to start the fit afresh."
-            ) from error
+        content, header = self._content()
         for key, wanted in self.settings.items():
             found = header["settings"].get(key, _UNKNOWN)
             if found != wanted:
@@ -195,6 +216,24 @@ class Checkpoint:
                 moments.setdefault(owner, {})[key] = tensor.to(self.tensors[owner].device) if tensor.dim() else tensor
         best = {name.removeprefix("best/"): t for name, t in content.items() if name.startswith("best/")}
         return header["progress"], moments, best
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the file holds, or where it is damaged the one before it."""
+        try:
+            return _opened(self.path)
+        except (OSError, KeyError, ValueError) as error:
+            earlier, reason = previous(self.path), error
+        try:
+            found = _opened(earlier)
+        except (OSError, KeyError, ValueError):
+            raise ValueError(
+                f"{self.path} is not a readable checkpoint ({reason}). Remove it to start the fit afresh."
+            ) from reason
+        warnings.warn(
+            f"{self.path} is not a readable checkpoint ({reason}), so the fit goes on from the one before, {earlier}.",
+            stacklevel=5,
+        )
+        return found
 
     def _compare(self, written: Mapping[str, dict[str, str]]) -> None:
         """Refuse other constants than the fit had; warn where what it moved itself stands elsewhere."""

@@ -24,21 +24,12 @@ _WANTED = (
 def chosen(
     optimizer: Any, learning_rate: float | None, clip_norm: float | None, schedule: Any, epochs: int
 ) -> PyroOptim:
-    """The optimiser of a fit.
+    """The optimiser of a fit, whose other options these are.
 
-    A class is made into a `Fused` of the learning rate, which is 1e-3 when not given. An instance is taken over, with
-    its options, groups, rates and state; the schedule multiplies its rates. A ``PyroOptim`` is used as it is; what is
-    given beside it and has no effect is said.
-
-    Args:
-        optimizer: A torch optimiser class or instance, a ``PyroOptim``, or None for Adam.
-        learning_rate: That of `fit`.
-        clip_norm: That of `fit`.
-        schedule: That of `fit`.
-        epochs: Those of `fit`, in which a Pyro scheduler is stepped as often.
-    Raises:
-        ValueError: Anything else; an optimiser that evaluates the loss itself (LBFGS); a scheduler made for fewer
-            epochs.
+    A class, or None for Adam, is made into a `Fused` of the learning rate, which is 1e-3 when not given. An instance is
+    taken over, with its options, groups, rates and state; the schedule multiplies its rates. A ``PyroOptim`` is used as
+    it is; what is given beside it and has no effect is said. Anything else, an optimiser that evaluates the loss itself
+    (LBFGS), and a scheduler made for fewer epochs are a ValueError.
     """
     unused = {"learning_rate": learning_rate, "clip_norm": clip_norm}
     if isinstance(optimizer, PyroOptim):
@@ -78,13 +69,9 @@ def chosen(
 
 
 def end_epoch(optimizer: PyroOptim, record: Mapping[str, Any], settled: bool = True) -> None:
-    """Step a Pyro scheduler, if it is one, once.
+    """Step a Pyro scheduler, if it is one, once; of a plateau only where the record says something of the end.
 
-    Args:
-        optimizer: That of a fit.
-        record: The epoch's. ``ReduceLROnPlateau`` gets minus its validation bound, or its loss; the opposite where
-            its mode is "max".
-        settled: Whether the numbers of the record mean anything for the end, so that a plateau is one.
+    ``ReduceLROnPlateau`` gets minus the validation bound, or the loss; the opposite where its mode is "max".
     """
     if not isinstance(optimizer, PyroLRScheduler):
         return
@@ -100,9 +87,8 @@ def rate_of(optimizer: PyroOptim) -> float | None:
     """The learning rate as it stands, None where a ``PyroOptim`` has one for each tensor."""
     if isinstance(optimizer, Fused):
         return float(optimizer.current_rate)
-    if isinstance(optimizer, PyroLRScheduler) and optimizer.optim_objs:
-        return float(next(iter(optimizer.optim_objs.values())).optimizer.param_groups[0]["lr"])
-    return None
+    objects = list(optimizer.optim_objs.values()) if isinstance(optimizer, PyroLRScheduler) else []
+    return float(objects[0].optimizer.param_groups[0]["lr"]) if objects else None
 
 
 def optimizer_settings(optimizer: PyroOptim) -> dict[str, Any]:
@@ -110,9 +96,8 @@ def optimizer_settings(optimizer: PyroOptim) -> dict[str, Any]:
     if not isinstance(optimizer, Fused):
         return {"optimizer": type(optimizer)}
     options = {key: value for key, value in optimizer.options.items() if key != "lr"}
-    taken = optimizer.taken_groups()
     return {
-        "optimizer": (optimizer.constructor, taken if taken else options),
+        "optimizer": (optimizer.constructor, optimizer.taken_groups() or options),
         "learning_rate": optimizer.learning_rate,
         "clip_norm": optimizer.clip_norm,
     }

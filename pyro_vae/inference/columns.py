@@ -48,11 +48,7 @@ class _Array:
 
 
 def indices_of(indices: Sequence[int], size: int) -> Tensor:
-    """The indices of a ``Subset``, as numbers of rows.
-
-    Raises:
-        ValueError: One of no row.
-    """
+    """The indices of a ``Subset``, as numbers of rows; a ValueError for one of no row."""
     try:
         found = torch.as_tensor(indices)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -129,7 +125,8 @@ class _Items:
         except Unreadable:
             raise
         except Exception as error:
-            last = f"item {numbers[len(items)]}" if fetch is None else f"an item of {_few(numbers)}"
+            shown = ", ".join(map(str, numbers[:5])) + "..." * (len(numbers) > 5)
+            last = f"item {numbers[len(items)]}" if fetch is None else f"an item of {shown}"
             raise Unreadable(f"{last} of the dataset", self.items, error) from error
         return collated(items)
 
@@ -147,17 +144,8 @@ class Unreadable(ValueError):
         )
 
 
-def _few(numbers: Sequence[int]) -> str:
-    more = "..." if len(numbers) > 5 else ""
-    return ", ".join(map(str, numbers[:5])) + more
-
-
 def collated(items: Sequence[Any]) -> Any:
-    """Single data as one batch.
-
-    Raises:
-        ValueError: They cannot be stacked.
-    """
+    """Single data as one batch; a ValueError where they cannot be stacked."""
     items = [mapped(lambda _, x: tensor_of(x) if isinstance(x, np.ndarray) else x, item) for item in items]
     try:
         return default_collate(items)
@@ -186,13 +174,11 @@ def drawn(column: Any) -> bool:
 
 
 def column(data: Any) -> Any:
-    """One column of whatever holds it.
+    """One column of whatever holds it: a tensor (dense or sparse), array, frame, sparse matrix, AnnData, HDF5 dataset,
+    map-style dataset, a dict of columns, or anything with ``len`` that an index tensor turns into a batch.
 
-    Args:
-        data: A tensor (dense or sparse), array, frame, sparse matrix, AnnData, HDF5 dataset, map-style dataset, a dict
-            of columns, or anything with ``len`` that an index tensor turns into a batch.
-    Raises:
-        ValueError: Nothing that has rows of numbers.
+    Nothing that has rows of numbers is a ValueError.
+
     Example:
         >>> column(np.arange(3, dtype=">i2")[::-1])[torch.tensor([0, 2])]
         tensor([2, 0], dtype=torch.int16)
@@ -204,7 +190,7 @@ def column(data: Any) -> Any:
     if isinstance(data, np.generic | int | float | complex | bool | str | bytes) or data is None:
         raise _unknown(data)
     if hasattr(data, "tocsr") and hasattr(data, "toarray"):
-        return _sparse_column(data.tocsr() if len(data.shape) == 2 else data)
+        return _sparse_column(data)
     if isinstance(data, Mapping):
         if not data:
             raise ValueError("the data are empty; wanted at least one column in the dict.")
@@ -300,13 +286,10 @@ def _array_column(data: np.ndarray) -> Any:
 
 
 def _sparse_column(data: Any) -> Any:
-    if len(data.shape) == 1:
-        data = data.reshape(1, -1)
-        return _Array(data.tocsr().T.tocsr(), (data.shape[1],))
-    if len(data.shape) > 2:
-        shape = tuple(data.shape)
-        return _Array(data.reshape(shape[0], -1).tocsr(), shape)
-    return _Array(data.tocsr())
+    shape = tuple(data.shape)
+    if len(shape) == 1:
+        return _Array(data.reshape(1, -1).tocsr().T.tocsr(), shape)
+    return _Array(data.tocsr() if len(shape) == 2 else data.reshape(shape[0], -1).tocsr(), shape)
 
 
 def _frame_column(data: Any) -> Any:
@@ -411,8 +394,7 @@ def _indexed_column(data: Any) -> Any:
         return data
     with undisturbed():
         try:
-            two = data[torch.tensor([0, 0])]
-            if rows(two) == 2:
+            if rows(data[torch.tensor([0, 0])]) == 2:
                 return data
         except Exception:  # noqa: BLE001 - whatever a stranger raises for an index that it does not take
             pass

@@ -1,7 +1,7 @@
 """What does not go together is refused before training, with the reason and a remedy.
 
 A combination that trains in silence to a meaningless number is worse than one that
-fails. The rules are one table, so that a study can print it: each is a function of a
+fails. The rules are one table: each is a function of a
 `Case` (the pair, one batch, the loss, and what one run of the pair showed) to a reason, or
 None. Notes are what is allowed and should be known.
 """
@@ -51,16 +51,7 @@ _MANY_PASSES = 20_000
 class Case:
     """A pair, one batch, a loss, and what one run of each program showed.
 
-    Attributes:
-        model: The model.
-        guide: The guide.
-        batch: The arguments of both.
-        loss: The loss.
-        model_sites: The model's sample sites by name.
-        guide_sites: The guide's.
-        model_modules: Modules that the model ran.
-        guide_modules: Modules that the guide ran.
-        points: Guide sites that are points without a density.
+    Its sample sites by name, the modules that it ran, and the guide's sites that are points without a density.
     """
 
     model: Program
@@ -92,61 +83,24 @@ class Case:
 
     @property
     def rescoring(self) -> str:
-        """What it takes the guide to score a sample that it did not draw, as far as it says."""
-        return rescoring(self.guide, *self.guide_modules)
+        """What it takes the guide to score a sample that it did not draw; "" where the loss does not ask for that."""
+        loss = self.loss
+        asks = isinstance(loss, Objective) and needs_cut(loss.bound, loss.estimator)
+        return rescoring(self.guide, *self.guide_modules) if asks else ""
 
 
 def check(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> bool:
-    """Refuse what does not go together, warn of what should be known.
-
-    Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        batch: The arguments of both.
-        loss: A Pyro ELBO or an `Objective`.
-    Returns:
-        Whether the guide has a point site, and so no bound.
-    Raises:
-        ValueError: The first reason of `reasons`.
+    """Refuse what does not go together by a ValueError, warn of what should be known; whether the guide has a point
+    site.
     """
     case = examine(model, guide, batch, loss)
-    for rule in RULES:
-        reason = rule(case)
-        if reason is not None:
-            raise ValueError(reason)
+    reason = next((found for rule in RULES if (found := rule(case)) is not None), None)
+    if reason is not None:
+        raise ValueError(reason)
     for note in NOTES:
-        text = note(case)
-        if text is not None:
+        if (text := note(case)) is not None:
             warnings.warn(text, stacklevel=4)
     return case.point is not None
-
-
-def reasons(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> list[str]:
-    """Why this combination is refused; an empty list if it is not.
-
-    The loss is evaluated once where nothing else speaks against it.
-
-    Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        batch: The arguments of both.
-        loss: A Pyro ELBO or an `Objective`.
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> from pyro.infer import Trace_ELBO
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Poisson(x.exp()))
-        >>> reasons(model, guide, (torch.zeros(3),), Trace_ELBO())[0][:58]
-        "guide site 'z' (Poisson) is discrete, and the prior is con"
-    """
-    case = examine(model, guide, batch, loss)
-    found = [reason for rule in RULES[:-1] if (reason := rule(case)) is not None]
-    last = None if found else RULES[-1](case)
-    return found if last is None else [last]
 
 
 def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -> Case:
@@ -193,8 +147,7 @@ def rows_held(guide: Program) -> tuple[str, int] | None:
     """
     trace = getattr(guide, "prototype_trace", None) if isinstance(guide, AutoGuide) else None
     # Some of Pyro's guides keep nodes in it that are no sites.
-    nodes = () if trace is None else [(n, s) for n, s in trace.nodes.items() if s.get("type") == "sample"]
-    for name, site in nodes:
+    for name, site in () if trace is None else [(n, s) for n, s in trace.nodes.items() if s.get("type") == "sample"]:
         if site["is_observed"] or is_subsample(site["fn"]):
             continue
         for frame in site["cond_indep_stack"]:
@@ -237,10 +190,6 @@ def _not_drawn(case: Case) -> str | None:
     return None
 
 
-def _auxiliary(case: Case) -> str | None:
-    return undetermined(case.guide, case.guide_sites.values(), case.batch, {})
-
-
 def _supports(case: Case) -> str | None:
     for name, site in case.guide_sites.items():
         prior = case.model_sites.get(name)
@@ -254,32 +203,29 @@ def _supports(case: Case) -> str | None:
                 "and prior the same latent_dim."
             )
         try:
-            ours, theirs = _plain(q.support), _plain(p.support)
+            (ours, mine), (theirs, other) = _bare(q.support), _bare(p.support)
         except NotImplementedError:
             continue
         if ours.is_discrete != theirs.is_discrete:
             words = ("discrete", "continuous") if ours.is_discrete else ("continuous", "discrete")
             return f"{who} is {words[0]}, and the prior is {words[1]} ({kind(p)}). Give both the same support."
-        thin = {_name(ours), _name(theirs)} & _THIN
+        thin = {mine, other} & _THIN
         value = site["value"]
         outside = not bool(value.isnan().any()) and not bool(p.support.check(value).all())
-        if (thin and _name(ours) != _name(theirs)) or outside:
+        if (thin and mine != other) or outside:
             return (
-                f"{who} has the support {_name(ours)}, and the prior ({kind(p)}) the support {_name(theirs)}: the "
+                f"{who} has the support {mine}, and the prior ({kind(p)}) the support {other}: the "
                 "divergence between them is infinite or undefined. Give both the same support, such as VonMisesFisher "
                 "with HypersphericalUniform, or DiagonalNormal with StandardNormal."
             )
     return None
 
 
-def _plain(support: Any) -> Any:
+def _bare(support: Any) -> tuple[Any, str]:
+    """A support of single numbers or whole events, and its name."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support
-
-
-def _name(support: Any) -> str:
-    return type(support).__name__.strip("_").lower()
+    return support, type(support).__name__.strip("_").lower()
 
 
 def _masks(case: Case) -> str | None:
@@ -401,10 +347,9 @@ def _renyi_of_fixed(case: Case) -> str | None:
 
 
 def _rescoring(case: Case) -> str | None:
-    loss = case.loss
-    if not isinstance(loss, Objective) or not needs_cut(loss.bound, loss.estimator) or case.rescoring != "impossible":
+    if case.rescoring != "impossible":
         return None
-    name = case.latents[0] if case.latents else "?"
+    name, loss = (case.latents or ["?"])[0], case.loss
     bound = getattr(loss.bound, "__name__", repr(loss.bound))
     which = f"estimator={loss.estimator!r}" if loss.estimator != "reparameterized" else f"the objective {bound}"
     return (
@@ -429,7 +374,7 @@ def _first_step(case: Case) -> str | None:
 RULES: tuple[Callable[[Case], str | None], ...] = (
     _no_density,
     _not_drawn,
-    _auxiliary,
+    lambda case: undetermined(case.guide, case.guide_sites.values(), case.batch, {}),
     _supports,
     _masks,
     _batch_norm,
@@ -443,12 +388,11 @@ RULES: tuple[Callable[[Case], str | None], ...] = (
 
 
 def _slow(case: Case) -> str | None:
-    loss = case.loss
-    if not isinstance(loss, Objective) or not needs_cut(loss.bound, loss.estimator) or case.rescoring != "D passes":
+    if case.rescoring != "D passes":
         return None
     return (
         "this posterior scores a sample that it did not just draw in D passes, one per latent dimension, and "
-        f"{loss!r} asks for that in every step. It will train slowly; a coupling flow needs one pass."
+        f"{case.loss!r} asks for that in every step. It will train slowly; a coupling flow needs one pass."
     )
 
 

@@ -133,14 +133,11 @@ class Compiled(Captured, ELBO):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """The loss as a number; its gradients are added to the parameters' ``.grad``."""
         step = Step.of(model, guide, args, kwargs)
-        graph = self._ready(step)
-        if graph is not None:
-            value = self._replay(graph, step)
-            if value is not None:
-                graph.announce()
-        else:
-            value = self._capture(step) if self._capturable(step) else None
-        return self._eagerly(step) if value is None else value.item()
+        value = self._by_graph(step)
+        if value is not None:
+            return value.item()
+        with own_parameters(model, guide):
+            return self.inner.loss_and_grads(model, guide, *args, **kwargs)
 
     def train(
         self, model: Program, guide: Program, tensors: Sequence[Tensor], training: TrainingStep
@@ -155,13 +152,7 @@ class Compiled(Captured, ELBO):
             nothing done, where there is no graph for such a step yet: take an ordinary step.
         """
         step = Step.of(model, guide, tuple(tensors), {}, training)
-        graph = self._ready(step)
-        if graph is not None:
-            value = self._replay(graph, step)
-        elif self._capturable(step):
-            value = self._capture(step)
-        else:
-            value = None
+        value = self._by_graph(step)
         if value is None:
             return None
         return value, [] if training.update is not None else self._leaves
@@ -173,6 +164,16 @@ class Compiled(Captured, ELBO):
 
     def _get_trace(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("Compiled replays graphs; the traces are those of the loss inside.")
+
+    def _by_graph(self, step: Step) -> Tensor | None:
+        """The loss by a graph, or while one is made; None, with nothing done, where there is none for such a step."""
+        graph = self._ready(step)
+        if graph is None:
+            return self._capture(step) if self._capturable(step) else None
+        value = self._replay(graph, step)
+        if value is not None and step.training is None:
+            graph.announce()
+        return value
 
     def _ready(self, step: Step) -> LossGraph | None:
         graph = None if step.key is None else self._graphs.get(step.key)
@@ -205,7 +206,12 @@ class Compiled(Captured, ELBO):
             self.inner.last_bound = results[1]
         if len(results) > offset:
             self._leaves = graph.trained
-            _add_gradients(graph.capture.leaves, results[offset:])
+            for leaf, gradient in zip(graph.capture.leaves, results[offset:], strict=True):
+                if leaf.grad is None:
+                    leaf.grad = gradient
+                else:
+                    with torch.no_grad():
+                        leaf.grad.add_(gradient)
         return results[0]
 
     def _agree(self, results: Sequence[Tensor], expected: list[Tensor] | None) -> bool:
@@ -230,8 +236,7 @@ class Compiled(Captured, ELBO):
         return [value.double().sum()] if torch.isfinite(value).all() else None
 
     def _compile(self, graph: LossGraph, step: Step) -> bool:
-        done = super()._compile(graph, step)
-        if done:
+        if done := super()._compile(graph, step):
             self._record(graph, step)
         return done
 
@@ -261,10 +266,6 @@ class Compiled(Captured, ELBO):
             return False
         return self._ripe(step, lambda: Watched((step.model, step.guide)))
 
-    def _eagerly(self, step: Step) -> Any:
-        with own_parameters(step.model, step.guide):
-            return self.inner.loss_and_grads(step.model, step.guide, *step.args, **step.kwargs)
-
     def _refuse(self, step: Step, reason: str) -> None:
         if step.training is None or step.training.last:
             super()._refuse(step, reason)
@@ -291,8 +292,7 @@ class Compiled(Captured, ELBO):
         beta = self._beta()
         live = None if beta == 1 else torch.tensor(float(beta), dtype=torch.float64)
         with self._alone(beta, live):
-            update = None if step.training is None else step.training.update
-            written = self._write_down(step, watched, function, update)
+            written = self._write_down(step, watched, function, None if step.training is None else step.training.update)
         if written is None:
             return None
         results, graph = written
@@ -315,15 +315,6 @@ class Compiled(Captured, ELBO):
             _PYRO_STACK[:] = outer
             if live is not None:
                 self.inner.beta = beta
-
-
-def _add_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        if leaf.grad is None:
-            leaf.grad = gradient
-        else:
-            with torch.no_grad():
-                leaf.grad.add_(gradient)
 
 
 def _neutral_handlers() -> bool:

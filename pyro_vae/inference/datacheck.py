@@ -42,16 +42,11 @@ class _Look(NamedTuple):
 
 
 class DataCheck:
-    """Looks at batches, and refuses what the model cannot have drawn.
+    """Looks at batches, and refuses what the model cannot have drawn, by what one run of the pair on one batch showed.
 
-    Args:
-        programs: The pair.
-        shown: What one run of it showed.
-        batch: The batch of that run.
-        masks: Positions of columns that are masks of the first.
-        names: Names of the columns of a table, by leaf.
-    Attributes:
-        tolerated: Whether values outside a support were seen that the pair leaves out, which Pyro's validation refuses.
+    `masks` are positions of columns that are masks of the first, and `names` those of the columns of a table, by leaf.
+    `tolerated` says whether values outside a support were seen that the pair leaves out, which Pyro's validation
+    refuses.
     """
 
     def __init__(
@@ -62,7 +57,8 @@ class DataCheck:
         self.rules = {} if shown is None or shown.error is not None else rules(shown, batch)
         self.masks, self.names = masks, names or {}
         self.tolerated = False
-        self._ran = None if shown is None or shown.error is not None or not _has_rows(batch) else at(batch, slice(1))
+        has_rows = any(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) for _, leaf in leaves(batch))
+        self._ran = at(batch, slice(1)) if shown is not None and shown.error is None and has_rows else None
         self._range: dict[Path, tuple[float, float]] = {}  # of whole numbers that the pair has run on
         for path, leaf in leaves(batch) if self._ran is not None else ():
             if isinstance(leaf, Tensor) and leaf.numel() and leaf.dtype != torch.bool and not leaf.is_floating_point():
@@ -74,14 +70,10 @@ class DataCheck:
             self._made({name: site for name, site in shown.sites.items() if site["is_observed"]}, covered)
 
     def __call__(self, batch: tuple[Any, ...], where: Callable[[int], str], at_once: int = 128) -> None:
-        """Look at one batch.
+        """Look at one batch, as the programs will get it; `where` names a row, and `at_once` suspected rows are run
+        together.
 
-        Args:
-            batch: As the programs will get it.
-            where: How to name a row.
-            at_once: Suspected rows that the pair is run on together.
-        Raises:
-            ValueError: A value outside its support, NaN or infinite, with row, column, value and remedy.
+        A value outside its support, NaN or infinite is a ValueError, with row, column, value and remedy.
         """
         for path, leaf in leaves(batch):
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.numel() and leaf.dtype != torch.bool:
@@ -236,10 +228,6 @@ class DataCheck:
         if names is not None and len(spot) == 1:
             return f"{named}, column {names[spot[0]]!r}"
         return f"{named}, column {spot[0] if len(spot) == 1 else spot}"
-
-
-def _has_rows(batch: tuple[Any, ...]) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) for _, leaf in leaves(batch))
 
 
 def _rows_with(bad: Tensor) -> Tensor:

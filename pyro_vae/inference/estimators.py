@@ -62,27 +62,21 @@ class Coefficients(NamedTuple):
 def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | None:
     """A bound with its derivatives, or None where it is not a function of the log weights alone.
 
-    Bounds of your own are differentiated by autograd (K backward passes of a (K, B) table
-    for the doubly-reparameterised coefficient).
+    Bounds of your own are differentiated by autograd (K backward passes of a (K, B) table for the
+    doubly-reparameterised coefficient). One that does not take K samples is a ValueError.
 
-    Args:
-        bound: Particles to one number per datum.
-        num_samples: K.
-    Raises:
-        ValueError: The bound does not take K samples.
     Example:
         >>> from pyro_vae.inference.bounds import reconstruction
         >>> weight_bound(reconstruction, 2) is None
         True
     """
-    for known, with_derivatives in ((elbo, ELBO), (iwae, IWAE), (vr_max, VR_MAX)):
-        if bound is known:
-            return with_derivatives
-    if isinstance(bound, SplitBound):
-        for side in (bound.report, bound.model, bound.guide):
+    pairs = ((elbo, ELBO), (iwae, IWAE), (vr_max, VR_MAX))
+    known = next((own for plain, own in pairs if bound is plain), bound)
+    if isinstance(known, WeightBound | SplitBound):
+        for side in (known.report, known.model, known.guide) if isinstance(known, SplitBound) else (bound,):
             if isinstance(side, WeightBound):
                 side.value(torch.zeros(num_samples, 1))
-        return bound
+        return known
     if isinstance(bound, WeightBound):
         bound.value(torch.zeros(num_samples, 1))
         return bound
@@ -105,10 +99,9 @@ def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | N
 
 
 def refusal(bound: Bound, estimator: str, num_samples: int) -> str | None:
-    """Why a bound and an estimator do not go together, None where they do.
+    """Why a bound and an estimator do not go together, None where they do; a bound that does not take K is a
+    ValueError.
 
-    Raises:
-        ValueError: The bound does not take K samples.
     Example:
         >>> refusal(vr_max, "doubly-reparameterized", 8)[:42]
         'doubly-reparameterized needs a bound whose'
@@ -162,15 +155,10 @@ def needs_path(bound: Bound, estimator: str) -> bool:
 def coefficients(
     bound: WeightBound | SplitBound, estimator: str, log_weight: Tensor, beta: float | Tensor = 1.0
 ) -> Coefficients:
-    """The estimator's coefficients for given log weights.
+    """The estimator's coefficients a, c and s, without gradient, for given log weights, (K, B).
 
-    Args:
-        bound: The bound, with its derivatives.
-        estimator: One of `ESTIMATORS`.
-        log_weight: log w, (K, B), tempered where beta is not 1.
-        beta: Weight of log q within log w, to which -g belongs.
-    Returns:
-        a, c and s, without gradient.
+    `log_weight` is tempered where beta is not 1: the weight of log q within it, to which -g belongs.
+
     Example:
         >>> coefficients(IWAE, "doubly-reparameterized", torch.zeros(2, 1)).path.flatten()
         tensor([0.2500, 0.2500])
@@ -179,12 +167,10 @@ def coefficients(
     model = bound.model if isinstance(bound, SplitBound) else bound
     guide = bound.guide if isinstance(bound, SplitBound) else bound
     joint = None if model is None else model.gradient(log_weight)
-    if isinstance(guide, Wake):
-        if estimator == "doubly-reparameterized":
-            return Coefficients(joint, guide.path(log_weight), None)
-        return Coefficients(joint, None, guide.share(log_weight))
     if estimator == "doubly-reparameterized":
         return Coefficients(joint, guide.path(log_weight), None)
+    if isinstance(guide, Wake):
+        return Coefficients(joint, None, guide.share(log_weight))
     gradient = guide.gradient(log_weight)
     if estimator == "sticking-the-landing":
         return Coefficients(joint, gradient, None)
@@ -194,13 +180,8 @@ def coefficients(
 
 
 def advantage(bound: Bound, particles: Particles) -> Tensor:
-    """L - b_k, (K, B): the bound less itself with sample k replaced by the mean of the others.
+    """L - b_k, (K, B): the bound less itself with sample k replaced by the mean of the others; L itself at K = 1.
 
-    Args:
-        bound: Particles to one number per datum.
-        particles: Log densities of K samples for B data.
-    Returns:
-        Without gradient; L itself at K = 1.
     Example:
         >>> advantage(elbo, Particles(torch.tensor([[0.0], [2.0]]), {}, {}, {})).flatten()
         tensor([-1.,  1.])

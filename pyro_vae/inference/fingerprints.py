@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._trust import MISSING, contents
 from pyro_vae.parameters import plain_name
 from pyro_vae.reach import Reach
 
@@ -57,13 +58,10 @@ def program_fingerprint(program: Any) -> str:
 
 
 def program_values(*roots: Any, but: Iterable[Tensor] = ()) -> dict[str, str]:
-    """What programs read from Python, a line for each place: numbers, texts, code, arrays and tensors.
+    """What programs, and functions that shape a fit, read from Python, by the name of the place, such as
+    ``state['beta']``.
 
-    Args:
-        *roots: Programs, and functions that shape a fit, such as a schedule.
-        but: Tensors that are told apart otherwise, such as parameters.
-    Returns:
-        Lines by the name of the place, such as ``state['beta']``; empty where more is reached than can be looked at.
+    `but` are tensors that are told apart otherwise. Empty where more is reached than can be looked at.
     """
     reach = Reach(*roots)
     if reach.full:
@@ -72,13 +70,12 @@ def program_values(*roots: Any, but: Iterable[Tensor] = ()) -> dict[str, str]:
     for name, value in reach.values():
         if id(value) in known or _BOOKS.search(name):
             continue
-        line = f"code #{_digest(_bytes(value))}" if isinstance(value, types.CodeType) else fingerprint(value)
         place, several = plain_name(name), 1
         key = place
         while key in found:
             several += 1
             key = f"{place} ({several})"
-        found[key] = line
+        found[key] = f"code #{_digest(_bytes(value))}" if isinstance(value, types.CodeType) else fingerprint(value)
     return found
 
 
@@ -132,15 +129,12 @@ def _object(value: Any, path: tuple[int, ...]) -> str:
         return f"{_name(type(value))}({_described(value.X, path)})"
     if hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__getitem__"):  # of HDF5 or zarr
         return f"{_name(type(value))}({_array(value, path)})"
-    state = getattr(value, "__dict__", None) or {name: getattr(value, name, None) for name in _slots(value)}
+    slots = getattr(type(value), "__slots__", ())
+    slots = (slots,) if isinstance(slots, str) else slots
+    state = getattr(value, "__dict__", None) or {name: getattr(value, name, None) for name in slots}
     public = {key: part for key, part in state.items() if not key.startswith("_") and key not in _PASSING}
     length = [f"len={len(value)}"] if hasattr(value, "__len__") else []
     return f"{_name(type(value))}({', '.join([*length, *([_pairs(public, path)] if public else [])])})"
-
-
-def _slots(value: Any) -> Iterable[str]:
-    slots = getattr(type(value), "__slots__", ())
-    return (slots,) if isinstance(slots, str) else slots
 
 
 def _pairs(mapping: Mapping[Any, Any], path: tuple[int, ...]) -> str:
@@ -194,12 +188,9 @@ def _module(module: nn.Module) -> str:
 
 
 def _function(value: types.FunctionType, path: tuple[int, ...]) -> str:
-    bound = []
-    for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-        try:
-            bound.append(f"{name}={_described(cell.cell_contents, path)}")
-        except ValueError:  # not filled yet
-            continue
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    held = ((name, contents(cell)) for name, cell in cells)
+    bound = [f"{name}={_described(part, path)}" for name, part in held if part is not MISSING]
     defaults = [_described(default, path) for default in value.__defaults__ or ()]
     named = [f"{key}={_described(part, path)}" for key, part in (value.__kwdefaults__ or {}).items()]
     ours = value.__module__.partition(".")[0] in _OURS

@@ -17,6 +17,7 @@ _aten = torch.ops.aten
 _FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_")
 _LIKES = ("rand_like", "randn_like", "randint_like")
 _FACTORIES = ("rand", "randn", "randint", "randperm")
+_EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
 _WARM_UP = 3  # runs before recording, in which kernels are loaded and chosen
 _SMALL = 4096  # numbers of a mask that are compared before each replay
 
@@ -163,7 +164,9 @@ def _draw(node: fx.Node) -> Draw | None:
         first = rest.pop(0)
         assert isinstance(first, fx.Node)
         value = first.meta.get("val")
-        if value is None or (name in _FILLS and (len(first.users) > 1 or not _is_empty(first))):
+        if value is None or (
+            name in _FILLS and (len(first.users) > 1 or getattr(first.target, "overloadpacket", None) not in _EMPTY)
+        ):
             return None
         like = (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
     elif name not in _FACTORIES and target is not _aten.normal.float_float:
@@ -171,10 +174,6 @@ def _draw(node: fx.Node) -> Draw | None:
     if any(isinstance(a, fx.Node) for a in (*rest, *node.kwargs.values())):
         return None
     return Draw(target, like, tuple(rest), dict(node.kwargs))
-
-
-def _is_empty(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
 
 
 def written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -226,22 +225,12 @@ def split_biases(graph: fx.Graph) -> None:
 class CudaGraph:
     """A function of tensors on one GPU, recorded and played back: a whole step for the price of one launch.
 
-    On a GPU a small network's step is a hundred kernels of a few microseconds each, and
-    launching them from Python takes longer than running them. A CUDA graph records the
-    launches once, with their addresses, and plays them back. What varies between steps (the
-    batch or its index, the noise) is therefore copied to fixed places first; parameters,
-    moments and buffers are read and written where they are. If one of them has moved, the
-    launches are recorded anew.
-
-    Args:
-        run: From tensors to tensors, all on one GPU, without a look at any value.
-        inputs: What it is recorded on.
-        fixed: Which of the inputs are always the same tensor, read and written in place.
-        mutated: The tensors that it changes; they are left as they were.
-    Attributes:
-        recordings: How often the launches were recorded.
-    Raises:
-        RuntimeError: A tensor on another device, or what CUDA cannot record.
+    On a GPU a small network's step is a hundred kernels of a few microseconds each, and launching them from Python
+    takes longer than running them. A CUDA graph records the launches once, with their addresses, and plays them back.
+    What varies between steps (the batch or its index, the noise) is therefore copied to fixed places first; what is
+    `fixed` (parameters, moments, buffers) is read and written where it is, and what is `mutated` is left as it was by
+    the recording. If one of them has moved, the launches are recorded anew; `recordings` counts that. A tensor on
+    another device, or what CUDA cannot record, is a RuntimeError.
 
     Reference: docs.pytorch.org/docs/stable/notes/cuda.html, CUDA Graphs.
     """

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pyro_vae.precision import current, kept
+
 PRECISIONS = ("highest", "high", "medium", "bfloat16")
 
-_LINEAR = {F.linear}
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 }  # fmt: skip
@@ -52,14 +53,9 @@ def matmul_precision(name: str | None) -> Iterator[None]:
         raise ValueError(f"unknown matmul_precision {name!r}, wanted one of {', '.join(PRECISIONS)}.")
     if name == "bfloat16":
         _say_if_slow()
-    before = torch.get_float32_matmul_precision()
-    if name not in (None, "bfloat16"):
-        torch.set_float32_matmul_precision(name)
-    try:
-        with _BFloat16Layers() if name == "bfloat16" else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    layers = _BFloat16Layers() if name == "bfloat16" else contextlib.nullcontext()
+    with kept(None if name == "bfloat16" else name), layers:
+        yield
 
 
 def multiplies_bfloat16() -> bool:
@@ -102,12 +98,9 @@ class _BFloat16Layers(TorchFunctionMode):
         super().__exit__(*args)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _LINEAR:
-            return _rounded(func, False, *args, **kwargs)
-        if func in _CONVOLUTIONS:
-            return _rounded(func, True, *args, **kwargs)
-        return func(*args, **kwargs)
+        if func is F.linear or func in _CONVOLUTIONS:
+            return _rounded(func, func in _CONVOLUTIONS, *args, **kwargs or {})
+        return func(*args, **kwargs or {})
 
 
 def _rounded(
@@ -125,25 +118,16 @@ def _rounded(
 @contextlib.contextmanager
 def fast_matmul(on_cpu: bool) -> Iterator[None]:
     """oneDNN's matrix products where they are as exact as torch's default: on AMD they take half the time."""
-    if not on_cpu or torch.get_float32_matmul_precision() != "highest" or not _medium_is_exact():
+    with kept("medium" if on_cpu and current().name == "highest" and _medium_is_exact() else None):
         yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @functools.cache
 def _medium_is_exact() -> bool:
     """Whether "medium" keeps float32 on this CPU: it does where there is no matrix unit for bfloat16."""
     a, b = (torch.arange(256.0 * 256).add(shift).sin().view(256, 256) for shift in (0, 1))
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with kept("medium"):
         error = (a @ b - (a.double() @ b.double())).abs().max().item()
-    finally:
-        torch.set_float32_matmul_precision("highest")
     return error < 1e-4  # bfloat16 is off by more than 1e-2 here
 
 

@@ -153,7 +153,9 @@ class Objective(ELBO):
                 f"guide site {particles.points[0]!r} is a point (Delta) without a density, so estimator="
                 f"{self.estimator!r} has nothing to score. Use estimator='reparameterized'."
             )
-        log_q = _log_q(particles) if cut is not None else particles.log_likelihood
+        log_q = particles.log_likelihood
+        if cut is not None:
+            log_q = functools.reduce(torch.add, particles.log_q.values(), log_q.new_zeros(()))
         plain = particles
         if not _is_one(self.beta):
             if self.bound is not elbo:
@@ -236,10 +238,6 @@ def _tempered(particles: Particles, beta: float | Tensor) -> Particles:
     )
 
 
-def _log_q(particles: Particles) -> Tensor:
-    return functools.reduce(torch.add, particles.log_q.values(), particles.log_likelihood.new_zeros(()))
-
-
 @checked
 def mean_bound(
     model: Program,
@@ -254,17 +252,8 @@ def mean_bound(
 ) -> float:
     """A bound averaged over data, at fixed noise and in evaluation mode, in nats per datum.
 
-    Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        data: As for `fit`, or `Batches` of them.
-        bound: The bound.
-        num_samples: K.
-        batch_size: Data scored at a time.
-        device: Where the batches go; where the modules are when not given.
-        seed: Seed of the noise, so that epochs are compared on the same draws.
-    Returns:
-        The mean over the data.
+    Data are as for `fit`, or `Batches` of them, and `batch_size` of them are scored at a time; the seed is that of the
+    noise, so that epochs are compared on the same draws. Batches go where the modules are, if no device is given.
     """
     objective = Objective(bound, num_samples)
     place = device_of(model, guide) if device is None else device

@@ -62,6 +62,8 @@ class Fused(PyroOptim):
         scale: What the loss is a multiple of, such as the scale of a plate; 1 if nobody says.
         parameters: The tensors that had a gradient so far.
         count: Steps taken.
+        exchange: Takes the tensors that have a gradient before each step, puts the gradients to step along in their
+            place, and returns those that have one then: how processes put theirs together.
     Raises:
         ValueError: A learning rate or clip_norm that is not positive.
     Example:
@@ -97,15 +99,14 @@ class Fused(PyroOptim):
         self.count = 0
         self._even = True  # whether all parameters took part in every step
         self._update: Update | None = None
+        self.exchange: Callable[[list[Tensor]], list[Tensor]] | None = None
 
     @classmethod
     def taking(cls, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Fused:
         """Step with an optimiser that is there: its algorithm, options, groups, rates and state.
 
-        Gradients that lie on its parameters are dropped, since a step would use them.
-
-        Raises:
-            ValueError: In the first step, a parameter that has a gradient and is not in the optimiser.
+        Gradients that lie on its parameters are dropped, since a step would use them. A parameter that has one in the
+        first step and is not in the optimiser is a ValueError then.
         """
         optimizer.zero_grad(set_to_none=True)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -119,6 +120,8 @@ class Fused(PyroOptim):
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Step all parameters that have a gradient; new ones join the optimiser."""
         params = [p for p in params if p.grad is not None]
+        if self.exchange is not None:
+            params = self.exchange(params)
         new = [p for p in params if p not in self.parameters]
         if new:
             self._join(new)
@@ -136,7 +139,11 @@ class Fused(PyroOptim):
     @property
     def current_rate(self) -> float:
         """The learning rate of the first group, as it stands."""
-        return self.learning_rate * self._factor if self._optimizer is None else self._optimizer.param_groups[0]["lr"]
+        return self._groups[0]["lr"] if self._groups else self.learning_rate * self._factor
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self._optimizer is None else self._optimizer.param_groups
 
     def set_learning_rate(self, factor: float) -> None:
         """Scale the initial learning rate by a factor, for parameters yet to join as well.
@@ -145,7 +152,7 @@ class Fused(PyroOptim):
         """
         unchanged = self._rates is not None and factor == self._factor
         self._factor = factor
-        for index, group in enumerate(self._optimizer.param_groups if self._optimizer is not None else ()):
+        for index, group in enumerate(self._groups):
             if not unchanged:
                 group["lr"] = (self.learning_rate if self._rates is None else self._rates[index]) * factor
 
@@ -156,26 +163,26 @@ class Fused(PyroOptim):
 
     def taken_groups(self) -> list[dict[str, Any]]:
         """The options of each group of an optimiser that was taken over; [] of one of our own."""
-        if self._rates is None or self._optimizer is None:
+        if self._rates is None:
             return []
-        own = [{k: v for k, v in group.items() if k not in _MACHINE} for group in self._optimizer.param_groups]
+        own = [{k: v for k, v in group.items() if k not in _MACHINE} for group in self._groups]
         return [options | {"lr": rate} for options, rate in zip(own, self._rates, strict=True)]
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """What a step inside of a graph has as constants: the options of all groups but the rate."""
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        return tuple(value for group in groups for key, value in group.items() if key not in _WRITTEN)
+        return tuple(value for group in self._groups for key, value in group.items() if key not in _WRITTEN)
 
     def inside(self) -> Update | None:
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
 
-        None where there is no such form: before the first step, for another algorithm than Adam and AdamW, where
-        parameters took part in different numbers of steps, or where an option changes the algorithm. An option that
-        changes needs another graph; where some do again and again, as under a cycle of momenta, there is none either.
+        None where there is no such form: before the first step, between processes, for another algorithm than Adam and
+        AdamW, where parameters took part in different numbers of steps, or where an option changes the algorithm. An
+        option that changes needs another graph; where some do again and again, as under a cycle of momenta, there is
+        none either.
         """
         optimizer = self._optimizer
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even:
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even or self.exchange is not None:
             return None
         assert optimizer is not None
         (group, *more) = optimizer.param_groups
@@ -206,7 +213,7 @@ class Fused(PyroOptim):
             return {} if self._pending is None else self._pending
         named: dict[str, Tensor] = {}
         groups = []
-        for index, group in enumerate(self._optimizer.param_groups):
+        for index, group in enumerate(self._groups):
             members = [p for p in group["params"] if p in self.parameters]
             names = [next(iter(names_of(p)), f"a parameter of shape {tuple(p.shape)}") for p in members]
             for name, p in zip(names, members, strict=True):
@@ -228,11 +235,8 @@ class Fused(PyroOptim):
         """Take up what `get_state` gave: now for parameters that are known, for others when they join.
 
         The learning rate and all other options of the algorithm are then those of the state. Names of programs that
-        this package numbers (Model1, Model2) are the same but for the number.
-
-        Raises:
-            ValueError: Not a state of `Fused`, or of another algorithm. Later, when the parameters are known: they
-                are others than the state's.
+        this package numbers (Model1, Model2) are the same but for the number. What is no state of `Fused`, or of
+        another algorithm, or, when the parameters are known, of others, is a ValueError.
         """
         if not state_dict:
             return
@@ -318,8 +322,7 @@ class Fused(PyroOptim):
 
     def _check_taken(self, new: list[Tensor]) -> None:
         """Refuse parameters that the optimiser taken over does not hold: its owner would not have them trained."""
-        assert self._optimizer is not None
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        held = {id(p) for group in self._groups for p in group["params"]}
         lacking = [next(iter(names_of(p)), f"one of shape {tuple(p.shape)}") for p in new if id(p) not in held]
         if lacking:
             raise ValueError(
@@ -347,7 +350,7 @@ class Fused(PyroOptim):
             if self._rates is None and members and not self._holds(members):
                 self._add(members)
             assert self._optimizer is not None
-            for index, group in enumerate(self._optimizer.param_groups):
+            for index, group in enumerate(self._groups):
                 if any(p is q for p in members for q in group["params"]):
                     group.update(saved["options"])
                     if self._rates is not None:
@@ -362,8 +365,7 @@ class Fused(PyroOptim):
         self._pending = pending | {"shapes": shapes} if unused else None
 
     def _holds(self, tensors: Sequence[Tensor]) -> bool:
-        groups = () if self._optimizer is None else self._optimizer.param_groups
-        return all(any(p is q for group in groups for q in group["params"]) for p in tensors)
+        return all(any(p is q for group in self._groups for q in group["params"]) for p in tensors)
 
     def _placed(self, key: str, value: Any, parameter: Tensor) -> Any:
         """A copy of a part of the state where the algorithm wants it for this parameter."""
@@ -371,10 +373,8 @@ class Fused(PyroOptim):
             return value
         if key != "step":
             return _copied(value).to(parameter.device)
-        assert self._optimizer is not None
-        (group,) = (g for g in self._optimizer.param_groups if any(parameter is p for p in g["params"]))
-        on_device = group.get("fused") or group.get("capturable")
-        return _copied(value).to(parameter.device if on_device else "cpu")
+        (group,) = (g for g in self._groups if any(parameter is p for p in g["params"]))
+        return _copied(value).to(parameter.device if (group.get("fused") or group.get("capturable")) else "cpu")
 
     def _add(self, new: list[Tensor]) -> None:
         if self._optimizer is not None:

@@ -34,11 +34,13 @@ class Unit(NamedTuple):
         rows: B, the number of data.
         scale: What multiplies the loss of each of them.
         even: Whether all sites carry this scale, so that an ELBO is one, and not a tempered one.
+        share: The part of the scale that is N / B, of the plate of the data.
     """
 
     rows: int
     scale: float = 1.0
     even: bool = True
+    share: float = 1.0
 
     @property
     def whole(self) -> float:
@@ -64,21 +66,25 @@ class Counting(Messenger):
         >>> with Counting() as count:
         ...     _ = model(torch.zeros(5))
         >>> count.unit()
-        Unit(rows=5, scale=20.0, even=True)
+        Unit(rows=5, scale=20.0, even=True, share=20.0)
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._sites: dict[tuple[str, bool], _Seen] = {}
         self._units: dict[Any, Unit] = {}
+        self.picks: str | None = None  # a plate that picks its rows at random in each run
 
     def __enter__(self) -> Counting:
-        self._sites = {}
+        self._sites, self.picks = {}, None
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
         # It stands outside of all other handlers of a step, so that they have had their say.
         key = (msg["name"], msg["is_observed"])
+        if is_subsample(msg["fn"]) and msg["value"] is None:
+            most = msg["fn"].subsample_size
+            self.picks = msg["name"] if most is not None and most < msg["fn"].size else self.picks
         if key in self._sites or is_subsample(msg["fn"]) or (msg["infer"] or {}).get("_deterministic"):
             return
         plates = tuple(frame for frame in msg["cond_indep_stack"] if frame.name not in _OF_SAMPLES)
@@ -96,6 +102,13 @@ class Counting(Messenger):
             self._units = {key: _unit(seen, lengths)}
         return self._units[key]
 
+    def outside(self, lengths: Sequence[int] = ()) -> list[str]:
+        """Latent sites outside the plate of the data, which count once whatever the batch is."""
+        seen = tuple(self._sites.values())
+        frame = _data_plate(seen, lengths)
+        latents = {name: site for (name, observed), site in self._sites.items() if not observed}
+        return [n for n, site in latents.items() if frame and all(f.name != frame[0] for f in site.plates)]
+
 
 def _extra(scale: Any, plates: tuple[Any, ...]) -> float | None:
     if isinstance(scale, Tensor) and scale.numel() != 1:
@@ -109,7 +122,8 @@ def _share(frame: Any) -> float:
     return float(full) / float(frame.size) if full is not None and full > 0 else 1.0
 
 
-def _unit(seen: Sequence[_Seen], sizes: Sequence[int]) -> Unit:
+def _data_plate(seen: Sequence[_Seen], sizes: Sequence[int]) -> tuple[Any, ...] | None:
+    """Name, dim, size and full size of the plate of the data; None where there is no plate."""
     observed = [site for site in seen if site.observed] or list(seen)
     frames = {(f.name, f.dim, f.size, f.full_size) for site in observed for f in site.plates}
 
@@ -123,13 +137,19 @@ def _unit(seen: Sequence[_Seen], sizes: Sequence[int]) -> Unit:
         subsampled = full is not None and full not in (size, -1)
         return (inside(observed), inside(seen), subsampled, size in sizes, math.inf if dim is None else -dim, name)
 
+    return max(frames, key=rank, default=None)
+
+
+def _unit(seen: Sequence[_Seen], sizes: Sequence[int]) -> Unit:
+    observed = [site for site in seen if site.observed] or list(seen)
+    frame = _data_plate(seen, sizes)
     extras = [site.extra for site in seen]
     first = next((site.extra for site in observed), 1.0)
     even = bool(extras) and all(e is not None and math.isclose(e, extras[0] or 0.0) for e in extras)
     some_without = any(e is None or math.isclose(e, 1.0) for e in extras)
     extra = 1.0 if first is None or not first > 0 or (some_without and not even) else first
-    if not frames:
+    if frame is None:
         return Unit(next(iter(sizes), 1), extra, even or not extras)
-    name, dim, size, full = max(frames, key=rank)
+    _, _, size, full = frame
     share = float(full) / float(size) if full is not None and full > 0 and size > 0 else 1.0
-    return Unit(int(size), share * extra, even)
+    return Unit(int(size), share * extra, even, share)

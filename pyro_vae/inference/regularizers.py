@@ -130,8 +130,7 @@ class TotalCorrelation:
             pairs = marginal.log_prob(z.transpose(0, 1).unsqueeze(2))  # (i, K, j, D)
         size = len(pairs)
         joint = torch.logsumexp(pairs.sum(-1), -1) - math.log(size)
-        each = torch.logsumexp(pairs, -2) - math.log(size)
-        return self.weight * (joint - each.sum(-1)).mean()
+        return self.weight * (joint - (torch.logsumexp(pairs, -2) - math.log(size)).sum(-1)).mean()
 
 
 @checked

@@ -26,10 +26,8 @@ from pyro_vae.traces import Particles, Program, log_q, simulate, sites
 
 @dataclass(frozen=True)
 class Wake:
-    """The guide's side of the wake phase: sum_k v_k grad log q(z_k | x), v = normalised weights.
-
-    It is no gradient of a bound, but the negative gradient of KL(p(z | x) || q(z | x)),
-    by self-normalised importance sampling.
+    """The guide's side of the wake phase: sum_k v_k grad log q(z_k | x), v = normalised weights: the negative gradient
+    of KL(p(z | x) || q(z | x)), by self-normalised importance sampling, and of no bound.
     """
 
     share: OfWeights = partial(torch.softmax, dim=0)
@@ -97,9 +95,7 @@ def piwae(num_groups: int) -> SplitBound:
     Reference: Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
         arXiv:1802.04537
     """
-    groups = miwae(num_groups)
-    assert isinstance(groups, WeightBound)
-    return SplitBound(f"piwae({num_groups})", IWAE, IWAE, groups)
+    return SplitBound(f"piwae({num_groups})", IWAE, IWAE, miwae(num_groups))
 
 
 @checked
@@ -136,7 +132,6 @@ def cubo(n: float = 2.0) -> SplitBound:
     if not n > 1:
         raise ValueError(f"n must be above 1, got {n}: 1/n log E[w^n] bounds log p(x) from above for n > 1 only.")
     power = renyi(1.0 - n)
-    assert isinstance(power, WeightBound)
     reason = (
         "with fewer the estimate of the upper bound has no minimum at the posterior (with one it is the ELBO), and "
         "lowering it would drive the guide away"
@@ -179,26 +174,18 @@ def wake_sleep(sleep: float = 0.0) -> SplitBound:
 
 
 def sleep_phase(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-    """log q(z | x) at a draw (z, x) ~ p(z, x), per datum, with a gradient for the guide.
+    """log q(z | x) at a draw (z, x) ~ p(z, x), per datum, (B,) in nats, with a gradient for the guide.
 
-    The guide learns from data that the model made up: it climbs log q(z | x), which lowers the divergence
-    E_{p(x)} KL(p(z | x) || q(z | x)) without any importance weight. It asks no derivative of the
-    model or of the samples, so both may be discrete.
+    The guide learns from data that the model made up: it climbs log q(z | x), which lowers the divergence E_{p(x)}
+    KL(p(z | x) || q(z | x)) without any importance weight. It asks no derivative of the model or of the samples, so
+    both may be discrete.
 
-    The batch serves for its shape, and for what the model conditions on: all that the model
-    observes is replaced by the draws, wherever it stands in the arguments (also in a dict or a
-    tuple, as a column of a tensor, in another shape or type); what it does not observe is kept.
+    The batch serves for its shape, and for what the model conditions on: all that the model observes is replaced by the
+    draws, wherever it stands in the arguments (also in a dict or a tuple, as a column of a tensor, in another shape or
+    type); what it does not observe is kept. An observed site that is none of the arguments, or may be several, so that
+    the guide would see it as it was, or that cannot be drawn (``pyro.factor``), is a ValueError; so is nothing
+    observed.
 
-    Args:
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        args: What both take, usually the batch.
-        kwargs: Keyword arguments that both take.
-    Returns:
-        Log densities in nats, (B,).
-    Raises:
-        ValueError: An observed site is none of the arguments, or may be several, so that the guide would see
-            it as it was; it cannot be drawn (``pyro.factor``); or nothing is observed.
     Example:
         >>> import torch, pyro, pyro.distributions as dist
         >>> def model(x):
@@ -269,8 +256,7 @@ def _part(whole: Tensor, value: Tensor) -> tuple[int, tuple[int, ...], tuple[int
         return None
     offset = value.storage_offset() - whole.storage_offset()
     last = offset + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    inside = offset >= 0 and last < whole.numel()
-    return (int(offset), tuple(value.shape), value.stride()) if inside else None
+    return (int(offset), tuple(value.shape), value.stride()) if (offset >= 0 and last < whole.numel()) else None
 
 
 def _equal(leaf: Tensor, value: Tensor) -> bool:

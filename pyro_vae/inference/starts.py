@@ -40,14 +40,7 @@ def _whole(data: Any) -> Iterable[tuple[Any, ...]]:
 
 
 def check_data(modules: Sequence[nn.Module], data: Any) -> None:
-    """Let the programs of a pair check the data, before anything is run on them.
-
-    Args:
-        modules: The pair's, from outside.
-        data: As for `fit`.
-    Raises:
-        ValueError: What a program says against the data.
-    """
+    """Let the programs of a pair check the data, before anything is run on them; they refuse by a ValueError."""
     checks = [module.check_data for module in modules if isinstance(module, ChecksData)]
     for batch in _whole(data) if checks else ():
         for check in checks:
@@ -55,14 +48,7 @@ def check_data(modules: Sequence[nn.Module], data: Any) -> None:
 
 
 def before_fit(modules: Sequence[nn.Module], batches: Batches) -> None:
-    """Let the parts of a pair see the data, once it is known that the pair takes them.
-
-    Args:
-        modules: The pair's, from outside.
-        batches: As the pair gets them.
-    Raises:
-        ValueError: What a part says against the data.
-    """
+    """Let the parts of a pair see the data, once it is known that the pair takes them; they refuse by a ValueError."""
     for part in parts_in(modules):
         if isinstance(part, SeesData):
             part.before_fit(_Pass(batches))

@@ -14,18 +14,13 @@ from torch.distributions import Bernoulli, constraints
 
 from pyro_vae.inference.rehearsal import Rehearsal, lenient
 from pyro_vae.inference.trees import Path, leaves
-from pyro_vae.sites import kind, plates, unwrapped, wrappers
+from pyro_vae.sites import kind, mask_of, plates, unwrapped, wrappers
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What one column must be, since a site observes it.
-
-    Attributes:
-        site: Name of the site.
-        kind: Its distribution.
-        support: Where that has a density.
-        masked: Whether the site leaves some of it out.
+    """What one column must be, since a site of this kind observes it: its support, if the site leaves none of it out
+    (`masked`).
     """
 
     site: str
@@ -144,12 +139,8 @@ def measured(sites: Mapping[str, Any]) -> Iterator[tuple[Any, Rule, Tensor, Tens
 
 def scored(site: Any, value: Tensor) -> Tensor:
     """Where a site's value counts, of the value's shape."""
-    counts = torch.ones_like(value, dtype=torch.bool)
-    layers = [(layer._mask, layer) for layer in wrappers(site["fn"]) if isinstance(layer, MaskedDistribution)]
-    for mask, layer in [(site["mask"], site["fn"]), *layers]:
-        if isinstance(mask, Tensor):
-            counts = counts & mask.reshape((*mask.shape, *[1] * layer.event_dim))
-    return counts
+    mask = mask_of(site)
+    return torch.ones_like(value, dtype=torch.bool) & (True if mask is None else mask)
 
 
 def wanted(support: Any) -> str:

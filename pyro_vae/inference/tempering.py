@@ -9,12 +9,21 @@ annealing (Fu et al. 2019, arXiv:1903.10145). The likelihood keeps its weight of
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import pyro.infer
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -24,6 +33,7 @@ from pyro_vae.options import integer, number
 
 Beta: TypeAlias = float | Callable[[float], float]
 
+_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 _GRID = 10_000  # fractions at which a function is looked at, for where it settles
 
 
@@ -35,11 +45,8 @@ class Number:
 
 
 class Tempered(Messenger):
-    """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change.
-
-    Args:
-        weight: A tensor without dimensions, which a captured step reads anew, or a `Number`, for losses that compare
-            scales in Python.
+    """Scales log p(z) and log q(z | x), not the likelihood, by a weight that may change: a tensor without dimensions,
+    which a captured step reads anew, or a `Number`, for losses that compare scales in Python.
     """
 
     def __init__(self, weight: Tensor | Number) -> None:
@@ -118,37 +125,26 @@ class Tempering:
 
 
 def value_of(name: str, function: Callable[[float], Any], done: float) -> float:
-    """What a function of the fraction of steps done says.
+    """What a schedule of that name says of the fraction of steps done; a ValueError where it is no finite number >= 0.
 
-    Args:
-        name: Its name, for the message.
-        function: A schedule of a weight or a rate.
-        done: The fraction.
-    Raises:
-        ValueError: No number, or one that is negative or not finite.
     Example:
         >>> value_of("beta", lambda done: None, 0.5)
         Traceback (most recent call last):
         ...
         ValueError: beta(0.5) is None, wanted a finite number that is not negative.
     """
-    value = function(done)
-    try:
-        found = number(name, value)
-    except ValueError:
-        found = math.nan
+    value, found = function(done), math.nan
+    with contextlib.suppress(ValueError):
+        found = float(number(name, value))
     if not (math.isfinite(found) and found >= 0):
         raise ValueError(f"{name}({done:g}) is {value!r}, wanted a finite number that is not negative.")
-    return float(found)
+    return found
 
 
 def check_tempering(loss: Any, epochs: int, kl_warmup: float, kl_warmup_steps: int | None, beta: Beta | None) -> None:
     """Refuse what `Tempering` cannot do, before there are data."""
-    given = [
-        name
-        for name, value in (("kl_warmup", kl_warmup), ("kl_warmup_steps", kl_warmup_steps), ("beta", beta))
-        if value is not None and (name == "beta" or value)
-    ]
+    weights = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
+    given = [name for name, value in weights.items() if value is not None and (name == "beta" or value)]
     if kl_warmup < 0 or kl_warmup >= epochs > 0 and kl_warmup:
         raise ValueError(
             f"kl_warmup must lie in 0 .. epochs - 1 = {epochs - 1}, got {kl_warmup} (fractions of an epoch, too, as "
@@ -176,13 +172,8 @@ def check_tempering(loss: Any, epochs: int, kl_warmup: float, kl_warmup_steps: i
     temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
     if not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
         raise ValueError(f"{name} tempers an ELBO, got {loss!r}. Leave {name} at {off}.")
-    if isinstance(loss, _jitted()):
+    if isinstance(loss, _JIT):
         raise ValueError(
             f"{type(loss).__name__} compiles its first step with the first weight for good, so that {name} would do "
             f"nothing after it. Take {type(loss).__name__.removeprefix('Jit')}: fit captures the steps by itself."
         )
-
-
-def _jitted() -> tuple[type, ...]:
-    names = ("JitTrace_ELBO", "JitTraceEnum_ELBO", "JitTraceGraph_ELBO", "JitTraceMeanField_ELBO")
-    return tuple(getattr(pyro.infer, name) for name in names)

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
-from pyro_vae.inference._diagnosis import diagnosis
-from pyro_vae.inference.batches import Batches, Stream, seeded
+from pyro_vae.inference.batches import Batches, Stream, apart, seeded
 from pyro_vae.inference.bounds import Bound, elbo
-from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors
+from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors, previous
 from pyro_vae.inference.choices import chosen, end_epoch, optimizer_settings, rate_of
 from pyro_vae.inference.compatibility import check, rows_held
 from pyro_vae.inference.compiled import Compiled
@@ -34,12 +33,15 @@ from pyro_vae.inference.hardware import reused_memory
 from pyro_vae.inference.objectives import ClosedForm, Objective, default_loss, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting, Unit
+from pyro_vae.inference.ranks import Ranks, alone, common_seed, most_steps, world
+from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering, value_of
 from pyro_vae.options import checked
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
+from pyro_vae.precision import current as current_precision
 from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
 from pyro_vae.sites import lengths
@@ -252,6 +254,15 @@ def fit(
     _refuse_inference(t for module in modules for t in (*module.parameters(), *module.buffers()))
     place = device if device is not None else device_of(model, guide)
     optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
+    rank, size = world()
+    if size > 1:
+        if not isinstance(optimizer, Fused):
+            raise ValueError(
+                f"got a PyroOptim in a fit of {size} processes, which steps each tensor by itself. Pass a torch "
+                "optimiser class, such as torch.optim.Adam."
+            )
+        noise = common_seed(seed)
+        progress, callback = (progress, callback) if rank == 0 else (False, None)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else functools.partial(value_of, "schedule", schedule)
     history = History()
     with (
@@ -262,8 +273,9 @@ def fit(
         with others_kept(modules):
             batches = Batches(data, batch_size, place, programs=(model, guide))
             batches.keep_together()
-            if data_seed is not None:
-                batches.stream = Stream(data_seed, torch.device(place or "cpu"))
+            if data_seed is not None or size > 1:
+                of_data = apart(noise) if data_seed is None else data_seed
+                batches.stream = Stream(of_data, torch.device(place or "cpu"))
         if batches.shown is not None:  # also networks that plain functions use
             _refuse_inference({id(p): p for p in batches.shown.parameters if isinstance(p, nn.Parameter)}.values())
         before_fit(modules, batches)
@@ -278,6 +290,8 @@ def fit(
                 with evaluating(model, guide, seed=0):
                     Objective().particles(model, guide, *validation.first())
             best = _Best(modules)
+            if size > 1:
+                _share_out(batches, model, guide)
             steps = epochs * len(batches)
             tempering = Tempering(
                 loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
@@ -289,15 +303,23 @@ def fit(
             stepper = _Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
         stepper.considers = compile == "auto" and not given
         started = time.perf_counter()
-        if checkpoint is not None:
+        if checkpoint is not None or size > 1:
             with unmoved(modules):
                 tensors = named_tensors(modules, model, guide, batches.first())
+        if size > 1:
+            same: dict[str, Any] = {"loss": loss, "schedule": schedule, **optimizer_settings(optimizer)}
+            same = {key: fingerprint(value) for key, value in same.items()}
+            same |= {"epochs": epochs, "batch_size": batch_size, "steps": stepper.total, "patience": patience}
+            same |= {"number of data": batches.num_data, "checkpoint": checkpoint is not None}
+            same |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
+            stepper.link(Ranks(tensors, same))
+        if checkpoint is not None:
             warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
             settings: dict[str, Any] = {
                 "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
                 "data_seed": data_seed, **optimizer_settings(optimizer), "patience": patience,
                 "validation_bound": validation_bound,
-                "matmul_precision": torch.get_float32_matmul_precision() if matmul_precision is None
+                "matmul_precision": str(current_precision()) if matmul_precision is None
                 else matmul_precision, "device": torch.device(place or "cpu").type, "data": data,
                 "validation": None if validation is None else validation.origin,
             }  # fmt: skip
@@ -311,13 +333,13 @@ def fit(
             saved = Checkpoint(checkpoint, tensors, settings, values)
             if isinstance(checkpoint, Sparing) and not given:
                 stepper.warm_up(list(tensors.values()))
-            started -= _resumed(saved, history, best, stepper)
+            started -= _resumed(saved, history, best, stepper, size)
             resumed = getattr(callback, "resumed", None)
             if resumed is not None:
                 resumed(history.records)
         stepper.listen(callback)
         quiet = None if progress is None else not progress
-        with _Bar(
+        with stepper.together(), _Bar(
             total=stepper.total, initial=stepper.steps, disable=quiet, bar_format=_BAR, dynamic_ncols=True,
             desc=f"epoch {len(history) + 1}/{epochs}",
         ) as bar:  # fmt: skip
@@ -326,19 +348,21 @@ def fit(
                 for epoch in range(len(history) + 1, epochs + 1 if not history.stopped_early else 0):
                     _train(modules)  # a callback may have looked at pictures in evaluation mode
                     bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-                    if isinstance(batches.stream, Stream):
-                        batches.stream.begin(epoch)
+                    batches.begin(epoch)
+                    if size > 1:  # the noise of each process is its own, and that of the epoch
+                        torch.manual_seed(apart(noise, epoch, rank))
                     record: dict[str, Any] = {"epoch": epoch} | stepper.epoch(bar)
                     best.settle()
                     if validation is not None:
-                        record["validation"] = mean_bound(model, guide, validation, validation_bound, device=place)
+                        scored = mean_bound(model, guide, validation, validation_bound, device=place)
+                        record["validation"] = scored if stepper.ranks is None else stepper.ranks.totals(scored)[0][0]
                     record["seconds"] = time.perf_counter() - started
                     history.records.append(record)
                     keys = [key for key in ("bound" if "bound" in record else "loss", "validation") if key in record]
                     shown = ", ".join(f"{key} {record[key]:.2f}" for key in keys)
                     bar.set_postfix_str(shown, refresh=False)
                     if callback is not None:
-                        with in_callback():
+                        with in_callback(), alone():
                             callback(record)
                     # While the weight of the divergence rises, a validation bound says nothing about the end.
                     settled = stepper.steps >= stepper.warmup
@@ -346,11 +370,19 @@ def fit(
                     if patience is not None and settled:
                         best.offer(record["validation"], epoch, stepper.parameters())
                         history.stopped_early = epoch - best.epoch >= patience
-                    if checkpoint is not None and (epoch == epochs or history.stopped_early or saved.due()):
+                    if (
+                        checkpoint is not None
+                        and rank == 0
+                        and (epoch == epochs or history.stopped_early or saved.due())
+                    ):
                         _saved(saved, history, best, stepper)
+                        if saved.share is None and (epoch == epochs or history.stopped_early):
+                            previous(saved.path).unlink(missing_ok=True)  # the fit is whole, and so is its file
                     if history.stopped_early:
                         break
             except KeyboardInterrupt:
+                if stepper.ranks is not None and not stepper.ranks.stopping:
+                    raise  # the others have not stopped at this step
                 history.interrupted = True
             finally:
                 stepper.release()
@@ -390,23 +422,49 @@ def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Step
     names = {id(t): name for name, t in checkpoint.tensors.items()}
     progress = {
         "records": history.records, "steps": stepper.steps, "best_epoch": best.epoch, "stopped": history.stopped_early,
-        "best_value": best.value if best.epoch else None, "compiled": stepper.compiles,
+        "best_value": best.value if best.epoch else None, "compiled": stepper.compiles, "size": stepper.batches.size,
     }  # fmt: skip
     assert isinstance(stepper.optimizer, Fused)
     moments = stepper.optimizer.moments(checkpoint.tensors)
     checkpoint.write(progress, moments, {names[id(t)]: copied for t, copied in best.copies})
 
 
-def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper) -> float:
+def _share_out(batches: Batches, model: Program, guide: Program) -> None:
+    """Make the batches those of one process of several, and as many in a pass as any of them has."""
+    rank, size = world()
+    if (held := rows_held(guide)) is not None:
+        raise ValueError(
+            f"the guide holds parameters for each of the {held[1]} rows of latent site {held[0]!r}, and got the data "
+            f"in shares of {size} processes. Fit it in one process, or take a guide that is a function of the data."
+        )
+    with undisturbed(), unmoved(modules_of(model, guide)), Counting() as counting:
+        batch = batches.first()
+        poutine.replay(model, trace=poutine.trace(guide).get_trace(*batch))(*batch)
+    if counting.picks is not None:
+        raise ValueError(
+            f"plate {counting.picks!r} picks its rows at random in each run, so that {size} processes cannot share "
+            'them out. Give the rows as arguments: pyro.plate("data", N, subsample=x).'
+        )
+    batches.shard(rank, size)
+    if batches.num_data is None:
+        batches.steps = most_steps(len(batches))
+
+
+def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper, size: int = 1) -> float:
     """Go on where a checkpoint ends; the seconds that went into it."""
     if not isinstance(stepper.optimizer, Fused):
         raise ValueError("checkpoint needs fit's own optimiser: pass a torch optimiser class, not a PyroOptim.")
-    found = checkpoint.read()
+    ranks = stepper.ranks
+    found = checkpoint.read() if ranks is None or ranks.rank == 0 else None
+    if ranks is not None:
+        found = ranks.resumed(found)
     if found is None:
         return 0.0
     progress, moments, copies = found
     history.records, history.stopped_early = progress["records"], progress["stopped"]
     stepper.steps = progress["steps"]
+    if progress.get("size", 1) != size:  # so many epochs are other steps there
+        stepper.steps = len(history) * len(stepper.batches)
     if stepper.considers and progress.get("compiled") and stepper.graph is not None:
         stepper.graph.compiled.compile_after = 0
     stepper.considers = stepper.considers and stepper.steps < _TIMED
@@ -515,12 +573,33 @@ class _Stepper:
         self.svi.loss_and_grads = self._counted
         if batches.shuffle and batches.num_data is not None and len(batches) == 1:
             self._keep_rows(guide)
+        self.ranks: Ranks | None = None
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def listen(self, callback: Any) -> None:
         """Call what a callback has for early and for every tenth of the steps."""
         self.early, self.tenth = getattr(callback, "early", None), getattr(callback, "tenth", None)
         self._telling = math.inf if self.tenth is None else self._next_tenth()
+
+    def link(self, ranks: Ranks) -> None:
+        """Take the steps together with other processes."""
+        assert isinstance(self.optimizer, Fused)
+        self.ranks, self.optimizer.exchange = ranks, self._exchange
+
+    def _exchange(self, params: list[Tensor]) -> list[Tensor]:
+        """The gradients of the whole batch, in place of those of this process's rows."""
+        assert self.ranks is not None and isinstance(self.optimizer, Fused)
+        if self.ranks.paused:
+            return params
+        self.ranks.known(params)
+        unit = self.unit
+        rows = unit.rows if self.batches.own_rows else 0
+        params, self.optimizer.scale = self.ranks.step(rows, unit.scale, unit.share)
+        return params
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Steps inside are taken by all processes, or end in all."""
+        return contextlib.nullcontext() if self.ranks is None else self.ranks.together()
 
     def _next_tenth(self) -> float:
         """The steps at which another tenth of them is done."""
@@ -534,6 +613,7 @@ class _Stepper:
         """Give what was lent for the fit its own numbers back."""
         if isinstance(self.optimizer, Fused):
             self.optimizer.release()
+            self.optimizer.exchange = None
         if self.own_beta is not None:
             self.loss.beta = self.own_beta
 
@@ -562,7 +642,7 @@ class _Stepper:
             self.graph = None
             return
         kept, considers, self.considers = [(t, t.detach().clone()) for t in tensors], self.considers, False
-        with noise_kept():
+        with noise_kept(), contextlib.nullcontext() if self.ranks is None else self.ranks.pause():
             kinds = {lengths(choice): choice for choice in self.batches.choices()}
             for choice in kinds.values():
                 before = self.graph.compiled.captures
@@ -588,10 +668,13 @@ class _Stepper:
             tempered = tempered or beta != 1
             value = self._step(choice)
             rows, scale = self.unit.rows, self.unit.scale
-            summed, count, even = summed + value / scale, count + rows, even and self.unit.even
-            if isinstance(self.loss, Objective):
-                assert self.loss.last_bound is not None
-                bound = bound + self.loss.last_bound.double() / scale
+            if self.batches.own_rows:
+                summed, count, even = summed + value / scale, count + rows, even and self.unit.even
+                if isinstance(self.loss, Objective):
+                    assert self.loss.last_bound is not None
+                    bound = bound + self.loss.last_bound.double() / scale
+            if self.ranks is not None and self.ranks.stopping:
+                raise KeyboardInterrupt
             bar.update(1)
             if self.steps % _LOOK == 0:
                 self._check_finite(summed)
@@ -607,6 +690,11 @@ class _Stepper:
                 self.tenth(self.steps, self.total, None if math.isnan(so_far) else float(so_far) / count)
                 self._telling = self._next_tenth()
         self._check_finite(summed)
+        if self.ranks is not None:
+            self.ranks.settle()
+            table = self.ranks.totals(float(summed), float(count), float(bound), float(even))
+            summed, bound = (math.fsum(row[i] for row in table) for i in (0, 2))
+            count, even = sum(int(row[1]) for row in table), all(row[3] for row in table)
         record: dict[str, Any] = {"loss": float(summed) / count}
         if isinstance(self.loss, Objective):
             record["bound"] = float(bound) / count
@@ -669,9 +757,21 @@ class _Stepper:
         with self.counting:
             value = self.loss.loss_and_grads(*args, **kwargs)
         self._note()
+        if self.ranks is not None and not self.ranks.paused:
+            self._check_shared()
         # Refused before the optimiser carries what is wrong with it into all parameters.
         self._check_finite(float(sum(value) if isinstance(value, tuple | list) else value))
         return value
+
+    def _check_shared(self) -> None:
+        """Refuse latents that each process would count once."""
+        outside = self.counting.outside(self._sizes) if self.unit.share == 1 else []
+        if outside:
+            raise ValueError(
+                f"latent site {outside[0]!r} is outside the plate of the data, which does not say how many data there "
+                "are, so that every process would count it once. Give the plate the number of all data: "
+                'pyro.plate("data", N, subsample=x).'
+            )
 
     def _note(self) -> None:
         unit = self.counting.unit(self._sizes)

@@ -45,10 +45,8 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def rows(batch: Any) -> int:
     """The number of data in a batch: the length that most of its tensors share, the first of those.
 
-    Args:
-        batch: A tensor, or a tuple, list or dict of tensors, nested at will.
-    Raises:
-        ValueError: It holds no tensor with rows.
+    A batch of no tensor with rows is a ValueError.
+
     Example:
         >>> rows(({"image": torch.zeros(4, 2), "label": torch.zeros(4)}, torch.tensor(100)))
         4

@@ -28,10 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binom, chi2
 from torch import Tensor
 
+from pyro_vae import plots
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.results import Result, listed, table
+from pyro_vae.judging.quotes import listed
+from pyro_vae.judging.results import Result, table
+from pyro_vae.judging.scoring import holm
 from pyro_vae.judging.sweeps import refuse_points, sweep
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
@@ -59,8 +63,7 @@ class Bands:
     @property
     def inside(self) -> Tensor:
         """Whether each curve stays within the band, (C,)."""
-        lower, upper = self.lower.unsqueeze(1), self.upper.unsqueeze(1)
-        return ((self.empirical >= lower) & (self.empirical <= upper)).all(0)
+        return ((self.empirical >= self.lower[:, None]) & (self.empirical <= self.upper[:, None])).all(0)
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,7 @@ class Calibration(Result):
         level: Of the tests: 0.95 fails a calibrated guide once in twenty.
         p_value: Of the simultaneous test of uniformity, per component, (C,).
         adjusted: The same after Holm's correction for C components, which are dependent, (C,).
-        chi_square: p-value of a chi-square test of the rank histogram per component, (C,); beside the
-            verdict, no part of it.
+        chi_square: p-value of a chi-square test of the rank histogram per component, (C,).
         seed: Of the simulations.
     """
 
@@ -103,8 +105,7 @@ class Calibration(Result):
         """Per component "calibrated", or what the guide is there: too narrow, wide, low, high; or misshapen."""
         cells = self.num_samples + 1
         grid = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells - 0.5
-        square = grid.square()
-        place = grid[self.ranks]
+        square, place = grid.square(), grid[self.ranks]
         shift = place.mean(0) / (square.mean() / len(place)).sqrt()
         spread = (place.square().mean(0) - square.mean()) / (square.var(correction=0) / len(place)).sqrt()
         words = []
@@ -150,10 +151,8 @@ class Calibration(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The ranks of the worst components, as a figure."""
-        from pyro_vae.plots import rank_histogram
-
         worst = self.adjusted.argsort()[:8].tolist()
-        return rank_histogram(self.ranks[:, worst], self.num_samples, names=[self.names[i] for i in worst], ax=ax)
+        return plots.rank_histogram(self.ranks[:, worst], self.num_samples, names=[self.names[i] for i in worst], ax=ax)
 
     def _folded(self) -> Tensor:
         return ((2 * self.ranks - self.num_samples).abs() - 1) // 2
@@ -222,8 +221,11 @@ def sbc(
             drawn = run.draw(batch, num_samples)
             refuse_points(drawn, ": it claims no uncertainty that could be calibrated")
             components = Components(model, batch)
-            z = components.columns({name: truth[name].unsqueeze(0) for name in components.sites})
-            ranks.append(_ranks(z[0], components.columns(drawn.latents)).cpu())
+            z = components.columns({name: truth[name].unsqueeze(0) for name in components.sites})[0]
+            draws = components.columns(drawn.latents)
+            # Among equals, as of discrete latents, a random rank.
+            among = (torch.rand(z.shape, device=z.device) * ((draws == z).sum(0) + 1)).long()
+            ranks.append(((draws < z).sum(0) + among).cpu())
             run.tick(len(ranks[-1]))
     return calibration(components.names, torch.cat(ranks), num_samples, level=level, seed=seed)
 
@@ -245,8 +247,6 @@ def calibration(
     Raises:
         ValueError: An even L, a level outside (0, 1), ranks out of range or of another shape.
     """
-    from scipy.stats import chi2
-
     _check(num_samples, level)
     ranks = ranks.long().cpu()
     if ranks.dim() != 2 or ranks.shape[1] != len(names) or ranks.min() < 0 or ranks.max() > num_samples:
@@ -255,16 +255,15 @@ def calibration(
             f"from 0 to num_samples={num_samples}."
         )
     count, cells = len(ranks), num_samples + 1
-    found = _statistic(_below(ranks, cells), count, cells)
-    null = _null(count, cells)
-    p = (1 + np.searchsorted(null, found, side="right")) / (1 + len(null))
+    found, null = _statistic(_below(ranks, cells), count, cells), _null(count, cells)
     # The union bound reaches below the resolution of the simulated null.
-    p_value = torch.from_numpy(np.minimum(p, (cells - 1) * found))
+    p = np.minimum((1 + np.searchsorted(null, found, side="right")) / (1 + len(null)), (cells - 1) * found)
     counts = _histogram(ranks, cells, max(2, min(20, count // 5))).double()
     expected = count / len(counts)
     chi = ((counts - expected).square() / expected).sum(0)
     chi_square = torch.from_numpy(chi2.sf(chi.numpy(), len(counts) - 1))
-    return Calibration(names, ranks, num_samples, level, p_value, _holm(p_value), chi_square, seed)
+    p_value, adjusted = torch.from_numpy(p), torch.from_numpy(holm(p))
+    return Calibration(names, ranks, num_samples, level, p_value, adjusted, chi_square, seed)
 
 
 def _histogram(ranks: Tensor, cells: int, num_bins: int) -> Tensor:
@@ -281,41 +280,22 @@ def _check(num_samples: int, level: float) -> None:
         raise ValueError(f"got level={level}, wanted a probability such as 0.95.")
 
 
-def _ranks(z: Tensor, draws: Tensor) -> Tensor:
-    """Rank of z, (B, C), among draws, (L, B, C); among equals, as of discrete latents, a random one."""
-    ties = (draws == z).sum(0)
-    return (draws < z).sum(0) + (torch.rand(z.shape, device=z.device) * (ties + 1)).long()
-
-
 def _below(ranks: Tensor, cells: int) -> np.ndarray:
     """How many ranks are below i = 1, ..., cells - 1, per component, (C, cells - 1)."""
     counts = torch.stack([torch.bincount(column, minlength=cells) for column in ranks.T])
     return counts.cumsum(1)[:, :-1].numpy()
 
 
-def _holm(p_value: Tensor) -> Tensor:
-    order = p_value.argsort()
-    factor = torch.arange(len(order), 0, -1, dtype=torch.float64)
-    adjusted = torch.empty_like(p_value)
-    adjusted[order] = (p_value[order] * factor).cummax(0).values.clamp(max=1)
-    return adjusted
-
-
 def _statistic(below: np.ndarray, count: int, cells: int) -> np.ndarray:
     """Smallest two-sided binomial tail probability along the last axis."""
-    lower, upper = _tails(count, cells)
-    point = np.arange(cells - 1)
-    tail = np.minimum(lower[point, below], upper[point, below])
-    return np.minimum(2 * tail, 1).min(-1)
+    lower, upper = (tail[np.arange(cells - 1), below] for tail in _tails(count, cells))
+    return np.minimum(2 * np.minimum(lower, upper), 1).min(-1)
 
 
 @functools.lru_cache(maxsize=4)
 def _tails(count: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """P(n <= m) and P(n >= m) of n ~ Binomial(N, i / cells), (cells - 1, N + 1) each."""
-    from scipy.stats import binom
-
-    share = np.arange(1, cells)[:, None] / cells
-    number = np.arange(count + 1)
+    share, number = np.arange(1, cells)[:, None] / cells, np.arange(count + 1)
     return binom.cdf(number, count, share), binom.sf(number - 1, count, share)
 
 
@@ -328,8 +308,6 @@ def _null(count: int, cells: int) -> np.ndarray:
 
 def _bands(ranks: Tensor, cells: int, level: float) -> Bands:
     """Curves of the share of ranks below each value; Bonferroni over the components."""
-    from scipy.stats import binom
-
     count, size = ranks.shape
     alpha = (1 - level) / size
     null = _null(count, cells)
@@ -341,10 +319,6 @@ def _bands(ranks: Tensor, cells: int, level: float) -> Bands:
     lower = np.where(2 * binom.cdf(lower, count, share) < tail, lower + 1, lower)
     upper = binom.isf(tail / 2, count, share)
     upper = np.where(2 * binom.sf(upper - 1, count, share) < tail, upper - 1, upper)
-    return Bands(
-        torch.from_numpy(share),
-        torch.from_numpy(_below(ranks, cells).T / count),
-        torch.from_numpy(lower / count),
-        torch.from_numpy(upper / count),
-        level,
-    )
+    curves = share, _below(ranks, cells).T / count, lower / count, upper / count
+    nominal, empirical, low, high = map(torch.from_numpy, curves)
+    return Bands(nominal, empirical, low, high, level)

@@ -7,8 +7,7 @@ collapsed altogether where the rate, the sum of all divergences, is about zero.
 Whether that is a failure of training can be said for the linear model, probabilistic PCA. With the data covariance's
 eigenvalues l_1 >= l_2 >= ... and a noise variance s^2, the weights of maximum likelihood have W'W = diag(max(l_d - s^2,
 0)) up to a rotation of z: a direction whose eigenvalue is below s^2 is dead at the *optimum of log p(x)*, no matter
-which bound is climbed, and the linear VAE's ELBO has the same optima. With s^2 free its optimum is the mean of the
-eigenvalues left out.
+which bound is climbed, and the linear VAE's ELBO has the same optima. A free s^2 is the mean of the others.
 
 References: Tipping and Bishop, Probabilistic principal component analysis, 1999. Lucas et al.,
 Don't blame the ELBO! A linear VAE perspective on posterior collapse, 2019. arXiv:1911.02469.
@@ -28,7 +27,8 @@ from torch import Tensor
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.components import Components
 from pyro_vae.judging.latents import DEAD_KL, DEAD_VARIANCE, DimensionKL, kl_per_dimension
-from pyro_vae.judging.results import Result, listed, table
+from pyro_vae.judging.quotes import listed
+from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import checked
 from pyro_vae.traces import Program, sites
@@ -186,30 +186,21 @@ def collapse(
             drawn = components.columns(run.draw(batch, num_samples).latents)
             means.append(drawn.mean(0).cpu())
             noise.append(drawn.var(0).cpu() / num_samples)
-    mean, taken = torch.cat(means), torch.cat(noise)
+    mean = torch.cat(means)
     count = len(mean)
     if count < 2:
         raise ValueError(
             f"got {count} datum, wanted at least two, between which a latent could change. Give more data."
         )
-    variance = mean.var(0) - taken.mean(0)
+    variance = mean.var(0) - torch.cat(noise).mean(0)
     fourth = (mean - mean.mean(0)).pow(4).mean(0)
     stderr = ((fourth - mean.var(0).square()).clamp(min=0) / count).sqrt()
     known = dict(zip(kl.names, kl.value.tolist(), strict=True))
     each = torch.tensor([known.get(name, math.nan) for name in components.names], dtype=torch.float64)
     dead = (variance < variance_threshold) & ~(each >= kl_threshold)
-    return Collapse(
-        names=components.names,
-        variance=variance,
-        variance_data_stderr=stderr,
-        kl=kl,
-        component_kl=each,
-        dead=dead,
-        variance_threshold=variance_threshold,
-        kl_threshold=kl_threshold,
-        rate_threshold=rate_threshold,
-        optimum=linear_optimum(model, data, device=device, progress=progress),
-    )
+    optimum = linear_optimum(model, data, device=device, progress=progress)
+    limits = variance_threshold, kl_threshold, rate_threshold
+    return Collapse(components.names, variance, stderr, kl, each, dead, *limits, optimum)
 
 
 @checked
@@ -239,28 +230,27 @@ def linear_optimum(
         for batch in run:
             value = sites(model, *batch)[name]["value"]
             rows.append(value.reshape(len(value), -1).double().cpu())
-    x = torch.cat(rows)
-    size, dim = len(x), weight.shape[1]
-    centred = x - x.mean(0)
-    covariance = centred.T @ centred / size
+    x, dim = torch.cat(rows), weight.shape[1]
+    covariance = torch.cov(x.T, correction=0).reshape(x.shape[1], -1)
     eigenvalues = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
     signal = torch.linalg.eigvalsh(weight.T @ weight).flip(0).clamp(min=0)
     variance, top = scale**2, eigenvalues[:dim]
     best = (top - variance).clamp(min=0)
+    rotated = torch.eye(len(eigenvalues), dim, dtype=best.dtype) * best.sqrt()  # the optimum, in the data's own axes
     rest = eigenvalues[dim:]
     free = rest.mean().item() if len(rest) else 0.0
     mean = x.mean(0) - loc
     fitted = covariance + torch.outer(mean, mean)
     return LinearOptimum(
         eigenvalues=top,
-        eigenvalues_data_stderr=top * math.sqrt(2 / size),
+        eigenvalues_data_stderr=top * math.sqrt(2 / len(x)),
         signal=signal,
         scale=scale,
         best_scale=math.sqrt(free),
         optimum_active=_alive(best, variance, threshold),
         fitted_active=_alive(signal, variance, threshold),
         free_active=_alive((top - free).clamp(min=0), free, threshold),
-        shortfall=_log_evidence(best, eigenvalues, variance) - _log_evidence_of(weight, fitted, variance),
+        shortfall=_log_evidence(rotated, torch.diag(eigenvalues), variance) - _log_evidence(weight, fitted, variance),
     )
 
 
@@ -268,15 +258,7 @@ def _alive(signal: Tensor, variance: float, threshold: float) -> int:
     return int((signal > threshold * (signal + variance)).sum())
 
 
-def _log_evidence(signal: Tensor, eigenvalues: Tensor, variance: float) -> float:
-    """Mean log p(x) of a model whose covariance has the data's eigenvectors, and signal + s^2 as eigenvalues."""
-    spectrum = torch.full_like(eigenvalues, variance)
-    spectrum[: len(signal)] += signal
-    terms = (2 * math.pi * spectrum).log() + eigenvalues / spectrum
-    return -0.5 * terms.sum().item()
-
-
-def _log_evidence_of(weight: Tensor, second_moment: Tensor, variance: float) -> float:
+def _log_evidence(weight: Tensor, second_moment: Tensor, variance: float) -> float:
     """Mean log N(x; b, W W' + s^2 I) from the second moment of x - b."""
     inner = weight.T @ weight + variance * torch.eye(weight.shape[1], dtype=weight.dtype)
     explained = torch.linalg.solve(inner, weight.T @ second_moment @ weight).trace()

@@ -19,17 +19,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.inference.trees import at
+from pyro_vae import plots
+from pyro_vae.inference.trees import at, joined
 from pyro_vae.judging.climbs import Climb, climbed, optimise
 from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
-from pyro_vae.judging.results import Mean, Result, aligned, at_least, one_of, row
+from pyro_vae.judging.quotes import aligned
+from pyro_vae.judging.results import Mean, Result, at_least, one_of, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
 from pyro_vae.options import checked
@@ -97,8 +99,6 @@ class Gaps(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The gaps of each family as stacked bars, a figure."""
-        from pyro_vae.plots import gap_bars
-
         bars: list[dict[str, Any]] = []
         for name, family in self.families.items():
             parts = {"approximation": family.approximation, "amortization": family.amortization}
@@ -107,12 +107,12 @@ class Gaps(Result):
             known = {key: part for key, part in parts.items() if part is not None}
             bars.append({"guide": name} | {key: part.value for key, part in known.items()}
                         | {f"{key}_stderr": part.mc_stderr for key, part in known.items()})  # fmt: skip
-        return gap_bars([bar for bar in bars if len(bar) > 1], ax)
+        return plots.gap_bars([bar for bar in bars if len(bar) > 1], ax)
 
     def __str__(self) -> str:
         ok = "" if math.isnan(self.khat_ok) else f", k̂ ok for {100 * self.khat_ok:.1f} %"
-        lines = [f"{len(self.pareto_k)} data: log p(x) {self.log_likelihood.signed} nats ({self.source}{ok})"]
-        lines += gap_table({"": self})
+        head = f"{len(self.pareto_k)} data: log p(x) {self.log_likelihood.signed} nats ({self.source}{ok})"
+        lines = [head, *gap_table({"": self})]
         for name, one in self.families.items():
             if one.remaining is not None and one.steps is not None and one.stopped is not None:
                 lines.append(
@@ -137,14 +137,12 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
         >>> gap_table({})
         ['set  family  log p(x)  L[q*]  L[q]  approximation  amortization  inference gap']
     """
-    cells = [
-        [name, family, *(("-" if part is None else str(part)) for part in (
-            result.log_likelihood, r.optimum, r.amortized, r.approximation, r.amortization, r.inference))]
-        for name, result in results.items()
-        for family, r in result.families.items()
-    ]  # fmt: skip
-    lines = [["set", "family", "log p(x)", "L[q*]", "L[q]", "approximation", "amortization", "inference gap"], *cells]
-    if cells and not any(name for name, *_ in cells):
+    lines = [["set", "family", "log p(x)", "L[q*]", "L[q]", "approximation", "amortization", "inference gap"]]
+    for name, result in results.items():
+        for family, r in result.families.items():
+            parts = result.log_likelihood, r.optimum, r.amortized, r.approximation, r.amortization, r.inference
+            lines.append([name, family, *("-" if part is None else str(part) for part in parts)])
+    if len(lines) > 1 and not any(results):
         lines = [line[1:] for line in lines]
     return aligned(lines, left=len(lines[0]) - 6)
 
@@ -225,8 +223,7 @@ def gaps(
             able = [name for name, value in guides.items() if number == 0 and rescores(model, value, batch)]
             for name in [name for name in named if name not in reasons]:
                 form = _form(made[name], model, guide, batch, start)
-                tell = functools.partial(_tell, run, name)
-                best = optimise(model, form, batch, learning_rate=learning_rate, progress=tell, **options)
+                best = optimise(model, form, batch, learning_rate=learning_rate, progress=_teller(run, name), **options)
                 climbs[name].append(climbed(unscaled, form, best, batch, num_samples))
                 local, which = form.guide(best.rows), f"{name} (local)"
                 proposals[which], nesting[which] = local, plate_nesting(model, local, *batch)
@@ -237,7 +234,7 @@ def gaps(
             found.add(unscaled, proposals, batch, num_samples, nesting)
     scores, level, source = found.result(log_likelihood)
     reasons |= {name: "a family without an encoder, so without an amortization gap" for name in named.keys() - guides}
-    ways = {name: Climb.joined(parts) for name, parts in climbs.items()}
+    ways = {name: joined(parts) if parts else None for name, parts in climbs.items()}
     rows = {name: _row(name, level, scores, way, reasons.get(name), num_samples) for name, way in ways.items()}
     log_p = Mean.of(level.log_p, level.log_p_variance, num_samples, bound=level.kind(num_samples) == "lower bound")
     return Gaps(rows, log_p, level.bias.mean().item(), level.pareto_k, source, num_samples)
@@ -255,8 +252,8 @@ def _check(start: str, num_samples: int, learning_rate: float, num_steps: int, w
         )
 
 
-def _tell(run: Sweep, name: str, done: int) -> None:
-    run.tick(family=name, window=done)
+def _teller(run: Sweep, name: str) -> Callable[[int], None]:
+    return lambda done: run.tick(family=name, window=done)
 
 
 def _families(
@@ -307,12 +304,12 @@ def _named(guide: Program, families: Mapping[str, Any]) -> dict[str, Any]:
     return {name: guide} | {other: value for other, value in families.items() if other != name}
 
 
-def _is_guide(value: Any) -> bool:
-    return callable(value) and not _is_class(value) and not has_start(value)
-
-
 def _is_class(value: Any) -> bool:
     return isinstance(value.func if isinstance(value, functools.partial) else value, type)
+
+
+def _is_guide(value: Any) -> bool:
+    return callable(value) and not _is_class(value) and not has_start(value)
 
 
 class _NoEncoder(nn.Module):

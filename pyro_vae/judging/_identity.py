@@ -2,8 +2,7 @@
 
     log p(x) = ELBO + KL(q(z | x) || p(z | x))
 
-log p(x) by `quadrature`, the ELBO by samples of the guide, the divergence on a grid of its own, where p(z | x) is
-normalised by its own sum.
+log p(x) by `quadrature`, the ELBO by samples of the guide, the divergence on a grid that normalises p(z | x) itself.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae.judging.estimates import elbo_terms
-from pyro_vae.judging.references import quadrature
-from pyro_vae.judging.results import Result, over_data
+from pyro_vae.judging.grids import quadrature
+from pyro_vae.judging.quotes import over_data
+from pyro_vae.judging.results import Result, averaged
 from pyro_vae.judging.sweeps import refuse_points, sweep
 from pyro_vae.options import checked
 from pyro_vae.traces import Program, log_joint, log_q
@@ -109,10 +109,9 @@ def identity(
             log_posterior = log_f - log_f.logsumexp(0) - cell
             parts.append(((log_own + cell).exp() * (log_own - log_posterior)).nan_to_num(0.0).sum(0).cpu())
             done += z.shape[1]
-    kl, log_p = torch.cat(parts), float(exact.log_evidence.mean())
-    spread = float(kl.std() / len(kl) ** 0.5) if len(kl) > 1 else float("nan")
-    rest = log_p - terms.value - float(kl.mean())
-    return Identity(log_p, terms.value, float(kl.mean()), rest, terms.mc_stderr, spread, kl)
+    kl, log_p = averaged(torch.cat(parts), torch.zeros(())), float(exact.log_evidence.mean())
+    rest = log_p - terms.value - kl["value"]
+    return Identity(log_p, terms.value, kl["value"], rest, terms.mc_stderr, kl["data_stderr"], kl["pointwise"])
 
 
 def _grid(z: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:

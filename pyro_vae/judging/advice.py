@@ -1,13 +1,18 @@
-"""Remedies as what can be typed: a command in the command's own words, made from a run where there is one, and a line
-of Python."""
+"""Remedies in a verdict: those that helped where they were tried, by how much, and what to type for them: a command,
+made from a run where there is one, and a line of Python."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pyro_vae.judging.quotes import listed
+from pyro_vae.judging.results import RELEVANT, Nats
+from pyro_vae.judging.stages import Stages
+from pyro_vae.judging.trials import Remedy, Training
 
 About = Literal["posterior", "latents", "estimate", "calibration", "protocol", "training", "advice"]
 Culprit = Literal[
@@ -58,7 +63,7 @@ def commands(
     Args:
         remedy: "train", "epochs" (train longer), "wider", "full", "iaf" (another family), "local" (as "full"),
             "scale" (learned), "refine", "patience", "warm-up", "samples", "data" (judge more).
-        value: Its number; of "epochs", "patience", "warm-up" epochs, of "samples" K, of "data" how many.
+        value: Its number: epochs, K of "samples", how many "data".
         run: The run folder; None for a command of a run that is still to be named.
         options: Its configuration.
     Example:
@@ -67,77 +72,156 @@ def commands(
         >>> commands("refine")
         ('pyro-vae evaluate RUN --refine semi-amortized', 'guide = pv.SemiAmortized(model, guide)')
     """
-    return _WAYS[remedy](value, "RUN" if run is None else shlex.quote(run), run is not None, options or {})
+    given, place = options or {}, "RUN" if run is None else shlex.quote(run)
+    start = "pyro-vae fit" if run is None else f"pyro-vae fit --config {place}/config.json"
+    epochs, build = int(given.get("epochs", 100)), "vae = pv.VAE.build(x_shape, "
+    patient = f" --patience {_patience(epochs)}"
+    fitted = "pv.fit(vae.model, vae.guide, data)"
+    match remedy:
+        case "train" | "epochs":
+            epochs = value or 2 * epochs
+            python = f"validation=validation, epochs={epochs}, patience={_patience(epochs)}"
+            return f"{start} --epochs {epochs} --patience {_patience(epochs)}", f"pv.fit(model, guide, data, {python})"
+        case "wider":
+            hidden = [2 * int(width) for width in given.get("hidden") or (400, 200)]
+            change = f"--hidden {','.join(map(str, hidden))}"
+            return f"{start} {change}{patient}", f"{build}hidden={tuple(hidden)}); {fitted}"
+        case "full" | "local" | "iaf":
+            name = "iaf" if remedy == "iaf" else "full"
+            # The options of one family are not those of another.
+            change = f"--posterior {name}" + (' --posterior-options ""' if given.get("posterior_options") else "")
+            return f"{start} {change}{patient}", f'{build}posterior="{name}"); {fitted}'
+        case "refine":
+            return f"pyro-vae evaluate {place} --refine semi-amortized", "guide = pv.SemiAmortized(model, guide)"
+        case "scale":
+            python = f'{build}likelihood="normal", scale="learned"); pv.fit(vae, data)'
+            return f"{start} --scale learned{patient}", python
+        case "patience":
+            value = value or _patience(epochs)
+            python = f"pv.fit(model, guide, data, validation=validation, patience={value})"
+            return f"{start} --patience {value}", python
+        case "warm-up":
+            value = value or max(1, epochs // 4)
+            return f"{start} --kl-warmup {value}", f"pv.fit(model, guide, data, kl_warmup={value})"
+        case "samples":
+            return (
+                f"pyro-vae evaluate {place} -K {value}",
+                f"pv.log_likelihood(model, guide, data, num_samples={value})",
+            )
+        case "data":
+            python = f"pv.judge(model, guide, data, num_data={value or 400}, budget=600)"
+            return f"pyro-vae judge {place} --num-data {value or 400} --budget 600", python
+    raise KeyError(remedy)
 
 
-def _fit(run: str, known: bool, change: str, options: Mapping[str, Any], patient: bool = True) -> str:
-    start = f"pyro-vae fit --config {run}/config.json" if known else "pyro-vae fit"
-    return f"{start} {change}" + (f" --patience {_patience(options)}" if patient else "")
-
-
-def _patience(options: Mapping[str, Any]) -> int:
+def _patience(epochs: int) -> int:
     """What goes back to the best weights where a longer or larger fit goes too far, and ends none of a usual one."""
-    return max(20, int(options.get("epochs", 100)) // 5)
+    return max(20, epochs // 5)
 
 
-def _longer(value: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-    epochs = value or 2 * int(options.get("epochs", 100))
-    patience = _patience({"epochs": epochs})
-    python = f"pv.fit(model, guide, data, validation=validation, epochs={epochs}, patience={patience})"
-    return _fit(run, known, f"--epochs {epochs}", {"epochs": epochs}), python
-
-
-def _wider(_: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-    hidden = [2 * int(width) for width in options.get("hidden") or (400, 200)]
-    python = f"vae = pv.VAE.build(x_shape, hidden={tuple(hidden)}); pv.fit(vae.model, vae.guide, data)"
-    return _fit(run, known, f"--hidden {','.join(map(str, hidden))}", options), python
-
-
-def _family(name: str) -> Callable[..., tuple[str, str]]:
-    def ways(_: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-        # The options of one family are not those of another.
-        change = f"--posterior {name}" + (' --posterior-options ""' if options.get("posterior_options") else "")
-        python = f'vae = pv.VAE.build(x_shape, posterior="{name}"); pv.fit(vae.model, vae.guide, data)'
-        return _fit(run, known, change, options), python
-
-    return ways
-
-
-def _refine(_: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-    return f"pyro-vae evaluate {run} --refine semi-amortized", "guide = pv.SemiAmortized(model, guide)"
-
-
-def _scale(_: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-    python = 'vae = pv.VAE.build(x_shape, likelihood="normal", scale="learned"); pv.fit(vae, data)'
-    return _fit(run, known, "--scale learned", options), python
-
-
-def _stop(value: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-    patience = value or _patience(options)
-    python = f"pv.fit(model, guide, data, validation=validation, patience={patience})"
-    return _fit(run, known, f"--patience {patience}", options, patient=False), python
-
-
-def _warm_up(value: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-    epochs = value or max(1, int(options.get("epochs", 100)) // 4)
-    return _fit(run, known, f"--kl-warmup {epochs}", options, patient=False), (
-        f"pv.fit(model, guide, data, kl_warmup={epochs})"
-    )
-
-
-def _samples(value: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-    return f"pyro-vae evaluate {run} -K {value}", f"pv.log_likelihood(model, guide, data, num_samples={value})"
-
-
-def _data(value: int | None, run: str, known: bool, options: Mapping[str, Any]) -> tuple[str, str]:
-    count = value or 400
-    return f"pyro-vae judge {run} --num-data {count} --budget 600", (
-        f"pv.judge(model, guide, data, num_data={count}, budget=600)"
-    )
-
-
-_WAYS: dict[str, Callable[..., tuple[str, str]]] = {
-    "train": _longer, "epochs": _longer, "wider": _wider, "full": _family("full"), "local": _family("full"),
-    "iaf": _family("iaf"), "refine": _refine, "patience": _stop, "warm-up": _warm_up, "samples": _samples,
-    "data": _data, "scale": _scale,
+_WORDS = {
+    "train": "The encoder alone, trained on,",
+    "wider": "A wider encoder, started from the present one,",
+    "full": "A normal of full covariance, with the present encoder to start from,",
+    "iaf": "An inverse autoregressive flow, with the present encoder to start from,",
+    "refine": "A few gradient steps for each datum (SemiAmortized)",
+    "local": "A normal of full covariance, fitted to each datum,",
+    "scale": "A learned scale of the normal likelihood, in the place of its fixed one,",
+}
+_WHAT = {
+    "train": "Train longer.", "wider": "Widen the networks.", "full": "Try FullNormal.", "local": "Try FullNormal.",
+    "iaf": "Try a flow (IAF).", "scale": "Learn the scale.",
+    "refine": "Refine its posterior datum by datum (SemiAmortized): nothing is fitted anew.",
 }  # fmt: skip
+
+
+def training(found: Training) -> Iterator[Finding]:
+    """Overfitting, and what training data say beside others; a fit that had not ended is among the `remedies`."""
+    if not found.done:
+        return
+    lacks = found.shortfall
+    beside = ""
+    if lacks.known:
+        beside = f" The ELBO is {found.train} nats on training data and {found.held} on these ({lacks} less)."
+    if overfitted(found):
+        yield Finding(
+            "training",
+            f"It overfitted: the validation bound was best after {found.best_epoch} of {found.epochs} epochs, and "
+            f"ended {found.fallen} nats lower.{beside}",
+            "overfitting",
+            "Stop there, and keep the best weights: that much is known to be gained, read off the curve of this fit.",
+            "patience",
+            max(10, found.longest_wait + 1),
+        )
+    elif lacks.material() and not found.stopped_early:
+        fell = "the validation bound had not fallen, so that it is no reason to stop sooner"
+        told = fell if found.best_epoch is not None else "whether to stop sooner a validation bound would tell"
+        yield Finding("training", f"It fits training data better than others, by {lacks} nats; {told}.")
+    elif found.stopped_early:
+        yield Finding("training", f"Patience ended the fit, and went back to epoch {found.best_epoch}.{beside}")
+
+
+def overfitted(found: Training) -> bool:
+    """Whether the validation bound ended below its best, by more than its scatter and by what matters."""
+    return found.done and found.fallen.material()
+
+
+def remedies(stages: Stages) -> Iterator[Finding]:
+    """What helped, the most helpful first; or that nothing is worth changing."""
+    remedy, curve = stages.remedy, stages.training
+    over = overfitted(curve)
+    helped = [_helped(name, gain, remedy) for name, gain in remedy.ranked if not over or name == "refine"]
+    if curve.done and curve.rising.material() and not over:
+        which, epochs = "validation" if curve.curve == "validation" else "training", curve.epochs
+        text = f"The training had not ended: the {which} bound still rose by {curve.rising} nats over the last fifth of"
+        text += f" its {epochs} epochs (read off the curve, not tried)."
+        end = Finding("training", text, "unfinished training", "Train longer.", "epochs", 2 * epochs)
+        helped.insert(0, end)  # known of a joint training, as the others are not
+    yield from helped
+    for name, gain in remedy.harmful.items():
+        text = f"{_WORDS[name]} helped under the frozen model, but trained on together with it"
+        if not remedy.gained[name].known:
+            text = f"{_WORDS[name]} was tried: trained on together with it,"
+        yield Finding("advice", f"{text} log p(x) of held-out data changed by {gain} nats: not advised.")
+    for name, gain in remedy.idle.items():
+        text = f"{_WORDS[name]} helped under the frozen model, but trained on together with it log p(x) of held-out"
+        beyond = "" if name == "train" else " over the present pair trained on"
+        yield Finding("advice", f"{text} data gained {gain} nats{beyond}, which is within the errors: not advised.")
+    if remedy.done:
+        advised, gains = dict(remedy.ranked), remedy.gained.items()
+        idle = [f"{n} {gain}" for n, gain in gains if gain.known and not gain.material() and n not in advised]
+        if idle:
+            text = f"No gain above twice its error and {RELEVANT} nats, so not advised: {listed(idle, 6)}"
+            yield Finding("advice", f"{text} ({_where(remedy)}).")
+        if helped and all(finding.remedy == "refine" for finding in helped) and not over:
+            yield Finding("advice", "The model is not worth changing, its log p(x) stays what it is: leave it.")
+        if not helped and not over:
+            yield Finding("advice", "The pair is not worth changing for its gap: leave it as it is.")
+    elif remedy.late or (remedy.status == "not possible" and remedy.reason):
+        more = "Give more time (budget)." if remedy.late else ""
+        yield Finding("advice", f"No remedy could be tried, so that none is advised: {remedy.reason}.", None, more)
+
+
+def _helped(name: str, gain: Nats, remedy: Remedy) -> Finding:
+    known, together = remedy.gained[name], remedy.joint_gain(name)
+    over = "the pair as it is" if name == "train" else "the present pair trained on for as many"
+    if together.known and name == "train":
+        where = f"{remedy.num_data}, held out; {remedy.num_steps} steps on {remedy.num_training} others"
+        text = f"Model and guide trained on together, log p(x) of these data gained {together} nats ({where})."
+    elif together.known and not known.known:
+        where = f"{remedy.num_data} held-out data after {remedy.num_steps} steps with the model"
+        text = f"{_WORDS[name]} gained {together} nats of log p(x) over {over} ({where})."
+    else:
+        text = f"{_WORDS[name]} gained {known} nats of ELBO ({_where(remedy)})."
+        if together.known:
+            text += " Trained on together with the model for as many steps, log p(x) of these data gained "
+            text += f"{together} nats over {over}."
+        else:
+            text += " log p(x) stays what it is." if name == "refine" else " A joint training may behave otherwise."
+    return Finding("advice", text, None, _WHAT[name], name)
+
+
+def _where(remedy: Remedy) -> str:
+    data = "half of the data" if remedy.own_data else f"{remedy.num_training} training data"
+    steps = f" after {remedy.num_steps} steps on {data}" if remedy.num_steps else ""
+    return f"tried under the frozen model, on {remedy.num_data} held-out data{steps}"

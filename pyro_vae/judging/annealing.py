@@ -34,10 +34,8 @@ from torch import Tensor
 
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.trees import joined
-from pyro_vae.judging.brackets import Annealed as Annealed
-from pyro_vae.judging.brackets import Bracket as Bracket
-from pyro_vae.judging.brackets import steps_wanted
 from pyro_vae.judging.densities import Pair
+from pyro_vae.judging.evidence import Annealed, Bracket, steps_wanted
 from pyro_vae.judging.hamiltonian import SCHEDULES, Moves, anneal, pilot
 from pyro_vae.judging.results import Mean, at_least, averaged, one_of
 from pyro_vae.judging.sweeps import Sweep, sweep
@@ -255,10 +253,10 @@ def _forward(
         density = pair.path_density(options.start)
         draws = pair.from_guide if options.start == "guide" else pair.from_prior
         # 64 draws know a standard deviation to 9 %, which is more than a scale need be.
-        precision = _precision(draws(64))
-        both = torch.stack([precision, precision if guide is None else _precision(pair.from_guide(64))])
+        own = draws(64).var(0)
+        both = torch.stack([own, own if guide is None else pair.from_guide(64).var(0)]).clamp(min=1e-12)
         kernels = pilot(
-            density, draws(options.pilot_chains), both, name=options.schedule, num_steps=options.num_steps,
+            density, draws(options.pilot_chains), 1 / both, name=options.schedule, num_steps=options.num_steps,
             num_leapfrog=options.num_leapfrog, pilot_steps=options.coarse,
             target_acceptance=options.target_acceptance, moved=run.tick,
             # Fewer chains make another graph, for which Inductor would be called a second time.
@@ -267,10 +265,6 @@ def _forward(
     moves = Moves(density, options.num_leapfrog, programs, passes * (options.num_steps - 1), options.compile)
     log_weight, acceptance = anneal(density, draws(options.num_samples), kernels, tick=run.tick, moves=moves)
     return kernels, log_weight, acceptance, pair, density, moves
-
-
-def _precision(draws: Tensor) -> Tensor:
-    return 1 / draws.var(0).clamp(min=1e-12)
 
 
 def _annealed(found: list[tuple[Any, ...]], options: _Options) -> Annealed:

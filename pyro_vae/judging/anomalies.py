@@ -33,13 +33,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.batches import seeded
-from pyro_vae.judging.climbs import optimise
+from pyro_vae.judging.climbs import optimise, weights_at
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.local import Unscaled, local_form
-from pyro_vae.judging.sweeps import Sweep, in_chunks, sweep
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import checked
-from pyro_vae.traces import Program, plate_nesting
+from pyro_vae.traces import Program
 
 SCORES = ("log-likelihood", "reconstruction", "ratio", "regret")
 
@@ -78,8 +77,7 @@ def anomaly_scores(
     Returns:
         Scores, (N,).
     Raises:
-        ValueError: Another score; a point guide where a density is needed; data that are not one binary tensor, to be
-            compressed.
+        ValueError: Another score; a point guide where a density is needed; data that are no binary tensor.
     """
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}, wanted one of {', '.join(SCORES)}.")
@@ -94,10 +92,16 @@ def anomaly_scores(
         if background is not None:
             return found + log_likelihood(background[0], background[1], data, **by_weights).pointwise
         with sweep(model, guide, data=data, title="compressed", **options) as run:
-            return found - torch.cat([_compressed(batch) for batch in run])
+            return found - torch.cat([compressed_size(_binary(batch)) for batch in run])
+    parts = []
     if score == "regret":
         with sweep(model, guide, data=data, copies=8, validate=False, title="regret", **options) as run:
-            return torch.cat([_regret(run, batch, num_samples, num_steps) for batch in run])
+            for batch in run:
+                form = local_form(guide, batch)
+                best = optimise(model, form, batch, num_steps=num_steps, window=max(1, num_steps // 8))
+                start, end = weights_at(form, Unscaled()(model), (form.start, best.rows), batch, num_samples)
+                parts.append(end.mean(0) - start.mean(0))
+        return torch.cat(parts)
     with sweep(model, guide, data=data, title="reconstruction", **options) as run:
         parts = [torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)]
     return -torch.cat(parts).double().cpu()
@@ -107,13 +111,8 @@ def compressed_size(x: Tensor) -> Tensor:
     """The length of each datum in nats, losslessly compressed: an upper limit of what describes it.
 
     Zeros and ones are packed as bits; numbers in [0, 1] are rounded to 256 levels, others to 256 between the smallest
-    and the largest of the batch. The shortest counts, of zlib and bz2 on the rows and on the differences of neighbours
-    down and across.
+    and the largest of the batch. The shortest counts, of zlib and bz2 on rows and on differences of neighbours, (N,).
 
-    Args:
-        x: (N, ...).
-    Returns:
-        Nats, (N,).
     Example:
         >>> flat, noise = torch.zeros(1, 1, 28, 28), torch.rand(1, 1, 28, 28)
         >>> bool(compressed_size(flat) < compressed_size(noise) / 20)
@@ -129,8 +128,7 @@ def compressed_size(x: Tensor) -> Tensor:
 
 
 def _shortest(levels: np.ndarray, binary: bool) -> int:
-    if levels.ndim == 0:
-        levels = levels[None]
+    levels = np.atleast_1d(levels)
     forms = [levels, np.diff(levels, axis=-1, prepend=levels[..., :1] * 0)]
     if levels.ndim > 1:
         forms.append(np.diff(levels, axis=-2, prepend=levels[..., :1, :] * 0))
@@ -139,29 +137,14 @@ def _shortest(levels: np.ndarray, binary: bool) -> int:
     return min(len(pack(one)) for one in raw for pack in (lambda b: zlib.compress(b, 9), bz2.compress))
 
 
-def _compressed(batch: tuple[Any, ...]) -> Tensor:
+def _binary(batch: tuple[Any, ...]) -> Tensor:
     if len(batch) != 1 or not isinstance(batch[0], Tensor) or not bool(((batch[0] == 0) | (batch[0] == 1)).all()):
         raise ValueError(
             "score='ratio' compares log p(x) with the compressed size of x, which is sound for zeros and ones only, "
             "and these data are others. Use score='regret', or a pair fitted to noisier data: "
             "background=(model, guide)."
         )
-    return compressed_size(batch[0])
-
-
-def _regret(run: Sweep, batch: tuple[Any, ...], num_samples: int, num_steps: int) -> Tensor:
-    model, guide = run.programs
-    form = local_form(guide, batch)
-    best = optimise(model, form, batch, num_steps=num_steps, window=max(1, num_steps // 8))
-    unscaled = Unscaled()(model)
-    nesting = plate_nesting(unscaled, form.guide(form.start), *batch)
-    noise = int(torch.randint(2**31, ()).item())
-    bounds = []
-    for rows in (form.start, best.rows):
-        with seeded(noise):  # the same for both, so that it cancels
-            chunks = list(in_chunks(unscaled, form.guide(rows), batch, num_samples, nesting))
-        bounds.append(torch.cat([chunk.log_weight for chunk in chunks]).double().mean(0).cpu())
-    return bounds[1] - bounds[0]
+    return batch[0]
 
 
 def explained(auc: float, score: str, outliers: str = "the outliers") -> str | None:

@@ -32,6 +32,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae import __version__
 from pyro_vae.atomic import write_file
 from pyro_vae.judging.components import Scorer, placed
 from pyro_vae.judging.results import at_least
@@ -40,7 +41,6 @@ from pyro_vae.judging.weights import Scored, pareto_smoothed
 from pyro_vae.options import checked
 from pyro_vae.sites import plates
 from pyro_vae.traces import Program, predict, simulate
-from pyro_vae.version import __version__
 
 LOO_IS_INVALID = (
     "az.loo and az.waic are invalid here: every datum has a latent of its own, so leaving x out leaves the prior. "
@@ -93,13 +93,10 @@ def to_arviz(
             density, and all that `particles` refuses.
     Example:
         >>> import pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        ...         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+        >>> from pyro_vae import Guide, Model
+        >>> prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> model = Model(lambda: prior, lambda z: dist.Normal(z, 1.0).to_event(1))
+        >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5).to_event(1))
         >>> tree = to_arviz(model, guide, torch.zeros(3, 2), num_samples=8, num_prior=5)
         >>> dict(tree["posterior"]["z"].sizes)
         {'chain': 4, 'draw': 2, 'datum': 3, 'latent': 2}
@@ -132,7 +129,7 @@ def to_arviz(
         "observed_data": {name: layout.sites[name]["value"] for name in layout.data},
     }
     datasets = {name: layout.dataset(name, values) for name, values in groups.items()}
-    _add_diagnostics(datasets["sample_stats"], stats["log_weight"], layout.datum)
+    _add_diagnostics(datasets["sample_stats"], Scored.of(stats["log_weight"]), layout.datum)
     datasets["log_likelihood"].attrs["note"] = LOO_IS_INVALID
     independent = "guide q(z | x), independent: chains are a partition of them"
     resampled = f"guide draws resampled by their {'Pareto-smoothed ' * smooth}importance weights, per chain"
@@ -187,14 +184,21 @@ class _Layout:
                 frame = plates(site).get(dim)
                 wanted = f"{name}_plate_{-dim}" if frame is None else frame.name
                 found.append(self.datum if dim == scorer.frame.data_dim else self._name(name, wanted, size))
+            events = tuple(f"{name}_dim_{i}" for i in range(count))
             if name in vectors:
-                events: tuple[str, ...] = ("latent",) if len(vectors) == 1 else (f"{name}_latent",)
-            else:
-                default = tuple(f"{name}_dim_{i}" for i in range(count))
-                events = _EVENTS.get(count, default) if name in self.data else default
+                events = ("latent",) if len(vectors) == 1 else (f"{name}_latent",)
+            elif name in self.data:
+                events = _EVENTS.get(count, events)
             self.axis[name], _ = placed(site, scorer.frame.data_dim)
             self.dims[name] = found + [self._name(name, e, n) for e, n in zip(events, event, strict=True)]
-        self.coords = self._checked(coords)
+        for name, values in coords.items():
+            if name not in self._known:
+                raise ValueError(f"got coordinates of {name!r}, wanted one of the dimensions {list(self._known)}.")
+            if len(values) != self._known[name]:
+                raise ValueError(
+                    f"got {len(values)} coordinates of {name!r}, which has {self._known[name]} places. Give one each."
+                )
+        self.coords = {name: np.asarray(values) for name, values in coords.items()}
 
     def _name(self, site: str, wanted: str, size: int) -> str:
         """A name for a dimension that no variable has, and no dimension of another size."""
@@ -205,35 +209,24 @@ class _Layout:
         self._known[wanted] = size
         return wanted
 
-    def _checked(self, coords: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        for name, values in coords.items():
-            if name not in self._known:
-                raise ValueError(f"got coordinates of {name!r}, wanted one of the dimensions {list(self._known)}.")
-            if len(values) != self._known[name]:
-                raise ValueError(
-                    f"got {len(values)} coordinates of {name!r}, which has {self._known[name]} places. Give one each."
-                )
-        return {name: np.asarray(values) for name, values in coords.items()}
-
     def chained(self, name: str | None, values: Tensor, index: Tensor | None) -> Tensor:
         """(K, ...) as (C, S, ...), on the CPU, resampled where there is an index (C, S, B)."""
-        values = values.cpu().unflatten(0, (self.num_chains, -1))
+        values, axis = values.cpu().unflatten(0, (self.num_chains, -1)), 2 if name is None else 2 + self.axis[name]
         if index is None:
             return values
-        axis = 2 + (0 if name is None else self.axis[name])
         moved = values.movedim(axis, 2)
-        rest = moved.shape[3:]
-        chosen = moved.gather(1, index.reshape(*index.shape, *(1 for _ in rest)).expand(*index.shape, *rest))
-        return chosen.movedim(2, axis)
+        return moved.gather(1, index[(..., *[None] * (moved.dim() - 3))].expand_as(moved)).movedim(2, axis)
 
     def dataset(self, group: str, values: Mapping[str, Tensor]) -> Any:
         """One group, by ArviZ's own `from_dict`."""
         az, per_datum = _arviz(), group in ("log_likelihood", "sample_stats")
-        arrays = {name: _array(x) for name, x in values.items()}
+        # netCDF has neither.
+        known = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}
+        arrays = {n: x.detach().cpu().to(known.get(x.dtype, x.dtype)).numpy() for n, x in values.items()}
         dims = {name: [self.datum] if per_datum else self.dims[name] for name in values}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="More chains")  # as was asked for
-            if _has_inference_data(az):
+            if _is_old(az):
                 found = az.from_dict(**{group: arrays}, dims=dims, coords=self.coords)[group]
             else:
                 found = az.from_dict({group: arrays}, dims=dims, coords=self.coords)[group].to_dataset()
@@ -244,8 +237,7 @@ class _Layout:
 
 def _drawn(run: Sweep, args: tuple[Any, ...], num_samples: int, layout: _Layout) -> Iterator[dict[str, Tensor]]:
     """Latents, log p(x | z_k) per observed site, and the other log densities, of all K."""
-    parts = []
-    model, guide = run.programs
+    parts, (model, guide) = [], run.programs
     for table in in_chunks(model, guide, args, num_samples, run.nesting(guide) if num_samples > 1 else 0):
         scores = {name: table.log_likelihood for name in layout.data}
         if len(scores) > 1:
@@ -281,9 +273,8 @@ def _resampled(log_weight: Tensor, num_chains: int, smooth: bool) -> Tensor:
     return torch.stack(found)
 
 
-def _add_diagnostics(sample_stats: Any, log_weight: Tensor, datum: str) -> None:
+def _add_diagnostics(sample_stats: Any, scored: Scored, datum: str) -> None:
     """What the importance weights say of each datum."""
-    scored = Scored.of(log_weight)
     for name, values, text in (
         ("pareto_k", scored.pareto_k, "Pareto k-hat of the guide's importance weights"),
         ("ess", scored.ess, "effective number of guide draws, (sum w)^2 / sum w^2"),
@@ -308,7 +299,7 @@ def _assembled(groups: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
     for dataset in groups.values():
         dataset.attrs.update(about)
     az = _arviz()
-    if _has_inference_data(az):
+    if _is_old(az):
         return az.InferenceData(attrs=dict(about), **groups)
     import xarray
 
@@ -317,14 +308,8 @@ def _assembled(groups: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
     return tree
 
 
-def _array(x: Tensor) -> np.ndarray:
-    x = x.detach().cpu()
-    # netCDF has neither.
-    return x.to({torch.bool: torch.uint8, torch.bfloat16: torch.float32}.get(x.dtype, x.dtype)).numpy()
-
-
-def _has_inference_data(az: Any) -> bool:
-    return int(az.__version__.split(".")[0]) < 1  # 1.x still answers to the name, with a warning
+def _is_old(az: Any) -> bool:
+    return int(az.__version__.split(".")[0]) < 1  # 1.x still answers to the name InferenceData, with a warning
 
 
 def _arviz() -> Any:

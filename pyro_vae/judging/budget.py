@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pyro.poutine.messenger import Messenger
 
 from pyro_vae.inference.trees import at, rows
-from pyro_vae.judging.estimates import Estimate
+from pyro_vae.judging.evidence import Estimate
 from pyro_vae.judging.results import Mean
 from pyro_vae.traces import Program
 
@@ -67,18 +67,14 @@ class Examination:
     """A pair under examination, what may be spent on it, and what later stages take from earlier ones.
 
     Attributes:
-        model, guide: Pyro programs.
-        data: One batch, the arguments of both.
+        model, guide, data: Pyro programs, and one batch, the arguments of both.
         num_samples: K that was asked for.
         observed: Which argument each observed site is.
         options: Device, seed and progress of each estimate.
-        budget: Of time.
-        per_draw: Seconds for one sample of one datum, in bulk.
-        judged: The estimate of log p(x) at K.
-        better: One at more samples.
+        budget, per_draw: Of time; seconds for one sample of one datum, in bulk.
+        judged, better: The estimate of log p(x) at K, and one at more samples.
         best: One that uses the best q of each datum too, where it can be relied upon.
-        training: One batch of data that the pair was fitted to, where they were given.
-        training_source: What they were taken from.
+        training, training_source: One batch of data that the pair was fitted to, and what they were taken from.
         history: The records of the fit, one per epoch, and whether patience ended it.
     """
 
@@ -106,11 +102,6 @@ class Examination:
         """Some of the data."""
         return at(self.data, slice(start, stop))
 
-    def training_part(self, num_data: int) -> tuple[Any, ...]:
-        """Some of the training data."""
-        assert self.training is not None
-        return at(self.training, slice(num_data))
-
     def of(self, start: int, stop: int) -> tuple[Any, ...]:
         """The pair with some of the data, as every diagnostic takes them."""
         return self.model, self.guide, self.part(start, stop)
@@ -122,12 +113,8 @@ class Examination:
     def pieces(self, factor: int, work: Callable[[int, int], R], cost: Callable[[float, int, int], float]) -> list[R]:
         """What came of 4 data, then of factor times as many, and so on, as long as there is time.
 
-        Args:
-            factor: By which the pieces grow.
-            work: Does the data from one index to another.
-            cost: Seconds for a piece, from those of the one before, its size and that of the piece.
-        Raises:
-            OutOfTime: Not even the first one could be done.
+        `work` does the data from one index to another; `cost` gives seconds for a piece, by those of the one before,
+        its size and that of the piece. OutOfTime where not even the first one could be done.
         """
         stops = [min(4, self.num_data)]
         while stops[-1] < self.num_data:

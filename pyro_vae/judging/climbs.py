@@ -1,15 +1,14 @@
 """The best member of a family for each datum, by gradient steps on its own parameters.
 
 The steps are Adam's, for all data at once and at a rate for each. What they find is a point from which the bound no
-longer rises by more than can be seen, not the optimum, so `Optimum` also keeps the way there, from which `climbed`
-estimates what remains.
+longer rises by more than can be seen, not the optimum; from the way there `climbed` estimates what remains.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +52,6 @@ class Climb(NamedTuple):
     slope: Tensor
     steps: Tensor
     stopped: Tensor
-
-    @classmethod
-    def joined(cls, parts: list[Climb]) -> Climb | None:
-        """Over batches."""
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else None
 
 
 class _Climbers(NamedTuple):
@@ -120,11 +114,9 @@ def optimise(
             progress(window)
         # What settles ends here, at the average; the best rows are kept where it came out no number.
         average_or_best = torch.where(average.isfinite().all(1, keepdim=True), average, now.best_rows)
-        ended, at_end = now.settling, now.datum[now.settling]
-        result.rows[at_end] = average_or_best[ended]
-        result.steps[at_end] = float(step)
-        result.stopped[at_end] = now.stopped[ended]
-        result.path[at_end] = now.path[ended]
+        ended, steps = now.settling, torch.full_like(now.theta[:, 0], step)
+        for kept, value in zip(result, (average_or_best, now.path, steps, now.stopped), strict=True):
+            kept[now.datum[ended]] = value[ended]
         better = total > now.best
         best_rows = torch.where(better[:, None], average, now.best_rows)
         misses = torch.where(total > now.best + tolerance, 0, now.misses + 1)
@@ -166,29 +158,31 @@ def _window(
 
 
 def climbed(model: Program, form: LocalForm, best: Optimum, args: tuple[Any, ...], num_samples: int) -> Climb:
-    """What remains of each datum's climb, at one noise for all three places."""
+    """What remains of each datum's climb."""
+    weights = weights_at(form, model, best.path.unbind(1), args, max(2, min(num_samples, 200)))
+    return Climb(*remaining(*weights), best.steps.double().cpu(), best.stopped.cpu())
+
+
+def weights_at(
+    form: LocalForm, model: Program, places: Sequence[Tensor], args: tuple[Any, ...], num_samples: int
+) -> list[Tensor]:
+    """Log weights, (K, B), at rows of parameters, (B, P) each, at one noise for all, so that it cancels."""
     nesting = plate_nesting(model, form.guide(form.start), *args)
-    seed = int(torch.randint(2**31, ()).item())
-    weights = []
-    for rows in best.path.unbind(1):
+    seed, weights = int(torch.randint(2**31, ()).item()), []
+    for rows in places:
         with seeded(seed):
-            chunks = in_chunks(model, form.guide(rows), args, max(2, min(num_samples, 200)), nesting)
+            chunks = in_chunks(model, form.guide(rows), args, num_samples, nesting)
             weights.append(torch.cat([chunk.log_weight for chunk in chunks]).double().cpu())
-    left, slope = remaining(*weights)
-    return Climb(left, slope, best.steps.double().cpu(), best.stopped.cpu())
+    return weights
 
 
 def remaining(latest: Tensor, before: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
     """How much a bound may still rise, judged by how it rose last.
 
-    With d the rise over the last window and r its ratio to the rise over the one before,
-    later windows add d (r + r^2 + ...) = d r / (1 - r) where the rises shrink geometrically. A
-    rise that cannot be told from noise is taken as large as its noise.
-
-    Args:
-        latest, before, earlier: log weights at the last three windows' parameters, at the same noise, (K, B) each.
-    Returns:
-        What remains and the rise d, (B,) each, in nats per datum.
+    With d the rise over the last window and r its ratio to the rise over the one before, later windows add
+    d (r + r^2 + ...) = d r / (1 - r) where the rises shrink geometrically. A rise that cannot be told from noise is
+    taken as large as its noise. Of log weights at the last three windows' parameters, at the same noise, (K, B) each:
+    what remains and the rise d, (B,) each, in nats per datum.
     """
     count = len(latest)
     rise, rise_before = latest - before, before - earlier

@@ -1,8 +1,7 @@
 """Whether a datum is scored by itself: the same latents of it, in other company.
 
 log p(x_b, z_b) and log q(z_b | x_b) are per datum only where the rows of a batch do not see each other. A mean over the
-batch in a network, or batch normalisation without running statistics, makes them functions of the other rows too, and
-neither errors nor k-hat see that.
+batch in a network, or batch normalisation without running statistics, makes them functions of the other rows too.
 """
 
 from __future__ import annotations
@@ -35,11 +34,6 @@ def seen_by_others(programs: Sequence[Program], data: tuple[Any, ...]) -> str | 
     latents, nested plates, sequences), of a plate that is a part of a larger one, of programs that do not run on few
     data, nor of programs with noise of their own: of them a rerun at the same latents says another thing, too.
 
-    Args:
-        programs: A model and its guide.
-        data: The arguments of both, a batch.
-    Returns:
-        The sentence, or None.
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> def model(x):
@@ -63,7 +57,7 @@ def seen_by_others(programs: Sequence[Program], data: tuple[Any, ...]) -> str | 
         with torch.no_grad():
             beside = at(data, slice(few))
             first, drawn = _scores(model, guide, beside, few)
-            alike = {name: _copied(site, few) for name, site in drawn.items()}
+            alike = {name: {**site, "value": site["value"][[0] * few]} for name, site in drawn.items()}
             second, _ = _scores(model, _at(guide, alike), at(data, torch.zeros(few, dtype=torch.long)), few)
             moved = [who for who in first if _differ(first[who], second[who])]
             if not moved:
@@ -98,26 +92,13 @@ def _scores(
 
 
 def _score(site: Any, size: int) -> float:
+    """The log density of datum 0; refused of sites in other plates than that of the data, and of scaled ones."""
     value = scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
-    _refuse_other_plates(site, size)
-    if value.dim() != 1 or len(value) != size:
-        raise ValueError("a site has other dimensions than that of the data")
+    (plate,), scale = site["cond_indep_stack"], site["scale"]
+    whole = plate.vectorized and plate.dim == -1 and plate.size == size and plate.full_size in (None, -1, size)
+    if not whole or value.shape != (size,) or isinstance(scale, Tensor) or scale != 1:
+        raise ValueError("a site lies in other plates than that of the data, or carries a scale")
     return float(value[0])
-
-
-def _refuse_other_plates(site: Any, size: int) -> None:
-    stack = site["cond_indep_stack"]
-    alone = len(stack) == 1 and stack[0].vectorized and stack[0].dim == -1
-    if not alone or stack[0].size != size or stack[0].full_size not in (None, -1, size):
-        raise ValueError("a site lies in other plates than that of the data")
-    scale = site["scale"]
-    if isinstance(scale, Tensor) or scale != 1:
-        raise ValueError("a site carries a scale")
-
-
-def _copied(site: Any, copies: int) -> Any:
-    value = site["value"]
-    return {**site, "value": value[:1].expand(copies, *value.shape[1:]).clone()}
 
 
 def _at(guide: Program, drawn: Mapping[str, Any]) -> Program:

@@ -27,12 +27,14 @@ from pyro_vae.traces import Program, run_at, simulate, sites
 class Scorer:
     """log p of a program's sites at given latents, for all chains in one run of the program.
 
+    Of a guide with one site, whose distribution depends on x only, the first run serves for all.
+
     Attributes:
         sites: Its sites, as one plain run gave them.
         frame: Where its data lie.
     """
 
-    def __init__(self, program: Program, args: tuple[Any, ...]) -> None:
+    def __init__(self, program: Program, args: tuple[Any, ...], guide: bool = False) -> None:
         self.program, self.args = program, args
         with torch.random.fork_rng(), torch.no_grad():
             plain = poutine.trace(program).get_trace(*args)
@@ -40,11 +42,16 @@ class Scorer:
         self.nesting = depth(plain)
         self.frame = data_frame([plain], 1, self.nesting, args=args)
         self.sites = {site["name"]: site for site in sample_sites(plain)}
+        self._fixed = next(iter(self.sites.values())) if guide and len(self.sites) == 1 else None
         self._broadcasts: bool | None = None
 
     def __call__(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log densities per site, (C, B), at latents (C, *plates, *event)."""
         chains = len(next(iter(latents.values())))
+        if self._fixed is not None:
+            name, dim = self._fixed["name"], -1 - max(-dim for dim in plates(self._fixed))
+            frame = Frame(len(latents[name]), dim, self.frame.data_dim, self.frame.data_size)
+            return {name: site_log_prob({**self._fixed, "value": latents[name]}, frame)}
         if chains == 1 or self._broadcasts:
             return self._score(latents, chains)
         if self._broadcasts is None:
@@ -70,23 +77,6 @@ class Scorer:
         dim = -1 - self.nesting if chains > 1 else None
         frame = Frame(chains, dim, self.frame.data_dim, self.frame.data_size)
         return {site["name"]: site_log_prob(site, frame) for site in sample_sites(trace)}
-
-
-class FixedScorer:
-    """As `Scorer`, for a guide of one site: its distribution depends on x only, so the network runs once."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        (self.site,), self.frame = scorer.sites.values(), scorer.frame
-
-    def __call__(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        name, deepest = self.site["name"], max(-dim for dim in plates(self.site))
-        frame = Frame(len(latents[name]), -1 - deepest, self.frame.data_dim, self.frame.data_size)
-        return {name: site_log_prob({**self.site, "value": latents[name]}, frame)}
-
-
-def fastest(scorer: Scorer) -> Scorer | FixedScorer:
-    """Of a guide: without running its network again, where it has a single site."""
-    return FixedScorer(scorer) if len(scorer.sites) == 1 else scorer
 
 
 def placed(site: Any, data_dim: int, event: tuple[int, ...] | None = None) -> tuple[int, tuple[int, ...]]:
@@ -119,11 +109,9 @@ class Components:
     Raises:
         ValueError: The model has no latent site, or no plate that all sites share.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        ...         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Model
+        >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.Normal(z.sum(-1), 1.0))
         >>> components = Components(model, (torch.zeros(5),))
         >>> components.names, components.columns({"z": torch.zeros(7, 5, 2)}).shape
         (('z[0]', 'z[1]'), torch.Size([7, 5, 2]))
@@ -173,13 +161,8 @@ class Components:
 def simulated_batch(
     model: Program, args: tuple[Any, ...], observed: Mapping[str, int] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-    """Draw (z, x) ~ p(z) p(x | z) in the shape of a batch.
+    """Draw (z, x) ~ p(z) p(x | z) in the shape of a batch: its arguments with simulated data in them, and the latents.
 
-    Args:
-        observed: Position of the argument that an observed site is, as {"x": 0}, where the values do not tell.
-        model, args: The batch serves for its shape, and for what the model conditions on.
-    Returns:
-        The arguments with simulated data in them, and the latents that the data were drawn from.
     Raises:
         ValueError: A site equals no argument, or several; or the model observes nothing.
     """
@@ -217,11 +200,8 @@ def _place(site: str, value: Tensor, args: tuple[Any, ...], named: int | None) -
                 f"argument {named} has {args[named].numel()} values, and site {site!r} {value.numel()}: wanted as many."
             )
         return named % len(args)
-    same = [
-        i
-        for i, x in enumerate(args)
-        if isinstance(x, Tensor) and x.numel() == value.numel() and bool((x.flatten() == value.flatten()).all())
-    ]
+    tensors = {i: x.flatten() for i, x in enumerate(args) if isinstance(x, Tensor) and x.numel() == value.numel()}
+    same = [i for i, x in tensors.items() if bool((x == value.flatten()).all())]
     if len(same) != 1:
         found = "none" if not same else f"those at {same}"
         raise ValueError(

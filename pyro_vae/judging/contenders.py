@@ -45,7 +45,7 @@ def groups_of(guides: Any, model: Program) -> Groups:
         (dict_keys(['one', 'two']), dict_keys(['both #1', 'both #2']))
     """
     if not isinstance(guides, Mapping):
-        listed = list(guides) if isinstance(guides, list | tuple) else [guides]
+        listed = _list(guides)
         called = [_called(each) for each in listed]
         guides = {
             name if called.count(name) == 1 else f"{name} {called[: i + 1].count(name)}": each
@@ -53,14 +53,16 @@ def groups_of(guides: Any, model: Program) -> Groups:
         }
     found: Groups = {}
     for name, given in guides.items():
-        members = list(given) if isinstance(given, list | tuple) else [given]
+        members = [_guide(model, f"{name}", each) for each in _list(given)]
         many = len(members) > 1
-        found[str(name)] = {
-            f"{name} #{i + 1}" if many else str(name): _guide(model, f"{name}", each) for i, each in enumerate(members)
-        }
+        found[str(name)] = {f"{name} #{i + 1}" if many else str(name): each for i, each in enumerate(members)}
     if not found or not all(found.values()):
         raise ValueError(f"got {len(found)} guides, wanted at least one in each place. Pass {{'name': guide}}, say.")
     return found
+
+
+def _list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _called(guide: Any) -> str:
@@ -77,20 +79,18 @@ def _guide(model: Program, name: str, given: Any) -> Program:
                 f"got the pair {name!r} with a model of its own, wanted guides of the one model that they are compared "
                 "under. Pass its guide, vae.guide, if you mean that, fitted by fit_guide(model, vae.guide, data)."
             )
-        guide: Program = given.guide
-        return guide
-    if not callable(given):
+        given = given.guide
+    elif not callable(given):
         raise ValueError(
             f"got {type(given).__name__} as the guide {name!r}, wanted a guide, a pair, or a list of either."
         )
-    return given
+    found: Program = given
+    return found
 
 
 def bounds_at(bounds: Any) -> dict[str, tuple[Bound, int]]:
-    """Bounds at numbers of samples, by what they are called.
+    """Bounds at numbers of samples, ``{"iwae": (5, 50), renyi(0.5): 5}``, by what they are called.
 
-    Args:
-        bounds: From bounds, or their names, to a K or several: ``{"iwae": (5, 50), renyi(0.5): 5}``.
     Raises:
         ValueError: No such bound, or no number of samples.
     Example:
@@ -118,9 +118,7 @@ def bound_values(
 ) -> dict[str, dict[str, Mean]]:  # fmt: skip
     """Each bound of each guide, its mean over several draws of K samples, and the error of that: by bound, by guide.
 
-    Args:
-        total: Samples per datum that a bound may take, within limits on the number of draws.
-        options: Those of `sweep`.
+    A bound takes `total` samples per datum, within limits on the number of draws; the options are those of `sweep`.
     """
     parts: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     most = max((count for _, count in bounds.values()), default=1)
@@ -149,10 +147,8 @@ def pooled(members: Sequence[Mean]) -> Mean:
 def interval(members: Sequence[Mean]) -> tuple[float, float]:
     """The interval of a group's number (see the module)."""
     values = torch.tensor([each.value for each in members], dtype=torch.float64)
-    middle, count = values.mean().item(), len(members)
-    if count == 1:
-        half = 2 * members[0].mc_stderr
-    else:
+    middle, count, half = values.mean().item(), len(members), 2 * members[0].mc_stderr
+    if count > 1:
         from scipy.stats import t
 
         half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * values.std().item() / math.sqrt(count)

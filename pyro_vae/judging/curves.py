@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pyro_vae.inference.training import History
+from pyro_vae.inference.trees import at
 from pyro_vae.judging.budget import Examination
 from pyro_vae.judging.estimates import elbo_terms
 from pyro_vae.judging.results import Nats
@@ -44,8 +45,9 @@ def examine_training(pair: Examination, stages: Stages) -> Training:
     count = 0
     if pair.training is not None:
         with pair.budget.piece():
+            both = at(pair.training, slice(pair.num_data)), pair.data
             seen, unseen = (elbo_terms(pair.model, pair.guide, data, num_samples=_SAMPLES, **pair.options)
-                            for data in (pair.training_part(pair.num_data), pair.data))  # fmt: skip
+                            for data in both)  # fmt: skip
         count = len(unseen.pointwise)
         train, held = Nats.of(seen), Nats.of(unseen)
         error = math.hypot(*(x for n in (train, held) for x in (n.mc_stderr, n.data_stderr)))
@@ -71,46 +73,37 @@ def trend(records: Sequence[Mapping[str, Any]], stopped_early: bool = False) -> 
     if name is None:
         return fields
     curve = torch.tensor([float(r[name]) if _number(r.get(name)) else math.nan for r in records], dtype=torch.float64)
-    known = curve.isfinite()
+    known, fields["curve"] = curve.isfinite(), name
     curve = curve[known]
-    fields["curve"] = name
     tail = max(5, len(curve) // 5)
     if len(curve) >= tail + 1 and not stopped_early:
-        fields["rising"] = _rise(curve[-tail:])
+        slope, error, _ = _line(curve[-tail:])
+        fields["rising"] = Nats(slope * (tail - 1), error * (tail - 1))
     if name != "validation":
         return fields
-    best, waited, longest = 0, 0, 0
+    best, longest = 0, 0
     for index in range(1, len(curve)):
-        waited += 1
         if curve[index] > curve[best]:
-            best, longest, waited = index, max(longest, waited), 0
+            best, longest = index, max(longest, index - best)
     fields |= {"best_epoch": int(known.nonzero()[best]) + 1, "longest_wait": longest}
     window = max(3, len(curve) // 20)
     if len(curve) >= 2 * window and not stopped_early:  # patience went back to the best
         means = curve.unfold(0, window, 1).mean(1)
-        noise = _scatter(curve[-tail:]) if len(curve) >= tail else math.nan
+        noise = _line(curve[-tail:])[2] if len(curve) >= tail else math.nan
         top = int(means.argmax())
-        apart = top <= len(means) - 1 - window
-        fallen = (means[top] - means[-1]).item() if apart else 0.0
+        fallen = (means[top] - means[-1]).item() if top <= len(means) - 1 - window else 0.0
         fields["fallen"] = Nats(fallen, noise * math.sqrt(2 / window))
     return fields
 
 
-def _rise(end: torch.Tensor) -> Nats:
-    """What a line through some epochs rises by from the first to the last, with its error."""
-    time = torch.arange(len(end), dtype=end.dtype)
-    time = time - time.mean()
-    slope = (time @ end) / (time @ time)
-    error = _scatter(end) / (time @ time).sqrt().item()
-    return Nats(slope.item() * (len(end) - 1), error * (len(end) - 1))
-
-
-def _scatter(values: torch.Tensor) -> float:
-    """The standard deviation about a line."""
+def _line(values: torch.Tensor) -> tuple[float, float, float]:
+    """What a line through some epochs rises by from one to the next, its error, and the standard deviation about it."""
     time = torch.arange(len(values), dtype=values.dtype)
     time = time - time.mean()
-    rest = values - values.mean() - time * (time @ values) / (time @ time)
-    return (rest.square().sum() / max(len(values) - 2, 1)).sqrt().item()
+    slope = (time @ values) / (time @ time)
+    rest = values - values.mean() - time * slope
+    scatter = (rest.square().sum() / max(len(values) - 2, 1)).sqrt().item()
+    return slope.item(), scatter / (time @ time).sqrt().item(), scatter
 
 
 def _number(value: Any) -> bool:

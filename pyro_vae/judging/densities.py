@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.auxiliary import points_among
-from pyro_vae.judging.components import Scorer, fastest, placed, refuse_other_scores
+from pyro_vae.judging.components import Scorer, placed, refuse_other_scores
 from pyro_vae.sites import deterministic, kind, unwrapped
 from pyro_vae.traces import Program, draw
 
@@ -101,9 +101,8 @@ class Pair:
         self.latents = Latents(self.joint)
         self.names = [site.name for site in self.latents.sites]
         if guide is not None:
-            scorer = Scorer(guide, args)
-            self._check_guide(guide, scorer)
-            self._guide_sites, self._guide_score = scorer.sites, fastest(scorer)
+            self._guide_score = Scorer(guide, args, guide=True)
+            self._check_guide(guide, self._guide_score)
 
     def from_guide(self, num_chains: int) -> Tensor:
         """Draws u ~ q(z | x), (C, B, U)."""
@@ -125,27 +124,23 @@ class Pair:
     def path_density(self, start: str) -> Density:
         """The two ends of an annealing path, J = 2: log p0(u), of the guide or the prior, and log p(x, u)."""
         self._check_repeatable()
-        if start == "prior":
-            return functools.partial(_evaluate, self._prior_and_joint)
-        self._check_rescoring()
-        return functools.partial(_evaluate, self._guide_and_joint)
+        if start == "guide":
+            self._check_rescoring()
+        return functools.partial(_evaluate, functools.partial(self._ends, start == "guide"))
 
     def log_posterior(self, u: Tensor) -> Tensor:
         """log p(x, T(u)) + log |dT/du|, (C, B), without gradients."""
         latents, jacobian = self.latents.unpack(u)
         return _total(self.joint(latents).values(), jacobian)
 
-    def _prior_and_joint(self, u: Tensor) -> list[Tensor]:
+    def _ends(self, by_guide: bool, u: Tensor) -> list[Tensor]:
         latents, jacobian = self.latents.unpack(u)
+        own = self._guide_score(latents) if by_guide else {}
         scores = self.joint(latents)
-        prior = _total([scores[name] for name in self.names], jacobian)
-        return [prior, _total([s for name, s in scores.items() if name not in self.names], prior)]
-
-    def _guide_and_joint(self, u: Tensor) -> list[Tensor]:
-        latents, jacobian = self.latents.unpack(u)
-        scores = self._guide_score(latents)
-        guide = _total([scores[name] for name in self.names], jacobian)
-        return [guide, _total(self.joint(latents).values(), jacobian)]
+        first = _total([(own or scores)[name] for name in self.names], jacobian)
+        if by_guide:
+            return [first, _total(scores.values(), jacobian)]
+        return [first, _total([s for name, s in scores.items() if name not in self.names], first)]
 
     def _check_guide(self, guide: Program, scorer: Scorer) -> None:
         remedy = 'anneal from the prior: ais(model, None, data, start="prior").'
@@ -179,7 +174,7 @@ class Pair:
         assert self.guide is not None
         drawn = draw(self.model, self.guide, self.args, {}, 2)
         remedy = 'Anneal from the prior (start="prior"), or use a guide with an inverse, such as a coupling flow.'
-        for name, site in self._guide_sites.items():
+        for name, site in self._guide_score.sites.items():
             if isinstance(unwrapped(site["fn"]), Delta):
                 raise ValueError(
                     f"guide site {name!r} is a Delta that carries the density of its own draw, so it cannot score "
@@ -188,7 +183,7 @@ class Pair:
         try:
             again = self._guide_score({name: drawn.latents[name].clone() for name in self.names})
         except (KeyError, NotImplementedError) as error:
-            kinds = {name: kind(site["fn"]) for name, site in self._guide_sites.items()}
+            kinds = {name: kind(site["fn"]) for name, site in self._guide_score.sites.items()}
             raise ValueError(
                 f"the guide, {kinds}, cannot score a sample that it did not draw (rescoring is impossible): its "
                 f"transform has no inverse. {remedy}"

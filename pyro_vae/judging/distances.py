@@ -18,9 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.judging.anomalies import SCORES as SCORES
-from pyro_vae.judging.anomalies import anomaly_scores as anomaly_scores
-from pyro_vae.judging.anomalies import roc_auc as roc_auc
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.references import Reference
 from pyro_vae.judging.results import Result
@@ -54,17 +51,13 @@ class GuideDistances(Result):
     null_mmd: Tensor
 
     def rows(self) -> list[dict[str, Any]]:
-        parts = {
-            "variance ratio": lambda x: x.log().mean().exp(),
-            "mean error (sd)": lambda x: x.square().mean().sqrt(),
-            "sliced Wasserstein (sd)": lambda x: x.mean(),
-            "squared MMD": lambda x: x.mean(),
+        parts: dict[str, tuple[Any, Tensor, Tensor]] = {
+            "variance ratio": (lambda x: x.log().mean().exp(), self.variance_ratio, self.null_variance_ratio),
+            "mean error (sd)": (lambda x: x.square().mean().sqrt(), self.mean_error, self.null_mean_error),
+            "sliced Wasserstein (sd)": (Tensor.mean, self.sliced_wasserstein, self.null_sliced_wasserstein),
+            "squared MMD": (Tensor.mean, self.mmd, self.null_mmd),
         }
-        fields = ("variance_ratio", "mean_error", "sliced_wasserstein", "mmd")
-        return [
-            {"distance": name, "value": f(getattr(self, of)).item(), "null": f(getattr(self, f"null_{of}")).item()}
-            for (name, f), of in zip(parts.items(), fields, strict=True)
-        ]
+        return [{"distance": n, "value": f(x).item(), "null": f(null).item()} for n, (f, x, null) in parts.items()]
 
     def __str__(self) -> str:
         shown = "{distance} {value:.3g} (null {null:.3g})"
@@ -241,8 +234,7 @@ def gradient_quality(table: Tensor, reference: Tensor) -> tuple[Any, ...]:
     signal = (expected.square().sum() - trace_far / far).clamp(min=0)
     spread, snr = _bootstrap(table)
     deviation = table.std(0)
-    seen = deviation > 0
-    each = (mean.abs() / deviation)[seen].mean() if bool(seen.any()) else torch.tensor(math.nan)
+    each = (mean.abs() / deviation)[deviation > 0].mean()  # nan of none
     ratio = ((mean.square().sum() - trace / count).clamp(min=0) / trace).sqrt()
     error, size = (2 * square + 4 * projected).clamp(min=0).sqrt().item(), table.shape[1]
     bias = (distance - noise).item(), error, p_value, signal.sqrt().item()

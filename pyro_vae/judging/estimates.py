@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.inference.trees import joined
 from pyro_vae.judging.densities import Pair
-from pyro_vae.judging.evidence import Curve as Curve
-from pyro_vae.judging.evidence import Estimate as Estimate
+from pyro_vae.judging.evidence import Curve, Estimate
 from pyro_vae.judging.grids import Quadrature, cost, least_points, on_grids, served
 from pyro_vae.judging.results import Mean, Measured, averaged, one_of
 from pyro_vae.judging.sweeps import Sweep, sweep
@@ -87,8 +87,7 @@ def log_likelihood(
     Where k-hat says that the weights miss mass of the posterior, so that their estimate is no more than a lower bound
     (`kind_of`), and there are at most three latent dimensions, log p(x) is an integral that a grid does to many digits
     (`quadrature`). "auto" takes it there if the grids of all data have converged, none of them lies below what
-    importance sampling found, and a grid has at most 64 points for each sample: one number, one method, and
-    `Estimate.method` says which.
+    importance sampling found, and a grid has at most 64 points for each sample; see `Estimate.method`.
 
     Args:
         model: A Pyro program for p(x, z).
@@ -127,15 +126,14 @@ def log_likelihood(
         exact = _by_quadrature(model, guide, data, None, **options)
         assert exact is not None
         return exact
-    parts, steps = [], fewer(num_samples)
+    parts, steps, single = [], fewer(num_samples), True
     totals = torch.zeros(2, len(steps), dtype=torch.float64)
-    single = True
     with sweep(model, guide, data=data, title="log p(x)", **options) as run:
         for log_weight, _, joint in run.tables(num_samples, compile):
             parts.append(Scored.of(log_weight, joint))
             single &= joint == 1
             totals += at_fewer(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
-    scored = Scored.joined(parts)
+    scored: Scored = joined(parts)
     _warn_not_finite(scored.log_p, "log p(x)")
     count = len(scored.log_p)
     found = Estimate(
@@ -157,8 +155,7 @@ def _by_quadrature(
     model: Program, guide: Program, data: Any, beside: tuple[Scored, int] | None, **options: Any
 ) -> Estimate | None:
     """The estimate on grids; None where a grid does not serve and there is another estimate to take: K weights."""
-    parts: list[Quadrature] = []
-    done = 0
+    parts, done = [], 0
     with sweep(model, guide, data=data, batch_size=50, validate=False, title="quadrature", **options) as run:
         dims = served(run.programs, run.first)
         if beside is not None and (dims is None or cost(dims) > _POINTS_PER_SAMPLE * beside[1]):
@@ -174,7 +171,7 @@ def _by_quadrature(
                     return None
             done += len(found.error)
         count = len(found.mean[0])
-    grids = Quadrature.joined(parts)
+    grids = Quadrature(*(each.cpu() for each in joined(parts)))
     stuck = (~grids.converged).nonzero().flatten().tolist()
     if stuck:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +17,11 @@ from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.trees import leaves
 from pyro_vae.judging._calibration import sbc
 from pyro_vae.judging._gaps import STEP_SAMPLES, FamilyGaps, Gaps, gaps
-from pyro_vae.judging.annealing import Bracket, bdmc
+from pyro_vae.judging.annealing import bdmc
 from pyro_vae.judging.budget import Examination, OutOfTime
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.estimates import Curve, Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.evidence import Bracket, Curve, Estimate
 from pyro_vae.judging.latents import active_units, kl_per_dimension
 from pyro_vae.judging.results import RELEVANT, Mean, Nats, averaged
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Comparison, GapSplit, Latents, Stages
@@ -132,11 +134,8 @@ def _affordable(pair: Examination) -> tuple[int, int]:
 def with_missing(pair: Examination, bounds: Bounds) -> Bounds:
     """The bounds, with what the estimate at K lacks by the best that is known."""
     judged, better, best = pair.judged, pair.better, pair.best
-    if judged is None or better is None:
-        return bounds
-    curve = better.curve
+    assert judged is not None and better is not None and better.curve is not None
     compared: Comparison = "larger K"
-    assert curve is not None
     if best is not None and better.khat_ok < 0.9:
         size = min(len(best.pointwise), len(judged.pointwise))
         missing = _mean(best.pointwise[:size] - judged.pointwise[:size])
@@ -146,8 +145,8 @@ def with_missing(pair: Examination, bounds: Bounds) -> Bounds:
         missing, compared = Nats(-judged.bias, judged.mc_stderr), "jackknife"
     else:
         # One draw of few samples is noisy: what they lack on average, the blocks of the larger K know.
-        value, noise = curve.at(judged.num_samples)
-        missing = Nats(curve.value[-1].item() - value + abs(better.bias), math.hypot(noise, better.mc_stderr))
+        value, noise = better.curve.at(judged.num_samples)
+        missing = Nats(better.curve.value[-1].item() - value + abs(better.bias), math.hypot(noise, better.mc_stderr))
     enough = better.enough(RELEVANT) if better.khat_ok >= 0.9 else None
     return dataclasses.replace(bounds, missing=missing, compared_with=compared, enough=enough)
 
@@ -178,15 +177,12 @@ def examine_latents(pair: Examination, stages: Stages) -> Latents:
 def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
     """What the guide loses, of as many data as there is time for."""
 
-    def work(start: int, stop: int) -> Gaps:
-        return gaps_of(pair, start, stop, {})
-
     def cost(took: float, size: int, coming: int) -> float:
         draws = (coming - size) * (1000 * STEP_SAMPLES * 3 + 2 * _GAP_SAMPLES)
         # Many data at once cost less than one by one: at most in proportion, and at least what they compute.
         return min(took * coming / size, took + max(draws * pair.per_draw, 0.0))
 
-    parts = pair.pieces(4, work, cost)
+    parts = pair.pieces(4, functools.partial(gaps_of, pair), cost)
     own = [part.families["guide"] for part in parts]
     level = _whole([part.log_likelihood for part in parts])
     assert level is not None
@@ -205,13 +201,13 @@ def examine_gaps(pair: Examination, stages: Stages) -> GapSplit:
         source=parts[-1].source,
         bias=_weighted([part.log_likelihood for part in parts], [part.bias for part in parts]),
         khat_ok=share,
-        remaining=_average([row.remaining for row in own]),
-        stopped=_average([row.stopped for row in own]),
-        num_steps=_average([row.steps for row in own]),
+        remaining=_average(own, "remaining"),
+        stopped=_average(own, "stopped"),
+        num_steps=_average(own, "steps"),
     )
 
 
-def gaps_of(pair: Examination, start: int, stop: int, families: Mapping[str, Any]) -> Gaps:
+def gaps_of(pair: Examination, start: int, stop: int, families: Mapping[str, Any] | None = None) -> Gaps:
     return gaps(*pair.of(start, stop), families=families, num_samples=_GAP_SAMPLES, num_steps=_GAP_STEPS,
                 window=_WINDOW, **pair.seeded(start))  # fmt: skip
 
@@ -230,9 +226,9 @@ def _whole(parts: Sequence[Mean | None], climbed: Sequence[FamilyGaps] = ()) -> 
     return Mean.of(torch.cat([part.pointwise for part in known]), variance, _GAP_SAMPLES, remaining, bound)
 
 
-def _average(values: Sequence[Tensor | None]) -> float:
-    known = [value for value in values if value is not None]
-    return torch.cat(known).double().mean().item() if len(known) == len(values) else math.nan
+def _average(rows: Sequence[FamilyGaps], name: str) -> float:
+    known = [value for row in rows if (value := getattr(row, name)) is not None]
+    return torch.cat(known).double().mean().item() if len(known) == len(rows) else math.nan
 
 
 def examine_bracket(pair: Examination, stages: Stages) -> Bracketed:

@@ -7,8 +7,7 @@ draws of it, and a reference r of the mean gradient of the *same* L_K,
 
 A plain square of a noisy mean is too large by the trace of its covariance, which is taken off from bias^2 and |E g|^2.
 Whether there is a bias at all is a test: under none the squared distance of the two means is a weighted sum of
-chi-squares, approximated by a scaled chi-square whose mean and variance are estimated from inner products of different
-draws.
+chi-squares, approximated by a scaled chi-square whose mean and variance are estimated from different draws.
 
 For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like K^(-1/2), and that of the
 decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The doubly-reparameterised one rises for both.
@@ -29,6 +28,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae import plots
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.bounds import Bound, iwae
 from pyro_vae.inference.estimators import ESTIMATORS
@@ -114,22 +114,20 @@ class GradientLab(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The SNR of each estimator and part against K, a figure; what all estimators have in common is drawn once."""
-        from pyro_vae.plots import bounds_by_samples
-
         counts = sorted({each.num_samples for each in self.measured})
-        values, errors = dict[str, list[float]](), dict[str, list[float]]()
-        for each in self.measured:
-            for curves, value in ((values, each.snr), (errors, each.snr_stderr)):
-                curve = curves.setdefault(f"{each.estimator} ({each.part})", [math.nan] * len(counts))
-                curve[counts.index(each.num_samples)] = value
+        found = {(f"{each.estimator} ({each.part})", each.num_samples): each for each in self.measured}
+        names = dict.fromkeys(name for name, _ in found)
+        rows = {name: [found.get((name, count)) for count in counts] for name in names}
+        values = {name: [math.nan if r is None else r.snr for r in row] for name, row in rows.items()}
+        errors = {name: [math.nan if r is None else r.snr_stderr for r in row] for name, row in rows.items()}
         for part in dict.fromkeys(each.part for each in self.measured):
-            names = [name for name in values if name.endswith(f"({part})")]
-            pairs = [pair for name in names for pair in zip(values[names[0]], values[name], strict=True)]
-            if len(names) > 1 and all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs):
+            first, *others = [name for name in values if name.endswith(f"({part})")]
+            pairs = [pair for name in others for pair in zip(values[first], values[name], strict=True)]
+            if others and all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs):
                 # The decoder's gradient is the same for all at one noise: one curve, not several over one another.
-                common = [(values.pop(name), errors.pop(name)) for name in names]
+                common = [(values.pop(name), errors.pop(name)) for name in (first, *others)]
                 values[f"all ({part})"], errors[f"all ({part})"] = common[0]
-        figure = bounds_by_samples(counts, values, errors, ax=ax)
+        figure = plots.bounds_by_samples(counts, values, errors, ax=ax)
         ax = figure.axes[0] if ax is None else ax
         ax.set(ylabel="signal-to-noise ratio", yscale="log")
         ax.legend(frameon=False, fontsize=9, loc="best")
@@ -145,9 +143,8 @@ class GradientLab(Result):
 
     def slope(self, estimator: str, part: str = "encoder") -> tuple[float, float]:
         """Exponent of K in the SNR by weighted least squares on logarithms, and its error; of two K with a signal."""
-        of = [r for r in self.measured if (r.estimator, r.part) == (estimator, part)]
-        rows = [(math.log(r.num_samples), math.log(r.snr), (r.snr / r.snr_stderr) ** 2) for r in of
-                if r.snr > 0 and r.snr_stderr > 0]  # fmt: skip
+        of = [r for r in self.measured if (r.estimator, r.part) == (estimator, part) and r.snr > 0 < r.snr_stderr]
+        rows = [(math.log(r.num_samples), math.log(r.snr), (r.snr / r.snr_stderr) ** 2) for r in of]
         if len(rows) < 2:
             raise ValueError(f"got {len(rows)} values of K with an SNR of {estimator!r} ({part}), wanted two or more.")
         x, y, weight = torch.tensor(rows, dtype=torch.float64).T
@@ -232,9 +229,8 @@ def gradient_lab(
         raise ValueError("none of the estimators goes with this bound and pair. {0}: {2}".format(*bench.skipped[0]))
     assert truth is not None
     sizes = {name: part.size for name, part in bench.parts.items()}
-    called = getattr(bound, "__name__", repr(bound))
-    found = tuple(bench.measured), tuple(bench.skipped)
-    return GradientLab(*found, called, repeats, truth, far, bench.unit.rows, sizes, seed)
+    found = tuple(bench.measured), tuple(bench.skipped), getattr(bound, "__name__", repr(bound))
+    return GradientLab(*found, repeats, truth, far, bench.unit.rows, sizes, seed)
 
 
 def _check(estimators: Sequence[str], num_samples: Sequence[int], repeats: int, reference: str | None) -> None:
@@ -253,11 +249,9 @@ class _Part:
     """Parameters of one side, and which of their entries are looked at."""
 
     def __init__(self, parameters: list[Tensor], most: int) -> None:
-        self.parameters = parameters
-        self.size = sum(p.numel() for p in parameters)
-        self.index: Tensor | None = None
-        if self.size > most:
-            self.index = torch.randperm(self.size)[:most].sort().values.to(parameters[0].device)
+        self.parameters, self.size = parameters, sum(p.numel() for p in parameters)
+        some = torch.randperm(self.size)[:most].sort().values if self.size > most else None
+        self.index = None if some is None else some.to(parameters[0].device)
 
     def pick(self, gradients: list[Tensor]) -> Tensor:
         flat = torch.cat([g.flatten() for g in gradients])
@@ -278,19 +272,18 @@ def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, l
         "decoder": [p for i, p in models.items() if i not in guides],
         "shared": [p for i, p in guides.items() if i in models],
     }
-    parts = {name: side for name, side in found.items() if side}
-    if not parts:
+    if not any(found.values()):
         raise ValueError(
             "neither model nor guide has parameters, so there is no gradient. Declare them with pyro.param or "
             "pyro.module, or pass modules."
         )
-    return parts
+    return {name: side for name, side in found.items() if side}
 
 
 def _declared(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
     with torch.random.fork_rng(), torch.no_grad(), poutine.trace(param_only=True) as capture:
         program(*args)
-    nodes: list[Any] = list(capture.trace.nodes.values())
+    nodes: Any = capture.trace.nodes.values()
     found = [site["value"].unconstrained() for site in nodes if site["type"] == "param"]
     return list({id(p): p for p in found if p.requires_grad}.values())
 

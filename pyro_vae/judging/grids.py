@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.trees import at
+from pyro_vae.inference.trees import at, joined
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.sweeps import chunk_sizes, sweep
 from pyro_vae.options import checked
@@ -72,11 +72,6 @@ class Quadrature(NamedTuple):
         tolerance = (1e-7 * self.log_evidence.abs()).clamp(min=1e-4)
         return self.log_evidence.isfinite() & (self.rim <= 1e-6) & (self.outside <= 1e-6) & (self.error <= tolerance)
 
-    @classmethod
-    def joined(cls, parts: list[Quadrature]) -> Quadrature:
-        """Over batches, on the CPU."""
-        return cls(*(torch.cat([one.cpu() for one in column]) for column in zip(*parts, strict=True)))
-
 
 @checked
 def quadrature(
@@ -97,22 +92,18 @@ def quadrature(
         guide: A Pyro program for q(z | x), which says where to look first.
         num_points: Grid points a side; None makes the grid of a datum finer until that changes nothing.
         width: Half the side of the grid, in standard deviations; None for 8, and 6 in three dimensions.
-        refinements: How often the grid is fitted anew to the moments it found, starting from
-            the guide's with twice the width.
+        refinements: How often the grid is fitted anew to the moments it found, from the guide's with twice the width.
         model, data, seed, device, progress: As for `log_likelihood`.
     Returns:
         The integrals per datum, and whether they have converged; moments are in unconstrained coordinates.
     Raises:
         ValueError: More than three latent dimensions, and what `ais` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-        ...         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> prior = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+        >>> model = Model(lambda: prior, lambda z: dist.Normal(z, 1.0).to_event(1))
+        >>> guide = Guide(lambda x: dist.Normal(x, 1.0).to_event(1))
         >>> found = quadrature(model, guide, torch.tensor([[2.0]]))
         >>> found.log_evidence                 # log N(2; 0, 2)
         tensor([-2.2655], dtype=torch.float64)
@@ -124,21 +115,18 @@ def quadrature(
             f"got num_points={num_points}, width={width}, refinements={refinements}; wanted at least 3 points a side, "
             "a positive width and no negative number of refinements."
         )
-    parts = []
     with sweep(model, guide, data=data, batch_size=50, validate=False, seed=seed, device=device, progress=progress,
                title="quadrature") as run:  # fmt: skip
-        for batch in run:
-            parts.append(on_grids(Pair(model, guide, batch), num_points, width, refinements))
-    return Quadrature.joined(parts)
+        found = joined([on_grids(Pair(model, guide, batch), num_points, width, refinements) for batch in run])
+    return Quadrature(*(each.cpu() for each in found))
 
 
 def served(programs: Sequence[Program], args: tuple[Any, ...]) -> int | None:
     """Unconstrained latent dimensions per datum of a model and its guide at a batch; None where a grid does not serve:
     too many, or no such coordinates."""
-    model, guide = programs
     try:
         with torch.random.fork_rng():
-            size = Pair(model, guide, args).latents.size
+            size = Pair(programs[0], programs[1], args).latents.size
     except (ValueError, NotImplementedError):
         return None
     return size if size <= MOST_DIMENSIONS else None
@@ -146,7 +134,7 @@ def served(programs: Sequence[Program], args: tuple[Any, ...]) -> int | None:
 
 def cost(dims: int) -> int:
     """Points that a datum takes where the first grid that is fine enough for a normal is fine enough."""
-    return 3 * _SEARCH[dims] ** dims + _FINER[dims][0] ** dims + _COARSE[dims] ** dims
+    return 3 * _SEARCH[dims] ** dims + least_points(dims) + _COARSE[dims] ** dims
 
 
 def least_points(dims: int) -> int:
@@ -199,8 +187,7 @@ def _dtype(pair: Pair) -> torch.dtype:
 
 def _tolerance(pair: Pair, log_evidence: Tensor) -> Tensor:
     """What a finer grid is still to change: rounding of the density is no reason for one."""
-    rounding = 50 * torch.finfo(_dtype(pair)).eps * log_evidence.abs().clamp(min=1)
-    return rounding.clamp(min=1e-8)
+    return (50 * torch.finfo(_dtype(pair)).eps * log_evidence.abs().clamp(min=1)).clamp(min=1e-8)
 
 
 class _Coarse(NamedTuple):
@@ -235,8 +222,7 @@ def _over_the_prior(pair: Pair) -> _Coarse:
 
 
 def _grid(line: Tensor, dims: int) -> Tensor:
-    axes = torch.meshgrid(*[line] * dims, indexing="ij")
-    return torch.stack([axis.flatten() for axis in axes], -1)
+    return torch.stack([axis.flatten() for axis in torch.meshgrid(*[line] * dims, indexing="ij")], -1)
 
 
 def _log_f(pair: Pair, points: Tensor) -> Tensor:

@@ -19,19 +19,19 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae import plots
 from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
 from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, interval, pooled
-from pyro_vae.judging.results import Mean, Result, aligned, row
+from pyro_vae.judging.quotes import aligned, latex
+from pyro_vae.judging.results import Mean, Result, known, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.tables import latex
 from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
 from pyro_vae.options import checked
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
 from pyro_vae.traces import Program
-from pyro_vae.words import did_you_mean
 
 
 @checked
@@ -114,10 +114,8 @@ def _parts(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
 
 def _frozen_parts(module: nn.Module) -> list[nn.Module]:
     """The outermost modules in it none of whose parameters learns."""
-    parameters = list(module.parameters())
-    if parameters and not any(p.requires_grad for p in parameters):
-        return [module]
-    return [part for child in module.children() for part in _frozen_parts(child)]
+    flags = [p.requires_grad for p in module.parameters()]
+    return [module] if flags and not any(flags) else [part for c in module.children() for part in _frozen_parts(c)]
 
 
 def _leaves(model: Program, args: tuple[Any, ...]) -> list[Tensor]:
@@ -125,17 +123,14 @@ def _leaves(model: Program, args: tuple[Any, ...]) -> list[Tensor]:
     with torch.enable_grad():
         trace = poutine.trace(model).get_trace(*args)
         total = sum(site["fn"].log_prob(site["value"]).sum() for site in sample_sites(trace))
-    found: dict[int, Tensor] = {}
-    seen, stack = set(), [getattr(total, "grad_fn", None)]
+    seen: set[Any] = {None}
+    stack: list[Any] = [getattr(total, "grad_fn", None)]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        stack.extend(earlier for earlier, _ in node.next_functions)
-    return list(found.values())
+        if node not in seen:
+            seen.add(node)
+            stack.extend(earlier for earlier, _ in node.next_functions)
+    return list({id(node.variable): node.variable for node in seen if hasattr(node, "variable")}.values())
 
 
 @dataclass(frozen=True)
@@ -180,11 +175,7 @@ class Comparison(Result):
 
     def difference(self, first: str, second: str) -> Mean:
         """The ELBO of the first guide minus that of the second, paired by datum."""
-        for name in (first, second):
-            if name not in self.scores:
-                hint = did_you_mean(name, self.scores)
-                raise ValueError(f"got no guide {name!r}, wanted one of {', '.join(map(repr, self.scores))}.{hint}")
-        a, b = self.scores[first].elbo, self.scores[second].elbo
+        a, b = (known("guide", name, self.scores).elbo for name in (first, second))
         variance = a.pointwise_stderr.square() + b.pointwise_stderr.square()
         return Mean.of(a.pointwise - b.pointwise, variance, self.num_samples)
 
@@ -202,10 +193,10 @@ class Comparison(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The gap of each guide, as a figure, or drawn into `ax`."""
-        from pyro_vae.plots import gap_bars
-
-        gaps = ((name, one.gap) for name, one in self.scores.items())
-        return gap_bars([{"guide": name, "total": gap.value, "total_stderr": gap.mc_stderr} for name, gap in gaps], ax)
+        gaps = {name: one.gap for name, one in self.scores.items()}
+        return plots.gap_bars(
+            [{"guide": n, "total": gap.value, "total_stderr": gap.mc_stderr} for n, gap in gaps.items()], ax
+        )
 
     def to_latex(self) -> str:
         """What is printed, in LaTeX with the rules of booktabs."""
@@ -266,14 +257,11 @@ def compare_guides(
     Raises:
         ValueError: No guide, or K < 2; and all that `particles` refuses.
     Example:
-        >>> import math, pyro, pyro.distributions as dist
-        >>> from pyro_vae import Model
+        >>> import math, pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
         >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
-        >>> def guide(x, scale=0.5**0.5):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, scale))
-        >>> wide = lambda x: guide(x, 1.0)
-        >>> found = compare_guides(model, {"exact": guide, "wide": wide}, torch.zeros(8), num_samples=2000)
+        >>> exact, wide = (Guide(lambda x, s=s: dist.Normal(x / 2, s)) for s in (0.5**0.5, 1.0))
+        >>> found = compare_guides(model, {"exact": exact, "wide": wide}, torch.zeros(8), num_samples=2000)
         >>> abs(found.scores["wide"].gap.value - (1 - math.log(2)) / 2) < 0.03   # KL(N(0, 1) || N(0, 1/2))
         True
     """

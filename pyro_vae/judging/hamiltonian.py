@@ -6,8 +6,7 @@ dimension) has made comparable, with the leapfrog steps
     v <- v + e/2 s g(u),   u <- u + e s v,   v <- v + e/2 s g(u),   g = gradient of log f
 
 and the end is accepted with probability min(1, f(u') N(v') / f(u) N(v)), per chain and datum. The move leaves f
-invariant whatever e and s are, as long as they do not depend on the chain that moves; so they are tuned beforehand, on
-other draws.
+invariant whatever e and s are, as long as they do not depend on the chain: they are tuned beforehand, on others.
 
 The density may have several rows f_j, (J, C, B), of which a move targets the geometric mixture sum_j a_j log f_j.
 Keeping the rows apart lets an annealed chain change a without evaluating anything anew. A path of T distributions
@@ -95,13 +94,9 @@ def transition(
 ) -> tuple[State, Tensor]:
     """One Metropolis-corrected move of every chain, whose step size is jittered by up to 20 %, wherever it is.
 
-    Args:
-        mixture: a, (J,), or (J, B) for each datum its own.
-        step_size, scale: e, (B,), and s, (B, U).
-        num_leapfrog: Leapfrog steps, each of which evaluates the density once.
-        state, density: Where the chains are, and u to log f_j and gradients.
-    Returns:
-        The new state, and the probability of acceptance, (C, B).
+    By a, (J,) or (J, B), e, (B,), and s, (B, U); each leapfrog step evaluates the density once. Gives the new state and
+    the probability of acceptance, (C, B).
+
     Example:
         >>> def normal(u):
         ...     return -0.5 * u.square().sum(-1)[None], -u[None]
@@ -126,14 +121,9 @@ def transition(
     # A trajectory that left the numbers is one that is never accepted.
     acceptance = (after - before).nan_to_num(-math.inf, posinf=-math.inf).clamp(max=0).exp()
     accepted = torch.rand_like(acceptance) < acceptance
-    return (
-        State(
-            torch.where(accepted.unsqueeze(-1), position, state.position),
-            torch.where(accepted, values, state.values),
-            torch.where(accepted.unsqueeze(-1), gradients, state.gradients),
-        ),
-        acceptance,
-    )
+    wide = accepted.unsqueeze(-1)
+    ways = (wide, position), (accepted, values), (wide, gradients)
+    return State(*(torch.where(*way, old) for way, old in zip(ways, state, strict=True))), acceptance
 
 
 class Moves:
@@ -155,12 +145,10 @@ class Moves:
         *moved, acceptance = self.replayed(*state, mixture, step_size, scale)
         return State(*moved), acceptance
 
-    def _function(
-        self, position: Tensor, values: Tensor, gradients: Tensor, mixture: Tensor, step_size: Tensor, scale: Tensor
-    ) -> tuple[Tensor, ...]:
-        state = State(position, values, gradients)
-        state, acceptance = transition(state, self.density, mixture, step_size, scale, self.num_leapfrog)
-        return (*state, acceptance)
+    def _function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        mixture, step_size, scale = tensors[3:]
+        moved, acceptance = transition(State(*tensors[:3]), self.density, mixture, step_size, scale, self.num_leapfrog)
+        return (*moved, acceptance)
 
 
 def _mixed(mixture: Tensor, rows: Tensor) -> Tensor:
@@ -198,7 +186,7 @@ def schedule(name: str, num_steps: int) -> Tensor:
     """b_0, ..., b_T in float64, (T + 1,).
 
     linear:   b_t = t / T
-    sigmoid:  b_t = (s_t - s_0) / (s_T - s_0),   s_t = sigmoid(4 (2 t / T - 1))
+    others:   b_t = (s_t - s_0) / (s_T - s_0),   s_t = sigmoid(4 (2 t / T - 1))
     """
     t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     if name == "linear":
@@ -232,7 +220,7 @@ def pilot(
     those of this density by so many leapfrog steps are captured.
     """
     size = position.shape[1]
-    coarse = schedule("linear" if name == "linear" else "sigmoid", max(2, min(pilot_steps, num_steps)))
+    coarse = schedule(name, max(2, min(pilot_steps, num_steps)))
     path, none = coarse.to(position.device)[:, None].expand(-1, size), precision.new_zeros(0, size)
     if num_steps == 1:
         return Kernels(path[[0, -1]], none, precision, num_leapfrog)
@@ -242,17 +230,16 @@ def pilot(
     log_step = torch.full_like(precision[0, :, 0], 0.5 / position.shape[-1] ** 0.25).log()
     speeds, steps = [], []
     for t in range(1, len(coarse)):
+        mixture, scale = first.mixture(t), first.scale(t)
+        speeds.append((state.values[1] - state.values[0]).double().std(0))
         # The first distribution is the only one where the step size may start far off.
-        for repeat in range(10 if t == 1 else 1):
-            mixture, scale = first.mixture(t), first.scale(t)
-            if repeat == 0:
-                speeds.append((state.values[1] - state.values[0]).double().std(0))
+        for _ in range(10 if t == 1 else 1):
             state, acceptance = move(state, mixture, log_step.exp(), scale)
             log_step = log_step + 0.5 * (acceptance.mean(0) - target_acceptance)
             moved()
         steps.append(log_step)
     log_steps = _smooth(torch.stack(steps).double().cpu())
-    beta = torch.as_tensor(schedule("linear" if name == "linear" else "sigmoid", num_steps))[:, None].expand(-1, size)
+    beta = schedule(name, num_steps)[:, None].expand(-1, size)
     if name == "adaptive":
         beta = _equal_lengths(coarse, _smooth(torch.stack(speeds).cpu()), num_steps)
     grid = torch.linspace(0, 1, len(coarse), dtype=torch.float64)
@@ -267,14 +254,8 @@ def anneal(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run chains along the path of the kernels, and weigh them; `moves` are the captured ones of this density.
 
-    Args:
-        density: u to the log densities of both ends, and their gradients.
-        position: Draws from f_0, (C, B, U); backwards exact draws from the posterior.
-        kernels: Temperatures and moves.
-        backward: From the posterior to f_0.
-        tick: Called after every move.
-    Returns:
-        log w, (C, B) in float64, and the mean probability of acceptance, (B,).
+    They start at draws from f_0, (C, B, U), or go backward from exact draws of the posterior; `tick` is called after
+    every move. Gives log w, (C, B) in float64, and the mean probability of acceptance, (B,).
     """
     run = Moves(density, kernels.num_leapfrog, compile=False) if moves is None else moves
     state = State.at(density, position)
@@ -301,17 +282,15 @@ def _equal_lengths(coarse: Tensor, speed: Tensor, num_steps: int) -> Tensor:
     speed = speed.nan_to_num(0.0) + 0.1 * speed.nan_to_num(0.0).mean(0) + 1e-12
     length = torch.cat([torch.zeros_like(speed[:1]), (speed * coarse.diff()[:, None]).cumsum(0)])
     even = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-    columns = [_read(even * length[-1, b], length[:, b], coarse) for b in range(speed.shape[1])]
-    beta = torch.stack(columns, 1)
+    beta = torch.stack([_read(even * length[-1, b], length[:, b], coarse) for b in range(speed.shape[1])], 1)
     beta[0], beta[-1] = 0.0, 1.0
     return beta
 
 
-def _smooth(rows: Tensor, half: int = 3) -> Tensor:
-    """Moving average over up to 2 half + 1 neighbours of the first dimension."""
-    total = torch.cat([torch.zeros_like(rows[:1]), rows.cumsum(0)])
-    index = torch.arange(len(rows))
-    low, high = (index - half).clamp(min=0), (index + half + 1).clamp(max=len(rows))
+def _smooth(rows: Tensor) -> Tensor:
+    """Moving average over up to seven neighbours of the first dimension."""
+    total, index = torch.cat([torch.zeros_like(rows[:1]), rows.cumsum(0)]), torch.arange(len(rows))
+    low, high = (index - 3).clamp(min=0), (index + 4).clamp(max=len(rows))
     return (total[high] - total[low]) / (high - low)[:, None]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pyro_vae.judging.sweeps import in_chunks, sweep
 from pyro_vae.options import checked
+from pyro_vae.programs.pair import filled, full_mask
 from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, sites
 
@@ -110,14 +111,5 @@ def _masked(data: Any, guide: Program) -> tuple[Tensor, Tensor]:
         got = f"{len(data)} columns" if isinstance(data, tuple | list) else f"data of type {type(data).__name__}"
         raise ValueError(f"got {got}, wanted (x, mask), the mask True where x is observed: (x, ~x.isnan()).")
     x = data_of(data[0], guide if isinstance(guide, nn.Module) else None)
-    mask = data_of(data[1], name="mask").to(x.device)
-    if mask.dtype != torch.bool:
-        raise ValueError(f"got a mask of dtype {mask.dtype}, wanted torch.bool, True where observed. Call mask.bool().")
-    try:
-        mask = mask.expand_as(x)
-    except RuntimeError as error:
-        raise ValueError(
-            f"got a mask of shape {tuple(mask.shape)} for data of shape {tuple(x.shape)}, wanted one that broadcasts "
-            "to the data. For one mask a datum add the dimensions of the pixels: mask[:, None, None, None]."
-        ) from error
-    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)), mask
+    mask = full_mask(data_of(data[1], name="mask").to(x.device), x)
+    return filled(x, mask), mask

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.judging.components import Components, FixedScorer, Scorer, fastest, refuse_other_scores
+from pyro_vae.judging.components import Components, Scorer, refuse_other_scores
 from pyro_vae.judging.latents import posterior_means
 from pyro_vae.judging.results import Mean, Measured, Result
 from pyro_vae.judging.sweeps import Sweep, sweep
@@ -149,7 +149,12 @@ def mutual_information(
             raise ValueError(
                 f"got {count} data, wanted at least three, of which latents could tell one. Give more data."
             )
-        scorers = [_scorer(guide, batch, drawn) for batch, drawn in zip(args, draws, strict=True)]
+        scorers = []
+        for batch, drawn in zip(args, draws, strict=True):  # once each has scored its own draws as it drew them
+            again = log_q(guide, {name: z[:1] for name, z in drawn.latents.items()}, *batch)
+            score = torch.stack([each[:1] for each in drawn.log_q.values()]).sum(0)
+            refuse_other_scores("the guide", "its", again, score)
+            scorers.append(Scorer(guide, batch, guide=True))
         terms, without = _aggregated(run, Components(model, args[0]), scorers, draws, num_samples)
     rate = torch.cat(rates, 1)
     values = torch.stack([*terms, rate, rate - terms[0]])  # (4, K, N)
@@ -170,7 +175,7 @@ def mutual_information(
 
 
 def _aggregated(
-    run: Sweep, components: Components, scorers: list[Scorer | FixedScorer], draws: list[Particles], num_samples: int
+    run: Sweep, components: Components, scorers: list[Scorer], draws: list[Particles], num_samples: int
 ) -> tuple[Tensor, Tensor]:
     """Terms of both bounds, (2, K, N), and what leaving one datum out adds to others' samples, (2, N)."""
     sizes = [drawn.log_weight.shape[1] for drawn in draws]
@@ -185,8 +190,11 @@ def _aggregated(
         scored = []
         for first in range(0, len(own), step):
             part = {name: z[first : first + step] for name, z in rows.items()}
-            table = torch.cat([_scores(s, components, part, n) for s, n in zip(scorers, sizes, strict=True)], 1)
-            scored.append(_terms(table.double().cpu(), own[first : first + step], without))
+            columns = []  # log q(z_i | x_j) of each row under each of B data, (rows, B)
+            for scorer, many in zip(scorers, sizes, strict=True):
+                shared = {name: components.shared(name, z, many) for name, z in part.items()}
+                columns.append(torch.stack(list(scorer(shared).values())).sum(0))
+            scored.append(_terms(torch.cat(columns, 1).double().cpu(), own[first : first + step], without))
         terms[:, :, start : start + size] = torch.cat(scored, 1).reshape(2, num_samples, size)
         start += size
         run.tick()
@@ -209,20 +217,6 @@ def _collected(run: Sweep, num_samples: int) -> tuple[list[tuple[Any, ...]], lis
         draws.append(particles)
         rates.append(rate.double().cpu())
     return args, draws, rates
-
-
-def _scorer(guide: Program, batch: tuple[Any, ...], drawn: Particles) -> Scorer | FixedScorer:
-    """Scores latents under the posteriors of a batch, once it has scored the batch's own draws as it drew them."""
-    again = log_q(guide, {name: z[:1] for name, z in drawn.latents.items()}, *batch)
-    first = sum(score[:1] for score in drawn.log_q.values())
-    refuse_other_scores("the guide", "its", again, torch.as_tensor(first))
-    return fastest(Scorer(guide, batch))
-
-
-def _scores(scorer: Scorer | FixedScorer, components: Components, rows: dict[str, Tensor], size: int) -> Tensor:
-    """log q(z_i | x_j) of each row under each of B data, (rows, B)."""
-    shared = {name: components.shared(name, z, size) for name, z in rows.items()}
-    return torch.stack(list(scorer(shared).values())).sum(0)
 
 
 def _terms(table: Tensor, own: Tensor, without: Tensor) -> Tensor:
@@ -297,18 +291,11 @@ def probe(
         features.append(means.double().cpu().numpy())
     known, wanted = labels.cpu().numpy(), test_labels.cpu().numpy()
     classifier, protocol = _classifier(method, min(num_neighbours, len(known)))
-    right = int((classifier.fit(features[0], known).predict(features[1]) == wanted).sum())
-    size = len(wanted)
+    right, size = int((classifier.fit(features[0], known).predict(features[1]) == wanted).sum()), len(wanted)
     share = (right + 0.5) / (size + 1)  # so that all right is not without error
-    commonest = torch.mode(labels.flatten().cpu()).values.item()
-    return Accuracy(
-        value=right / size,
-        data_stderr=math.sqrt(share * (1 - share) / size),
-        baseline=float((wanted == commonest).mean()),
-        num_test=size,
-        num_train=len(known),
-        protocol=protocol,
-    )
+    error = math.sqrt(share * (1 - share) / size)
+    baseline = float((wanted == torch.mode(labels.flatten().cpu()).values.item()).mean())
+    return Accuracy(right / size, error, baseline, size, len(known), protocol)
 
 
 def _classifier(method: str, num_neighbours: int) -> tuple[Any, str]:

@@ -5,8 +5,7 @@ done, and what was done is reported. A piece is begun only where what was measur
 broken off, and left out, where that was wrong: the clock is looked at whenever a sample statement of model or guide
 runs. So the budget holds for any pair, also on a machine that is busy with other things.
 
-A stage that a pair does not allow (a discrete latent cannot be annealed, a point has no density) says
-why, and the others go on.
+A stage that a pair does not allow (discrete latents cannot be annealed) says why, and the others go on.
 """
 
 from __future__ import annotations
@@ -21,9 +20,11 @@ from typing import Any
 
 import torch
 
+from pyro_vae import plots
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import History
 from pyro_vae.inference.trees import rows
+from pyro_vae.judging.advice import Culprit, Finding
 from pyro_vae.judging.budget import Budget, Examination, OutOfTime
 from pyro_vae.judging.curves import examine_training, records_of
 from pyro_vae.judging.estimates import log_likelihood
@@ -39,7 +40,7 @@ from pyro_vae.judging.remedies import examine_remedy
 from pyro_vae.judging.results import Result, at_least, plain
 from pyro_vae.judging.stages import Stage, Stages
 from pyro_vae.judging.sweeps import Sweep, sweep
-from pyro_vae.judging.verdicts import Culprit, Finding, verdict
+from pyro_vae.judging.verdicts import verdict
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
 
@@ -92,18 +93,16 @@ class Judgement(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """What the guide loses, split where that is known; else the estimate of log p(x) against K, as a figure."""
-        from pyro_vae.plots import bounds_by_samples, gap_bars
-
         gaps, bounds = self.stages.gaps, self.stages.bounds
         parts = {"approximation": gaps.approximation, "amortization": gaps.amortization}
         if not gaps.split:
             parts = {"total": gaps.inference}
         if gaps.inference.known:
-            values = {name: part.value for name, part in parts.items()}
-            return gap_bars([{"guide": "guide"} | values | {f"{n}_stderr": p.mc_stderr for n, p in parts.items()}], ax)
+            row = {"guide": "guide"} | {name: part.value for name, part in parts.items()}
+            return plots.gap_bars([row | {f"{n}_stderr": p.mc_stderr for n, p in parts.items()}], ax)
         if bounds.done:
-            name = "importance-weighted bound"
-            return bounds_by_samples(bounds.curve_samples, {name: bounds.curve}, {name: bounds.curve_mc_stderr}, ax=ax)
+            name, errors = "importance-weighted bound", bounds.curve_mc_stderr
+            return plots.bounds_by_samples(bounds.curve_samples, {name: bounds.curve}, {name: errors}, ax=ax)
         raise ValueError("neither gaps nor bounds were done, so there is nothing to draw. See their reasons.")
 
     def to_json(self) -> str:
@@ -203,10 +202,12 @@ def judge(
                progress=progress, title="judge") as run:  # fmt: skip
         with seeded(seed):
             first = run.whole()  # drawn once for all stages
-        options = {"device": device, "seed": seed, "progress": False}
+        options: dict[str, Any] = {"device": device, "seed": seed, "progress": False}
         timer = Budget(budget, clock)
         pair = Examination(model, guide, first, num_samples, observed, options, timer, history=records_of(history))
-        pair.training, pair.training_source = _some(model, guide, training, options), training
+        if training is not None:  # the first of them, drawn once
+            with sweep(model, guide, data=training, num_data=_TRAINING, **options) as seen:
+                pair.training, pair.training_source = seen.whole(), training
         stages = _examined(pair, run)
     protocol = {
         "num_data": pair.num_data,
@@ -217,15 +218,6 @@ def judge(
         "seconds": round(clock() - pair.budget.started, 3),
     }
     return Judgement(stages, verdict(stages), protocol)
-
-
-def _some(model: Program, guide: Program, training: Any, options: dict[str, Any]) -> tuple[Any, ...] | None:
-    """The first training data, drawn once."""
-    if training is None:
-        return None
-    with sweep(model, guide, data=training, num_data=_TRAINING, seed=options["seed"], device=options["device"],
-               progress=False) as run:  # fmt: skip
-        return run.whole()
 
 
 def _examined(pair: Examination, run: Sweep) -> Stages:
@@ -254,13 +246,9 @@ def _one_stage(pair: Examination, name: str, stages: Stages) -> Stage:
     except OutOfTime:
         allowed = max(budget.stage_end - began, 0.0)
         found = kind(late=True, reason=f"it did not fit into the {allowed:.1f} s that were left for it")
-    except (ValueError, NotImplementedError) as error:
-        found = kind(status="not possible", reason=_line(error) or type(error).__name__)
-    except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
         # A user's pair may break anywhere: the other stages are not to suffer.
-        found = kind(status="not possible", reason=f"{type(error).__name__}: {_line(error)}")
+        line, name = " ".join(str(error).split()), type(error).__name__
+        reason = line or name if isinstance(error, ValueError | NotImplementedError) else f"{name}: {line}"
+        found = kind(status="not possible", reason=reason)
     return dataclasses.replace(found, seconds=round(budget.clock() - began, 3))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

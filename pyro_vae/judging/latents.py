@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae import plots
 from pyro_vae.inference.batches import seeded
 from pyro_vae.judging.components import Components
-from pyro_vae.judging.results import Result, listed, table
+from pyro_vae.judging.quotes import listed
+from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.sweeps import Sweep, refuse_points, sweep
 from pyro_vae.options import checked
 from pyro_vae.protocols import closed_form_kl
@@ -81,9 +84,7 @@ class DimensionKL(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The divergences in falling order, as a figure."""
-        from pyro_vae.plots import kl_by_dimension
-
-        return kl_by_dimension(self.value, self.data_stderr, threshold=DEAD_KL, names=self.names, ax=ax)
+        return plots.kl_by_dimension(self.value, self.data_stderr, threshold=DEAD_KL, names=self.names, ax=ax)
 
     def __str__(self) -> str:
         shown = self.value.argsort(descending=True).tolist()
@@ -122,14 +123,10 @@ def kl_per_dimension(
     Raises:
         ValueError: A guide with a point site, and all that `particles` refuses.
     Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        ...         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(torch.tensor([0.0, 2.0]), 1.0).to_event(1))
+        >>> import pyro.distributions as dist
+        >>> from pyro_vae import Guide, Model
+        >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.Normal(z.sum(-1), 1.0))
+        >>> guide = Guide(lambda x: dist.Normal(torch.tensor([0.0, 2.0]), 1.0).to_event(1))
         >>> found = kl_per_dimension(model, guide, torch.zeros(5))
         >>> found.names, found.value.tolist()
         (('z[0]', 'z[1]'), [0.0, 2.0])
@@ -145,10 +142,10 @@ def kl_per_dimension(
     names, exact, table = _aligned(components, parts)
     mean = torch.cat([values.mean(0) for values in table])  # (N, M)
     count = len(mean)
-    spread = [values.var(0) / len(values) if len(values) > 1 else values[0] * math.nan for values in table]
-    mc = torch.cat(spread).sum(0).sqrt() / count
-    if num_samples == 1:
-        mc = torch.where(torch.tensor(exact), 0.0, mc)
+    if num_samples > 1:
+        mc = torch.cat([values.var(0) / num_samples for values in table]).sum(0).sqrt() / count
+    else:
+        mc = torch.where(torch.tensor(exact), mean.new_zeros(()), math.nan)
     data_stderr = mean.std(0) / math.sqrt(count) if count > 1 else torch.full_like(mean[0], math.nan)
     return DimensionKL(tuple(names), mean.mean(0), mc, data_stderr, mean, tuple(exact), num_samples, count)
 
@@ -181,11 +178,11 @@ def _divergence(particles: Particles, site: str, components: Components) -> tupl
     q, p, value = particles.posteriors[site], particles.priors[site], particles.latents[site]
     fixed = len(particles.priors) == 1 or _constant_over_samples(p, value)
     each = factors(q), factors(p)
-    if each[0] is not None and each[1] is not None:
-        by_sample = _by_dimension(*each, value)
-        terms = None if by_sample is None else components.column(site, by_sample)
+    if None not in each and all(one.batch_shape.numel() == value.numel() for one in each):
+        log_q, log_p = (one.log_prob(value.reshape(one.batch_shape)).reshape(value.shape) for one in each)
+        terms = components.column(site, log_q - log_p)
         # A mask, or a plate's scale, would make the site's density another sum.
-        if terms is not None and torch.allclose(terms.sum(-1, keepdim=True), sampled, rtol=1e-3, atol=1e-3):
+        if torch.allclose(terms.sum(-1, keepdim=True), sampled, rtol=1e-3, atol=1e-3):
             closed = closed_form_kl(*each) if fixed else None
             if closed is not None and closed.numel() == value.numel():
                 return components.column(site, closed.reshape(value.shape)), True
@@ -194,14 +191,6 @@ def _divergence(particles: Particles, site: str, components: Components) -> tupl
     if closed is not None and closed.numel() == sampled.numel():
         return closed.reshape(sampled.shape), True
     return sampled, False
-
-
-def _by_dimension(q: Any, p: Any, value: Tensor) -> Tensor | None:
-    """log q - log p of scalar dimensions, in the shape of the value."""
-    if not q.batch_shape.numel() == p.batch_shape.numel() == value.numel():
-        return None
-    log_q, log_p = q.log_prob(value.reshape(q.batch_shape)), p.log_prob(value.reshape(p.batch_shape))
-    return log_q.reshape(value.shape) - log_p.reshape(value.shape)
 
 
 def _constant_over_samples(p: Any, value: Tensor) -> bool:
@@ -262,8 +251,8 @@ def _moments(run: Sweep, site: str | None, num_samples: int) -> tuple[Tensor, Te
 def _only(guide: Program, args: tuple[Any, ...]) -> str:
     """The one latent site of a guide; those that only serve others are none."""
     with seeded(0):
-        drawn = {name: site for name, site in sites(guide, *args).items() if not site["is_observed"]}
-    found = [name for name, site in drawn.items() if not site["infer"].get("is_auxiliary")]
+        drawn = sites(guide, *args).items()
+    found = [name for name, site in drawn if not site["is_observed"] and not site["infer"].get("is_auxiliary")]
     if len(found) != 1:
         raise ValueError(
             f"the guide has {len(found)} latent sites{', ' * bool(found)}{', '.join(map(repr, found))}, wanted one. "
@@ -278,15 +267,13 @@ def _run(guide: Program, batch: tuple[Any, ...], site: str) -> Tensor:
         found = sites(guide, *batch)
     if site not in found:
         raise ValueError(f"the guide has no site {site!r}, wanted one of {', '.join(map(repr, found))}.")
-    given = found[site]
-    try:
-        value = given["fn"].mean
-    except NotImplementedError:
-        value = given["value"]
+    fn, value = found[site]["fn"], found[site]["value"]
+    with contextlib.suppress(NotImplementedError):
+        value = fn.mean
     shared = set.intersection(*({(dim, frame.size) for dim, frame in plates(s).items()} for s in found.values()))
     if not shared:
         return value
-    return value.movedim(value.dim() - given["fn"].event_dim + data_plate(shared, lengths(batch))[0], 0)
+    return value.movedim(value.dim() - fn.event_dim + data_plate(shared, lengths(batch))[0], 0)
 
 
 @checked

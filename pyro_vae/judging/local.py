@@ -46,27 +46,22 @@ class LocalForm(NamedTuple):
 
 
 def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> LocalForm:
-    """The local form of a guide at a batch.
+    """The local form of a guide at a batch, from the guide's own values, or "fresh" near mean 0 and variance 1.
 
-    Args:
-        start: "guide" at the guide's own values; "fresh" near mean 0 and variance 1.
     Raises:
-        ValueError: It has none, and why: a point, an auxiliary or unreparameterised
-            site, or a distribution that is not made of parameters.
+        ValueError: It has none, and why: a point, an auxiliary or unreparameterised site, or a distribution that is
+            not made of parameters.
     """
     with torch.no_grad():
-        posteriors = heads_of(guide)
-        with Heads(posteriors) as first:
-            trace, frame = _run(guide, args)
-        with Heads(posteriors) as second:
+        with Heads(heads_of(guide)) as first:
+            sites, frame = _run(guide, args)
+        with Heads(first.posteriors) as second:
             again, _ = _run(guide, args)
-    sites = [site for site in sample_sites(trace) if not site["is_observed"]]
-    for site in sites:
+    for site in sites.values():
         _check(site)
-    pieces = _pieces(sites, first, frame)
-    elsewhere = _pieces([again.nodes[site["name"]] for site in sites], second, frame)
-    free = [piece.local.free for piece in pieces]
-    others = [piece.local.free for piece in elsewhere]
+    pieces = _pieces(list(sites.values()), first, frame)
+    elsewhere = _pieces([again[name] for name in sites], second, frame)
+    free, others = ([piece.local.free for piece in found] for found in (pieces, elsewhere))
     if not all(torch.equal(one[key], two[key]) for one, two in zip(free, others, strict=True) for key in one):
         if start == "fresh":
             raise ValueError("its sites depend on each other's draws, so its networks stay and there is no fresh start")
@@ -77,23 +72,18 @@ def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> L
 
 
 def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tensor, scale: Tensor) -> LocalForm:
-    """The local form of a family that no encoder was trained for, at a batch.
-
-    Args:
-        posterior: It has ``local`` and ``parameters_near``, as `Amortized`.
-        model, args: With a single latent site in the data plate alone.
-        loc, scale: Where it starts, and how wide, (B, D).
-    """
+    """The local form of a family (`Amortized`) that no encoder was trained for, of a model's only latent site, in the
+    data plate, at a batch: it starts at loc, as wide as scale, (B, D)."""
     with torch.no_grad():
-        trace, frame = _run(model, args)
-        sites = [site for site in sample_sites(trace) if not site["is_observed"]]
-        if len(sites) != 1 or sites[0]["fn"].event_dim != 1 or len(sites[0]["fn"].batch_shape) != 1:
+        sites, frame = _run(model, args)
+        site: Any = next(iter(sites.values()), None)
+        if len(sites) != 1 or site["fn"].event_dim != 1 or len(site["fn"].batch_shape) != 1:
             raise ValueError(
-                f"got a family for a model of latent sites {[s['name'] for s in sites]}, wanted one "
+                f"got a family for a model of latent sites {list(sites)}, wanted one "
                 "site of event_shape (D,). Give a guide of all its sites instead, fitted by fit_guide."
             )
         local = posterior.local(posterior.parameters_near(loc, scale))
-    return _independent([_Piece(sites[0], local, 0, frame.data_dim, posterior)])
+    return _independent([_Piece(site, local, 0, frame.data_dim, posterior)])
 
 
 class Unscaled(Messenger):
@@ -103,9 +93,11 @@ class Unscaled(Messenger):
         msg["scale"] = 1.0
 
 
-def _run(program: Program, args: tuple[Any, ...]) -> tuple[Any, Frame]:
+def _run(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Any], Frame]:
+    """The latent sites of one run, and where their data lie."""
     trace = poutine.trace(program).get_trace(*args)
-    return trace, data_frame([trace], 1, depth(trace), args=args)
+    sites = {site["name"]: site for site in sample_sites(trace) if not site["is_observed"]}
+    return sites, data_frame([trace], 1, depth(trace), args=args)
 
 
 def _check(site: Any) -> None:
@@ -133,6 +125,11 @@ class _Piece(NamedTuple):
         """Of the free tensors without their data."""
         return {k: tuple(v.movedim(self.axis, 0).shape[1:]) for k, v in self.local.free.items()}
 
+    @property
+    def width(self) -> int:
+        """P, of a row."""
+        return sum(map(math.prod, self.shapes.values()))
+
     def pack(self, free: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([v.movedim(self.axis, 0).reshape(v.shape[self.axis], -1) for v in free.values()], 1)
 
@@ -142,10 +139,8 @@ class _Piece(NamedTuple):
         return {k: part.reshape(len(rows), *shape).movedim(0, self.axis) for (k, shape), part in parts}
 
     def relative_rates(self) -> Tensor:
-        some = next(iter(self.local.free.values()))
-        return torch.cat([
-            some.new_full((math.prod(shape),), self.local.rates.get(k, 1.0)) for k, shape in self.shapes.items()
-        ])  # fmt: skip
+        rates, some = self.local.rates, next(iter(self.local.free.values()))
+        return torch.cat([some.new_full((math.prod(s),), rates.get(k, 1.0)) for k, s in self.shapes.items()])
 
     def fresh(self) -> _Piece:
         if self.posterior is None:
@@ -169,15 +164,14 @@ def _pieces(sites: list[Any], outputs: Heads, frame: Frame) -> list[_Piece]:
         if offered:
             name, posterior, out = offered[number]
             pieces.append(_Piece(site, local_of(posterior, out), axis, frame.data_dim, posterior, name))
-            continue
-        free, build = free_parameters(site["fn"])
-        pieces.append(_Piece(site, Local(free, build), axis, frame.data_dim))
+        else:
+            pieces.append(_Piece(site, Local(*free_parameters(site["fn"])), axis, frame.data_dim))
     return pieces
 
 
 def _independent(pieces: list[_Piece]) -> LocalForm:
     """Sites whose distributions depend on x only: no network runs."""
-    widths = [sum(math.prod(shape) for shape in piece.shapes.values()) for piece in pieces]
+    widths = [piece.width for piece in pieces]
 
     def guide(rows: Tensor, still: Tensor | None = None) -> Program:
         def program(*_: Any, **__: Any) -> None:
@@ -202,7 +196,7 @@ def _dependent(guide: Program, pieces: list[_Piece], outputs: Heads) -> LocalFor
     if by_head:  # of a flow the numbers of the head only
         found = outputs.returned
         pieces = [p._replace(local=Local({"parameters": found[p.head or ""]}, p.local.build)) for p in pieces]
-    widths = [sum(math.prod(shape) for shape in piece.shapes.values()) for piece in pieces]
+    widths = [piece.width for piece in pieces]
 
     def local(rows: Tensor, still: Tensor | None = None) -> Program:
         parts = zip(pieces, rows.split(widths, 1), strict=True)
@@ -239,8 +233,7 @@ def _plates(piece: _Piece, size: int, made: dict[str, Any]) -> Iterator[None]:
 
 class _Landing(TorchDistribution):
     """Draws from one distribution and scores by the same one at still parameters, so that the gradient of the ELBO goes
-    through the sample alone. The part left out is zero on average, and without it the noise vanishes where q is the
-    posterior.
+    through the sample alone. The part left out is zero on average; without it the noise vanishes at the posterior.
 
     Reference: Roeder, Wu and Duvenaud, Sticking the Landing, 2017. arXiv:1703.09194
     """

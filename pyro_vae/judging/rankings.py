@@ -1,6 +1,6 @@
 """Who is ahead, by how much, and whether that holds: fitted pairs compared datum by datum, and over seeds.
 
-Errors and intervals are those of `pyro_vae.judging.crossed`. "A is ahead of B" is said where the p-value holds after
+Errors and intervals are those of `pyro_vae.judging.scoring`. "A is ahead of B" is said where the p-value holds after
 Holm's correction over all pairs of arms, and where B's number is not a mere lower bound.
 """
 
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from pyro_vae.judging.crossed import LEVEL, compared, holm
-from pyro_vae.judging.results import Result
-from pyro_vae.judging.scoring import Scores, balanced
-from pyro_vae.judging.tables import aligned, latex
+from pyro_vae import plots
+from pyro_vae.judging.quotes import aligned
+from pyro_vae.judging.results import Result, known
+from pyro_vae.judging.scoring import LEVEL, Scores, balanced, compared, holm
 from pyro_vae.judging.weights import khat_ok
-from pyro_vae.words import did_you_mean
 
 FEW_DATA, FEW_OK = 100, 0.9
 CRITERIA = {"log_p": "log p(x)", "elbo": "ELBO"}
@@ -63,10 +62,8 @@ class Difference:
 
     def reversed(self) -> Difference:
         """The second above the first."""
-        return Difference(
-            self.second, self.first, -self.value, self.diff_stderr, -self.high, -self.low, self.p, self.p_corrected,
-            self.num_seeds, self.claimable,
-        )  # fmt: skip
+        value, low, high = -self.value, -self.high, -self.low
+        return replace(self, first=self.second, second=self.first, value=value, low=low, high=high)
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,7 @@ class Ranking(Result):
             ValueError: There is no such arm.
         """
         for name in (first, second):
-            if name not in self.arms:
-                hint = did_you_mean(name, self.arms)
-                raise ValueError(f"got no arm {name!r}, wanted one of {', '.join(map(repr, self.arms))}.{hint}")
+            known("arm", name, self.arms)
         for each in self.differences:
             if (each.first, each.second) == (first, second):
                 return each
@@ -128,7 +123,8 @@ class Ranking(Result):
         ahead = self.difference(first, second)
         what = CRITERIA[self.criterion]
         by = f"{ahead.value:.3f} nats of {what} [{ahead.low:.3f}, {ahead.high:.3f}]"
-        over = self._over(ahead)
+        over = f"95 % over {len(self.arms[first][0].log_p):,} data"
+        over += f" and {ahead.num_seeds} seeds" if ahead.num_seeds > 1 else ", one fit each"
         many = f" among {len(self.arms)} arms" if len(self.arms) > 2 else ""
         chance = f"p = {ahead.p_corrected:.2g}" + (" after the correction" if len(self.arms) > 2 else "")
         if ahead.holds:
@@ -139,12 +135,6 @@ class Ranking(Result):
         elif ahead.p_corrected < 1 - LEVEL:
             why = f"but {second} has only a lower bound, so that it may be higher"
         return f"nobody is ahead for sure: {first} is above {second} by {by}, {over}, {why} ({chance})."
-
-    def _over(self, ahead: Difference) -> str:
-        data = f"{len(self.arms[ahead.first][0].log_p):,} data"
-        if ahead.num_seeds > 1:
-            return f"95 % over {data} and {ahead.num_seeds} seeds"
-        return f"95 % over {data}, one fit each"
 
     def flags(self, name: str) -> list[str]:
         """What a reader should know of an arm before its number is believed."""
@@ -170,30 +160,24 @@ class Ranking(Result):
         best, found = self.best, []
         for rank_, name in enumerate(self.order):
             own = self.arms[name]
-            line: dict[str, Any] = {"rank": rank_, "arm": name, "log_p": self._mean(name, "log_p")}
-            if name == best:
-                line |= {"diff": 0.0, "diff_stderr": 0.0, "diff_low": 0.0, "diff_high": 0.0, "p_worse": None,
-                         "p_corrected": None, "holds": None}  # fmt: skip
-            else:
-                by = self.difference(best, name)
-                line |= {"diff": by.value, "diff_stderr": by.diff_stderr, "diff_low": by.low, "diff_high": by.high,
-                         "p_worse": by.p_worse, "p_corrected": by.p_corrected, "holds": by.holds}  # fmt: skip
-            line |= {
-                "mc_stderr": self._mc_stderr(own), "data_stderr": self._data_stderr(own),
+            by = None if name == best else self.difference(best, name)
+            value, error, low, high = (0.0,) * 4 if by is None else (by.value, by.diff_stderr, by.low, by.high)
+            worse, corrected, holds = (None,) * 3 if by is None else (by.p_worse, by.p_corrected, by.holds)
+            each = torch.stack([one.log_p.double() for one in own]).mean(0)
+            found.append({
+                "rank": rank_, "arm": name, "log_p": self._mean(name, "log_p"), "diff": value, "diff_stderr": error,
+                "diff_low": low, "diff_high": high, "p_worse": worse, "p_corrected": corrected, "holds": holds,
+                "mc_stderr": math.hypot(*(one.mc_stderr for one in own)) / len(own),
+                "data_stderr": each.std().item() / math.sqrt(len(each)) if len(each) > 1 else math.nan,
                 "khat_ok": self._khat_ok(name), "elbo": self._mean(name, "elbo"),
                 "gap": self._mean(name, "log_p") - self._mean(name, "elbo"),
-                "seconds": float(np.mean([each.seconds for each in own])), "parameters": own[0].parameters,
+                "seconds": float(np.mean([one.seconds for one in own])), "parameters": own[0].parameters,
                 "seeds": len(own), "flags": ", ".join(self.flags(name)),
-            }  # fmt: skip
-            found.append(line)
+            })  # fmt: skip
         head = list(found[0]) if found else ["rank", "arm", "flags"]
         for name, reason in self.failed.items():
             found.append(dict.fromkeys(head) | {"arm": name, "flags": f"failed: {reason}"})
         return found
-
-    def to_latex(self) -> str:
-        """The table in LaTeX, with the rules of booktabs."""
-        return latex(self._lines())
 
     def to_markdown(self) -> str:
         """The table in Markdown, the verdict above it."""
@@ -201,9 +185,7 @@ class Ranking(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """How far each arm is behind the best, with its interval, as a figure, or drawn into `ax`."""
-        from pyro_vae.plots import differences
-
-        return differences(self.rows(), ax=ax)
+        return plots.differences(self.rows(), ax=ax)
 
     def __str__(self) -> str:
         return self.text()
@@ -211,11 +193,9 @@ class Ranking(Result):
     def text(self, width: float = math.inf) -> str:
         """The verdict, the table and the notes; of the table as many columns as lines of `width` characters hold."""
         foot = f"nats per datum; ±: Monte Carlo; [ , ]: 95 % over {self.over}"
-        flags = {name: self.flags(name) for name in self.order}
-        told = [f"  {name}: {', '.join(each)}" for name, each in flags.items() if each]
-        lost = [f"  {name}: failed: {reason}" for name, reason in self.failed.items()]
-        return "\n".join([self.verdict, "", *aligned(self._lines(), width=width), "", foot, *told, *lost,
-                          *self.notes])  # fmt: skip
+        told = [f"  {name}: {', '.join(flags)}" for name in self.order if (flags := self.flags(name))]
+        told += [f"  {name}: failed: {reason}" for name, reason in self.failed.items()]
+        return "\n".join([self.verdict, "", *aligned(self._lines(), width=width), "", foot, *told, *self.notes])
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         head, *body = self._lines()
@@ -256,19 +236,9 @@ class Ranking(Result):
         return any(each.bound for each in self.arms[name])
 
     def _khat_ok(self, name: str) -> float:
-        own = self.arms[name]
-        shares = [khat_ok(each.pareto_k, each.num_samples) for each in own]
+        shares = (khat_ok(each.pareto_k, each.num_samples) for each in self.arms[name])
         known = [share for share in shares if share == share]
         return float(np.mean(known)) if known else math.nan
-
-    @staticmethod
-    def _mc_stderr(own: Sequence[Scores]) -> float:
-        return math.hypot(*(each.mc_stderr for each in own)) / len(own)
-
-    @staticmethod
-    def _data_stderr(own: Sequence[Scores]) -> float:
-        each = torch.stack([one.log_p.double() for one in own]).mean(0)
-        return each.std().item() / math.sqrt(len(each)) if len(each) > 1 else math.nan
 
 
 def rank(
@@ -285,8 +255,7 @@ def rank(
     Returns:
         The ranking.
     Raises:
-        ValueError: No arm, scores of other numbers of data or samples, fewer than two data, or numbers to rank by that
-            are not finite.
+        ValueError: No arm, scores of other numbers of data or samples, fewer than two data, or not finite numbers.
     Example:
         >>> noise = torch.randn(500, generator=torch.Generator().manual_seed(0))
         >>> one = Scores(noise, 0.0, noise - 1, noise * 0, 100)

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.ops.stats import gelman_rubin
 from torch import Tensor
 
 from pyro_vae.judging.densities import Pair
-from pyro_vae.judging.grids import Quadrature as Quadrature
-from pyro_vae.judging.grids import quadrature as quadrature
 from pyro_vae.judging.hamiltonian import Adaptation, State, transition
 from pyro_vae.judging.results import Result, at_least, table
 from pyro_vae.judging.sweeps import Sweep, sweep
@@ -150,12 +149,8 @@ def reference(
 
 def diagnostics(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Rank-normalised split R-hat (the larger of that of the draws and of their folded distance to the median) and bulk
-    effective sample size, as ArviZ computes them.
+    effective sample size, as ArviZ computes them: of draws (C, S, *rest), S >= 4, (*rest) each in float64.
 
-    Args:
-        draws: (C, S, *rest), at least four draws of a chain.
-    Returns:
-        R-hat and ESS, (*rest) each in float64; nan where draws are constant.
     Example:
         >>> rhat, ess = diagnostics(torch.randn(4, 500, 3, generator=torch.Generator().manual_seed(0)))
         >>> bool((rhat < 1.01).all()), bool((ess > 1500).all())
@@ -167,7 +162,7 @@ def diagnostics(draws: Tensor) -> tuple[Tensor, Tensor]:
     split = torch.cat([flat[:, :half], flat[:, -half:]])
     folded = (split - split.flatten(0, 1).quantile(0.5, dim=0)).abs()
     scores = _normal_scores(split)
-    rhat = torch.maximum(_rhat(scores), _rhat(_normal_scores(folded)))
+    rhat = torch.maximum(*(gelman_rubin(s, chain_dim=0, sample_dim=1) for s in (scores, _normal_scores(folded))))
     return rhat.reshape(rest), _ess(scores).reshape(rest)
 
 
@@ -205,13 +200,6 @@ def _normal_scores(split: Tensor) -> Tensor:
     high = torch.searchsorted(columns, values, right=True)
     rank = (low + high + 1).double().T / 2
     return torch.special.ndtri((rank - 0.375) / (len(flat) + 0.25)).reshape(split.shape)
-
-
-def _rhat(split: Tensor) -> Tensor:
-    count = split.shape[1]
-    within = split.var(1).mean(0)
-    between = count * split.mean(1).var(0)
-    return ((between / within + count - 1) / count).sqrt()
 
 
 def _ess(split: Tensor) -> Tensor:

@@ -43,8 +43,12 @@ _BROKEN = (ValueError, NotImplementedError, RuntimeError, TypeError, KeyError, I
 
 def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     """What remedies gain, where there is a gap that matters."""
-    scaled = _fixed_scale(pair.model)
-    reason = _needless(stages)
+    gaps, bounds, family = stages.gaps, stages.bounds, getattr(pair.model, "likelihood", None)
+    # The scale of a normal likelihood may be a number that nobody learned, as in a mean squared error.
+    scaled = isinstance(pair.model, nn.Module) and type(family) is Normal and not isinstance(family.scale, str)
+    gap = gaps.inference if gaps.inference.known else bounds.better.minus(bounds.elbo)
+    reason = "" if gap.material() else "not needed, since the gap costs nothing that matters"
+    reason = reason if gap.known else "the gap is not known"
     if reason and not scaled:
         return Remedy(reason=reason)
     own = pair.training is None
@@ -54,7 +58,6 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     training = pair.part(0, half) if pair.training is None else pair.training
     held = pair.part(half, pair.num_data) if own else pair.data
     trial = _Trial(pair, training, held)
-    gaps = stages.gaps
     names = [] if reason else _candidates(pair.guide, gaps.approximation.value > gaps.amortization.value)
     tried: dict[str, Nats] = {}
     failed = []
@@ -86,21 +89,6 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     )  # fmt: skip
 
 
-def _needless(stages: Stages) -> str:
-    """Why nothing need be tried against the gap; empty where something need."""
-    gaps, bounds = stages.gaps, stages.bounds
-    gap = gaps.inference if gaps.inference.known else bounds.better.minus(bounds.elbo)
-    if not gap.known:
-        return "the gap is not known"
-    return "" if gap.material() else "not needed, since the gap costs nothing that matters"
-
-
-def _fixed_scale(model: Any) -> bool:
-    """Whether the scale of a normal likelihood is a number that nobody learned, as in a mean squared error."""
-    likelihood = getattr(model, "likelihood", None)
-    return isinstance(model, nn.Module) and type(likelihood) is Normal and not isinstance(likelihood.scale, str)
-
-
 def _learn_scale(model: Any, guide: Any, args: tuple[Any, ...]) -> None:
     """A learned scale in the place of the fixed one, started at the spread of x about its reconstruction."""
     old = model.likelihood
@@ -121,15 +109,10 @@ def _candidates(guide: Program, family_first: bool) -> list[str]:
     posterior = _posterior(guide)
     if posterior is None:
         return ["train", *refine, "local"]
-    bends = isinstance(posterior, FullNormal | Flow) or not _over_all(posterior)
-    families = [name for name, family in _FAMILIES.items() if not (bends and name == "full" or isinstance(
-        posterior, Flow) or not _over_all(posterior) or isinstance(posterior, family))]  # fmt: skip
+    bends = isinstance(posterior, Flow) or support_name(posterior) != "real"
+    families = [name for name, family in _FAMILIES.items() if not (bends or isinstance(posterior, family))]
     fits = [*families, "train", "wider"] if family_first else ["train", "wider", *families]
     return [*refine, *fits]
-
-
-def _over_all(posterior: Any) -> bool:
-    return support_name(posterior) == "real"
 
 
 def _posterior(guide: Any) -> Any:
@@ -168,10 +151,8 @@ class _Trial:
     def gain(self, name: str) -> Nats:
         """What one remedy gains over the guide, on the data held out."""
         model, guide, budget = self.pair.model, self.pair.guide, self.pair.budget
-        if name == "local":
-            return self._local()
-        if name == "refine":
-            return self._refined()
+        if name in ("local", "refine"):
+            return self._local() if name == "local" else self._refined()
         if not self.num_steps:
             raise OutOfTime
         with budget.piece(), torch.enable_grad():
@@ -185,15 +166,14 @@ class _Trial:
         the present pair trained on for as many steps; of "train", which is that, over the pair as it is."""
         if not self.num_steps:
             raise OutOfTime
-        before = self._after("train") if name != "train" else self._after("")
+        before = self._after("" if name == "train" else "train")
         return paired(self._after(name) - before)
 
     def _after(self, name: str) -> Tensor:
         """log p(x) of the data held out, after a joint training with a remedy; of none as the pair is."""
         if name in self._log_p:
             return self._log_p[name]
-        budget, settings = self.pair.budget, {"num_samples": _SAMPLES, **self.pair.options}
-        model, guide = self.pair.model, self.pair.guide
+        budget, model, guide = self.pair.budget, self.pair.model, self.pair.guide
         if name:
             with budget.piece(), torch.enable_grad():
                 model, guide = copy.deepcopy((model, guide))
@@ -204,7 +184,8 @@ class _Trial:
                     guide = _MADE[name](guide, few)
                 self._fit(guide, self.num_steps, model)
         with budget.piece():
-            self._log_p[name] = log_likelihood(model, guide, self.held, **settings).pointwise
+            found = log_likelihood(model, guide, self.held, num_samples=_SAMPLES, **self.pair.options)
+        self._log_p[name] = found.pointwise
         return self._log_p[name]
 
     def _fit(self, guide: Any, steps: int, model: Any = None) -> None:
@@ -222,11 +203,11 @@ class _Trial:
     def _elbo(self, model: Program, guide: Program, data: tuple[Any, ...]) -> Tensor:
         return elbo_terms(model, guide, data, num_samples=_SAMPLES, **self.pair.options).pointwise
 
-    def _over_base(self, elbo: Tensor, count: int | None = None) -> Nats:
+    def _over_base(self, elbo: Tensor) -> Nats:
         if self._base is None:
             with self.pair.budget.piece():
                 self._base = self._elbo(self.pair.model, self.pair.guide, self.held)
-        return paired(elbo - self._base[:count])
+        return paired(elbo - self._base)
 
     def _refined(self) -> Nats:
         """No handler sees into the steps, so that they are begun only where they fit."""
@@ -256,10 +237,6 @@ def paired(gain: Tensor) -> Nats:
     """A gain per datum, with the error of its mean for other data of the kind."""
     error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
     return Nats(gain.mean().item(), error, error)
-
-
-def _same(guide: Any, args: tuple[Any, ...]) -> Any:
-    return copy.deepcopy(guide)
 
 
 class Beside(nn.Module):
@@ -316,5 +293,7 @@ def _of_family(family: Any) -> Callable[[Any, tuple[Any, ...]], Any]:
 
 
 _MADE: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {
-    "train": _same, "wider": _widened, **{name: _of_family(family) for name, family in _FAMILIES.items()},
-}  # fmt: skip
+    "train": lambda guide, _: copy.deepcopy(guide),
+    "wider": _widened,
+    **{name: _of_family(family) for name, family in _FAMILIES.items()},
+}

@@ -22,16 +22,15 @@ import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pyro_vae.judging.quotes import Kind, lower_bound
-from pyro_vae.judging.quotes import over_data as over_data
-from pyro_vae.judging.tables import aligned as aligned
-from pyro_vae.judging.tables import latex
-from pyro_vae.judging.tables import listed as listed
+from pyro_vae import plots
+from pyro_vae.judging.quotes import Kind, latex, lower_bound, over_data
 from pyro_vae.words import did_you_mean
+
+R = TypeVar("R")
 
 # Nats below which nothing is said to be at fault.
 RELEVANT = 0.05
@@ -68,8 +67,8 @@ class Result:
                 f"got pointwise=True for a {type(self).__name__}, which has no values per datum of its own. "
                 "Ask one of its parts."
             )
-        columns = {n: v for n, v in _fields(self) if isinstance(v, Tensor) and v.shape == each.shape}
-        return pandas.DataFrame({name: value.tolist() for name, value in columns.items()})
+        columns = {n: v.tolist() for n, v in _fields(self) if isinstance(v, Tensor) and v.shape == each.shape}
+        return pandas.DataFrame(columns)
 
     def to_latex(self) -> str:
         """The table in LaTeX, between the rules of booktabs, with numbers as in notebooks."""
@@ -78,9 +77,7 @@ class Result:
 
     def plot(self, ax: Any = None) -> Any:
         """The numbers of the table with two standard errors each, as a figure, or drawn into `ax`."""
-        from pyro_vae.plots import number_bars
-
-        return number_bars(self.rows(), ax=ax)
+        return plots.number_bars(self.rows(), ax=ax)
 
     def _repr_html_(self) -> str:
         head, body = self._cells()
@@ -98,7 +95,8 @@ class Result:
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         rows = self.rows()
         head = list(dict.fromkeys(name for line in rows for name in line))
-        return head, [[_cell(line.get(name)) for name in head] for line in rows]
+        cells = [[line.get(name) for name in head] for line in rows]
+        return head, [["" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cs] for cs in cells]
 
 
 @dataclass(frozen=True)
@@ -270,6 +268,14 @@ def one_of(choices: Sequence[str], **values: str) -> None:
             raise ValueError(f"got {name}={value!r}, wanted {wanted}.{hint}")
 
 
+def known(kind: str, name: str, among: Mapping[str, R]) -> R:
+    """One of several by its name; a ValueError where it is none of them."""
+    if name not in among:
+        hint = did_you_mean(name, among)
+        raise ValueError(f"got no {kind} {name!r}, wanted one of {', '.join(map(repr, among))}.{hint}")
+    return among[name]
+
+
 def table(**columns: Any) -> list[dict[str, Any]]:
     """Rows, from columns of one length.
 
@@ -335,9 +341,3 @@ def typed(kind: Any, value: Any) -> Any:
             return {key: typed(inner, item) for key, item in value.items()}
         return tuple(typed(inner, item) for item in value)
     return value
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

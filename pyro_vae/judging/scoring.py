@@ -1,18 +1,48 @@
-"""What a fitted pair scores on data that several are compared on, datum by datum."""
+"""What fitted pairs score on data that they are compared on, datum by datum; and differences of fits over crossed data
+and seeds: their errors, p-values and intervals.
+
+
+A number y of arm a, fitted with seed s, at datum i is
+
+    y[a, s, i] = mean[a] + seed effect[a, s] + datum effect[a, i] + rest[a, s, i]
+
+Of two arms only d[s, i] = y[a, s, i] - y[b, s, i] is looked at, so that what all arms share (a datum that is hard for
+everyone, an order of the data) is gone. With the mean squares of its table of S seeds and N data,
+
+    seeds  MS_S = N var_s(mean_i d),   data  MS_D = S var_i(mean_s d),   rest  MS_E
+
+its mean has the variance ([MS_S - MS_E]+ + [MS_D - MS_E]+ + MS_E) / (S N): new seeds and new data are both in it. Few
+seeds say little about MS_S. It is therefore taken with its own uncertainty, MS_S ~ nu MS_S / chi2(nu), over which the
+tail of the t distribution of N - 1 degrees is averaged: where seeds are all that varies, that is Student's t of nu
+degrees. And pairs of arms lend each other strength: nu and MS_S are those after the squeezing of variances towards
+their common value (Smyth, 2004), with as much strength as the variances are found to agree, and never more than
+(arms - 1) (S - 1) degrees in all.
+
+One seed alone says nothing of other seeds, and the interval is then of other data only.
+
+References: Smyth, Linear models and empirical Bayes methods, 2004; Tsui and Weerahandi, Generalized p-values, 1989;
+Holm, A simple sequentially rejective multiple test procedure, 1979.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import optimize, special, stats
 from torch import Tensor
 
-from pyro_vae.judging.estimates import ElboTerms, Estimate, elbo_terms, log_likelihood
+from pyro_vae.judging.estimates import ElboTerms, elbo_terms, log_likelihood
+from pyro_vae.judging.evidence import Estimate
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
+
+LEVEL = 0.95
+_POINTS = (np.arange(200) + 0.5) / 200  # quantiles of the uncertain variance
 
 
 @dataclass(frozen=True)
@@ -56,14 +86,7 @@ def scores(
 ) -> Scores:
     """Score a pair for `rank`: log p(x) and ELBO per datum, with noise that is the same for all of one seed.
 
-    Args:
-        num_samples: K.
-        about: Other fields of `Scores`: seed_of_fit, seconds, parameters.
-        model, guide, data, seed, device, progress: As for `log_likelihood`.
-    Returns:
-        The scores.
-    Raises:
-        ValueError: All that `log_likelihood` refuses.
+    The arguments are those of `log_likelihood`; `about` are other fields of `Scores`: seed_of_fit, seconds, parameters.
     """
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
     found = log_likelihood(model, guide, data, num_samples=num_samples, **options)
@@ -99,3 +122,75 @@ def balanced(groups: Mapping[str, tuple[Scores, ...]]) -> tuple[dict[str, tuple[
         more = [f"{name} lacks {', '.join(map(str, own))}" for name, own in lacks.items() if own]
         said = f"of the seeds only {', '.join(map(str, common))} is compared, which all arms have: {'; '.join(more)}"
     return kept, [said] if more else []
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """P-values after Holm's correction: valid for any dependence among them.
+
+    Example:
+        >>> holm(np.array([0.01, 0.04, 0.03])).round(3).tolist()
+        [0.03, 0.06, 0.06]
+    """
+    order, out = np.argsort(p), np.empty(len(p))
+    out[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
+    return out
+
+
+def compared(tables: Sequence[np.ndarray], most: int) -> dict[str, np.ndarray]:
+    """Means, errors, p-values and half widths of intervals of tables of differences (see the module)."""
+    squares = np.array([_mean_squares(table) for table in tables]).reshape(-1, 5)
+    mean, seeds, data, rest, freedom = squares.T
+    counts = np.array([table.shape for table in tables], dtype=float).reshape(-1, 2)
+    total = counts.prod(1)
+    seeds, freedom = _squeezed(seeds, freedom, most)
+    data_part = np.maximum(data - rest, 0)
+    stderr = np.sqrt((np.maximum(seeds, rest) + data_part) / total)
+    known = freedom > 0
+    quantiles = stats.chi2.ppf(_POINTS[None], np.where(known, np.minimum(freedom, 1e9), 1.0)[:, None])
+    spread = np.where(known[:, None], np.minimum(freedom, 1e9)[:, None] * seeds[:, None] / quantiles, 0.0)
+    variance = (np.maximum(spread, rest[:, None]) + data_part[:, None]) / total[:, None]
+    stderrs = np.sqrt(variance)
+
+    def p_of(value: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.abs(value)[:, None] / stderrs
+        ratio = np.where(stderrs > 0, ratio, np.where(np.abs(value)[:, None] > 0, np.inf, 0.0))
+        return (2 * special.stdtr((counts[:, 1] - 1)[:, None], -ratio)).mean(1)
+
+    low, high = np.zeros(len(mean)), 1e4 * np.maximum(stderrs.max(1, initial=0.0), 1e-300)
+    for _ in range(48):
+        middle = (low + high) / 2
+        outside = p_of(middle) < 1 - LEVEL
+        low, high = np.where(outside, low, middle), np.where(outside, middle, high)
+    return {"mean": mean, "stderr": stderr, "p": p_of(mean), "half": high}
+
+
+def _mean_squares(table: np.ndarray) -> tuple[float, float, float, float, float]:
+    """The mean of a table of differences, its mean squares of seeds, data and rest, and the seeds' freedom."""
+    num_seeds, num_data = table.shape
+    mean, rows, columns = table.mean(), table.mean(1), table.mean(0)
+    data = num_seeds * columns.var(ddof=1) if num_data > 1 else math.nan
+    if num_seeds == 1:
+        return mean, 0.0, data, 0.0, 0.0
+    rest = table - rows[:, None] - columns[None] + mean
+    left = float((rest**2).sum() / ((num_seeds - 1) * max(num_data - 1, 1)))
+    return mean, num_data * rows.var(ddof=1), data, left, num_seeds - 1.0
+
+
+def _squeezed(variances: np.ndarray, freedom: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Variances drawn towards their common value, as far as they agree, and their degrees of freedom then."""
+    use = (freedom > 0) & (variances > 0)
+    if use.sum() < 2 or most < 1:
+        return variances, freedom
+    own, degrees = variances[use], freedom[use]
+    logs = np.log(own) - special.digamma(degrees / 2) + np.log(degrees / 2)
+    excess = logs.var(ddof=1) - special.polygamma(1, degrees / 2).mean()
+    if excess > 0:
+        prior = 2 * optimize.newton(lambda y: 1 / special.polygamma(1, y) - 1 / excess, 0.5 + 1 / excess, tol=1e-10)
+        center = math.exp(logs.mean() + special.digamma(prior / 2) - math.log(prior / 2))
+        new, total = (prior * center + degrees * own) / (prior + degrees), prior + degrees
+    else:
+        new, total = np.full(len(own), (degrees * own).sum() / degrees.sum()), np.full(len(own), np.inf)
+    variances, freedom = variances.copy(), freedom.copy()
+    variances[use], freedom[use] = new, np.minimum(total, max(float(most), degrees.max()))
+    return variances, freedom

@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from pyro_vae.judging._calibration import Calibration
-from pyro_vae.judging.annealing import Bracket
-from pyro_vae.judging.results import Nats, over_data
+from pyro_vae.judging.evidence import Bracket
+from pyro_vae.judging.quotes import over_data
+from pyro_vae.judging.results import Nats
 from pyro_vae.judging.trials import Remedy, Stage, Training, tensor
 
 Comparison = Literal["larger K", "best q", "jackknife"]
@@ -28,8 +29,7 @@ class Bounds(Stage):
     Attributes:
         num_samples, num_samples_asked: K of the estimate that is judged, and what was asked for.
         elbo, reconstruction, kl: The ELBO and its two terms.
-        log_p, bias, khat_ok: The estimate at K, its bias by the jackknife, and the share of the data whose k-hat is
-            small enough.
+        log_p, bias, khat_ok: The estimate at K, its bias by the jackknife, and the share of the data of good k-hat.
         better, better_bias, better_khat_ok: The same at `better_samples`: as many as there was time for, K at least.
         curve, curve_mc_stderr: The estimate and its errors at `curve_samples`, K' = 1, 2, 5, ..., `better_samples`.
         missing: What the estimate at K lacks.
@@ -139,8 +139,7 @@ class GapSplit(Stage):
         inference: log p(x) - ELBO.
         approximation, amortization: The family's part, not known where the guide has no local form; the encoder's.
         unsplit: Why there are no parts.
-        log_p, source, bias, khat_ok: log p(x), where it is from, its bias, and the share of the data whose k-hat is
-            small enough.
+        log_p, source, bias, khat_ok: log p(x), where it is from, its bias, and the share of the data of good k-hat.
         remaining: What the search for the best members may still have risen by.
         stopped: Share of the data for which it ended by itself.
         num_steps: Steps of the search, on average.

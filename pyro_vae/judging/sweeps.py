@@ -48,7 +48,16 @@ from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nest
 _CHUNK = 3 * 2**19
 # Log weights that are held at once.
 _HELD = 2**22
-_around = threading.local()
+
+
+class _Around(threading.local):
+    """The pairs of the sweeps around one, in this thread: a call that makes many says once what it sees."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Program, ...]] = []
+
+
+_around = _Around()
 
 
 class Sweep:
@@ -58,9 +67,8 @@ class Sweep:
         self, programs: tuple[Program, ...], batches: Batches, num_data: int | None, title: str, progress: bool | None,
         seed: int | None = None,
     ) -> None:  # fmt: skip
-        self.programs, self.batches = programs, batches
+        self.programs, self.batches, self._noise = programs, batches, NoiseOfData(seed)
         self._num_data, self._title, self._progress = num_data, title, progress
-        self._noise = NoiseOfData(seed)
         self._nesting: dict[int, int] = {}
         self._bar: Any = None
 
@@ -142,9 +150,8 @@ class Sweep:
 
     def tables(self, num_samples: int, compile: bool | str = "auto") -> Iterator[tuple[Tensor, Tensor, int]]:
         """For each batch its log weights and log likelihoods, (K, B) each, and the data of each column."""
-        found = self._lay_out(num_samples)
+        found, count = self._lay_out(num_samples), len(self)
         chunks: dict[int, Replayed] = {}
-        count = len(self)
         for batch in self:
             sizes = chunk_sizes(batch, num_samples)
             tensors = all(isinstance(x, Tensor) for x in batch)
@@ -228,8 +235,7 @@ def sweep(
         copies: Samples of each datum that are held at once: so many fewer data make a batch.
         num_data: Only the first so many of the data.
         besides: Modules that are to be in evaluation mode as well.
-        validate: Whether Pyro looks at all values. A trajectory that leaves the numbers is rejected, where validation
-            would raise.
+        validate: Whether Pyro looks at all values, and raises where a trajectory leaves the numbers.
         device: Where the batches go; where the modules are when not given.
         seed: Seed of the noise inside, and of what the data draw (`one_draw`, `NoiseOfData`): all sweeps of one seed
             are over the same numbers. None goes on with the random states as they are.
@@ -262,10 +268,10 @@ def sweep(
             _look_at_supports(batches.shown)
             if len(given) == 2 and (reason := undetermined(given[1], batches.shown.latents.values(), run.first, {})):
                 raise ValueError(reason)
-            if len(given) == 2 and given not in _met():
-                _met().append(given)
-                stack.callback(_met().remove, given)
-                if mixed := seen_by_others(given[:2], run.first):
+            if len(given) == 2 and given not in _around.pairs:
+                _around.pairs.append(given)
+                stack.callback(_around.pairs.remove, given)
+                if mixed := seen_by_others(given, run.first):
                     warnings.warn(mixed, stacklevel=5)
         if batch_size is not None:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
@@ -273,14 +279,6 @@ def sweep(
             yield run
         finally:
             run.close()
-
-
-def _met() -> list[tuple[Program, ...]]:
-    """The pairs of the sweeps around this one, in this thread: a call that makes many says once what it sees."""
-    if not hasattr(_around, "pairs"):
-        _around.pairs = []
-    pairs: list[tuple[Program, ...]] = _around.pairs
-    return pairs
 
 
 def _look_at_supports(shown: Rehearsal) -> None:
@@ -333,11 +331,8 @@ def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:
 
 def _sizes(num_samples: int, most: int) -> list[int]:
     """Chunks of about the same size, as every size is captured by itself: all the same where that is near."""
-    for size in range(min(most, num_samples), most // 2, -1):
-        if num_samples % size == 0:
-            return [size] * (num_samples // size)
-    count = -(-num_samples // most)
-    size = -(-num_samples // count)
+    whole = (size for size in range(min(most, num_samples), most // 2, -1) if num_samples % size == 0)
+    size = next(whole, -(-num_samples // -(-num_samples // most)))
     return [size] * (num_samples // size) + ([num_samples % size] if num_samples % size else [])
 
 

@@ -129,11 +129,16 @@ class Remedy(Stage):
     own_data: bool = False
 
     @property
+    def gained(self) -> dict[str, Nats]:
+        """What the ELBO gained under the frozen model, by name."""
+        return dict(zip(self.tried, self.gains, strict=True))
+
+    @property
     def ranked(self) -> tuple[tuple[str, Nats], ...]:
         """What helped by two standard errors and a size that matters, the most helpful first: what log p(x) is known to
         gain from, what the ELBO gains from under this model, and last what is for its posterior alone."""
         found = []
-        for name, gain in zip(self.tried, self.gains, strict=True):
+        for name, gain in self.gained.items():
             together = self.joint_gain(name)
             if together.known:
                 if together.value >= 2 * together.mc_stderr and together.value > RELEVANT:
@@ -145,25 +150,22 @@ class Remedy(Stage):
     @property
     def idle(self) -> dict[str, Nats]:
         """What helped the ELBO under the frozen model, and log p(x) in a joint training not beyond its error."""
-        helped, harmful = dict(self.ranked), self.harmful
-        known = zip(self.tried, self.gains, strict=True)
-        names = [name for name, gain in known if gain.material() and self.joint_gain(name).known]
-        return {name: self.joint_gain(name) for name in names if name not in helped and name not in harmful}
+        found = {name: self.joint_gain(name) for name, gain in self.gained.items() if gain.material()}
+        settled = {*dict(self.ranked), *self.harmful}
+        return {name: joint for name, joint in found.items() if joint.known and name not in settled}
 
     @property
     def harmful(self) -> dict[str, Nats]:
         """What lowered log p(x) in a joint training, by more than two standard errors."""
-        known = zip(self.tried, self.gains, self.joint, strict=False)
-        return {name: joint for name, gain, joint in known
-                if joint.value < -2 * joint.mc_stderr and (gain.material() or not gain.known)}  # fmt: skip
+        found = {name: self.joint_gain(name) for name, gain in self.gained.items() if gain.material() or not gain.known}
+        return {name: joint for name, joint in found.items() if joint.value < -2 * joint.mc_stderr}
 
     def joint_gain(self, name: str) -> Nats:
         """What log p(x) gained in a joint training."""
         return dict(zip(self.tried, self.joint, strict=False)).get(name, Nats())
 
     def summary(self) -> str:
-        known = [(name, gain) for name, gain in zip(self.tried, self.gains, strict=True) if gain.known]
-        gains = ", ".join(f"{name} {gain}" for name, gain in known) or "nothing tried under it"
+        gains = ", ".join(f"{n} {gain}" for n, gain in self.gained.items() if gain.known) or "nothing tried under it"
         where = "half of these data" if self.own_data else f"{self.num_training} training data"
         missed = f"; not tried: {'; '.join(self.failed)}" if self.failed else ""
         fits = f"; {self.num_steps} steps on {where}, model frozen" if self.num_steps else ""

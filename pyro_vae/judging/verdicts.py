@@ -11,7 +11,7 @@ of the pair and not of the few data that were looked at, so that the error of a 
 kinds in it: the Monte Carlo error, and what other data of the kind would give. Where the larger part of
 a gap is too uncertain to say, that is said, and no smaller one is blamed for being known better.
 
-What to do about it is said of what was tried (`tried`): a fault is no advice.
+What to do about it is said of what was tried (`advice`): a fault is no advice.
 """
 
 from __future__ import annotations
@@ -19,20 +19,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pyro_vae.judging.advice import Culprit as Culprit
-from pyro_vae.judging.advice import Finding as Finding
-from pyro_vae.judging.results import RELEVANT, Nats, listed
-from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, GapSplit, Stages
-from pyro_vae.judging.tried import remedies, training
+from pyro_vae.judging.advice import Finding, remedies, training
+from pyro_vae.judging.quotes import listed
+from pyro_vae.judging.results import RELEVANT, Nats
+from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Stages
 
 _TIME, _DATA_OR_TIME = "Give more time (budget).", "Judge more data (num_data), or give more time (budget)."
 
 
 def verdict(stages: Stages) -> tuple[Finding, ...]:
-    """The findings of a judgement, the most important first.
+    """The findings of a judgement, of stages any of which may be left out, the most important first.
 
-    Args:
-        stages: What was found; any of them may be left out.
     Example:
         >>> from pyro_vae.judging.stages import GapSplit
         >>> gaps = GapSplit(status="done", num_data=50, inference=Nats(0.61, 0.02),
@@ -56,7 +53,7 @@ def dead_encoder(stages: Stages) -> Nats | None:
     if not stages.latents.done or not stages.latents.none_active:
         return None
     # A part of the gap too small to blame an encoder for still tells that the posterior is not q.
-    gain = stages.gaps.amortization if stages.gaps.split else _below_better(stages.bounds)
+    gain = stages.gaps.amortization if stages.gaps.split else stages.bounds.better.minus(stages.bounds.elbo)
     return gain if gain.material() else None
 
 
@@ -64,7 +61,7 @@ def _posterior(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     """Whose fault it is that the ELBO is below log p(x)."""
     gaps = stages.gaps
     if not gaps.done or not gaps.split:
-        total = gaps.inference if gaps.inference.known else _below_better(stages.bounds)
+        total = gaps.inference if gaps.inference.known else stages.bounds.better.minus(stages.bounds.elbo)
         text = f"The ELBO is {total} nats below the best estimate of log p(x)."
         if total.known and gaps.done:
             yield Finding("posterior", text)
@@ -82,24 +79,33 @@ def _posterior(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     else:
         yield from _parts(stages, dead)
     if dead is not None:
-        yield _dead(stages, dead)
+        rate = stages.latents.rate
+        paid = f" (and pays a KL of {rate:.2f} nats)" if rate > RELEVANT else " (KL about 0)"
+        yield Finding(
+            "posterior",
+            f"The encoder is dead: q(z | x) does not depend on x{paid}, though the posterior does, since a q fitted to "
+            f"each datum would gain {dead} nats.",
+            "dead encoder",
+            "That is a failed training, not a collapsed optimum: check that gradients reach the encoder, lower the "
+            "learning rate or warm up the KL, and fit the guide again (fit_guide).",
+        )
 
 
 def _parts(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     """Family or encoder, where both parts of a gap that matters are known."""
     gaps = stages.gaps
-    yield Finding(
-        "posterior",
-        f"Of the {gaps.inference} nats between ELBO and log p(x) {_over(stages)}, {_share(gaps.approximation, gaps)} "
-        f"are the family's and {_share(gaps.amortization, gaps)} the encoder's.",
-    )
-    size = max(RELEVANT, 0.1 * abs(gaps.inference.value))
     parts = {"family": gaps.approximation, "encoder": gaps.amortization}
+    family, encoder = (f"{part} ({100 * part.value / gaps.inference.value:.0f} %)" for part in parts.values())
+    text = f"Of the {gaps.inference} nats between ELBO and log p(x) {_over(stages)}, {family} are the family's"
+    yield Finding("posterior", f"{text} and {encoder} the encoder's.")
+    size = max(RELEVANT, 0.1 * abs(gaps.inference.value))
     faults = {name: part for name, part in parts.items() if part.of_population().material(size)}
     largest = max(parts, key=lambda name: parts[name].value)
     if faults and largest not in faults and parts[largest].value > size:
-        yield _unsure(largest, parts[largest], gaps.inference, gaps.num_data)
-        faults = {}
+        part, faults = parts[largest], {}
+        few = f"on {gaps.num_data} data only: ± {part.of_population().mc_stderr:.2g} nats, which is too few to say."
+        text = f"The {largest}'s share is the larger, {part.value:.3g} of {gaps.inference.value:.3g} nats, {few}"
+        yield Finding("posterior", text, None, _DATA_OR_TIME, "data", max(100, 4 * gaps.num_data))
     elif not faults:
         yield Finding("posterior", "Which of the two it is, is within the errors.", None, _DATA_OR_TIME, "data")
     if "encoder" in faults and dead is None:
@@ -114,32 +120,6 @@ def _parts(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
             None,
             "More time makes the split sharper.",
         )
-
-
-def _dead(stages: Stages, gain: Nats) -> Finding:
-    rate = stages.latents.rate
-    paid = f" (and pays a KL of {rate:.2f} nats)" if rate > RELEVANT else " (KL about 0)"
-    return Finding(
-        "posterior",
-        f"The encoder is dead: q(z | x) does not depend on x{paid}, though the posterior does, since a q fitted to "
-        f"each datum would gain {gain} nats.",
-        "dead encoder",
-        "That is a failed training, not a collapsed optimum: check that gradients reach the encoder, lower the "
-        "learning rate or warm up the KL, and fit the guide again (fit_guide).",
-    )
-
-
-def _share(part: Nats, gaps: GapSplit) -> str:
-    return f"{part} ({100 * part.value / gaps.inference.value:.0f} %)"
-
-
-def _unsure(name: str, part: Nats, whole: Nats, num_data: int) -> Finding:
-    """The larger part of a gap, of which too few data are known to blame it, or the other one in its stead."""
-    error = part.of_population().mc_stderr
-    few = f"on {num_data} data only: ± {error:.2g} nats"
-    text = f"The {name}'s share is the larger, {part.value:.3g} of {whole.value:.3g} nats, {few}"
-    more = max(100, 4 * num_data)
-    return Finding("posterior", f"{text}, which is too few to say.", None, _DATA_OR_TIME, "data", more)
 
 
 def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
@@ -248,14 +228,12 @@ def _calibration(stages: Stages) -> Iterator[Finding]:
     if not found.done:
         return
     over = f"on {found.num_data} data simulated from the model"
+    text = f"The guide's uncertainty is calibrated {over}, as far as these can show."
     if not found.calibrated:
-        yield Finding("calibration", f"The guide's uncertainty is not calibrated {over}: {_failing(found)}.")
+        text = f"The guide's uncertainty is not calibrated {over}: {_failing(found)}."
     elif stages.latents.none_active:
         text = f"The guide passes calibration {over}, which says nothing here: a guide that is the prior always does."
-        yield Finding("calibration", text)
-    else:
-        text = f"The guide's uncertainty is calibrated {over}, as far as these can show."
-        yield Finding("calibration", text)
+    yield Finding("calibration", text)
 
 
 def _failing(found: Calibrated) -> str:
@@ -268,10 +246,6 @@ def _failing(found: Calibrated) -> str:
     if "too narrow" in by_kind and found.coverage_90:
         text += f" (90 % intervals cover down to {100 * min(found.coverage_90):.0f} %)"
     return text
-
-
-def _below_better(bounds: Bounds) -> Nats:
-    return bounds.better.minus(bounds.elbo)
 
 
 def _over(stages: Stages) -> str:

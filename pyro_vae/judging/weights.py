@@ -12,8 +12,7 @@ of S densities q_s, whatever the data turn out to be,
 
 is unbiased: the balance heuristic. No weight is more than S times what the best of the densities gives it, so a poor
 one among them costs samples and no more. It takes densities that score each other's draws; where they cannot, the
-estimate is that of the one proposal with the highest mean *over the data*. The maximum per datum would be biased
-upwards.
+estimate is that of the one proposal with the highest mean *over the data*; a maximum per datum is biased.
 
 References: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519. Vehtari et al., Pareto Smoothed
 Importance Sampling, 2024. arXiv:1507.02646. Veach and Guibas, Optimally combining sampling techniques, 1995.
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.inference.trees import joined
 from pyro_vae.judging.quotes import Kind, kind_of
 from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.options import checked
@@ -95,11 +95,6 @@ class Scored(NamedTuple):
     def kind(self, num_samples: int) -> Kind:
         """What the mean of log p(x) over these data is, of K weights each."""
         return kind_of(khat_ok(self.pareto_k, num_samples))
-
-    @classmethod
-    def joined(cls, parts: list[Scored]) -> Scored:
-        """Over batches."""
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def variance(log_weight: Tensor) -> Tensor:
@@ -253,9 +248,8 @@ def score(
                 others = [log_q(proposals[other], latents, *args) for other in pooled if other != name]
                 total = torch.stack([mine, *others]).logsumexp(0) - math.log(len(pooled))
                 mixed.append(table.log_joint - total)
-    return {name: Scored.of(torch.cat(weights)) for name, weights in own.items()}, (
-        Scored.of(torch.cat(mixed)) if mixed else None
-    )
+    scores = {name: Scored.of(torch.cat(weights)) for name, weights in own.items()}
+    return scores, Scored.of(torch.cat(mixed)) if mixed else None
 
 
 def rescores(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
@@ -272,11 +266,7 @@ def rescores(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
 
 
 def given_estimate(estimate: Any, num_data: int) -> tuple[Tensor, Tensor]:
-    """log p(x) per datum and its standard errors, of an estimate that was made elsewhere.
-
-    Raises:
-        ValueError: It has no values per datum, no errors, or is of other data.
-    """
+    """log p(x) per datum and its standard errors, of an estimate that was made elsewhere; refused if of other data."""
     pointwise = getattr(estimate, "pointwise", None)
     stderr = getattr(estimate, "pointwise_stderr", None)
     if stderr is None and hasattr(estimate, "ess"):
@@ -331,5 +321,5 @@ class Proposals:
 
     def result(self, given: Any = None) -> tuple[dict[str, Scored], Scored, str]:
         """Each by itself, and what `pool` makes of all."""
-        own = {name: Scored.joined(parts) for name, parts in self._own.items()}
-        return own, *pool(own, Scored.joined(self._mixed) if self._mixed else None, self.pooled, given)
+        own = {name: joined(parts) for name, parts in self._own.items()}
+        return own, *pool(own, joined(self._mixed) if self._mixed else None, self.pooled, given)

@@ -70,10 +70,8 @@ def is_foreign(name: str) -> bool:
 
 
 def check(kind: str, name: str) -> str:
-    """A name that a part of a kind has, in whatever spelling, or ``module:Class``, without importing anything.
+    """A name of a part, in whatever spelling, as the table spells it, or ``module:Class``; nothing is imported.
 
-    Returns:
-        The name as the table spells it.
     Raises:
         ValueError: Neither.
     Example:
@@ -86,13 +84,10 @@ def check(kind: str, name: str) -> str:
     module, colon, attribute = name.partition(":")
     if colon and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
         return name
-    return one_of(kind, own_name(kind, name), PARTS[kind], ", or module:Class")
-
-
-def own_name(kind: str, name: str) -> str:
-    """The name of a class of this package that is called by that of the class; else what was given."""
-    classes = {key(where.partition(":")[2]): short for short, where in PARTS[kind].items()}
-    return name if spelled(name, PARTS[kind]) else classes.get(key(name), name)
+    if not spelled(name, PARTS[kind]):  # it may be the name of the class
+        classes = {key(where.partition(":")[2]): short for short, where in PARTS[kind].items()}
+        name = classes.get(key(name), name)
+    return one_of(kind, name, PARTS[kind], ", or module:Class")
 
 
 def _path(family: type) -> str:
@@ -101,35 +96,21 @@ def _path(family: type) -> str:
     return next((n for parts in PARTS.values() for n, p in parts.items() if f"pyro_vae.parts.{p}" == where), where)
 
 
-def family(kind: str, given: Any) -> Any:
-    """What makes a part: a class or function as it is, the class that a name stands for.
+def made(kind: str, given: Any, *arguments: Any) -> Any:
+    """A part of a class, function or name, on its networks.
 
     Raises:
-        ValueError: Anything else, also a part that is made already.
-    Example:
-        >>> family("likelihood", "bernoulli").__name__
-        'Bernoulli'
+        ValueError: It is none, or a part that is made already, or does not take such networks.
     """
-    if isinstance(given, str):
-        return find(kind, given)
-    made_already = hasattr(given, "forward") and not isinstance(given, type)
-    if made_already or not callable(given):
-        shown = f"a {type(given).__name__} that is made already" if made_already else repr(given)
+    maker = find(kind, given) if isinstance(given, str) else given
+    made_already = hasattr(maker, "forward") and not isinstance(maker, type)
+    if made_already or not callable(maker):
+        shown = f"a {type(maker).__name__} that is made already" if made_already else repr(maker)
         takes = "decoder" if kind == "likelihood" else "encoder and latent_dim"
         raise ValueError(
             f"got {shown} as the {kind}, wanted its class, a function of {takes}, or a name: one of "
             f"{', '.join(PARTS[kind])}."
         )
-    return given
-
-
-def made(kind: str, given: Any, *arguments: Any) -> Any:
-    """A part of a class, function or name, on its networks.
-
-    Raises:
-        ValueError: It is none, or does not take such networks.
-    """
-    maker = family(kind, given)
     try:
         part = maker(*arguments)
     except TypeError as error:
@@ -178,10 +159,8 @@ def prior_for(posterior: str) -> str:
         >>> prior_for("nsf"), prior_for("von-mises-fisher")
         ('normal', 'hyperspherical')
     """
-    if is_foreign(posterior):
-        return "normal"
-    q = find("posterior", posterior)
-    return next(iter(_same("prior", q)), "normal")
+    same = [] if is_foreign(posterior) else _same("prior", find("posterior", posterior))
+    return next(iter(same), "normal")
 
 
 def values_of(likelihood: str | None) -> str | None:

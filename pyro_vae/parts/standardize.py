@@ -6,8 +6,7 @@ standard deviation of each column of the training data. By the change of variabl
 
     log p(x | z) = log p(u | z) - sum_d log s_d
 
-which the likelihood itself accounts for: every bound, estimate and sample of the pair is of x, and nothing that takes
-the pair need know.
+which the likelihood itself accounts for: every bound, estimate and sample of the pair is of x.
 """
 
 from __future__ import annotations
@@ -73,13 +72,11 @@ class Standardize(nn.Module):
         """Take m and s from data.
 
         Args:
-            chunks: Data, each (B, *x_shape), or such with a mask, True where observed. What is missing or not finite
-                is left out.
+            chunks: Data, each (B, *x_shape), or such with a mask, True where observed; all else is left out.
         Raises:
             ValueError: Data of another shape, or none.
         """
-        loc, scale, _ = self._statistics(chunks)
-        self._settle(loc, scale)
+        self._settle(*self._statistics(chunks)[:2])
 
     @torch.no_grad()
     def before_fit(self, batches: Iterable[tuple[Any, ...]]) -> None:
@@ -87,11 +84,11 @@ class Standardize(nn.Module):
         if bool(self.measured):
             return
         loc, scale, count = self._statistics(_observed(batches, tuple(self.loc.shape)))
+        size = (loc.square() + torch.where(scale == 1, 0.0, scale).square()).sqrt()
+        if self.automatic and (count == 0 or not size.max() > _LARGE):
+            self.measured.fill_(True)
+            return
         if self.automatic:
-            size = (loc.square() + torch.where(scale == 1, 0.0, scale).square()).sqrt()
-            if count == 0 or not size.max() > _LARGE:
-                self.measured.fill_(True)
-                return
             self._say(loc, scale, size)
         self._settle(loc, scale)
 

@@ -29,7 +29,7 @@ from pyro_vae.plots._canvas import (
     canvas,
     label_axes,
     number,
-    pixels,
+    show_image,
     show_legend,
     styles,
     titled_axes,
@@ -55,13 +55,21 @@ def bounds_by_samples(
         stderr: Their standard errors, by the same names.
         log_p: The best estimate of log p(x), as a line.
         log_p_stderr: Its standard error.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     figure, axes = titled_axes("nats per datum", "Bounds on log p(x) by number of samples", "samples K", ax)
-    _level(axes, log_p, log_p_stderr)
+    if log_p is not None:
+        axes.axhline(log_p, color="black", lw=1.1, ls=(0, (6, 3)), label=f"log p(x): {number(log_p)}")
+        if log_p_stderr:
+            axes.axhspan(log_p - 2 * log_p_stderr, log_p + 2 * log_p_stderr, color=GREY, alpha=0.25, lw=0)
     for (marker, dash, colour), (name, values) in zip(styles(bounds), bounds.items(), strict=True):
-        _curve(axes, array(num_samples), values, (stderr or {}).get(name), name, marker, dash, colour)
-    _log_ticks(axes, num_samples)
+        x, y, error = array(num_samples), array(values), (stderr or {}).get(name)
+        axes.plot(x, y, color=colour, marker=marker, ls=dash, ms=4.5, lw=1.5, label=name)
+        if error is not None:
+            axes.fill_between(x, y - 2 * array(error), y + 2 * array(error), color=colour, alpha=0.22, lw=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([float(k) for k in num_samples]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{int(k):,}" for k in num_samples], fontsize=9 if len(num_samples) <= 10 else 7)
     show_legend(axes, loc="lower right")
     return figure
 
@@ -132,7 +140,6 @@ def gap_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figur
         rows: One per guide and split: {"guide", "split", "approximation", "approximation_stderr", "amortization",
             "amortization_stderr"}, nats per datum, or {"guide", "split", "total", "total_stderr"} where the total alone
             is known. Errors may be missing.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     guides = list(dict.fromkeys(str(row["guide"]) for row in rows))
     splits = list(dict.fromkeys(str(row.get("split", "")) for row in rows))
@@ -163,7 +170,6 @@ def gap_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figur
         labels.append(str(row.get("split", "")))
     if splits != [""]:
         axes.set_xticks(ticks, labels, fontsize=8)
-        axes.tick_params(axis="x", length=0)
         second = axes.secondary_xaxis(-0.075)
         second.set_xticks(range(len(guides)), guides)
         second.tick_params(length=0)
@@ -173,7 +179,7 @@ def gap_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figur
         slanted = any(len(word) > room for guide in guides for word in guide.split())
         names = [wrapped(guide) if slanted else wrapped(guide, room) for guide in guides]
         axes.set_xticks(range(len(guides)), names, **_SLANTED if slanted else {})
-        axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", length=0)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xlim(-0.6, len(guides) - 0.4)
     label_axes(axes, "gap (nats per datum)", "Inference gap by guide")
@@ -214,20 +220,19 @@ def khat_against_log_p(
         axes = figure.add_subplot(grid[0, :])
     else:
         figure, axes = axes_of(ax, INCHES, 4.0)
-    good = np.isfinite(k) & (k <= limit)
-    bad = np.isfinite(k) & (k > limit)
-    exact = np.isneginf(k)
-    axes.scatter(x[good], k[good], s=16, color=DARK, alpha=0.7, lw=0, label=f"reliable ({good.sum()})")
-    if bad.any():
-        axes.scatter(
-            x[bad], k[bad], s=26, marker="^", color=MIDDLE, edgecolors="black", lw=0.4,
-            label=f"unreliable ({bad.sum()})",
-        )  # fmt: skip
-    if exact.any():
-        axes.scatter(
-            x[exact], np.full(exact.sum(), floor + pad / 2), s=26, marker="v", color=GREY,
-            label=f"constant weights, k̂ = −∞ ({exact.sum()})",
-        )  # fmt: skip
+    height = np.where(np.isfinite(k), k, floor + pad / 2)
+    marks: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
+        (np.isfinite(k) & (k <= limit), "reliable", {"s": 16, "color": DARK, "alpha": 0.7, "lw": 0}),
+        (
+            np.isfinite(k) & (k > limit),
+            "unreliable",
+            {"s": 26, "marker": "^", "color": MIDDLE, "edgecolors": "black", "lw": 0.4},
+        ),
+        (np.isneginf(k), "constant weights, k̂ = −∞", {"s": 26, "marker": "v", "color": GREY}),
+    )
+    for chosen, name, look in marks:
+        if chosen.any() or name == "reliable":
+            axes.scatter(x[chosen], height[chosen], label=f"{name} ({chosen.sum()})", **look)
     axes.axhline(limit, color="black", lw=1, ls="--", label=f"limit {limit:.2f}")
     axes.set_ylim(floor, high + 1.5 * pad)
     label_axes(axes, "k̂", "Reliability of importance weights", "log p(x) (nats)")
@@ -235,15 +240,13 @@ def khat_against_log_p(
     halo = [withStroke(linewidth=2, foreground="white")]
     for i, datum in enumerate(order):
         axes.annotate(
-            str(i + 1), (x[datum], min(k[datum], high) if np.isfinite(k[datum]) else floor + pad / 2),
+            str(i + 1), (x[datum], min(height[datum], high)),
             textcoords="offset points", xytext=(4, 1) if i % 2 else (-4, 1), ha="left" if i % 2 else "right",
             fontsize=7, path_effects=halo,
         )  # fmt: skip
         panel = figure.add_subplot(grid[1, i])
         assert images is not None
-        panel.imshow(pixels(torch.as_tensor(images[datum])), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        panel.set_xticks([])
-        panel.set_yticks([])
+        show_image(panel, torch.as_tensor(images[datum]))
         panel.set_title(f"{i + 1}", fontsize=8, pad=2)
         panel.set_xlabel(f"k̂ {number(k[datum], 2)}", fontsize=7)
     return figure
@@ -254,7 +257,6 @@ def number_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Fi
 
     Args:
         rows: Numbers and words by name; of a number "elbo" the error is "elbo_mc_stderr", or "mc_stderr" of "value".
-        ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: There is no number to draw.
     """
@@ -281,28 +283,3 @@ def number_bars(rows: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Fi
     axes.invert_yaxis()
     label_axes(axes, "", "Values, with two standard errors", shown[0] if len(shown) == 1 else "value")
     return figure
-
-
-def _log_ticks(axes: Axes, values: Sequence[int]) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator([float(v) for v in values]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{int(v):,}" for v in values], fontsize=9 if len(values) <= 10 else 7)
-
-
-def _curve(
-    axes: Axes, x: np.ndarray, values: Numbers, stderr: Numbers | None, name: str, marker: str, dash: str, colour: str
-) -> None:
-    y = array(values)
-    axes.plot(x, y, color=colour, marker=marker, ls=dash, ms=4.5, lw=1.5, label=name)
-    if stderr is not None:
-        error = 2 * array(stderr)
-        axes.fill_between(x, y - error, y + error, color=colour, alpha=0.22, lw=0)
-
-
-def _level(axes: Axes, log_p: float | None, stderr: float) -> None:
-    if log_p is None:
-        return
-    axes.axhline(log_p, color="black", lw=1.1, ls=(0, (6, 3)), label=f"log p(x): {number(log_p)}")
-    if stderr:
-        axes.axhspan(log_p - 2 * stderr, log_p + 2 * stderr, color=GREY, alpha=0.25, lw=0)

@@ -90,6 +90,24 @@ def pixels(x: Tensor) -> np.ndarray:
     return image[0] if image.shape[0] != 3 else image.transpose(1, 2, 0)
 
 
+def pair_of(vae: Any) -> Any:
+    """The pair in a run, or the pair itself."""
+    return getattr(vae, "vae", vae)
+
+
+def plane_check(count: int) -> None:
+    """Refuse a pair of so many latents, unless two."""
+    if count != 2:
+        raise ValueError(f"got a pair of {count} latents, wanted two, which make a plane. Build it with latent_dim=2.")
+
+
+def show_image(axes: Axes, x: Tensor) -> None:
+    """One image, (C, H, W), without ticks."""
+    axes.imshow(pixels(x), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
 def number(value: float, digits: int = 2) -> str:
     if np.isneginf(value):
         return "−∞"

@@ -27,7 +27,7 @@ from pyro_vae.plots._canvas import (
     axes_of,
     canvas,
     label_axes,
-    pixels,
+    show_image,
     show_legend,
     styles,
     titled_axes,
@@ -40,8 +40,6 @@ def differences(rows: Sequence[Mapping[str, Any]], title: str = "Behind the best
 
     Args:
         rows: Of a `Ranking`, best first.
-        title: Above the axes.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     shown = [row for row in rows if row["rank"] is not None]
     names = [wrapped(row["arm"]) for row in shown]
@@ -72,8 +70,6 @@ def cost(
     Args:
         rows: Of a `Ranking`.
         criterion: The column: "log_p" or "elbo".
-        title: Above the axes.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     figure, axes = titled_axes(f"{'log p(x)' if criterion == 'log_p' else 'ELBO'}, nats", title, "seconds of a fit", ax)
     shown = [row for row in rows if row["rank"] is not None and math.isfinite(row["seconds"])]
@@ -106,8 +102,6 @@ def curves_by_time(
 
     Args:
         records: Of each arm, those of each of its fits: the records of `History`.
-        title: Above the axes.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     validated = all(r.get("validation") is not None for fits in records.values() for each in fits for r in each)
     key = "validation" if validated else "bound"
@@ -133,7 +127,6 @@ def khat_maps(values: Mapping[str, Numbers], limit: float = 0.7, ax: Axes | None
     Args:
         values: Of each arm one k-hat per datum, (N,), the same data for all.
         limit: Above which k-hat is bad.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     table = np.stack([array(each) for each in values.values()])
     order = np.argsort(np.nan_to_num(table, nan=-1).mean(0))
@@ -158,7 +151,6 @@ def side_by_side(
 
     Args:
         images: Of each arm, (N, C, H, W).
-        title: Above all.
         shown: How many of each.
         first: A row above the others, such as the originals, with its name.
     """
@@ -168,10 +160,7 @@ def side_by_side(
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for (name, each), line in zip(rows.items(), grid, strict=True):
         for axes, image in zip(line, each, strict=False):
-            picture = pixels(image)
-            axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, vmin=0, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            show_image(axes, image)
             axes.spines[:].set_visible(False)
         line[0].set_ylabel(wrapped(name, 22), rotation=0, ha="right", va="center", fontsize=8)
     if title:
@@ -191,8 +180,6 @@ def critical_difference(ranks: Mapping[str, Sequence[float]], title: str = "", a
 
     Args:
         ranks: Of each method its rank on each dataset, 1 for the best.
-        title: Above the axes.
-        ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: Fewer than five datasets, for which the test says nothing, or fewer than two methods.
 

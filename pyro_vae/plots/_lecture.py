@@ -11,8 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.plots._canvas import DARK, GREY, MIDDLE, array, axes_of, label_axes, panels_of, show_legend, styles
-from pyro_vae.plots._pictures import _mosaic, latent_space
+from pyro_vae.plots._canvas import (
+    DARK,
+    GREY,
+    MIDDLE,
+    array,
+    axes_of,
+    label_axes,
+    pair_of,
+    panels_of,
+    plane_check,
+    show_legend,
+    styles,
+)
+from pyro_vae.plots._pictures import latent_space, mosaic
 
 
 def latent_scatter(
@@ -25,14 +37,12 @@ def latent_scatter(
         vae: The pair, or a run.
         data: As for `VAE.encode`.
         labels: One integer per datum, (N,); those of a `Split` if omitted.
-        title: Above the picture.
         marks: Other places in the plane of two latents, (M, 2), shown as crosses.
-        ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: Marks that are no places in the plane.
     """
     labels = getattr(data, "labels", None) if labels is None else labels
-    codes = _own(vae).encode(data, seed=0)
+    codes = pair_of(vae).encode(data, seed=0)
     if marks is not None and (codes.shape[-1] != 2 or marks.dim() != 2 or marks.shape[-1] != 2):
         raise ValueError(
             f"got marks of shape {tuple(marks.shape)} for a pair of {codes.shape[-1]} latents, wanted (M, 2) and two."
@@ -53,7 +63,6 @@ def latent_grid(vae: Any, side: int = 15, reach: float = 0.98, ax: Axes | None =
         vae: The pair, of images and two latents.
         side: Pictures a side.
         reach: Share of the mass of each latent that is shown.
-        ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: Not two latents.
     """
@@ -62,11 +71,11 @@ def latent_grid(vae: Any, side: int = 15, reach: float = 0.98, ax: Axes | None =
     share = torch.linspace((1 - reach) / 2, (1 + reach) / 2, side)
     line = 2**0.5 * torch.erfinv(2 * share - 1)
     z = torch.stack(torch.meshgrid(line.flip(0), line, indexing="ij")[::-1], -1)  # z1 to the right, z2 upwards
-    own = _own(vae)
-    _two(own)
+    own = pair_of(vae)
+    plane_check(own.model.prior().event_shape[-1])
     with torch.no_grad():
         x = own.decode(z.reshape(-1, 2)).mean
-    return _mosaic(list(x.reshape(side, side, *x.shape[1:])), "E[x | z]: z1 to the right, z2 upwards", ax=ax)
+    return mosaic(list(x.reshape(side, side, *x.shape[1:])), "E[x | z]: z1 to the right, z2 upwards", ax=ax)
 
 
 def attribute(
@@ -80,11 +89,10 @@ def attribute(
         data: Data with and without the attribute.
         has: Whether each has it, (N,), such as ``labels == 3``.
         strengths: t.
-        ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: All have it, or none.
     """
-    own, mask = _own(vae), torch.as_tensor(has).bool()
+    own, mask = pair_of(vae), torch.as_tensor(has).bool()
     if not mask.any() or mask.all():
         raise ValueError(
             f"got {int(mask.sum())} data of {len(mask)} with the attribute, wanted some with and some without."
@@ -94,7 +102,7 @@ def attribute(
     with torch.no_grad():
         steps = [own.decode(own.encode(x, seed=0) + t * direction).mean for t in strengths]
     title = f"E[x | z + t v], t from {strengths[0]:g} to {strengths[-1]:g}"
-    return _mosaic(list(torch.stack(steps, 1)), title, ax=ax)
+    return mosaic(list(torch.stack(steps, 1)), title, ax=ax)
 
 
 def morph(vae: Any, start: Any, end: Any, steps: int = 11, ax: Axes | None = None) -> Figure:
@@ -105,11 +113,10 @@ def morph(vae: Any, start: Any, end: Any, steps: int = 11, ax: Axes | None = Non
         start: Data, (B, *x_shape).
         end: Data, (B, *x_shape).
         steps: Pictures a row, both ends included.
-        ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: Fewer than two steps, or not as many ends as starts.
     """
-    own = _own(vae)
+    own = pair_of(vae)
     with torch.no_grad():
         a, b = own.encode(start, seed=0), own.encode(end, seed=0)
         if steps < 2 or a.shape != b.shape:
@@ -119,7 +126,7 @@ def morph(vae: Any, start: Any, end: Any, steps: int = 11, ax: Axes | None = Non
             )
         share = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device)[:, None]
         x = own.decode(a[:, None] + share * (b - a)[:, None]).mean
-    return _mosaic(list(x), "E[x | z] on straight lines between two codes", ax=ax)
+    return mosaic(list(x), "E[x | z] on straight lines between two codes", ax=ax)
 
 
 def traverse(
@@ -133,11 +140,10 @@ def traverse(
         x: One datum, x_shape or (1, *x_shape), at whose code the others stay; z = 0 if omitted.
         latents: Which, from 0; the ten that change E[x | z] most, in this order, if omitted.
         values: Of the coordinate that moves.
-        ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: A latent that there is not, fewer than two values, more than one datum.
     """
-    own = _own(vae)
+    own = pair_of(vae)
     count = own.model.prior().event_shape[-1]
     wrong = [d for d in latents or () if not 0 <= d < count]
     if wrong or len(values) < 2:
@@ -157,17 +163,21 @@ def traverse(
         rows = sorted(rows, key=lambda row: -float(row[1].var(0, correction=0).sum()))[:10]
     some = "" if len(rows) == count else f"; {len(rows)} of {count} latents"
     title = f"E[x | z], one latent from {values[0]:g} to {values[-1]:g}{some}"
-    return _mosaic([each for _, each in rows], title, [f"z{d + 1}" for d, _ in rows], ax=ax)
+    return mosaic([each for _, each in rows], title, [f"z{d + 1}" for d, _ in rows], ax=ax)
 
 
 def _code(own: Any, x: Any) -> Tensor:
     """E_q[z | x] of one datum, (D,)."""
-    x = torch.as_tensor(x)
-    shape = own.decode(own.model.prior().sample()).event_shape
-    x = x if x.dim() > len(shape) else x[None]
+    x = _batched(own, x)
     if len(x) != 1:
         raise ValueError(f"got {len(x)} data, wanted one, whose code stays but for one coordinate.")
     return own.encode(x, seed=0)[0]
+
+
+def _batched(own: Any, x: Any) -> Tensor:
+    """One datum, or (1, *x_shape), as a batch."""
+    x = torch.as_tensor(x)
+    return x if x.dim() > len(own.decode(own.model.prior().sample()).event_shape) else x[None]
 
 
 def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax: Axes | None = None) -> Figure:
@@ -184,7 +194,7 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
         num_bins: Bars.
         ax: Axes to draw the first one into; a figure of its own with eight at most if omitted.
     """
-    own = _own(vae)
+    own = pair_of(vae)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         parts = [data[i : i + 1000] for i in range(0, len(data), 1000)]
@@ -197,15 +207,8 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
     for axes, d in zip(panels, order, strict=False):
         both = array(torch.cat([z[:, d], drawn[:, d]]))
         edges = np.linspace(both.min(), both.max(), num_bins + 1)
-        axes.hist(
-            array(z[:, d]),
-            edges.tolist(),
-            density=True,
-            color="#cbd9ea",
-            edgecolor=DARK,
-            lw=0.4,
-            label="q(z), the data",
-        )
+        look: dict[str, Any] = {"color": "#cbd9ea", "edgecolor": DARK, "lw": 0.4, "label": "q(z), the data"}
+        axes.hist(array(z[:, d]), edges.tolist(), density=True, **look)
         across, height = _marginal(prior, drawn[:, d], d, edges)
         axes.plot(across, height, color=MIDDLE, lw=1.6, label="p(z), the prior")
         axes.set_title(f"z{d + 1}", fontsize=9)
@@ -234,7 +237,6 @@ def rate_distortion(points: Mapping[str, Any], ax: Axes | None = None) -> Figure
 
     Args:
         points: By name what `rate_distortion` gives.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     figure, axes = axes_of(ax, 5.6, 4.6)
     for name, (marker, _, colour) in zip(points, styles(points), strict=True):
@@ -259,16 +261,15 @@ def posterior_contours(
     """p(z | x) of one datum on a grid, as shades, and contours of one or several q(z | x) over it, of two latents.
 
     Args:
-        vaes: A pair, or several by name, of one model: those of the first makes p(z | x). Shades and lines hold 50 and
-            95 % of the mass.
+        vaes: A pair, or several by name, of one model: the first makes p(z | x).
         x: One datum, x_shape or (1, *x_shape).
         side: Grid points a side.
-        title: Above the picture.
-        ax: Axes to draw into; a figure of its own if omitted.
     Raises:
         ValueError: Not two latents, or pairs with different models.
     """
-    pairs = {name: _own(each) for name, each in (vaes.items() if isinstance(vaes, Mapping) else [("q(z | x)", vaes)])}
+    pairs = {
+        name: pair_of(each) for name, each in (vaes.items() if isinstance(vaes, Mapping) else [("q(z | x)", vaes)])
+    }
     first = next(iter(pairs.values()))
     other = [name for name, each in pairs.items() if each.model is not first.model]
     if other:
@@ -276,10 +277,9 @@ def posterior_contours(
             f"got {other[0]!r} with another model, which has another p(z | x), wanted pairs of one model. "
             "Fit guides under it: pv.fit_guide(model, guide, data)."
         )
-    _two(first)
-    x = torch.as_tensor(x)
+    plane_check(first.model.prior().event_shape[-1])
     with torch.no_grad(), torch.random.fork_rng():
-        x = x if x.dim() > len(first.decode(torch.zeros(1, 2)).event_shape) else x[None]
+        x = _batched(first, x)
         torch.manual_seed(0)
         drawn = torch.cat([each.posterior(x).sample((500,))[:, 0] for each in pairs.values()])
         # The prior's plane first, as there may be mass where no guide ever draws; then closer, three times.
@@ -321,14 +321,3 @@ def _levels(density: Tensor) -> list[float]:
     ordered = density.flatten().double().sort(descending=True).values
     share = ordered.cumsum(0) / ordered.sum()
     return [float(ordered[int((share < level).sum())]) for level in (0.95, 0.5)]
-
-
-def _own(vae: Any) -> Any:
-    """The pair in a run, or the pair itself."""
-    return getattr(vae, "vae", vae)
-
-
-def _two(vae: Any) -> None:
-    count = vae.model.prior().event_shape[-1]
-    if count != 2:
-        raise ValueError(f"got a pair of {count} latents, wanted two, which make a plane. Build it with latent_dim=2.")

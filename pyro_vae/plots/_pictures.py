@@ -27,6 +27,7 @@ from pyro_vae.plots._canvas import (
     label_axes,
     number,
     pixels,
+    show_image,
     show_legend,
     titled_axes,
 )
@@ -46,7 +47,6 @@ def training_curve(
         finals: Numbers to compare with, by name, as dotted lines.
         name: What the bound is called.
         note: What to look at, in a line or two below a figure of its own.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch", ax)
     epochs = [record["epoch"] for record in records]
@@ -85,12 +85,11 @@ def reconstructions(
     Args:
         x: Data, (N, *x_shape).
         reconstructed: E[x | z], of the same shape.
-        title: Above the picture.
         names: What the two are called.
         grey: The grey levels that binary data were drawn from, of the same shape, to be shown above them.
         ax: Axes to draw into, of images; a figure of its own if omitted.
     """
-    if _is_vector(x):
+    if x.dim() == 2:
         return _heatmaps({names[0]: x, names[1]: reconstructed}, title, ax=ax, difference="difference")
     columns = min(len(x), 10)
     rows: list[Tensor] = []
@@ -99,7 +98,7 @@ def reconstructions(
         part = slice(start, start + columns)
         rows += [x[part], reconstructed[part]] if grey is None else [grey[part], x[part], reconstructed[part]]
         labels += names if grey is None else ("grey levels", "drawn", names[1])
-    return _mosaic(rows, title, labels, gap_after=2 if grey is None else 3, ax=ax)
+    return mosaic(rows, title, labels, gap_after=2 if grey is None else 3, ax=ax)
 
 
 def samples(
@@ -109,18 +108,17 @@ def samples(
 
     Args:
         x: Samples, (N, *x_shape).
-        title: Above the picture.
         ax: Axes to draw into, of images; a figure of its own if omitted.
         rows: What the rows are, as many as there are of equal length; none for a square.
     """
-    if _is_vector(x):
+    if x.dim() == 2:
         each = [name if i % (len(x) // len(rows)) == 0 else "" for name in rows for i in range(len(x) // len(rows))]
         return _heatmaps({"": x}, title, each, ax=ax)
     if rows:
-        return _mosaic(list(x.split(len(x) // len(rows))), title, rows, ax=ax)
+        return mosaic(list(x.split(len(x) // len(rows))), title, rows, ax=ax)
     square = int(np.ceil(len(x) ** 0.5))
     columns = next((c for c in range(square, 2 * square + 1) if len(x) % c == 0), square)
-    return _mosaic(list(x.split(columns)), title, ax=ax)
+    return mosaic(list(x.split(columns)), title, ax=ax)
 
 
 def interpolations(x: Tensor, title: str = "Interpolations between test data", ax: Axes | None = None) -> Figure:
@@ -128,12 +126,11 @@ def interpolations(x: Tensor, title: str = "Interpolations between test data", a
 
     Args:
         x: E[x | z] along each line, (N, steps, *x_shape).
-        title: Above the picture.
         ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if x.dim() == 3:
         return _heatmaps({f"pair {i + 1}": line for i, line in enumerate(x[:4])}, title, ax=ax)
-    return _mosaic(list(x), title, ax=ax)
+    return mosaic(list(x), title, ax=ax)
 
 
 def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
@@ -142,9 +139,8 @@ def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
     Args:
         x: Data, (N, *x_shape).
         captions: One per datum.
-        title: Above the picture.
     """
-    if _is_vector(x):
+    if x.dim() == 2:
         return _heatmaps({"": x}, title, captions)
     columns = min(len(x), 8)
     lines = -(-len(x) // columns)
@@ -157,7 +153,7 @@ def gallery(x: Tensor, captions: Sequence[str], title: str) -> Figure:
     for i, axes in enumerate(grid.flat):
         axes.set_axis_off()
         if i < len(x):
-            _show(axes, pixels(x[i]))
+            show_image(axes, x[i])
             axes.text(0.5, -0.03, captions[i], fontsize=7, ha="center", va="top", transform=axes.transAxes)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure
@@ -172,7 +168,6 @@ def latent_space(
         z: Posterior means, (N, D).
         labels: One integer per datum, (N,), or None.
         names: Name of each label.
-        ax: Axes to draw into; a figure of its own if omitted.
     """
     figure, axes = axes_of(ax, 6.2 if labels is not None else 5.4, 5.2)
     _scatter(axes, z, labels, names, "", legend=True)
@@ -243,19 +238,11 @@ def plane(z: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
     if len(s) < 2:  # one datum has no direction to vary in, and lies at the origin of the plane
         u, s = torch.zeros(len(z), 2, dtype=z.dtype), torch.zeros(2, dtype=z.dtype)
     share = 100 * s.square() / s.square().sum().clamp(min=1e-12)
-    names = tuple(f"principal component {i + 1} of {z.shape[1]} latents ({share[i]:.0f} %)" for i in range(2))
-    return (u[:, :2] * s[:2]).numpy(), (names[0], names[1])
+    first, second = (f"principal component {i + 1} of {z.shape[1]} latents ({share[i]:.0f} %)" for i in range(2))
+    return (u[:, :2] * s[:2]).numpy(), (first, second)
 
 
-def _is_vector(x: Tensor) -> bool:
-    return x.dim() == 2
-
-
-def _show(axes: Axes, image: np.ndarray) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-
-
-def _mosaic(
+def mosaic(
     rows: list[Tensor], title: str, labels: Sequence[str] = (), gap_after: int = 0, ax: Axes | None = None
 ) -> Figure:
     """Rows of images as one picture, with thin white lines between them."""
@@ -307,16 +294,15 @@ def _heatmaps(
     limit = max(float(np.abs(a).max()) for a in arrays.values()) or 1.0
     figure = canvas(INCHES if len(arrays) > 1 else 5.0, 4.2)
     grid = figure.subplots(1, len(arrays), squeeze=False, sharey=True)[0]
-    for i, (axes, (name, a)) in enumerate(zip(grid, arrays.items(), strict=True)):
+    for axes, (name, a) in zip(grid, arrays.items(), strict=True):
         shown = axes.imshow(a, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("dimension")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        if not i:
-            axes.set_ylabel("row")
-            if captions:
-                axes.set_yticks(range(len(captions)), captions, fontsize=7)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    grid[0].set_ylabel("row")
+    if captions:
+        grid[0].set_yticks(range(len(captions)), captions, fontsize=7)
     label = "standard deviations of a column from its mean" if by_column else ""
     figure.colorbar(shown, ax=list(grid), shrink=0.8, label=label)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)

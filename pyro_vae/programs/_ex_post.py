@@ -2,14 +2,13 @@
 
 A model draws from p(z), but its likelihood has only learned the z that the guide visits: the aggregated posterior q(z)
 = E_data q(z | x). Where the two differ, samples are decoded from places where no datum lies; for a plain autoencoder,
-whose latent space nothing shapes, almost everywhere. A density fitted to draws of q(z) mends that after training, and
-leaves the likelihood as it is.
+whose latent space nothing shapes, almost everywhere. A density fitted to draws of q(z) mends that after training.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -135,10 +134,8 @@ def _batches(data: Any, batch_size: int) -> Iterator[Tensor]:
     if hasattr(data, "__array__") and not isinstance(data, Tensor):
         data = data_of(data)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, list | tuple):
-        found: Iterable[Any] = (data[part] for part in torch.arange(len(data)).split(batch_size))
-    else:
-        found = data
-    for batch in found:
+        data = map(data.__getitem__, torch.arange(len(data)).split(batch_size))
+    for batch in data:
         yield data_of(batch[0] if isinstance(batch, list | tuple) else batch)
 
 

@@ -23,8 +23,7 @@ class Architecture:
 
     A name of the package, or ``module:Class`` for a class of your own: a posterior is
     built by Class(encoder, latent_dim, **options), a prior by Class(latent_dim,
-    **options), a likelihood by Class(decoder, **options), with the traits of
-    `pyro_vae.protocols` that it has.
+    **options), a likelihood by Class(decoder, **options), with its traits (`pyro_vae.protocols`).
 
     Attributes:
         x_shape: Shape of one datum, such as (1, 28, 28).
@@ -148,7 +147,11 @@ class Architecture:
             ValueError: Parts that cannot be built so, or do not fit together.
         """
         likelihood, posterior = self.a_likelihood(), self.a_posterior()
-        prior = self._prior(posterior)
+        maker, first = None, list[Any]([self.latent_dim])
+        family = names.find("prior", self.prior)
+        if isinstance(family, PriorOfPosterior):
+            maker, first = family.for_posterior, [posterior, self.x_shape]
+        prior = names.build("prior", self.prior, first, self.prior_options, maker=maker)
         names.check_same_support(self.posterior, self.prior, posterior, prior)
         return Model(prior, likelihood), Guide(posterior, standardize=standardize(likelihood))
 
@@ -170,14 +173,6 @@ class Architecture:
                 "others lie in sets that (x - m) / s leaves. Take the normal likelihood, or leave standardize out."
             )
         return likelihood
-
-    def _prior(self, posterior: Any) -> Any:
-        family = names.find("prior", self.prior)
-        if isinstance(family, PriorOfPosterior):
-            return names.build(
-                "prior", self.prior, [posterior, self.x_shape], self.prior_options, maker=family.for_posterior
-            )
-        return names.build("prior", self.prior, [self.latent_dim], self.prior_options)
 
 
 def _widths(hidden: Any) -> tuple[int, ...]:

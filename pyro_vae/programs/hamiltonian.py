@@ -59,16 +59,9 @@ def tempered_leapfrog(
     step_size: Tensor | Phase,
     cooling: Tensor,
 ) -> tuple[Phase, Phase]:
-    """T leapfrog steps, after each of which the momentum is multiplied by a_k.
+    """T leapfrog steps, after each of which the momentum is multiplied by a_k: from z_0 and rho_0, by name, to z_T and
+    rho_T. The Jacobian's determinant is (prod_k a_k)^D; e is a number, one per dimension, or by name.
 
-    Args:
-        gradient: Positions to the gradient of the log density at them.
-        position: z_0 by name.
-        momentum: rho_0 by name.
-        step_size: e, a number or one per dimension; or by name.
-        cooling: a_k, (T,).
-    Returns:
-        z_T and rho_T; the Jacobian's determinant is (prod_k a_k)^D.
     Example:
         >>> at, one = {"z": torch.zeros(1)}, torch.tensor(1.0)
         >>> tempered_leapfrog(lambda z: {"z": -z["z"]}, at, {"z": torch.ones(1)}, one, torch.ones(2))
@@ -132,8 +125,7 @@ class Hamiltonian(Refined):
         seed: int | None = 0,
     ) -> None:
         super().__init__(model, guide, num_steps)
-        self.measured = step_size is None
-        self.seed = seed
+        self.measured, self.seed = step_size is None, seed
         step_size = _UNITS if step_size is None else step_size
         start = torch.as_tensor(step_size, dtype=None if isinstance(step_size, Tensor) else torch.get_default_dtype())
         if not bool((start > 0).all()):
@@ -197,16 +189,13 @@ class Hamiltonian(Refined):
         noise = {name: torch.randn_like(z) for name, z in position.items()}
         momentum = {name: rho * (-log_cooling).exp() for name, rho in noise.items()}
         step_size = {name: self._step_size(site, share, args) for name, site in start.items()}
-        through = torch.is_grad_enabled()
-
-        def gradient(position: Phase) -> Phase:
-            return self._gradient(position, args, kwargs, outer, through)
-
+        gradient = functools.partial(
+            self._gradient, args=args, kwargs=kwargs, outer=outer, through=torch.is_grad_enabled()
+        )
         position, momentum = tempered_leapfrog(gradient, position, momentum, step_size, cooling)
         log_density = {}
         for name, site in start.items():
-            event_dim = site["fn"].event_dim
-            dimensions = math.prod(site["fn"].event_shape)
+            event_dim, dimensions = site["fn"].event_dim, math.prod(site["fn"].event_shape)
             log_start = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
             log_momentum = sum_rightmost(_log_normal(noise[name]), event_dim) + dimensions * log_cooling
             log_end = sum_rightmost(_log_normal(momentum[name]), event_dim)

@@ -7,7 +7,7 @@ command line can show it, and a file that names a pair gets a class of this pack
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro_vae.words import did_you_mean, one_of
@@ -27,21 +27,21 @@ OPTIONS: dict[str, dict[str, str]] = {
     "mixture": {"num_components": "count"},
     "hierarchical": {"latent_dims": "dimensions"},
 }
-_WANTED = {
-    "count": "a whole number >= 1",
-    "switch": "true or false",
-    "weight": "a number >= 0",
-    "dimensions": "two or more whole numbers >= 1, the level next to the data first, such as latent_dims=[20,10]",
+# Of each kind what is wanted, and whether a value is it.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "count": ("a whole number >= 1", lambda value: _whole(value) and value >= 1),
+    "switch": ("true or false", lambda value: isinstance(value, bool)),
+    "weight": ("a number >= 0", lambda v: (_whole(v) or isinstance(v, float)) and 0 <= v < float("inf")),
+    "dimensions": (
+        "two or more whole numbers >= 1, the level next to the data first, such as latent_dims=[20,10]",
+        lambda v: isinstance(v, list | tuple) and len(v) >= 2 and all(_whole(each) and each >= 1 for each in v),
+    ),
 }
 
 
 def check(model: str, options: Mapping[str, Any], where: str = "model_options") -> str:
-    """A pair's name as the table spells it, once its options are what they can be.
+    """A pair's name, given in whatever spelling, as the table spells it, once its options are what they can be.
 
-    Args:
-        model: The name, in whatever spelling.
-        options: Its own options.
-        where: What they are called, for the message.
     Raises:
         ValueError: An unknown name or option, or a value that it cannot have.
     Example:
@@ -62,20 +62,14 @@ def check(model: str, options: Mapping[str, Any], where: str = "model_options") 
                 f"got {where} {name} for the model {model}, which has {', '.join(known) or 'none'}."
                 + did_you_mean(name, list(known))
             )
-        if not _is(known[name], value):
-            raise ValueError(f"got {where} {name}={value!r}, wanted {_WANTED[known[name]]}.")
+        wanted, fits = _KINDS[known[name]]
+        if not fits(value):
+            raise ValueError(f"got {where} {name}={value!r}, wanted {wanted}.")
     return model
 
 
-def _is(kind: str, value: Any) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if kind == "count":
-        return whole and value >= 1
-    if kind == "switch":
-        return isinstance(value, bool)
-    if kind == "weight":
-        return (whole or isinstance(value, float)) and 0 <= value < float("inf")
-    return isinstance(value, list | tuple) and len(value) >= 2 and all(_is("count", each) for each in value)
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def find(model: str) -> Any:

@@ -12,8 +12,7 @@ Where pixels are missing for reasons that do not depend on their values, the evi
 
 so the model leaves the other factors out, and the guide must not see what was not observed: q(z | x_obs) is given
 zero in its place. All bounds and estimates follow with no change of their own. What stands at a missing pixel (NaN,
-or a guess) never enters: it is replaced before anything is computed, as a factor that is dropped afterwards would
-still carry NaN into the gradient.
+or a guess) never enters: it is replaced before anything is computed, since NaN would reach the gradient.
 
 Reference: Nazabal et al., Handling incomplete heterogeneous data using VAEs, 2020. arXiv:1807.03653; Mattei and
 Frellsen, MIWAE, 2019. arXiv:1812.02633
@@ -86,16 +85,16 @@ def _rename(program: PyroModule, name: str) -> None:
 
 def event_check(site: str, distribution: TorchDistribution, x: Tensor) -> None:
     """Refuse a likelihood whose event is not one datum, before Pyro broadcasts it."""
-    wanted = tuple(x.shape[1:])
-    if tuple(distribution.event_shape) == wanted:
+    wanted, event, batch = tuple(x.shape[1:]), tuple(distribution.event_shape), tuple(distribution.batch_shape)
+    if event == wanted:
         return
-    if tuple(distribution.batch_shape)[-len(wanted) :] == wanted and not distribution.event_shape:
+    if batch[-len(wanted) :] == wanted and not event:
         raise ValueError(
-            f"likelihood returned batch_shape {tuple(distribution.batch_shape)}, wanted "
-            f"{tuple(distribution.batch_shape)[: -len(wanted)]}. Did you forget .to_event({len(wanted)})?"
+            f"likelihood returned batch_shape {batch}, wanted {batch[: -len(wanted)]}. Did you forget "
+            f".to_event({len(wanted)})?"
         )
     raise ValueError(
-        f"likelihood returned event_shape {tuple(distribution.event_shape)} for site {site!r}, but one datum of the "
+        f"likelihood returned event_shape {event} for site {site!r}, but one datum of the "
         f"batch has shape {wanted}. Build the decoder for the shape of the data, or reshape the data."
     )
 
@@ -123,19 +122,15 @@ class Model(Named):
         self, prior: Callable[[], TorchDistribution], likelihood: Callable[[Tensor], TorchDistribution]
     ) -> None:
         super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
+        self.prior, self.likelihood = prior, likelihood
 
     def forward(self, x: Tensor | None = None, mask: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """Run the program.
+        """Run the program, and give x, observed or drawn.
 
         Args:
             x: Data, (B, *x_shape), to observe; None draws them.
-            mask: True where a pixel is observed, broadcastable to x; None for all. What
-                stands at a missing pixel, NaN too, plays no part.
+            mask: True where a pixel is observed, broadcastable to x; None for all. What stands elsewhere plays no part.
             size: B where x is None.
-        Returns:
-            x, observed or drawn.
         """
         likelihood = self.likelihood
         with pyro.plate("data", size if x is None else len(x)):
@@ -198,19 +193,10 @@ class Guide(Named):
         standardize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.posterior = posterior
-        self.show_mask = show_mask
-        self.standardize = standardize
+        self.posterior, self.show_mask, self.standardize = posterior, show_mask, standardize
 
     def forward(self, x: Tensor | None = None, mask: Tensor | None = None, **_: Any) -> Tensor:
-        """Draw z ~ q(z | x).
-
-        Args:
-            x: Data, (B, *x_shape).
-            mask: True where a pixel is observed, broadcastable to x; None for all.
-        Returns:
-            z, (B, D).
-        """
+        """Draw z ~ q(z | x), (B, D), of data (B, *x_shape), and a mask, True where a pixel is observed."""
         x = data_check(x)
         posterior = self.posterior
         with pyro.plate("data", len(x)):
@@ -231,10 +217,8 @@ class Guide(Named):
 
 
 def full_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask in the shape of the data, (B, *x_shape).
+    """The mask in the shape of the data, (B, *x_shape); refused if not boolean, or not to be broadcast to x.
 
-    Raises:
-        ValueError: A mask that is not boolean, or does not broadcast to x.
     Example:
         >>> full_mask(torch.tensor([[True], [False]]), torch.zeros(2, 3)).sum(-1)
         tensor([3, 0])
@@ -263,14 +247,8 @@ def filled(x: Tensor, mask: Tensor, value: float | Tensor = 0.0) -> Tensor:
 
 
 def observed_part(likelihood: TorchDistribution, x: Tensor, mask: Tensor) -> tuple[TorchDistribution, Tensor]:
-    """p(x_obs | z): the likelihood without the factors of missing pixels, and data that it can score.
+    """p(x_obs | z): the likelihood, masked inside its event; and data with a value of its support where they miss one.
 
-    Args:
-        likelihood: p(x | z), independent over pixels, batch_shape (..., B) and the event_shape of a datum.
-        x: Data, (B, *x_shape).
-        mask: True where observed, broadcastable to x.
-    Returns:
-        The likelihood, masked inside its event; the data with a value of its support where they are missing.
     Raises:
         ValueError: The likelihood does not score pixels one by one.
     Example:

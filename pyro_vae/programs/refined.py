@@ -67,8 +67,7 @@ class Refined(Named):
         super().__init__()
         if num_steps < 0:
             raise ValueError(f"got num_steps={num_steps}, wanted 0 (the base guide itself) or more.")
-        self.guide = guide
-        self.num_steps = num_steps
+        self.guide, self.num_steps = guide, num_steps
         self._held = (model,)  # in a tuple, where nn.Module does not look
         self._kept: list[Any] | None = None
 

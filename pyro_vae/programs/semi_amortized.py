@@ -20,6 +20,7 @@ standard error keeps the base guide's parameters.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -98,8 +99,7 @@ class SemiAmortized(Refined):
         seed: int | None = 0,
     ) -> None:
         super().__init__(model, guide, num_steps)
-        limited = max_change is None or max_change > 0
-        measured = step_size is None
+        limited, measured = max_change is None or max_change > 0, step_size is None
         positive = step_size is None or step_size > 0
         num_samples = (16 if measured else 1) if num_samples is None else num_samples
         if not positive or not 0 <= momentum < 1 or num_samples < 1 or not limited:
@@ -113,12 +113,8 @@ class SemiAmortized(Refined):
                 f"got num_samples={num_samples} with step_size=None, wanted at least 2, since whether a step helps is "
                 "measured. Give a step_size."
             )
-        self.step_size = step_size
-        self.momentum = momentum
-        self.max_change = max_change
-        self.num_samples = num_samples
-        self.differentiate = differentiate
-        self.seed = seed
+        self.step_size, self.momentum, self.max_change = step_size, momentum, max_change
+        self.num_samples, self.differentiate, self.seed = num_samples, differentiate, seed
 
     @property
     def rescoring(self) -> Rescoring:
@@ -129,16 +125,16 @@ class SemiAmortized(Refined):
         through = self.differentiate and torch.is_grad_enabled()
         with Heads(heads_of(self.guide)) as heads:
             start = self._run_guide(args, kwargs)
-        refusal = None
         try:
             parts = {name: free_parameters(site["fn"]) for name, site in start.items()}
-        except ValueError as error:
-            parts, refusal = {}, error
-        if refusal is not None and not heads.cover(start):
-            raise ValueError(
-                f"SemiAmortized cannot rebuild the guide's sites, {_list(start)}, from their parameters: {refusal}, "
-                "and the guide has no posterior with a head and a family for each site. Take an Amortized posterior."
-            ) from refusal
+        except ValueError as refusal:
+            parts = {}
+            if not heads.cover(start):
+                raise ValueError(
+                    f"SemiAmortized cannot rebuild the guide's sites, {_list(start)}, from their parameters: {refusal}"
+                    ", and the guide has no posterior with a head and a family for each site. Take an Amortized "
+                    "posterior."
+                ) from refusal
         if through:
             for name, site in start.items():
                 if not twice_differentiable(site["fn"]):
@@ -146,58 +142,19 @@ class SemiAmortized(Refined):
                         f"guide site {name!r} ({kind(site['fn'])}) has samples with first derivatives only, so the "
                         "steps cannot be differentiated. Pass differentiate=False."
                     )
-        if refusal is not None:
-            return self._by_heads(start, heads, args, kwargs, through)
-        if len(start) == 1:
-            return self._by_parameters(start, parts, args, kwargs, through)
-        return self._by_sites(start, parts, args, kwargs, through)
-
-    def _by_parameters(
-        self, start: Sites, parts: dict[str, tuple[Free, Build]], args: Any, kwargs: Any, through: bool
-    ) -> Tensor:
-        """One site: its parameters are known, and the encoder need not run again."""
-        ((name, site),) = start.items()
-        free, build = parts[name]
-
-        def at(free: Free, changes: Free) -> Tensor:
-            plates = Plates()
-            with plates.of(site):
-                moved = build({key: value + changes[key] for key, value in free.items()})
-                return pyro.sample(name, moved, infer=site["infer"])
-
-        still = free if through else {key: value.detach() for key, value in free.items()}
-        axes = dict.fromkeys(free, self._axes(start, args)[name])
-        changes = self._changes(lambda changes: lambda *_, **__: at(still, changes), free, axes, args, kwargs, through)
-        return at(free, changes)
-
-    def _by_sites(
-        self, start: Sites, parts: dict[str, tuple[Free, Build]], args: Any, kwargs: Any, through: bool
-    ) -> Any:
-        """Several sites: later ones may depend on draws of earlier ones, so the guide runs again in every step."""
-        like = {(name, key): value for name, (free, _) in parts.items() for key, value in free.items()}
-
-        def moved(changes: Mapping[tuple[str, str], Tensor]) -> Program:
-            by_site: dict[str, Free] = {name: {} for name in parts}
-            for (name, key), change in changes.items():
-                by_site[name][key] = change
-            return Moved(by_site)(self.guide)
-
         axis = self._axes(start, args)
-        changes = self._changes(moved, like, {key: axis[key[0]] for key in like}, args, kwargs, through)
-        return moved(changes)(*args, **kwargs)
-
-    def _by_heads(self, start: Sites, heads: Heads, args: Any, kwargs: Any, through: bool) -> Any:
-        """Families known by their heads: what the heads return is moved."""
-
-        def moved(changes: Free) -> Program:
-            def program(*args: Any, **kwargs: Any) -> Any:
-                with Heads(heads.posteriors, changes):
-                    return self.guide(*args, **kwargs)
-
-            return program
-
-        axes = dict(zip(heads.returned, self._axes(start, args).values(), strict=True))  # a head for each site
-        changes = self._changes(moved, heads.returned, axes, args, kwargs, through)
+        like: Mapping[Any, Tensor]
+        moved: Callable[[Any], Program]
+        if len(parts) < len(start):
+            moved, like = _by_heads(self.guide, heads.posteriors), heads.returned
+            axes: dict[Any, int] = dict(zip(like, axis.values(), strict=True))  # a head for each site
+        elif len(start) == 1:
+            ((name, (like, build)),) = parts.items()
+            moved, axes = _by_parameters(start[name], like, build), dict.fromkeys(like, axis[name])
+        else:
+            like = {(name, key): value for name, (free, _) in parts.items() for key, value in free.items()}
+            moved, axes = _by_sites(self.guide), {key: axis[key[0]] for key in like}
+        changes = self._changes(moved, like, axes, args, kwargs, through)
         return moved(changes)(*args, **kwargs)
 
     def _axes(self, start: Sites, args: Any) -> dict[str, int]:
@@ -224,9 +181,8 @@ class SemiAmortized(Refined):
         through: bool,
     ) -> dict[_Key, Tensor]:
         """What the steps add to the parameters."""
-        if self.seed is None:
-            return self._found(guide, like, axes, args, kwargs, through)
-        return self._once(args, kwargs, lambda: self._found(guide, like, axes, args, kwargs, through))
+        found = functools.partial(self._found, guide, like, axes, args, kwargs, through)
+        return found() if self.seed is None else self._once(args, kwargs, found)
 
     def _found(
         self, guide: Any, like: Mapping[_Key, Tensor], axes: Mapping[_Key, int], args: Any, kwargs: Any, through: bool
@@ -292,11 +248,10 @@ class SemiAmortized(Refined):
             torch.manual_seed(seed + step)
             after, steeper = climb(there)
             rises = (after - before).mean(0) > 0
-            taken = {key: of(rises, key) for key in now}
-            keys = list(now)
-            now = {key: torch.where(taken[key], there[key], now[key]) for key in keys}
-            slopes = [torch.where(taken[k], a, b) for k, a, b in zip(keys, steeper, slopes, strict=True)]
-            speeds = [torch.where(taken[k], speed, 0.0) for k, speed in zip(keys, tried, strict=True)]
+            taken = [of(rises, key) for key in now]
+            now = {key: torch.where(t, there[key], now[key]) for key, t in zip(now, taken, strict=True)}
+            slopes = [torch.where(*each) for each in zip(taken, steeper, slopes, strict=True)]
+            speeds = [torch.where(t, speed, 0.0) for t, speed in zip(taken, tried, strict=True)]
             rate = torch.where(rises, rate * _LONGER, rate / _SHORTER)
         count = _CHECKS * self.num_samples
         gain = weights(now, self.num_steps + 1, count) - weights(start, self.num_steps + 1, count)
@@ -318,6 +273,45 @@ class SemiAmortized(Refined):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             yield seed
+
+
+def _by_parameters(site: Any, free: Free, build: Build) -> Callable[[Free], Program]:
+    """One site: its parameters are known, and the encoder need not run again."""
+
+    def moved(changes: Free) -> Program:
+        def program(*_: Any, **__: Any) -> Tensor:
+            with Plates().of(site):
+                there = build({key: value + changes[key] for key, value in free.items()})
+                return pyro.sample(site["name"], there, infer=site["infer"])
+
+        return program
+
+    return moved
+
+
+def _by_sites(guide: Program) -> Callable[[Mapping[tuple[str, str], Tensor]], Program]:
+    """Several sites: later ones may depend on draws of earlier ones, so the guide runs again in every step."""
+
+    def moved(changes: Mapping[tuple[str, str], Tensor]) -> Program:
+        by_site: dict[str, Free] = {name: {} for name, _ in changes}
+        for (name, key), change in changes.items():
+            by_site[name][key] = change
+        return Moved(by_site)(guide)
+
+    return moved
+
+
+def _by_heads(guide: Program, posteriors: Mapping[str, Any]) -> Callable[[Free], Program]:
+    """Families known by their heads: what the heads return is moved."""
+
+    def moved(changes: Free) -> Program:
+        def program(*args: Any, **kwargs: Any) -> Any:
+            with Heads(posteriors, changes):
+                return guide(*args, **kwargs)
+
+        return program
+
+    return moved
 
 
 def _list(sites: Sites) -> str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from pyro_vae.atomic import replace_file
+from pyro_vae import seals
 from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
@@ -30,8 +30,6 @@ from pyro_vae.programs.pair import Guide, Model
 from pyro_vae.tensors import data_of, running
 
 _METADATA = "pyro_vae.architecture"
-
-
 _ROWS = 1000  # data that go through the networks at a time
 
 
@@ -53,11 +51,13 @@ class Answers(nn.Module):
 
     def posterior(self, x: Any, *y: Any) -> TorchDistribution:
         """q(z | x), or q(z | x, y): a distribution over the latent for each datum, batch_shape (B,)."""
-        raise NotImplementedError
+        beside = [data_of(value, name="y") for value in y]
+        return running(self.guide.posterior, data_of(x, self.guide), *beside, network=self.guide)
 
     def decode(self, z: Any, *y: Any) -> TorchDistribution:
         """p(x | z), or p(x | z, y): a distribution over data for each latent, batch_shape (...)."""
-        raise NotImplementedError
+        beside = [data_of(value, name="y") for value in y]
+        return running(self.model.likelihood, data_of(z, self.model, "z"), *beside, network=self.model)
 
     @torch.no_grad()
     @checked
@@ -111,7 +111,7 @@ class Answers(nn.Module):
         if not path.parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}. Make it first.")
         metadata = {_METADATA: json.dumps(asdict(self.architecture))} if self.architecture else {}
-        replace_file(path, lambda partial: save_model(_Plain(self), str(partial), metadata=metadata))  # type: ignore[arg-type]
+        seals.save(path, _Plain(self), metadata, save_model)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Self:
@@ -125,7 +125,7 @@ class Answers(nn.Module):
                 architecture (those of your own pair: build the VAE, then `load_weights`),
                 with one of another pair or that this version cannot read, or with a part that is not trusted.
         """
-        text = _metadata(path).get(_METADATA)
+        text = seals.check(path).get(_METADATA)
         if text is None:
             raise ValueError(
                 f"{path} holds weights without an architecture. Build the VAE from your own parts, then call "
@@ -179,7 +179,7 @@ class Answers(nn.Module):
         Raises:
             ValueError: No such file, a corrupt one, or tensors that do not fit; the weights are then as they were.
         """
-        _metadata(path)
+        seals.check(path)
         before = {name: value.clone() for name, value in self.state_dict().items()}
         try:
             load_model(_Plain(self), str(path))  # type: ignore[arg-type]
@@ -193,8 +193,7 @@ class VAE(Answers):
     """A model p(z) p(x | z) and a guide q(z | x), with what people expect of the pair.
 
     ``vae.model`` and ``vae.guide`` are ordinary Pyro programs. It may stand in the place of both: ``fit(vae, data)``.
-    `encode`, `reconstruct`, `sample` and `interpolate` give plain tensors without gradient; `posterior` and `decode`
-    give distributions.
+    `encode`, `reconstruct`, `sample` and `interpolate` give plain tensors; `posterior` and `decode` distributions.
 
     Args:
         model: The generative model.
@@ -210,9 +209,7 @@ class VAE(Answers):
 
     def __init__(self, model: Model, guide: Guide, architecture: Architecture | None = None) -> None:
         super().__init__()
-        self.model = model
-        self.guide = guide
-        self.architecture = architecture
+        self.model, self.guide, self.architecture = model, guide, architecture
 
     def load_model(self, path: str | os.PathLike[str]) -> None:
         """Read the weights of the model alone, of a pair of whatever guide; none of that guide's code is needed.
@@ -220,7 +217,7 @@ class VAE(Answers):
         Raises:
             ValueError: No such file, a corrupt one, or tensors that do not fit.
         """
-        _metadata(path)
+        seals.check(path)
         alone = torch.nn.Module()
         alone.model = self.model
         try:
@@ -278,7 +275,7 @@ class VAE(Answers):
         Raises:
             ValueError: Latents that are none, or of another shape.
         """
-        return running(self.model.likelihood, data_of(z, self.model, "z"), network=self.model)
+        return super().decode(z)
 
     @torch.no_grad()
     @checked
@@ -340,18 +337,14 @@ class VAE(Answers):
         """
         with noise(seed):
             start, end = data_of(start, self.guide, "start"), data_of(end, self.guide, "end")
-            a, b = self._ends(start, end, steps)
+            if steps < 2 or start.shape != end.shape:
+                raise ValueError(
+                    f"got {steps} steps between data of shapes {tuple(start.shape)} and {tuple(end.shape)}, wanted at "
+                    "least 2 steps and equal shapes."
+                )
+            a, b = (self.encode(x).unsqueeze(1) for x in (start, end))
         weight = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device).unsqueeze(-1)
         return self.decode(a + (b - a) * weight).mean
-
-    def _ends(self, start: Tensor, end: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        if steps < 2 or start.shape != end.shape:
-            raise ValueError(
-                f"got {steps} steps between data of shapes {tuple(start.shape)} and {tuple(end.shape)}, wanted at "
-                "least 2 steps and equal shapes."
-            )
-        a, b = (self.encode(x).unsqueeze(1) for x in (start, end))
-        return a, b
 
 
 def pixels_of(given_z: TorchDistribution, pixels: str) -> Tensor:
@@ -375,16 +368,6 @@ class _Plain:
         given = {plain_name(name): value for name, value in state.items()}
         self.module.load_state_dict({here[name]: value for name, value in given.items() if name in here}, strict=False)
         return [name for name in here if name not in given], [name for name in given if name not in here]
-
-
-def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}
-    except FileNotFoundError as error:
-        raise ValueError(f"no such file: {path}.") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
 def _dtype(path: str | os.PathLike[str]) -> torch.dtype:

@@ -19,11 +19,7 @@ def explore_run(
     run: Path, out: Path | None = None, num_data: int = 1000, reference: int = 0, seed: int | None = None,
     data_dir: str | None = None, trust: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
-    """Write the page of a run; where it is.
-
-    Raises:
-        ValueError: A run that the page cannot show, or another suffix than .html.
-    """
+    """Write the page of a run; where it is. A run that it cannot show, or a suffix but .html, is a ValueError."""
     path = run / PAGE if out is None else out
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"got --out {path}, wanted a .html, which a browser opens.")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.app.encoding import codes
-from pyro_vae.app.explore.arrays import Arrays
 from pyro_vae.app.explore.decoder import TOLERANCE, described, means, rounding
+from pyro_vae.app.explore.document import Arrays
 from pyro_vae.data import Split
 from pyro_vae.evaluation import evaluating
 from pyro_vae.judging.references import reference
@@ -33,18 +33,11 @@ def payload(
     vae: VAE, data: Split, *, about: dict[str, Any], names: Sequence[str] | None = None, references: int = 0,
     seed: int = 0, progress: bool | None = None,
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """What the page knows, as JSON would have it, and its arrays as text.
+    """What the page knows of a pair and its test data, as JSON would have it, and its arrays as text.
 
-    Args:
-        vae: The pair, of images and with latents in R^D.
-        data: Test data, drawn for good, with labels where there are.
-        about: Words for the page: "title", "dataset".
-        names: Of the labels.
-        references: Of how many of the first data the posterior is drawn by Hamiltonian Monte Carlo.
-        seed: Of all draws.
-        progress: Whether to show a bar for the references.
-    Raises:
-        ValueError: Data that are no images, latents that are not in R^D, a decoder that the page cannot compute.
+    `about` has the words "title" and "dataset"; `references` says of how many of the first data the posterior is drawn
+    by Hamiltonian Monte Carlo. Data that are no images, latents that are not in R^D, and a decoder that the page cannot
+    compute are a ValueError.
     """
     if not (isinstance(vae, VAE) and hasattr(vae.model, "likelihood") and hasattr(vae.model, "prior")):
         raise ValueError(
@@ -142,7 +135,6 @@ def _reference(
         warnings.filterwarnings("ignore", message="the chains of")  # the page says it of each datum
         found = reference(vae.model, vae.guide, data.subset(slice(0, count)), seed=seed, progress=progress)
     draws = found.draws["z"].flatten(0, 1).transpose(0, 1)  # (N, C S, D)
-    every = max(1, draws.shape[1] // _REFERENCE_DRAWS)
-    kept = arrays.add(draws[:, ::every][:, :_REFERENCE_DRAWS], "f2")
+    kept = arrays.add(draws[:, :: max(1, draws.shape[1] // _REFERENCE_DRAWS)][:, :_REFERENCE_DRAWS], "f2")
     rhat = [round(float(value), 3) for value in found.rhat.nan_to_num(1e9).amax(1)]  # nan where nothing moved
     return {"array": kept, "count": count, "rhat": rhat, "converged": found.converged.tolist()}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.app.explore.arrays import Arrays
+from pyro_vae.app.explore.document import Arrays
 from pyro_vae.parts import likelihoods
 from pyro_vae.parts.networks import MLP, ConvDecoder, GatedMLP, ResidualDecoder, Softplus
 from pyro_vae.parts.networks.convolutional import ResidualBlock
@@ -32,13 +32,10 @@ _ACTIVATIONS: dict[type, str] = {
 
 
 def layers(network: nn.Module, keep: Keep) -> Layers:
-    """The layers of a decoder, each a name and its numbers.
+    """The layers of a decoder of this package, each a name and its numbers; `keep` keeps a tensor, and says where.
 
-    Args:
-        network: A decoder of this package, or a layer of one.
-        keep: Keeps a tensor, and says where.
-    Raises:
-        ValueError: A layer that the page does not know.
+    A layer that the page does not know is a ValueError.
+
     Example:
         >>> [layer["op"] for layer in layers(ConvDecoder(2, (1, 8, 8), channels=[4]), lambda tensor: 0)]
         ['linear', 'silu', 'linear', 'reshape', 'silu', 'transposed', 'reshape']
@@ -83,27 +80,21 @@ def _plain(convolution: Any) -> bool:
 
 
 def link(likelihood: nn.Module, keep: Keep) -> dict[str, Any]:
-    """How E[x | z] follows from what the decoder gives.
-
-    Args:
-        likelihood: One of this package.
-        keep: Keeps a tensor, and says where.
-    Raises:
-        ValueError: Another likelihood.
+    """How E[x | z] follows from what the decoder gives; `keep` as of `layers`. Another likelihood than ours is a
+    ValueError.
     """
     kind = type(likelihood)
     own: Any = likelihood
     scaled = standardize(own)
     moved = {} if scaled is None else {"shift": keep(scaled.loc), "stretch": keep(scaled.scale)}
-    if kind is likelihoods.Bernoulli:
-        return {"name": "sigmoid"}
-    if kind is likelihoods.ContinuousBernoulli:
-        return {"name": "continuous-bernoulli"}
+    plain = {likelihoods.Bernoulli: "sigmoid", likelihoods.ContinuousBernoulli: "continuous-bernoulli"}
+    if kind in plain:
+        return {"name": plain[kind]}
     if kind is likelihoods.Normal:
         return {"name": "identity", **moved}
     if kind in (likelihoods.Poisson, likelihoods.NegativeBinomial):
         # With levels the mean is multiplied by L - 1 and divided by it again.
-        return {"name": own.link, **{key: value for key, value in moved.items() if key == "stretch"}}
+        return {"name": own.link} | {key: value for key, value in moved.items() if key == "stretch"}
     if kind is likelihoods.Categorical:
         return {"name": "levels", "levels": own.parameters_per_pixel}
     if kind in (likelihoods.DiscretizedLogistic, likelihoods.MixtureOfDiscretizedLogistics):
@@ -134,10 +125,8 @@ def rounding(likelihood: Any, z: Tensor) -> float:
 def described(likelihood: Any, arrays: Arrays, kind: str) -> dict[str, Any]:
     """Layers and link of a likelihood, its weights kept as "f2" or "f4"; what the link needs is float32 always.
 
-    Raises:
-        ValueError: A layer or a likelihood that the page does not know.
+    A layer or a likelihood that the page does not know is a ValueError.
     """
-    own = likelihood.decoder
-    found = layers(own, lambda tensor: None if tensor is None else arrays.add(tensor, kind))
+    found = layers(likelihood.decoder, lambda tensor: None if tensor is None else arrays.add(tensor, kind))
     last = link(likelihood, lambda tensor: None if tensor is None else arrays.add(tensor, "f4"))
     return {"layers": found, "link": last, "weights": kind}

@@ -82,8 +82,8 @@ _SECOND = tuple((2 * k - 1) * c for k, c in enumerate(_FIRST, 1))
 _NODES = tuple((0.5 + 0.5 * float(s), 0.5 * float(w)) for s, w in zip(*np.polynomial.legendre.leggauss(8), strict=True))
 
 
-def _polynomial(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
-    """sum_k c_k t^k."""
+def polynomial(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
+    """sum_k c_k t^k, of series."""
     # At |l| <= 1 each term is 40 times smaller than the last: six are float32's share.
     used = coefficients if torch.finfo(t.dtype).eps < 1e-10 else coefficients[:6]
     total = torch.full_like(t, used[-1])
@@ -105,7 +105,7 @@ def _mean_from_end(logits: Tensor) -> Tensor:
     """E[x] - [l > 0]: the mean from the end of [0, 1] that it is drawn to, whose digits a mean near 1 would lose."""
     far, a, near = _branches(logits)
     distance = 1 / a + torch.exp(-a) / torch.expm1(-a)
-    middle = near * _polynomial(_FIRST, near * near) + (0.5 - (logits > 0).to(logits.dtype))
+    middle = near * polynomial(_FIRST, near * near) + (0.5 - (logits > 0).to(logits.dtype))
     return torch.where(far, -torch.sign(logits) * distance, middle)
 
 
@@ -119,7 +119,7 @@ class _LogProb(torch.autograd.Function):
         # x - 1 before the product: at l = 1000 the difference of l x and l would keep four digits.
         outer = logits * (x - (logits > 0).to(x.dtype)) - torch.log(-torch.expm1(-a) / a)
         square = near * near
-        return torch.where(far, outer, near * (x - 0.5) - square * _polynomial(_SERIES, square))
+        return torch.where(far, outer, near * (x - 0.5) - square * polynomial(_SERIES, square))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -171,7 +171,7 @@ class ContinuousBernoulliLogits(Number):
     def variance(self) -> Tensor:
         far, a, near = _branches(self.logits)
         outer = 1 / a.square() - torch.exp(-a) / torch.expm1(-a).square()
-        return torch.where(far, outer, _polynomial(_SECOND, near * near))
+        return torch.where(far, outer, polynomial(_SECOND, near * near))
 
     def entropy(self) -> Tensor:
         """A(l) - l E[x], in nats: log p is linear in x."""

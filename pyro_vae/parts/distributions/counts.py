@@ -17,6 +17,7 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.util import broadcast_all
 from torch import Tensor
 
+from pyro_vae.parts.distributions.bernoulli import polynomial
 from pyro_vae.parts.distributions.levels import GreyLevels, Number, to_level
 
 # Where Stirling's series with five terms reaches 1e-18 and log Gamma itself is still small.
@@ -73,10 +74,6 @@ class LevelsAsCounts(Number):
         self.counts, self.levels = counts, GreyLevels(levels).levels
         self._support = Counts(levels)
         super().__init__(counts.batch_shape, validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> constraints.Constraint:
-        return self._support
 
     def _over(self, batch_shape: Any) -> LevelsAsCounts:
         return LevelsAsCounts(self.counts.expand(batch_shape), self.levels)
@@ -190,8 +187,4 @@ class NegativeBinomialLogMean(Number):
 
 def _stirling(y: Tensor) -> Tensor:
     """log Gamma(y) - ((y - 1/2) log y - y + log(2 pi) / 2)."""
-    square = 1 / (y * y)
-    total = torch.full_like(y, _STIRLING[-1])
-    for c in _STIRLING[-2::-1]:
-        total = total * square + c
-    return total / y
+    return polynomial(_STIRLING, 1 / (y * y)) / y

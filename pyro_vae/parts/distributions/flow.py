@@ -125,12 +125,8 @@ def pushforward(
 
         z = loc + exp(log_scale) f(u; context),   u ~ the flow's base
 
-    Args:
-        flow: A zuko flow.
-        context: (..., C); None for a flow without context.
-        loc: (..., D); None for 0.
-        log_scale: (..., D); None for 0.
-        fast: "sampling": f is the flow's own direction, one pass; "scoring": its inverse, as zuko means it.
+    The context is (..., C), or None; loc and log_scale are (..., D), or None for 0. With fast="sampling" f is its own
+    direction, one pass; with "scoring" its inverse, as zuko means it.
     """
     transform = flow.transform(context)  # type: ignore[operator]
     base = flow.base(context)  # type: ignore[operator]

@@ -71,6 +71,11 @@ class Number(TorchDistribution):
     """
 
     has_rsample = False
+    _support: constraints.Constraint  # of values that are whole numbers of something
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        return self._support
 
     def _over(self: _Self, batch_shape: Any) -> _Self:
         """The same distribution over a batch_shape that the parameters expand to."""
@@ -112,10 +117,6 @@ class CategoricalLevels(Number):
     def levels(self) -> int:
         """L."""
         return self.logits.shape[-1]
-
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> constraints.Constraint:
-        return self._support
 
     def _over(self, batch_shape: Any) -> CategoricalLevels:
         return CategoricalLevels(self.logits.expand(*batch_shape, self.levels))
@@ -167,10 +168,6 @@ class DiscretizedLogistic(Number):
         self.levels = levels
         self._support = GreyLevels(levels)
         super().__init__(self.loc.shape, validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> constraints.Constraint:
-        return self._support
 
     def _over(self, batch_shape: Any) -> DiscretizedLogistic:
         return DiscretizedLogistic(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels)

@@ -124,11 +124,8 @@ class DiagonalNormalMixture(Kept):
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_density = _log_normal(value.unsqueeze(-2), self._loc, self._scale).sum(-1)
-        return (
-            (log_density + self._logits)
-            .logsumexp(-1)
-            .expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-1]))
-        )
+        shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-1])
+        return (log_density + self._logits).logsumexp(-1).expand(shape)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         z = self._draw(torch.Size(sample_shape)).detach()
@@ -254,9 +251,7 @@ class SharedMixture(Kept):
         leading = value.shape[: value.dim() - 1]
         flat = value.reshape((math.prod(leading),) + self.event_shape)
         size = max(1, _PAIRS // len(self.log_weights))
-        if len(flat) <= size:
-            result = scored(flat)
-        elif torch.is_grad_enabled():
+        if len(flat) > size and torch.is_grad_enabled():
             if get_proxy_mode() is not None and len(flat) > _CAPTURED * size:
                 raise RuntimeError(
                     f"{-(-len(flat) // size)} parts of a mixture of {len(self.log_weights)} networks, which to write "
@@ -277,13 +272,9 @@ class SharedMixture(Kept):
                 return loc + scale * torch.randn_like(loc)
             flat = chosen.reshape(-1)
             size = max(1, _CHUNK // (len(self.log_weights) * self.event_shape[0]))
-            drawn = [self._choose(flat[start : start + size]) for start in range(0, max(1, len(flat)), size)]
+            every = (self.components.sample(part.shape) for part in flat.split(size))  # (n, C, D)
+            drawn = [z[torch.arange(len(z), device=z.device), c] for z, c in zip(every, flat.split(size), strict=True)]
             return torch.cat(drawn).reshape(shape + self.event_shape)
-
-    def _choose(self, chosen: Tensor) -> Tensor:
-        candidates = self.components.sample(chosen.shape)
-        index = chosen.reshape(-1, 1, 1).expand(-1, 1, *self.event_shape)
-        return candidates.gather(1, index).squeeze(1)
 
 
 def _diagonal(components: TorchDistribution) -> tuple[Tensor, Tensor] | None:

@@ -107,20 +107,6 @@ def log_mean_exp_cosine(order: float, x: Tensor) -> Tensor:
     return log_weight.logsumexp(-1) - log_total
 
 
-def log_bessel_i(order: float, x: Tensor) -> Tensor:
-    """log I_v(x), (...), the modified Bessel function of the first kind, for any real order v >= 0 and x > 0.
-
-    Differentiable in x as often as one likes.
-
-    Raises:
-        ValueError: The order is negative.
-    Example:
-        >>> log_bessel_i(0.5, torch.tensor(1.0))     # sqrt(2 / pi) sinh(1)
-        tensor(-0.0644)
-    """
-    return log_mean_exp_cosine(order, x) + x + order * (x / 2).log() - math.lgamma(order + 1)
-
-
 def mean_cosine(order: float, x: Tensor) -> Tensor:
     """A(x) = I_{v+1}(x) / I_v(x), the mean of cos a, accurate relative to itself for every x.
 

@@ -119,12 +119,11 @@ class NegativeBinomial(_Counts):
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         log_mean = self._log_mean(parameters[0])
-        if self.concentration == "network":
-            return self._as_data(NegativeBinomialLogMean(log_mean, parameters[1]))
-        if isinstance(self.concentration, int | float):
+        if isinstance(self.concentration, str):
+            log_r = self._owned("concentration", parameters)
+        else:
             log_r = log_mean.new_full((), math.log(self.concentration))
-            return self._as_data(NegativeBinomialLogMean(log_mean, log_r))
-        return self._as_data(NegativeBinomialLogMean(log_mean, self._owned("concentration", log_mean)))
+        return self._as_data(NegativeBinomialLogMean(log_mean, log_r))
 
 
 class Categorical(Likelihood):
@@ -133,8 +132,7 @@ class Categorical(Likelihood):
     log p(x) is the log of a probability: bits per dimension are `bits_per_dimension(..., levels=1)`.
 
     Args:
-        decoder: z, (..., D), to logits, (..., L * C, *rest) for data (C, *rest): the channels of level 0, then
-            those of level 1, and so on.
+        decoder: z, (..., D), to logits, (..., L * C, *rest) for data (C, *rest), level by level.
         levels: L; 256 for 8-bit pixels x = v / 255.
     Raises:
         ValueError: Fewer than two levels.

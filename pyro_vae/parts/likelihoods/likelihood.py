@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -43,8 +43,7 @@ class Likelihood(nn.Module, ABC):
 
     def __init__(self, decoder: nn.Module, standardize: Standardize | None = None) -> None:
         super().__init__()
-        self.decoder = decoder
-        self.standardize = standardize
+        self.decoder, self.standardize = decoder, standardize
 
     def forward(self, z: Tensor) -> TorchDistribution:
         """p(x | z): latents (..., D) to a distribution of batch_shape (...), event_shape x_shape."""
@@ -83,9 +82,12 @@ class Likelihood(nn.Module, ABC):
         else:
             raise ValueError(f'got {what}={value!r}, wanted a number, "learned", "per-pixel" or "network".')
 
-    def _owned(self, what: str, like: Tensor) -> Tensor:
-        """The parameter log_`what`; refuse data of another shape than it was built for."""
+    def _owned(self, what: str, parameters: Sequence[Tensor]) -> Tensor:
+        """log_`what` of the network, or the parameter; refuse data of another shape than it was built for."""
+        if self.parameters_per_pixel == 2:
+            return parameters[1]
         parameter: Tensor = getattr(self, f"log_{what}")
+        like = parameters[0]
         built, given = tuple(parameter.shape), tuple(like.shape[like.dim() - parameter.dim() :])
         if built and built != given:
             raise ValueError(
@@ -180,8 +182,7 @@ class Normal(Likelihood):
         initial_scale: float = 1.0, minimum_scale: float = 1e-3, standardize: Standardize | None = None,
     ) -> None:  # fmt: skip
         super().__init__(decoder, standardize)
-        self.scale = scale
-        self.minimum_scale = minimum_scale
+        self.scale, self.minimum_scale = scale, minimum_scale
         self._own("scale", scale, x_shape, math.log(max(initial_scale - minimum_scale, 1e-6)))
 
     @classmethod
@@ -200,10 +201,8 @@ class Normal(Likelihood):
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         loc = parameters[0]
-        if self.scale == "network":
-            scale = self.learned_scale(parameters[1])
-        elif isinstance(self.scale, str):
-            scale = self.learned_scale(self._owned("scale", loc)).expand_as(loc)
+        if isinstance(self.scale, str):
+            scale = self.learned_scale(self._owned("scale", parameters)).expand_as(loc)
         else:
             scale = loc.new_full((), self.scale).expand_as(loc)
         if self.standardize is None:

@@ -25,8 +25,7 @@ class _ImageEncoder(nn.Module):
 
     def __init__(self, in_shape: Sequence[int], features: int) -> None:
         super().__init__()
-        self.in_shape = as_image(in_shape)
-        self.out_features = features
+        self.in_shape, self.out_features = as_image(in_shape), features
 
     def _finish(self, layers: list[nn.Module], channels: Sequence[int], activation: str) -> None:
         height, width = halvings(self.in_shape[1:], len(channels))[-1]
@@ -45,8 +44,7 @@ class _ImageDecoder(nn.Module):
 
     def __init__(self, latent_dim: int, out_shape: Sequence[int]) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
-        self.out_shape = as_image(out_shape)
+        self.latent_dim, self.out_shape = latent_dim, as_image(out_shape)
 
     def _start(
         self, channels: Sequence[int], features: int, activation: str
@@ -122,14 +120,10 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two pre-activated 3x3 convolutions beside a shortcut, at the same, half or a given size.
+    """Two pre-activated 3x3 convolutions beside a shortcut, of so many channels before and after.
 
-    Args:
-        before: Channels of the input.
-        after: Channels of the output.
-        activation: Name of the activation.
-        stride: 2 to halve height and width, rounded up.
-        size: (H, W) to bring the input to first, by the nearest pixel.
+    A stride of 2 halves height and width, rounded up; a size, (H, W), is what the input is brought to first, by the
+    nearest pixel.
     """
 
     def __init__(
@@ -139,9 +133,8 @@ class ResidualBlock(nn.Module):
         self.size = size
         self.enter = nn.Sequential(group_norm(before), make_activation(activation))
         self.first = nn.Conv2d(before, after, 3, stride=stride, padding=1)
-        self.second = nn.Sequential(
-            group_norm(after), make_activation(activation), nn.Conv2d(after, after, 3, padding=1)
-        )
+        second = group_norm(after), make_activation(activation), nn.Conv2d(after, after, 3, padding=1)
+        self.second = nn.Sequential(*second)
         same = before == after and stride == 1
         self.skip = nn.Identity() if same else nn.Conv2d(before, after, 1, stride=stride, bias=False)
 
@@ -149,12 +142,9 @@ class ResidualBlock(nn.Module):
         h = self.enter(x)
         if self.size is not None:
             # The 1x1 shortcut commutes with copying pixels and is cheaper before it.
-            return _resized(self.skip(x), self.size) + self.second(self.first(_resized(h, self.size)))
+            x, h = (F.interpolate(each, size=self.size, mode="nearest") for each in (self.skip(x), h))
+            return x + self.second(self.first(h))
         return self.skip(x) + self.second(self.first(h))
-
-
-def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x, size=size, mode="nearest")
 
 
 class ResidualEncoder(_ImageEncoder):

@@ -52,11 +52,7 @@ ACTIVATIONS = tuple(_ACTIVATIONS)
 
 
 def make_activation(name: str) -> nn.Module:
-    """The activation of that name.
-
-    Raises:
-        ValueError: No name of `ACTIVATIONS`.
-    """
+    """The activation of a name of `ACTIVATIONS`; any other is refused."""
     return _ACTIVATIONS[one_of("activation", name, ACTIVATIONS)]()
 
 
@@ -223,18 +219,13 @@ class Networks(NamedTuple):
 
 def _dense(network: Callable[..., nn.Module], **fixed: Any) -> Networks:
     """Both of one class; `fixed` holds whatever is not to be chosen by name."""
-    return Networks(
-        lambda x_shape, hidden, activation: network(x_shape, hidden, None, **{"activation": activation} | fixed),
-        lambda latent_dim, out_shape, hidden, activation: network(
-            latent_dim, hidden, out_shape, **{"activation": activation} | fixed
-        ),
-    )
+
+    def made(in_shape: Shape, out_shape: Shape | None, hidden: Sequence[int], activation: str) -> nn.Module:
+        return network(in_shape, out_shape=out_shape, **{"hidden": hidden, "activation": activation} | fixed)
+
+    return Networks(lambda x_shape, hidden, activation: made(x_shape, None, hidden, activation), made)
 
 
 MLPS = _dense(MLP)
 GATED = _dense(GatedMLP, activation=None)
-LINEAR = Networks(
-    lambda x_shape, *_, **__: MLP(x_shape, (), None),
-    lambda latent_dim, out_shape, *_, **__: MLP(latent_dim, (), out_shape),
-    layers=False,
-)
+LINEAR = _dense(MLP, hidden=())._replace(layers=False)

@@ -69,8 +69,7 @@ class Amortized(nn.Module, ABC):
             raise ValueError(
                 f"latent_dim and num_parameters must be positive integers, got {latent_dim} and {num_parameters}."
             )
-        self.encoder = encoder
-        self.latent_dim = latent_dim
+        self.encoder, self.latent_dim = encoder, latent_dim
         self.head = nn.Linear(_features(encoder, features), num_parameters)
 
     def forward(self, x: Tensor) -> TorchDistribution:
@@ -156,8 +155,7 @@ class FullNormal(Amortized):
         >>> FullNormal(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).scale_tril.shape
         torch.Size([5, 2, 2])
 
-    Reference: Kingma and Welling, An Introduction to Variational Autoencoders, 2019, section 2.5.1.
-        arXiv:1906.02691
+    Reference: Kingma and Welling, An Introduction to Variational Autoencoders, 2019, section 2.5.1. arXiv:1906.02691
     """
 
     below: Tensor

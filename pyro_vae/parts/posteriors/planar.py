@@ -63,11 +63,8 @@ def invert_tanh_step(slope: Tensor, value: Tensor) -> Tensor:
     iteration from outside the root (convex) or inside it (concave) is therefore monotone and needs no bracket; the
     start is the better of two bounds, c - m and c / (1 + m). A fixed number of steps keeps it free of branches.
 
-    Args:
-        slope: m > -1, any shape.
-        value: c, broadcasts with m.
-    Returns:
-        a, of the broadcast shape. First and second derivatives are right.
+    m > -1 and c broadcast; first and second derivatives are right.
+
     Example:
         >>> a = invert_tanh_step(torch.tensor(2.0), torch.tensor(-3.0))
         >>> torch.allclose(a + 2 * a.tanh(), torch.tensor(-3.0))
@@ -128,22 +125,20 @@ class Planar(Amortized):
         n, d = self.num_flows, self.latent_dim
         loc, log_scale, w, u, b = parameters.split([d, d, n * d, n * d, n], -1)
         base = dist.Normal(loc, log_scale.exp(), validate_args=False).to_event(1)
-        return _planar(base, w.unflatten(-1, (n, d)), u.unflatten(-1, (n, d)), b)
+        w, u = w.unflatten(-1, (n, d)), u.unflatten(-1, (n, d))
+        wu = (w * u).sum(-1)
+        wv = softplus(wu + _SHIFT) - (1 - _FLOOR)
+        v = u + ((wv - wu) / w.square().sum(-1).clamp(min=1e-12)).unsqueeze(-1) * w
 
+        def step(w: Tensor, v: Tensor, b: Tensor, wv: Tensor) -> Step:
+            return (
+                lambda z: (z * w).sum(-1, keepdim=True) + b,
+                lambda tanh: v * tanh,
+                lambda a: invert_tanh_step(wv, a).tanh(),
+            )
 
-def _planar(base: TorchDistribution, w: Tensor, u: Tensor, b: Tensor) -> Pushforward:
-    """Planar steps with w and free u of (..., N, D) and b of (..., N)."""
-    wu = (w * u).sum(-1)
-    wv = softplus(wu + _SHIFT) - (1 - _FLOOR)
-    v = u + ((wv - wu) / w.square().sum(-1).clamp(min=1e-12)).unsqueeze(-1) * w
-
-    def step(w: Tensor, v: Tensor, b: Tensor, wv: Tensor) -> Step:
-        return (
-            lambda z: (z * w).sum(-1, keepdim=True) + b, lambda tanh: v * tanh, lambda a: invert_tanh_step(wv, a).tanh()
-        )  # fmt: skip
-
-    parts = w.unbind(-2), v.unbind(-2), b.unsqueeze(-1).unbind(-2), wv.unsqueeze(-1).unbind(-2)
-    return _steps(base, [step(*of) for of in zip(*parts, strict=True)], wv.unsqueeze(-1))
+        parts = w.unbind(-2), v.unbind(-2), b.unsqueeze(-1).unbind(-2), wv.unsqueeze(-1).unbind(-2)
+        return _steps(base, [step(*of) for of in zip(*parts, strict=True)], wv.unsqueeze(-1))
 
 
 def _steps(base: TorchDistribution, steps: list[Step], slopes: Tensor) -> Pushforward:
@@ -187,8 +182,7 @@ class Sylvester(Amortized):
         encoder, latent_dim, features: As of `Amortized`.
         num_flows: N.
         kind: "orthogonal", "householder" or "triangular".
-        num_ortho: M of "orthogonal", at most D; None for 16, or D if that is less. The
-            other kinds bend all D directions.
+        num_ortho: M of "orthogonal", at most D; None for 16, or D if that is less. Others have M = D.
         num_householder: H of "householder"; None for 8, or D if that is less.
     Raises:
         ValueError: An unknown kind, or a number that it does not take.
@@ -232,7 +226,18 @@ class Sylvester(Amortized):
         r = square.triu(1) + torch.diag_embed(_LARGEST * square.diagonal(dim1=-2, dim2=-1).tanh())
         r_tilde = square.tril(-1).mT + torch.diag_embed(_LARGEST * diagonal.tanh())
         base = dist.Normal(loc, log_scale.exp(), validate_args=False).to_event(1)
-        return _sylvester(base, self._rotations(vectors), r, r_tilde, b)
+
+        def step(rotation: Rotation, r: Tensor, r_tilde: Tensor, b: Tensor) -> Step:
+            down, up = rotation
+            return (
+                lambda z: _times(r_tilde, down(z)) + b,
+                lambda tanh: up(_times(r, tanh)),
+                lambda a: _solve(r_tilde @ r, a),
+            )
+
+        parts = self._rotations(vectors), r.unbind(-3), r_tilde.unbind(-3), b.unbind(-2)
+        product = r.diagonal(dim1=-2, dim2=-1) * r_tilde.diagonal(dim1=-2, dim2=-1)
+        return _steps(base, [step(*of) for of in zip(*parts, strict=True)], product)
 
     def _rotations(self, vectors: Tensor) -> list[Rotation]:
         """Q of each step, from free numbers of (..., N, vectors * D)."""
@@ -250,8 +255,7 @@ def orthonormal(a: Tensor) -> Tensor:
     """The Q of A = Q R, (..., D, M), with a positive diagonal of R: Gram and Schmidt's basis, smooth in A, M <= D.
 
     The paper iterates Q <- Q (I + (I - Q'Q) / 2) until it converges, which takes as long as the columns are close to
-    dependent; a factorisation is exact after one step, and the flow is as general, since R and R~ absorb any
-    difference.
+    dependent; a factorisation is exact after one step, and the flow is as general: R and R~ absorb it.
     """
     q, r = torch.linalg.qr(a)
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(q)
@@ -266,22 +270,6 @@ def reflection_core(v: Tensor) -> Tensor:
     gram = v.mT @ v
     inverse = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
     return torch.linalg.solve_triangular(inverse, torch.eye(v.shape[-1]).to(v).expand_as(inverse), upper=True)
-
-
-def _sylvester(
-    base: TorchDistribution, rotations: list[Rotation], r: Tensor, r_tilde: Tensor, b: Tensor
-) -> Pushforward:
-    """Sylvester steps with R and R~ of (..., N, M, M) and b of (..., N, M)."""
-    product = r.diagonal(dim1=-2, dim2=-1) * r_tilde.diagonal(dim1=-2, dim2=-1)
-
-    def step(rotation: Rotation, r: Tensor, r_tilde: Tensor, b: Tensor) -> Step:
-        down, up = rotation
-        return (
-            lambda z: _times(r_tilde, down(z)) + b, lambda tanh: up(_times(r, tanh)), lambda a: _solve(r_tilde @ r, a)
-        )  # fmt: skip
-
-    parts = rotations, r.unbind(-3), r_tilde.unbind(-3), b.unbind(-2)
-    return _steps(base, [step(*of) for of in zip(*parts, strict=True)], product)
 
 
 def _solve(s: Tensor, c: Tensor) -> Tensor:
@@ -305,13 +293,10 @@ def _matrix(q: Tensor) -> Rotation:
 
 
 def _reflections(v: Tensor, t: Tensor) -> Rotation:
-    def down(z: Tensor) -> Tensor:
-        return z - _times(v, _times(t.mT, _times(v.mT, z)))
+    def turned(z: Tensor, core: Tensor) -> Tensor:
+        return z - _times(v, _times(core, _times(v.mT, z)))
 
-    def up(y: Tensor) -> Tensor:
-        return y - _times(v, _times(t, _times(v.mT, y)))
-
-    return down, up
+    return lambda z: turned(z, t.mT), lambda y: turned(y, t)
 
 
 def _check(latent_dim: int, num_flows: int, kind: str, num_ortho: int | None, num_householder: int | None) -> None:

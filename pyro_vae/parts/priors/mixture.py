@@ -57,15 +57,14 @@ class NormalMixture(nn.Module):
             raise ValueError(f'got covariance={covariance!r}, wanted "diagonal" or "full".')
         if not 0 < spread < 1:
             raise ValueError(f"got spread={spread}, wanted a number between 0 and 1: at 0 all components are one.")
-        self.latent_dim = latent_dim
-        self.covariance = covariance
+        self.latent_dim, self.covariance = latent_dim, covariance
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.locs = nn.Parameter(spread * torch.randn(num_components, latent_dim))
         start = 0.5 * torch.log1p(torch.tensor(-(spread**2)))
         self.log_scales = nn.Parameter(start.repeat(num_components, latent_dim))
         # Below the diagonal of the Cholesky factors.
-        shape = (num_components, latent_dim, latent_dim) if covariance == "full" else (0,)
-        self.lower = nn.Parameter(torch.zeros(shape)) if covariance == "full" else None
+        lower = torch.zeros(num_components, latent_dim, latent_dim) if covariance == "full" else None
+        self.lower = None if lower is None else nn.Parameter(lower)
 
     def forward(self) -> SharedMixture:
         """p(z): batch_shape (), event_shape (D,)."""
@@ -107,11 +106,9 @@ class NormalMixture(nn.Module):
         found = GaussianMixture(num_components, covariance_type=kind, random_state=seed, max_iter=500).fit(scaled)
         locs = torch.from_numpy(found.means_) * unit + centre
         covariances = torch.from_numpy(found.covariances_)
-        if covariance == "diagonal":
-            scales = covariances.sqrt() * unit
-        else:
-            tril = torch.linalg.cholesky(covariances) * unit.unsqueeze(-1)
-            scales = tril.diagonal(dim1=-2, dim2=-1)
+        covariances = torch.diag_embed(covariances) if covariance == "diagonal" else covariances
+        tril = torch.linalg.cholesky(covariances) * unit.unsqueeze(-1)
+        scales = tril.diagonal(dim1=-2, dim2=-1)
         prior.to(device=z.device, dtype=z.dtype)
         with torch.no_grad():
             prior.logits.copy_(torch.from_numpy(found.weights_).log())
@@ -175,8 +172,7 @@ class VampPrior(nn.Module):
         if bounds is not None:
             start = _free(start, *bounds)
         self.support = support(posterior)
-        self.posterior = posterior
-        self.bounds = bounds
+        self.posterior, self.bounds = posterior, bounds
         self.free_inputs = nn.Parameter(start)
         logits = start.new_zeros(len(start))
         if learned_weights:
@@ -230,10 +226,8 @@ class VampPrior(nn.Module):
 
     @torch.no_grad()
     def start_at(self, pseudo_inputs: Tensor) -> None:
-        """Put the pseudo-inputs somewhere else, such as at random data.
+        """Put the pseudo-inputs u, (C, *x_shape), somewhere else, such as at random data.
 
-        Args:
-            pseudo_inputs: u, (C, *x_shape).
         Raises:
             ValueError: Another shape, or values outside of the bounds.
         """

@@ -111,7 +111,14 @@ class Flow(nn.Module):
                 )
             self.flow = latent_dim
             self.latent_dim = check_flow(self.flow)
-            self._check_without_context()
+            try:
+                self().sample()
+            except (RuntimeError, AttributeError) as error:
+                name = type(self.flow).__name__
+                raise ValueError(
+                    f"got a {name} that cannot be drawn from without a context ({error}), wanted one for p(z) alone. "
+                    f"Build it with context=0: {name}(features={self.latent_dim})."
+                ) from error
             return
         size: int = integer("latent_dim", latent_dim)
         if flow is None:
@@ -119,15 +126,6 @@ class Flow(nn.Module):
         self.flow = flow(features=size, **options)
         self.latent_dim = check_flow(self.flow, size)
         start_near_identity(self.flow)
-
-    def _check_without_context(self) -> None:
-        try:
-            self().sample()
-        except (RuntimeError, AttributeError) as error:
-            raise ValueError(
-                f"got a {type(self.flow).__name__} that cannot be drawn from without a context ({error}), wanted one "
-                f"for p(z) alone. Build it with context=0: {type(self.flow).__name__}(features={self.latent_dim})."
-            ) from error
 
     def forward(self) -> TorchDistribution:
         """p(z), batch_shape (), event_shape (D,)."""

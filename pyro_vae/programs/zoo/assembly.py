@@ -21,9 +21,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_vae.options import integer
 from pyro_vae.parts import names
 from pyro_vae.parts.networks import MLP
-from pyro_vae.programs.vae import VAE, Answers
+from pyro_vae.programs.vae import VAE
 from pyro_vae.protocols import parameters_per_pixel
-from pyro_vae.tensors import data_of, running
 
 Conditional: TypeAlias = Callable[..., TorchDistribution]
 
@@ -37,20 +36,6 @@ def pixel_likelihood(
     n = integer("parameters_per_pixel", parameters_per_pixel(likelihood))
     likelihood.decoder = MLP(in_shape, hidden, (n * x_shape[0], *x_shape[1:]), activation)
     return likelihood
-
-
-class Pair(Answers):
-    """A model and a guide of the zoo, and what people expect of it; abstract. y: what they take beside x."""
-
-    def posterior(self, x: Any, *y: Any) -> TorchDistribution:
-        """q(z | x) or q(z | x, y), batch_shape (B,)."""
-        beside = [data_of(value, name="y") for value in y]
-        return running(self.guide.posterior, data_of(x, self.guide), *beside, network=self.guide)
-
-    def decode(self, z: Any, *y: Any) -> TorchDistribution:
-        """p(x | z) or p(x | z, y), batch_shape (...)."""
-        beside = [data_of(value, name="y") for value in y]
-        return running(self.model.likelihood, data_of(z, self.model, "z"), *beside, network=self.model)
 
 
 def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
@@ -78,14 +63,8 @@ def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
 
 
 def class_check(y: Tensor, num_classes: int, unknown: bool = False) -> None:
-    """Refuse class numbers that are not 0, ..., C - 1.
+    """Refuse class numbers that are not 0, ..., C - 1, nor -1 if that stands for a label that is not known.
 
-    Args:
-        y: Integers, (...).
-        num_classes: C.
-        unknown: Whether -1 stands for a label that is not known.
-    Raises:
-        ValueError: A number outside; numbers 1, ..., C are recognised.
     Example:
         >>> class_check(torch.tensor([1, 2, 3]), 3)
         Traceback (most recent call last):
@@ -121,10 +100,9 @@ def readable(y: Tensor) -> bool:
 
 
 def one_hot(y: Tensor, num_classes: int) -> Tensor:
-    """Class numbers (...) as rows of zeros and a one, (..., C) of booleans; of nan where there is no such class.
+    """Class numbers (...) as rows of zeros and a one, (..., C) of booleans; a number that is no class is refused where
+    values can be read, and else a row of nan.
 
-    Raises:
-        ValueError: A number that is no class, as far as values can be read here.
     Example:
         >>> one_hot(torch.tensor([2, 0]), 3).int()
         tensor([[0, 0, 1],
@@ -143,12 +121,10 @@ def is_class_numbers(y: Tensor) -> bool:
 
 
 def rows_of(y: Tensor, num_columns: int, count: int | None) -> Tensor:
-    """What is known of each datum as a row, (..., C): as it is, or of class numbers one-hot.
+    """What is known of each datum as a row, (..., C): as it is, or of class numbers, (...), one-hot.
 
-    Args:
-        y: (..., C) of any numbers, or class numbers (...).
-        num_columns: C.
-        count: How many data it goes with; None where that is not known here.
+    `count` is how many data it goes with; None where that is not known here.
+
     Raises:
         ValueError: Another shape; a number that is no class.
     Example:
@@ -157,8 +133,7 @@ def rows_of(y: Tensor, num_columns: int, count: int | None) -> Tensor:
     """
     if not isinstance(y, Tensor):
         raise ValueError(f"got labels of type {type(y).__name__}, wanted a tensor. Pass torch.as_tensor(y).")
-    counted = "" if count is None else f" for {count} data"
-    size = "N" if count is None else count
+    counted, size = ("", "N") if count is None else (f" for {count} data", count)
     wanted = f"wanted one row each, ({size}, {num_columns}), or class numbers 0, ..., {num_columns - 1} as ({size},)"
     if y.dim() == 1 and (count is None or len(y) == count):
         if is_class_numbers(y) and num_columns > 1:

@@ -26,7 +26,7 @@ from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
-from pyro_vae.programs.vae import pixels_of
+from pyro_vae.programs.vae import Answers, pixels_of
 from pyro_vae.programs.zoo import assembly
 from pyro_vae.programs.zoo.assembly import class_check, is_class_numbers, one_hot, pixel_likelihood, rows_of
 from pyro_vae.tensors import data_of
@@ -58,9 +58,7 @@ class Joined(nn.Module):
         self, part: Callable[[Tensor], TorchDistribution], event_dim: int = 1, num_classes: int | None = None
     ) -> None:
         super().__init__()
-        self.part = part
-        self.event_dim = event_dim
-        self.num_classes = num_classes
+        self.part, self.event_dim, self.num_classes = part, event_dim, num_classes
 
     def forward(self, a: Tensor, y: Tensor) -> TorchDistribution:
         """The distribution given a, (..., *event), and y, (..., C), or class labels (...)."""
@@ -94,10 +92,7 @@ class ConditionalModel(Named):
         self, prior: assembly.Conditional, likelihood: assembly.Conditional, conditional_prior: bool, y_dim: int | None
     ) -> None:
         super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
-        self.conditional_prior = conditional_prior
-        self.y_dim = y_dim
+        self.prior, self.likelihood, self.conditional_prior, self.y_dim = prior, likelihood, conditional_prior, y_dim
 
     def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
         """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""
@@ -122,8 +117,7 @@ class ConditionalGuide(Named):
 
     def __init__(self, posterior: assembly.Conditional, y_dim: int | None) -> None:
         super().__init__()
-        self.posterior = posterior
-        self.y_dim = y_dim
+        self.posterior, self.y_dim = posterior, y_dim
 
     def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
         """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""
@@ -140,7 +134,7 @@ class ConditionalGuide(Named):
             return pyro.sample("z", posterior)
 
 
-class Conditional(assembly.Pair):
+class Conditional(Answers):
     """A conditional VAE, ``pair.model`` and ``pair.guide``, both programs of (x, y).
 
     Args:
@@ -228,11 +222,9 @@ class Conditional(assembly.Pair):
         Args:
             y: (B, C), or class numbers (B,).
             pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
-            seed: Of the draws; None goes on with torch's random state.
+            seed: As for `VAE.sample`.
         Returns:
             (B, *x_shape).
-        Raises:
-            ValueError: Another value of pixels.
         """
         y = data_of(y, name="y")
         with noise(seed):

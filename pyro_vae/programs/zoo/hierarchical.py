@@ -34,8 +34,8 @@ from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
-from pyro_vae.programs.vae import pixels_of
-from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood
+from pyro_vae.programs.vae import Answers, pixels_of
+from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood
 from pyro_vae.tensors import data_of, running
 
 
@@ -83,7 +83,7 @@ class HierarchicalGuide(Named):
         return below
 
 
-class Hierarchical(Pair):
+class Hierarchical(Answers):
     """A VAE of L >= 2 stochastic layers, ``pair.model`` and ``pair.guide``.
 
     Any part of any layer is a callable that returns a distribution: a posterior of `pyro_vae.parts.posteriors` serves
@@ -202,11 +202,9 @@ class Hierarchical(Pair):
         Args:
             size: How many.
             pixels: "mean" for E[x | z_1]; "draw" for a sample of p(x).
-            seed: Of the draws; None goes on with torch's random state.
+            seed: As for `VAE.sample`.
         Returns:
             (size, *x_shape).
-        Raises:
-            ValueError: Another value of pixels.
         """
         with noise(seed):
             z = self.model.prior().expand([size]).sample()

@@ -32,8 +32,8 @@ from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Guide, Model, Named, observe
-from pyro_vae.programs.vae import pixels_of
-from pyro_vae.programs.zoo.assembly import Conditional, Pair, pixel_likelihood
+from pyro_vae.programs.vae import Answers, pixels_of
+from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood
 
 
 class Clusters(nn.Module):
@@ -95,8 +95,7 @@ class MixtureModel(Named):
 
     def __init__(self, prior: ClusterPrior, likelihood: Conditional) -> None:
         super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
+        self.prior, self.likelihood = prior, likelihood
 
     def forward(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Run the program; arguments and result are those of `Model`."""
@@ -106,7 +105,7 @@ class MixtureModel(Named):
             return observe(self.likelihood(z), x)
 
 
-class Mixture(Pair):
+class Mixture(Answers):
     """A VAE with C clusters in its latent space, ``pair.model`` and ``pair.guide``.
 
     Train it with the cluster summed out by Pyro, or in the prior; the two are equal:
@@ -194,7 +193,7 @@ class Mixture(Pair):
             size: How many.
             cluster: c, to draw from one cluster only.
             pixels: "mean" for E[x | z]; "draw" for a sample of p(x).
-            seed: Of the draws; None goes on with torch's random state.
+            seed: As for `VAE.sample`.
         Returns:
             (size, *x_shape).
         Raises:

@@ -40,10 +40,9 @@ from pyro_vae.parts.posteriors import DiagonalNormal
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Named, batch_check, data_check, observe
-from pyro_vae.programs.vae import pixels_of
+from pyro_vae.programs.vae import Answers, pixels_of
 from pyro_vae.programs.zoo.assembly import (
     Conditional,
-    Pair,
     class_check,
     is_class_numbers,
     pixel_likelihood,
@@ -98,9 +97,7 @@ class SemiSupervisedModel(Named):
 
     def __init__(self, labels: Conditional, prior: Conditional, likelihood: Conditional) -> None:
         super().__init__()
-        self.labels = labels
-        self.prior = prior
-        self.likelihood = likelihood
+        self.labels, self.prior, self.likelihood = labels, prior, likelihood
 
     def check_data(self, x: Any = None, y: Any = None, *_: Any) -> None:
         """Refuse labels that are none, before anything is trained on them (see `pyro_vae.inference.starts`)."""
@@ -129,9 +126,7 @@ class SemiSupervisedGuide(Named):
         super().__init__()
         if alpha < 0:
             raise ValueError(f"alpha must be zero or positive, got {alpha}.")
-        self.classifier = classifier
-        self.posterior = posterior
-        self.alpha = alpha
+        self.classifier, self.posterior, self.alpha = classifier, posterior, alpha
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, **_: Any) -> Tensor:
         """Draw y ~ q(y | x) where it is not known, and z ~ q(z | x, y), (B, D)."""
@@ -146,14 +141,18 @@ class SemiSupervisedGuide(Named):
                     known = torch.where(y < 0, 0.0, given_x.log_prob(y.clamp(min=0)))
                     # A factor of the guide enters the bound with a minus.
                     pyro.factor("classification", -self.alpha * (known - known.detach()), has_rsample=True)
-                given_x = _pinned(given_x, y)
+                # The point at the label, and q(y | x) where that is -1.
+                logits = given_x.logits
+                hit = y.unsqueeze(-1) == torch.arange(logits.shape[-1], device=y.device)
+                point = torch.where(hit, 0.0, -torch.inf).to(logits)
+                given_x = dist.Categorical(logits=torch.where((y < 0).unsqueeze(-1), logits, point))
             drawn = pyro.sample("y", given_x, infer={"enumerate": "parallel"})
             posterior = self.posterior(x, drawn)
             batch_check(posterior, len(x))
             return pyro.sample("z", posterior)
 
 
-class SemiSupervised(Pair):
+class SemiSupervised(Answers):
     """A VAE with labels for some of its data (M2), ``pair.model`` and ``pair.guide``, programs of (x, y).
 
     Labels are integers, -1 where unknown. Train it with
@@ -251,11 +250,9 @@ class SemiSupervised(Pair):
         Args:
             y: Labels, (B,).
             pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
-            seed: Of the draws; None goes on with torch's random state.
+            seed: As for `VAE.sample`.
         Returns:
             (B, *x_shape).
-        Raises:
-            ValueError: Another value of pixels.
         """
         y = data_of(y, name="y")
         with noise(seed):
@@ -273,11 +270,3 @@ def label_check(x: Tensor | None, y: Tensor | None, among: TorchDistribution | N
         )
     if among is not None and readable(y):
         class_check(y, among.logits.shape[-1], unknown=True)
-
-
-def _pinned(given_x: TorchDistribution, y: Tensor) -> TorchDistribution:
-    """q(y | x) where the label is -1, and the point at the label elsewhere."""
-    logits = given_x.logits
-    hit = y.unsqueeze(-1) == torch.arange(logits.shape[-1], device=y.device)
-    point = torch.where(hit, 0.0, -torch.inf).to(logits)
-    return dist.Categorical(logits=torch.where((y < 0).unsqueeze(-1), logits, point))

@@ -1,0 +1,63 @@
+"""The command in several processes, as ``torchrun --nproc-per-node N -m pyro_vae fit ...`` starts them.
+
+The first one has the run folder, the bar and the words; the others train with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import click
+
+_T = TypeVar("_T")
+_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def number() -> int:
+    """How many processes were started together."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _NAMES) else 1
+
+
+@contextlib.contextmanager
+def group() -> Iterator[None]:
+    """The process group of this command, if it was started in several processes and has none yet."""
+    if number() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        yield
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def of_first(made: Callable[[], _T]) -> _T | None:
+    """What the first process makes; None in the others, which leave without a word where it fails."""
+    from pyro_vae.inference.ranks import first_says, world
+
+    rank, size = world()
+    if size == 1:
+        return made()
+    if rank:
+        if not first_says(None):
+            raise click.exceptions.Exit(2)
+        return None
+    fine = False
+    try:
+        result = made()
+        fine = True
+    finally:
+        first_says(fine)
+    return result

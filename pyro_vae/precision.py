@@ -1,0 +1,63 @@
+"""The precision of float32 matrix products, which torch keeps in two ways at once.
+
+``torch.set_float32_matmul_precision`` is the older one. The newer one, ``torch.backends.mkldnn.matmul.fp32_precision``
+and its like, can say more, and makes the older one raise where it has. Here both are read and put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class Precision(NamedTuple):
+    """What is set: the older name, None where the newer settings say something that has none; and these."""
+
+    name: str | None
+    cpu: str
+    gpu: str
+
+    def __str__(self) -> str:
+        return self.name or f"cpu {self.cpu}, gpu {self.gpu}"
+
+
+def current() -> Precision:
+    """What is set now."""
+    try:
+        name: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        name = None
+    return Precision(name, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+
+
+def put_back(before: Precision) -> None:
+    """Set what was set before."""
+    if before == current():
+        return
+    torch.set_float32_matmul_precision(before.name or "highest")
+    torch.backends.mkldnn.matmul.fp32_precision = before.cpu
+    torch.backends.cuda.matmul.fp32_precision = before.gpu
+
+
+@contextlib.contextmanager
+def kept(name: str | None = None) -> Iterator[None]:
+    """Inside, this precision by its older name, if any; afterwards what was set before.
+
+    Example:
+        >>> before = current()
+        >>> with kept("medium"):
+        ...     str(current())
+        'medium'
+        >>> current() == before
+        True
+    """
+    before = current()
+    if name is not None:
+        torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        put_back(before)
