@@ -4,9 +4,9 @@
     python benchmarks/kills.py --kills fit=3 evaluate=1          # fewer
 
 `fit` is killed at random moments of the whole command (training, pictures, evaluation, while it writes) and gone on
-with by `--resume`, again and again until it is done. Then weights, metrics and summary are compared with those of a run that
-nobody killed: to the bit, but for what a clock says. `evaluate` and `judge` are killed over a finished run, of which no
-byte may change and no half of an output may be left; the next `evaluate` prints what an undisturbed one printed.
+with by `--resume`, again and again until it is done. Then weights, metrics and summary are compared with those of a run
+that nobody killed: to the bit, but for what a clock says. `evaluate` and `judge` are killed over a finished run, of
+which no byte may change and no half of an output may be left; the next `evaluate` writes what an undisturbed one wrote.
 `compare` is killed over a study and typed again until it is done; its scores are those of an undisturbed one.
 
 Every command is a process of its own, forked from one that has imported all, so that the kills fall into the work.

@@ -2,8 +2,9 @@
 
     python benchmarks/processes.py --data-dir ../shared/data/mnist      # two minutes
 
-The default network of `pyro-vae fit --data mnist`, 512 images per process and step, eager and captured. One fit of all
-counts in each round, in turn; a rate is the median of a fit's epochs but the first. Writes benchmarks/results/processes.md.
+The default network of `pyro-vae fit --data mnist`, 512 images per process and step, eager and captured. Each round has
+one fit of each kind, in turn; a rate is the median of a fit's epochs but the first. Writes
+benchmarks/results/processes.md.
 """
 
 from __future__ import annotations
@@ -62,16 +63,19 @@ def main() -> None:
             for size in (1, 2):
                 found.setdefault((way, size), []).append(rate(size, given.data_dir, given.epochs, compile))
                 print(way, size, f"{found[way, size][-1]:,.0f} images/s", flush=True)
-    lines = [f"Two processes against one, each of one thread, {BATCH} images per process and step, "
-             f"{given.rounds} rounds in turn, medians. {machine(1, 'cpu')['cpu']}.", "",
-             "| steps | one process, images/s | two processes, images/s | ratio within rounds |", "|---|---|---|---|"]  # fmt: skip
+    cpu = machine(1, "cpu")["cpu"]
+    lines = [f"{cpu}, one thread each, {BATCH} images per process and step, medians of {given.rounds} rounds in turn."]
+    lines += [
+        "",
+        "| steps | one process, images/s | two processes, images/s | ratio within rounds |",
+        "|---|---|---|---|",
+    ]
     for way in WAYS:
         one, two = found[way, 1], found[way, 2]
         ratios = [b / a for a, b in zip(one, two, strict=True)]
-        lines.append(
-            f"| {way} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f}-{max(ratios):.2f}) |"
-        )
+        medians = [f"{statistics.median(rates):,.0f}" for rates in (one, two)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        lines.append(f"| {' | '.join([way, *medians, ratio])} |")
     text = "\n".join(lines) + "\n"
     print(text)
     (RESULTS / "processes.md").write_text(text, encoding="utf-8")

@@ -12,11 +12,9 @@ from typing import Any
 def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Have a file written beside its place and renamed, so that readers never see half of it.
 
-    Args:
-        path: The file, replaced if it is there; its folder must exist.
-        write: Writes to the path that it is given, which has the same suffix.
-    Raises:
-        OSError: Nothing can be written there; an older file is then as it was.
+    `write` gets a path of the same suffix; the file's folder must exist. Where nothing can be written there, it is an
+    OSError, and an older file is as it was.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

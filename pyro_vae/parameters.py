@@ -8,7 +8,8 @@ deals with this: while it is active, a ``pyro.param`` or ``pyro.module`` stateme
 that offers a module's own parameter gets exactly that parameter back.
 
 The store still is where Pyro's users keep what they trained. A fit leaves the pair's
-parameters there, under the names that Pyro's own SVI would have given them. And what was
+parameters there, under the names that Pyro's own SVI would have given them (those of this
+package's programs, whose names are unique, until the program is gone). And what was
 loaded there reaches a module that asks for it, by
 ``pyro.module(..., update_module_params=True)`` or through a ``PyroParam``. A value counts
 as loaded where no fit has left it there and no other module that is alive owns it.
@@ -34,6 +35,7 @@ from torch.distributions import constraints
 
 from pyro_vae.reach import modules_of
 
+_OWN_REFERENCES = 3  # of a tensor of the store: two of its tables, and the call that counts
 _FRESH = 64  # parameters offered under one name, none of them a second time: each run makes new ones
 
 # Tensors in the store that are other pairs': a fit left them there, or a module alive owns them. By id.
@@ -42,6 +44,27 @@ _others: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary(
 
 # Where loaded values are noted down, while somebody collects them.
 _collecting: list[list[tuple[Tensor, Tensor]]] = []
+
+
+# Names of programs, of which no others have them, that are gone.
+_gone: list[str] = []
+
+
+def leaves_with(program: Any, name: str) -> None:
+    """Have the parameters of a program of a unique name leave the store when it is gone, at the next fit."""
+    weakref.finalize(program, _gone.append, name).atexit = False
+
+
+def _forget_the_gone() -> None:
+    store = pyro.get_param_store()
+    held = []
+    for name in _gone:
+        for key in [key for key in store._params if key.startswith((f"{name}.", f"{name}$$$"))]:
+            if id(store._params[key]) in _others and sys.getrefcount(store._params[key]) <= _OWN_REFERENCES:
+                del store[key]
+            else:  # by a copy of the program, or a graph that is yet to go
+                held.append(name)
+    _gone[:] = dict.fromkeys(held)
 
 
 class _Itself(weakref.ref):
@@ -246,6 +269,8 @@ def own_parameters(*programs: Any, keep: bool = False, aside: bool = False) -> I
                     "train one tensor for both. Give each root module a name of its own: "
                     "PyroModule.__init__(self, name='guide')."
                 )
+    if keep:
+        _forget_the_gone()
     own = _OwnParameters(keep, aside)
     store = own.store
     for name, (tensor, constraint) in mine.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,11 +17,16 @@ class Precision(NamedTuple):
     """What is set: the older name, None where the newer settings say something that has none; and these."""
 
     name: str | None
-    cpu: str
-    gpu: str
+    cpu: str | None
+    gpu: str | None
 
     def __str__(self) -> str:
         return self.name or f"cpu {self.cpu}, gpu {self.gpu}"
+
+
+def _places() -> tuple[Any, Any]:
+    """Where the newer settings are; an older torch has none of them."""
+    return getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul
 
 
 def current() -> Precision:
@@ -30,7 +35,7 @@ def current() -> Precision:
         name: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:
         name = None
-    return Precision(name, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    return Precision(name, *(getattr(place, "fp32_precision", None) for place in _places()))
 
 
 def put_back(before: Precision) -> None:
@@ -38,8 +43,9 @@ def put_back(before: Precision) -> None:
     if before == current():
         return
     torch.set_float32_matmul_precision(before.name or "highest")
-    torch.backends.mkldnn.matmul.fp32_precision = before.cpu
-    torch.backends.cuda.matmul.fp32_precision = before.gpu
+    for place, value in zip(_places(), before[1:], strict=True):
+        if value is not None:
+            place.fp32_precision = value
 
 
 @contextlib.contextmanager

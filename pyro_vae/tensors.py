@@ -12,10 +12,9 @@ from torch import Tensor, nn
 def tensor_of(array: Any) -> Tensor:
     """A NumPy array of any numbers as a tensor of its own: values kept, of the nearest type that torch computes with.
 
-    16-bit and 32-bit unsigned integers become wider signed ones, long doubles 64-bit floats.
+    16-bit and 32-bit unsigned integers become wider signed ones, long doubles 64-bit floats. What is not numbers
+    (strings, dates, records, complex numbers), or beyond 64 bits, is a ValueError.
 
-    Raises:
-        ValueError: Not numbers (strings, dates, records, complex numbers), or integers beyond 64 bits.
     Example:
         >>> tensor_of(np.array([1, 65535], dtype=">u2"))
         tensor([    1, 65535], dtype=torch.int32)

@@ -43,15 +43,10 @@ def did_you_mean(got: object, known: Iterable[str]) -> str:
 
 
 def one_of(kind: str, given: object, known: Iterable[str], more: str = "") -> str:
-    """A known name in whatever spelling.
+    """A known name in whatever spelling; a ValueError, with a hint, where it is none of them.
 
-    Args:
-        kind: What it names, for the message.
-        given: As it came.
-        known: All that there are.
-        more: What else is possible, such as " or a function".
-    Raises:
-        ValueError: None of them.
+    `kind` is what it names, and `more` what else is possible, such as " or a function", for the message.
+
     Example:
         >>> one_of("schedule", "ONE_CYCLE", ["cosine", "one-cycle"])
         'one-cycle'

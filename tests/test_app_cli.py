@@ -299,7 +299,12 @@ def test_a_run_that_was_broken_off_goes_on_from_its_checkpoint(here, capsys, mon
     monkeypatch.setattr(training._Stepper, "epoch", killed_in_the_third)
     argv += ["--out", "part", "--checkpoint", "state.safetensors"]
     assert "killed" in failed(argv, capsys)
-    assert {path.name for path in here.iterdir()} == {"whole", "part", "state.safetensors"}
+    assert {path.name for path in here.iterdir()} == {
+        "whole",
+        "part",
+        "state.safetensors",
+        "state.previous.safetensors",
+    }
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert main(argv) == 0 and not (here / "state.safetensors").exists()

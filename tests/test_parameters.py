@@ -1,5 +1,8 @@
 """A pair's own tensors are trained, whatever they are called."""
 
+import copy
+import gc
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,6 +16,7 @@ from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.parameters import own_parameters
+from tests.pairs import binary, small_pair
 
 
 @pytest.fixture(autouse=True)
@@ -360,3 +364,25 @@ def test_a_cell_that_is_run_again_with_another_size_starts_afresh():
 
     first = cell(2)
     assert cell(3) != first and cell(2) == first
+
+
+def test_what_is_gone_leaves_the_store_and_what_is_held_stays():
+    """Programs of this package have unique names: a hundred fits would leave a hundred sets of parameters."""
+    pyro.clear_param_store()
+    pair = small_pair()
+    other = copy.copy(pair[0]), copy.deepcopy(pair[1])
+    fit(*pair, binary(), epochs=1, progress=False)
+    names = set(pyro.get_param_store().keys())
+    for _ in range(3):
+        dead = small_pair()
+        fit(*dead, binary(), epochs=1, progress=False)
+        del dead
+        gc.collect()
+    assert len(pyro.get_param_store()) == 2 * len(names)  # the last one leaves at the next fit
+    assert names < set(pyro.get_param_store().keys())
+    del pair
+    gc.collect()
+    fit(*small_pair(), binary(), epochs=1, progress=False)
+    left = names & set(pyro.get_param_store().keys())
+    assert left == {name for name in names if name.startswith("Model")}  # which the shallow copy holds
+    assert {id(pyro.get_param_store()._params[name]) for name in left} == {id(p) for p in other[0].parameters()}

@@ -53,10 +53,8 @@ _UNSAID: Any = 0
 
 
 def lenient(fn: Any) -> bool:
-    """Whether a distribution that a rehearsal made was told to score what lies outside of its support.
+    """Whether the fn of a site that a rehearsal made was told to score what lies outside of its support.
 
-    Args:
-        fn: The fn of a site.
     Example:
         >>> import pyro.distributions as dist
         >>> model = lambda x: pyro.sample("x", dist.Bernoulli(0.5, validate_args=False), obs=x)

@@ -64,34 +64,22 @@ class Budget:
 
 @dataclass
 class Examination:
-    """A pair under examination, what may be spent on it, and what later stages take from earlier ones.
-
-    Attributes:
-        model, guide, data: Pyro programs, and one batch, the arguments of both.
-        num_samples: K that was asked for.
-        observed: Which argument each observed site is.
-        options: Device, seed and progress of each estimate.
-        budget, per_draw: Of time; seconds for one sample of one datum, in bulk.
-        judged, better: The estimate of log p(x) at K, and one at more samples.
-        best: One that uses the best q of each datum too, where it can be relied upon.
-        training, training_source: One batch of data that the pair was fitted to, and what they were taken from.
-        history: The records of the fit, one per epoch, and whether patience ended it.
-    """
+    """A pair under examination, what may be spent on it, and what later stages take from earlier ones."""
 
     model: Program
     guide: Program
-    data: tuple[Any, ...]
-    num_samples: int
-    observed: Mapping[str, int] | None
-    options: dict[str, Any]
-    budget: Budget
-    per_draw: float = 0.0
-    judged: Estimate | None = None
-    better: Estimate | None = None
-    best: Mean | None = None
-    training: tuple[Any, ...] | None = None
-    training_source: Any = None
-    history: tuple[list[Mapping[str, Any]], bool] | None = None
+    data: tuple[Any, ...]  # one batch, the arguments of both
+    num_samples: int  # K that was asked for
+    observed: Mapping[str, int] | None  # which argument each observed site is
+    options: dict[str, Any]  # device, seed and progress of each estimate
+    budget: Budget  # of time
+    per_draw: float = 0.0  # seconds for one sample of one datum, in bulk
+    judged: Estimate | None = None  # log p(x) at K
+    better: Estimate | None = None  # log p(x) at more samples
+    best: Mean | None = None  # one that uses the best q of each datum too, where it can be relied upon
+    training: tuple[Any, ...] | None = None  # one batch of data that the pair was fitted to
+    training_source: Any = None  # what they were taken from
+    history: tuple[list[Mapping[str, Any]], bool] | None = None  # records, one per epoch; whether patience ended it
 
     @property
     def num_data(self) -> int:

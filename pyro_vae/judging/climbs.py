@@ -24,33 +24,20 @@ _PATIENCE = 2  # windows
 
 
 class Optimum(NamedTuple):
-    """Where the steps ended, and the way there.
+    """Where the steps ended, and the way there."""
 
-    Attributes:
-        rows: The best parameters found, (B, P).
-        path: Averages over the last three windows at the full rate, the latest first, (B, 3, P).
-        steps: Taken, per datum, (B,).
-        stopped: Whether the bound had stopped rising before the steps were used up, (B,).
-    """
-
-    rows: Tensor
-    path: Tensor
-    steps: Tensor
-    stopped: Tensor
+    rows: Tensor  # the best parameters found, (B, P)
+    path: Tensor  # averages over the last three windows at the full rate, the latest first, (B, 3, P)
+    steps: Tensor  # taken, per datum, (B,)
+    stopped: Tensor  # whether the bound had stopped rising before the steps were used up, (B,)
 
 
 class Climb(NamedTuple):
-    """How the steps of some data went, each (B,).
+    """How the steps of some data went, each (B,)."""
 
-    Attributes:
-        remaining: What the bound may still have risen, in nats.
-        slope: How much it rose over the last window.
-        steps, stopped: As in `Optimum`.
-    """
-
-    remaining: Tensor
-    slope: Tensor
-    steps: Tensor
+    remaining: Tensor  # what the bound may still have risen, in nats
+    slope: Tensor  # how much it rose over the last window
+    steps: Tensor  # as in `Optimum`
     stopped: Tensor
 
 

@@ -28,10 +28,7 @@ class Scorer:
     """log p of a program's sites at given latents, for all chains in one run of the program.
 
     Of a guide with one site, whose distribution depends on x only, the first run serves for all.
-
-    Attributes:
-        sites: Its sites, as one plain run gave them.
-        frame: Where its data lie.
+    `sites` and `frame`: its sites, as one plain run gave them, and where their data lie.
     """
 
     def __init__(self, program: Program, args: tuple[Any, ...], guide: bool = False) -> None:

@@ -42,17 +42,11 @@ JITTER = 0.2
 
 
 class State(NamedTuple):
-    """C chains of B data at one moment.
+    """C chains of B data at one moment."""
 
-    Attributes:
-        position: u, (C, B, U).
-        values: log f_j(u), (J, C, B).
-        gradients: Their gradients, (J, C, B, U).
-    """
-
-    position: Tensor
-    values: Tensor
-    gradients: Tensor
+    position: Tensor  # u, (C, B, U)
+    values: Tensor  # log f_j(u), (J, C, B)
+    gradients: Tensor  # their gradients, (J, C, B, U)
 
     @classmethod
     def at(cls, density: Density, position: Tensor) -> State:
@@ -158,19 +152,12 @@ def _mixed(mixture: Tensor, rows: Tensor) -> Tensor:
 
 
 class Kernels(NamedTuple):
-    """All that the moves of annealed chains depend on; the same forward and backward.
+    """All that the moves of annealed chains depend on; the same forward and backward."""
 
-    Attributes:
-        beta: b_t, (T + 1, B).
-        step_size: e_t of the moves t = 1, ..., T - 1, (T - 1, B).
-        precision: 1 / s^2 at both ends of the path, (2, B, U); in between it is their mixture, as for Gaussians.
-        num_leapfrog: Leapfrog steps a move.
-    """
-
-    beta: Tensor
-    step_size: Tensor
-    precision: Tensor
-    num_leapfrog: int
+    beta: Tensor  # b_t, (T + 1, B)
+    step_size: Tensor  # e_t of the moves t = 1, ..., T - 1, (T - 1, B)
+    precision: Tensor  # 1 / s^2 at both ends of the path, (2, B, U); in between it is their mixture, as for Gaussians
+    num_leapfrog: int  # leapfrog steps a move
 
     def mixture(self, t: int) -> Tensor:
         """(1 - b_t, b_t), (2, B)."""

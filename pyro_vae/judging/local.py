@@ -30,19 +30,12 @@ from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of, loca
 
 
 class LocalForm(NamedTuple):
-    """A family for a batch of data, with a row of free parameters each.
+    """A family for a batch of data, with a row of free parameters each."""
 
-    Attributes:
-        start: Where the rows start, (B, P).
-        relative_rates: Relative learning rate of each column, (P,).
-        guide: From rows (B', P) to a guide of as many data.
-        rescoring: What it takes to score a draw that it did not make, as of a posterior.
-    """
-
-    start: Tensor
-    relative_rates: Tensor
-    guide: Callable[..., Program]
-    rescoring: Rescoring = "one pass"
+    start: Tensor  # where the rows start, (B, P)
+    relative_rates: Tensor  # relative learning rate of each column, (P,)
+    guide: Callable[..., Program]  # from rows (B', P) to a guide of as many data
+    rescoring: Rescoring = "one pass"  # what it takes to score a draw that it did not make, as of a posterior
 
 
 def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> LocalForm:

@@ -47,29 +47,17 @@ _POINTS = (np.arange(200) + 0.5) / 200  # quantiles of the uncertain variance
 
 @dataclass(frozen=True)
 class Scores:
-    """One fitted pair on the data that all are compared on, in nats.
+    """One fitted pair on the data that all are compared on, in nats."""
 
-    Attributes:
-        log_p: Estimates of log p(x) per datum, (N,).
-        mc_stderr: The Monte Carlo standard error of their mean.
-        elbo: The ELBO per datum, (N,).
-        pareto_k: k-hat of the weights per datum, (N,); nan by quadrature.
-        num_samples: K, as it was asked for; a grid, where `log_likelihood` takes one, has its own number of points.
-        bound: Whether log_p is no more than a lower bound.
-        seed: Of the fit; fits of two arms with one seed are paired.
-        seconds: That the fit took.
-        parameters: That were trained.
-    """
-
-    log_p: Tensor
-    mc_stderr: float
-    elbo: Tensor
-    pareto_k: Tensor
-    num_samples: int
-    bound: bool = False
-    seed: int = 0
-    seconds: float = math.nan
-    parameters: int = 0
+    log_p: Tensor  # estimates of log p(x) per datum, (N,)
+    mc_stderr: float  # the Monte Carlo standard error of their mean
+    elbo: Tensor  # the ELBO per datum, (N,)
+    pareto_k: Tensor  # k-hat of the weights per datum, (N,); nan by quadrature
+    num_samples: int  # K, as it was asked for; a grid, where `log_likelihood` takes one, has its own number of points
+    bound: bool = False  # whether log_p is no more than a lower bound
+    seed: int = 0  # of the fit; fits of two arms with one seed are paired
+    seconds: float = math.nan  # that the fit took
+    parameters: int = 0  # that were trained
 
 
 @checked
@@ -186,7 +174,10 @@ def _squeezed(variances: np.ndarray, freedom: np.ndarray, most: int) -> tuple[np
     logs = np.log(own) - special.digamma(degrees / 2) + np.log(degrees / 2)
     excess = logs.var(ddof=1) - special.polygamma(1, degrees / 2).mean()
     if excess > 0:
-        prior = 2 * optimize.newton(lambda y: 1 / special.polygamma(1, y) - 1 / excess, 0.5 + 1 / excess, tol=1e-10)
+        inverse = optimize.newton(  # of the trigamma function
+            lambda y: 1 / special.polygamma(1, y) - 1 / excess, 0.5 + 1 / excess, tol=1e-10, rtol=1e-10, disp=False
+        )
+        prior = 2 * float(inverse)
         center = math.exp(logs.mean() + special.digamma(prior / 2) - math.log(prior / 2))
         new, total = (prior * center + degrees * own) / (prior + degrees), prior + degrees
     else:

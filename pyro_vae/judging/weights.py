@@ -43,29 +43,17 @@ _LEAST = 25
 
 
 class Scored(NamedTuple):
-    """What the weights of B data say, each (B,), in nats.
+    """What the weights of B data say, each (B,), in nats."""
 
-    Attributes:
-        elbo: Mean log weight.
-        elbo_variance: Its Monte Carlo variance; nan for K = 1, as of all that follow.
-        log_p: log 1/K sum_k w_k.
-        log_p_variance: Its Monte Carlo variance, to first order.
-        bias: Its bias by the jackknife.
-        ess: Effective number of samples, (sum w)^2 / sum w^2.
-        pareto_k: k-hat.
-        smoothed: log 1/K sum_k w_k after Pareto smoothing of the largest weights.
-        smoothed_variance: Its Monte Carlo variance.
-    """
-
-    elbo: Tensor
-    elbo_variance: Tensor
-    log_p: Tensor
-    log_p_variance: Tensor
-    bias: Tensor
-    ess: Tensor
-    pareto_k: Tensor
-    smoothed: Tensor
-    smoothed_variance: Tensor
+    elbo: Tensor  # mean log weight
+    elbo_variance: Tensor  # its Monte Carlo variance; nan for K = 1, as of all that follow
+    log_p: Tensor  # log 1/K sum_k w_k
+    log_p_variance: Tensor  # its Monte Carlo variance, to first order
+    bias: Tensor  # its bias by the jackknife
+    ess: Tensor  # effective number of samples, (sum w)^2 / sum w^2
+    pareto_k: Tensor  # k-hat
+    smoothed: Tensor  # log 1/K sum_k w_k after Pareto smoothing of the largest weights
+    smoothed_variance: Tensor  # its Monte Carlo variance
 
     @classmethod
     def of(cls, log_weight: Tensor, joint: int = 1) -> Scored:
@@ -298,11 +286,7 @@ def pool(own: Mapping[str, Scored], mixed: Scored | None, pooled: list[str], giv
 
 
 class Proposals:
-    """What the weights of several proposals for one log p(x) say, batch by batch.
-
-    Attributes:
-        pooled: Names of those that score each other's draws.
-    """
+    """What the weights of several proposals for one log p(x) say, batch by batch; `pooled` score each other's."""
 
     def __init__(self) -> None:
         self.pooled: list[str] = []

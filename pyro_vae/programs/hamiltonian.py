@@ -102,8 +102,7 @@ class Hamiltonian(Refined):
         ValueError: An option out of range; a base guide whose sites are points, not
             reparameterised, auxiliary, or not over R^D; a scale.
     Example:
-        >>> from pyro_vae.programs.pair import Guide
-        >>> from pyro_vae.programs.pair import Model
+        >>> from pyro_vae import Guide, Model
         >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
         ...               lambda z: dist.Normal(z, 1.0).to_event(1))
         >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))

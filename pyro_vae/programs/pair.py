@@ -31,6 +31,8 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_vae.parameters import leaves_with
+
 _count = itertools.count(1)
 _Self = TypeVar("_Self", bound="Named")
 
@@ -48,6 +50,7 @@ class Named(PyroModule):
 
     def __init__(self) -> None:
         super().__init__(_unique_name(type(self).__name__))
+        leaves_with(self, self._pyro_name)
 
     def __copy__(self: _Self) -> _Self:
         result = self.__class__.__new__(self.__class__)
@@ -60,6 +63,7 @@ class Named(PyroModule):
         for key, value in self.__dict__.items():
             result.__dict__[key] = copy.deepcopy(value, memo)
         _rename(result, _unique_name(type(self).__name__))
+        leaves_with(result, result._pyro_name)
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,6 +74,7 @@ class Named(PyroModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _rename(self, _unique_name(type(self).__name__))
+        leaves_with(self, self._pyro_name)
 
 
 def _unique_name(kind: str) -> str:

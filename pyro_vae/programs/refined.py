@@ -52,15 +52,8 @@ def hidden(frames: tuple[Any, ...] = ()) -> Iterator[None]:
 class Refined(Named):
     """A guide that improves on another one; abstract.
 
-    With no steps it is its base guide. The model is not a submodule: its parameters are
-    its own, and the guide neither lists, moves nor saves them.
-
-    Args:
-        model: The model that both are guides of.
-        guide: The base guide, reparameterised at every site.
-        num_steps: How many steps of improvement.
-    Raises:
-        ValueError: A negative number of steps.
+    With no steps it is its base guide, reparameterised at every site; a negative number is refused. The model is not a
+    submodule: its parameters are its own, and the guide neither lists, moves nor saves them.
     """
 
     def __init__(self, model: Program, guide: Program, num_steps: int) -> None:

@@ -74,8 +74,7 @@ class SemiAmortized(Refined):
             reparameterised, or whose distribution cannot be rebuilt from parameters.
     Example:
         >>> import pyro.distributions as dist
-        >>> from pyro_vae.programs.pair import Guide
-        >>> from pyro_vae.programs.pair import Model
+        >>> from pyro_vae import Guide, Model
         >>> model = Model(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
         ...               lambda z: dist.Normal(z, 1.0).to_event(1))
         >>> base = Guide(lambda x: dist.Normal(torch.zeros_like(x), 1.0).to_event(1))

@@ -20,8 +20,8 @@ enter are taken datum by datum. All else in a flow is elementwise in the batch a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, ClassVar, TypeAlias
 
@@ -133,16 +133,14 @@ def pushforward(
     if context is not None:
         base = base.expand(context.shape[:-1])
     there, back = (transform, transform.inv) if fast == "sampling" else (transform.inv, transform)
+    if loc is None or log_scale is None:
+        return Pushforward(base, functools.partial(_mapped, there), functools.partial(_mapped, back))
 
     def push(u: Tensor) -> tuple[Tensor, Tensor]:
         z, log_det = _mapped(there, u)
-        if loc is None or log_scale is None:
-            return z, log_det
         return loc + log_scale.exp() * z, log_det + log_scale.sum(-1)
 
     def pull(z: Tensor) -> tuple[Tensor, Tensor]:
-        if loc is None or log_scale is None:
-            return _mapped(back, z)
         u, log_det = _mapped(back, (z - loc) * (-log_scale).exp())
         return u, log_det - log_scale.sum(-1)
 
@@ -214,18 +212,11 @@ def own_weights(flow: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def with_weights(q: Pushforward, flow: nn.Module, weights: Mapping[str, Tensor]) -> Pushforward:
     """The distribution q of a flow, (B,), under weights per datum, (B, *shape) each, all or some of `own_weights`."""
 
-    @contextlib.contextmanager
-    def exchanged() -> Iterator[None]:
-        with _reparametrize_module(flow, dict(weights)), _DatumByDatum():
-            yield
+    def exchanged(way: Map) -> Map:
+        def run(value: Tensor) -> tuple[Tensor, Tensor]:
+            with _reparametrize_module(flow, dict(weights)), _DatumByDatum():
+                return way(value)
 
-    def push(u: Tensor) -> tuple[Tensor, Tensor]:
-        with exchanged():
-            return q.push(u)
+        return run
 
-    def pull(z: Tensor) -> tuple[Tensor, Tensor]:
-        assert q.pull is not None
-        with exchanged():
-            return q.pull(z)
-
-    return Pushforward(q.base, push, None if q.pull is None else pull)
+    return Pushforward(q.base, exchanged(q.push), None if q.pull is None else exchanged(q.pull))

@@ -13,6 +13,7 @@ has none for this pair of classes, so that Pyro's ``TraceMeanField_ELBO`` integr
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -119,9 +120,7 @@ class CholeskyNormal(_Normal):
         return self._loc + _columnwise(torch.matmul, self._scale_tril, noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        def solve(matrix: Tensor, columns: Tensor) -> Tensor:
-            return torch.linalg.solve_triangular(matrix, columns, upper=False)
-
+        solve = functools.partial(torch.linalg.solve_triangular, upper=False)
         white = _columnwise(solve, self._scale_tril, value - self._loc)
         return -0.5 * (white.square().sum(-1) + self.log_det + self.event_shape[0] * _LOG_TWO_PI)
 
@@ -192,11 +191,9 @@ class LowRankNormal(_Normal):
         return self._loc + self._scale * (noise + _columnwise(torch.matmul, self._factor, few))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        def explain(matrix: Tensor, columns: Tensor) -> Tensor:
-            return torch.cholesky_solve(columns, matrix)
-
         white = (value - self._loc) / self._scale
-        few = _columnwise(explain, self._capacitance_tril(), _columnwise(torch.matmul, self._factor.mT, white))
+        seen = _columnwise(torch.matmul, self._factor.mT, white)
+        few = _columnwise(lambda tril, columns: torch.cholesky_solve(columns, tril), self._capacitance_tril(), seen)
         rest = white - _columnwise(torch.matmul, self._factor, few)
         quadratic = rest.square().sum(-1) + few.square().sum(-1)
         return -0.5 * (quadratic + self.log_det + self.event_shape[0] * _LOG_TWO_PI)

@@ -103,7 +103,6 @@ class Bernoulli(Likelihood):
     Args:
         decoder: z, (..., D), to logits, (..., *x_shape).
     Example:
-        >>> import torch
         >>> Bernoulli(torch.nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
         torch.Size([6])
     """
@@ -124,7 +123,6 @@ class ContinuousBernoulli(Likelihood):
     Args:
         decoder: z, (..., D), to logits, (..., *x_shape).
     Example:
-        >>> import torch
         >>> ContinuousBernoulli(torch.nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
         torch.Size([6])
 
@@ -216,13 +214,8 @@ class StandardizedNormal(dist.Normal):
         log p(x) = log N(u; mu, sigma^2) - log s
 
     The same number as that of the Normal with these moments, but for rounding: where m is large, x - (m + s mu) has
-    lost the digits that u - mu still has.
+    lost the digits that u - mu still has. Made of mu, sigma, (...), m and s, which broadcast to them.
 
-    Args:
-        loc: mu, (...).
-        scale: sigma > 0, (...).
-        shift: m, broadcastable to mu.
-        stretch: s > 0, broadcastable to mu.
     Example:
         >>> StandardizedNormal(torch.zeros(()), torch.ones(()), torch.tensor(5.0), torch.tensor(2.0)).mean
         tensor(5.)

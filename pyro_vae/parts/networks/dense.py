@@ -102,7 +102,6 @@ class MLP(nn.Module):
     Attributes:
         out_features: Number of outputs.
     Example:
-        >>> import torch
         >>> MLP((1, 8, 8), [32], None)(torch.zeros(5, 3, 1, 8, 8)).shape
         torch.Size([5, 3, 32])
         >>> MLP(2, [32], (1, 8, 8))(torch.zeros(5, 3, 2)).shape
@@ -135,10 +134,8 @@ class MLP(nn.Module):
 class GatedLinear(nn.Module):
     """h = act(W1 x + b) * sigmoid(W2 x + c), over any leading dimensions.
 
-    Args:
-        in_features: Number of inputs.
-        out_features: Number of outputs.
-        activation: Name of the activation of the ungated half; None for none, as in the paper.
+    The activation is that of the ungated half; None for none, as in the paper.
+
     Example:
         >>> GatedLinear(3, 4)(torch.zeros(5, 2, 3)).shape
         torch.Size([5, 2, 4])
@@ -204,17 +201,11 @@ def set_output_mean(decoder: nn.Module, mean: Tensor, floor: float = 1e-3) -> No
 
 
 class Networks(NamedTuple):
-    """An encoder and a decoder that go together: what a name of `pyro_vae.parts.names.NETWORKS` stands for.
+    """An encoder and a decoder that go together: what a name of `pyro_vae.parts.names.NETWORKS` stands for."""
 
-    Attributes:
-        encoder: (x_shape, hidden widths, activation=name) to a network from data to features.
-        decoder: (latent_dim, out_shape, hidden widths, activation=name) to one from latents to the data's shape.
-        layers: Whether it has hidden layers.
-    """
-
-    encoder: Callable[..., nn.Module]
-    decoder: Callable[..., nn.Module]
-    layers: bool = True
+    encoder: Callable[..., nn.Module]  # (x_shape, hidden widths, activation=name) to a network from data to features
+    decoder: Callable[..., nn.Module]  # (latent_dim, out_shape, hidden widths, activation=name) to one from latents
+    layers: bool = True  # whether it has hidden layers
 
 
 def _dense(network: Callable[..., nn.Module], **fixed: Any) -> Networks:

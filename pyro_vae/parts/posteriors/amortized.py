@@ -46,14 +46,12 @@ class Amortized(nn.Module, ABC):
     Raises:
         ValueError: The number of features is unknown, or a size is not positive.
     Example:
-        >>> import pyro.distributions as dist
         >>> class Laplace(Amortized):
         ...     def __init__(self, encoder, latent_dim):
         ...         super().__init__(encoder, latent_dim, 2 * latent_dim)
         ...     def family(self, parameters):
         ...         loc, log_scale = parameters.chunk(2, -1)
         ...         return dist.Laplace(loc, log_scale.exp()).to_event(1)
-        >>> import torch
         >>> Laplace(nn.Linear(3, 4), latent_dim=2)(torch.zeros(5, 3)).event_shape
         torch.Size([2])
     """

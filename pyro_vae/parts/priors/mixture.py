@@ -142,7 +142,6 @@ class VampPrior(nn.Module):
         ValueError: A posterior that cannot score samples that it did not draw; no
             pseudo-inputs; pseudo-inputs outside of the bounds.
     Example:
-        >>> import pyro.distributions as dist
         >>> posterior = lambda x: dist.Normal(x, torch.ones_like(x)).to_event(1)
         >>> VampPrior(posterior, torch.tensor([[-1.0], [1.0]]))().log_prob(torch.zeros(1))
         tensor(-1.4189, grad_fn=...)

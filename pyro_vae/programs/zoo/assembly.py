@@ -55,7 +55,6 @@ def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
     Returns:
         A `VAE` whose guide is a point.
     Example:
-        >>> import torch
         >>> autoencoder((1, 8, 8), latent_dim=2, hidden=(32,)).reconstruct(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 1, 8, 8])
     """

@@ -60,12 +60,7 @@ class Clusters(nn.Module):
 
 
 class ClusterPrior(nn.Module):
-    """p(z) = sum_c p(c) p(z | c): learned weights, and any family of components.
-
-    Args:
-        num_clusters: C.
-        components: c, integers (...), to p(z | c), batch_shape (...).
-    """
+    """p(z) = sum_c p(c) p(z | c): learned weights, and any components, from c, integers (...), to batch_shape (...)."""
 
     def __init__(self, num_clusters: int, components: Conditional) -> None:
         super().__init__()

@@ -55,8 +55,6 @@ from pyro_vae.tensors import data_of, running
 class Labels(nn.Module):
     """p(y) = 1 / C.
 
-    Args:
-        num_classes: C.
     Example:
         >>> Labels(4)().log_prob(torch.tensor(3)).exp()
         tensor(0.2500)

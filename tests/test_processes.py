@@ -1,0 +1,108 @@
+"""The command under torchrun: one run of several processes, which a killed worker does not end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pyro_vae.app import cli
+
+RUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2",
+       "--master-port", str(20_000 + os.getpid() % 20_000), "-m", "pyro_vae"]  # fmt: skip
+SMALL = ["fit", "--data", "digits", "--hidden", "32", "--latent-dim", "2", "--epochs", "40", "--batch-size", "32",
+         "--evaluation-samples", "20"]  # fmt: skip
+
+
+def started(folder, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen([*RUN, *arguments], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def worker(rank, folder):
+    """The process of that rank, once it is there."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(path / "cwd") == str(folder) and f"RANK={rank}".encode() in (
+                path / "environ"
+            ).read_bytes().split(b"\0"):
+                return int(path.name)
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_and_ends_in_the_same_weights(tmp_path):
+    whole = started(tmp_path, *SMALL, "--out", "whole")
+    said, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["processes"] == 2
+    assert said.count("test ELBO") == 1  # one of them speaks
+    broken = started(tmp_path, *SMALL, "--out", "broken")
+    while not (tmp_path / "broken" / "checkpoint.safetensors").is_file():
+        assert broken.poll() is None, broken.communicate()[0]
+        time.sleep(0.01)
+    os.kill(worker(1, tmp_path), signal.SIGKILL)
+    said, _ = broken.communicate(timeout=300)
+    assert broken.returncode == 0 and "going on after epoch" in said, said
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+    metrics = [[json.loads(line)["bound"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+               for name in ("whole", "broken")]  # fmt: skip
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 40
+
+
+def test_what_does_not_share_its_work_is_refused_in_several_processes(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for command in ("judge", "evaluate", "compare"):
+        assert cli.main([command, "runs/a"]) == 2
+        assert f"got {command} in 2 processes" in capsys.readouterr().err
+
+
+def test_resume_goes_on_with_an_unfinished_run_only(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = [*SMALL[:-4], "--epochs", "1", "--evaluation-samples", "5", "--limit", "40", "--out", "a", "--quiet"]
+    assert cli.main(run) == 0
+    for arguments, words in {
+        ("--resume", "a"): "which is finished",
+        ("--resume", "b"): "which is no run folder",
+        ("--resume", "a", "--epochs", "3"): "with --epochs, wanted no other option",
+        ("--resume", "a", "--out", "c"): "with --out, wanted no other option",
+    }.items():
+        assert cli.main(["fit", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_run_that_is_resumed_is_the_run_that_was_not_broken_off(monkeypatch, capsys, tmp_path):
+    """After Ctrl-C between two epochs, by --resume alone; also with the state somewhere else."""
+    from pyro_vae.app.progress import Progress
+
+    monkeypatch.chdir(tmp_path)
+    base = ["fit", "--data", "digits", "--limit", "200", "--hidden", "16", "--latent-dim", "2", "--epochs", "4",
+            "--evaluation-samples", "5", "--evaluation-images", "10", "--quiet"]  # fmt: skip
+    assert cli.main([*base, "--out", "whole"]) == 0
+    call = Progress.__call__
+
+    def broken(self, record):
+        call(self, record)
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    for name, more in {"a": [], "b": ["--checkpoint", str(tmp_path / "state.safetensors")]}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "__call__", broken)
+            assert cli.main([*base, "--out", name, *more]) == 130
+        assert f"pyro-vae fit --resume {name}" in capsys.readouterr().err
+        assert cli.main(["fit", "--resume", name, "--quiet"]) == 0
+        files = sorted(str(p.relative_to(name)) for p in Path(name).rglob("*"))
+        assert files == sorted(str(p.relative_to("whole")) for p in Path("whole").rglob("*"))
+        assert Path(name, "weights.safetensors").read_bytes() == Path("whole", "weights.safetensors").read_bytes()
+    assert not Path("state.safetensors").exists()
