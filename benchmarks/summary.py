@@ -98,7 +98,7 @@ def ratio_text(found: Mapping[str, float] | None) -> str:
 
 def machine(threads: int, device: str) -> dict[str, Any]:
     """Processor, load and versions: what every table of numbers has above it."""
-    setup = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": threads, "device": device}
+    setup = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "device": device}
     if device.startswith("cuda"):
         setup["gpu"] = _gpu_name()
     return setup | {"load_before": round(os.getloadavg()[0], 2), "versions": versions()}
@@ -124,7 +124,7 @@ def versions() -> dict[str, str]:
     return found | {"pyro-vae": importlib.import_module("pyro_vae").__version__}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -111,6 +111,19 @@ def test_the_signal_of_the_encoder_falls_or_rises_with_k():
         lab.row(SCORE, 8)
 
 
+def test_the_picture_has_one_curve_where_the_estimators_agree():
+    pair = Gaussian()
+    options = {"estimators": (REPARAMETERIZED, LANDING), "num_samples": (2, 4), "repeats": 10}
+    lab = gradient_lab(pair.model, pair.guide, pair.x, **options)
+    ours, theirs = (lab.row(name, 4, "decoder").snr for name in (REPARAMETERIZED, LANDING))
+    assert ours == pytest.approx(theirs) and lab.row(LANDING, 4).snr != pytest.approx(lab.row(REPARAMETERIZED, 4).snr)
+    axes = lab.plot().axes[0]
+    words = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert words == {f"{REPARAMETERIZED} (encoder)", f"{LANDING} (encoder)", "all (decoder)"}
+    line = next(line for line in axes.lines if line.get_label() == "all (decoder)")
+    assert list(line.get_ydata()) == pytest.approx([lab.row(LANDING, k, "decoder").snr for k in (2, 4)])
+
+
 def correlated(rows, seed, shift=0.0):
     """Gradients of 5 parameters with a known covariance."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,6 +3,8 @@
 import ast
 import base64
 import copy
+import json
+import sys
 from pathlib import Path
 
 import nbformat
@@ -101,6 +103,22 @@ def test_the_korean_edition_has_the_same_cells(path):
         assert ast.dump(ast.parse(python(mine))) == ast.dump(ast.parse(python(theirs)))
     for cell in cells(own, IN_MARKDOWN):
         assert any("가" <= letter <= "힣" for letter in cell.source)
+
+
+@pytest.mark.parametrize("path", [path for path in COURSE if path.name.startswith("05")], ids=name)
+def test_the_table_of_mnist_is_what_was_measured(path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(FOLDER.parent / "benchmarks"), *sys.path])
+    from course_table import FOLDER as KEPT
+    from course_table import table
+
+    results = json.loads((KEPT / "course_table.json").read_text())
+    kept = (KEPT / "course_table.md").read_text()
+    assert kept == table(results) + "\n"
+    assert results["settings"]["limit"] is None and "/tmp" not in results["command"]
+    notebook = nbformat.read(path, as_version=4)
+    shown = [o["data"].get("text/markdown") for c in cells(notebook, IN_CODE) for o in c.outputs if "data" in o]
+    assert kept in shown
+    assert all(row["whole"]["images"] == 10_000 for row in results["rows"].values())
 
 
 def spoilt(change):

@@ -113,16 +113,24 @@ class GradientLab(Result):
         return [row(each) | {"relative_bias": each.relative_bias} for each in self.measured]
 
     def plot(self, ax: Any = None) -> Any:
-        """The SNR of each estimator and part against K, a figure."""
+        """The SNR of each estimator and part against K, a figure; what all estimators have in common is drawn once."""
         counts = sorted({each.num_samples for each in self.measured})
         found = {(f"{each.estimator} ({each.part})", each.num_samples): each for each in self.measured}
         names = dict.fromkeys(name for name, _ in found)
         rows = {name: [found.get((name, count)) for count in counts] for name in names}
         values = {name: [math.nan if r is None else r.snr for r in row] for name, row in rows.items()}
         errors = {name: [math.nan if r is None else r.snr_stderr for r in row] for name, row in rows.items()}
+        for part in dict.fromkeys(each.part for each in self.measured):
+            first, *others = [name for name in values if name.endswith(f"({part})")]
+            pairs = [pair for name in others for pair in zip(values[first], values[name], strict=True)]
+            if others and all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs):
+                # The decoder's gradient is the same for all at one noise: one curve, not several over one another.
+                common = [(values.pop(name), errors.pop(name)) for name in (first, *others)]
+                values[f"all ({part})"], errors[f"all ({part})"] = common[0]
         figure = plots.bounds_by_samples(counts, values, errors, ax=ax)
         ax = figure.axes[0] if ax is None else ax
         ax.set(ylabel="signal-to-noise ratio", yscale="log")
+        ax.legend(frameon=False, fontsize=9, loc="best")
         ax.set_title(f"Gradients of {self.bound} by number of samples", loc="left", fontsize=11)
         return figure
 
