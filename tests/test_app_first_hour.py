@@ -237,7 +237,7 @@ def test_a_sparing_checkpoint_takes_its_share_of_the_time(tmp_path, monkeypatch)
 
     clock = [0.0]
     monkeypatch.setattr(checkpoints.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(checkpoints, "replace_file", lambda *_: clock.__setitem__(0, clock[0] + 1))
+    monkeypatch.setattr(checkpoints.seals, "save", lambda *_: clock.__setitem__(0, clock[0] + 1))
     found = checkpoints.Checkpoint(Sparing(tmp_path / "a.safetensors", share=0.01), {"a": torch.zeros(1)}, {})
     written = 0
     for _ in range(1000):

@@ -576,7 +576,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "wanted a folder to write to" in capsys.readouterr().err
     for arguments, message in (
         (["judge", "nowhere"], "wanted a run folder"),
-        (["judge", "run", "--num-data", "1"], "1 is not in the range x>=2"),
+        (["judge", "run", "--num-data", "1"], "1 is not in the range 2<=x<=2147483647"),
         (["judge", "run", "--budget", "0"], "0 is not in the range x>=1"),
     ):
         assert main(arguments) == 2 and message in capsys.readouterr().err

@@ -77,6 +77,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_leaves_the_process_as_it_was(name):
     pair = small_pair()
+    pyro.clear_param_store()
     matplotlib.pyplot.close("all")
     before = state()
     with warnings.catch_warnings():
@@ -151,6 +152,7 @@ def of_evaluation(m, g):
 @pytest.mark.parametrize("broken", [of_callback, of_loader, of_model, of_evaluation])
 def test_what_breaks_inside_leaves_all_as_it_was_and_the_pair_usable(broken):
     pair = small_pair()
+    pyro.clear_param_store()
     before = state()
     with pytest.raises(Broken):
         broken(*pair)

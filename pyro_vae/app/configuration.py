@@ -20,7 +20,7 @@ from pyro_vae.words import did_you_mean
 # Options of the command that are no part of a run's configuration.
 COMMAND_ONLY = {"out": "str", "checkpoint": "str", "quiet": "bool"}
 _TYPES = {field.name: str(field.type) for field in fields(FitOptions)} | COMMAND_ONLY
-_MOST = 2**64
+_MOST = 2**512
 _WORDS = {
     "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
     "tuple[int, ...]": "whole numbers such as 400,400",

@@ -65,7 +65,8 @@ def base(path: str | os.PathLike[str]) -> Run:
         if not path.is_dir():
             raise ValueError("wanted a run folder, as 'pyro-vae fit' writes one.")
         if is_unfinished(path):
-            raise ValueError("an unfinished run, wanted a finished one. Go on with it first: pyro-vae fit --resume.")
+            first = f"Go on with it first: pyro-vae fit --resume {shown(path)}"
+            raise ValueError(f"an unfinished run, wanted a finished one. {first}")
         return Run.load(path)
 
 
