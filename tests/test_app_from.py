@@ -179,8 +179,9 @@ def test_what_cannot_be_gone_on_from_is_refused_with_the_remedy(run, here, capsy
     with pytest.raises(KeyError), run_folder(here / "half", {}) as path:
         (path / "weights.safetensors").touch()
         raise KeyError
-    assert "--from half, an unfinished run, wanted a finished one. Go on with it first: pyro-vae fit --resume half" in refused(
-        capsys, "--from", "half"
+    assert (
+        "--from half, an unfinished run, wanted a finished one. Go on with it first: pyro-vae fit --resume half"
+        in refused(capsys, "--from", "half")
     )
     (here / "empty").mkdir()
     assert "empty has no config.json" in refused(capsys, "--from", "empty")

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import random
+import re
 import resource
 import struct
 import warnings
@@ -239,3 +240,13 @@ class Runs:
         import os
 
         return os.system, ("touch executed",)
+
+
+def test_pages_may_load_and_run_nothing():
+    from pyro_vae.app.html import document
+
+    nasty = "</title><script>alert(1)</script>"
+    text = document(nasty, "<p>body</p>")
+    assert "<script" not in text and text.count("&lt;script&gt;") == 2
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert "default-src &#x27;none&#x27;" in policy and "script-src" not in policy and "http" not in policy
