@@ -26,10 +26,22 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         write(partial)
+        _to_disk(partial)
         os.replace(partial, path)
+        _to_disk(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Have what was written outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        place = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:

@@ -52,7 +52,7 @@ def pair(full=None, dtype=torch.float64, norm=False, point=True):
 
 
 def flat(modules):
-    return nn.utils.parameters_to_vector(modules.parameters()).detach().clone()
+    return torch.cat([p.detach().reshape(-1) for p in modules.parameters()])
 
 
 CASES = [
@@ -151,6 +151,59 @@ def steps(rank, size, folder):
     def about_weights(x):
         pyro.sample("w", dist.Normal(pyro.param("loc", torch.zeros(())), 0.1))
 
+    # Parameters that lie otherwise in memory, and statistics that a program puts in a buffer's place.
+    model, guide, modules = pair()
+    modules[0][0].weight = nn.Parameter(modules[0][0].weight.detach().T.contiguous().T)
+    fit(model, guide, data, loss=Objective(map_estimate), data_seed=7, optimizer=torch.optim.Adam, **quick)
+    found["transposed"] = flat(modules)
+    model, guide, modules = pair()
+    modules.register_buffer("mean", torch.zeros(5, dtype=torch.float64))
+
+    def averaging(x):
+        modules.mean = 0.9 * modules.mean + 0.1 * x.mean(0)
+        return model(x)
+
+    fit(averaging, guide, data, loss=Objective(map_estimate), compile=False, **quick)
+    found["mean"] = modules.mean.clone()
+
+    # Without a seed, too, an interrupted fit is gone on with to the bit: the first process draws one for all.
+    torch.manual_seed(rank)
+    model, guide, modules = pair(point=False)
+    unseeded = {key: value for key, value in quick.items() if key != "seed"}
+    for _ in range(2):
+        torch.manual_seed(rank + 5 + _)
+        fit(
+            model, guide, data, checkpoint=f"{folder}/{size}u.safetensors", callback=stop if not _ else None, **unseeded
+        )
+    found["unseeded"] = flat(modules)
+
+    # What fails in one process before the first step fails in all, and the next fit works.
+    if rank == 0:
+        with open(f"{folder}/{size}d.safetensors", "w") as file:
+            file.write("damaged")
+    group.barrier()
+    found["damaged"] = message(lambda: fit(model, guide, data, checkpoint=f"{folder}/{size}d.safetensors", **quick))
+    found["seeds"] = message(lambda: fit(model, guide, data, **quick | {"seed": rank}))
+    own_part = data[rank * 20 : rank * 20 + 20]
+    found["shards"] = message(lambda: fit(model, guide, own_part, **quick))
+    found["beta"] = message(lambda: fit(model, guide, data, beta=1.0 - 0.1 * rank, **quick))
+    found["validation"] = message(lambda: fit(model, guide, data, validation=data if rank == 0 else None, **quick))
+
+    def penalised(x):
+        pyro.factor("penalty", -pyro.param("loc", torch.zeros(())).square())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc"), 1.0).expand([5]).to_event(1), obs=x)
+
+    def nothing(x):
+        pass
+
+    found["factor"] = message(lambda: fit(penalised, nothing, ROWS, **quick))
+
+    def plateless(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(w, 1.0).expand([len(x), 5]).to_event(2), obs=x)
+
+    found["plateless"] = message(lambda: fit(plateless, about_weights, ROWS, **quick))
     found["global"] = message(lambda: fit(weights, about_weights, ROWS, **quick))
 
     def picking(x):
@@ -262,7 +315,14 @@ def test_a_failure_in_one_process_ends_all(together):
         ("data", "number of data is 53 in process 0 and 52 in process 1"),
         ("loader", "DistributedSampler"),
         ("pyro optimiser", "which steps each tensor by itself"),
-        ("global", "latent site 'w' is outside the plate"),
+        ("global", "site 'w' is outside the plate"),
+        ("factor", "site 'penalty' is outside the plate"),
+        ("plateless", "or there is none"),
+        ("damaged", "is not a readable checkpoint"),
+        ("seeds", "seed is 0 in process 0 and 1 in process 1"),
+        ("shards", "a sample of the data is"),
+        ("beta", "beta is 1.0 in process 0 and 0.9 in process 1"),
+        ("validation", "validation is 53 in process 0 and None in process 1"),
         ("picks", "picks its rows at random"),
         ("automatic", "parameters for each of the 53 rows"),
     ],
@@ -270,6 +330,18 @@ def test_a_failure_in_one_process_ends_all(together):
 def test_what_cannot_be_shared_is_refused_everywhere(together, what, words):
     for one in together[1]:
         assert words in one[what]
+
+
+def test_parameters_may_lie_otherwise_in_memory(together):
+    size, found, _ = together
+    model, guide, modules = pair()
+    modules[0][0].weight = nn.Parameter(modules[0][0].weight.detach().T.contiguous().T)
+    fit(model, guide, ROWS.double(), loss=Objective(map_estimate), data_seed=7, optimizer=torch.optim.Adam, epochs=4,
+        batch_size=6 * size, seed=1, progress=False)  # fmt: skip
+    for one in found:
+        torch.testing.assert_close(one["transposed"], flat(modules), rtol=0, atol=1e-9)
+        assert torch.equal(one["mean"], found[0]["mean"]) and one["mean"].abs().max() > 0
+        assert torch.equal(one["unseeded"], found[0]["unseeded"])
 
 
 def test_each_process_has_a_loader_of_its_own(together):

@@ -45,7 +45,7 @@ from pyro_vae.data.splits import Binarization
 from pyro_vae.inference import checkpoints
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
-from pyro_vae.inference.ranks import alone, world
+from pyro_vae.inference.ranks import Setup, alone, world
 from pyro_vae.inference.training import History, fit
 from pyro_vae.judging.guides import fit_guide
 from pyro_vae.judging.latents import posterior_means
@@ -100,11 +100,13 @@ def fit_run(
     """
     failure: Exception | None = None
     saved = Sparing(path / CHECKPOINT) if checkpoint is None else checkpoint
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, Setup() as setup:
         folder = of_first(lambda: stack.enter_context(run_folder(path, options.to_json(), checkpoint)))
         if folder is None:
             options, dataset = read(options)
-            history = train(start(options, dataset, trust)[0], dataset, options, saved, None, False)
+            pair = start(options, dataset, trust)[0]
+            setup.done()
+            history = train(pair, dataset, options, saved, None, False)
             return {"interrupted": history.interrupted}
         going_on = (folder / WEIGHTS).is_file()
         asked = options
@@ -114,6 +116,7 @@ def fit_run(
         write_json(folder / CONFIG, options.to_json())
         in_lines = progress is not True and not sys.stderr.isatty()
         seen = Progress(vae, dataset, options, folder, say, going_on=going_on, in_lines=in_lines)
+        setup.done()
         started = time.perf_counter()
         history = train(vae, dataset, options, saved, seen, progress)
         seconds = time.perf_counter() - started

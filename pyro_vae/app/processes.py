@@ -33,10 +33,15 @@ def group() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    on_gpu = torch.cuda.is_available()
+    on_gpu, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"got {local + 1} processes on a machine of {torch.cuda.device_count()} GPUs, wanted one for each. Pass "
+            "--nproc-per-node as many, or hide the GPUs by CUDA_VISIBLE_DEVICES= to fit on the CPU."
+        )
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ import torch
 from pyro_vae.data.arrays import as_pixels, not_readable, read_array, read_array_folder
 from pyro_vae.data.decoding import Framing, grey_level, suffixes
 from pyro_vae.data.formats import is_file_of_arrays
+from pyro_vae.data.limits import check_archive
 from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.sources import SPLITS, Source, divide
@@ -219,6 +220,7 @@ def _frey(folder: Path) -> Source:
             "uint8 (1965, 28, 20). Put it there or pass data_dir=."
         )
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as arrays:
             images = arrays["images"]
     except Exception as error:

@@ -70,11 +70,16 @@ def check_mat(path: Path) -> None:
         while order is not None and file.tell() + 8 <= length:
             kind, size = struct.unpack(f"{order}II", file.read(8))
             after = file.tell() + size
+            if kind == 0:  # what is no element is said where it is read
+                break
             if kind == _COMPRESSED:
+                inner, unpacker, left = b"", zlib.decompressobj(), size
                 try:
-                    inner = zlib.decompressobj().decompress(file.read(min(size, 64)), 8)
+                    while len(inner) < 8 and left > 0 and (part := file.read(min(left, 4096))):
+                        inner += unpacker.decompress(unpacker.unconsumed_tail + part, 8 - len(inner))
+                        left -= len(part)
                 except zlib.error:
-                    return  # which is said where it is read
+                    return
                 total += struct.unpack(f"{order}II", inner)[1] if len(inner) == 8 else 0
             file.seek(after)
     check_size(path, total)

@@ -278,6 +278,8 @@ class Batches:
         """Start the pass of an epoch: the order of its data depends on nothing before."""
         if isinstance(self.stream, Stream):
             self.stream.begin(epoch)
+            if self.columns is None and self.size > 1:
+                self.stream.turn_aside(self.rank)  # its loader is its own
         sampler: Any = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(epoch)

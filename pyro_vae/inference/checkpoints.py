@@ -128,18 +128,19 @@ class Checkpoint:
         values: Gives what the programs read from Python now, a line for each place. What stayed as it was
             until the fit was broken off must be the same when it goes on; what the fit itself moved (a
             schedule in a dict) is warned of where it does not stand where it stood.
+        read_only: Another process writes it, in a folder that this one need not have.
     Raises:
         ValueError: Another ending, or no such folder.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any],
-        values: Callable[[], dict[str, str]] = dict,
+        values: Callable[[], dict[str, str]] = dict, read_only: bool = False,
     ) -> None:  # fmt: skip
         self.path = Path(path)
         self.share = path.share if isinstance(path, Sparing) else None
         self._written, self._cost = time.perf_counter(), 0.0
-        if self.path.suffix != ".safetensors" or not self.path.parent.is_dir():
+        if not read_only and (self.path.suffix != ".safetensors" or not self.path.parent.is_dir()):
             raise ValueError(f"got checkpoint={str(path)!r}, wanted NAME.safetensors in a folder that exists.")
         self.tensors = dict(tensors)
         self.settings = json.loads(json.dumps(dict(settings)))

@@ -103,11 +103,12 @@ class Counting(Messenger):
         return self._units[key]
 
     def outside(self, lengths: Sequence[int] = ()) -> list[str]:
-        """Latent sites outside the plate of the data, which count once whatever the batch is."""
-        seen = tuple(self._sites.values())
-        frame = _data_plate(seen, lengths)
-        latents = {name: site for (name, observed), site in self._sites.items() if not observed}
-        return [n for n, site in latents.items() if frame and all(f.name != frame[0] for f in site.plates)]
+        """Sites outside the plate of the data, factors too, which count once whatever the batch is; all of them where
+        there is no plate.
+        """
+        frame = _data_plate(tuple(self._sites.values()), lengths)
+        sites = self._sites.items()
+        return [name for (name, _), site in sites if frame is None or all(f.name != frame[0] for f in site.plates)]
 
 
 def _extra(scale: Any, plates: tuple[Any, ...]) -> float | None:

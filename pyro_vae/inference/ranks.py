@@ -8,7 +8,8 @@ the gradient of datum i, it is
     sum_r G_r / s_r = sum_i g_i,        times the scale that one process would have with all B = sum_r B_r rows,
 
 so that the step is that of one process with the whole batch, however uneven the shares are. A share without rows takes
-part with zeros.
+part with zeros. What compares the data of a batch with each other (the regularizers mmd and total_correlation, batch
+normalisation) sees those of its process.
 
 Every message has the same length and holds, beside the gradients, a table of numbers of each rank: its rows, whether it
 was asked to stop, whether it failed. So a rank that fails or is interrupted says so in the message that the others wait
@@ -70,7 +71,7 @@ class Ranks:
     def __init__(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
         self.rank, self.size = world()
         shapes = {f"tensor {name}": f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-        _check_same(dict(settings) | shapes, self.rank, self.size)
+        _check_same(dict(settings) | shapes)
         self.tensors = [tensors[name] for name in sorted(tensors)]
         learns = [t.requires_grad or isinstance(t, nn.Parameter) for t in self.tensors]
         self.trained = [t for t, learn in zip(self.tensors, learns, strict=True) if learn]
@@ -90,7 +91,7 @@ class Ranks:
 
     def resumed(self, found: Any) -> Any:
         """What the first process read of a checkpoint, in all of them, with the tensors that it put back."""
-        told = first_says(found)
+        told = first_says(None if found is None else mapped(found, torch.device("cpu")))
         for tensor in self.tensors if told is not None else ():
             dist.broadcast(tensor.detach(), 0)
         return found if self.rank == 0 else told
@@ -131,7 +132,8 @@ class Ranks:
         full = max(numbers[_FULL] for numbers in table)
         scale = scale / share * (full / whole if full else 1.0)
         for p, gradient, flag in zip(self.trained, summed, flags, strict=True):
-            p.grad = (gradient * scale).to(p.dtype) if flag else None
+            # Laid out as the parameter is: fused optimisers walk through both together.
+            p.grad = torch.empty_like(p).detach().copy_(gradient * scale) if flag else None
         return [p for p in self.trained if p.grad is not None], scale
 
     def totals(self, *numbers: float) -> list[list[float]]:
@@ -234,7 +236,9 @@ class Ranks:
                 raise KeyboardInterrupt
             self._stop = True
 
-        before = {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
+        stops = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+        heard = [which for which in stops if signal.getsignal(which) is not signal.SIG_IGN]
+        before = {which: signal.signal(which, note) for which in dict.fromkeys(heard)}
         try:
             yield
         finally:
@@ -242,30 +246,79 @@ class Ranks:
                 signal.signal(which, handler)
 
 
+class Setup:
+    """What comes before the first step: what fails in one process there fails in all. Does nothing in one process.
+
+    All that is said there is said by `gathered`, so that whoever fails can say so in the place of what the others wait
+    for.
+    """
+
+    def __init__(self) -> None:
+        self._open = world()[1] > 1
+
+    def __enter__(self) -> Setup:
+        return self
+
+    def done(self) -> None:
+        """Wait until all processes have come here.
+
+        Raises:
+            Elsewhere: Another one has failed.
+        """
+        if self._open:
+            gathered(None)
+        self._open = False
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._open and error is not None and not isinstance(error, Elsewhere):
+            with contextlib.suppress(Elsewhere):
+                gathered(None, str(error) or type(error).__name__)
+
+
+def gathered(value: Any, failed: str = "") -> list[Any]:
+    """What each process says.
+
+    Raises:
+        Elsewhere: One of them failed, or is gone.
+    """
+    rank, size = world()
+    found: list[Any] = [None] * size
+    try:
+        dist.all_gather_object(found, (failed, value))
+    except RuntimeError as error:
+        raise Elsewhere(f"a process of this fit is gone ({str(error).splitlines()[0]}), so all stop.") from error
+    for other, (reason, _) in enumerate(found):
+        if reason and other != rank:
+            raise Elsewhere(f"process {other} of {size} failed, so all stop: {reason}")
+    return [each for _, each in found]
+
+
 def common_seed(seed: int | None) -> int:
     """The seed, or where there is none one that the first process draws for all."""
-    if seed is not None:
-        return seed
-    return int(first_says(int(torch.randint(2**62, ()).item())))
+    return seed if seed is not None else int(first_says(int(torch.randint(2**62, ()).item())))
 
 
 def first_says(word: Any) -> Any:
     """The word of the first process, in all of them."""
-    box = [word]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
+    return gathered(word if world()[0] == 0 else None)[0]
 
 
 def most_steps(own: int) -> int:
     """The largest of the processes' numbers of steps."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return max(found)
+    return max(gathered(own))
 
 
-def _check_same(settings: Mapping[str, Any], rank: int, size: int) -> None:
-    found: list[Any] = [None] * size
-    dist.all_gather_object(found, dict(settings))
+def mapped(value: Any, device: torch.device) -> Any:
+    """Tensors in dicts and tuples, moved."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: mapped(each, device) for key, each in value.items()}
+    return tuple(mapped(each, device) for each in value) if isinstance(value, tuple) else value
+
+
+def _check_same(settings: Mapping[str, Any]) -> None:
+    found = gathered(dict(settings))
     for other, theirs in enumerate(found):
         for name in {**found[0], **theirs}:
             ours = found[0].get(name, "missing"), theirs.get(name, "missing")

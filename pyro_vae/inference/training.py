@@ -33,7 +33,7 @@ from pyro_vae.inference.hardware import reused_memory
 from pyro_vae.inference.objectives import ClosedForm, Objective, default_loss, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting, Unit
-from pyro_vae.inference.ranks import Ranks, alone, common_seed, most_steps, world
+from pyro_vae.inference.ranks import Ranks, Setup, alone, common_seed, mapped, most_steps, world
 from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
@@ -261,14 +261,14 @@ def fit(
                 f"got a PyroOptim in a fit of {size} processes, which steps each tensor by itself. Pass a torch "
                 "optimiser class, such as torch.optim.Adam."
             )
-        noise = common_seed(seed)
         progress, callback = (progress, callback) if rank == 0 else (False, None)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else functools.partial(value_of, "schedule", schedule)
     history = History()
     with (
         own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory(),
-        _learning(modules),
+        _learning(modules), Setup() as setup,
     ):  # fmt: skip
+        noise = common_seed(seed) if size > 1 else 0
         check_data(modules, data)
         with others_kept(modules):
             batches = Batches(data, batch_size, place, programs=(model, guide))
@@ -291,7 +291,7 @@ def fit(
                     Objective().particles(model, guide, *validation.first())
             best = _Best(modules)
             if size > 1:
-                _share_out(batches, model, guide)
+                probe = _share_out(batches, model, guide)
             steps = epochs * len(batches)
             tempering = Tempering(
                 loss, epochs, len(batches), kl_warmup=kl_warmup, kl_warmup_steps=kl_warmup_steps, beta=beta
@@ -310,9 +310,13 @@ def fit(
             same: dict[str, Any] = {"loss": loss, "schedule": schedule, **optimizer_settings(optimizer)}
             same = {key: fingerprint(value) for key, value in same.items()}
             same |= {"epochs": epochs, "batch_size": batch_size, "steps": stepper.total, "patience": patience}
-            same |= {"number of data": batches.num_data, "checkpoint": checkpoint is not None}
+            same |= {"number of data": batches.num_data, "a sample of the data": probe, "seed": seed}
+            same |= {"checkpoint": checkpoint is not None, "data_seed": data_seed, "matmul_precision": matmul_precision}
+            same |= {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": fingerprint(beta)}
+            same |= {"validation": None if validation is None else validation.num_data}
+            same |= {"validation_bound": fingerprint(validation_bound)}
             same |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
-            stepper.link(Ranks(tensors, same))
+            stepper.link(Ranks(tensors, same), noise, best.settle)
         if checkpoint is not None:
             warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
             settings: dict[str, Any] = {
@@ -330,13 +334,17 @@ def fit(
             settings |= {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
             shaping = filter(callable, (beta, schedule, validation_bound, getattr(loss, "bound", None)))
             values = functools.partial(program_values, model, guide, *shaping, but=list(tensors.values()))
-            saved = Checkpoint(checkpoint, tensors, settings, values)
+            saved = Checkpoint(checkpoint, tensors, settings, values, read_only=rank > 0)
             if isinstance(checkpoint, Sparing) and not given:
                 stepper.warm_up(list(tensors.values()))
-            started -= _resumed(saved, history, best, stepper, size)
+            started -= _resumed(saved, history, best, stepper, size, kl_warmup_steps is not None)
+            noise = stepper.noise
+            if size > 1 and data_seed is None:
+                batches.stream = Stream(apart(noise), torch.device(place or "cpu"))
             resumed = getattr(callback, "resumed", None)
             if resumed is not None:
                 resumed(history.records)
+        setup.done()
         stepper.listen(callback)
         quiet = None if progress is None else not progress
         with stepper.together(), _Bar(
@@ -386,6 +394,8 @@ def fit(
                 history.interrupted = True
             finally:
                 stepper.release()
+        if stepper.ranks is not None and stepper.ranks.stopping:  # also where it came after the last step
+            history.interrupted = True
         history.best_epoch = len(history)
         if best.epoch and not history.interrupted:
             best.restore()
@@ -423,14 +433,17 @@ def _saved(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Step
     progress = {
         "records": history.records, "steps": stepper.steps, "best_epoch": best.epoch, "stopped": history.stopped_early,
         "best_value": best.value if best.epoch else None, "compiled": stepper.compiles, "size": stepper.batches.size,
+        "noise": stepper.noise,
     }  # fmt: skip
     assert isinstance(stepper.optimizer, Fused)
     moments = stepper.optimizer.moments(checkpoint.tensors)
     checkpoint.write(progress, moments, {names[id(t)]: copied for t, copied in best.copies})
 
 
-def _share_out(batches: Batches, model: Program, guide: Program) -> None:
-    """Make the batches those of one process of several, and as many in a pass as any of them has."""
+def _share_out(batches: Batches, model: Program, guide: Program) -> str | None:
+    """Make the batches those of one process of several, and as many in a pass as any of them has; what tells the data
+    from others, where every process is to have all of them.
+    """
     rank, size = world()
     if (held := rows_held(guide)) is not None:
         raise ValueError(
@@ -445,12 +458,23 @@ def _share_out(batches: Batches, model: Program, guide: Program) -> None:
             f"plate {counting.picks!r} picks its rows at random in each run, so that {size} processes cannot share "
             'them out. Give the rows as arguments: pyro.plate("data", N, subsample=x).'
         )
+    count = batches.num_data
+    if batches.together and count is not None and count < 2 * size:
+        raise ValueError(
+            f"got {count} data in {size} processes and a network with batch normalisation, which learns nothing from "
+            "one datum: wanted at least two for each process."
+        )
     batches.shard(rank, size)
-    if batches.num_data is None:
+    if count is None:
         batches.steps = most_steps(len(batches))
+        return None
+    with seeded(0):
+        return fingerprint(batches.take(torch.linspace(0, count - 1, min(count, 64)).long().to(batches.home)))
 
 
-def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper, size: int = 1) -> float:
+def _resumed(
+    checkpoint: Checkpoint, history: History, best: _Best, stepper: _Stepper, size: int, warms_by_steps: bool
+) -> float:
     """Go on where a checkpoint ends; the seconds that went into it."""
     if not isinstance(stepper.optimizer, Fused):
         raise ValueError("checkpoint needs fit's own optimiser: pass a torch optimiser class, not a PyroOptim.")
@@ -461,6 +485,18 @@ def _resumed(checkpoint: Checkpoint, history: History, best: _Best, stepper: _St
     if found is None:
         return 0.0
     progress, moments, copies = found
+    if ranks is not None and ranks.rank > 0:
+        place = next(iter(checkpoint.tensors.values())).device
+        moments = {
+            name: {k: t.to(place) if t.dim() else t for k, t in state.items()} for name, state in moments.items()
+        }
+        copies = mapped(copies, place)
+    stepper.noise = progress.get("noise") or stepper.noise
+    if progress.get("size", 1) != size and warms_by_steps:
+        raise ValueError(
+            f"{checkpoint.path} is of a fit of {progress.get('size', 1)} processes, whose kl_warmup_steps are other "
+            f"steps than those of {size}. Go on in as many, or begin with kl_warmup, which is in epochs."
+        )
     history.records, history.stopped_early = progress["records"], progress["stopped"]
     stepper.steps = progress["steps"]
     if progress.get("size", 1) != size:  # so many epochs are other steps there
@@ -574,6 +610,7 @@ class _Stepper:
         if batches.shuffle and batches.num_data is not None and len(batches) == 1:
             self._keep_rows(guide)
         self.ranks: Ranks | None = None
+        self.noise = 0
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def listen(self, callback: Any) -> None:
@@ -581,10 +618,17 @@ class _Stepper:
         self.early, self.tenth = getattr(callback, "early", None), getattr(callback, "tenth", None)
         self._telling = math.inf if self.tenth is None else self._next_tenth()
 
-    def link(self, ranks: Ranks) -> None:
-        """Take the steps together with other processes."""
+    def link(self, ranks: Ranks, noise: int, settle: Callable[[], None]) -> None:
+        """Take the steps together with other processes, whose noise has this seed; `settle` brings buffers home."""
         assert isinstance(self.optimizer, Fused)
         self.ranks, self.optimizer.exchange = ranks, self._exchange
+        self.noise, self._settle = noise, settle
+
+    def _meet(self) -> None:
+        """Have the buffers of all processes in all of them."""
+        if self.ranks is not None:
+            self._settle()
+            self.ranks.settle()
 
     def _exchange(self, params: list[Tensor]) -> list[Tensor]:
         """The gradients of the whole batch, in place of those of this process's rows."""
@@ -674,6 +718,7 @@ class _Stepper:
                     assert self.loss.last_bound is not None
                     bound = bound + self.loss.last_bound.double() / scale
             if self.ranks is not None and self.ranks.stopping:
+                self._meet()
                 raise KeyboardInterrupt
             bar.update(1)
             if self.steps % _LOOK == 0:
@@ -691,7 +736,7 @@ class _Stepper:
                 self._telling = self._next_tenth()
         self._check_finite(summed)
         if self.ranks is not None:
-            self.ranks.settle()
+            self._meet()
             table = self.ranks.totals(float(summed), float(count), float(bound), float(even))
             summed, bound = (math.fsum(row[i] for row in table) for i in (0, 2))
             count, even = sum(int(row[1]) for row in table), all(row[3] for row in table)
@@ -768,9 +813,9 @@ class _Stepper:
         outside = self.counting.outside(self._sizes) if self.unit.share == 1 else []
         if outside:
             raise ValueError(
-                f"latent site {outside[0]!r} is outside the plate of the data, which does not say how many data there "
-                "are, so that every process would count it once. Give the plate the number of all data: "
-                'pyro.plate("data", N, subsample=x).'
+                f"site {outside[0]!r} is outside the plate of the data, or there is none, or it does not say how many "
+                "data there are: every process would count the site once. Put what is of each datum into a plate that "
+                'knows the number of all data: pyro.plate("data", N, subsample=x).'
             )
 
     def _note(self) -> None:
