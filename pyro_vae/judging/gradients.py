@@ -11,7 +11,6 @@ chi-squares, approximated by a scaled chi-square whose mean and variance are est
 
 For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like K^(-1/2), and that of the
 decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The doubly-reparameterised one rises for both.
-
 References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
 arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
 """
