@@ -106,11 +106,11 @@ def steps(rank, size, folder):
 
         def stop(record):
             if record["epoch"] == 2:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is ignored by what a shell has in the background
 
-        handler = signal.getsignal(signal.SIGINT)
+        handler = signal.getsignal(signal.SIGTERM)
         broken = fit(model, guide, data, checkpoint=file, callback=stop, **quick)
-        assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.getsignal(signal.SIGTERM) is handler
         found[name] = {"interrupted": broken.interrupted, "epochs": len(broken)}
         model, guide, modules = pair(point=False)
         history = fit(model, guide, data, checkpoint=file, **quick)
