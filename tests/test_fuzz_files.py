@@ -250,3 +250,15 @@ def test_pages_may_load_and_run_nothing():
     assert "<script" not in text and text.count("&lt;script&gt;") == 2
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
     assert "default-src &#x27;none&#x27;" in policy and "script-src" not in policy and "http" not in policy
+
+
+def test_numbers_that_are_none_are_refused(tmp_path, monkeypatch):
+    for text in ("epochs: .inf", "epochs: -.inf", "epochs: .nan", "hidden: [.inf]", "num_samples: 1e999"):
+        (tmp_path / "o.yaml").write_text(text)
+        with pytest.raises(ValueError, match="wanted"):
+            read_config(tmp_path / "o.yaml")
+    (tmp_path / "a.gz").write_bytes(gzip.compress(idx(NUMBERS)))
+    for most in ("nan", "-1", "0", "many"):
+        monkeypatch.setenv("PYRO_VAE_MOST_GB", most)
+        with pytest.raises(ValueError, match=f"PYRO_VAE_MOST_GB='{most}', wanted"):
+            read_idx(tmp_path / "a.gz", 3)

@@ -166,6 +166,16 @@ def steps(rank, size, folder):
     fit(averaging, guide, data, loss=Objective(map_estimate), compile=False, **quick)
     found["mean"] = modules.mean.clone()
 
+    model, guide, modules = pair(point=False)
+    noise = []
+
+    def noting(x):
+        noise.append(torch.rand(()).item())
+        return model(x)
+
+    fit(noting, guide, data, compile=False, **quick)
+    found["noise"] = noise[-4:]
+
     # Without a seed, too, an interrupted fit is gone on with to the bit: the first process draws one for all.
     torch.manual_seed(rank)
     model, guide, modules = pair(point=False)
@@ -342,6 +352,11 @@ def test_parameters_may_lie_otherwise_in_memory(together):
         torch.testing.assert_close(one["transposed"], flat(modules), rtol=0, atol=1e-9)
         assert torch.equal(one["mean"], found[0]["mean"]) and one["mean"].abs().max() > 0
         assert torch.equal(one["unseeded"], found[0]["unseeded"])
+
+
+def test_the_noise_of_each_process_is_its_own(together):
+    size, found, _ = together
+    assert len({draw for one in found for draw in one["noise"]}) == 4 * size
 
 
 def test_each_process_has_a_loader_of_its_own(together):

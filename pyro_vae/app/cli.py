@@ -75,7 +75,7 @@ def _failed(message: str) -> int:
 def _option_of(path: Any, argv: Sequence[str]) -> str | None:
     """A word that was typed with a path that the system refused, and the option before it."""
     for before, word in zip(["", *argv], argv, strict=False):
-        if path is not None and word and Path(word).absolute() == Path(path).absolute():
+        if isinstance(path, str) and word and Path(word).absolute() == Path(path).absolute():
             return f"{before} {word}" if before.startswith("-") else word
     return None
 

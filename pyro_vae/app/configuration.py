@@ -83,7 +83,7 @@ def convert(name: str, value: Any, where: str) -> Any:
     for kind in kinds:
         try:
             return _READERS[kind](value)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
     wanted = " or ".join(_WORDS[kind] for kind in kinds if kind in _WORDS)
     raise ValueError(f"got {where} = {_shown(value)}, wanted {wanted}.")

@@ -24,6 +24,8 @@ def check_size(path: Path, size: int) -> None:
         most = float(os.environ.get(OPTION, _DEFAULT))
     except ValueError:
         raise ValueError(f"got {OPTION}={os.environ[OPTION]!r}, wanted a number of gigabytes.") from None
+    if not most > 0:
+        raise ValueError(f"got {OPTION}={os.environ[OPTION]!r}, wanted a positive number of gigabytes.")
     if size > most * 1e9:
         raise ValueError(
             f"{path} would unpack to {size / 1e9:,.1f} GB, wanted at most {most:g}: it may be a decompression bomb. If "

@@ -87,13 +87,13 @@ class Ranks:
         self._flags = max(len(self.trained), len(self.buffers))
         self._length = max(sum(t.numel() for t in each) for each in (self.trained, self.buffers))
         for tensor in self.tensors:
-            dist.broadcast(tensor.detach(), 0)
+            _broadcast(tensor)
 
     def resumed(self, found: Any) -> Any:
         """What the first process read of a checkpoint, in all of them, with the tensors that it put back."""
         told = first_says(None if found is None else mapped(found, torch.device("cpu")))
         for tensor in self.tensors if told is not None else ():
-            dist.broadcast(tensor.detach(), 0)
+            _broadcast(tensor)
         return found if self.rank == 0 else told
 
     @contextlib.contextmanager
@@ -237,13 +237,21 @@ class Ranks:
             self._stop = True
 
         stops = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
-        heard = [which for which in stops if signal.getsignal(which) is not signal.SIG_IGN]
+        heard = [which for which in stops if signal.getsignal(which) not in (None, signal.SIG_IGN)]
         before = {which: signal.signal(which, note) for which in dict.fromkeys(heard)}
         try:
             yield
         finally:
             for which, handler in before.items():
                 signal.signal(which, handler)
+
+
+def _broadcast(tensor: Tensor) -> None:
+    """Give a tensor of the first process to all, however it lies in memory."""
+    with torch.no_grad():
+        plain = tensor.detach().contiguous()
+        dist.broadcast(plain, 0)
+        tensor.copy_(plain)
 
 
 class Setup:
