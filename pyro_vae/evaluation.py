@@ -126,10 +126,15 @@ def noise(seed: int | None) -> Iterator[None]:
         yield
         return
     with noise_kept():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        start_noise(seed)
         yield
+
+
+def start_noise(seed: int) -> None:
+    """Start torch's (of all devices), Python's and NumPy's global generators at a seed."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 @contextlib.contextmanager

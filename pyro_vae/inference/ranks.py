@@ -1,4 +1,4 @@
-"""The processes of a data-parallel fit, and all that they say to each other.
+"""The processes of a data-parallel fit, or of an evaluation that they share, and all that they say to each other.
 
 Under an initialised process group of ``torch.distributed`` (gloo or nccl; ``torchrun`` makes one for the command), each
 process (rank) has the whole pair and takes its own rows of each batch. Between the gradients and the optimiser's step
@@ -14,6 +14,8 @@ normalisation) sees those of its process.
 Every message has the same length and holds, beside the gradients, a table of numbers of each rank: its rows, whether it
 was asked to stop, whether it failed. So a rank that fails or is interrupted says so in the message that the others wait
 for, and none of them hangs.
+
+An evaluation has each rank run its share of the batches, and then all of them hear what the others found (`gathered`).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _local = threading.local()
 
 
 def world() -> tuple[int, int]:
-    """Rank and number of the processes that fit together; (0, 1) without a process group, or `alone`."""
+    """Rank and number of the processes that work together; (0, 1) without a process group, or `alone`."""
     if getattr(_local, "alone", 0) or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -71,7 +73,7 @@ class Ranks:
     def __init__(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
         self.rank, self.size = world()
         shapes = {f"tensor {name}": f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-        _check_same(dict(settings) | shapes)
+        check_same(dict(settings) | shapes)
         self.tensors = [tensors[name] for name in sorted(tensors)]
         learns = [t.requires_grad or isinstance(t, nn.Parameter) for t in self.tensors]
         self.trained = [t for t, learn in zip(self.tensors, learns, strict=True) if learn]
@@ -255,10 +257,11 @@ def _broadcast(tensor: Tensor) -> None:
 
 
 class Setup:
-    """What comes before the first step: what fails in one process there fails in all. Does nothing in one process.
+    """What comes before the first step, or all of an evaluation: what fails in one process there fails in all. Does
+    nothing in one process.
 
     All that is said there is said by `gathered`, so that whoever fails can say so in the place of what the others wait
-    for.
+    for. One `Setup` may be inside another: a failure is said once, by the inner one.
     """
 
     def __init__(self) -> None:
@@ -278,7 +281,9 @@ class Setup:
         self._open = False
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._open and error is not None and not isinstance(error, Elsewhere):
+        if self._open and error is not None and not isinstance(error, Elsewhere) and not hasattr(error, "_said"):
+            with contextlib.suppress(AttributeError):
+                error._said = True  # type: ignore[attr-defined]
             with contextlib.suppress(Elsewhere):
                 gathered(None, str(error) or type(error).__name__)
 
@@ -294,7 +299,7 @@ def gathered(value: Any, failed: str = "") -> list[Any]:
     try:
         dist.all_gather_object(found, (failed, value))
     except RuntimeError as error:
-        raise Elsewhere(f"a process of this fit is gone ({str(error).splitlines()[0]}), so all stop.") from error
+        raise Elsewhere(f"a process is gone ({str(error).splitlines()[0]}), so all stop.") from error
     for other, (reason, _) in enumerate(found):
         if reason and other != rank:
             raise Elsewhere(f"process {other} of {size} failed, so all stop: {reason}")
@@ -325,13 +330,14 @@ def mapped(value: Any, device: torch.device) -> Any:
     return tuple(mapped(each, device) for each in value) if isinstance(value, tuple) else value
 
 
-def _check_same(settings: Mapping[str, Any]) -> None:
+def check_same(settings: Mapping[str, Any]) -> None:
+    """Refuse, in all processes, what is not the same in all of them."""
     found = gathered(dict(settings))
     for other, theirs in enumerate(found):
         for name in {**found[0], **theirs}:
             ours = found[0].get(name, "missing"), theirs.get(name, "missing")
             if ours[0] != ours[1]:
                 raise ValueError(
-                    f"the processes of one fit must fit the same pair to the same data, and {name} is {ours[0]} in "
-                    f"process 0 and {ours[1]} in process {other}. Pass the same to fit in all of them."
+                    f"processes that work together must have the same pair and the same data, and {name} is {ours[0]} "
+                    f"in process 0 and {ours[1]} in process {other}. Pass the same in all of them."
                 )

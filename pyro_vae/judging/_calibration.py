@@ -213,11 +213,11 @@ def sbc(
     if num_data < 2:
         raise ValueError(f"got num_data={num_data}, wanted at least two simulated data. Raise it.")
     _check(num_samples, level)
-    ranks: list[Tensor] = []
     with sweep(model, guide, data=data, batch_size=num_data, copies=num_samples, seed=seed, device=device,
                progress=progress, title="SBC") as run:  # fmt: skip
         run.expect(num_data)
-        for batch, truth in run.simulated(num_data, observed, again=True):
+
+        def ranked(batch: tuple[Any, ...], truth: dict[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
             drawn = run.draw(batch, num_samples)
             refuse_points(drawn, ": it claims no uncertainty that could be calibrated")
             components = Components(model, batch)
@@ -225,9 +225,11 @@ def sbc(
             draws = components.columns(drawn.latents)
             # Among equals, as of discrete latents, a random rank.
             among = (torch.rand(z.shape, device=z.device) * ((draws == z).sum(0) + 1)).long()
-            ranks.append(((draws < z).sum(0) + among).cpu())
-            run.tick(len(ranks[-1]))
-    return calibration(components.names, torch.cat(ranks), num_samples, level=level, seed=seed)
+            run.tick(len(z))
+            return components.names, (draws < z).sum(0) + among
+
+        names, ranks = zip(*run.simulated(ranked, num_data, observed, again=True), strict=True)
+    return calibration(names[0], torch.cat(ranks), num_samples, level=level, seed=seed)
 
 
 @checked

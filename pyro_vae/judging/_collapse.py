@@ -179,13 +179,14 @@ def collapse(
         raise ValueError(f"got num_samples={num_samples}, wanted at least 2 draws per datum, whose noise can be told.")
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
     kl = kl_per_dimension(model, guide, data, num_samples=num_samples, **options)
-    means, noise = [], []
     with sweep(model, guide, data=data, batch_size=200, copies=num_samples, title="collapse", **options) as run:
         components = Components(model, run.first)
-        for batch in run:
+
+        def moments(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
             drawn = components.columns(run.draw(batch, num_samples).latents)
-            means.append(drawn.mean(0).cpu())
-            noise.append(drawn.var(0).cpu() / num_samples)
+            return drawn.mean(0), drawn.var(0) / num_samples
+
+        means, noise = zip(*run.each(moments), strict=True)
     mean = torch.cat(means)
     count = len(mean)
     if count < 2:
@@ -221,15 +222,17 @@ def linear_optimum(
         The comparison; None unless p(z) = N(0, I) and p(x | z) = N(W z + b, s^2 I) with one latent and one observed
         site, which the model's distributions are asked at D + 3 values of z.
     """
-    rows = []
     with sweep(model, data=data, batch_size=500, seed=0, device=device, progress=progress, title="linear") as run:
         found = _linear(model, run.first)
         if found is None:
             return None
         weight, loc, scale, name = found
-        for batch in run:
-            value = sites(model, *batch)[name]["value"]
-            rows.append(value.reshape(len(value), -1).double().cpu())
+
+        def flat(batch: tuple[Any, ...]) -> Tensor:
+            value: Tensor = sites(model, *batch)[name]["value"]
+            return value.reshape(len(value), -1).double()
+
+        rows = run.each(flat)
     x, dim = torch.cat(rows), weight.shape[1]
     covariance = torch.cov(x.T, correction=0).reshape(x.shape[1], -1)
     eigenvalues = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)

@@ -33,7 +33,7 @@ from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
 from pyro_vae.judging.quotes import aligned
 from pyro_vae.judging.results import Mean, Result, at_least, one_of, row
 from pyro_vae.judging.sweeps import Sweep, sweep
-from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
+from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores, score
 from pyro_vae.options import checked
 from pyro_vae.protocols import has_start
 from pyro_vae.traces import Program, draw, plate_nesting
@@ -211,30 +211,31 @@ def gaps(
     guides = {name: value for name, value in named.items() if _is_guide(value)}
     options: dict[str, Any] = {"num_steps": num_steps, "window": window, "tolerance": tolerance}
     found, unscaled = Proposals(), Unscaled()(model)
-    climbs: dict[str, list[Climb]] = {name: [] for name in named}
     with sweep(model, *guides.values(), data=data, batch_size=250, copies=STEP_SAMPLES, besides=named.values(),
                validate=False, seed=seed, device=device, progress=progress, title="gaps") as run:  # fmt: skip
         made, reasons, width = _families(named, model, guide, at(run.first, slice(2)), start)
         run.at_most(_FREE // width)
+        found.pooled = _pooled(run, made, [name for name in named if name not in reasons], guides, start)
         run.expect(len(run) * (len(named) - len(reasons)))
-        for number, batch in enumerate(run):
+
+        def climb(batch: tuple[Any, ...]) -> tuple[Any, dict[str, Climb]]:
             proposals: dict[str, Program] = {name: Unscaled()(value) for name, value in guides.items()}
             nesting = {name: run.nesting(value) for name, value in guides.items()}
-            able = [name for name, value in guides.items() if number == 0 and rescores(model, value, batch)]
+            climbs = {}
             for name in [name for name in named if name not in reasons]:
                 form = _form(made[name], model, guide, batch, start)
                 best = optimise(model, form, batch, learning_rate=learning_rate, progress=_teller(run, name), **options)
-                climbs[name].append(climbed(unscaled, form, best, batch, num_samples))
+                climbs[name] = climbed(unscaled, form, best, batch, num_samples)
                 local, which = form.guide(best.rows), f"{name} (local)"
                 proposals[which], nesting[which] = local, plate_nesting(model, local, *batch)
-                if number == 0 and form.rescoring == "one pass" and rescores(unscaled, local, batch):
-                    able.append(which)
                 run.tick()
-            found.pooled = able if number == 0 else found.pooled
-            found.add(unscaled, proposals, batch, num_samples, nesting)
+            return score(unscaled, proposals, found.pooled, batch, num_samples, nesting), climbs
+
+        parts = run.each(climb)
+    found.add(scored for scored, _ in parts)
     scores, level, source = found.result(log_likelihood)
+    ways = {name: None if name in reasons else joined([climbs[name] for _, climbs in parts]) for name in named}
     reasons |= {name: "a family without an encoder, so without an amortization gap" for name in named.keys() - guides}
-    ways = {name: joined(parts) if parts else None for name, parts in climbs.items()}
     rows = {name: _row(name, level, scores, way, reasons.get(name), num_samples) for name, way in ways.items()}
     log_p = Mean.of(level.log_p, level.log_p_variance, num_samples, bound=level.kind(num_samples) == "lower bound")
     return Gaps(rows, log_p, level.bias.mean().item(), level.pareto_k, source, num_samples)
@@ -271,6 +272,20 @@ def _families(
                 raise
             reasons[name] = f"no local form, since {error}"
     return made, reasons, width
+
+
+def _pooled(
+    run: Sweep, made: Mapping[str, Any], able: list[str], guides: Mapping[str, Program], start: str
+) -> list[str]:
+    """Which proposals score each other's draws, of guides and of the local members of families."""
+    model, guide, args = run.programs[0], run.programs[1], at(run.first, slice(run.batches.batch_size))
+    found = [name for name, value in guides.items() if rescores(model, value, args)]
+    with torch.random.fork_rng():
+        for name in able:
+            form = _form(made[name], model, guide, args, start)
+            if form.rescoring == "one pass" and rescores(Unscaled()(model), form.guide(form.start), args):
+                found.append(f"{name} (local)")
+    return found
 
 
 def _row(

@@ -94,21 +94,22 @@ def identity(
         )
     exact = quadrature(model, guide, data, **options)
     terms = elbo_terms(model, guide, data, num_samples=num_samples, **options)
-    parts, done = [], 0
     with sweep(model, guide, data=data, batch_size=20, validate=False, title="identity", **options) as run:
-        for batch in run:
+
+        def divergence(batch: tuple[Any, ...]) -> Tensor:
             drawn = run.draw(batch, _DRAWS)
             refuse_points(drawn, ", so that it has no divergence")
             ((name, z),) = drawn.latents.items()
-            rows = slice(done, done + z.shape[1])
+            rows = slice(run.start, run.start + z.shape[1])
             moments = (exact.mean[rows].to(z.device), exact.covariance[rows].to(z.device))
             points, cell = _grid(z.flatten(2).double(), *moments)
             values = {name: points.to(z.dtype).reshape(-1, *z.shape[1:])}
             log_f = log_joint(model, values, *batch).double()
             log_own = log_q(guide, values, *batch).double()
             log_posterior = log_f - log_f.logsumexp(0) - cell
-            parts.append(((log_own + cell).exp() * (log_own - log_posterior)).nan_to_num(0.0).sum(0).cpu())
-            done += z.shape[1]
+            return ((log_own + cell).exp() * (log_own - log_posterior)).nan_to_num(0.0).sum(0)
+
+        parts = run.each(divergence)
     kl, log_p = averaged(torch.cat(parts), torch.zeros(())), float(exact.log_evidence.mean())
     rest = log_p - terms.value - kl["value"]
     return Identity(log_p, terms.value, kl["value"], rest, terms.mc_stderr, kl["data_stderr"], kl["pointwise"])

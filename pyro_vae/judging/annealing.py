@@ -25,7 +25,7 @@ annealed and energy-based bounds, 2022. arXiv:2303.06992
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -99,12 +99,10 @@ def ais(
     options = _Options(start, num_steps, num_samples, num_leapfrog, schedule, pilot_steps, pilot_chains,
                        target_acceptance, pilot_seed, compile)  # fmt: skip
     options.check(guide)
-    found = []
     with sweep(model, guide, data=data, batch_size=250, copies=num_samples, validate=False, seed=seed, device=device,
                progress=progress, title="AIS") as run:  # fmt: skip
         run.expect(len(run) * (options.moves + options.num_steps - 1))
-        for number, batch in enumerate(run):
-            found.append(_forward(run, guide, batch, options, number)[:-3])
+        found = run.each(lambda batch: _forward(run, guide, batch, options)[:-3])
     return _annealed(found, options)
 
 
@@ -161,17 +159,18 @@ def bdmc(
     options.check(guide)
     if num_data < 1:
         raise ValueError(f"got num_data={num_data}, wanted at least one datum to simulate.")
-    found, backward, simulated = [], [], []
     with sweep(model, guide, data=data, batch_size=min(num_data, 250), copies=num_samples, num_data=num_data,
                validate=False, seed=seed, device=device, progress=progress, title="BDMC") as run:  # fmt: skip
         run.expect(len(run) * (options.moves + 2 * options.num_steps - 2))
-        for number, (batch, latents) in enumerate(run.simulated(num_data, observed)):
-            *forward, pair, density, moves = _forward(run, guide, batch, options, number, passes=2)
+
+        def both_ways(batch: tuple[Any, ...], latents: dict[str, Tensor]) -> tuple[Any, ...]:
+            *forward, pair, density, moves = _forward(run, guide, batch, options, passes=2)
             exact = pair.latents.pack({name: z.unsqueeze(0) for name, z in latents.items()})
             position = exact.expand(num_samples, -1, -1).clone()
-            backward.append(anneal(density, position, forward[0], backward=True, tick=run.tick, moves=moves))
-            found.append(tuple(forward))
-            simulated.append(batch)
+            backward = anneal(density, position, forward[0], backward=True, tick=run.tick, moves=moves)
+            return tuple(forward), backward, batch
+
+        found, backward, simulated = zip(*run.simulated(both_ways, num_data, observed), strict=True)
     bracket = _bracketed(_annealed(found, options), backward, joined(simulated))
     if bracket.reason is None or num_steps < 16 or not measure:
         return bracket
@@ -183,7 +182,7 @@ def bdmc(
     return replace(bracket, wanted_steps=steps_wanted(shorter, bracket))
 
 
-def _bracketed(lower: Annealed, backward: list[tuple[Tensor, Tensor]], data: tuple[Any, ...]) -> Bracket:
+def _bracketed(lower: Annealed, backward: Sequence[tuple[Tensor, Tensor]], data: tuple[Any, ...]) -> Bracket:
     """Both bounds, from the forward chains and those from the exact draws."""
     count = lower.num_samples
     weight = torch.cat([w.double().cpu() for w, _ in backward], 1)
@@ -242,13 +241,13 @@ class _Options(NamedTuple):
 
 
 def _forward(
-    run: Sweep, guide: Program | None, batch: tuple[Any, ...], options: _Options, number: int, passes: int = 1
+    run: Sweep, guide: Program | None, batch: tuple[Any, ...], options: _Options, passes: int = 1
 ) -> tuple[Any, ...]:
     """Kernels, log weights, acceptance of the forward chains; the pair, the density and its moves for further ones."""
     programs = run.programs
     # Far from the seeds that people choose: a pilot that shared the scored chains' noise would not be independent of
     # them, nor, on simulated data, of the exact draws.
-    with seeded(2**48 + 2**20 * options.pilot_seed + number):
+    with seeded(2**48 + 2**20 * options.pilot_seed + run.number):
         pair = Pair(programs[0], guide, batch)
         density = pair.path_density(options.start)
         draws = pair.from_guide if options.start == "guide" else pair.from_prior
@@ -267,7 +266,7 @@ def _forward(
     return kernels, log_weight, acceptance, pair, density, moves
 
 
-def _annealed(found: list[tuple[Any, ...]], options: _Options) -> Annealed:
+def _annealed(found: Sequence[tuple[Any, ...]], options: _Options) -> Annealed:
     weight = torch.cat([w.cpu() for _, w, _ in found], 1)
     scored = Scored.of(weight)
     return Annealed(

@@ -92,19 +92,21 @@ def anomaly_scores(
         if background is not None:
             return found + log_likelihood(background[0], background[1], data, **by_weights).pointwise
         with sweep(model, guide, data=data, title="compressed", **options) as run:
-            return found - torch.cat([compressed_size(_binary(batch)) for batch in run])
-    parts = []
+            return found - torch.cat(run.each(lambda batch: compressed_size(_binary(batch))))
     if score == "regret":
+
+        def regret(batch: tuple[Any, ...]) -> Tensor:
+            form = local_form(guide, batch)
+            best = optimise(model, form, batch, num_steps=num_steps, window=max(1, num_steps // 8))
+            start, end = weights_at(form, Unscaled()(model), (form.start, best.rows), batch, num_samples)
+            return end.mean(0) - start.mean(0)
+
         with sweep(model, guide, data=data, copies=8, validate=False, title="regret", **options) as run:
-            for batch in run:
-                form = local_form(guide, batch)
-                best = optimise(model, form, batch, num_steps=num_steps, window=max(1, num_steps // 8))
-                start, end = weights_at(form, Unscaled()(model), (form.start, best.rows), batch, num_samples)
-                parts.append(end.mean(0) - start.mean(0))
-        return torch.cat(parts)
+            return torch.cat(run.each(regret))
     with sweep(model, guide, data=data, title="reconstruction", **options) as run:
-        parts = [torch.cat([chunk.log_likelihood for chunk in chunks]).mean(0) for chunks in run.particles(num_samples)]
-    return -torch.cat(parts).double().cpu()
+        chunks = run.particles(num_samples)
+        parts = run.each(lambda batch: torch.cat([chunk.log_likelihood for chunk in chunks(batch)]).mean(0))
+    return -torch.cat(parts).double()
 
 
 def compressed_size(x: Tensor) -> Tensor:

@@ -120,19 +120,22 @@ def bound_values(
 
     A bound takes `total` samples per datum, within limits on the number of draws; the options are those of `sweep`.
     """
-    parts: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     most = max((count for _, count in bounds.values()), default=1)
     with sweep(model, *guides.values(), data=data, copies=most, title="bounds", **options) as run:
-        for batch in run:
-            for name, guide in guides.items():
-                for label, (bound, count) in bounds.items():
-                    draws = min(max(total // count, _DRAWS[0]), _DRAWS[1])
-                    values = torch.stack([bound(run.draw(batch, count, guide)).double() for _ in range(draws)])
-                    parts.setdefault((label, name), []).append((values.mean(0).cpu(), (values.var(0) / draws).cpu()))
+
+        def drawn(batch: tuple[Any, ...], guide: Program, bound: Bound, count: int) -> tuple[Tensor, Tensor]:
+            draws = min(max(total // count, _DRAWS[0]), _DRAWS[1])
+            values = torch.stack([bound(run.draw(batch, count, guide)).double() for _ in range(draws)])
+            return values.mean(0), values.var(0) / draws
+
+        parts = run.each(
+            lambda batch: [[drawn(batch, guide, *each) for each in bounds.values()] for guide in guides.values()]
+        )
     found: dict[str, dict[str, Mean]] = {label: {} for label in bounds}
-    for (label, name), each in parts.items():
-        mean, variance = (torch.cat(column) for column in zip(*each, strict=True))
-        found[label][name] = Mean.of(mean, variance, bounds[label][1])
+    for i, name in enumerate(guides):
+        for j, (label, (_, count)) in enumerate(bounds.items()):
+            mean, variance = (torch.cat(column) for column in zip(*(part[i][j] for part in parts), strict=True))
+            found[label][name] = Mean.of(mean, variance, count)
     return found
 
 

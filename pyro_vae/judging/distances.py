@@ -96,7 +96,7 @@ def guide_distances(
     halves = [half.flatten(0, 1).double() for half in reference.unconstrained[: chains // 2 * 2].chunk(2)]
     with sweep(model, guide, data=data, batch_size=20, validate=False, seed=seed, device=device, progress=progress,
                title="distances") as run:  # fmt: skip
-        draws = torch.cat([Pair(model, guide, b).from_guide(len(halves[0])).cpu() for b in run], 1).double()
+        draws = torch.cat(run.each(lambda batch: Pair(model, guide, batch).from_guide(len(halves[0]))), 1).double()
         if draws.shape[1] != count:
             raise ValueError(f"got {draws.shape[1]} data and a reference of {count}, wanted the same data.")
         directions = torch.randn(num_directions, draws.shape[-1], dtype=torch.float64)

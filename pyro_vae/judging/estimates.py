@@ -126,14 +126,18 @@ def log_likelihood(
         exact = _by_quadrature(model, guide, data, None, **options)
         assert exact is not None
         return exact
-    parts, steps, single = [], fewer(num_samples), True
-    totals = torch.zeros(2, len(steps), dtype=torch.float64)
+    steps = fewer(num_samples)
     with sweep(model, guide, data=data, title="log p(x)", **options) as run:
-        for log_weight, _, joint in run.tables(num_samples, compile):
-            parts.append(Scored.of(log_weight, joint))
-            single &= joint == 1
-            totals += at_fewer(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
+        table = run.table(num_samples, compile)
+
+        def weighed(batch: tuple[Any, ...]) -> tuple[Scored, Tensor, bool]:
+            log_weight, _, joint = table(batch)
+            sums = at_fewer(log_weight.double().cpu(), steps) / torch.tensor([[joint], [joint**2]])
+            return Scored.of(log_weight, joint), sums, joint == 1
+
+        parts, sums, alone = zip(*run.each(weighed), strict=True)
     scored: Scored = joined(parts)
+    totals, single = torch.stack(sums).sum(0), all(alone)
     _warn_not_finite(scored.log_p, "log p(x)")
     count = len(scored.log_p)
     found = Estimate(
@@ -155,23 +159,29 @@ def _by_quadrature(
     model: Program, guide: Program, data: Any, beside: tuple[Scored, int] | None, **options: Any
 ) -> Estimate | None:
     """The estimate on grids; None where a grid does not serve and there is another estimate to take: K weights."""
-    parts, done = [], 0
     with sweep(model, guide, data=data, batch_size=50, validate=False, title="quadrature", **options) as run:
         dims = served(run.programs, run.first)
         if beside is not None and (dims is None or cost(dims) > _POINTS_PER_SAMPLE * beside[1]):
             return None
-        for batch in run:
+        failed = False
+
+        def integrated(batch: tuple[Any, ...]) -> Quadrature | None:
+            nonlocal failed
+            if failed:  # one datum that a grid does not serve is enough
+                return None
             found = on_grids(Pair(model, guide, batch))
-            parts.append(found)
             if beside is not None:
-                rows = slice(done, done + len(found.error))
+                rows = slice(run.start, run.start + len(found.error))
                 log_p, error = beside[0].log_p[rows], beside[0].log_p_variance[rows].sqrt()
                 below = found.log_evidence.cpu() < log_p - 4 * error - 1e-3
-                if bool(below.any()) or not bool(found.converged.all()):
-                    return None
-            done += len(found.error)
-        count = len(found.mean[0])
-    grids = Quadrature(*(each.cpu() for each in joined(parts)))
+                failed = bool(below.any()) or not bool(found.converged.all())
+            return None if failed else found
+
+        parts = run.each(integrated)
+    if any(part is None for part in parts):
+        return None
+    grids: Quadrature = joined(parts)
+    count, done = grids.mean.shape[1], len(grids.error)
     stuck = (~grids.converged).nonzero().flatten().tolist()
     if stuck:
         raise ValueError(
@@ -251,12 +261,16 @@ def rate_distortion(
 
 def moments(run: Sweep, num_samples: int, compile: bool | str = "auto") -> tuple[Mean, Mean, Mean]:
     """The ELBO, its reconstruction and its KL over the data of a sweep."""
-    means, variances = [], []
-    for *tables, joint in run.tables(num_samples, compile):
-        weight, likelihood = (table.double().cpu() / joint for table in tables)
+    table = run.table(num_samples, compile)
+
+    def averages(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        *tables, joint = table(batch)
+        weight, likelihood = (each.double().cpu() / joint for each in tables)
         both = torch.stack([weight, likelihood, likelihood - weight])  # (3, K, B)
-        means.append(both.mean(1))
-        variances.append(both.var(1) / num_samples if num_samples > 1 else torch.full_like(both[:, 0], math.nan))
+        variance = both.var(1) / num_samples if num_samples > 1 else torch.full_like(both[:, 0], math.nan)
+        return both.mean(1), variance
+
+    means, variances = zip(*run.each(averages), strict=True)
     columns = zip(torch.cat(means, 1), torch.cat(variances, 1), strict=True)
     bound, reconstruction, kl = (Mean.of(mean, variance, num_samples) for mean, variance in columns)
     return bound, reconstruction, kl

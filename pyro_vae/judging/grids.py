@@ -117,8 +117,9 @@ def quadrature(
         )
     with sweep(model, guide, data=data, batch_size=50, validate=False, seed=seed, device=device, progress=progress,
                title="quadrature") as run:  # fmt: skip
-        found = joined([on_grids(Pair(model, guide, batch), num_points, width, refinements) for batch in run])
-    return Quadrature(*(each.cpu() for each in found))
+        parts = run.each(lambda batch: on_grids(Pair(model, guide, batch), num_points, width, refinements))
+    found: Quadrature = joined(parts)
+    return found
 
 
 def served(programs: Sequence[Program], args: tuple[Any, ...]) -> int | None:

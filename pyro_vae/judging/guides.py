@@ -26,7 +26,7 @@ from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, inte
 from pyro_vae.judging.quotes import aligned, latex
 from pyro_vae.judging.results import Mean, Result, known, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
+from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores, score
 from pyro_vae.options import checked
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
@@ -275,8 +275,7 @@ def compare_guides(
     with sweep(model, *every.values(), data=data, title="guides", **options) as run:
         found.pooled = [name for name, guide in every.items() if rescores(model, guide, run.first)]
         nesting = {name: run.nesting(guide) for name, guide in every.items()}
-        for batch in run:
-            found.add(model, every, batch, num_samples, nesting)
+        found.add(run.each(lambda batch: score(model, every, found.pooled, batch, num_samples, nesting)))
     scores, best, source = found.result(log_likelihood)
     others = bound_values(wanted, num_samples, model, every, data, options) if wanted else {}
 

@@ -179,12 +179,13 @@ def _aggregated(
 ) -> tuple[Tensor, Tensor]:
     """Terms of both bounds, (2, K, N), and what leaving one datum out adds to others' samples, (2, N)."""
     sizes = [drawn.log_weight.shape[1] for drawn in draws]
-    count, start = sum(sizes), 0
-    terms = torch.zeros(2, num_samples, count, dtype=torch.float64)
-    without = torch.zeros(2, count, dtype=torch.float64)
+    count = sum(sizes)
     step = max(1, _CHUNK // (max(sizes) * len(components.names)))
     run.expect(len(draws))
-    for size, drawn in zip(sizes, draws, strict=True):
+
+    def scored_by_all(number: int) -> tuple[Tensor, Tensor]:
+        drawn, start, size = draws[number], sum(sizes[:number]), sizes[number]
+        without = torch.zeros(2, count, dtype=torch.float64)
         own = torch.arange(start, start + size).repeat(num_samples)
         rows = {name: components.rows(name, drawn.latents[name]) for name in components.sites}
         scored = []
@@ -195,10 +196,11 @@ def _aggregated(
                 shared = {name: components.shared(name, z, many) for name, z in part.items()}
                 columns.append(torch.stack(list(scorer(shared).values())).sum(0))
             scored.append(_terms(torch.cat(columns, 1).double().cpu(), own[first : first + step], without))
-        terms[:, :, start : start + size] = torch.cat(scored, 1).reshape(2, num_samples, size)
-        start += size
         run.tick()
-    return terms, without
+        return torch.cat(scored, 1).reshape(2, num_samples, size), without
+
+    terms, without = zip(*run.each(scored_by_all, range(len(draws))), strict=True)
+    return torch.cat(terms, 2), torch.stack(without).sum(0)
 
 
 def _collected(run: Sweep, num_samples: int) -> tuple[list[tuple[Any, ...]], list[Particles], list[Tensor]]:

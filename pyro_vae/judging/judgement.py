@@ -22,6 +22,7 @@ import torch
 
 from pyro_vae import plots
 from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.ranks import alone
 from pyro_vae.inference.training import History
 from pyro_vae.inference.trees import rows
 from pyro_vae.judging.advice import Culprit, Finding
@@ -198,8 +199,9 @@ def judge(
     at_least(2, num_data=num_data, num_samples=num_samples)
     if not budget > 0:
         raise ValueError(f"got budget={budget}, wanted a positive number of seconds.")
-    with sweep(model, guide, data=data, batch_size=num_data, num_data=num_data, seed=seed, device=device,
-               progress=progress, title="judge") as run:  # fmt: skip
+    # What its clock leaves time for is each process's own affair.
+    with alone(), sweep(model, guide, data=data, batch_size=num_data, num_data=num_data, seed=seed, device=device,
+                        progress=progress, title="judge") as run:  # fmt: skip
         with seeded(seed):
             first = run.whole()  # drawn once for all stages
         options: dict[str, Any] = {"device": device, "seed": seed, "progress": False}

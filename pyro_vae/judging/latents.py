@@ -131,14 +131,16 @@ def kl_per_dimension(
         >>> found.names, found.value.tolist()
         (('z[0]', 'z[1]'), [0.0, 2.0])
     """
-    parts: list[dict[str, tuple[Tensor, bool]]] = []
     with sweep(model, guide, data=data, batch_size=200, copies=num_samples, seed=seed, device=device,
                progress=progress, title="KL") as run:  # fmt: skip
         components = Components(model, run.first)
-        for batch in run:
+
+        def divergences(batch: tuple[Any, ...]) -> dict[str, tuple[Tensor, bool]]:
             particles = run.draw(batch, num_samples)
             refuse_points(particles, ", so its divergence from the prior is infinite")
-            parts.append({site: _divergence(particles, site, components) for site in components.sites})
+            return {site: _divergence(particles, site, components) for site in components.sites}
+
+        parts = run.each(divergences)
     names, exact, table = _aligned(components, parts)
     mean = torch.cat([values.mean(0) for values in table])  # (N, M)
     count = len(mean)
@@ -236,15 +238,16 @@ def _moments(run: Sweep, site: str | None, num_samples: int) -> tuple[Tensor, Te
     """E_q[z | x], and the Monte Carlo variance of that estimate, (N, *event) each."""
     (guide,) = run.programs
     name = _only(guide, run.first) if site is None else site
-    means, variances = [], []
-    for batch in run:
+
+    def moments(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         mean, variance = _run(guide, batch, name), torch.zeros(())
         # The mean of a layer above another changes with the draw of that other, from run to run.
         if not torch.equal(mean, _run(guide, batch, name)):
             values = torch.stack([_run(guide, batch, name) for _ in range(num_samples)])
             mean, variance = values.mean(0), values.var(0) / num_samples
-        means.append(mean.cpu())
-        variances.append(variance.expand_as(mean).cpu())
+        return mean, variance.cpu().expand(mean.shape)
+
+    means, variances = zip(*run.each(moments), strict=True)
     return torch.cat(means), torch.cat(variances)
 
 

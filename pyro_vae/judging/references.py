@@ -113,11 +113,11 @@ def reference(
     at_least(20, num_warmup=num_warmup)
     at_least(4, num_samples=num_samples)
     at_least(1, num_leapfrog=num_leapfrog)
-    parts = []
     with sweep(model, guide, data=data, batch_size=500, copies=num_chains, validate=False, seed=seed, device=device,
                progress=progress, title="HMC") as run:  # fmt: skip
         run.expect(len(run) * (num_warmup + num_samples))
-        for batch in run:
+
+        def drawn(batch: tuple[Any, ...]) -> tuple[Any, ...]:
             pair = Pair(model, guide, batch)
             density = pair.posterior_density()
             state = State.at(density, pair.from_guide(num_chains))
@@ -131,10 +131,12 @@ def reference(
             u = torch.stack(kept, 1)  # (C, S, B, U)
             latents, _ = pair.latents.unpack(u.flatten(0, 1))
             draws = {name: z.unflatten(0, u.shape[:2]) for name, z in latents.items()}
-            parts.append((u, draws, accepted.cpu() / num_samples, step.cpu()))
-    us, sites, accepted_all, steps = zip(*parts, strict=True)
+            axes = {site.name: site.data_axis + 1 for site in pair.latents.sites}
+            return u, draws, axes, accepted / num_samples, step
+
+        us, sites, axes, accepted_all, steps = zip(*run.each(drawn), strict=True)
     u = torch.cat(us, 2)
-    draws = {s.name: torch.cat([part[s.name] for part in sites], s.data_axis + 1) for s in pair.latents.sites}
+    draws = {name: torch.cat([part[name] for part in sites], axis) for name, axis in axes[0].items()}
     result = Reference(draws, u, *diagnostics(u), acceptance=torch.cat(accepted_all), step_size=torch.cat(steps))
     stuck = (~result.converged).nonzero().flatten().tolist()
     if stuck:

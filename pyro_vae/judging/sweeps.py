@@ -6,11 +6,17 @@ data in, as large as one budget of memory allows; matrix products as fast as the
 left to a diagnostic is what it does with a batch:
 
     with sweep(model, guide, data=data, copies=num_samples, seed=seed, title="latents") as run:
-        for batch in run:
-            drawn = run.draw(batch, num_samples)
+        found = run.each(lambda batch: run.draw(batch, num_samples).log_weight)
 
 An estimate whose K does not fit into memory takes the samples of a batch in chunks (`Sweep.particles`), captured and
-replayed where there are many of them (`Sweep.tables`). Data may be simulated on the way (`Sweep.simulated`).
+replayed where there are many of them (`Sweep.table`). Data may be simulated on the way (`Sweep.simulated`).
+
+The noise of a batch is that of its number: at batch i the random states start at a seed made of (seed, i), whatever was
+drawn before. So it does not matter which process has a batch. Under an initialised process group of
+``torch.distributed`` the processes (ranks) share the batches out, i to rank i modulo their number, and each gets what
+all have found, in the order of one process. They all make the call, with the same pair and data, which is looked at,
+and read all data; a failure in one of them is one in all. What goes over the batches otherwise (``for batch in run``)
+does so in each of them, on the same numbers. A call by one process is made inside `pyro_vae.inference.ranks.alone`.
 """
 
 from __future__ import annotations
@@ -20,8 +26,8 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from pyro import validation_enabled
@@ -31,16 +37,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.auxiliary import undetermined
-from pyro_vae.evaluation import evaluating
+from pyro_vae.evaluation import evaluating, start_noise
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.capture import capturing
+from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.hardware import fast_matmul, reused_memory
+from pyro_vae.inference.ranks import Setup, alone, check_same, common_seed, gathered, world
 from pyro_vae.inference.rehearsal import Rehearsal
 from pyro_vae.inference.replays import Replayed
-from pyro_vae.inference.trees import at, joined, rows, values
+from pyro_vae.inference.trees import at, joined, mapped, rows, values
 from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.components import simulated_batch
 from pyro_vae.parameters import device_of
+from pyro_vae.reach import modules_of
 from pyro_vae.sites import kind, lengths, unwrapped
 from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
 
@@ -48,6 +57,11 @@ from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nest
 _CHUNK = 3 * 2**19
 # Log weights that are held at once.
 _HELD = 2**22
+# From the seed of a batch to that of the next: odd, so that none comes twice in the 32 bits that torch's generator
+# looks at, and 2**32 over the golden ratio, so that the batches of neighbouring seeds stay apart, too.
+_STEP = 0x9E3779B9
+
+T = TypeVar("T")
 
 
 class _Around(threading.local):
@@ -61,13 +75,18 @@ _around = _Around()
 
 
 class Sweep:
-    """Programs at work on data; made by `sweep`. Iterating over it gives the batches, as tuples of arguments."""
+    """Programs at work on data; made by `sweep`. Iterating over it gives the batches, as tuples of arguments.
+
+    Attributes:
+        number, start: Of the batch at work, and of the first datum in it.
+    """
 
     def __init__(
         self, programs: tuple[Program, ...], batches: Batches, num_data: int | None, title: str, progress: bool | None,
         seed: int | None = None,
     ) -> None:  # fmt: skip
         self.programs, self.batches, self._noise = programs, batches, NoiseOfData(seed)
+        self.number = self.start = 0
         self._num_data, self._title, self._progress = num_data, title, progress
         self._nesting: dict[int, int] = {}
         self._bar: Any = None
@@ -91,13 +110,54 @@ class Sweep:
         own = self._bar is None
         if own:
             known = self.batches.num_data is not None or hasattr(self.batches.loader, "__len__")
-            self.expect(len(self) if known else None)
-        for batch in self._upto(self._num_data):
+            self.expect(len(self) if known else None, shared=False)
+        self.start = 0
+        for batch in self._begun(self._upto(self._num_data)):
             yield batch
+            self.start += rows(batch)
             if own:
                 self.tick()
         if own:
             self.close()
+
+    def _begun(self, items: Iterable[T]) -> Iterator[T]:
+        """Each with the noise of its number, and after them that of none."""
+        for self.number, item in enumerate(items):
+            self._start_noise(self.number)
+            yield item
+        self._start_noise(-1)
+
+    def _start_noise(self, number: int) -> None:
+        if self._noise.seed is not None:
+            start_noise((self._noise.seed + number * _STEP) % 2**64)
+
+    def each(self, function: Callable[..., T], over: Iterable[Any] | None = None) -> list[T]:
+        """What a function finds for each batch, in their order, with tensors on the CPU; the processes share them.
+
+        Args:
+            function: Of a batch. It has no part in what is found but by what it returns: another process may run it.
+            over: What it is called with in the place of the batches, the same in all processes.
+        Raises:
+            Elsewhere: Another process failed.
+        """
+        rank, size = world()
+        found = []
+        with alone():
+            for item in self if over is None else self._begun(over):
+                if self.number % size == rank:
+                    found.append(_on_cpu(function(item)))
+        if size == 1:
+            return found
+        parts = gathered((self._title, found))
+        total = sum(len(part) for _, part in parts)
+        shares = [(self._title, len(range(other, total, size))) for other in range(size)]
+        if [(title, len(part)) for title, part in parts] != shares:
+            raise ValueError(
+                f"the processes had {[len(part) for _, part in parts]} batches of {self._title!r}, so that their data "
+                "are not the same. Pass all data in all of them, such as a dataset in the place of a loader of each "
+                "one's own part."
+            )
+        return [parts[number % size][1][number // size] for number in range(total)]
 
     def _upto(self, num_data: int | None) -> Iterator[tuple[Any, ...]]:
         """Batches until so many data have come."""
@@ -115,18 +175,24 @@ class Sweep:
         return joined(list(self._upto(self._num_data)))
 
     def simulated(
-        self, num_data: int, observed: Mapping[str, int] | None, *, again: bool = False
-    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Tensor]]]:
-        """Batches whose data are drawn from the model, with the latents they were drawn from (see `simulated_batch`).
+        self, function: Callable[[tuple[Any, ...], dict[str, Tensor]], T], num_data: int,
+        observed: Mapping[str, int] | None, *, again: bool = False,
+    ) -> list[T]:  # fmt: skip
+        """`each` of batches whose data are drawn from the model, and the latents they were drawn from (see
+        `simulated_batch`).
 
         With `again` the data are gone through again where they are fewer.
         """
-        while num_data > 0:
-            for batch in self._upto(num_data):
-                num_data -= rows(batch)
-                yield simulated_batch(self.programs[0], batch, observed)
-            if not again:
-                return
+
+        def batches(left: int) -> Iterator[tuple[Any, ...]]:
+            while left > 0:
+                for batch in self._upto(left):
+                    left -= rows(batch)
+                    yield batch
+                if not again:
+                    return
+
+        return self.each(lambda batch: function(*simulated_batch(self.programs[0], batch, observed)), batches(num_data))
 
     def draw(self, batch: tuple[Any, ...], num_samples: int = 1, guide: Program | None = None) -> Particles:
         """K samples of one batch, all at once."""
@@ -140,19 +206,25 @@ class Sweep:
             self._nesting[id(guide)] = plate_nesting(self.programs[0], guide, *self.first)
         return self._nesting[id(guide)]
 
-    def particles(self, num_samples: int) -> Iterator[Iterator[Particles]]:
-        """For each batch, its K particles in chunks, from the programs as they are."""
+    def particles(self, num_samples: int) -> Callable[[tuple[Any, ...]], Iterator[Particles]]:
+        """From a batch to its K particles in chunks, from the programs as they are."""
         model, guide = self.programs
         found = self._lay_out(num_samples)
-        for batch in self:
-            nesting = plate_nesting(model, guide, *batch) if found.joint else found.nesting  # refuses it
-            yield in_chunks(model, guide, batch, num_samples, nesting)
 
-    def tables(self, num_samples: int, compile: bool | str = "auto") -> Iterator[tuple[Tensor, Tensor, int]]:
-        """For each batch its log weights and log likelihoods, (K, B) each, and the data of each column."""
-        found, count = self._lay_out(num_samples), len(self)
+        def of(batch: tuple[Any, ...]) -> Iterator[Particles]:
+            nesting = plate_nesting(model, guide, *batch) if found.joint else found.nesting  # refuses it
+            return in_chunks(model, guide, batch, num_samples, nesting)
+
+        return of
+
+    def table(
+        self, num_samples: int, compile: bool | str = "auto"
+    ) -> Callable[[tuple[Any, ...]], tuple[Tensor, Tensor, int]]:
+        """From a batch to its log weights and log likelihoods, (K, B) each, and the data of each column."""
+        found, count = self._lay_out(num_samples), -(-len(self) // world()[1])
         chunks: dict[int, Replayed] = {}
-        for batch in self:
+
+        def of(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
             sizes = chunk_sizes(batch, num_samples)
             tensors = all(isinstance(x, Tensor) for x in batch)
             parts: list[tuple[Tensor, ...]] = []
@@ -163,7 +235,9 @@ class Sweep:
                     chunks[size] = Replayed(function, programs=self.programs, calls=calls, compile=compile)
                 parts.append(chunks[size](*batch) if tensors else function(*batch))
             weight, likelihood = (torch.cat(column) for column in zip(*parts, strict=True))
-            yield weight, likelihood, found.joint or 1
+            return weight, likelihood, found.joint or 1
+
+        return of
 
     def _lay_out(self, num_samples: int) -> Layout:
         """The pair's layout; all data go into one batch, where the pair is of just these data."""
@@ -192,9 +266,11 @@ class Sweep:
             )
         return found
 
-    def expect(self, ticks: int | None) -> None:
-        """Show a bar of so many ticks, and not one of the batches."""
+    def expect(self, ticks: int | None, *, shared: bool = True) -> None:
+        """Show a bar of so many ticks, of which the processes share the work, and not one of the batches."""
         self.close()
+        if ticks is not None and shared:
+            ticks = -(-ticks // world()[1])
         hide = None if self._progress is None else not self._progress
         self._bar = tqdm(total=ticks, desc=self._title, disable=hide, leave=False)
 
@@ -237,30 +313,37 @@ def sweep(
         besides: Modules that are to be in evaluation mode as well.
         validate: Whether Pyro looks at all values, and raises where a trajectory leaves the numbers.
         device: Where the batches go; where the modules are when not given.
-        seed: Seed of the noise inside, and of what the data draw (`one_draw`, `NoiseOfData`): all sweeps of one seed
-            are over the same numbers. None goes on with the random states as they are.
+        seed: Seed of the noise inside, of each batch by its number (see the module), and of what the data draw
+            (`one_draw`, `NoiseOfData`): all sweeps of one seed are over the same numbers. None goes on with the random
+            states as they are; of several processes it takes a seed from that of the first.
         progress: Show a bar; None shows it on a terminal only.
         title: Of the bar.
     Raises:
-        ValueError: What `Batches` refuses.
+        ValueError: What `Batches` refuses; in several processes, another pair, other data or another call in one of
+            them, and what another one failed of.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_vae import Guide, Model
         >>> model = Model(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
         >>> guide = Guide(lambda x: dist.Normal(x / 2, 0.5**0.5))
         >>> with sweep(model, guide, data=torch.zeros(5), batch_size=3, seed=0) as run:
-        ...     [run.draw(batch, 7).log_weight.shape for batch in run]
+        ...     run.each(lambda batch: run.draw(batch, 7).log_weight.shape)
         [torch.Size([7, 3]), torch.Size([7, 2])]
     """
     given = tuple(program for program in programs if program is not None)
     place = device_of(*given) if device is None else device
     on_cpu = torch.device(place or "cpu").type == "cpu"
-    with contextlib.ExitStack() as stack:
+    rank, size = world()
+    drawn = seed
+    with contextlib.ExitStack() as stack, Setup() as setup:
+        if size > 1:
+            check_same({"call": title, "seed": seed, "batch size": batch_size, "number of data": num_data})
+            seed, progress = common_seed(seed), progress if rank == 0 else False
         for context in (evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory()):
             stack.enter_context(context)
         if not validate:
             stack.enter_context(validation_enabled(False))
-        batches = Batches(one_draw(data, seed), batch_size or sys.maxsize, place, False, given)
+        batches = Batches(one_draw(data, drawn), batch_size or sys.maxsize, place, False, given)
         if batches.tolerated:  # Pyro's validation looks before it masks
             stack.enter_context(validation_enabled(False))
         run = Sweep(given, batches, num_data, title, progress, seed)
@@ -275,10 +358,27 @@ def sweep(
                     warnings.warn(mixed, stacklevel=5)
         if batch_size is not None:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
+        if size > 1:
+            _look_at_all(run)
         try:
             yield run
         finally:
             run.close()
+        setup.done()
+
+
+def _look_at_all(run: Sweep) -> None:
+    """Refuse processes that have not the same pair, data and batches."""
+    tensors = [t for module in modules_of(*run.programs) for t in (*module.parameters(), *module.buffers())]
+    told = {f"tensor {number} of the pair": fingerprint(tensor.detach()) for number, tensor in enumerate(tensors)}
+    told |= {f"program {number}": program_fingerprint(program) for number, program in enumerate(run.programs)}
+    told |= {"number of data": f"{run.batches.num_data}", "first batch": fingerprint(run.first)}
+    check_same(told | {"batch size": f"{run.batches.batch_size}"})
+
+
+def _on_cpu(found: T) -> T:
+    moved: T = mapped(lambda _, leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, found)
+    return moved
 
 
 def _look_at_supports(shown: Rehearsal) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -293,15 +293,12 @@ class Proposals:
         self._own: dict[str, list[Scored]] = {}
         self._mixed: list[Scored] = []
 
-    def add(
-        self, model: Program, proposals: Mapping[str, Program], args: tuple[Any, ...], num_samples: int,
-        nesting: Mapping[str, int],
-    ) -> None:  # fmt: skip
-        """Score a batch, as `score`."""
-        own, mixed = score(model, proposals, self.pooled, args, num_samples, nesting)
-        for name, scored in own.items():
-            self._own.setdefault(name, []).append(scored)
-        self._mixed += [] if mixed is None else [mixed]
+    def add(self, scored: Iterable[tuple[dict[str, Scored], Scored | None]]) -> None:
+        """What `score` says of batches."""
+        for own, mixed in scored:
+            for name, one in own.items():
+                self._own.setdefault(name, []).append(one)
+            self._mixed += [] if mixed is None else [mixed]
 
     def result(self, given: Any = None) -> tuple[dict[str, Scored], Scored, str]:
         """Each by itself, and what `pool` makes of all."""
