@@ -141,22 +141,20 @@ class Sweep:
             Elsewhere: Another process failed.
         """
         rank, size = world()
-        found = []
+        found, total = [], 0
         with alone():
-            for item in self if over is None else self._begun(over):
+            for total, item in enumerate(self if over is None else self._begun(over), 1):
                 if self.number % size == rank:
                     found.append(_on_cpu(function(item)))
         if size == 1:
             return found
-        parts = gathered((self._title, found))
-        total = sum(len(part) for _, part in parts)
-        shares = [(self._title, len(range(other, total, size))) for other in range(size)]
-        if [(title, len(part)) for title, part in parts] != shares:
-            raise ValueError(
-                f"the processes had {[len(part) for _, part in parts]} batches of {self._title!r}, so that their data "
-                "are not the same. Pass all data in all of them, such as a dataset in the place of a loader of each "
-                "one's own part."
-            )
+        parts = gathered((f"{total} of {self.start} data", found))
+        for other, (seen, _) in enumerate(parts):
+            if seen != parts[0][0]:
+                raise ValueError(
+                    f"got {parts[0][0]} in process 0 and {seen} in process {other} as batches, wanted the same. Pass "
+                    "all data in all processes, such as a dataset in the place of a loader of each one's own part."
+                )
         return [parts[number % size][1][number // size] for number in range(total)]
 
     def _upto(self, num_data: int | None) -> Iterator[tuple[Any, ...]]:
