@@ -58,13 +58,47 @@ def test_a_killed_worker_is_started_again_and_ends_in_the_same_weights(tmp_path)
     assert metrics[0] == metrics[1] and len(metrics[0]) == 40
 
 
+@pytest.mark.slow
+def test_evaluate_and_compare_are_those_of_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in {"a": "0", "b": "1"}.items():
+        run = [*SMALL, "--epochs", "2", "--seed", seed, "--split-seed", "0", "--out", name, "--quiet"]
+        assert cli.main(run) == 0
+    capsys.readouterr()
+    for command in (["evaluate", "a", "-K", "30", "--full"], ["compare", "a", "b", "--evaluation-samples", "30"]):
+        assert cli.main([*command, "--json"]) == 0
+        wanted = json.loads(capsys.readouterr().out)
+        shared = started(tmp_path, *command, "--json", "--out", f"{command[0]}.out")
+        said, _ = shared.communicate(timeout=300)
+        assert shared.returncode == 0, said
+        found = json.JSONDecoder().raw_decode(said[said.index("\n{" if "\n{" in said else "{") :].lstrip())[0]
+        assert said.count('"test_elbo"') == (command[0] == "evaluate")  # one of them speaks
+        for each in (found, wanted):
+            each.pop("evaluation_seconds", None)
+            each.get("protocol", {}).pop("threads", None)
+        assert found == approximately(wanted)
+        assert (tmp_path / f"{command[0]}.out").exists()
+    lost = started(tmp_path, "evaluate", "c")
+    said, _ = lost.communicate(timeout=300)
+    assert lost.returncode != 0 and "got c, wanted a run folder" in said
+
+
+def approximately(tree):
+    if isinstance(tree, dict):
+        return {key: approximately(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [approximately(value) for value in tree]
+    return pytest.approx(tree, rel=1e-5, nan_ok=True) if isinstance(tree, float) else tree
+
+
 def test_what_does_not_share_its_work_is_refused_in_several_processes(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    for command in ("judge", "evaluate", "compare"):
+    for command, why in {"judge": "the clock of one process", "sample": "fit, evaluate and compare share"}.items():
         assert cli.main([command, "runs/a"]) == 2
-        assert f"got {command} in 2 processes" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"got {command} in 2 processes" in said and why in said
 
 
 def test_resume_goes_on_with_an_unfinished_run_only(monkeypatch, capsys, tmp_path):

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,11 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
+# Commands that several processes share, and why another is done by one.
+_SHARED = ("fit", "evaluate", "compare")
+_BY_ITSELF = {"judge": "whose stages are as long as the clock of one process allows"}
+
+
 class _Commands(click.Group):
     """Commands of which a typo gets a hint, listed in the order in which they are used."""
 
@@ -141,11 +146,9 @@ def commands(context: click.Context) -> None:
     from pyro_vae.app.processes import number
 
     command = context.invoked_subcommand
-    if command not in (None, "fit") and number() > 1:
-        raise ValueError(
-            f"got {command} in {number()} processes, which would do it as often. Only fit shares its work out: run "
-            f"{PROGRAM} {command} by itself."
-        )
+    if command not in (None, *_SHARED) and number() > 1:
+        why = _BY_ITSELF.get(command, "which would do it as often: fit, evaluate and compare share their work out")
+        raise ValueError(f"got {command} in {number()} processes, {why}. Run {PROGRAM} {command} by itself.")
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -242,14 +245,18 @@ def _choice(kind: str, name: str) -> str:
     return found
 
 
-def _done_by(path: str) -> Callable[[Callable[[], None]], Callable[..., None]]:
-    """A command whose options all go to a function of `pyro_vae.app`, which is imported when it runs."""
+def _done_by(path: str, shared: bool = False) -> Callable[[Callable[[], None]], Callable[..., None]]:
+    """A command whose options all go to a function of `pyro_vae.app`, which is imported when it runs; of several
+    processes, if they share its work."""
     module, _, name = path.partition(":")
 
     def decorate(described: Callable[[], None]) -> Callable[..., None]:
         @functools.wraps(described)
         def run(**options: Any) -> None:
-            getattr(import_module(f"pyro_vae.app.{module}"), name)(**options)
+            from pyro_vae.app.processes import together
+
+            with together() if shared else nullcontext():
+                getattr(import_module(f"pyro_vae.app.{module}"), name)(**options)
 
         return run
 
@@ -284,7 +291,7 @@ _seed = click.option("--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), h
               "datum, with the help of the model: gradient or Hamiltonian steps that are taken where they "
               "help.")  # fmt: skip
 @click.option("--out", metavar="FILE", type=_PATH, help="Write the JSON to a file too.")
-@_done_by("commands:evaluate_run")
+@_done_by("commands:evaluate_run", shared=True)
 def evaluate() -> None:
     """Judge a run again: other samples, images or seed. The run folder stays as it is."""
 
@@ -341,7 +348,15 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
       pyro-vae compare --vary posterior=diagonal,full,iaf --frozen runs/mnist
       pyro-vae compare study.yaml --jobs 4
     """
+    from pyro_vae.app.processes import together
+
+    with together():
+        _compare(runs, given)
+
+
+def _compare(runs: tuple[Path, ...], given: dict[str, Any]) -> None:
     from pyro_vae.app.compare_command import compare_runs, compare_study
+    from pyro_vae.app.processes import number
 
     asked = {name: given.pop(name) for name in list(given) if name in OPTIONS_OF_COMPARE}
     fixed = {name: convert(name, value, option(name)) for name, value in given.items() if value is not None}
@@ -351,6 +366,11 @@ def compare(runs: tuple[Path, ...], **given: Any) -> None:
             raise ValueError(f"got {' '.join(map(str, runs))} with other runs or --vary, wanted a study alone.")
         if runs and not files:
             raise ValueError(f"got --vary and the runs {' '.join(map(str, runs))}, wanted one of them.")
+        if number() > 1:
+            raise ValueError(
+                f"got a study in {number()} processes, which deals its fits out by itself. Run {PROGRAM} compare by "
+                "itself, with --jobs N, or --backend slurm on several machines."
+            )
         compare_study(files[0] if files else None, fixed, say=_say(asked["as_json"]), **asked)
         return
     gone = [path for path in runs if not path.exists()]

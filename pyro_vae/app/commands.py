@@ -20,6 +20,7 @@ from pyro_vae.app import evaluation, following, report, serving
 from pyro_vae.app.configuration import about
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
 from pyro_vae.app.fitting import read, second_view, the_device
+from pyro_vae.app.processes import is_first
 from pyro_vae.app.remarks import of_image
 from pyro_vae.app.runs import FIGURES, METRICS, Run, is_unfinished, options_of, write_json
 from pyro_vae.atomic import write_file
@@ -101,7 +102,7 @@ def evaluate_run(
     if refined and not as_json:
         click.echo(f"refined by {refine}: the ELBO is {refined['elbo_gain']:.3f} ± {refined['elbo_gain_stderr']:.3f} "
                    "nats above that of the run's own guide (paired by datum)")  # fmt: skip
-    if out is not None:
+    if out is not None and is_first():
         write_json(out, numbers | {"run": str(run)})
     if not as_json:
         following.say(following.after("evaluate", run, numbers))

@@ -15,6 +15,7 @@ import click
 
 from pyro_vae.app import following
 from pyro_vae.app.comparing import _arms, compare, read_study, speeds_of, study, study_of
+from pyro_vae.app.processes import is_first
 from pyro_vae.app.report import about, wrapped
 from pyro_vae.app.runs import REPORT, SUMMARY
 from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers
@@ -45,11 +46,11 @@ def compare_runs(
         num_data=given.get("evaluation_images") or (10**9 if full else EVALUATION_IMAGES), trust=list(trust),
         device=given.get("device"), progress=False if as_json else None,
     )  # fmt: skip
-    if out is not None:
+    if out is not None and is_first():
         opened = {name: members[0] for name, members in _arms(list(runs), list(trust)).items()}
         write_text(Path(out) / REPORT, runs_page(found, opened, "Comparison of " + ", ".join(map(str, runs))))
         write_table(found, Path(out) / "table.csv")
-    if table is not None:
+    if table is not None and is_first():
         write_table(found, Path(table))
     _show({"": found}, as_json)
     if not as_json:

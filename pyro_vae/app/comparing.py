@@ -20,6 +20,7 @@ from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_stranger
 from pyro_vae.app.trials import execute, held, rankings, reason, speed, state
 from pyro_vae.atomic import write_text
 from pyro_vae.data import Split
+from pyro_vae.inference.ranks import world
 from pyro_vae.judging.rankings import Ranking, rank
 from pyro_vae.judging.scoring import Scores, scores
 from pyro_vae.options import checked, is_pair
@@ -120,6 +121,11 @@ def study(
     Raises:
         ValueError: A bad option or file, arms of different data, nothing that could be fitted.
     """
+    if world()[1] > 1:
+        raise ValueError(
+            f"got a study in a group of {world()[1]} processes, which deals its fits out by itself. Call it in one "
+            "process, with jobs=N, or backend='slurm' on several machines."
+        )
     wanted = study_of(asked)
     refuse_strangers(wanted, trust, in_file=isinstance(asked, str | os.PathLike))
     place = Path(folder).expanduser()

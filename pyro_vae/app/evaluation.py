@@ -17,6 +17,7 @@ from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
 from pyro_vae.inference.objectives import mean_bound
+from pyro_vae.inference.ranks import by_first
 from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import ElboTerms, elbo_terms, log_likelihood
 from pyro_vae.judging.evidence import Estimate
@@ -50,7 +51,7 @@ def plan(vae: Answers, dataset: Dataset, options: FitOptions) -> Plan:
     weights do not matter to it.
     """
     test, wanted = dataset.test, options.evaluation_images
-    each = seconds_each(vae, test, options.evaluation_samples)
+    each = by_first(lambda: seconds_each(vae, test, options.evaluation_samples))
 
     def seconds(images: int, num_samples: int) -> float:
         return each * images * (num_samples + ELBO_SAMPLES)

@@ -1,12 +1,13 @@
 """The command in several processes, as ``torchrun --nproc-per-node N -m pyro_vae fit ...`` starts them.
 
-The first one has the run folder, the bar and the words; the others train with it.
+The first one has the run folder, the bar and the words; the others train, or evaluate, with it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -46,6 +47,38 @@ def group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A command that does not train and whose work the processes share: the first one speaks, and says what failed."""
+    if number() == 1:
+        yield
+        return
+    from pyro_vae.inference.ranks import Setup, world
+
+    with group(), contextlib.ExitStack() as stack:
+        rank, _ = world()
+        if rank:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            with Setup() as setup:
+                yield
+                setup.done()
+        except Exception as error:
+            if rank:
+                time.sleep(1)  # torchrun ends all when one has ended, and the first is to have its say
+                raise click.exceptions.Exit(2) from error
+            raise
+
+
+def is_first() -> bool:
+    """Whether this process has the files and the words."""
+    from pyro_vae.inference.ranks import world
+
+    return world()[0] == 0
 
 
 def of_first(made: Callable[[], _T]) -> _T | None:

@@ -24,8 +24,8 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 _NUMBERS = 8  # of each rank, in a message
 _FAILED, _STOP, _ROWS, _FULL, _FIRST = range(5)
 _local = threading.local()
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -314,6 +315,17 @@ def common_seed(seed: int | None) -> int:
 def first_says(word: Any) -> Any:
     """The word of the first process, in all of them."""
     return gathered(word if world()[0] == 0 else None)[0]
+
+
+def by_first(made: Callable[[], T]) -> T:
+    """What the first process makes by itself, in all of them: a time that was measured, say."""
+    rank, size = world()
+    if size == 1:
+        return made()
+    with alone():
+        value = made() if rank == 0 else None
+    found: T = first_says(value)
+    return found
 
 
 def most_steps(own: int) -> int:

@@ -143,7 +143,8 @@ class Sweep:
         rank, size = world()
         found, total = [], 0
         with alone():
-            for total, item in enumerate(self if over is None else self._begun(over), 1):
+            for item in self if over is None else self._begun(over):
+                total += 1
                 if self.number % size == rank:
                     found.append(_on_cpu(function(item)))
         if size == 1:
