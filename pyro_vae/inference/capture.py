@@ -81,6 +81,8 @@ class Capture:
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
         compiled: Whether Inductor has compiled the graph.
+        on_cpu: Whether all its tensors are there.
+        fast: Whether its products are worth a call of oneDNN (see `pyro_vae.inference.hardware`).
     Raises:
         Uncapturable: The function reads numbers out of tensors, or draws in a way that
             cannot be written down. Whatever is raised, every tensor that was there before is as it was.
@@ -152,7 +154,7 @@ class Capture:
         del self.results[self._returned :]
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
         self.mutated = mutated(graph, self._constant_nodes, self.constants)
-        self._fast = self.on_cpu and largest_product(graph) >= WORTH_ONEDNN
+        self.fast = self.on_cpu and largest_product(graph) >= WORTH_ONEDNN
         self._run = self._shortly(graph, finish)
         output = next(iter(reversed(graph.nodes)))
         output.args = (list(output.args[0])[: self._returned],)
@@ -174,7 +176,7 @@ class Capture:
 
     def __call__(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results and gradients for new arguments, new noise, and the tensors as they are now."""
-        with torch.no_grad(), fast_matmul(self._fast):
+        with torch.no_grad(), fast_matmul(self.fast):
             return self._run(*args, *self.constants, *[draw() for draw in self.draws])
 
     def holds(self) -> bool:
