@@ -38,12 +38,18 @@ def worker(rank, folder):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_started_again_and_ends_in_the_same_weights(tmp_path):
+def test_a_killed_worker_is_started_again_and_ends_in_the_same_weights(tmp_path, monkeypatch, capsys):
     whole = started(tmp_path, *SMALL, "--out", "whole")
     said, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, said
-    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["processes"] == 2
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["processes"] == 2
     assert said.count("test ELBO") == 1  # one of them speaks
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "whole", "--json"]) == 0  # in one process
+    again = json.loads(capsys.readouterr().out)
+    for name in ("test_elbo", "test_log_likelihood", "test_khat_ok", "active_units", "sample_energy_distance"):
+        assert summary[name] == pytest.approx(again[name], rel=1e-5), name
     broken = started(tmp_path, *SMALL, "--out", "broken")
     while not (tmp_path / "broken" / "checkpoint.safetensors").is_file():
         assert broken.poll() is None, broken.communicate()[0]
