@@ -101,8 +101,9 @@ class Objective(ELBO):
             raise ValueError(reason)
         if not _is_one(beta) and bound is not elbo:
             raise ValueError(_beside_elbo(bound, beta))
+        factories: tuple[object, ...] = (mmd, free_bits, total_correlation)
         for regularizer in regularizers:
-            if not callable(regularizer) or regularizer in (mmd, free_bits, total_correlation):
+            if not callable(regularizer) or regularizer in factories:
                 name = getattr(regularizer, "__name__", repr(regularizer))
                 raise ValueError(
                     f"got {name} among the regularizers, wanted functions of (particles, model, guide): what "

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -701,7 +701,7 @@ class _Stepper:
             for tensor, copied in kept:
                 tensor.copy_(copied)
 
-    def epoch(self, bar: tqdm) -> dict[str, Any]:
+    def epoch(self, bar: tqdm[Any]) -> dict[str, Any]:
         """One pass; its averages."""
         started, count, even = time.perf_counter(), 0, True
         summed: float | Tensor = 0.0
@@ -877,7 +877,13 @@ class _Stepper:
             raise ValueError(said)
 
 
-class _Bar(tqdm):
+if TYPE_CHECKING:
+    _Tqdm = tqdm[Any]  # generic for type checkers only
+else:
+    _Tqdm = tqdm
+
+
+class _Bar(_Tqdm):
     """A bar whose time left has what comes after the fit in it."""
 
     ahead = 0.0

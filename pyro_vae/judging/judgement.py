@@ -38,8 +38,9 @@ from pyro_vae.judging.examinations import (
 )
 from pyro_vae.judging.remedies import examine_remedy
 from pyro_vae.judging.results import Result, at_least, plain
-from pyro_vae.judging.stages import Stage, Stages
+from pyro_vae.judging.stages import Stages
 from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.trials import Stage
 from pyro_vae.judging.verdicts import verdict
 from pyro_vae.options import checked
 from pyro_vae.traces import Program
