@@ -39,7 +39,7 @@ from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering, value_of
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
 from pyro_vae.precision import current as current_precision
 from pyro_vae.reach import modules_of
@@ -120,7 +120,7 @@ class History:
         return len(self.records)
 
 
-@checked
+@of_pair
 def fit(
     model: Program,
     guide: Program,

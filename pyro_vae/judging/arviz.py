@@ -38,7 +38,7 @@ from pyro_vae.judging.components import Scorer, placed
 from pyro_vae.judging.results import at_least
 from pyro_vae.judging.sweeps import Sweep, chunk_sizes, in_chunks, sweep
 from pyro_vae.judging.weights import Scored, pareto_smoothed
-from pyro_vae.options import checked
+from pyro_vae.options import checked, of_pair
 from pyro_vae.sites import plates
 from pyro_vae.traces import Program, predict, simulate
 
@@ -49,7 +49,7 @@ LOO_IS_INVALID = (
 _EVENTS = {1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
 
 
-@checked
+@of_pair
 def to_arviz(
     model: Program,
     guide: Program,
