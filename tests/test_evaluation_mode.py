@@ -539,6 +539,7 @@ def test_lazy_layers_and_automatic_guides_stay_set_up():
     assert (anomaly_scores(model, guide, X[:, 0], score="reconstruction") < first).double().mean() > 0.5
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")  # those of this test
 def test_compiled_networks_are_evaluated_without_a_word():
     torch._dynamo.reset()
     net = torch.compile(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), backend="eager")

@@ -225,7 +225,8 @@ class _Layout:
         arrays = {n: x.detach().cpu().to(known.get(x.dtype, x.dtype)).numpy() for n, x in values.items()}
         dims = {name: [self.datum] if per_datum else self.dims[name] for name in values}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="More chains")  # as was asked for
+            # As was asked for; the one of ArviZ 0.x, the other of 1.x.
+            warnings.filterwarnings("ignore", message="More chains|Found chain dimension to be longer")
             if _is_old(az):
                 found = az.from_dict(**{group: arrays}, dims=dims, coords=self.coords)[group]
             else:
