@@ -7,6 +7,7 @@ import copy
 import functools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
+from pyro_vae.inference import explanation
 from pyro_vae.inference.batches import Batches, Stream, apart, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors, previous
@@ -396,6 +398,8 @@ def fit(
                 stepper.release()
         if stepper.ranks is not None and stepper.ranks.stopping:  # also where it came after the last step
             history.interrupted = True
+        if explanation.wanted() and rank == 0:
+            print(explanation.explained(compiled, stepper.steps), file=sys.stderr)
         history.best_epoch = len(history)
         if best.epoch and not history.interrupted:
             best.restore()
