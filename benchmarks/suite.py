@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="at the most, in every section")
     parser.add_argument("--rounds", type=int, help="timed calls of each row, in every section")
     parser.add_argument("--rows", nargs="+", help="only rows of these names")
-    parser.add_argument("--keep", action="store_true", help="also write results/CLASS/suite.json and .md; CLASS is that "
-                        "of the processor")  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="also write results/CLASS/suite.json and .md; CLASS is "
+                        "that of the processor")  # fmt: skip
     args = parser.parse_args()
     if min(args.rounds or 1, args.images or 1, args.threads) < 1 or args.budget <= 0:
         parser.error("wanted --rounds, --images, --threads >= 1 and --budget > 0.")
