@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import pyro_vae as pv
 from pyro_vae.inference import replays
 from pyro_vae.inference.ranks import alone
-from pyro_vae.judging import sweeps
+from pyro_vae.judging import sharing
 from pyro_vae.judging.latents import posterior_means
 from pyro_vae.judging.sweeps import sweep
 
@@ -314,7 +314,7 @@ def noise(seed, passes=1, **options):
 def test_batches_have_noise_of_their_own():
     found = torch.cat([noise(seed)[0] for seed in range(50)])
     assert len(found.unique(dim=0)) == len(found) == 200  # of any two seeds
-    starts = torch.tensor([(number * sweeps._STEP) % 2**32 for number in range(200_000)])
+    starts = torch.tensor([(number * sharing.STEP) % 2**32 for number in range(200_000)])
     assert starts.sort().values.diff().min() > 10_000  # so many seeds are apart
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Bernoulli, constraints
 
@@ -196,3 +197,30 @@ def remedy(rule: Rule, value: float, low: float, high: float, finite: Tensor) ->
             )
         return "Pass raw counts, neither normalised nor log-transformed, or take another likelihood, such as normal."
     return f"{missing} Or rescale the data, or take another likelihood."
+
+
+def look_at_supports(shown: Rehearsal) -> None:
+    """Refuse a guide that draws where the prior has no mass; warn of one that cannot draw where the prior has some."""
+    for name, site in shown.latents.items():
+        prior = shown.sites.get(name)
+        if prior is None or prior["is_observed"] or site["is_observed"] or isinstance(unwrapped(site["fn"]), Delta):
+            continue
+        q, p = site["fn"], prior["fn"]
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                inside = bool(p.support.check(site["value"]).all()) or not bool(torch.isfinite(site["value"]).all())
+                reaches = bool(q.support.check(p.sample((64,))).all())
+        except Exception:  # noqa: BLE001 - a support that is not said is not compared
+            continue
+        if not inside:
+            raise ValueError(
+                f"guide site {name!r} ({kind(q)}) draws values outside of the support of the prior ({kind(p)}), where "
+                "log p(z) is not defined. Give both the same support."
+            )
+        if not reaches:
+            warnings.warn(
+                f"guide site {name!r} ({kind(q)}) cannot draw all that the prior ({kind(p)}) can: what lies outside of "
+                "its support is missing from log p(x), and neither errors nor k-hat see that. Read it as a lower "
+                "bound, or give both the same support.",
+                stacklevel=4,
+            )

@@ -32,11 +32,11 @@ from scipy.stats import binom, chi2
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.judging.components import Components
+from pyro_vae.judging.components import Components, refuse_points
 from pyro_vae.judging.quotes import listed
 from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.scoring import holm
-from pyro_vae.judging.sweeps import refuse_points, sweep
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import checked, of_pair
 from pyro_vae.traces import Program
 

@@ -17,25 +17,24 @@ Reference: Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoe
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae import plots
 from pyro_vae.inference.trees import at, joined
 from pyro_vae.judging.climbs import Climb, climbed, optimise
+from pyro_vae.judging.families import by_name, family_of, is_guide
 from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
 from pyro_vae.judging.quotes import aligned
 from pyro_vae.judging.results import Mean, Result, at_least, one_of, row
-from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores, score
 from pyro_vae.options import of_pair
-from pyro_vae.protocols import has_start
 from pyro_vae.traces import Program, draw, plate_nesting
 
 _FREE = 2**22  # free parameters that are held at once
@@ -204,27 +203,26 @@ def gaps(
         >>> row = gaps(model, guide, torch.zeros(4), num_samples=4000).families["guide"]
         >>> abs(row.approximation.value) < 0.01, abs(row.amortization.value - (1.5 - math.log(2))) < 0.05
         (True, True)
-
     """
     _check(start, num_samples, learning_rate, num_steps, window, tolerance)
-    named = _named(guide, families or {})
-    guides = {name: value for name, value in named.items() if _is_guide(value)}
+    named, guides = by_name(guide, families or {})
     options: dict[str, Any] = {"num_steps": num_steps, "window": window, "tolerance": tolerance}
     found, unscaled = Proposals(), Unscaled()(model)
     with sweep(model, *guides.values(), data=data, batch_size=250, copies=STEP_SAMPLES, besides=named.values(),
                validate=False, seed=seed, device=device, progress=progress, title="gaps") as run:  # fmt: skip
         made, reasons, width = _families(named, model, guide, at(run.first, slice(2)), start)
         run.at_most(_FREE // width)
-        found.pooled = _pooled(run, made, [name for name in named if name not in reasons], guides, start)
-        run.expect(len(run) * (len(named) - len(reasons)))
+        able, args = [name for name in named if name not in reasons], at(run.first, slice(run.batches.batch_size))
+        found.pooled = _pooled(model, guide, args, made, able, guides, start)
+        run.expect(len(run) * len(able))
 
         def climb(batch: tuple[Any, ...]) -> tuple[Any, dict[str, Climb]]:
             proposals: dict[str, Program] = {name: Unscaled()(value) for name, value in guides.items()}
-            nesting = {name: run.nesting(value) for name, value in guides.items()}
-            climbs = {}
-            for name in [name for name in named if name not in reasons]:
+            nesting, climbs = {name: run.nesting(value) for name, value in guides.items()}, dict[str, Climb]()
+            for name in able:
                 form = _form(made[name], model, guide, batch, start)
-                best = optimise(model, form, batch, learning_rate=learning_rate, progress=_teller(run, name), **options)
+                best = optimise(model, form, batch, learning_rate=learning_rate, **options,
+                                progress=lambda done, name=name: run.tick(family=name, window=done))  # fmt: skip
                 climbs[name] = climbed(unscaled, form, best, batch, num_samples)
                 local, which = form.guide(best.rows), f"{name} (local)"
                 proposals[which], nesting[which] = local, plate_nesting(model, local, *batch)
@@ -234,9 +232,9 @@ def gaps(
         parts = run.each(climb)
     found.add(scored for scored, _ in parts)
     scores, level, source = found.result(log_likelihood)
-    ways = {name: None if name in reasons else joined([climbs[name] for _, climbs in parts]) for name in named}
+    ways = {name: joined([climbs[name] for _, climbs in parts]) for name in able}
     reasons |= {name: "a family without an encoder, so without an amortization gap" for name in named.keys() - guides}
-    rows = {name: _row(name, level, scores, way, reasons.get(name), num_samples) for name, way in ways.items()}
+    rows = {name: _row(name, level, scores, ways.get(name), reasons.get(name), num_samples) for name in named}
     log_p = Mean.of(level.log_p, level.log_p_variance, num_samples, bound=level.kind(num_samples) == "lower bound")
     return Gaps(rows, log_p, level.bias.mean().item(), level.pareto_k, source, num_samples)
 
@@ -253,38 +251,37 @@ def _check(start: str, num_samples: int, learning_rate: float, num_steps: int, w
         )
 
 
-def _teller(run: Sweep, name: str) -> Callable[[int], None]:
-    return lambda done: run.tick(family=name, window=done)
-
-
 def _families(
     named: Mapping[str, Any], model: Program, guide: Program, args: tuple[Any, ...], start: str
 ) -> tuple[dict[str, Any], dict[str, str], int]:
     """What has a local form, which guides have none, and why; and the most free parameters that a datum has."""
     _ = draw(model, guide, args, {}).log_weight  # refused: no density, or a scale of one site
-    made = {name: _family(name, value, model, guide, args) for name, value in named.items()}
+
+    def latent() -> Tensor:
+        return next(iter(draw(model, guide, args, {}).latents.values()))
+
+    made = {name: family_of(name, value, latent) for name, value in named.items()}
     reasons, width = {}, 1
     for name, family in made.items():
         try:
             width = max(width, _form(family, model, guide, args, start).start.shape[1])
         except ValueError as error:
-            if not _is_guide(family):
+            if not is_guide(family):
                 raise
             reasons[name] = f"no local form, since {error}"
     return made, reasons, width
 
 
 def _pooled(
-    run: Sweep, made: Mapping[str, Any], able: list[str], guides: Mapping[str, Program], start: str
-) -> list[str]:
+    model: Program, guide: Program, args: tuple[Any, ...], made: Mapping[str, Any], able: list[str],
+    guides: Mapping[str, Program], start: str,
+) -> list[str]:  # fmt: skip
     """Which proposals score each other's draws, of guides and of the local members of families."""
-    model, guide, args = run.programs[0], run.programs[1], at(run.first, slice(run.batches.batch_size))
     found = [name for name, value in guides.items() if rescores(model, value, args)]
-    with torch.random.fork_rng():
-        for name in able:
-            form = _form(made[name], model, guide, args, start)
-            if form.rescoring == "one pass" and rescores(Unscaled()(model), form.guide(form.start), args):
-                found.append(f"{name} (local)")
+    for name in able:
+        form = _form(made[name], model, guide, args, start)
+        if form.rescoring == "one pass" and rescores(Unscaled()(model), form.guide(form.start), args):
+            found.append(f"{name} (local)")
     return found
 
 
@@ -313,47 +310,8 @@ def _row(
     )
 
 
-def _named(guide: Program, families: Mapping[str, Any]) -> dict[str, Any]:
-    """The guide first, under its own name where it is among the families."""
-    name = next((name for name, value in families.items() if value is guide or value == guide), "guide")
-    return {name: guide} | {other: value for other, value in families.items() if other != name}
-
-
-def _is_class(value: Any) -> bool:
-    return isinstance(value.func if isinstance(value, functools.partial) else value, type)
-
-
-def _is_guide(value: Any) -> bool:
-    return callable(value) and not _is_class(value) and not has_start(value)
-
-
-class _NoEncoder(nn.Module):
-    """Stands where an encoder would; it is never run."""
-
-    out_features = 1
-
-
-def _family(name: str, value: Any, model: Program, guide: Program, args: tuple[Any, ...]) -> Any:
-    """A guide or a posterior as it is; of a class, a posterior without an encoder."""
-    if not callable(value):
-        raise ValueError(
-            f"got families[{name!r}] of type {type(value).__name__}, wanted a fitted guide, a class of posteriors such "
-            "as FullNormal, functools.partial(IAF, transforms=2), or a posterior."
-        )
-    if not _is_class(value):
-        return value
-    z = next(iter(draw(model, guide, args, {}).latents.values()))
-    posterior = value(_NoEncoder(), z.shape[-1])
-    if not has_start(posterior):
-        raise ValueError(
-            f"families[{name!r}] makes a {type(posterior).__name__}, which has no local form. Derive it from "
-            "Amortized, or give a guide fitted by fit_guide."
-        )
-    return posterior.to(dtype=z.dtype, device=z.device).eval()
-
-
 def _form(family: Any, model: Program, guide: Program, args: tuple[Any, ...], start: str) -> LocalForm:
-    if _is_guide(family):
+    if is_guide(family):
         return local_form(Unscaled()(family), args, start)
     draws = next(iter(draw(model, guide, args, {}, 64).latents.values()))
     loc, scale = draws.mean(0), draws.std(0).clamp(min=1e-6)

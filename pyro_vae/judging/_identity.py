@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.judging.components import refuse_points
 from pyro_vae.judging.estimates import elbo_terms
 from pyro_vae.judging.grids import quadrature
 from pyro_vae.judging.quotes import over_data
 from pyro_vae.judging.results import Result, averaged
-from pyro_vae.judging.sweeps import refuse_points, sweep
+from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import of_pair
 from pyro_vae.traces import Program, log_joint, log_q
 

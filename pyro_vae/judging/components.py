@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_vae.inference.capture import capturing
 from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.sites import Frame, common_scale, data_frame, depth, plates, sample_sites, site_log_prob
-from pyro_vae.traces import Program, run_at, simulate, sites
+from pyro_vae.traces import Particles, Program, run_at, simulate, sites
 
 
 class Scorer:
@@ -94,6 +94,15 @@ def refuse_other_scores(who: str, whose: str, again: Tensor, first: Tensor) -> N
             f"{who} scores the same values differently a second time, though {whose} networks are in evaluation mode: "
             "it draws noise that no site knows of, such as torch.randn or F.dropout(..., training=True) in its code. "
             "Make that noise a latent site (pyro.sample), or leave it out."
+        )
+
+
+def refuse_points(drawn: Particles, consequence: str) -> None:
+    """Refuse a guide with a point site, of whose density something is asked."""
+    if drawn.points:
+        raise ValueError(
+            f"guide site {drawn.points[0]!r} is a point (Delta) without a density{consequence}. Give the site a "
+            "distribution."
         )
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pyro_vae import plots
 from pyro_vae.inference.batches import seeded
-from pyro_vae.judging.components import Components
+from pyro_vae.judging.components import Components, refuse_points
 from pyro_vae.judging.quotes import listed
 from pyro_vae.judging.results import Result, table
-from pyro_vae.judging.sweeps import Sweep, refuse_points, sweep
+from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import of_guide, of_pair
 from pyro_vae.protocols import closed_form_kl
 from pyro_vae.sites import data_plate, factors, lengths, plates

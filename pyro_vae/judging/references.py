@@ -113,28 +113,13 @@ def reference(
     at_least(20, num_warmup=num_warmup)
     at_least(4, num_samples=num_samples)
     at_least(1, num_leapfrog=num_leapfrog)
+    settings = num_warmup, num_leapfrog, target_acceptance
     with sweep(model, guide, data=data, batch_size=500, copies=num_chains, validate=False, seed=seed, device=device,
                progress=progress, title="HMC") as run:  # fmt: skip
         run.expect(len(run) * (num_warmup + num_samples))
-
-        def drawn(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-            pair = Pair(model, guide, batch)
-            density = pair.posterior_density()
-            state = State.at(density, pair.from_guide(num_chains))
-            state, step, scale = _warm_up(pair, density, state, num_warmup, num_leapfrog, target_acceptance, run)
-            kept, accepted = [], torch.zeros_like(step)
-            for _ in range(num_samples):
-                state, acceptance = transition(state, density, step.new_ones(1), step, scale, num_leapfrog)
-                kept.append(state.position.cpu())
-                accepted += acceptance.mean(0)
-                run.tick()
-            u = torch.stack(kept, 1)  # (C, S, B, U)
-            latents, _ = pair.latents.unpack(u.flatten(0, 1))
-            draws = {name: z.unflatten(0, u.shape[:2]) for name, z in latents.items()}
-            axes = {site.name: site.data_axis + 1 for site in pair.latents.sites}
-            return u, draws, axes, accepted / num_samples, step
-
-        us, sites, axes, accepted_all, steps = zip(*run.each(drawn), strict=True)
+        us, sites, axes, accepted_all, steps = zip(
+            *run.each(lambda batch: _drawn(run, batch, num_chains, num_samples, *settings)), strict=True
+        )
     u = torch.cat(us, 2)
     draws = {name: torch.cat([part[name] for part in sites], axis) for name, axis in axes[0].items()}
     result = Reference(draws, u, *diagnostics(u), acceptance=torch.cat(accepted_all), step_size=torch.cat(steps))
@@ -147,6 +132,28 @@ def reference(
             stacklevel=3,
         )
     return result
+
+
+def _drawn(
+    run: Sweep, batch: tuple[Any, ...], num_chains: int, num_samples: int, num_warmup: int, num_leapfrog: int,
+    target_acceptance: float,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The chains of one batch: u, (C, S, B, U), values by site with the axis of their data, acceptance and step."""
+    pair = Pair(run.programs[0], run.programs[1], batch)
+    density = pair.posterior_density()
+    state = State.at(density, pair.from_guide(num_chains))
+    state, step, scale = _warm_up(pair, density, state, num_warmup, num_leapfrog, target_acceptance, run)
+    kept, accepted = [], torch.zeros_like(step)
+    for _ in range(num_samples):
+        state, acceptance = transition(state, density, step.new_ones(1), step, scale, num_leapfrog)
+        kept.append(state.position.cpu())
+        accepted += acceptance.mean(0)
+        run.tick()
+    u = torch.stack(kept, 1)  # (C, S, B, U)
+    latents, _ = pair.latents.unpack(u.flatten(0, 1))
+    draws = {name: z.unflatten(0, u.shape[:2]) for name, z in latents.items()}
+    axes = {site.name: site.data_axis + 1 for site in pair.latents.sites}
+    return u, draws, axes, accepted / num_samples, step
 
 
 def diagnostics(draws: Tensor) -> tuple[Tensor, Tensor]:

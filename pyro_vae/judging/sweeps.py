@@ -9,14 +9,8 @@ left to a diagnostic is what it does with a batch:
         found = run.each(lambda batch: run.draw(batch, num_samples).log_weight)
 
 An estimate whose K does not fit into memory takes the samples of a batch in chunks (`Sweep.particles`), captured and
-replayed where there are many of them (`Sweep.table`). Data may be simulated on the way (`Sweep.simulated`).
-
-The noise of a batch is that of its number: at batch i the random states start at a seed made of (seed, i), whatever was
-drawn before. So it does not matter which process has a batch. Under an initialised process group of
-``torch.distributed`` the processes (ranks) share the batches out, i to rank i modulo their number, and each gets what
-all have found, in the order of one process. They all make the call, with the same pair and data, which is looked at,
-and read all data; a failure in one of them is one in all. What goes over the batches otherwise (``for batch in run``)
-does so in each of them, on the same numbers. A call by one process is made inside `pyro_vae.inference.ranks.alone`.
+replayed where there are many of them (`Sweep.table`). Data may be simulated on the way (`Sweep.simulated`). The noise
+of a batch is that of its number, and the processes of a group share the batches (see `sharing`).
 """
 
 from __future__ import annotations
@@ -31,7 +25,6 @@ from typing import Any, TypeVar
 
 import torch
 from pyro import validation_enabled
-from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm import tqdm
@@ -40,26 +33,21 @@ from pyro_vae.auxiliary import undetermined
 from pyro_vae.evaluation import evaluating, start_noise
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.capture import capturing
-from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint
 from pyro_vae.inference.hardware import fast_matmul, reused_memory
-from pyro_vae.inference.ranks import Setup, alone, check_same, common_seed, gathered, world
-from pyro_vae.inference.rehearsal import Rehearsal
+from pyro_vae.inference.ranks import Setup, check_same, common_seed, world
 from pyro_vae.inference.replays import Replayed
-from pyro_vae.inference.trees import at, joined, mapped, rows, values
+from pyro_vae.inference.supports import look_at_supports
+from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.components import simulated_batch
+from pyro_vae.judging.sharing import look_at_all, seed_of, shared
 from pyro_vae.parameters import device_of
-from pyro_vae.reach import modules_of
-from pyro_vae.sites import kind, lengths, unwrapped
+from pyro_vae.sites import lengths
 from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
 
 # Floats per tensor of decoder output: large enough to hide Python, small enough for the caches (6 MB).
 _CHUNK = 3 * 2**19
-# Log weights that are held at once.
-_HELD = 2**22
-# From the seed of a batch to that of the next: odd, so that none comes twice in the 32 bits that torch's generator
-# looks at, and 2**32 over the golden ratio, so that the batches of neighbouring seeds stay apart, too.
-_STEP = 0x9E3779B9
+_HELD = 2**22  # log weights that are held at once
 
 T = TypeVar("T")
 
@@ -67,19 +55,15 @@ T = TypeVar("T")
 class _Around(threading.local):
     """The pairs of the sweeps around one, in this thread: a call that makes many says once what it sees."""
 
-    def __init__(self) -> None:
-        self.pairs: list[tuple[Program, ...]] = []
+    pairs: tuple[tuple[Program, ...], ...] = ()
 
 
 _around = _Around()
 
 
 class Sweep:
-    """Programs at work on data; made by `sweep`. Iterating over it gives the batches, as tuples of arguments.
-
-    Attributes:
-        number, start: Of the batch at work, and of the first datum in it.
-    """
+    """Programs at work on data; made by `sweep`. Iterating over it gives the batches, as tuples of arguments; `number`
+    and `start` are those of the batch at work and of its first datum."""
 
     def __init__(
         self, programs: tuple[Program, ...], batches: Batches, num_data: int | None, title: str, progress: bool | None,
@@ -110,7 +94,7 @@ class Sweep:
         own = self._bar is None
         if own:
             known = self.batches.num_data is not None or hasattr(self.batches.loader, "__len__")
-            self.expect(len(self) if known else None, shared=False)
+            self.expect(len(self) if known else None, apart=False)
         self.start = 0
         for batch in self._begun(self._upto(self._num_data)):
             yield batch
@@ -122,41 +106,21 @@ class Sweep:
 
     def _begun(self, items: Iterable[T]) -> Iterator[T]:
         """Each with the noise of its number, and after them that of none."""
+        seed = self._noise.seed
         for self.number, item in enumerate(items):
-            self._start_noise(self.number)
+            if seed is not None:
+                start_noise(seed_of(seed, self.number))
             yield item
-        self._start_noise(-1)
-
-    def _start_noise(self, number: int) -> None:
-        if self._noise.seed is not None:
-            start_noise((self._noise.seed + number * _STEP) % 2**64)
+        if seed is not None:
+            start_noise(seed_of(seed, -1))
 
     def each(self, function: Callable[..., T], over: Iterable[Any] | None = None) -> list[T]:
         """What a function finds for each batch, in their order, with tensors on the CPU; the processes share them.
 
-        Args:
-            function: Of a batch. It has no part in what is found but by what it returns: another process may run it.
-            over: What it is called with in the place of the batches, the same in all processes.
-        Raises:
-            Elsewhere: Another process failed.
+        The function has a batch, or an item of `over`, which is the same in all processes. Another process may run it:
+        only what it returns counts.
         """
-        rank, size = world()
-        found, total = [], 0
-        with alone():
-            for item in self if over is None else self._begun(over):
-                total += 1
-                if self.number % size == rank:
-                    found.append(_on_cpu(function(item)))
-        if size == 1:
-            return found
-        parts = gathered((f"{total} of {self.start} data", found))
-        for other, (seen, _) in enumerate(parts):
-            if seen != parts[0][0]:
-                raise ValueError(
-                    f"got {parts[0][0]} in process 0 and {seen} in process {other} as batches, wanted the same. Pass "
-                    "all data in all processes, such as a dataset in the place of a loader of each one's own part."
-                )
-        return [parts[number % size][1][number // size] for number in range(total)]
+        return shared(function, self if over is None else self._begun(over), lambda: self.start)
 
     def _upto(self, num_data: int | None) -> Iterator[tuple[Any, ...]]:
         """Batches until so many data have come."""
@@ -177,11 +141,8 @@ class Sweep:
         self, function: Callable[[tuple[Any, ...], dict[str, Tensor]], T], num_data: int,
         observed: Mapping[str, int] | None, *, again: bool = False,
     ) -> list[T]:  # fmt: skip
-        """`each` of batches whose data are drawn from the model, and the latents they were drawn from (see
-        `simulated_batch`).
-
-        With `again` the data are gone through again where they are fewer.
-        """
+        """`each` of batches whose data are drawn from the model, and the latents they were drawn from, by
+        `simulated_batch`; with `again` the data are gone through again where they are fewer."""
 
         def batches(left: int) -> Iterator[tuple[Any, ...]]:
             while left > 0:
@@ -265,10 +226,10 @@ class Sweep:
             )
         return found
 
-    def expect(self, ticks: int | None, *, shared: bool = True) -> None:
+    def expect(self, ticks: int | None, *, apart: bool = True) -> None:
         """Show a bar of so many ticks, of which the processes share the work, and not one of the batches."""
         self.close()
-        if ticks is not None and shared:
+        if ticks is not None and apart:
             ticks = -(-ticks // world()[1])
         hide = None if self._progress is None else not self._progress
         self._bar = tqdm(total=ticks, desc=self._title, disable=hide, leave=False)
@@ -312,14 +273,13 @@ def sweep(
         besides: Modules that are to be in evaluation mode as well.
         validate: Whether Pyro looks at all values, and raises where a trajectory leaves the numbers.
         device: Where the batches go; where the modules are when not given.
-        seed: Seed of the noise inside, of each batch by its number (see the module), and of what the data draw
-            (`one_draw`, `NoiseOfData`): all sweeps of one seed are over the same numbers. None goes on with the random
-            states as they are; of several processes it takes a seed from that of the first.
+        seed: Of the noise of each batch by its number, and of what the data draw (`one_draw`, `NoiseOfData`): all
+            sweeps of one seed are over the same numbers. None goes on with the random states; of several processes
+            the first draws one.
         progress: Show a bar; None shows it on a terminal only.
         title: Of the bar.
     Raises:
-        ValueError: What `Batches` refuses; in several processes, another pair, other data or another call in one of
-            them, and what another one failed of.
+        ValueError: What `Batches` refuses; of several processes, what differs, and what another one failed of.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_vae import Guide, Model
@@ -332,33 +292,31 @@ def sweep(
     given = tuple(program for program in programs if program is not None)
     place = device_of(*given) if device is None else device
     on_cpu = torch.device(place or "cpu").type == "cpu"
-    rank, size = world()
-    drawn = seed
+    (rank, size), drawn = world(), seed
     with contextlib.ExitStack() as stack, Setup() as setup:
         if size > 1:
             check_same({"call": title, "seed": seed, "batch size": batch_size, "number of data": num_data})
             seed, progress = common_seed(seed), progress if rank == 0 else False
-        for context in (evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory()):
+        looks = contextlib.nullcontext() if validate else validation_enabled(False)
+        for context in (evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory(), looks):
             stack.enter_context(context)
-        if not validate:
-            stack.enter_context(validation_enabled(False))
         batches = Batches(one_draw(data, drawn), batch_size or sys.maxsize, place, False, given)
         if batches.tolerated:  # Pyro's validation looks before it masks
             stack.enter_context(validation_enabled(False))
         run = Sweep(given, batches, num_data, title, progress, seed)
         if len(given) > 1 and batches.shown is not None and batches.shown.error is None:
-            _look_at_supports(batches.shown)
+            look_at_supports(batches.shown)
             if len(given) == 2 and (reason := undetermined(given[1], batches.shown.latents.values(), run.first, {})):
                 raise ValueError(reason)
             if len(given) == 2 and given not in _around.pairs:
-                _around.pairs.append(given)
-                stack.callback(_around.pairs.remove, given)
+                stack.callback(setattr, _around, "pairs", _around.pairs)
+                _around.pairs = (*_around.pairs, given)
                 if mixed := seen_by_others(given, run.first):
                     warnings.warn(mixed, stacklevel=5)
         if batch_size is not None:
             run.at_most(_CHUNK // (values(run.first) * max(copies, 1)))
         if size > 1:
-            _look_at_all(run)
+            look_at_all(run.programs, run.batches, run.first)
         try:
             yield run
         finally:
@@ -366,62 +324,11 @@ def sweep(
         setup.done()
 
 
-def _look_at_all(run: Sweep) -> None:
-    """Refuse processes that have not the same pair, data and batches; what a pair counts in is its own affair."""
-    tensors = [t for module in modules_of(*run.programs) for t in (*module.parameters(), *module.buffers())]
-    real = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-    told = {f"tensor {number} of the pair": fingerprint(tensor) for number, tensor in enumerate(real)}
-    told |= {f"program {number}": program_fingerprint(program) for number, program in enumerate(run.programs)}
-    told |= {"number of data": f"{run.batches.num_data}", "first batch": fingerprint(run.first)}
-    check_same(told | {"batch size": f"{run.batches.batch_size}"})
-
-
-def _on_cpu(found: T) -> T:
-    moved: T = mapped(lambda _, leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, found)
-    return moved
-
-
-def _look_at_supports(shown: Rehearsal) -> None:
-    """Refuse a guide that draws where the prior has no mass; warn of one that cannot draw where the prior has some."""
-    for name, site in shown.latents.items():
-        prior = shown.sites.get(name)
-        if prior is None or prior["is_observed"] or site["is_observed"] or isinstance(unwrapped(site["fn"]), Delta):
-            continue
-        q, p = site["fn"], prior["fn"]
-        try:
-            with torch.random.fork_rng(), torch.no_grad():
-                inside = bool(p.support.check(site["value"]).all()) or not bool(torch.isfinite(site["value"]).all())
-                reaches = bool(q.support.check(p.sample((64,))).all())
-        except Exception:  # noqa: BLE001 - a support that is not said is not compared
-            continue
-        if not inside:
-            raise ValueError(
-                f"guide site {name!r} ({kind(q)}) draws values outside of the support of the prior ({kind(p)}), where "
-                "log p(z) is not defined. Give both the same support."
-            )
-        if not reaches:
-            warnings.warn(
-                f"guide site {name!r} ({kind(q)}) cannot draw all that the prior ({kind(p)}) can: what lies outside of "
-                "its support is missing from log p(x), and neither errors nor k-hat see that. Read it as a lower "
-                "bound, or give both the same support.",
-                stacklevel=4,
-            )
-
-
 def in_chunks(
     model: Program, guide: Program, batch: tuple[Any, ...], num_samples: int, nesting: int
 ) -> Iterator[Particles]:
     """K samples of one batch, so many at a time as fit."""
     return (draw(model, guide, batch, {}, k, max_plate_nesting=nesting) for k in chunk_sizes(batch, num_samples))
-
-
-def refuse_points(drawn: Particles, consequence: str) -> None:
-    """Refuse a guide with a point site, of whose density something is asked."""
-    if drawn.points:
-        raise ValueError(
-            f"guide site {drawn.points[0]!r} is a point (Delta) without a density{consequence}. Give the site a "
-            "distribution."
-        )
 
 
 def chunk_sizes(batch: tuple[Any, ...], num_samples: int) -> list[int]:
