@@ -214,7 +214,8 @@ def judge(
             first = run.whole()  # drawn once for all stages
         options: dict[str, Any] = {"device": device, "seed": seed, "progress": False}
         kept = checkpoint if isinstance(checkpoint, Kept) else Kept(checkpoint, {"budget": budget})
-        pair = Examination(model, guide, first, num_samples, observed, options, Budget(budget, clock), history=records_of(history))
+        timer = Budget(budget, clock)
+        pair = Examination(model, guide, first, num_samples, observed, options, timer, history=records_of(history))
         if training is not None:  # the first of them, drawn once
             with sweep(model, guide, data=training, num_data=_TRAINING, **options) as seen:
                 pair.training, pair.training_source = seen.whole(), training

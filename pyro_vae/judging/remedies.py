@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import fit
 from pyro_vae.inference.trees import at, rows
 from pyro_vae.judging.budget import Examination, OutOfTime
@@ -157,7 +158,8 @@ class _Trial:
         if not self.num_steps:
             raise OutOfTime
         with budget.piece(), torch.enable_grad():
-            candidate = _MADE[name](guide, at(self.training, slice(2)))
+            with seeded(self.pair.options["seed"]):  # the same whatever was tried before
+                candidate = _MADE[name](guide, at(self.training, slice(2)))
             self._fit(candidate, self.num_steps)
         with budget.piece():
             return self._over_base(self._elbo(model, candidate, self.held))
@@ -182,10 +184,11 @@ class _Trial:
             with budget.piece(), torch.enable_grad():
                 model, guide = copy.deepcopy((model, guide))
                 few = at(self.training, slice(2 if name in _MADE else 256))
-                if name == "scale":
-                    _learn_scale(model, guide, few)
-                else:
-                    guide = _MADE[name](guide, few)
+                with seeded(self.pair.options["seed"]):
+                    if name == "scale":
+                        _learn_scale(model, guide, few)
+                    else:
+                        guide = _MADE[name](guide, few)
                 self._fit(guide, self.num_steps, model)
         with budget.piece():
             found = log_likelihood(model, guide, self.held, num_samples=_SAMPLES, **self.pair.options)
