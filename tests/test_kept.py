@@ -44,6 +44,9 @@ def shorten(patch):
 
     bdmc, sbc = examinations.bdmc, examinations.sbc
     patch.setattr(remedies, "_STEPS", (3,))
+    patch.setattr(remedies, "_SAMPLES", 5)
+    patch.setattr(remedies, "_FAMILIES", {"full": remedies.FullNormal})
+    patch.setattr(remedies._Trial, "_refined", lambda trial: Nats(0.1, 0.2))
     patch.setattr(examinations, "_GAP_STEPS", 60)
     patch.setattr(examinations, "_NUM_SAMPLES", (100, 50, 25))
     patch.setattr(examinations, "bdmc", lambda *given, num_data, num_steps, **options:
@@ -74,7 +77,7 @@ def test_a_judgement_that_is_kept_is_the_same(pair, whole, tmp_path):
     assert found.to_dict() == whole.to_dict() and whole.stages.remedy.tried and whole.stages.bracket.done
 
 
-@pytest.mark.parametrize("stage", ["latents", "remedy", "bracket", "calibration"])
+@pytest.mark.parametrize("stage", ["latents", "bracket", "calibration"])
 def test_a_judgement_broken_off_in_a_stage_goes_on_after_those_before_it(pair, whole, tmp_path, monkeypatch, stage):
     path, done = tmp_path / "part.safetensors", []
     for name, examine in judgement._EXAMINE.items():
@@ -98,7 +101,7 @@ def test_a_judgement_broken_off_in_a_stage_goes_on_after_those_before_it(pair, w
     assert torch.equal(ours.calibration.found.ranks, theirs.calibration.found.ranks)
 
 
-@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize("after", [2, 4])
 def test_remedies_that_were_tried_are_not_tried_again(pair, whole, tmp_path, monkeypatch, after):
     path, fits, fit = tmp_path / "part.safetensors", [], remedies._Trial._fit
 
@@ -118,7 +121,7 @@ def test_remedies_that_were_tried_are_not_tried_again(pair, whole, tmp_path, mon
     assert broken == fits.count(3) + 1  # of which one was broken off
 
 
-@pytest.mark.parametrize("other", [{"seed": 2}, {"num_samples": 40}, {"num_data": 6}, {"budget": 900.0}])
+@pytest.mark.parametrize("other", [{"num_samples": 40}, {"budget": 900.0}])
 def test_other_options_begin_a_judgement_anew(pair, tmp_path, other):
     path = tmp_path / "part.safetensors"
     judged(pair, path)
@@ -193,7 +196,7 @@ def test_what_cannot_be_written_is_done_all_the_same(tmp_path):
 
 
 def test_values_come_back_as_they_were(tmp_path):
-    value = {"a": (1, 2.5, None, True), 3: [Nats(1.0, float("inf"))], "z": torch.arange(3)}
+    value = {"a": (1, 2.5, None, True), 3: [Nats(1.0, float("inf"), 0.5)], "z": torch.arange(3)}
     Kept(tmp_path / "part.safetensors").piece("one", lambda: value)
     found = Kept(tmp_path / "part.safetensors").piece("one", dict)
     assert torch.equal(found.pop("z"), value.pop("z")) and found == value and type(found["a"]) is tuple
