@@ -27,6 +27,7 @@ from pyro_vae.app.runs import (
     BUILT,
     CHECKPOINT,
     CONFIG,
+    EVALUATED,
     FIGURES,
     METRICS,
     SUMMARY,
@@ -145,7 +146,8 @@ def fit_run(
                 failure = error
             if not history.interrupted:
                 say(_evaluating(seen.plan, is_whole=seen.plan.images == len(dataset.test)))
-                scored = evaluation.evaluate(vae, dataset, **settings, progress=progress)
+                kept = evaluation.kept_for(folder / EVALUATED, folder / WEIGHTS, dataset, settings)
+                scored = evaluation.evaluate(vae, dataset, **settings, progress=progress, kept=kept)
                 summary = {"interrupted": False} | scored | {k: v for k, v in summary.items() if k != "interrupted"}
         except KeyboardInterrupt:
             history.interrupted = True
