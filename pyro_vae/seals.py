@@ -55,7 +55,10 @@ def save(
     """
 
     def whole(partial: Path) -> None:
-        write(tensors, str(partial), dict(metadata))
+        try:
+            write(tensors, str(partial), dict(metadata))
+        except SafetensorError as error:  # which says so of a full disk, too
+            raise OSError(str(error)) from error
         with partial.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             numbers = file.read()

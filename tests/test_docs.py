@@ -35,6 +35,7 @@ def test_there_is_no_block_that_no_test_runs():
         "README.md",
         "compare.md",
         "contributing.md",
+        "data.md",
         "errors.md",
         "users.md",
     }

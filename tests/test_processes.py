@@ -169,10 +169,67 @@ def test_processes_after_a_restart_do_not_look_for_those_before():
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        both = [
+        started = [
             subprocess.Popen([sys.executable, "-c", code], env=shared | {"RANK": str(rank)}, text=True,
                              cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             for rank in range(2)
         ]  # fmt: skip
-        said = [process.communicate(timeout=120)[0] for process in both]
+        said = [process.communicate(timeout=120)[0] for process in started]
         assert ["met" in each for each in said] == [True, True], said
+
+
+TWO = ["fit", "--data", "digits", "--limit", "200", "--hidden", "8", "--latent-dim", "2", "--epochs", "2",
+       "--evaluation-samples", "5", "--evaluation-images", "10"]  # fmt: skip
+
+
+def both(folder, arguments, fault=""):
+    """Exit code and words of the command in two processes, as torchrun starts them, with a fault planted in them."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    code = f"import os, signal, sys\nrank = int(os.environ['RANK'])\nfrom pyro_vae.app import cli, fitting, report\n{fault}"
+    code += f"\nsys.argv = ['pyro-vae', *{arguments!r}]\nsys.exit(cli.main())"  # as typed, for the signals
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "WORLD_SIZE": "2",
+                           "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
+    started = [subprocess.Popen([sys.executable, "-c", code], cwd=folder, text=True, stdout=subprocess.PIPE,
+                                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.STDOUT)
+               for rank in range(2)]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["report.draw", "fitting.write_page"])
+def test_a_signal_after_the_last_step_leaves_a_run_that_is_gone_on_with(tmp_path, where):
+    """While the first process draws or writes: it says how to go on, and none hangs."""
+    fault = f"real = {where}\ndef stopped(*given, **more):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    fault += f"    return real(*given, **more)\nif rank == 0:\n    {where} = stopped"
+    codes, said = both(tmp_path, [*TWO, "--out", "broken"], fault)
+    assert codes == [130, 0], said
+    assert "pyro-vae fit --resume broken" in said[0]
+    codes, said = both(tmp_path, ["fit", "--resume", "broken"])
+    assert codes == [0, 0], said
+    assert both(tmp_path, [*TWO, "--out", "whole"])[0] == [0, 0]
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("broken", "whole")]
+    assert weights[0] == weights[1]
+    names = [sorted(str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*"))
+             for name in ("broken", "whole")]  # fmt: skip
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_setup_that_fails_in_one_process_ends_all_and_says_whose(tmp_path, rank):
+    fault = f"def gone(options):\n    raise ValueError('the disk is gone')\nif rank == {rank}:\n    fitting.read = gone"
+    codes, said = both(tmp_path, [*TWO, "--out", "run"], fault)
+    assert codes[rank] == 2 and codes[1 - rank] != 0, (codes, said)
+    assert "the disk is gone" in said[rank] and len(said[rank].strip().splitlines()) <= 3
+    assert "Traceback" not in said[0] + said[1] and not (tmp_path / "run").exists()
+    if rank == 1:  # the one that speaks says whose fault it was
+        assert "process 1 of 2 failed, so all stop: the disk is gone" in said[0]

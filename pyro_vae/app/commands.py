@@ -22,7 +22,7 @@ from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
 from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.processes import is_first
 from pyro_vae.app.remarks import of_image
-from pyro_vae.app.runs import FIGURES, METRICS, Run, is_unfinished, options_of, write_json
+from pyro_vae.app.runs import EVALUATED, FIGURES, JUDGED, METRICS, WEIGHTS, Run, is_unfinished, options_of, write_json
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
@@ -31,6 +31,7 @@ from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import History
 from pyro_vae.judging.anomalies import anomaly_scores, explained, roc_auc
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
+from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.remedies import paired
 from pyro_vae.programs.hamiltonian import Hamiltonian
 from pyro_vae.programs.pair import Guide
@@ -67,6 +68,9 @@ def evaluate_run(
     done = known.get("protocol", {}) if "evaluation_seconds" in known and not full else {}
     images = evaluation_images or (None if full else options.evaluation_images)
     _, dataset = _data(options, vae, data_dir, images)
+    asked = {"images": images, "samples": evaluation_samples, "full": full, "refine": refine, "seed": seed,
+             "device": str(next(vae.parameters()).device), "done": done.get("log_likelihood_samples")}  # fmt: skip
+    kept = evaluation.kept_for(run / EVALUATED, run / WEIGHTS, dataset, asked)
     if full:
         settings: dict[str, Any] = {"num_samples": evaluation_samples or FULL_SAMPLES, "images": images}
     elif done:
@@ -77,8 +81,8 @@ def evaluate_run(
     else:
         samples = evaluation_samples or options.evaluation_samples
         planned = dataclasses.replace(options, evaluation_samples=samples, evaluation_images=images)
-        plan = evaluation.plan(vae, dataset, planned)
-        settings = {"num_samples": plan.num_samples, "images": plan.images}
+        # By the clock, and so once.
+        settings = kept.piece("plan", lambda: _sizes(evaluation.plan(vae, dataset, planned)))
     settings["seed"] = seed
     progress = False if as_json else None
     refined: dict[str, Any] = {}
@@ -89,11 +93,16 @@ def evaluate_run(
             guide = stack.enter_context(_refined(refine, vae, run).kept())
             judged = VAE(vae.model, cast(Guide, guide), vae.architecture)
             test = evaluation.test_data(dataset, seed, settings["images"])
-            before, after = (elbo_terms(vae.model, each, test, num_samples=evaluation.ELBO_SAMPLES, seed=seed,
-                                        progress=progress).pointwise for each in (vae.guide, guide))  # fmt: skip
+
+            def pointwise(each: Any) -> Tensor:
+                return elbo_terms(vae.model, each, test, num_samples=evaluation.ELBO_SAMPLES, seed=seed,
+                                  progress=progress).pointwise  # fmt: skip
+
+            before = kept.piece("elbo before", lambda: pointwise(vae.guide))
+            after = kept.piece("elbo after", lambda: pointwise(guide))
             gain = paired(after - before)
             refined = {"refined_by": refine, "elbo_gain": gain.value, "elbo_gain_stderr": gain.mc_stderr}
-        numbers = evaluation.evaluate(judged, dataset, **settings, progress=progress)
+        numbers = evaluation.evaluate(judged, dataset, **settings, progress=progress, kept=kept)
     numbers["protocol"] = evaluation.protocol(vae, dataset, **settings) | refined
     if as_json:
         click.echo(json.dumps(numbers | {"run": str(run)}, indent=2))
@@ -104,9 +113,14 @@ def evaluate_run(
                    "nats above that of the run's own guide (paired by datum)")  # fmt: skip
     if out is not None and is_first():
         write_json(out, numbers | {"run": str(run)})
+    kept.remove()
     if not as_json:
         following.say(following.after("evaluate", run, numbers))
     return numbers
+
+
+def _sizes(plan: evaluation.Plan) -> dict[str, Any]:
+    return {"num_samples": plan.num_samples, "images": plan.images}
 
 
 def draw_run(run: Path, data_dir: str | None = None, trust: tuple[str, ...] = ()) -> list[Path]:
@@ -167,12 +181,13 @@ def judge_run(
     history = None if records is None else History(records, stopped_early=bool(loaded.summary.get("stopped_early")))
     # Loading has its time already, and the pictures are to have theirs.
     left = budget - (time.monotonic() - started) - min(15.0, 0.15 * budget)
+    kept = Kept(folder / JUDGED, {"budget": budget})
     found = judge(
         *face.programs(vae), face.given(test), history=history, training=face.given(dataset.train),
         budget=max(left, 0.01), num_data=num_data,
         seed=seed,
         num_samples=options.evaluation_samples if num_samples is None else num_samples,
-        progress=False if as_json else None,
+        progress=False if as_json else None, checkpoint=kept,
     )  # fmt: skip
     about: dict[str, Any] = {
         "run": str(run), "dataset": options.data, "part": "test", "versions": evaluation.versions(),
@@ -187,6 +202,7 @@ def judge_run(
     write_file(folder / "judgement.json", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     page = html.page(found, f"Judgement of {run}", late=lambda: time.monotonic() - started > budget)
     write_file(folder / "judgement.html", lambda partial: partial.write_text(page, encoding="utf-8"))
+    kept.remove()
     if as_json:
         click.echo(text)
     else:

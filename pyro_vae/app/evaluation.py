@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import platform
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,11 +20,13 @@ from pyro_vae.app.remarks import codes_outside, levels
 from pyro_vae.data import Dataset, LinearGaussian, Split, bits_per_dimension
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.bounds import reconstruction
+from pyro_vae.inference.fingerprints import fingerprint
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.inference.ranks import by_first
 from pyro_vae.judging.distances import energy_distance
 from pyro_vae.judging.estimates import ElboTerms, elbo_terms, log_likelihood
 from pyro_vae.judging.evidence import Estimate
+from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.latents import active_units, posterior_means
 from pyro_vae.parts.likelihoods import Normal
 from pyro_vae.programs.vae import Answers
@@ -100,37 +106,58 @@ def evaluate(
     images: int | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Judge a fitted pair on its test data, or the first so many `images`, with K = `num_samples` for log p(x).
 
     In nats per datum: ``test_elbo`` = ``test_reconstruction`` - ``test_kl``, ``test_log_likelihood`` with its errors,
     and more; of a plain autoencoder only the reconstruction. The seed is that of the test data's noise and of the
-    samples.
+    samples. What `kept` has already is not done again; all parts have seeds of their own.
     """
-    started = time.perf_counter()
+    started, kept = time.perf_counter(), kept or Kept()
+    before = kept.seconds
     test = test_data(dataset, seed, images)
     latents = vae.architecture.latent_dim if vae.architecture else vae.model.prior().event_shape.numel()
     numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": latents}
     if len(dataset.x_shape) == 3:
         numbers["train_levels"] = levels(dataset.train.pixels, dataset.train.mean())
     if is_autoencoder(vae):
-        numbers["test_reconstruction"] = mean_bound(vae.model, vae.guide, test, reconstruction, seed=seed)
+        point = functools.partial(mean_bound, vae.model, vae.guide, test, reconstruction, seed=seed)
+        numbers["test_reconstruction"] = kept.piece("reconstruction", point)
     else:
-        numbers |= _densities(vae, test, num_samples, {"seed": seed, "progress": progress})
+        numbers |= _densities(vae, test, num_samples, {"seed": seed, "progress": progress}, kept)
         numbers |= _closed_forms(vae, dataset, test, numbers["test_elbo"])
-    with evaluating(vae, seed=seed):
-        numbers |= _latents_and_samples(vae, test)
-        numbers |= serving.face(vae).numbers(vae, dataset, test_data(dataset, seed), seed)
-    numbers["evaluation_seconds"] = time.perf_counter() - started
+
+    def others() -> dict[str, Any]:
+        with evaluating(vae, seed=seed):
+            found = _latents_and_samples(vae, test)
+            return found | serving.face(vae).numbers(vae, dataset, test_data(dataset, seed), seed)
+
+    numbers |= kept.piece("latents and samples", others)
+    numbers["evaluation_seconds"] = before + time.perf_counter() - started
     return numbers
 
 
-def _densities(vae: Answers, test: Split, num_samples: int, options: dict[str, Any]) -> dict[str, Any]:
+def kept_for(
+    path: Path, weights: Path, dataset: Dataset, settings: Mapping[str, Any], more: Mapping[str, Any] | None = None
+) -> Kept:
+    """Where the finished parts of an evaluation are kept until its result is written, by all that they depend on."""
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    data = fingerprint([dataset.test.pixels, dataset.test.labels, dict(dataset.protocol)])
+    about = {"weights": digest, "data": data, "versions": versions(), "threads": torch.get_num_threads()}
+    return Kept(path, about | dict(settings) | dict(more or {}))
+
+
+def _densities(
+    vae: Answers, test: Split, num_samples: int, options: dict[str, Any], kept: Kept
+) -> dict[str, Any]:  # fmt: skip
     """The ELBO and log p(x), with their errors."""
     face = serving.face(vae)
     model, guide = face.programs(vae)
-    terms = elbo_terms(model, guide, face.given(test), num_samples=ELBO_SAMPLES, **options)
-    estimate = log_likelihood(model, guide, face.given(test), num_samples=num_samples, **options)
+    given = face.given(test)
+    terms = kept.piece("elbo", lambda: elbo_terms(model, guide, given, num_samples=ELBO_SAMPLES, **options))
+    estimate = kept.piece("log p(x)", lambda: log_likelihood(model, guide, given, num_samples=num_samples, **options))
     numbers = told(terms, estimate) | ({} if face.density == "log p(x)" else {"log_likelihood_of": face.density})
     if test.dequantize:
         dims = test[:1].numel()

@@ -27,6 +27,7 @@ from pyro_vae.app.runs import (
     BUILT,
     CHECKPOINT,
     CONFIG,
+    EVALUATED,
     FIGURES,
     METRICS,
     SUMMARY,
@@ -46,7 +47,7 @@ from pyro_vae.inference import checkpoints
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.hardware import check_precision
-from pyro_vae.inference.ranks import Setup, alone, first_says, world
+from pyro_vae.inference.ranks import Setup, alone, world
 from pyro_vae.inference.training import History, fit
 from pyro_vae.judging.guides import fit_guide
 from pyro_vae.judging.latents import posterior_means
@@ -109,10 +110,6 @@ def fit_run(
             pair = start(options, dataset, trust)[0]
             setup.done()
             history = train(pair, dataset, options, saved, None, False)
-            with Setup() as setup:
-                if not history.interrupted:
-                    evaluation.evaluate(pair, dataset, **first_says(None), progress=False)
-                setup.done()
             return {"interrupted": history.interrupted}
         going_on = (folder / WEIGHTS).is_file()
         asked = options
@@ -132,6 +129,7 @@ def fit_run(
         # Of all the time that went into it, before an interruption too.
         seconds = max(seconds, history.records[-1]["seconds"]) if history.records else seconds
         summary = training_numbers(vae, history, seconds, options, world()[1])
+        stack.enter_context(alone())  # the others are done
         scored: dict[str, Any] = {}
         settings: dict[str, Any] = {
             "num_samples": seen.plan.num_samples, "images": seen.plan.images, "seed": options.seed,
@@ -141,26 +139,21 @@ def fit_run(
         summary["remarks"] = remarks(summary)
         write_json(folder / SUMMARY, summary)
         try:
-            with Setup() as setup:
-                try:  # what was trained is worth more than what goes wrong after it
-                    if history.records:
-                        with alone():  # the others wait for the evaluation
-                            views = {} if history.interrupted else second_view(vae, dataset, options)
-                            report.draw(vae, dataset, history.records, {}, options, folder / FIGURES, views)
-                except Exception as error:
-                    failure = error
-                if not history.interrupted:
-                    say(_evaluating(seen.plan, is_whole=seen.plan.images == len(dataset.test)))
-                    if world()[1] > 1:
-                        first_says(settings)
-                    scored = evaluation.evaluate(vae, dataset, **settings, progress=progress)
-                    summary = {"interrupted": False} | scored | {k: v for k, v in summary.items() if k != "interrupted"}
-                setup.done()
+            try:  # what was trained is worth more than what goes wrong after it
+                if history.records:
+                    views = {} if history.interrupted else second_view(vae, dataset, options)
+                    report.draw(vae, dataset, history.records, {}, options, folder / FIGURES, views)
+            except Exception as error:
+                failure = error
+            if not history.interrupted:
+                say(_evaluating(seen.plan, is_whole=seen.plan.images == len(dataset.test)))
+                kept = evaluation.kept_for(folder / EVALUATED, folder / WEIGHTS, dataset, settings)
+                scored = evaluation.evaluate(vae, dataset, **settings, progress=progress, kept=kept)
+                summary = {"interrupted": False} | scored | {k: v for k, v in summary.items() if k != "interrupted"}
         except KeyboardInterrupt:
             history.interrupted = True
         except Exception as error:
             failure = failure or error
-        stack.enter_context(alone())  # the others are done
         if failure is not None and not history.interrupted:
             summary = summary | {"interrupted": False}
         summary["remarks"] = remarks(summary)

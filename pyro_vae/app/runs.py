@@ -8,6 +8,8 @@
     report.html           all of it on one page
     unfinished.json       while the run is not finished: the options that it was begun with
     checkpoint.safetensors  the same while: the state of the fit, from which the same command goes on
+    evaluation.partial.safetensors, judgement.partial.safetensors
+                          while `evaluate` or `judge` are at work: what they have found so far
 
 Each file is there whole or not at all. A folder without unfinished.json is complete, and is not written over. Loading
 one reads JSON and tensors, never code.
@@ -32,9 +34,9 @@ from pyro_vae.atomic import reason_of, write_file
 if TYPE_CHECKING:
     from pyro_vae.programs.vae import VAE, Answers
 
-CONFIG, SUMMARY, METRICS, WEIGHTS, FIGURES, REPORT, UNFINISHED, CHECKPOINT = (
+CONFIG, SUMMARY, METRICS, WEIGHTS, FIGURES, REPORT, UNFINISHED, CHECKPOINT, EVALUATED, JUDGED = (
     "config.json", "summary.json", "metrics.jsonl", "weights.safetensors", "figures", "report.html", "unfinished.json",
-    "checkpoint.safetensors",
+    "checkpoint.safetensors", "evaluation.partial.safetensors", "judgement.partial.safetensors",
 )  # fmt: skip
 
 
@@ -177,6 +179,7 @@ def finish(path: Path) -> None:
     from pyro_vae.inference import checkpoints
 
     checkpoints.remove(path / CHECKPOINT)
+    (path / EVALUATED).unlink(missing_ok=True)
     for half in path.rglob(".partial-*"):  # of processes that were killed while they wrote
         half.unlink(missing_ok=True)
     (path / UNFINISHED).unlink(missing_ok=True)

@@ -16,13 +16,16 @@ The draws come from 64-bit random integers viewed as four 16-bit lanes, which is
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_vae.tensors import tensor_of
 
 Binarization = Literal["dynamic", "static", "threshold", "none"]
 BINARIZATIONS: tuple[Binarization, ...] = get_args(Binarization)
@@ -160,13 +163,18 @@ class Split:
     Float data are handed out as they are, unless binarised.
 
     Args:
-        pixels: uint8 levels 0..255 (N, C, H, W) or (N, D), or floats of any (N, ...).
+        pixels: uint8 levels 0..255 (N, C, H, W) or (N, D), or floats of any (N, ...); a tensor, or an array such as
+            ``numpy.load("x.npy", mmap_mode="r")``.
         labels: One integer per datum (N,), or None.
         name: For messages and protocols: "train", "validation", "test".
         binarization: "dynamic", "static", "threshold" or "none".
         dequantize: Whether uint8 levels get uniform noise; only with binarization "none".
         seed: Of the single draw of "static".
         fixed: Whether the pixels hold the final numbers already (zeros and ones as uint8).
+
+    A memory map stays in its file, of which the rows are read that are indexed; but one draw of all is in memory
+    ("static", "threshold", `frozen`), and so is a subset.
+
     Example:
         >>> split = Split(torch.tensor([[[[0, 255]]], [[[255, 0]]]], dtype=torch.uint8), binarization="dynamic")
         >>> len(split), split.x_shape, split[:1]
@@ -180,8 +188,12 @@ class Split:
     dequantize: bool = False
     seed: int = 0
     fixed: bool = False
+    _mapped: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.pixels, np.ndarray):
+            object.__setattr__(self, "_mapped", getattr(self.pixels, "_mmap", None) is not None)
+            object.__setattr__(self, "pixels", _shared(self.pixels) if self._mapped else tensor_of(self.pixels))
         _check(self)
         if self.fixed or self.binarization not in ("static", "threshold"):
             return
@@ -191,6 +203,12 @@ class Split:
             ones = _chunked(self.pixels, lambda part: threshold(part).to(torch.uint8))
         object.__setattr__(self, "pixels", ones)
         object.__setattr__(self, "fixed", True)
+        object.__setattr__(self, "_mapped", False)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the pixels lie in a file."""
+        return self._mapped
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -305,6 +323,18 @@ class Dataset:
 
 def _as_index(index: Index) -> int | slice | Tensor:
     return index if isinstance(index, (int, slice, Tensor)) else torch.as_tensor(np.asarray(index))
+
+
+def _shared(array: np.ndarray) -> Tensor:
+    """A memory map as a tensor that nobody writes to, without reading it."""
+    if array.dtype not in (np.uint8, np.float32, np.float64) or not array.dtype.isnative or min(array.strides) < 0:
+        raise ValueError(
+            f"got a memory map of dtype {array.dtype}, wanted uint8 levels or floats of this machine in the order of "
+            "their rows. Write it anew with numpy.lib.format.open_memmap, a block of rows at a time."
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.asarray(array))
 
 
 def _chunked(pixels: Tensor, transform: Any, rows: int = 4096) -> Tensor:

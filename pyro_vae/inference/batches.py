@@ -29,7 +29,17 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from pyro_vae.evaluation import evaluating, undisturbed
 from pyro_vae.inference.arguments import Arguments, arguments_of
-from pyro_vae.inference.columns import AGAIN, Unreadable, collated, column, drawn, frame_names, settled
+from pyro_vae.inference.columns import (
+    AGAIN,
+    LARGE,
+    Unreadable,
+    collated,
+    column,
+    drawn,
+    frame_names,
+    row_on_disk,
+    settled,
+)
 from pyro_vae.inference.datacheck import DataCheck
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.supports import rules
@@ -39,6 +49,7 @@ from pyro_vae.tensors import tensor_of
 from pyro_vae.traces import Program, draw
 
 _AT_ONCE = 2**22  # numbers that are looked through together
+_BLOCK, _WINDOW = 2**20, 256  # bytes that are read one after the other, and how many such blocks are mixed
 _EVALUATION, _TRAINING = 1, 2  # streams of the data's noise
 
 
@@ -87,6 +98,26 @@ def one_draw(data: Any, seed: int | None) -> Any:
     if isinstance(data, tuple) and not hasattr(data, "_fields"):
         return tuple(one_draw(part, seed) for part in data)
     return data
+
+
+def in_blocks(count: int, block: int, seed: int) -> Iterator[Tensor]:
+    """All rows in a random order that a disk can follow, a piece at a time.
+
+    The rows lie in blocks of neighbours. The blocks come in a random order, and the rows of 256 of them at a time.
+
+    Args:
+        count: N.
+        block: Rows of a block.
+        seed: Of the order.
+    Example:
+        >>> [piece.tolist() for piece in in_blocks(5, 2, seed=0)]
+        [[2, 0, 4, 3, 1]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for blocks in torch.randperm(-(-count // block), generator=generator).split(_WINDOW):
+        rows = (blocks[:, None] * block + torch.arange(block)).flatten()
+        rows = rows[rows < count]
+        yield rows[torch.randperm(len(rows), generator=generator)]
 
 
 class NoiseOfData:
@@ -213,6 +244,7 @@ class Batches:
         self.steps: int | None = None  # of a pass, of the process that has most of them
         self.shown: Rehearsal | None = None
         self._names: dict[Path, Sequence[str]] = {}
+        self._parts: tuple[Any, ...] = ()
         self._foreign: set[int] = set()
         self._keep: int | None = None
         self._casts: dict[Path, torch.dtype] = {}
@@ -233,6 +265,7 @@ class Batches:
         if self.columns is not None and not any(lengths):
             raise ValueError("the data are empty; wanted at least one datum.")
         self.num_data = lengths[0] if lengths else None
+        self._block = _block_of(self._parts, lengths[0]) if lengths else None
         self.home = torch.device("cpu")
         if device is not None and torch.device(device).type == "cuda":
             self._move_in(torch.device(device))
@@ -325,18 +358,38 @@ class Batches:
             for _ in range(number + 1, self.steps or 0):
                 yield batch
             return
-        assert self.num_data is not None
         with self.stream:
-            order = torch.randperm(self.num_data) if self.shuffle else torch.arange(self.num_data)
+            pieces = self._order()
         if isinstance(self.stream, Stream) and self.size > 1:
             self.stream.turn_aside(self.rank)  # what is drawn on the way is of each process
-        parts = list(order.to(self.home).split(self.batch_size * self.size))
-        if self.together and len(parts) > 1 and len(parts[-1]) < 2 * self.size:
-            parts[-2:] = [torch.cat(parts[-2:])]
-        for index in parts:
+        for index in self._cut(pieces):
             own = index if self.size == 1 else index.tensor_split(self.size)[self.rank]
             self.own_rows = len(own) > 0
             yield (own if self.own_rows else index[:1],)
+
+    def _order(self) -> Iterable[Tensor]:
+        """The rows of a pass in their order, in pieces; all that is drawn for them is drawn here."""
+        assert self.num_data is not None and self.columns is not None
+        if self._block is None:
+            return [(torch.randperm if self.shuffle else torch.arange)(self.num_data)]
+        if not self.shuffle:
+            starts = range(0, self.num_data, _WINDOW * self._block)
+            return (torch.arange(at, min(at + _WINDOW * self._block, self.num_data)) for at in starts)
+        return in_blocks(self.num_data, self._block, int(torch.randint(2**62, ())))
+
+    def _cut(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Batches of all processes, from pieces of any length."""
+        assert self.num_data is not None
+        whole, left = self.batch_size * self.size, self.num_data
+        joins = self.together and left > whole and 0 < left % whole < 2 * self.size
+        pieces, rest = iter(pieces), torch.empty(0, dtype=torch.int64, device=self.home)
+        while left:
+            size = left if joins and left < 2 * whole else min(whole, left)
+            while len(rest) < size:
+                piece = next(pieces).to(self.home)
+                rest = piece if not len(rest) else torch.cat((rest, piece))
+            yield rest[:size]
+            rest, left = rest[size:], left - size
 
     def _loaded(self) -> Iterator[Any]:
         """What the loader gives; what it raises instead, with the batch and whose it is."""
@@ -454,6 +507,7 @@ class Batches:
     def _columns(self, data: tuple[Any, ...]) -> None:
         self.columns = tuple(column(part) for part in data)
         self._foreign = {i for i, part in enumerate(data) if not isinstance(part, Tensor | Dataset)}
+        self._parts = data
         self._names = {(i,): names for i, part in enumerate(data) if (names := frame_names(part)) is not None}
 
     def _listed(self, data: list[Any]) -> None:
@@ -550,7 +604,7 @@ class Batches:
             self._cached = batch
         else:
             self._look(batch, lambda row: f"row {row}", rows(batch))
-            self._each = not all(settled(c) or drawn(c) for c in self.columns)
+            self._each = self._block is not None or not all(settled(c) or drawn(c) for c in self.columns)
             if not self._each and not all(drawn(c) for c in self.columns):
                 self._look_through()
         self._refuse_failure(batch)
@@ -688,6 +742,12 @@ def whole(programs: Sequence[Program], args: tuple[Any, ...], device: torch.devi
         ValueError: As for `Batches`.
     """
     return Batches(args, sys.maxsize, device, shuffle=False, programs=programs).first()
+
+
+def _block_of(parts: Sequence[Any], count: int) -> int | None:
+    """The rows of a block, where data lie on a disk and are large; None where they are read in any order."""
+    far = max(map(row_on_disk, parts), default=0)
+    return None if far * count < LARGE else max(1, _BLOCK // far)
 
 
 def _refuse_swapped(shown: Rehearsal) -> None:

@@ -22,6 +22,8 @@ from pyro_vae.tensors import numbers_of, tensor_of
 
 AGAIN = "wanted an iterable of batches that can be run through again (not a generator)."
 
+LARGE = 2**30  # bytes on a disk from which on rows are read in blocks, and looked at as they come
+
 # What numpy and torch both hold; all other numbers are converted to one of these.
 _SHARED = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
 
@@ -165,6 +167,33 @@ def settled(column: Any) -> bool:
     if isinstance(getattr(column, "pixels", None), Tensor):
         return not drawn(column)
     return bool(getattr(column, "settled", False)) and getattr(column, "nbytes", 0) < 2**32
+
+
+def row_on_disk(data: Any) -> int:
+    """The bytes of a row of what is read from a disk: memory maps, HDF5 datasets and the like; 0 of what is in memory.
+
+    Example:
+        >>> row_on_disk(np.zeros((5, 3)))
+        0
+    """
+    if isinstance(data, Mapping):
+        return max(map(row_on_disk, data.values()), default=0)
+    if getattr(data, "mapped", False):  # a split
+        data = data.pixels
+        return data[:1].numel() * data.element_size()
+    if isinstance(data, np.ndarray):
+        known: Any = data
+        while known is not None and getattr(known, "_mmap", None) is None:
+            known = getattr(known, "base", None)
+        if known is None or not data.ndim:
+            return 0
+    elif isinstance(data, Tensor | Dataset) or any(hasattr(data, name) for name in ("tocsr", "to_numpy", "X")):
+        return 0
+    shape = getattr(data, "shape", None)
+    kind: Any = getattr(data, "dtype", None)
+    if not isinstance(shape, tuple) or not shape or not hasattr(kind, "itemsize") or not hasattr(data, "__getitem__"):
+        return 0
+    return int(np.prod(shape[1:])) * int(kind.itemsize)
 
 
 def drawn(column: Any) -> bool:

@@ -34,11 +34,11 @@ class Deadline(Messenger):
 
 
 class Budget:
-    """Seconds, by a clock, for several stages, each of which has its share of what is left."""
+    """Seconds, by a clock, for several stages, each of which has its share of what is left; some may be `spent`."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float], spent: float = 0.0) -> None:
         self.clock = clock
-        self.started = clock()
+        self.started = clock() - spent
         self.end = self.stage_end = self.started + seconds
 
     @property
@@ -80,6 +80,7 @@ class Examination:
     training: tuple[Any, ...] | None = None  # one batch of data that the pair was fitted to
     training_source: Any = None  # what they were taken from
     history: tuple[list[Mapping[str, Any]], bool] | None = None  # records, one per epoch; whether patience ended it
+    piece: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make()  # keeps what it makes under a name
 
     @property
     def num_data(self) -> int:

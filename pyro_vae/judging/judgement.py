@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
 
-from pyro_vae import plots
+from pyro_vae import __version__, plots
 from pyro_vae.inference.batches import seeded
+from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint, program_values
 from pyro_vae.inference.ranks import alone
 from pyro_vae.inference.training import History
 from pyro_vae.inference.trees import rows
@@ -37,6 +41,7 @@ from pyro_vae.judging.examinations import (
     examine_latents,
     with_missing,
 )
+from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.remedies import examine_remedy
 from pyro_vae.judging.results import Result, at_least, plain
 from pyro_vae.judging.stages import Stages
@@ -44,6 +49,7 @@ from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.trials import Stage
 from pyro_vae.judging.verdicts import verdict
 from pyro_vae.options import of_pair
+from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program
 
 VERSION = 3  # of the JSON
@@ -166,6 +172,7 @@ def judge(
     device: str | torch.device | None = None,
     progress: bool | None = None,
     clock: Callable[[], float] = time.monotonic,
+    checkpoint: str | os.PathLike[str] | Kept | None = None,
 ) -> Judgement:
     """Judge a pair: how far its ELBO is from log p(x), whose fault that is, and what to try next.
 
@@ -185,6 +192,9 @@ def judge(
         device: Where the batches go; where the modules are when not given.
         progress: Show which stage is at work; None shows it on a terminal only.
         clock: Gives seconds.
+        checkpoint: A .safetensors file that gets what each stage found, and each remedy that was tried, as soon as that
+            is known. If it is there already, of the same pair, data and options, only what is missing is done, in what
+            these left of the budget; of others, it is begun anew.
     Returns:
         What each stage found, verdict and protocol.
     Raises:
@@ -206,11 +216,16 @@ def judge(
         with seeded(seed):
             first = run.whole()  # drawn once for all stages
         options: dict[str, Any] = {"device": device, "seed": seed, "progress": False}
+        kept = checkpoint if isinstance(checkpoint, Kept) else Kept(checkpoint, {"budget": budget})
         timer = Budget(budget, clock)
         pair = Examination(model, guide, first, num_samples, observed, options, timer, history=records_of(history))
         if training is not None:  # the first of them, drawn once
             with sweep(model, guide, data=training, num_data=_TRAINING, **options) as seen:
                 pair.training, pair.training_source = seen.whole(), training
+        if kept.path is not None:
+            kept = kept.also(_depends_on(pair))
+            kept.clock = clock
+            pair.piece, pair.budget = kept.piece, Budget(budget, clock, spent=kept.seconds)
         stages = _examined(pair, run)
     protocol = {
         "num_data": pair.num_data,
@@ -233,9 +248,31 @@ def _examined(pair: Examination, run: Sweep) -> Stages:
     run.expect(len(stages))
     for name in Stages._fields:
         run.tick(stage=getattr(stages, name).title)
-        stages = Stages(**stages._asdict() | {name: _one_stage(pair, name, stages)})
+        found, *known = pair.piece(name, functools.partial(_with_what_is_known, pair, name, stages))
+        pair.per_draw, pair.judged, pair.better, pair.best = known
+        stages = Stages(**stages._asdict() | {name: found})
         run.tick()
     return stages._replace(bounds=with_missing(pair, stages.bounds)) if stages.bounds.done else stages
+
+
+def _with_what_is_known(pair: Examination, name: str, stages: Stages) -> tuple[Any, ...]:
+    """What a stage found, and what later ones take from it and those before."""
+    return _one_stage(pair, name, stages), pair.per_draw, pair.judged, pair.better, pair.best
+
+
+def _depends_on(pair: Examination) -> dict[str, Any]:
+    """All that the numbers of a judgement depend on but the clock, as plain data."""
+    programs = (pair.model, pair.guide)
+    weights = [module.state_dict() for module in modules_of(*programs)]
+    store = {name: value.detach() for name, value in pyro.get_param_store().items()}
+    return {
+        "package": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "programs": [program_fingerprint(program) for program in programs],
+        "values": program_values(*programs), "weights": [fingerprint(each) for each in (*weights, store)],
+        "data": fingerprint(pair.data), "training": fingerprint(pair.training), "history": fingerprint(pair.history),
+        "num_samples": pair.num_samples, "observed": fingerprint(pair.observed), "seed": pair.options["seed"],
+        "device": str(pair.options["device"]),
+    }  # fmt: skip
 
 
 def _one_stage(pair: Examination, name: str, stages: Stages) -> Stage:

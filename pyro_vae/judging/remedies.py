@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.training import fit
 from pyro_vae.inference.trees import at, rows
 from pyro_vae.judging.budget import Examination, OutOfTime
@@ -61,10 +62,11 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     names = [] if reason else _candidates(pair.guide, gaps.approximation.value > gaps.amortization.value)
     tried: dict[str, Nats] = {}
     failed = []
-    trial.settle(sum(name not in ("refine", "local") for name in names) + scaled)
+    fits = sum(name not in ("refine", "local") for name in names) + scaled
+    trial.num_steps = pair.piece("remedy/steps", functools.partial(trial.settle, fits))
     for name in names:
         try:
-            tried[name] = trial.gain(name)
+            tried[name] = pair.piece(f"remedy/gain/{name}", functools.partial(trial.gain, name))
         except OutOfTime:
             failed.append(f"{name}: it did not fit into the time")
         except _BROKEN as error:
@@ -131,11 +133,11 @@ class _Trial:
         self._base: Tensor | None = None
         self._log_p: dict[str, Tensor] = {}
 
-    def settle(self, fits: int) -> None:
+    def settle(self, fits: int) -> int:
         """How many steps there is time for, by a few that are timed."""
         budget = self.pair.budget
         if not fits:
-            return
+            return 0
         times = []
         for steps in (2, 2, 12):  # of which the first pays for what comes once
             began = budget.clock()
@@ -143,10 +145,10 @@ class _Trial:
                 with budget.piece():
                     self._fit(copy.deepcopy(self.pair.guide), steps)
             except (OutOfTime, *_BROKEN):
-                return
+                return 0
             times.append(budget.clock() - began)
         once, step = times[1], max(times[2] - times[1], 0.1 * times[2]) / 10
-        self.num_steps = next((n for n in _STEPS if budget.fits((once + step * n) * (fits + 2))), 0)
+        return next((n for n in _STEPS if budget.fits((once + step * n) * (fits + 2))), 0)
 
     def gain(self, name: str) -> Nats:
         """What one remedy gains over the guide, on the data held out."""
@@ -156,7 +158,8 @@ class _Trial:
         if not self.num_steps:
             raise OutOfTime
         with budget.piece(), torch.enable_grad():
-            candidate = _MADE[name](guide, at(self.training, slice(2)))
+            with seeded(self.pair.options["seed"]):  # the same whatever was tried before
+                candidate = _MADE[name](guide, at(self.training, slice(2)))
             self._fit(candidate, self.num_steps)
         with budget.piece():
             return self._over_base(self._elbo(model, candidate, self.held))
@@ -171,22 +174,25 @@ class _Trial:
 
     def _after(self, name: str) -> Tensor:
         """log p(x) of the data held out, after a joint training with a remedy; of none as the pair is."""
-        if name in self._log_p:
-            return self._log_p[name]
+        if name not in self._log_p:
+            self._log_p[name] = self.pair.piece(f"remedy/log p/{name}", functools.partial(self._trained, name))
+        return self._log_p[name]
+
+    def _trained(self, name: str) -> Tensor:
         budget, model, guide = self.pair.budget, self.pair.model, self.pair.guide
         if name:
             with budget.piece(), torch.enable_grad():
                 model, guide = copy.deepcopy((model, guide))
                 few = at(self.training, slice(2 if name in _MADE else 256))
-                if name == "scale":
-                    _learn_scale(model, guide, few)
-                else:
-                    guide = _MADE[name](guide, few)
+                with seeded(self.pair.options["seed"]):
+                    if name == "scale":
+                        _learn_scale(model, guide, few)
+                    else:
+                        guide = _MADE[name](guide, few)
                 self._fit(guide, self.num_steps, model)
         with budget.piece():
             found = log_likelihood(model, guide, self.held, num_samples=_SAMPLES, **self.pair.options)
-        self._log_p[name] = found.pointwise
-        return self._log_p[name]
+        return found.pointwise
 
     def _fit(self, guide: Any, steps: int, model: Any = None) -> None:
         count = min(rows(self.training), steps * _BATCH)
