@@ -17,6 +17,7 @@ Reference: Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ def gaps(
             for name in able:
                 form = _form(made[name], model, guide, batch, start)
                 best = optimise(model, form, batch, learning_rate=learning_rate, **options,
-                                progress=lambda done, name=name: run.tick(family=name, window=done))  # fmt: skip
+                                progress=functools.partial(run.tick, family=name))  # fmt: skip
                 climbs[name] = climbed(unscaled, form, best, batch, num_samples)
                 local, which = form.guide(best.rows), f"{name} (local)"
                 proposals[which], nesting[which] = local, plate_nesting(model, local, *batch)
