@@ -62,7 +62,9 @@ def epoch_rows(device: str) -> tuple[Row, ...]:
         _ours("ours-replayed", "fit, captured, no compiler", device, compiled="replay"),
         _ours("ours-compiled", "fit, compiled", device, compiled="inductor"),
         _ours("ours-bf16", "fit, compiled, bf16 matmuls", device, compiled="inductor", precision="bfloat16"),
-    )
+        Row("floor", "the floor: a step's matrix products alone, medium", "peers.pieces",
+            {"piece": "matmul", "precision": "medium"}),
+    )  # fmt: skip
 
 
 def objective_rows(device: str) -> tuple[Row, ...]:

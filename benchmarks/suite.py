@@ -112,6 +112,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="at the most, in every section")
     parser.add_argument("--rounds", type=int, help="timed calls of each row, in every section")
     parser.add_argument("--rows", nargs="+", help="only rows of these names")
+    parser.add_argument("--keep", action="store_true", help="also write results/CLASS/suite.json and .md; CLASS is "
+                        "that of the processor")  # fmt: skip
     args = parser.parse_args()
     if min(args.rounds or 1, args.images or 1, args.threads) < 1 or args.budget <= 0:
         parser.error("wanted --rounds, --images, --threads >= 1 and --budget > 0.")
@@ -121,8 +123,9 @@ def main() -> None:
     pixels = load_pixels(args)
     setup = machine(args.threads, args.device) | {"data": args.data, "seed": args.seed, "command": sys.argv[1:]}
     started = time.monotonic()
-    print(heading(setup))
-    print(f"{args.data}, dynamic binarisation, Adam 1e-3; warm-up, then interleaved rounds", flush=True)
+    protocol = f"{args.data}, dynamic binarisation, Adam 1e-3; warm-up, then interleaved rounds"
+    page = [f"{heading(setup)}\n{protocol}"]
+    print(page[0], flush=True)
     results: dict[str, Any] = {"setup": setup, "sections": {}}
     for i, name in enumerate(todo):
         now = time.monotonic()
@@ -137,10 +140,17 @@ def main() -> None:
             kept = run_section(known[name], args, pixels, deadline)
             text = kept.pop("text")
         spent = time.monotonic() - now
-        print(f"\n## {title}\n\n{text}", flush=True)
+        page.append(f"## {title}\n\n{text}")
+        print(f"\n{page[-1]}", flush=True)
         results["sections"][name] = {"title": title, "seconds": spent, "load_after": os.getloadavg()[0]} | kept
+        numbers = json.dumps(results, indent=1) + "\n"
         if args.json is not None:  # after each section, so that a run which is broken off leaves what it has
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            args.json.write_text(numbers)
+        if args.keep:
+            folder = HERE / "results" / setup["class"]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "suite.json").write_text(numbers)
+            (folder / "suite.md").write_text("\n\n".join(page) + "\n")
     say(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import os
 import platform
+import re
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rounds import Group, Peer, Row, Timing
 
-BASELINES = {"pyro": "× Pyro", "numpyro": "× NumPyro"}
+BASELINES = {"pyro": "× Pyro", "numpyro": "× NumPyro", "floor": "of the floor"}
+# Of AMD's family and models, from /proc/cpuinfo: which instructions and how wide their units are.
+_ZEN = {23: "zen2", 26: "zen5"}
+_ZEN4 = (*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -85,10 +91,14 @@ def rates_table(results: Sequence[Mapping[str, Any]], value: str) -> str:
         title = r["title"] if r["workers"] is None else f"{r['title']}, num_workers={r['workers']}"
         ratios = [ratio_text(r["ratios"].get(key)) for key in baselines]
         rows.append(
-            [cell(title), f"{r['median']:,.0f}", f"{r['min']:,.0f}-{r['max']:,.0f}", *ratios, f"{r['value']:.2f}",
+            [cell(title), f"{r['median']:,.0f}", f"{r['min']:,.0f}-{r['max']:,.0f}", *ratios, _value(r["value"]),
              f"{r['memory_mb']:,.0f}"]
         )  # fmt: skip
     return table(header, rows)
+
+
+def _value(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def ratio_text(found: Mapping[str, float] | None) -> str:
@@ -98,7 +108,8 @@ def ratio_text(found: Mapping[str, float] | None) -> str:
 
 def machine(threads: int, device: str) -> dict[str, Any]:
     """Processor, load and versions: what every table of numbers has above it."""
-    setup = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "device": device}
+    setup = {"cpu": cpu_name(), "class": processor_class(), "cores": os.cpu_count(), "threads": threads,
+             "device": device, "gflops": round(product_speed(threads))}  # fmt: skip
     if device.startswith("cuda"):
         setup["gpu"] = _gpu_name()
     return setup | {"load_before": round(os.getloadavg()[0], 2), "versions": versions()}
@@ -107,9 +118,10 @@ def machine(threads: int, device: str) -> dict[str, Any]:
 def heading(setup: Mapping[str, Any]) -> str:
     """The same in two lines."""
     gpu = f", {setup['gpu']}" if "gpu" in setup else ""
+    cores = f"{setup['threads']} of {setup['cores']} cores{gpu}"
     return (
-        f"{setup['cpu']}, {setup['threads']} of {setup['cores']} cores{gpu}, load before {setup['load_before']}\n"
-        + ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
+        f"{setup['cpu']} ({setup['class']}), {setup['gflops']} GFLOP/s in a large product, {cores}, load before "
+        f"{setup['load_before']}\n" + ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
     )
 
 
@@ -122,6 +134,44 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     return found | {"pyro-vae": importlib.import_module("pyro_vae").__version__}
+
+
+def processor_class() -> str:
+    """Which kind of processor this is, as a word that can name a folder: zen5, or what the machine calls itself."""
+    try:
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    except OSError:
+        return platform.machine().lower() or "unknown"
+    return class_of({key.strip(): value.strip() for key, value in reversed(lines)})
+
+
+def class_of(info: Mapping[str, str]) -> str:
+    """The same of what /proc/cpuinfo says of one core."""
+    family, model = int(info.get("cpu family", 0)), int(info.get("model", 0))
+    if info.get("vendor_id") == "AuthenticAMD" and family == 25:
+        return "zen4" if model in _ZEN4 else "zen3"
+    if info.get("vendor_id") == "AuthenticAMD" and family in _ZEN:
+        return _ZEN[family]
+    name = info.get("model name") or platform.machine()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def product_speed(threads: int, size: int = 1024) -> float:
+    """GFLOP/s of a large square product of float32, the best of ten."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return 2e-9 * size**3 / min(times)
 
 
 def cpu_name() -> str:

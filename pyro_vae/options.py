@@ -29,7 +29,7 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -40,6 +40,11 @@ from pyro_vae.words import did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M = TypeVar("M")
+G = TypeVar("G")
+R_co = TypeVar("R_co", covariant=True)
+M_contra = TypeVar("M_contra", contravariant=True)
+G_contra = TypeVar("G_contra", contravariant=True)
 Kind = Callable[[str, Any, bool], Any]
 Rule = Callable[[str, Any], Any]
 
@@ -104,6 +109,57 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     looked_at.option_rules = rules  # type: ignore[attr-defined]
     return looked_at
+
+
+class Pair(Protocol):
+    """One thing that holds both programs, for type checkers; `is_pair` is what is asked of a value."""
+
+    @property
+    def model(self) -> Callable[..., Any]: ...
+    @property
+    def guide(self) -> Callable[..., Any]: ...
+
+
+class OfPair(Protocol[M_contra, G_contra, P, R_co]):
+    """How a function of (model, guide, ...) may be called."""
+
+    @overload
+    def __call__(self, pair: Pair, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(self, model: M_contra, guide: G_contra, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+class OfModel(Protocol[M_contra, P, R_co]):
+    """How a function of (model, ...) may be called."""
+
+    @overload
+    def __call__(self, pair: Pair, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(self, model: M_contra, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+class OfGuide(Protocol[G_contra, P, R_co]):
+    """How a function of (guide, ...) may be called."""
+
+    @overload
+    def __call__(self, pair: Pair, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(self, guide: G_contra, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def of_pair(function: Callable[Concatenate[M, G, P], R]) -> OfPair[M, G, P, R]:
+    """`checked` for a function of (model, guide, ...): a type checker knows the call with what holds both, too."""
+    return cast("OfPair[M, G, P, R]", checked(function))
+
+
+def of_model(function: Callable[Concatenate[M, P], R]) -> OfModel[M, P, R]:
+    """`checked` for a function of (model, ...), likewise."""
+    return cast("OfModel[M, P, R]", checked(function))
+
+
+def of_guide(function: Callable[Concatenate[G, P], R]) -> OfGuide[G, P, R]:
+    """`checked` for a function of (guide, ...), likewise."""
+    return cast("OfGuide[G, P, R]", checked(function))
 
 
 def integer(name: str, value: Any, optional: bool = False) -> Any:

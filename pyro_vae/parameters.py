@@ -67,7 +67,7 @@ def _forget_the_gone() -> None:
     _gone[:] = dict.fromkeys(held)
 
 
-class _Itself(weakref.ref):
+class _Itself(weakref.ref[Tensor]):
     """The ``unconstrained`` of a module's own parameter, with the name that a program gives it."""
 
     name: str

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_vae.auxiliary import feeds, points_among
-from pyro_vae.options import checked, integer
+from pyro_vae.options import integer, of_guide, of_model, of_pair
 from pyro_vae.parameters import own_parameters
 from pyro_vae.refusals import in_words, wrong_site
 from pyro_vae.sites import (
@@ -191,7 +191,7 @@ class Cut(Messenger):
         return total
 
 
-@checked
+@of_pair  # type: ignore[arg-type]  # mypy joins no names with **kwargs
 def particles(
     model: Program,
     guide: Program,
@@ -292,7 +292,7 @@ def draw(
     return _stack(singles)
 
 
-@checked
+@of_model
 def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """log p(x, z_k) of given latents.
 
@@ -312,7 +312,7 @@ def log_joint(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwarg
         return sum((site_log_prob(site, frame) for site in sample_sites(trace)), torch.zeros(()))
 
 
-@checked
+@of_guide
 def log_q(guide: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """log q(z_k | x) of given latents, also of samples that the guide did not draw.
 
@@ -342,7 +342,7 @@ def _refuse_points(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
             raise _carries_its_own(site["name"])
 
 
-@checked
+@of_model
 def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulation:
     """Draw latents and data from a model, whatever it was observing.
 

@@ -258,6 +258,9 @@ class PyrosExample(nn.Module):
             pyro.sample("latent", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:site 'obs' is Bernoulli but its data have grey values"
+)  # Pyro's example does not binarise
 def test_pyros_own_example_unmodified():
     torch.manual_seed(0)
     vae = PyrosExample()

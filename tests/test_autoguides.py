@@ -258,6 +258,7 @@ def test_what_one_density_for_all_data_cannot_say():
     assert found and "a Delta that carries a density, which TraceMeanField_ELBO leaves out" in found[0]
 
 
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")  # Pyro's loss, of what is a value here
 def test_a_delta_of_the_model_is_no_latent():
     def recorded(x):
         with pyro.plate("data", len(x)):

@@ -123,6 +123,7 @@ HOLDERS = {
 
 @pytest.mark.filterwarnings("ignore:the pair takes")
 @pytest.mark.parametrize("name", HOLDERS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")  # torch's, of a holder in the list
 def test_every_holder_gives_the_rows_that_it_holds(name, tmp_path):
     model, guide = pair_of((5,))
     batches = Batches(HOLDERS[name](X, tmp_path), 6, shuffle=False, programs=(model, guide))

@@ -319,3 +319,27 @@ def test_the_scaling_table_has_a_line_for_each_point():
     assert lines[0] == "| batch 32, latent 50, K = 1 | 38 | 8 | 30 | 5.00 (5.00-5.00) | 1.25 (1.25-1.25) |"
     assert lines[1] == "| batch 128, latent 50, K = 1 | 38 | 8 | failed: ValueError: no | 5.00 (5.00-5.00) |  |"
     assert [line.split(" | ")[0][2:] for line in lines] == [group.title for group in section.groups]
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "name"), [(25, 17, "zen4"), (25, 1, "zen3"), (25, 0x21, "zen3"), (26, 2, "zen5"), (23, 49, "zen2")]
+)  # fmt: skip
+def test_a_processor_has_a_class(family, model, name):
+    info = {"vendor_id": "AuthenticAMD", "cpu family": str(family), "model": str(model), "model name": "AMD EPYC"}
+    assert summary.class_of(info) == name
+    assert (
+        summary.class_of({"model name": "Intel(R) Xeon(R) 8481C CPU @ 2.70GHz"}) == "intel-r-xeon-r-8481c-cpu-2-70ghz"
+    )
+
+
+def test_the_speed_of_a_product_is_that_of_one():
+    before = torch.get_num_threads()
+    assert 1 < summary.product_speed(1, size=256) < 10_000 and torch.get_num_threads() == before
+
+
+def test_a_row_stands_beside_the_floor():
+    rows = [Row("floor", "floor", "m"), Row("ours", "ours", "m")]
+    peers = [finished(rows[0], 100.0, 200.0), finished(rows[1], 60.0, 100.0)]
+    text = summary.rates_table(summary.summarise_all(peers), "ELBO").splitlines()
+    assert text[0] == "|  | images/s | min-max | of the floor (min-max) | ELBO | peak MB |"
+    assert "0.55 (0.50-0.60)" in text[3]

@@ -115,6 +115,7 @@ def test_parameters_of_plain_functions_go_on_too(tmp_path):
     assert len(ends) == 2 and torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] != 1.0
 
 
+@pytest.mark.filterwarnings("ignore:learning_rate=0.01, schedule=one-cycle has no effect")  # as in the last of the fits
 def test_what_is_no_checkpoint_of_this_fit_is_named(tmp_path):
     path = tmp_path / "fit.safetensors"
     fit(*small_pair(), binary(), checkpoint=path, **OPTIONS)
@@ -243,6 +244,7 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
     assert fingerprint(rates[0]) != fingerprint(rates[1])
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")  # those of fit
 def test_a_fit_under_torch_compile_goes_on_without_it(tmp_path):
     path, pair = tmp_path / "fit.safetensors", small_pair()
     pair[0].likelihood.decoder = torch.compile(pair[0].likelihood.decoder, backend="eager")

@@ -408,6 +408,7 @@ def test_truth_values_of_a_wrong_shape_are_refused_for_their_shape():
 
 
 @pytest.mark.parametrize("likelihood, value", [("bernoulli", 0.4), ("poisson", -1.0), ("normal", math.nan)])
+@pytest.mark.filterwarnings("ignore:drawing .* one by one")  # the mask has no leading dimension
 def test_what_a_models_own_mask_leaves_out_is_not_refused(likelihood, value):
     """The mask comes as data; Pyro's own validation looks before it masks."""
     families = {"bernoulli": lambda z: dist.Bernoulli(logits=z), "poisson": lambda z: dist.Poisson(z.exp()),

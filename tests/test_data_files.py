@@ -72,6 +72,7 @@ def test_medmnist(tmp_path, names):
     ({"train_a": (9, 5), "test_a": (4, 5), "train_b": (9, 6), "test_b": (4, 6)}, {"images": "b"}, (6,)),
     ({"train_a": (9, 5, 2), "test_a": (4, 5, 2), "latest": (9, 2)}, {}, (1, 5, 2)),
 ])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.* left out. labels are one whole number")  # two of the cases
 def test_the_data_are_found_by_name_by_shape_or_as_told(tmp_path, arrays, options, chosen):
     np.savez(tmp_path / "a.npz", **{key: RANDOM.random(shape) for key, shape in arrays.items()})
     data = load(tmp_path / "a.npz", **options)

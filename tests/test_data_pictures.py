@@ -295,6 +295,7 @@ def test_black_and_white_pictures_are_binary(tmp_path):
     assert sum(part[:].sum() for part in (data.train, data.validation, data.test)) == bits.sum()
 
 
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # Pillow's, before the refusal
 def test_bombs_and_disguises_are_refused(tmp_path, monkeypatch):
     flat(3, tmp_path, "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 35)

@@ -539,6 +539,7 @@ def test_lazy_layers_and_automatic_guides_stay_set_up():
     assert (anomaly_scores(model, guide, X[:, 0], score="reconstruction") < first).double().mean() > 0.5
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")  # those of this test
 def test_compiled_networks_are_evaluated_without_a_word():
     torch._dynamo.reset()
     net = torch.compile(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), backend="eager")
@@ -553,6 +554,7 @@ def test_compiled_networks_are_evaluated_without_a_word():
     decoder = Decoder()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")  # torch's, once
         first, again = (elbo_terms(model, guide, X, num_samples=30).value for _ in range(2))
     net.eval(), decoder.eval()
     assert first == again == elbo_terms(model, guide, X, num_samples=30).value

@@ -24,6 +24,9 @@ from pyro_vae.judging.judgement import judge
 from pyro_vae.traces import simulate, sites
 from tests.test_judge import Strict, Ticks
 
+# Pyro's own example does not binarise.
+pytestmark = pytest.mark.filterwarnings("ignore:site 'obs' is Bernoulli but its data have grey values")
+
 
 class Encoder(nn.Module):
     def __init__(self, z_dim, hidden_dim):

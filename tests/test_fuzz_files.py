@@ -158,6 +158,7 @@ def tried(name, number, folder, seed=0):
 
 
 @pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what can be read may have become remarkable
 def test_a_damaged_file_is_refused_or_read(name, tmp_path):
     file, make, read = READERS[name]
     (tmp_path / file).write_bytes(make(tmp_path))
@@ -168,6 +169,7 @@ def test_a_damaged_file_is_refused_or_read(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what can be read may have become remarkable
 def test_a_thousand_damages_of_each_kind(name, tmp_path):
     tried(name, 1000, tmp_path, seed=1)
 

@@ -389,6 +389,7 @@ def test_imputation_looks_at_its_data_as_a_fit_does():
     assert torch.equal(as_integers, impute(vae.model, vae.guide, (x, mask), num_samples=5).draws)
 
 
+@pytest.mark.filterwarnings("ignore:the pair takes .x., and the data have 2 columns")  # said before the refusal
 def test_imputation_by_a_pair_of_ones_own_never_meets_what_is_missing():
     def model(x, mask):
         with pyro.plate("data", len(x)):

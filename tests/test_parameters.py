@@ -85,6 +85,7 @@ def moved(before, *modules):
     return [not torch.equal(a, p) for a, p in zip(before, (p for m in modules for p in m.parameters()), strict=True)]
 
 
+@pytest.mark.filterwarnings("ignore:model and guide have different parameters of one name")  # as this test is about
 def test_pyro_itself_shares_the_nets_and_fit_does_not():
     torch.manual_seed(0)
     model, guide = NetModel(), NetGuide()

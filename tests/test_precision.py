@@ -1,12 +1,16 @@
 """bfloat16 rounds what goes into layers, and nothing else."""
 
+import contextlib
+
 import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from torch import nn
 
+from pyro_vae.app import cli
 from pyro_vae.app.defaults import CHOICES
+from pyro_vae.inference import hardware
 from pyro_vae.inference.bounds import iwae
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.hardware import PRECISIONS, bfloat16_active, matmul_precision
@@ -23,6 +27,12 @@ LAYERS = {
     "convolution": (lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1), (2, 3, 8, 8)),
     "transposed": (lambda: nn.ConvTranspose2d(3, 5, 4, stride=2, padding=1), (2, 3, 8, 8)),
 }
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch):
+    """The numbers are the same on a machine that has no instructions for them, where this is refused."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
 
 
 def rounded(x):
@@ -118,27 +128,28 @@ def test_the_command_knows_the_same_names():
     assert CHOICES["matmul_precision"] == PRECISIONS
 
 
-@pytest.mark.parametrize(
-    ("machine", "instructions", "slow"), [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)]
-)
-def test_a_cpu_without_instructions_for_bfloat16_is_told_of_once(monkeypatch, machine, instructions, slow):
-    import warnings
-
-    from pyro_vae.inference import hardware
-
-    monkeypatch.setattr(hardware, "_said", False)
+def on_a(monkeypatch, machine, instructions):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    said = []
-    for _ in range(2):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with matmul_precision("bfloat16"):
-                pass
-            with matmul_precision("medium"):
-                pass
-        said.append([str(w.message) for w in caught])
-    assert len(said[0]) == slow and said[1] == []
-    assert not slow or "ten times slower than in float32" in said[0][0]
+
+
+@pytest.mark.parametrize(
+    ("machine", "instructions", "slow"), [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)]
+)
+def test_a_cpu_without_instructions_for_bfloat16_is_refused(monkeypatch, machine, instructions, slow):
+    on_a(monkeypatch, machine, instructions)
+    with matmul_precision("medium"):
+        pass
+    refused = pytest.raises(ValueError, match='about ten times slower than in float32. Pass "medium"')
+    with refused if slow else contextlib.nullcontext(), matmul_precision("bfloat16"):
+        pass
+
+
+def test_the_command_refuses_it_before_it_reads_data(monkeypatch, capsys, tmp_path):
+    on_a(monkeypatch, "x86_64", False)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["fit", "--matmul-precision", "bfloat16", "--data", "mnist", "--data-dir", "nowhere"]) == 2
+    assert "no instructions for it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -70,7 +70,7 @@ CALLS = {
     "ais": lambda m, g: pv.ais(m, g, binary(3), num_steps=5, num_samples=2, seed=0, progress=False),
     "gaps": lambda m, g: pv.gaps(m, g, binary(3), num_samples=20, num_steps=5, seed=0, progress=False),
     "judge": lambda m, g: pv.judge(m, g, binary(12), budget=5, seed=0, progress=False),
-    "plot": lambda m, g: pv.judge(m, g, binary(12), budget=1, seed=0, progress=False).plot(),
+    "plot": lambda m, g: pv.judge(m, g, binary(12), budget=5, seed=0, progress=False).plot(),
 }
 
 

@@ -108,6 +108,36 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_broken_off(monkeypatch, c
     assert not Path("state.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_processes_after_a_restart_do_not_look_for_those_before():
+    """The agent's store has the addresses of the group that is gone: whoever comes first must not read them."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    code = (
+        "import os, sys, time, torch.distributed as dist\n"
+        "from pyro_vae.app.processes import group\n"
+        "late = os.environ['TORCHELASTIC_RESTART_COUNT'] != '0' and os.environ['RANK'] == '0'\n"
+        "time.sleep(1.5 * late)\n"
+        "with group():\n"
+        "    dist.barrier()\n"
+        "    print('met', flush=True)\n"
+        "    os._exit(0)\n"
+    )
+    for attempt in range(4):  # without a store of each attempt's own every second one fails
+        shared = os.environ | {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        started = [
+            subprocess.Popen([sys.executable, "-c", code], env=shared | {"RANK": str(rank)}, text=True,
+                             cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for rank in range(2)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=120)[0] for process in started]
+        assert ["met" in each for each in said] == [True, True], said
+
+
 TWO = ["fit", "--data", "digits", "--limit", "200", "--hidden", "8", "--latent-dim", "2", "--epochs", "2",
        "--evaluation-samples", "5", "--evaluation-images", "10"]  # fmt: skip
 

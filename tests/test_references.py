@@ -145,6 +145,7 @@ def test_pyros_nuts_on_one_datum_agrees():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* one by one, since the p")  # programs for (B, D) only
 def test_constrained_sites_come_back_constrained():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -201,6 +202,7 @@ def test_chains_that_have_not_converged_are_said_so():
     assert not found.converged.any()
 
 
+@pytest.mark.filterwarnings("ignore:the chains of")  # short ones do
 def test_adaptation_ends_with_the_warm_up():
     pair, x = linear_pair(exact=False)
     short = reference(pair.model, pair.guide, x, num_warmup=40, num_samples=200)

@@ -168,6 +168,7 @@ def test_tables_draw_themselves(name):
         assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["one", "two"]
 
 
+@pytest.mark.filterwarnings("ignore:the chains of")  # 40 draws do not converge
 def test_distances_are_a_table():
     known = reference(model, guide, X, num_samples=40, num_chains=2, num_warmup=20, **QUIET)
     found = guide_distances(model, guide, X, reference=known, num_directions=5)

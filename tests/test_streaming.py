@@ -207,7 +207,11 @@ def tars(folder):
     for shard in range(2):
         with tarfile.open(folder / f"shards-{shard:03}.tar", "w") as tar:
             for i, image in enumerate(pictures()[20 * shard : 20 * shard + 20]):
-                for ending, content in {"png": png(image), "cls": b"3", "pyd": b"cos\nsystem\n(S'touch run'\ntR."}.items():
+                for ending, content in {
+                    "png": png(image),
+                    "cls": b"3",
+                    "pyd": b"cos\nsystem\n(S'touch run'\ntR.",
+                }.items():
                     entry = tarfile.TarInfo(f"{shard}{i:03}.{ending}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))

@@ -15,6 +15,9 @@ from pyro_vae.inference.tempering import Tempering
 from pyro_vae.inference.training import fit
 from tests.pairs import binary, small_pair
 
+# Pyro's loss that enumerates is among the losses, also where there is nothing to enumerate.
+pytestmark = pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
+
 OPTIONS = {"epochs": 4, "batch_size": 6, "seed": 1, "progress": False}  # 16 steps on 24 data
 LOSSES = {
     "trace": Trace_ELBO, "mean field": TraceMeanField_ELBO, "graph": TraceGraph_ELBO, "objective": Objective,

@@ -172,6 +172,7 @@ def test_any_torch_optimiser_takes_the_same_steps_as_by_hand(optimizer):
     assert distance(weights(*ours), weights(*theirs)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:learning_rate=5.0 has no effect")  # it is there to be ignored
 def test_a_pyro_optimiser_takes_the_same_steps_as_the_fused_one():
     x, ours, theirs = binary(20), small_pair(), small_pair()
     options = {"epochs": 3, "batch_size": 10, "seed": 1}
@@ -418,6 +419,7 @@ PAIRS = {"modules": None, "methods": methods_pair, "functions": functions_pair, 
 
 @pytest.mark.parametrize("optimizer", [None, pyro.optim.Adam({"lr": 0.05})], ids=["fused", "pyro"])
 @pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.filterwarnings("ignore:learning_rate=0.05 has no effect")  # the optimiser has its own
 def test_early_stopping_goes_back_to_the_best_weights(kind, optimizer):
     # The validation data lie between the start and the training data: good on the way, bad at the end.
     pair = PAIRS[kind]() if PAIRS[kind] else small_pair()

@@ -155,9 +155,7 @@ def _densities(
     face = serving.face(vae)
     model, guide = face.programs(vae)
     given = face.given(test)
-    terms = kept.piece(
-        "elbo", lambda: elbo_terms(model, guide, given, num_samples=ELBO_SAMPLES, **options)
-    )
+    terms = kept.piece("elbo", lambda: elbo_terms(model, guide, given, num_samples=ELBO_SAMPLES, **options))
     estimate = kept.piece("log p(x)", lambda: log_likelihood(model, guide, given, num_samples=num_samples, **options))
     numbers = told(terms, estimate) | ({} if face.density == "log p(x)" else {"log_likelihood_of": face.density})
     if test.dequantize:

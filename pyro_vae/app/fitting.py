@@ -46,6 +46,7 @@ from pyro_vae.data.splits import Binarization
 from pyro_vae.inference import checkpoints
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
+from pyro_vae.inference.hardware import check_precision
 from pyro_vae.inference.ranks import Setup, alone, world
 from pyro_vae.inference.training import History, fit
 from pyro_vae.judging.guides import fit_guide
@@ -99,6 +100,7 @@ def fit_run(
         ValueError: A bad option, unreadable data, a finished run or an unfinished one of other options, an unwritable
             folder; or a failure after the training, whose weights are then kept all the same.
     """
+    check_precision(options.matmul_precision)
     failure: Exception | None = None
     saved = Sparing(path / CHECKPOINT) if checkpoint is None else checkpoint
     with contextlib.ExitStack() as stack, Setup() as setup:

@@ -12,10 +12,10 @@ from typing import Any
 
 from pyro_vae import plots
 from pyro_vae.app import evaluation, serving
+from pyro_vae.app.defaults import changed
 from pyro_vae.app.html import Picture, document, figures
 from pyro_vae.app.opening import Opened
 from pyro_vae.app.opening import open as open_run
-from pyro_vae.app.run_page import changed
 from pyro_vae.app.runs import REPORT, Run
 from pyro_vae.app.studies import Plan, Study, Trial
 from pyro_vae.app.trials import own_parts, reason, state

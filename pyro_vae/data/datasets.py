@@ -221,7 +221,7 @@ def _frey(folder: Path) -> Source:
         )
     try:
         check_archive(path)
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images = arrays["images"]
     except Exception as error:
         raise ValueError(

@@ -107,18 +107,19 @@ def _read_npy(path: Path) -> Arrays:
     objects = f"{path} holds {_OBJECTS}; wanted numbers. Save it as uint8 or float32, all rows of one shape."
     try:
         check_archive(path)
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return Arrays({"": loaded}, keys=True)
-        arrays: dict[str, np.ndarray] = {}
-        with loaded:
-            for key in loaded.files:
-                try:
-                    arrays[key] = loaded[key]
-                except ValueError as error:
-                    if "Object arrays" not in str(error):
-                        raise
-                    left_out[key] = _OBJECTS
+        with path.open("rb") as file:  # which NumPy leaves open where it is no archive
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return Arrays({"": loaded}, keys=True)
+            arrays: dict[str, np.ndarray] = {}
+            with loaded:
+                for key in loaded.files:
+                    try:
+                        arrays[key] = loaded[key]
+                    except ValueError as error:
+                        if "Object arrays" not in str(error):
+                            raise
+                        left_out[key] = _OBJECTS
     except Exception as error:
         if "bomb" in str(error):
             raise

@@ -105,7 +105,7 @@ class LinearGaussian:
         """p(z | x), of batch_shape (B,) and event_shape (D,)."""
         return MultivariateNormal(self._posterior_loc(x), scale_tril=self._scale_tril)
 
-    def best_mean_field(self, x: Tensor) -> Independent:
+    def best_mean_field(self, x: Tensor) -> Independent[Normal]:
         """The factorised Gaussian q that minimises KL(q || p(z | x)): the posterior's mean,
         and the diagonal of its precision, which is narrower than its marginals."""
         loc = self._posterior_loc(x)

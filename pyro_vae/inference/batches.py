@@ -27,7 +27,7 @@ from torch.distributions import Categorical
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from pyro_vae.evaluation import evaluating
+from pyro_vae.evaluation import evaluating, undisturbed
 from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import (
     AGAIN,
@@ -39,13 +39,13 @@ from pyro_vae.inference.columns import (
     frame_names,
     row_on_disk,
     settled,
-    tensor_of,
 )
 from pyro_vae.inference.datacheck import DataCheck
-from pyro_vae.inference.rehearsal import Rehearsal, rehearse, undisturbed
+from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.supports import rules
 from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
 from pyro_vae.sites import unwrapped
+from pyro_vae.tensors import tensor_of
 from pyro_vae.traces import Program, draw
 
 _AT_ONCE = 2**22  # numbers that are looked through together
@@ -806,7 +806,7 @@ def _as_tensor(x: Any) -> Tensor:
 
 
 def _items(data: list[Any]) -> Any:
-    class _List(Dataset):
+    class _List(Dataset[Any]):
         def __len__(self) -> int:
             return len(data)
 

@@ -40,12 +40,14 @@ from pyro_vae.inference.graphs import (
     drop_forked,
     folded,
     hoisted,
+    largest_product,
     lifted,
     mutated,
     split_biases,
     written,
 )
-from pyro_vae.inference.hardware import fast_matmul
+from pyro_vae.inference.hardware import WORTH_ONEDNN, fast_matmul
+from pyro_vae.inference.simplification import simplified
 from pyro_vae.news import no_news_of_a_gpu
 
 _READS = (
@@ -56,6 +58,7 @@ _READS = (
 # Which make a tensor of numbers, and read them out of tensors that stand among these.
 _MAKERS = ("tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor", "sparse_coo_tensor")
 
+_FINISH = "finish"  # the mark of what an optimiser does
 # Where a tensor becomes a number that is only reported, and where one is only checked.
 _REPORTERS = ("pyro.infer.", "pyro_vae.inference.objectives")
 _CHECKERS = ("pyro.util", "pyro_vae.sites", "torch.distributions.distribution")
@@ -70,12 +73,16 @@ class Capture:
             collects them.
         args: The tensors it is run on.
         finish: Takes the leaves and their gradients and changes tensors in place, such as an
-            optimiser; it is part of the graph, which then returns the results only.
+            optimiser; it is part of the graph, which then returns the results only. Where it has a method
+            ``kernel(leaves)``, a replay on a CPU takes the function of the gradients that this gives instead of its
+            operations, until a compiler has them.
     Attributes:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
         compiled: Whether Inductor has compiled the graph.
+        on_cpu: Whether all its tensors are there.
+        fast: Whether its products are worth a call of oneDNN (see `pyro_vae.inference.hardware`).
     Raises:
         Uncapturable: The function reads numbers out of tensors, or draws in a way that
             cannot be written down. Whatever is raised, every tensor that was there before is as it was.
@@ -115,13 +122,11 @@ class Capture:
             if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in self.leaves):
                 raise Uncapturable("a hook runs after the gradient of a parameter has been added")
             gradients = [gradient for _, gradient in recording.gradients.values()]
-            if finish is not None:
-                results = _owned(results, results)
-                with torch.no_grad(), operations:
-                    finish(self.leaves, gradients)
-                self.results = results
-                return results
             self.results = _owned([*results, *gradients], [*results, *self.leaves])
+            self._returned = len(self.results) if finish is None else len(results)
+            if finish is not None:
+                with _marking(_FINISH), torch.no_grad(), operations:
+                    finish(self.leaves, self.results[self._returned :])
             return list(self.results)
 
         # One mode for the shapes of all nodes: without it make_fx sets up one, with a stack trace, for each node.
@@ -146,14 +151,32 @@ class Capture:
         if not self._takes_args:
             graph.erase_node(next(iter(graph.nodes)))
         disowned(graph, self.results, [*args, *self.constants])
-        self.module = fx.GraphModule({}, graph)
-        self._run: Callable[..., Sequence[Tensor]] = self.module.forward
+        del self.results[self._returned :]
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
         self.mutated = mutated(graph, self._constant_nodes, self.constants)
+        self.fast = self.on_cpu and largest_product(graph) >= WORTH_ONEDNN
+        self._run = self._shortly(graph, finish)
+        output = next(iter(reversed(graph.nodes)))
+        output.args = (list(output.args[0])[: self._returned],)
+        self.module = fx.GraphModule({}, graph)
+
+    def _shortly(self, graph: fx.Graph, finish: Any) -> Callable[..., Sequence[Tensor]]:
+        """The graph as it is replayed without a compiler: simplified, and finished by a kernel where there is one."""
+        kernel = finish.kernel(self.leaves) if self.on_cpu and hasattr(finish, "kernel") else None
+        if kernel is None:
+            return simplified(graph, outputs=self._returned).forward
+        forward, count = simplified(graph, without=_FINISH).forward, self._returned
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            results = forward(*tensors)
+            kernel(results[count:])
+            return results[:count]
+
+        return run
 
     def __call__(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results and gradients for new arguments, new noise, and the tensors as they are now."""
-        with torch.no_grad(), fast_matmul(self.on_cpu):
+        with torch.no_grad(), fast_matmul(self.fast):
             return self._run(*args, *self.constants, *[draw() for draw in self.draws])
 
     def holds(self) -> bool:
@@ -295,21 +318,27 @@ def _holds_tensor(value: Any) -> bool:
 
 
 @contextlib.contextmanager
+def _marking(name: str) -> Iterator[None]:
+    """Mark what is recorded inside."""
+    mode = get_proxy_mode()
+    before = 0 if mode is None else len(mode.tracer.graph.nodes)
+    try:
+        yield
+    finally:
+        if mode is not None:
+            for node in itertools.islice(mode.tracer.graph.nodes, before, None):
+                node.meta[name] = True
+
+
+@contextlib.contextmanager
 def _noting_forks() -> Iterator[None]:
     """Marks what is recorded inside ``torch.random.fork_rng``: its draws do not move the stream of noise."""
     original = torch.random.fork_rng
 
     @contextlib.contextmanager
     def noted(*args: Any, **kwargs: Any) -> Iterator[None]:
-        mode = get_proxy_mode()
-        before = 0 if mode is None else len(mode.tracer.graph.nodes)
-        try:
-            with original(*args, **kwargs):
-                yield
-        finally:  # torch.utils.checkpoint leaves its fork by an exception
-            if mode is not None:
-                for node in itertools.islice(mode.tracer.graph.nodes, before, None):
-                    node.meta["forked"] = True
+        with _marking("forked"), original(*args, **kwargs):  # torch.utils.checkpoint leaves its fork by an exception
+            yield
 
     torch.random.fork_rng = noted
     try:

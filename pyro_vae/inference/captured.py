@@ -24,7 +24,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.capture import Capture, Uncapturable
+from pyro_vae.inference.capture import Capture
+from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import bfloat16_active
 from pyro_vae.reach import Reach
 from pyro_vae.traces import Program

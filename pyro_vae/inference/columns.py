@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from pyro_vae.inference.rehearsal import undisturbed
+from pyro_vae.evaluation import undisturbed
 from pyro_vae.inference.trees import described, mapped, rows
 from pyro_vae.tensors import numbers_of, tensor_of
 

@@ -25,9 +25,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pyro_vae.inference.capture import Uncapturable
 from pyro_vae.inference.captured import Captured, Watched, first_line, forked
-from pyro_vae.inference.graphs import CudaGraph
+from pyro_vae.inference.graphs import CudaGraph, Uncapturable
 from pyro_vae.inference.steps import LossGraph, Site, Step, TrainingStep
 from pyro_vae.options import checked
 from pyro_vae.parameters import _OwnParameters, own_parameters
@@ -93,8 +92,9 @@ class Compiled(Captured, ELBO):
         self._leaves: list[Tensor] = []
 
     def __repr__(self) -> str:
-        own = type(self.inner).__repr__ is not object.__repr__
-        return f"Compiled({self.inner!r})" if own else f"Compiled({type(self.inner).__name__}())"
+        kind: Any = type(self.inner)
+        own = kind.__repr__ is not object.__repr__
+        return f"Compiled({self.inner!r})" if own else f"Compiled({kind.__name__}())"
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is for another pair, and graphs hold tensors of this one.

@@ -6,6 +6,7 @@ plays the launches of the result back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -201,6 +202,20 @@ def mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> l
     """The constants that the graph writes to, such as running averages."""
     changed = _changed(graph)
     return [constant for node, constant in zip(nodes, constants, strict=True) if node in changed]
+
+
+def largest_product(graph: fx.Graph) -> float:
+    """Multiplications and additions of the largest matrix product, or convolution, of a graph."""
+    most = 0.0
+    for node in graph.nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        values = [a.meta.get("val") for a in node.all_input_nodes]
+        if packet in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm):
+            left, right = values[-2:]
+            most = max(most, 2.0 * left.numel() * right.shape[-1])
+        elif packet in (_aten.convolution, _aten.convolution_backward):
+            most = math.inf
+    return most
 
 
 def split_biases(graph: fx.Graph) -> None:

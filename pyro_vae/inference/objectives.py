@@ -22,7 +22,7 @@ from pyro_vae.inference.bounds import Bound, ciwae, elbo, miwae, named, renyi
 from pyro_vae.inference.estimators import advantage, coefficients, needs_cut, needs_path, refusal, weight_bound
 from pyro_vae.inference.regularizers import Regularizer, free_bits, mmd, total_correlation
 from pyro_vae.inference.split_bounds import SplitBound, cubo, piwae, sleep_phase, wake_sleep
-from pyro_vae.options import checked, number
+from pyro_vae.options import checked, number, of_pair
 from pyro_vae.parameters import device_of
 from pyro_vae.protocols import closed_form_sites
 from pyro_vae.traces import Cut, Particles, Program, draw, nesting_of
@@ -101,8 +101,9 @@ class Objective(ELBO):
             raise ValueError(reason)
         if not _is_one(beta) and bound is not elbo:
             raise ValueError(_beside_elbo(bound, beta))
+        factories: tuple[object, ...] = (mmd, free_bits, total_correlation)
         for regularizer in regularizers:
-            if not callable(regularizer) or regularizer in (mmd, free_bits, total_correlation):
+            if not callable(regularizer) or regularizer in factories:
                 name = getattr(regularizer, "__name__", repr(regularizer))
                 raise ValueError(
                     f"got {name} among the regularizers, wanted functions of (particles, model, guide): what "
@@ -238,7 +239,7 @@ def _tempered(particles: Particles, beta: float | Tensor) -> Particles:
     )
 
 
-@checked
+@of_pair
 def mean_bound(
     model: Program,
     guide: Program,

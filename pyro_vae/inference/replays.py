@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyro_vae.inference.capture import Uncapturable
+from pyro_vae._trust import is_trusted
 from pyro_vae.inference.captured import Captured, Graph, Watched, set_random_state, settings
+from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import fast_matmul
-from pyro_vae.reach import is_trusted
 from pyro_vae.traces import Program
 
 # A capture costs what the programs' Python costs in about so many calls.

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.utils import _pytree as pytree
 
+from pyro_vae._trust import SCALARS
 from pyro_vae.inference.batches import Batches, Stream
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.captured import Graph, Watched, settings
 from pyro_vae.inference.optimizers import Fused, Update
-from pyro_vae.reach import SCALARS
 from pyro_vae.traces import Program
 
 if TYPE_CHECKING:

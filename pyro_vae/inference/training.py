@@ -7,10 +7,11 @@ import copy
 import functools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.evaluation import evaluating, noise_kept, others_kept, rests, undisturbed, unmoved
+from pyro_vae.inference import explanation
 from pyro_vae.inference.batches import Batches, Stream, apart, seeded
 from pyro_vae.inference.bounds import Bound, elbo
 from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors, previous
@@ -39,7 +41,7 @@ from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Beta, Number, Tempered, Tempering, check_tempering, value_of
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
 from pyro_vae.precision import current as current_precision
 from pyro_vae.reach import modules_of
@@ -120,7 +122,7 @@ class History:
         return len(self.records)
 
 
-@checked
+@of_pair
 def fit(
     model: Program,
     guide: Program,
@@ -396,6 +398,8 @@ def fit(
                 stepper.release()
         if stepper.ranks is not None and stepper.ranks.stopping:  # also where it came after the last step
             history.interrupted = True
+        if explanation.wanted() and rank == 0:
+            print(explanation.explained(compiled, stepper.steps), file=sys.stderr)
         history.best_epoch = len(history)
         if best.epoch and not history.interrupted:
             best.restore()
@@ -701,7 +705,7 @@ class _Stepper:
             for tensor, copied in kept:
                 tensor.copy_(copied)
 
-    def epoch(self, bar: tqdm) -> dict[str, Any]:
+    def epoch(self, bar: tqdm[Any]) -> dict[str, Any]:
         """One pass; its averages."""
         started, count, even = time.perf_counter(), 0, True
         summed: float | Tensor = 0.0
@@ -877,7 +881,13 @@ class _Stepper:
             raise ValueError(said)
 
 
-class _Bar(tqdm):
+if TYPE_CHECKING:
+    _Tqdm = tqdm[Any]  # generic for type checkers only
+else:
+    _Tqdm = tqdm
+
+
+class _Bar(_Tqdm):
     """A bar whose time left has what comes after the fit in it."""
 
     ahead = 0.0

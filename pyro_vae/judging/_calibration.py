@@ -37,7 +37,7 @@ from pyro_vae.judging.quotes import listed
 from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.scoring import holm
 from pyro_vae.judging.sweeps import refuse_points, sweep
-from pyro_vae.options import checked
+from pyro_vae.options import checked, of_pair
 from pyro_vae.traces import Program
 
 _NULL_DRAWS = 10_000
@@ -174,7 +174,7 @@ class Calibration(Result):
         return f"{head}: not calibrated, {len(worst)} of {which}: {shown}"
 
 
-@checked
+@of_pair
 def sbc(
     model: Program,
     guide: Program,

@@ -30,7 +30,7 @@ from pyro_vae.judging.latents import DEAD_KL, DEAD_VARIANCE, DimensionKL, kl_per
 from pyro_vae.judging.quotes import listed
 from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_model, of_pair
 from pyro_vae.traces import Program, sites
 
 
@@ -142,7 +142,7 @@ class Collapse(Result):
         return text if self.optimum is None else f"{text}; {self.optimum}"
 
 
-@checked
+@of_pair
 def collapse(
     model: Program,
     guide: Program,
@@ -203,7 +203,7 @@ def collapse(
     return Collapse(components.names, variance, stderr, kl, each, dead, *limits, optimum)
 
 
-@checked
+@of_model
 def linear_optimum(
     model: Program, data: Any, *, threshold: float = DEAD_VARIANCE, device: str | torch.device | None = None,
     progress: bool | None = None,

@@ -34,7 +34,7 @@ from pyro_vae.judging.quotes import aligned
 from pyro_vae.judging.results import Mean, Result, at_least, one_of, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.protocols import has_start
 from pyro_vae.traces import Program, draw, plate_nesting
 
@@ -147,7 +147,7 @@ def gap_table(results: Mapping[str, Gaps]) -> list[str]:
     return aligned(lines, left=len(lines[0]) - 6)
 
 
-@checked
+@of_pair
 def gaps(
     model: Program,
     guide: Program,

@@ -18,7 +18,7 @@ from pyro_vae.judging.grids import quadrature
 from pyro_vae.judging.quotes import over_data
 from pyro_vae.judging.results import Result, averaged
 from pyro_vae.judging.sweeps import refuse_points, sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.traces import Program, log_joint, log_q
 
 _SIDE, _REACH, _DRAWS = 161, 7.0, 512  # points a side, standard deviations, draws that say where the guide is
@@ -53,7 +53,7 @@ class Identity(Result):
         return f"log p(x) = {self.log_likelihood:.3f}, ELBO + KL = {total}: {apart} ({over})"
 
 
-@checked
+@of_pair
 def identity(
     model: Program,
     guide: Program,

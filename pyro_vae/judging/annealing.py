@@ -40,11 +40,11 @@ from pyro_vae.judging.hamiltonian import SCHEDULES, Moves, anneal, pilot
 from pyro_vae.judging.results import Mean, at_least, averaged, one_of
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Scored
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.traces import Program
 
 
-@checked
+@of_pair
 def ais(
     model: Program,
     guide: Program | None,
@@ -108,7 +108,7 @@ def ais(
     return _annealed(found, options)
 
 
-@checked
+@of_pair
 def bdmc(
     model: Program,
     guide: Program | None,

@@ -37,13 +37,13 @@ from pyro_vae.judging.climbs import optimise, weights_at
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.local import Unscaled, local_form
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.traces import Program
 
 SCORES = ("log-likelihood", "reconstruction", "ratio", "regret")
 
 
-@checked
+@of_pair
 def anomaly_scores(
     model: Program,
     guide: Program,

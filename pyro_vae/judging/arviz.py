@@ -38,7 +38,7 @@ from pyro_vae.judging.components import Scorer, placed
 from pyro_vae.judging.results import at_least
 from pyro_vae.judging.sweeps import Sweep, chunk_sizes, in_chunks, sweep
 from pyro_vae.judging.weights import Scored, pareto_smoothed
-from pyro_vae.options import checked
+from pyro_vae.options import checked, of_pair
 from pyro_vae.sites import plates
 from pyro_vae.traces import Program, predict, simulate
 
@@ -49,7 +49,7 @@ LOO_IS_INVALID = (
 _EVENTS = {1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
 
 
-@checked
+@of_pair
 def to_arviz(
     model: Program,
     guide: Program,
@@ -225,7 +225,8 @@ class _Layout:
         arrays = {n: x.detach().cpu().to(known.get(x.dtype, x.dtype)).numpy() for n, x in values.items()}
         dims = {name: [self.datum] if per_datum else self.dims[name] for name in values}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="More chains")  # as was asked for
+            # As was asked for; the one of ArviZ 0.x, the other of 1.x.
+            warnings.filterwarnings("ignore", message="More chains|Found chain dimension to be longer")
             if _is_old(az):
                 found = az.from_dict(**{group: arrays}, dims=dims, coords=self.coords)[group]
             else:

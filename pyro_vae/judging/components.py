@@ -19,7 +19,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.inference.capture import Uncapturable, capturing
+from pyro_vae.inference.capture import capturing
+from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.sites import Frame, common_scale, data_frame, depth, plates, sample_sites, site_log_prob
 from pyro_vae.traces import Program, run_at, simulate, sites
 

@@ -22,7 +22,7 @@ from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.references import Reference
 from pyro_vae.judging.results import Result
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.options import checked
+from pyro_vae.options import checked, of_pair
 from pyro_vae.traces import Program
 
 _BOOTSTRAPS = 200
@@ -64,7 +64,7 @@ class GuideDistances(Result):
         return "guide to reference: " + ", ".join(shown.format(**row) for row in self.rows())
 
 
-@checked
+@of_pair
 def guide_distances(
     model: Program,
     guide: Program,

@@ -22,7 +22,7 @@ from pyro_vae.judging.grids import Quadrature, cost, least_points, on_grids, ser
 from pyro_vae.judging.results import Mean, Measured, averaged, one_of
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.weights import Scored, at_fewer, fewer
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.traces import Program
 
 # Points of a grid for each sample of an importance-sampling estimate that "auto" affords.
@@ -65,7 +65,7 @@ class RateDistortion(Measured):
         return f"rate {self.rate.with_errors}, distortion {self.distortion.with_errors}, {over}"
 
 
-@checked
+@of_pair
 def log_likelihood(
     model: Program,
     guide: Program,
@@ -190,7 +190,7 @@ def _by_quadrature(
     )
 
 
-@checked
+@of_pair
 def elbo_terms(
     model: Program,
     guide: Program,
@@ -221,7 +221,7 @@ def elbo_terms(
     return ElboTerms(**bound.measured(), reconstruction=likelihood.value, kl=kl)
 
 
-@checked
+@of_pair
 def rate_distortion(
     model: Program,
     guide: Program,

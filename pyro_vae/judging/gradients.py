@@ -36,7 +36,7 @@ from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.judging.distances import gradient_quality
 from pyro_vae.judging.results import Result, row
 from pyro_vae.judging.sweeps import Sweep, sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.parameters import trainable
 from pyro_vae.sites import lengths
 from pyro_vae.traces import Program
@@ -165,7 +165,7 @@ class GradientLab(Result):
         return "\n".join([*lines, *(f"left out: {name} at K = {k}: {reason}" for name, k, reason in self.skipped)])
 
 
-@checked
+@of_pair
 def gradient_lab(
     model: Program,
     guide: Program,

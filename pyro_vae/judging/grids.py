@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_vae.inference.trees import at, joined
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.sweeps import chunk_sizes, sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.traces import Program
 
 MOST_DIMENSIONS = 3
@@ -73,7 +73,7 @@ class Quadrature(NamedTuple):
         return self.log_evidence.isfinite() & (self.rim <= 1e-6) & (self.outside <= 1e-6) & (self.error <= tolerance)
 
 
-@checked
+@of_pair
 def quadrature(
     model: Program,
     guide: Program,

@@ -27,14 +27,14 @@ from pyro_vae.judging.quotes import aligned, latex
 from pyro_vae.judging.results import Mean, Result, known, row
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores
-from pyro_vae.options import checked
+from pyro_vae.options import of_model, of_pair
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
 from pyro_vae.traces import Program
 
 
-@checked
+@of_pair  # type: ignore[arg-type]  # mypy joins no names with **options
 def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **options: Any) -> History:
     """Fit a guide under a frozen model, so that guides are compared on one posterior.
 
@@ -227,7 +227,7 @@ class Comparison(Result):
         return lines
 
 
-@checked
+@of_model
 def compare_guides(
     model: Program,
     guides: Any,

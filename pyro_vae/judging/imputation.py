@@ -19,7 +19,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.judging.sweeps import in_chunks, sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.programs.pair import filled, full_mask
 from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, sites
@@ -38,7 +38,7 @@ class Imputation(NamedTuple):
     ess: Tensor
 
 
-@checked
+@of_pair
 def impute(
     model: Program,
     guide: Program,

@@ -36,7 +36,7 @@ from pyro_vae.judging.components import Components, Scorer, refuse_other_scores
 from pyro_vae.judging.latents import posterior_means
 from pyro_vae.judging.results import Mean, Measured, Result
 from pyro_vae.judging.sweeps import Sweep, sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_guide, of_pair
 from pyro_vae.traces import Particles, Program, log_q
 
 METHODS = ("knn", "linear")
@@ -105,7 +105,7 @@ class Accuracy(Result):
         )
 
 
-@checked
+@of_pair
 def mutual_information(
     model: Program,
     guide: Program,
@@ -233,7 +233,7 @@ def _terms(table: Tensor, own: Tensor, without: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-@checked
+@of_guide
 def probe(
     guide: Program,
     data: Any,

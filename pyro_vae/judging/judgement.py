@@ -43,10 +43,11 @@ from pyro_vae.judging.examinations import (
 from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.remedies import examine_remedy
 from pyro_vae.judging.results import Result, at_least, plain
-from pyro_vae.judging.stages import Stage, Stages
+from pyro_vae.judging.stages import Stages
 from pyro_vae.judging.sweeps import Sweep, sweep
+from pyro_vae.judging.trials import Stage
 from pyro_vae.judging.verdicts import verdict
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program
 
@@ -154,7 +155,7 @@ class Judgement(Result):
         return "\n".join(f"{name:{width}}  {text}" for name, text in self.lines())
 
 
-@checked
+@of_pair
 def judge(
     model: Program,
     guide: Program,

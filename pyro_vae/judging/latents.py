@@ -16,7 +16,7 @@ from pyro_vae.judging.components import Components
 from pyro_vae.judging.quotes import listed
 from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.sweeps import Sweep, refuse_points, sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_guide, of_pair
 from pyro_vae.protocols import closed_form_kl
 from pyro_vae.sites import data_plate, factors, lengths, plates
 from pyro_vae.traces import Particles, Program, sites
@@ -95,7 +95,7 @@ class DimensionKL(Result):
         return f"KL = {self.total:.3f} nats over {over} ({how}{'; ± of the data' * (self.num_data > 1)}): {each}"
 
 
-@checked
+@of_pair
 def kl_per_dimension(
     model: Program,
     guide: Program,
@@ -202,7 +202,7 @@ def _constant_over_samples(p: Any, value: Tensor) -> bool:
     return torch.equal(score, score[:1].expand_as(score))
 
 
-@checked
+@of_guide
 def posterior_means(
     guide: Program,
     data: Any,
@@ -276,7 +276,7 @@ def _run(guide: Program, batch: tuple[Any, ...], site: str) -> Tensor:
     return value.movedim(value.dim() - fn.event_dim + data_plate(shared, lengths(batch))[0], 0)
 
 
-@checked
+@of_guide
 def active_units(
     guide: Program,
     data: Any,

@@ -25,7 +25,7 @@ from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.hamiltonian import Adaptation, State, transition
 from pyro_vae.judging.results import Result, at_least, table
 from pyro_vae.judging.sweeps import Sweep, sweep
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.traces import Program
 
 
@@ -68,7 +68,7 @@ class Reference(Result):
         )
 
 
-@checked
+@of_pair
 def reference(
     model: Program,
     guide: Program,

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from pyro_vae.judging.estimates import ElboTerms, elbo_terms, log_likelihood
 from pyro_vae.judging.evidence import Estimate
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.traces import Program
 
 LEVEL = 0.95
@@ -60,7 +60,7 @@ class Scores:
     parameters: int = 0  # that were trained
 
 
-@checked
+@of_pair  # type: ignore[arg-type]  # mypy joins no names with **about
 def scores(
     model: Program,
     guide: Program,

@@ -17,7 +17,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae.evaluation import evaluating, noise
-from pyro_vae.options import checked
+from pyro_vae.options import of_pair
 from pyro_vae.parameters import device_of
 from pyro_vae.parts.priors.mixture import NormalMixture
 from pyro_vae.programs.pair import Model
@@ -25,7 +25,7 @@ from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, particles
 
 
-@checked
+@of_pair
 def ex_post(
     model: Model,
     guide: Program,
@@ -81,7 +81,7 @@ def ex_post(
     return Model(fitted.requires_grad_(False).eval(), model.likelihood)
 
 
-@checked
+@of_pair
 def aggregated_posterior(model: Program, guide: Program, data: Any, batch_size: int = 500) -> Tensor:
     """One draw z ~ q(z | x) for each datum, of the networks in evaluation mode, (N, D).
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution, constraints
-from pyro.distributions.util import broadcast_all
 from torch import Tensor
+from torch.distributions.utils import broadcast_all
 
 from pyro_vae.parts.distributions.bernoulli import polynomial
 from pyro_vae.parts.distributions.levels import GreyLevels, Number, to_level

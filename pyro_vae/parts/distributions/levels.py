@@ -22,8 +22,8 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution, constraints
-from pyro.distributions.util import broadcast_all
 from torch import Tensor
+from torch.distributions.utils import broadcast_all
 
 _Self = TypeVar("_Self", bound="Number")
 

@@ -215,7 +215,7 @@ def _columnwise(operation: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, v
 
 @register_kl(CholeskyNormal, Independent)
 @register_kl(LowRankNormal, Independent)
-def _kl_to_factorised(q: CholeskyNormal | LowRankNormal, p: Independent) -> Tensor:
+def _kl_to_factorised(q: CholeskyNormal | LowRankNormal, p: Independent[Normal]) -> Tensor:
     prior = p.base_dist
     if not isinstance(prior, Normal) or p.reinterpreted_batch_ndims != 1:
         raise NotImplementedError

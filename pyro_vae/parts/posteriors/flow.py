@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyro_vae.parts.distributions import flow as flows
 from pyro_vae.parts.distributions.flow import own_weights, pushforward, zuko_flows
 from pyro_vae.parts.posteriors.amortized import Amortized
-from pyro_vae.unconstrained import Free, Local
+from pyro_vae.protocols import Free, Local
 
 _MANY = 16  # latents from which D passes a draw hurt
 
