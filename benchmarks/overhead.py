@@ -2,10 +2,10 @@
 
     python benchmarks/overhead.py --data-dir ../shared/data/mnist   # ten minutes; writes benchmarks/results/overhead.md
 
-Two fits that are alike to the bit, in turn: as `pyro-vae fit` does it, with the state in the run
-folder (`Sparing`, which is written as often as takes 1 % of the time), and with no checkpoint. Rows: the default
-network on MNIST and on the digits, captured and eager. What is written outside the training (weights, pictures) is not counted:
-it is there without a checkpoint too.
+Two fits that are alike to the bit, in turn: as `pyro-vae fit` does it, with the state in the run folder (`Sparing`,
+which is written as often as takes 1 % of the time, and after the first epoch and the last), and with no checkpoint.
+Rows: the default network on MNIST and on the digits, captured and eager. What is written outside the training (weights,
+pictures) is not counted: it is there without a checkpoint too.
 
 A machine that others use changes its speed by more than 2 % from fit to fit. So the seconds of writing are measured,
 each inside its own fit, and their share of that fit is the figure; the ratio of the fits is beside it.
