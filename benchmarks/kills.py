@@ -6,7 +6,8 @@
 `fit` is killed at random moments of the whole command (training, pictures, evaluation, while it writes) and gone on
 with by `--resume`, again and again until it is done. Then weights, metrics and summary are compared with those of a run
 that nobody killed: to the bit, but for what a clock says. `evaluate` and `judge` are killed over a finished run, of
-which no byte may change and no half of an output may be left; the next `evaluate` writes what an undisturbed one wrote.
+which no byte may change and no half of an output may be left; the next one goes on after the parts that are kept,
+leaves nothing of them, and `evaluate` writes what an undisturbed one wrote.
 `compare` is killed over a study and typed again until it is done; its scores are those of an undisturbed one.
 
 Every command is a process of its own, forked from one that has imported all, so that the kills fall into the work.
@@ -148,7 +149,8 @@ def of_reader(name: str, kills: int, folder: Path, rng: random.Random) -> str:
         typed(["fit", "--out", str(run), *SMALL, *WAYS["captured"]])
 
     def hashes() -> dict[str, str]:
-        paths = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith("judgement")]
+        written = ("judgement", "evaluation.partial")
+        paths = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(written)]
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
     out = run / "judgement.json" if name == "judge" else folder / "numbers.json"
@@ -166,6 +168,8 @@ def of_reader(name: str, kills: int, folder: Path, rng: random.Random) -> str:
         if name == "evaluate":  # what judge looks at depends on its budget of seconds
             same("evaluate", read(), whole)
     same("the run", hashes(), before)
+    if left := list(run.rglob("*.partial.safetensors")):
+        raise SystemExit(f"{name} is done and left {left}")
     return f"{name}: {done} kills: no byte of the run changed, no half of an output was left"
 
 

@@ -2,12 +2,12 @@
 
     python benchmarks/overhead.py --data-dir ../shared/data/mnist   # ten minutes; writes benchmarks/results/overhead.md
 
-Two fits that are alike to the bit, in one process after the other: as `pyro-vae fit` does it, with the state in the run
-folder (`Sparing`, which is written as often as takes 1 % of the time), and with no checkpoint. Rows: the default network
-on MNIST and on the digits, captured and eager. What is written outside the training (weights, pictures) is not counted:
-it is there without a checkpoint too.
+Two fits that are alike to the bit, in turn: as `pyro-vae fit` does it, with the state in the run folder (`Sparing`,
+which is written as often as takes 1 % of the time, and after the first epoch and the last), and with no checkpoint.
+Rows: the default network on MNIST and on the digits, captured and eager. What is written outside the training (weights,
+pictures) is not counted: it is there without a checkpoint too.
 
-A machine that others use changes its speed by more than 2 % from fit to fit. So the seconds of writing are measured too,
+A machine that others use changes its speed by more than 2 % from fit to fit. So the seconds of writing are measured,
 each inside its own fit, and their share of that fit is the figure; the ratio of the fits is beside it.
 """
 
@@ -92,8 +92,8 @@ def main() -> None:
                       f"{statistics.median(ratios):+.1f} % ({min(ratios):+.1f} to {max(ratios):+.1f})"])  # fmt: skip
     limited = "" if given.limit is None else f", the first {given.limit:,} images of MNIST"
     text = (
-        f"{machine(1, 'cpu')['cpu']}, one thread, {given.rounds} rounds in turn, medians{limited}; the machine was shared, "
-        "so that the last column is mostly noise.\n\n"
+        f"{machine(1, 'cpu')['cpu']}, one thread, {given.rounds} rounds in turn, medians{limited}; the machine was "
+        "shared, so that the last column is mostly noise.\n\n"
     )
     header = ["fit", "CPU s without", "CPU s with", "times written", "writing, of the CPU time", "of the wall time"]
     text += table([*header, "CPU time with against without"], lines) + "\n"

@@ -1,4 +1,5 @@
-"""Put the kept results into docs/reliability.md: what `kills.py`, `processes.py` and `longrun.py` wrote.
+"""Put the kept results into docs/reliability.md: what `kills.py`, `processes.py`, `longrun.py`,
+`streaming.py` and `overhead.py` wrote.
 
 python benchmarks/reliability.py
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
-NAMES = ("kills", "processes", "longrun")
+NAMES = ("kills", "processes", "longrun", "streaming", "overhead")
 
 
 def filled(text: str) -> str:

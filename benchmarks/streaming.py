@@ -2,7 +2,7 @@
 
     python benchmarks/streaming.py     # a quarter of an hour, 6 GB of disk; writes benchmarks/results/streaming.md
 
-The default network of `pyro-vae fit` (784-400-400-32) at batch 128, captured steps, one thread, binarised afresh in each
+The default network of `pyro-vae fit` (784-400-400-32) at batch 128, captured, one thread, binarised afresh in each
 batch, as `Split(numpy.load("x.npy", mmap_mode="r"), binarization="dynamic")`. A fit is broken off after seconds,
 and its rate is that of the steps after the first 500. Each row is a process of its own; the rows take turns, round by
 round, and ratios are formed within a round.

@@ -226,8 +226,9 @@ def test_evaluate_goes_on_after_the_parts_that_it_finished(run, tmp_path, monkey
     assert not list(run.glob("*.partial*"))
     calls = {name: [] for name in ("elbo_terms", "log_likelihood", "_latents_and_samples")}
     for name, seen in calls.items():
+        real = getattr(evaluation, name)
 
-        def watched(*given, name=name, seen=seen, real=getattr(evaluation, name), **options):
+        def watched(*given, name=name, seen=seen, real=real, **options):
             seen.append(0)
             if name == part and len(seen) == 1:
                 raise KeyboardInterrupt

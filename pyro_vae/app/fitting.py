@@ -156,11 +156,15 @@ def fit_run(
             failure = failure or error
         if failure is not None and not history.interrupted:
             summary = summary | {"interrupted": False}
-        summary["remarks"] = remarks(summary)
-        write_json(folder / SUMMARY, summary)
-        if scored and failure is None:
-            report.draw_curve(vae, history.records, scored, options, folder / FIGURES)
-        write_page(folder, asked, summary)
+        try:
+            summary["remarks"] = remarks(summary)
+            write_json(folder / SUMMARY, summary)
+            if scored and failure is None:
+                report.draw_curve(vae, history.records, scored, options, folder / FIGURES)
+            write_page(folder, asked, summary)
+        except KeyboardInterrupt:  # what is left to write is written by who goes on
+            history.interrupted = True
+            summary = summary | {"interrupted": True}
         if not history.interrupted and failure is None:
             finish(folder)
             if checkpoint is not None:

@@ -2,7 +2,7 @@
 
 A piece of work has a name, and what came of it is kept under that name as soon as it is done: numbers and words as JSON
 in the header of a safetensors file, tensors beside them. The file is replaced atomically, carries a digest of its
-bytes, and names all that its numbers depend on. A file of anything else (other options, other weights, another version, a
+bytes, and names all that its numbers depend on. A file of anything else (other options or weights, another version, a
 damaged one) is not read: the work begins anew. Reading it runs no code: results are of the classes below.
 """
 
