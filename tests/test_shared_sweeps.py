@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -55,7 +56,8 @@ def wide(x):
 
 
 def distances(model, guide, data):
-    found = pv.reference(model, guide, data, num_samples=20, num_chains=4, num_warmup=20, **QUICK)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # chains this short have not converged
+        found = pv.reference(model, guide, data, num_samples=20, num_chains=4, num_warmup=20, **QUICK)
     return found, pv.guide_distances(model, guide, data, reference=found, num_directions=5, **QUICK)
 
 

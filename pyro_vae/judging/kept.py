@@ -79,8 +79,8 @@ class Kept:
         """What is kept under a name, or what `make` gives, which is kept from then on.
 
         What `make` raises is no result. Where nothing can be written, or the result is of a kind that is not kept, the
-        result is returned all the same, and only done again by whoever begins anew. Processes that share their work keep
-        nothing: what one of them skipped, the others would wait for.
+        result is returned all the same, and only done again by whoever begins anew. Processes that share their work
+        keep nothing: what one of them skipped, the others would wait for.
         """
         if self.path is None or world()[1] > 1:
             return make()
