@@ -1,14 +1,12 @@
-"""What the checkpoint of a run costs of its training: CPU seconds and wall, with and without, in turn.
+"""What the checkpoint of a run costs of its training: the share of CPU seconds and of wall that is writing.
 
     python benchmarks/overhead.py --data-dir ../shared/data/mnist   # ten minutes; writes benchmarks/results/overhead.md
 
-Two fits that are alike to the bit, in turn: as `pyro-vae fit` does it, with the state in the run folder (`Sparing`,
-which is written as often as takes 1 % of the time, and after the first epoch and the last), and with no checkpoint.
+Fits as `pyro-vae fit` does them, with the state in the run folder (`Sparing`, which is written as often as takes 1 % of
+the time, and after the first epoch and the last). The seconds of writing are measured inside their own fit: a machine
+that others use changes its speed by more than 2 % from fit to fit, so that fits with and without do not show them.
 Rows: the default network on MNIST and on the digits, captured and eager. What is written outside the training (weights,
 pictures) is not counted: it is there without a checkpoint too.
-
-A machine that others use changes its speed by more than 2 % from fit to fit. So the seconds of writing are measured,
-each inside its own fit, and their share of that fit is the figure; the ratio of the fits is beside it.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {  # data, epochs, compile
 }
 
 
-def one(row: dict[str, Any], data_dir: str, checkpoint: bool, limit: int | None) -> dict[str, float]:
+def one(row: dict[str, Any], data_dir: str, limit: int | None) -> dict[str, float]:
     """CPU seconds and wall of a fit, and of what of it is the writing of checkpoints."""
     where = {"data_dir": data_dir} if row["data"] == "mnist" else {}
     options, dataset = read(resolve({"data": row["data"], "limit": limit, **where}))
@@ -53,7 +51,7 @@ def one(row: dict[str, Any], data_dir: str, checkpoint: bool, limit: int | None)
         written["count"] += 1
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Sparing(Path(folder, "checkpoint.safetensors")) if checkpoint else None
+        path = Sparing(Path(folder, "checkpoint.safetensors"))
         Checkpoint.write = timed  # type: ignore[method-assign]
         try:
             cpu, wall = time.process_time(), time.perf_counter()
@@ -75,28 +73,16 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = []
     for name in given.rows:
-        found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-        for turn in range(given.rounds):
-            for checkpoint in (True, False) if turn % 2 else (False, True):
-                limit = given.limit if name.startswith("MNIST") else None
-                found[checkpoint].append(one(ROWS[name], given.data_dir, checkpoint, limit))
-                print(name, checkpoint, found[checkpoint][-1], flush=True)
-        shares = [100 * one["writing cpu"] / one["cpu"] for one in found[True]]
-        walls = [100 * one["writing wall"] / one["wall"] for one in found[True]]
-        ratios = [100 * (a["cpu"] / b["cpu"] - 1) for a, b in zip(found[True], found[False], strict=True)]
-        seconds = [statistics.median(one["cpu"] for one in found[way]) for way in (True, False)]
-        count = statistics.median(one["writing count"] for one in found[True])
-        lines.append([name, f"{seconds[1]:.1f}", f"{seconds[0]:.1f}", f"{count:.0f}",
-                      f"{statistics.median(shares):.2f} % (at most {max(shares):.2f})",
-                      f"{statistics.median(walls):.2f} %",
-                      f"{statistics.median(ratios):+.1f} % ({min(ratios):+.1f} to {max(ratios):+.1f})"])  # fmt: skip
+        limit = given.limit if name.startswith("MNIST") else None
+        found = [one(ROWS[name], given.data_dir, limit) for _ in range(given.rounds)]
+        print(name, found, flush=True)
+        shares, walls = ([100 * fit[f"writing {clock}"] / fit[clock] for fit in found] for clock in ("cpu", "wall"))
+        seconds, count = (statistics.median(fit[key] for fit in found) for key in ("cpu", "writing count"))
+        each = (f"{statistics.median(part):.2f} % (at most {max(part):.2f})" for part in (shares, walls))
+        lines.append([name, f"{seconds:.1f}", f"{count:.0f}", *each])
     limited = "" if given.limit is None else f", the first {given.limit:,} images of MNIST"
-    text = (
-        f"{machine(1, 'cpu')['cpu']}, one thread, {given.rounds} rounds in turn, medians{limited}; the machine was "
-        "shared, so that the last column is mostly noise.\n\n"
-    )
-    header = ["fit", "CPU s without", "CPU s with", "times written", "writing, of the CPU time", "of the wall time"]
-    text += table([*header, "CPU time with against without"], lines) + "\n"
+    text = f"{machine(1, 'cpu')['cpu']}, one thread, medians of {given.rounds} fits{limited}.\n\n"
+    text += table(["fit", "CPU s", "times written", "writing, of the CPU time", "of the wall time"], lines) + "\n"
     print(text)
     (RESULTS / "overhead.md").write_text(text, encoding="utf-8")
 
