@@ -62,7 +62,7 @@ def test_a_folder_gives_one_row_per_file_with_the_networks_numbers(runs, photos,
     out = tmp_path / "z.csv"
     encode(runs["photos"], photos, out)
     assert "12 rows, mean and scale of 3 latents" in capsys.readouterr().out
-    rows = list(csv.DictReader(out.open()))
+    rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["file"] for row in rows] == sorted(f"{'cats' if i % 2 else 'dogs'}/{i:02d}.png" for i in range(12))
     assert list(rows[0]) == ["file", *(f"{kind}_{d}" for kind in ("mean", "scale") for d in (1, 2, 3))]
     run = pv.open(runs["photos"])
@@ -87,7 +87,7 @@ def test_the_runs_own_parts_other_data_and_arrays(runs, tmp_path):
     assert np.allclose(every["mean"][-360:], run.vae.encode(whole).numpy(), atol=1e-6) and every["row"][-1] == 359
     np.save(tmp_path / "x.npy", pv.load("digits").test.pixels[:5].numpy())
     encode(runs["digits"], tmp_path / "x.npy", tmp_path / "five.csv", "--seed", "4")
-    rows = list(csv.DictReader((tmp_path / "five.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "five.csv").read_text().splitlines()))
     wanted = run.vae.encode(pv.load("digits").test.subset(slice(0, 5)).frozen(4))
     assert torch.allclose(torch.tensor([float(row["mean_2"]) for row in rows]), wanted[:, 1], atol=1e-5)
 

@@ -1,5 +1,6 @@
 """How far a long fit is: a line at every tenth of the way, and the time that is left, the evaluation's with it."""
 
+import io
 import re
 import time
 
@@ -110,7 +111,7 @@ def test_pictures_do_not_count_as_steps(batch, here, monkeypatch):
 def test_the_bar_counts_what_comes_after_the_fit():
     texts = []
     for ahead in (0.0, 3600.0):
-        with training._Bar(total=100, bar_format=training._BAR, file=open("/dev/null", "w"), ascii=True) as bar:  # noqa: SIM115
+        with training._Bar(total=100, bar_format=training._BAR, file=io.StringIO(), ascii=True) as bar:
             bar.ahead, bar.start_t = ahead, bar.start_t - 50.0
             bar.n = 50
             texts.append(str(bar))

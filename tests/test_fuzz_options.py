@@ -13,7 +13,7 @@ from PIL import Image
 from pyro_vae.app import cli, fitting
 
 BAD = ("", " ", "abc", "-1", "0", "1", "1.5", "nan", "inf", "-inf", "1e400", "9223372036854775808", "7" * 400, "\x00",
-       "\u202e", "💥", "a" * 5000, "[", "{}", "a=b=c", ",", "=", "a=", "--", "-", "/no/such/place", "/dev/null", "/",
+       "\u202e", "💥", "a" * 5000, "[", "{}", "a=b=c", ",", "=", "a=", "--", "-", "/proc/no/such/place", "/dev/null", "/",
        ".", "None", "true", "mnist", "%s", "{0}", "${HOME}", "a:b", "os:system", "[1,2", "400,-1", "1;2", "!!python/x")  # fmt: skip
 QUICK = ["--data", "digits", "--limit", "50"]
 

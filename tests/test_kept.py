@@ -213,8 +213,14 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("more", [[], ["--full", "--evaluation-samples", "40"], ["--refine", "semi-amortized"]])
-@pytest.mark.parametrize("part", ["elbo_terms", "log_likelihood", "_latents_and_samples"])
+PARTS = ["elbo_terms", "log_likelihood", "_latents_and_samples"]
+REFINED = [("log_likelihood", ["--refine", "semi-amortized", "--evaluation-samples", "20"])]
+
+
+@pytest.mark.parametrize(
+    ("part", "more"),
+    [(part, more) for part in PARTS for more in ([], ["--full", "--evaluation-samples", "40"])] + REFINED,
+)
 def test_evaluate_goes_on_after_the_parts_that_it_finished(run, tmp_path, monkeypatch, part, more):
     def numbers(name):
         return without_clock(json.loads((tmp_path / name).read_text()))
@@ -224,7 +230,7 @@ def test_evaluate_goes_on_after_the_parts_that_it_finished(run, tmp_path, monkey
 
     assert command(*words("whole.json")) == 0
     assert not list(run.glob("*.partial*"))
-    calls = {name: [] for name in ("elbo_terms", "log_likelihood", "_latents_and_samples")}
+    calls = {name: [] for name in PARTS}
     for name, seen in calls.items():
         real = getattr(evaluation, name)
 
