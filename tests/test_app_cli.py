@@ -397,6 +397,7 @@ def test_counts_are_whole_numbers_and_those_of_images_their_levels(here, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the prior of site .* is a mixture of 10 flows:UserWarning")
 def test_the_command_of_the_issue(here):
     """Word for word, but for less data and fewer epochs: a flow in a mixture prior under 50 samples."""
     argv = "fit --posterior nsf --prior vamp --likelihood bernoulli --bound iwae --num-samples 50"

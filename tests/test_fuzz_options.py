@@ -12,6 +12,9 @@ from PIL import Image
 
 from pyro_vae.app import cli, fitting
 
+# A value that is taken may be one of which the command warns.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 BAD = ("", " ", "abc", "-1", "0", "1", "1.5", "nan", "inf", "-inf", "1e400", "9223372036854775808", "7" * 400, "\x00",
        "\u202e", "💥", "a" * 5000, "[", "{}", "a=b=c", ",", "=", "a=", "--", "-", "/proc/no/such/place", "/dev/null", "/",
        ".", "None", "true", "mnist", "%s", "{0}", "${HOME}", "a:b", "os:system", "[1,2", "400,-1", "1;2", "!!python/x")  # fmt: skip
