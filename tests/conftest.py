@@ -1,4 +1,7 @@
-"""Tests compute on one thread: their tensors are tiny, and two threads would wait for each other."""
+"""Tests compute on one thread: their tensors are tiny, and two threads would wait for each other.
+
+Pictures are drawn where a test looks at them: where it is marked `pictures` or `slow`. Elsewhere their files are blank.
+"""
 
 import gc
 import os
@@ -6,7 +9,19 @@ import re
 
 import pytest
 
+from tests import pictures
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch, which is imported later, and for all subprocesses
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "pictures: looks at files of pictures, so they are drawn; elsewhere they are blank")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    pictures.leave_out()
+    pictures.looked_at = any(mark.name in ("pictures", "slow") for mark in item.iter_markers())
 
 
 @pytest.hookimpl(trylast=True)

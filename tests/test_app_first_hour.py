@@ -21,6 +21,7 @@ from pyro_vae.app.runs import Run, check_place, default_path, run_folder
 from pyro_vae.inference import training
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.training import fit
+from tests import pictures
 
 TINY = ["--limit", "200", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "20", "--evaluation-images",
         "20"]  # fmt: skip
@@ -39,7 +40,8 @@ def here(tmp_path, monkeypatch):
 def run(tmp_path_factory):
     """A tiny run on the digits."""
     path = tmp_path_factory.mktemp("runs") / "digits"
-    assert main(["fit", "--out", str(path), *TINY, "--epochs", "3", "--quiet"]) == 0
+    with pictures.drawn():
+        assert main(["fit", "--out", str(path), *TINY, "--epochs", "3", "--quiet"]) == 0
     return path
 
 
@@ -251,6 +253,7 @@ def test_a_sparing_checkpoint_takes_its_share_of_the_time(tmp_path, monkeypatch)
     assert every.due()
 
 
+@pytest.mark.pictures
 def test_draw_draws_again_also_what_is_unfinished(here, run, monkeypatch, capsys):
     broken_off(monkeypatch, ["fit", *TINY, "--epochs", "5", "--out", "a"], 3)
     capsys.readouterr()

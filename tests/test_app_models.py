@@ -22,6 +22,7 @@ from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.programs import kinds
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.vae import VAE, Answers
+from tests import pictures
 
 CLASSES = 4
 OPTIONS = {
@@ -87,7 +88,8 @@ def run(folder):
     def of(model):
         path = folder / model
         if not path.exists():
-            command("fit", "--out", path, "--model", model, *OPTIONS[model], *tiny(folder))
+            with pictures.drawn():
+                command("fit", "--out", path, "--model", model, *OPTIONS[model], *tiny(folder))
         return path
 
     return of

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import nbformat
 import pytest
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "00_quickstart.ipynb"
@@ -10,6 +9,8 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "00_quickstart.ipynb"
 
 @pytest.fixture(scope="module")
 def stored():
+    import nbformat  # seconds, which not every worker needs
+
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
@@ -23,6 +24,8 @@ def test_it_is_stored_with_its_outputs(stored):
 
 @pytest.mark.slow
 def test_it_runs(stored, tmp_path):
+    import nbformat
+
     nbclient = pytest.importorskip("nbclient")
     fresh = nbformat.from_dict(stored)
     nbclient.NotebookClient(fresh, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -20,6 +20,7 @@ from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.latents import active_units
 from pyro_vae.programs.vae import VAE
+from tests import pictures
 
 TINY = ["--epochs", "2", "--limit", "200", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "30",
         "--evaluation-images", "20", "--quiet"]  # fmt: skip
@@ -42,7 +43,8 @@ def refused(capsys, *argv):
 def run(tmp_path_factory):
     """A tiny run on the digits."""
     path = tmp_path_factory.mktemp("runs") / "digits"
-    command("fit", "--out", path, *TINY)
+    with pictures.drawn():
+        command("fit", "--out", path, *TINY)
     return path
 
 
@@ -155,6 +157,7 @@ def test_evaluate_finds_the_same_numbers(run, tmp_path, capsys):
     assert "K = 10, seed 3" in capsys.readouterr().out
 
 
+@pytest.mark.pictures
 def test_sample_writes_pictures_arrays_and_folders(run, tmp_path, capsys):
     command("sample", run, "-n", 4, "--seed", 5, "--out", tmp_path / "four.npy")
     command("sample", run, "-n", 4, "--seed", 5, "--out", tmp_path / "again.npy")

@@ -329,6 +329,8 @@ def test_refinement_by_default_never_lowers_the_elbo(fitted, kind, spoilt):
     assert gain.value > -2 * gain.mc_stderr
     if kind is SemiAmortized and spoilt < 1:
         assert gain.value > 0.1 and gain.material()  # and does what it is for
+    if spoilt == 1:
+        return
     # What is kept is what would be found anew.
     with torch.no_grad():
         x = binary(20, seed=2)

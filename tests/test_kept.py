@@ -1,5 +1,6 @@
 """evaluate and judge go on after what they had finished: broken off after any part, they end as if they had not been."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import seals
-from pyro_vae.app import cli, evaluation
+from pyro_vae.app import cli, commands, evaluation
 from pyro_vae.judging import judgement, remedies
 from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.results import Nats
 from pyro_vae.judging.stages import Stages
+from pyro_vae.programs.semi_amortized import SemiAmortized
 
 SMALL = ["fit", "--data", "digits", "--limit", "100", "--hidden", "8", "--latent-dim", "2", "--epochs", "2", "--quiet",
          "--evaluation-samples", "30", "--evaluation-images", "20"]  # fmt: skip
@@ -47,10 +49,10 @@ def shorten(patch):
     patch.setattr(remedies, "_SAMPLES", 5)
     patch.setattr(remedies, "_FAMILIES", {"full": remedies.FullNormal})
     patch.setattr(remedies._Trial, "_refined", lambda trial: Nats(0.1, 0.2))
-    patch.setattr(examinations, "_GAP_STEPS", 60)
+    patch.setattr(examinations, "_GAP_STEPS", 10)
     patch.setattr(examinations, "_NUM_SAMPLES", (100, 50, 25))
     patch.setattr(examinations, "bdmc", lambda *given, num_data, num_steps, **options:
-                  bdmc(*given, num_data=min(num_data, 8), num_steps=min(num_steps, 20), **options))  # fmt: skip
+                  bdmc(*given, num_data=min(num_data, 8), num_steps=min(num_steps, 6), **options))  # fmt: skip
     patch.setattr(examinations, "sbc", lambda *given, num_data, **options: sbc(*given, num_data=50, **options))
 
 
@@ -72,8 +74,17 @@ def whole(pair):
         return judged(pair)
 
 
-def test_a_judgement_that_is_kept_is_the_same(pair, whole, tmp_path):
-    found = judged(pair, tmp_path / "part.safetensors")
+@pytest.fixture(scope="module")
+def finished(pair, tmp_path_factory):
+    """A judgement that is kept, and its file when it is done."""
+    path = tmp_path_factory.mktemp("kept") / "part.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        return judged(pair, path), path.read_bytes()
+
+
+def test_a_judgement_that_is_kept_is_the_same(finished, whole):
+    found, _ = finished
     assert found.to_dict() == whole.to_dict() and whole.stages.remedy.tried and whole.stages.bracket.done
 
 
@@ -122,19 +133,18 @@ def test_remedies_that_were_tried_are_not_tried_again(pair, whole, tmp_path, mon
 
 
 @pytest.mark.parametrize("other", [{"num_samples": 40}, {"budget": 900.0}])
-def test_other_options_begin_a_judgement_anew(pair, tmp_path, other):
-    path = tmp_path / "part.safetensors"
-    judged(pair, path)
-    before = path.read_bytes()
+def test_other_options_begin_a_judgement_anew(pair, finished, tmp_path, other):
+    path, (_, before) = tmp_path / "part.safetensors", finished
+    path.write_bytes(before)
     assert judged(pair, path, **other).to_dict() == judged(pair, **other).to_dict()
     assert path.read_bytes() != before
 
 
-def test_other_weights_begin_anew(pair, tmp_path):
+def test_other_weights_begin_anew(pair, finished, tmp_path):
     import copy
 
     path = tmp_path / "part.safetensors"
-    judged(pair, path)
+    path.write_bytes(finished[1])
     model, guide = copy.deepcopy(pair[:2])
     with torch.no_grad():
         next(guide.parameters()).add_(0.1)
@@ -213,6 +223,22 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory):
+    """What evaluate writes with some options, in one go; it is evaluated when it is first asked for."""
+    folder, found = tmp_path_factory.mktemp("whole"), {}
+
+    def of(more):
+        path = folder / f"{len(found)}.json"
+        if tuple(more) not in found:
+            assert command("evaluate", run, *more, "--evaluation-images", 10, "--out", path, "--json") == 0
+            assert not list(run.glob("*.partial*"))
+            found[tuple(more)] = without_clock(json.loads(path.read_text()))
+        return found[tuple(more)]
+
+    return of
+
+
 PARTS = ["elbo_terms", "log_likelihood", "_latents_and_samples"]
 REFINED = [("log_likelihood", ["--refine", "semi-amortized", "--evaluation-samples", "20"])]
 
@@ -221,15 +247,11 @@ REFINED = [("log_likelihood", ["--refine", "semi-amortized", "--evaluation-sampl
     ("part", "more"),
     [(part, more) for part in PARTS for more in ([], ["--full", "--evaluation-samples", "40"])] + REFINED,
 )
-def test_evaluate_goes_on_after_the_parts_that_it_finished(run, tmp_path, monkeypatch, part, more):
-    def numbers(name):
-        return without_clock(json.loads((tmp_path / name).read_text()))
-
-    def words(name):
-        return ["evaluate", run, *more, "--evaluation-images", 10, "--out", tmp_path / name, "--json"]
-
-    assert command(*words("whole.json")) == 0
-    assert not list(run.glob("*.partial*"))
+def test_evaluate_goes_on_after_the_parts_that_it_finished(run, evaluated, tmp_path, monkeypatch, part, more):
+    # Few steps of refinement: they are the same in both.
+    monkeypatch.setattr(commands, "SemiAmortized", functools.partial(SemiAmortized, num_steps=1, num_samples=2))
+    whole, again = evaluated(more), tmp_path / "again.json"
+    words = ["evaluate", run, *more, "--evaluation-images", 10, "--out", again, "--json"]
     calls = {name: [] for name in PARTS}
     for name, seen in calls.items():
         real = getattr(evaluation, name)
@@ -241,9 +263,9 @@ def test_evaluate_goes_on_after_the_parts_that_it_finished(run, tmp_path, monkey
             return real(*given, **options)
 
         monkeypatch.setattr(evaluation, name, watched)
-    assert command(*words("again.json")) == 130 and not (tmp_path / "again.json").exists()
-    assert command(*words("again.json")) == 0
-    assert numbers("again.json") == numbers("whole.json")
+    assert command(*words) == 130 and not again.exists()
+    assert command(*words) == 0
+    assert without_clock(json.loads(again.read_text())) == whole
     assert [len(seen) for seen in calls.values()] == [2 if name == part else 1 for name in calls]
     assert not list(run.glob("*.partial*"))
 

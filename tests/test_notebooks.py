@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -16,6 +15,18 @@ COURSE = sorted([*FOLDER.glob("0[1-9]_*.ipynb"), *FOLDER.glob("ko/0[1-9]_*.ipynb
 KOREAN = [path for path in COURSE if path.parent.name == "ko"]
 SWITCH = 'DATA = os.environ.get("PYRO_VAE_COURSE", "digits")'
 IN_MARKDOWN, IN_CODE = "markdown", "code"
+
+
+def read(path):
+    import nbformat  # here, for it takes seconds, which not every worker needs
+
+    return nbformat.read(path, as_version=4)
+
+
+def output(*kind, **fields):
+    import nbformat
+
+    return nbformat.v4.new_output(*kind, **fields)
 
 
 def name(path):
@@ -91,14 +102,14 @@ def test_the_course_is_there():
 
 @pytest.mark.parametrize("path", COURSE, ids=name)
 def test_what_is_stored(path):
-    assert faults(nbformat.read(path, as_version=4)) == []
+    assert faults(read(path)) == []
     assert path.stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize("path", KOREAN, ids=name)
 def test_the_korean_edition_has_the_same_cells(path):
     """The same code but for its comments, so the same checks; and as many texts around it."""
-    own, english = (nbformat.read(place, as_version=4) for place in (path, FOLDER / path.name))
+    own, english = (read(place) for place in (path, FOLDER / path.name))
     assert [cell.cell_type for cell in own.cells] == [cell.cell_type for cell in english.cells]
     for mine, theirs in zip(cells(own, IN_CODE), cells(english, IN_CODE), strict=True):
         assert ast.dump(ast.parse(python(mine))) == ast.dump(ast.parse(python(theirs)))
@@ -116,14 +127,14 @@ def test_the_table_of_mnist_is_what_was_measured(path, monkeypatch):
     kept = (KEPT / "course_table.md").read_text()
     assert kept == table(results) + "\n"
     assert results["settings"]["limit"] is None and "/tmp" not in results["command"]
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     shown = [o["data"].get("text/markdown") for c in cells(notebook, IN_CODE) for o in c.outputs if "data" in o]
     assert kept in shown
     assert all(row["whole"]["images"] == 10_000 for row in results["rows"].values())
 
 
 def spoilt(change):
-    notebook = copy.deepcopy(nbformat.read(COURSE[0], as_version=4))
+    notebook = copy.deepcopy(read(COURSE[0]))
     change(notebook, cells(notebook, IN_CODE))
     return faults(notebook)
 
@@ -138,8 +149,8 @@ def spoilt(change):
         (lambda n, code: [c.update(source="print(1)") for c in code[1:]], "fewer than six asserts"),
         (lambda n, code: [c.update(outputs=[]) for c in code], "fewer than three pictures"),
         (lambda n, code: [c.update(source="# text") for c in cells(n, IN_MARKDOWN)], "folded away"),
-        (lambda n, code: code[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="Warning")), "printed a warning"),
-        (lambda n, code: code[1].outputs.append(nbformat.v4.new_output("display_data", {"image/png": "A" * 300_000})), "150 kB"),
+        (lambda n, code: code[1].outputs.append(output("stream", name="stderr", text="Warning")), "printed a warning"),
+        (lambda n, code: code[1].outputs.append(output("display_data", {"image/png": "A" * 300_000})), "150 kB"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found(change, fault):
@@ -151,7 +162,7 @@ def test_what_is_wrong_is_found(change, fault):
 def test_it_runs(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.delenv("PYRO_VAE_COURSE", raising=False)
-    stored = nbformat.read(path, as_version=4)
+    stored = read(path)
     fresh = copy.deepcopy(stored)
     for cell in cells(fresh, IN_CODE):
         cell.outputs, cell.execution_count = [], None
