@@ -199,7 +199,7 @@ def test_judge_ends_with_its_first_advice_and_json_does_not(here, capsys, monkey
 
     original = judgement.judge
     monkeypatch.setattr(judgement, "judge", quick)
-    assert main(["judge", "runs/a", "--budget", "20", "--num-data", "20"]) == 0
+    assert main(["judge", "runs/a", "--budget", "3", "--num-data", "4"]) == 0
     line = following_line(capsys)
     typed = [
         finding.command

@@ -37,6 +37,7 @@ from pyro_vae.programs.semi_amortized import SemiAmortized
 from pyro_vae.programs.vae import VAE
 from pyro_vae.traces import particles
 from tests.pairs import binary, linear_pair, small_pair
+from tests.test_kept import shorten, still
 
 
 class Ticks:
@@ -399,7 +400,7 @@ def run(model, guide, x, **options):
 
 def test_planted_a_mean_field_guide_on_a_correlated_posterior():
     pair, x = linear_pair(exact=False)
-    found = run(pair.model, pair.guide, x)
+    found = run(pair.model, pair.guide, x, budget=10.0)
     assert found.culprits == ("family",)
     assert "Try FullNormal." in str(found) and found.advice[0].command == "pyro-vae fit --posterior full --patience 20"
     approximation, truth = found.stages.gaps.approximation, pair.bed.mean_field_gap().item()
@@ -408,7 +409,7 @@ def test_planted_a_mean_field_guide_on_a_correlated_posterior():
     again = Judgement.from_json(found.to_json())
     assert again.findings == found.findings and again.to_json() == found.to_json() and str(again) == str(found)
     assert verdict(again.stages) == found.findings and again.stages == found.stages
-    assert run(pair.model, pair.guide, x).stages.gaps.to_dict() == found.stages.gaps.to_dict()
+    assert run(pair.model, pair.guide, x, budget=10.0).stages.gaps.to_dict() == found.stages.gaps.to_dict()
     with pytest.raises(ValueError, match="got a judgement of version 1, wanted 3. Judge the pair again"):
         Judgement.from_json(json.dumps(found.to_dict() | {"version": 1}))
 
@@ -424,7 +425,7 @@ def test_planted_a_dead_encoder():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
-    found = run(pair.model, guide, x, num_samples=1000)
+    found = run(pair.model, guide, x, num_samples=1000, budget=8.0)
     assert "dead encoder" in found.culprits and "encoder" not in found.culprits and "estimator" not in found.culprits
     assert found.stages.latents.active == 0
     assert found.findings[0].culprit == "dead encoder"
@@ -465,7 +466,7 @@ def test_without_a_larger_number_of_samples_the_jackknife_says_what_is_lacking()
     assert abs(truth - bounds.log_p.value - bounds.missing.value) < 4 * bounds.missing.mc_stderr
 
 
-@pytest.mark.parametrize("budget", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("budget", [0.01, 0.3, 0.6])
 def test_the_budget_is_kept_and_what_does_not_fit_is_said(budget):
     model, guide = small_pair()
     clock = Ticks()
@@ -509,9 +510,11 @@ class Strict(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_well_formed_escaped_and_needs_nothing_else():
+def test_the_page_is_well_formed_escaped_and_needs_nothing_else(monkeypatch):
     model, guide = small_pair()
-    found = judge(model, guide, binary(8), num_data=8, budget=4.0, num_samples=50, clock=Ticks())
+    shorten(monkeypatch)
+    found = judge(model, guide, binary(8), num_data=8, num_samples=50, clock=still)
+    assert [name for name, stage in found.stages._asdict().items() if not stage.done] == ["training"]
     evil = replace(found, findings=(*found.findings, Finding("posterior", "<script>alert(1)</script>")))
     text = html.page(evil, "a <b> & c")
     parser = Strict()
@@ -554,11 +557,12 @@ def test_options_out_of_range_are_refused():
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shorten(monkeypatch)
     tiny = ["--epochs", "1", "--limit", "60", "--hidden", "8", "--latent-dim", "2", "--evaluation-samples", "20",
             "--evaluation-images", "10", "--quiet"]  # fmt: skip
     assert main(["fit", "--out", "run", *tiny]) == 0
     before = {p.name for p in (tmp_path / "run").iterdir()}
-    assert main(["judge", "run", "--num-data", "6", "--budget", "4"]) == 0
+    assert main(["judge", "run", "--num-data", "6", "--budget", "60"]) == 0
     printed = capsys.readouterr().out
     assert "verdict" in printed and "judgement.html" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} - before == {"judgement.json", "judgement.html"}

@@ -21,6 +21,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.inference.training import fit
 from tests.pairs import binary, small_pair
+from tests.test_kept import shorten, still
 
 
 def state():
@@ -60,6 +61,16 @@ def changed(before):
 
 
 OPTIONS = {"epochs": 2, "batch_size": 4, "seed": 0, "progress": False}
+
+
+def judged(model, guide):
+    """In all its stages, which are short ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        return pv.judge(model, guide, binary(12), num_data=4, num_samples=50, budget=1000.0, seed=0, progress=False,
+                        clock=still)  # fmt: skip
+
+
 CALLS = {
     "fit": lambda m, g: fit(m, g, binary(), **OPTIONS),
     "captured fit": lambda m, g: fit(m, g, binary(), compile=True, **OPTIONS),
@@ -69,8 +80,8 @@ CALLS = {
     "elbo_terms": lambda m, g: pv.elbo_terms(m, g, binary(), seed=0, progress=False),
     "ais": lambda m, g: pv.ais(m, g, binary(3), num_steps=5, num_samples=2, seed=0, progress=False),
     "gaps": lambda m, g: pv.gaps(m, g, binary(3), num_samples=20, num_steps=5, seed=0, progress=False),
-    "judge": lambda m, g: pv.judge(m, g, binary(12), budget=5, seed=0, progress=False),
-    "plot": lambda m, g: pv.judge(m, g, binary(12), budget=5, seed=0, progress=False).plot(),
+    "judge": lambda m, g: judged(m, g),
+    "plot": lambda m, g: judged(m, g).plot(),
 }
 
 
@@ -185,7 +196,7 @@ def test_importing_changes_nothing():
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-def test_a_process_that_is_forked_or_spawned_after_a_fit_can_fit():
+def test_a_process_that_is_forked_or_spawned_after_a_fit_can_fit(tmp_path):
     """A child of a fit: by fork with one thread, by spawn always."""
     code = (
         "import os, sys, multiprocessing as mp, torch; torch.set_num_threads(1)\n"
@@ -195,24 +206,18 @@ def test_a_process_that_is_forked_or_spawned_after_a_fit_can_fit():
         "    q.put(fit(*small_pair(), binary(), epochs=2, seed=0, progress=False)['loss'])\n"
         "if __name__ == '__main__':\n"
         "    here = fit(*small_pair(), binary(), epochs=2, seed=0, progress=False)['loss']\n"
-        "    context = mp.get_context(sys.argv[1]); q = context.Queue()\n"
-        "    child = context.Process(target=one, args=(q,)); child.start()\n"
-        "    there = q.get(timeout=120); child.join()\n"
-        "    assert here == there, (here, there)\n"
+        "    for method in ('fork', 'spawn'):\n"
+        "        context = mp.get_context(method); q = context.Queue()\n"
+        "        child = context.Process(target=one, args=(q,)); child.start()\n"
+        "        there = q.get(timeout=120); child.join()\n"
+        "        assert here == there, (method, here, there)\n"
     )
-    for method in ("fork", "spawn"):
-        path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"pyro_vae_child_{os.getpid()}.py")
-        with open(path, "w") as file:
-            file.write(code)
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-        try:
-            done = subprocess.run(
-                [sys.executable, path, method], capture_output=True, text=True, env=environment, timeout=180
-            )
-        finally:
-            os.unlink(path)
-        assert done.returncode == 0, done.stderr
+    path = tmp_path / "child.py"
+    path.write_text(code)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_precision_by_torchs_newer_settings_is_used_and_kept():
