@@ -1,6 +1,6 @@
 """Tests compute on one thread: their tensors are tiny, and two threads would wait for each other.
 
-Pictures are drawn where a test looks at them: where it is marked `pictures` or `slow`. Elsewhere their files are blank.
+Pictures are drawn where a test looks at them: where it is marked `pictures`. Elsewhere their files are blank.
 """
 
 import gc
@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     pictures.leave_out()
-    pictures.looked_at = any(mark.name in ("pictures", "slow") for mark in item.iter_markers())
+    pictures.looked_at = item.get_closest_marker("pictures") is not None
 
 
 @pytest.hookimpl(trylast=True)
@@ -45,7 +45,8 @@ SLOW = re.compile(
             r"test_vae.py::test_under_a_default_of_doubles_all_is_double\[(mixture|vamp)\]",
             r"test_compiled.py::test_auto_calls_the_compiler_where_the_time_ahead_pays_for_it\[0.0-True\]",
             r"test_estimates.py::test_(the_jackknife_sees_the_bias|the_curve_is_that_of_fresh_runs)",
-            r"test_judge.py::test_(the_command_evaluates_with_a_refined_guide|planted_too_small_a_number_of_samples)",
+            r"test_compare.py::test_on_a_dask_cluster_of_two_workers_with_one_killed_midway",
+            r"test_judge.py::test_(a_spoilt_encoder_is|the_command_evaluates_with_a_refined_guide|planted_too_small_a_number_of_samples)",
             r"test_judge.py::test_without_a_larger_number_of_samples_the_jackknife_says_what_is_lacking",
             r"test_tiny_data.py::test_a_folder_of_a_few_images_goes_through_every_command\[5\]",
             r"test_docs.py::test_(the_frozen_study_of_a_researcher|own_photos_from_a_folder_to_a_page)",

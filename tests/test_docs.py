@@ -92,6 +92,7 @@ def made_small(code):
     return code
 
 
+@pytest.mark.pictures
 def test_own_photos_from_a_folder_to_a_page(tmp_path, monkeypatch, capsys):
     import numpy as np
     from PIL import Image
@@ -155,6 +156,7 @@ def test_the_frozen_study_of_a_researcher(tmp_path, monkeypatch, capsys):
     assert "30 data and 2 seeds" in said and "the model is frozen" in said
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("block", blocks("compare.md", "python"), ids=["pairs", "study"])
 def test_what_is_compared_from_python(block, tmp_path, monkeypatch, capsys):
     run(made_small(block), "compare", tmp_path, monkeypatch)

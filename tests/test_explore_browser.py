@@ -424,6 +424,7 @@ def test_no_width_is_overflown(browser, tmp_path, width):
     shown.context.close()
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_other_pages_fit_too_with_words_large_enough_to_read(browser, tmp_path, width):
     # A long word, a wide table and wide pictures: the page itself never moves sideways.

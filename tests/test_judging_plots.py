@@ -153,6 +153,7 @@ def test_kl_by_dimension_falls_and_counts_what_is_used():
     assert [t.get_text() for t in axes.get_xticklabels()] == ["w", "z[0]"]
 
 
+@pytest.mark.pictures
 def test_a_picture_is_written(tmp_path):
     report.save(plots.gap_bars(rows()), tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").stat().st_size > 5000
