@@ -46,7 +46,16 @@ def world() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """What this process does inside, it does by itself: a fit in a callback, say, or one for a picture."""
+    """What this process does inside, it does by itself: a fit in a callback, say, or one for a picture.
+
+    Under a process group of ``torch.distributed`` the processes share `fit` and all that judges a pair, and wait for
+    each other. A call that only one of them makes is made inside this. In one process it changes nothing.
+
+    Example:
+        >>> with alone():
+        ...     world()
+        (0, 1)
+    """
     _local.alone = getattr(_local, "alone", 0) + 1
     try:
         yield
