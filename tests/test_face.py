@@ -49,7 +49,7 @@ def test_each_name_is_what_it_says_and_documented(name):
     if inspect.isclass(thing):
         assert "Args:" in text or "Attributes:" in text
     else:
-        assert "Args:" in text and "Returns:" in text
+        assert ("Args:" in text) == bool(inspect.signature(thing).parameters) and "Returns:" in text
 
 
 def test_the_names_of_the_namespaces_work_after_one_import():

@@ -51,6 +51,8 @@ def alone() -> Iterator[None]:
     Under a process group of ``torch.distributed`` the processes share `fit` and all that judges a pair, and wait for
     each other. A call that only one of them makes is made inside this. In one process it changes nothing.
 
+    Returns:
+        A context, for ``with``.
     Example:
         >>> with alone():
         ...     world()
