@@ -34,7 +34,7 @@ from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
 from pyro_vae.judging.quotes import aligned
 from pyro_vae.judging.results import Mean, Result, at_least, one_of, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores, score
+from pyro_vae.judging.weights import Scored, khat_ok, pool, rescores, score
 from pyro_vae.options import of_pair
 from pyro_vae.traces import Program, draw, plate_nesting
 
@@ -208,13 +208,13 @@ def gaps(
     _check(start, num_samples, learning_rate, num_steps, window, tolerance)
     named, guides = by_name(guide, families or {})
     options: dict[str, Any] = {"num_steps": num_steps, "window": window, "tolerance": tolerance}
-    found, unscaled = Proposals(), Unscaled()(model)
+    unscaled = Unscaled()(model)
     with sweep(model, *guides.values(), data=data, batch_size=250, copies=STEP_SAMPLES, besides=named.values(),
                validate=False, seed=seed, device=device, progress=progress, title="gaps") as run:  # fmt: skip
         made, reasons, width = _families(named, model, guide, at(run.first, slice(2)), start)
         run.at_most(_FREE // width)
         able, args = [name for name in named if name not in reasons], at(run.first, slice(run.batches.batch_size))
-        found.pooled = _pooled(model, guide, args, made, able, guides, start)
+        alike = _pooled(model, guide, args, made, able, guides, start)
         run.expect(len(run) * len(able))
 
         def climb(batch: tuple[Any, ...]) -> tuple[Any, dict[str, Climb]]:
@@ -228,12 +228,10 @@ def gaps(
                 local, which = form.guide(best.rows), f"{name} (local)"
                 proposals[which], nesting[which] = local, plate_nesting(model, local, *batch)
                 run.tick()
-            return score(unscaled, proposals, found.pooled, batch, num_samples, nesting), climbs
+            return score(unscaled, proposals, alike, batch, num_samples, nesting), climbs
 
-        parts = run.each(climb)
-    found.add(scored for scored, _ in parts)
-    scores, level, source = found.result(log_likelihood)
-    ways = {name: joined([climbs[name] for _, climbs in parts]) for name in able}
+        (scores, mixed), ways = joined(run.each(climb))
+    level, source = pool(scores, mixed, alike, log_likelihood)
     reasons |= {name: "a family without an encoder, so without an amortization gap" for name in named.keys() - guides}
     rows = {name: _row(name, level, scores, ways.get(name), reasons.get(name), num_samples) for name in named}
     log_p = Mean.of(level.log_p, level.log_p_variance, num_samples, bound=level.kind(num_samples) == "lower bound")

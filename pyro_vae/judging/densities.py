@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.transforms import IndependentTransform
 
 from pyro_vae.auxiliary import points_among
 from pyro_vae.judging.components import Scorer, placed, refuse_other_scores
@@ -252,21 +253,5 @@ def _transform(name: str, site: Any) -> tuple[Any, tuple[int, ...]]:
             "Hamiltonian moves. Use log_likelihood, which needs none."
         ) from error
     batch = site["value"].dim() - fn.event_dim
-    return _PerSite(transform, fn.event_dim), tuple(raw.shape[batch:])
-
-
-class _PerSite:
-    """A bijection whose log determinant is summed over the event of its site."""
-
-    def __init__(self, transform: Any, event_dim: int) -> None:
-        self.transform, self.extra = transform, event_dim - transform.codomain.event_dim
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        return self.transform(raw)
-
-    def inv(self, value: Tensor) -> Tensor:
-        return self.transform.inv(value)
-
-    def log_abs_det_jacobian(self, raw: Tensor, value: Tensor) -> Tensor:
-        term = self.transform.log_abs_det_jacobian(raw, value)
-        return term.flatten(-self.extra).sum(-1) if self.extra else term
+    rest = fn.event_dim - transform.codomain.event_dim  # over which its log determinant is summed, too
+    return IndependentTransform(transform, rest), tuple(raw.shape[batch:])

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from pyro_vae import plots
 from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.training import History, fit
+from pyro_vae.inference.trees import joined
 from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, interval, pooled
 from pyro_vae.judging.quotes import aligned, latex
 from pyro_vae.judging.results import Mean, Result, known, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores, score
+from pyro_vae.judging.weights import Scored, khat_ok, pool, rescores, score
 from pyro_vae.options import of_model, of_pair
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
@@ -270,13 +271,13 @@ def compare_guides(
         raise ValueError(
             f"got {len(groups)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
         )
-    found, every = Proposals(), {name: guide for group in groups.values() for name, guide in group.items()}
+    every = {name: guide for group in groups.values() for name, guide in group.items()}
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
     with sweep(model, *every.values(), data=data, title="guides", **options) as run:
-        found.pooled = [name for name, guide in every.items() if rescores(model, guide, run.first)]
+        alike = [name for name, guide in every.items() if rescores(model, guide, run.first)]
         nesting = {name: run.nesting(guide) for name, guide in every.items()}
-        found.add(run.each(lambda batch: score(model, every, found.pooled, batch, num_samples, nesting)))
-    scores, best, source = found.result(log_likelihood)
+        scores, mixed = joined(run.each(lambda batch: score(model, every, alike, batch, num_samples, nesting)))
+    best, source = pool(scores, mixed, alike, log_likelihood)
     others = bound_values(wanted, num_samples, model, every, data, options) if wanted else {}
 
     def log_p(scored: Scored, less: Tensor | float = 0.0, variance: Tensor | float = 0.0) -> Mean:

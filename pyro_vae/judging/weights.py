@@ -23,14 +23,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.trees import joined
 from pyro_vae.judging.quotes import Kind, kind_of
 from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.options import checked
@@ -283,24 +282,3 @@ def pool(own: Mapping[str, Scored], mixed: Scored | None, pooled: list[str], giv
     log_p, stderr = given_estimate(given, len(found.log_p))
     unknown = torch.full_like(log_p, math.nan)
     return found._replace(log_p=log_p, log_p_variance=stderr.square(), bias=unknown, pareto_k=unknown), "given"
-
-
-class Proposals:
-    """What the weights of several proposals for one log p(x) say, batch by batch; `pooled` score each other's."""
-
-    def __init__(self) -> None:
-        self.pooled: list[str] = []
-        self._own: dict[str, list[Scored]] = {}
-        self._mixed: list[Scored] = []
-
-    def add(self, scored: Iterable[tuple[dict[str, Scored], Scored | None]]) -> None:
-        """What `score` says of batches."""
-        for own, mixed in scored:
-            for name, one in own.items():
-                self._own.setdefault(name, []).append(one)
-            self._mixed += [] if mixed is None else [mixed]
-
-    def result(self, given: Any = None) -> tuple[dict[str, Scored], Scored, str]:
-        """Each by itself, and what `pool` makes of all."""
-        own = {name: joined(parts) for name, parts in self._own.items()}
-        return own, *pool(own, joined(self._mixed) if self._mixed else None, self.pooled, given)
