@@ -4,13 +4,8 @@
     inference gap     =   approximation gap    +   amortization gap
 
 L is the ELBO of a datum, q the guide, and q* the best member of the same family *for that datum*, found by gradient
-steps on its own parameters (`local`). A family that cannot bend as the posterior does has an approximation gap; an
-encoder that does not find the best member has an amortization gap.
-
-Three errors are in such a split, and all are reported per datum. log p(x) is estimated: by importance sampling from
-the guide and the local optima together (`weights`), or by whatever estimate is given. Both bounds are estimated, at
-draws that no step has seen. And the steps end before the optimum: what the bound might still have risen, judged by how
-it rose last, is added to the error of q*, as if it were noise of that size.
+steps on its own parameters (`local`). log p(x) and both bounds are estimated, at draws that no step has seen; and the
+steps end before the optimum: what the bound might still have risen is added to the error of q*, as if it were noise.
 
 Reference: Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders, 2018. arXiv:1801.03558
 """

@@ -1,23 +1,17 @@
 """Annealed importance sampling, and the bracket of log p(x) by running it both ways.
 
-A chain starts at u_0 ~ f_0, the prior or the guide, and is carried to the posterior over T
-distributions log f_t = (1 - b_t) log f_0 + b_t log p(x, u). Its weight
+Chains are carried from f_0, the prior or the guide, to the posterior over the path of `hamiltonian`. Their weights
 
-    log w = sum_{t=1}^{T} (b_t - b_{t-1}) (log p(x, u_{t-1}) - log f_0(u_{t-1})),
-    u_t ~ K_t(u_{t-1}),   K_t a Hamiltonian move that leaves f_t invariant,
+    log w = sum_{t=1}^{T} (b_t - b_{t-1}) (log p(x, u_{t-1}) - log f_0(u_{t-1})),   u_t ~ K_t(u_{t-1})
 
-is an unbiased estimate of p(x), so the log of its mean over C chains is, on average, a **lower** bound on log p(x). Run
-backwards from an exact draw of the posterior with the same kernels (each is reversible, so in reverse order they make
-the reverse chain), the weight has E[1 / w] = 1 / p(x). Exact draws exist where x itself was simulated: (z, x) ~ p(z)
-p(x | z) makes z a draw of p(z | x). One backward chain r beside C forward ones gives
+are unbiased estimates of p(x), so the log of the mean over C chains is, on average, a **lower** bound on log p(x). Run
+backwards from an exact draw of the posterior with the same kernels, in reverse order, the weight has E[1 / w] =
+1 / p(x). Where x itself was simulated, (z, x) ~ p(z) p(x | z), z is such a draw. One backward chain r beside C forward
+ones gives an **upper** bound, and both close as T grows:
 
-    E log (w_r + w_1 + ... + w_C) / (C + 1)  >=  log p(x),
+    E log (w_r + w_1 + ... + w_C) / (C + 1)  >=  log p(x)
 
-an **upper** bound, since it is the divergence of the backward process from the forward one. Both close as T grows: the
-bracket of bidirectional Monte Carlo. On real data no exact draw exists, and no upper bound is claimed.
-
-References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Grosse et al., Sandwiching the marginal
-likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543. Wu et al., On the quantitative analysis of
+References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Wu et al., On the quantitative analysis of
 decoder-based generative models, 2017. arXiv:1611.04273. Brekelmans et al., Improving mutual information estimation with
 annealed and energy-based bounds, 2022. arXiv:2303.06992
 """

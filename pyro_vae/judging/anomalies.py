@@ -1,19 +1,14 @@
 """How strange data are: scores in nats, higher for stranger, and how well they tell outliers apart.
 
-A likelihood is a poor judge of strangeness by itself. It grows with how simple an image is (dark, flat, few strokes),
-so that data of another kind which are simpler have a *higher* p(x) than the data of the fit, and a ROC-AUC below one
-half (Nalisnick et al., 2019). Two scores correct for that:
+A likelihood grows with how simple an image is (dark, flat, few strokes), so that simpler data of another kind have a
+*higher* p(x) than the data of the fit, and a ROC-AUC below one half (Nalisnick et al., 2019). Two scores correct it:
 
     ratio     - log p(x) + log p_0(x): against a background model p_0 that knows how simple x is and not what it shows.
-              Of binary data p_0 is a compressor, log p_0(x) = - (length of x, losslessly compressed) (Serra et al.,
-              2020), which needs no second fit. Or it is a second pair, fitted to the same data with a share of the
-              pixels replaced by noise (Ren et al., 2019). Of grey data only the second is sound here: the density of a
-              likelihood of one scale varies far less from image to image than the size of a file does, which then
-              decides alone (ROC-AUC 0.02 for MNIST against Fashion-MNIST, where log p(x) has 0.80).
+              Of binary data p_0 is a compressor (Serra et al., 2020); of others a second pair, fitted to the same data
+              with a share of the pixels replaced by noise (Ren et al., 2019). Of grey data a compressor is not sound:
+              the size of the file decides alone (ROC-AUC 0.02 for MNIST against Fashion-MNIST, log p(x) has 0.80).
     regret    max over q of ELBO(x; q) - ELBO(x; the guide's q): what refitting q to this image alone gains. An encoder
-              is near its optimum on the data that it was trained for, and far from it elsewhere (Xiao et al., 2020).
-
-Neither wins everywhere; `benchmarks/anomalies.py` measures all of them, both ways.
+              is near its optimum only on the data that it was trained for (Xiao et al., 2020).
 
 References: Nalisnick et al., Do deep generative models know what they don't know?, 2019. arXiv:1810.09136. Ren et al.,
 Likelihood ratios for out-of-distribution detection, 2019. arXiv:1906.02845. Serra et al., Input complexity and

@@ -1,7 +1,5 @@
 """A pair's draws as ArviZ data: `InferenceData` (ArviZ 0.x) or `DataTree` (1.x), for any pair.
 
-An amortized guide has a posterior per datum, so every group has the dimensions
-
     posterior          z_k ~ q(z | x)           chain, draw, datum, latent
     prior              z ~ p(z)                 chain, draw, datum, latent
     *_predictive       x ~ p(x | z)             chain, draw, datum, the data's own
@@ -9,13 +7,9 @@ An amortized guide has a posterior per datum, so every group has the dimensions
     sample_stats       log p(x, z_k), log q(z_k | x), log w_k per draw; k-hat, ESS, log p(x) per datum
     observed_data      x                        datum, the data's own
 
-Draws of a guide are independent, so "chains" are but a partition of them: R-hat is defined and equals 1 up to noise,
-and says nothing of how far q(z | x) is from p(z | x); k-hat does. Resampled by their importance weights, each chain
-from its own weights only, they are draws from p(z | x) as far as the weights carry it, and there R-hat does tell: where
-few weights dominate, the chains disagree.
-
-ArviZ's leave-one-out score is invalid here. It needs parameters that all data share; with one latent per datum, leaving
-x out leaves the prior. Held-out log p(x) is the score.
+Draws of a guide are independent, so "chains" are but a partition of them, and their R-hat says nothing; k-hat does.
+Resampled by their importance weights, each chain from its own weights only, they are draws from p(z | x) as far as the
+weights carry it, and there R-hat does tell: where few weights dominate, the chains disagree.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The best member of a family for each datum, by gradient steps on its own parameters.
+"""The best member of a family for each datum, by Adam's steps on its own parameters, at a rate for each datum.
 
-The steps are Adam's, for all data at once and at a rate for each. What they find is a point from which the bound no
-longer rises by more than can be seen, not the optimum; from the way there `climbed` estimates what remains.
+What they find is a point from which the bound no longer rises by more than can be seen, not the optimum; from the way
+there `climbed` estimates what remains.
 """
 
 from __future__ import annotations

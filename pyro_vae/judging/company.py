@@ -1,7 +1,7 @@
 """Whether a datum is scored by itself: the same latents of it, in other company.
 
-log p(x_b, z_b) and log q(z_b | x_b) are per datum only where the rows of a batch do not see each other. A mean over the
-batch in a network, or batch normalisation without running statistics, makes them functions of the other rows too.
+A mean over the batch in a network, or batch normalisation without running statistics, makes log p(x_b, z_b) and
+log q(z_b | x_b) functions of the other rows too.
 """
 
 from __future__ import annotations

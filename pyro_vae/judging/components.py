@@ -1,10 +1,7 @@
 """The sites of a program, apart: their log densities at given latents, and the latents as columns of scalars.
 
-`Scorer` runs a program once to learn its structure, and then once per evaluation for all chains and data together.
-`Components` has one column for each scalar component of a model's latents, whatever its sites are called.
-`simulated_batch` puts a model's own data into its arguments: which argument is which site is told by their values, so
-that a user's own program needs no convention. A site replaces the argument that it equals up to shape, as
-``obs=x.reshape(-1, 784)`` does, and where none or several do, the caller says which.
+`simulated_batch` puts a model's own data into its arguments, by their values: a site replaces the argument that it
+equals up to shape, as ``obs=x.reshape(-1, 784)`` does, and where none or several do, the caller says which.
 """
 
 from __future__ import annotations

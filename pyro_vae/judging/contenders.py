@@ -1,11 +1,8 @@
 """What is compared: guides as people hold them, by name and in groups, and any bound of each at any K.
 
-A group is several guides under one name, such as one family fitted from several seeds. Its number is their mean, and
-its interval that of a family fitted from another seed:
-
-    mean of m guides  +-  t(m - 1) s / sqrt(m),    s their standard deviation (Monte Carlo errors are in it)
-
-One guide alone has the interval of its Monte Carlo error, two standard errors, which says nothing of other seeds.
+The number of a group, such as one family fitted from several seeds, is the mean of its m guides, and its interval that
+of a family fitted from another seed, mean +- t(m - 1) s / sqrt(m) with s their standard deviation. One guide alone has
+the interval of its Monte Carlo error, two standard errors, which says nothing of other seeds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The log densities of a pair as functions of unconstrained latents, with their gradients.
 
-Markov chains want one vector per chain and datum. `Latents` lays all latent sites of a model side by side as u,
-(C, B, U) for C chains, B data and U unconstrained dimensions, and takes constrained sites through z = T(u), whose
-Jacobian enters every density:
+Markov chains want one vector per chain and datum, u: (C, B, U) for C chains, B data and U unconstrained dimensions:
 
     log f(u) = log f(z) + log |det dT / du|,   z = T(u)
 """

@@ -1,8 +1,7 @@
-"""Estimates of log p(x) and of the ELBO, which never travel without their errors; and which data are strange.
+"""Estimates of log p(x) and of the ELBO, which never travel without their errors.
 
 With w_k = p(x, z_k) / q(z_k | x), the mean weight is an unbiased estimate of p(x); its logarithm is biased downwards
-by about Var(w) / (2 K p(x)^2), which the jackknife measures. Two errors are told apart: that of the Monte Carlo sum for
-these data, and that of these data for the population they come from.
+by about Var(w) / (2 K p(x)^2), which the jackknife measures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Estimates of log p(x), and bounds by annealing: what they hold, how many samples or steps are enough, how they print.
 
-A bracket is one in expectation, whatever the chains did. Where they have not converged, what they give is rather the
-tail of a few: a width with an error as large as itself. Then it is said that there is no bracket, and why, and how many
-steps it would take, where two lengths of chains tell: the width falls as a power of T, which is taken on to one nat.
+A bracket is one in expectation, whatever the chains did. Where they have not converged, it is said that there is none,
+and why, and how many steps it would take: the width falls as a power of T, which is taken on to one nat.
 """
 
 from __future__ import annotations

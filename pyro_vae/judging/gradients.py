@@ -5,12 +5,9 @@ draws of it, and a reference r of the mean gradient of the *same* L_K,
 
     bias^2 = |E g - E r|^2     variance = mean over parameters of Var(g_p)     SNR = |E g| / sqrt(tr Cov(g))
 
-A plain square of a noisy mean is too large by the trace of its covariance, which is taken off from bias^2 and |E g|^2.
-Whether there is a bias at all is a test: under none the squared distance of the two means is a weighted sum of
-chi-squares, approximated by a scaled chi-square whose mean and variance are estimated from different draws.
+The trace of its covariance, by which a square of a noisy mean is too large, is taken off. Whether there is a bias is a
+test: the squared distance of the means is then a sum of chi-squares, approximated by a scaled one of its two moments.
 
-For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like K^(-1/2), and that of the
-decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The doubly-reparameterised one rises for both.
 References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
 arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
 """

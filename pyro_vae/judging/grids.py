@@ -2,14 +2,9 @@
 
 The trapezoidal rule on a smooth density that vanishes at the ends converges faster than any power of the spacing, *if
 the grid covers the mass*. It is centred at the guide's draws, moved and stretched to the posterior's own moments, and
-made finer until that changes nothing. Three numbers per datum say whether to believe it:
-
-    error     what every other point of each axis alone would have changed: the grid's own error is far smaller
-    rim       the share of the mass on its outermost points, behind which there may be more
-    outside   the share of the mass that a coarse grid over the prior finds outside of it: a mode that the guide missed
-
-Where mass is found outside, the grid is laid over all of it and fitted anew. What is narrower than the coarse grid's
-spacing, a tenth to a third of the prior's standard deviation, and where the guide never draws, is not seen.
+made finer until that changes nothing. Where a coarse grid over the prior finds mass outside of it, it is fitted anew to
+that. What is narrower than the coarse grid's spacing, a tenth to a third of the prior's standard deviation, and where
+the guide never draws, is not seen.
 """
 
 from __future__ import annotations

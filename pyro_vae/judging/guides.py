@@ -1,11 +1,8 @@
 """Guides compared on one and the same posterior.
 
-Two guides trained with a model of their own each approximate two posteriors, and their ELBOs differ for two reasons at
-once. With the model frozen, p(z | x) is the same for all, and what differs is the approximation:
+With the model frozen, p(z | x) is the same for all guides, and what differs is the approximation:
 
     log p(x) - ELBO_q(x) = KL(q(z | x) || p(z | x))
-
-The log p(x) of the data is common, too: the guides' differences are paired by datum.
 """
 
 from __future__ import annotations

@@ -5,21 +5,15 @@ dimension) has made comparable, with the leapfrog steps
 
     v <- v + e/2 s g(u),   u <- u + e s v,   v <- v + e/2 s g(u),   g = gradient of log f
 
-and the end is accepted with probability min(1, f(u') N(v') / f(u) N(v)), per chain and datum. The move leaves f
-invariant whatever e and s are, as long as they do not depend on the chain: they are tuned beforehand, on others.
+and the end is accepted with probability min(1, f(u') N(v') / f(u) N(v)), per chain and datum. The density may have
+several rows f_j, (J, C, B), of which a move targets the geometric mixture sum_j a_j log f_j, as on the annealing path
 
-The density may have several rows f_j, (J, C, B), of which a move targets the geometric mixture sum_j a_j log f_j.
-Keeping the rows apart lets an annealed chain change a without evaluating anything anew. A path of T distributions
+    log f_t = (1 - b_t) log f_0 + b_t log f_T,   0 = b_0 < b_1 < ... < b_T = 1.
 
-    log f_t = (1 - b_t) log f_0 + b_t log f_T,   0 = b_0 < b_1 < ... < b_T = 1,
+Its T - 1 moves use `Kernels` that a `pilot` finds on other chains, and that are then *frozen*: a kernel that adapts to
+the chain it moves leaves nothing invariant, and the weights would estimate something else than p(x).
 
-from the prior or the guide to the posterior, needs T - 1 moves, one for each distribution in between. What they use
-(`Kernels`: temperatures, step sizes, scales) is found in a `pilot`, by chains that are thrown away, and then *frozen*:
-a kernel that adapts to the chain it moves leaves nothing invariant, and the weights would estimate something else than
-p(x).
-
-References: Neal, MCMC using Hamiltonian dynamics, 2011. arXiv:1206.1901. Grosse et al., Sandwiching the marginal
-likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543
+Reference: Neal, MCMC using Hamiltonian dynamics, 2011. arXiv:1206.1901
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """One judgement of a pair within a budget of time: stages in order of importance, and a verdict.
 
-Each stage works in pieces of a fixed schedule, so that a seed gives the same numbers wherever the same pieces were
-done, and what was done is reported. A piece is begun only where what was measured so far says that it fits, and is
-broken off, and left out, where that was wrong: the clock is looked at whenever a sample statement of model or guide
-runs. So the budget holds for any pair, also on a machine that is busy with other things.
-
-A stage that a pair does not allow (discrete latents cannot be annealed) says why, and the others go on.
+A stage works in pieces (see `budget`); one that a pair does not allow (discrete latents cannot be annealed) says why,
+and the others go on.
 """
 
 from __future__ import annotations

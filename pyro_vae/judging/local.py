@@ -2,11 +2,10 @@
 
     q*(z | x_n) = q(z; lambda_n),   lambda_n = argmax ELBO(x_n; lambda)
 
-What a guide lacks at lambda_n is the fault of its family; what it lacks on the way there that of its encoder. A guide's
-local form has the same distributions at its sites, with free parameters in rows, one row per datum, and no network
-between. An `Amortized` posterior says what its family is made of (`Amortized.local`), a flow's own weights included; of
-any other distribution the parameters are taken and their constraints lifted; where a later site depends on the draw of
-an earlier one, the guide is run, and what is free is added to what it gives. How the rows are found is in `climbs`.
+A guide's local form has the same distributions at its sites, with free parameters in rows, one row per datum, and no
+network between. An `Amortized` posterior says what its family is made of (`Amortized.local`), a flow's own weights
+included; of any other distribution the parameters are taken and their constraints lifted; where a later site depends on
+the draw of an earlier one, the guide is run, and what is free is added to what it gives. `climbs` finds the rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who is ahead, by how much, and whether that holds: fitted pairs compared datum by datum, and over seeds.
 
-Errors and intervals are those of `pyro_vae.judging.scoring`. "A is ahead of B" is said where the p-value holds after
-Holm's correction over all pairs of arms, and where B's number is not a mere lower bound.
+"A is ahead of B" is said where the p-value of `scoring` holds after Holm's correction over all pairs of arms, and where
+B's number is not a mere lower bound.
 """
 
 from __future__ import annotations

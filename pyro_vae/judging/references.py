@@ -1,11 +1,8 @@
 """Reference posteriors: many short Hamiltonian chains per datum, and whether they have converged; or a grid (`grids`).
 
-NUTS draws one joint vector for one data set; a guide is judged on a thousand images. So C chains of B data move
-together (see `hamiltonian`), start at draws of the guide, tune one step size per datum in a warm-up by dual averaging,
-and then keep it. What makes the draws a reference is not their number but two diagnostics per datum and dimension, on
-ranks: R-hat compares the spread between chains with that within them, and the bulk ESS says how many independent draws
-they are worth. Chains that start at the guide cannot discover what the guide has never seen: a mode that it misses
-altogether stays missed, with a good R-hat.
+C chains of B data start at draws of the guide and move together (see `hamiltonian`). R-hat compares the spread between
+chains with that within them, and the bulk ESS says how many independent draws they are worth. A mode that the guide
+misses altogether stays missed, with a good R-hat.
 
 Reference: Vehtari et al., Rank-normalization, folding, and localization: an improved R-hat, 2021. arXiv:1903.08008
 """

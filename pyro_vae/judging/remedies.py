@@ -2,8 +2,7 @@
 
 Each candidate is a guide of the same model: the present one trained on, a wider one or one of another family that start
 from it, or the present one refined datum by datum. What it gains is the ELBO over that of the present one, paired by
-datum, on data that no fit has seen. The model stays as it is, so that log p(x) does too: what a joint training makes of
-the same change is another question: what helps is therefore trained on together with it, too, and its log p(x) compared
+datum, on data that no fit has seen. What helps is trained on together with the model, too, and its log p(x) compared
 with that of the present pair trained on for as many steps, since longer training alone may be what helps.
 """
 

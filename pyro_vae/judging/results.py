@@ -1,17 +1,7 @@
 """What estimates and diagnostics return: numbers that say their errors, and turn into plain data, frames and pictures.
 
-A number for a set of data has
-
-    value         the mean over the data
-    mc_stderr     its Monte Carlo standard error, given these data: what more samples make smaller
-    data_stderr   its standard error for the population of the data: what more data make smaller
-    pointwise     the number per datum, (N,)
-    num_samples   K, samples per datum
-
-A table compares several. Both print, and both have `to_dict`, `to_frame` and a form for notebooks. `Nats` is what a
-judgement keeps of a number: as JSON, without what stands behind it.
-
-What is a lower bound prints as one (`quotes`).
+A number for a set of data is a `Measured`; a table compares several. Both print, and both have `to_dict`, `to_frame`
+and a form for notebooks. `Nats` is what a judgement keeps of a number: as JSON, without what stands behind it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What each stage of a judgement found, as typed results: numbers with their errors, a status, and a reason.
 
 A stage is "done", "left out" (no time, or no need) or "not possible" (the pair does not allow it, or broke). Numbers
-that are not known are nan, which no comparison takes for large, so that a verdict can read all fields of all stages.
-Tensors serve the figures; they are no part of the JSON.
+that are not known are nan, which no comparison takes for large. Tensors serve the figures; they are not in the JSON.
 """
 
 from __future__ import annotations

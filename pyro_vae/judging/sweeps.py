@@ -1,16 +1,11 @@
 """Runs of programs over data: the one place where estimates and diagnostics make them.
 
-`sweep` sees to all that every one of them needs and none should have to think of: evaluation mode, no gradients and a
-seed, with everything put back afterwards (`pyro_vae.evaluation`); the device; batches of whatever people hold their
-data in, as large as one budget of memory allows; matrix products as fast as they are exact; a bar of progress. What is
-left to a diagnostic is what it does with a batch:
+`sweep` sees to evaluation mode, no gradients and a seed, with everything put back afterwards (`pyro_vae.evaluation`);
+the device; batches as large as one budget of memory allows; a bar of progress. What is left to a diagnostic is what it
+does with a batch, whose noise is that of its number (see `sharing`):
 
     with sweep(model, guide, data=data, copies=num_samples, seed=seed, title="latents") as run:
         found = run.each(lambda batch: run.draw(batch, num_samples).log_weight)
-
-An estimate whose K does not fit into memory takes the samples of a batch in chunks (`Sweep.particles`), captured and
-replayed where there are many of them (`Sweep.table`). Data may be simulated on the way (`Sweep.simulated`). The noise
-of a batch is that of its number, and the processes of a group share the batches (see `sharing`).
 """
 
 from __future__ import annotations

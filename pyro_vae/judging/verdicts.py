@@ -1,17 +1,10 @@
 """What the stages of a judgement mean, in plain words: typed results in, sentences out.
 
-Two questions are kept apart. *Is the posterior right?* The ELBO is below log p(x) by the inference gap,
-which is the family's (no member of it fits the posterior of a datum) and the encoder's (it does not
-find the best member). *Is the estimate of log p(x) right?* What it lacks is the estimator's: too few
-samples, or weights whose tail (k-hat) no number of samples would tame.
-
-Something is said to be at fault only where its share is above twice its standard error and of a
-size that matters: `RELEVANT` nats, and for a part of the gap a tenth of the whole. A fault is one
-of the pair and not of the few data that were looked at, so that the error of a part of the gap has both
-kinds in it: the Monte Carlo error, and what other data of the kind would give. Where the larger part of
-a gap is too uncertain to say, that is said, and no smaller one is blamed for being known better.
-
-What to do about it is said of what was tried (`advice`): a fault is no advice.
+Something is said to be at fault only where its share is above twice its standard error and of a size that matters:
+`RELEVANT` nats, and for a part of the gap a tenth of the whole. A fault is one of the pair and not of the few data that
+were looked at, so that the error of a part of the gap has both kinds in it. Where the larger part of a gap is too
+uncertain to say, that is said, and no smaller one is blamed for being known better. What to do is said of what was
+tried (`advice`): a fault is no advice.
 """
 
 from __future__ import annotations

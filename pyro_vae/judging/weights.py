@@ -1,22 +1,16 @@
 """From log weights to numbers: the one place that does it.
 
-With w_k = p(x, z_k) / q(z_k | x), z_k ~ q, the mean weight is an unbiased estimate of p(x). `Scored` says what K
-weights of a datum tell: the ELBO, log p(x) with its variance and its bias by the jackknife, the effective sample size,
-and k-hat, by ArviZ, in the versions that people have. How the estimate grows with K needs no further samples: K weights
-are K / K' disjoint blocks of K' weights, each of which would have given the estimate at K' (`at_fewer`).
+With w_k = p(x, z_k) / q(z_k | x), z_k ~ q, the mean weight is an unbiased estimate of p(x). How the estimate grows with
+K needs no further samples: K weights are K / K' blocks, each of which would have given the estimate at K' (`at_fewer`).
 
-Several proposals for one log p(x) have their weights pooled by a rule that is stated beforehand. With K draws from each
-of S densities q_s, whatever the data turn out to be,
+Several proposals for one log p(x) are pooled by a rule that is stated beforehand. With K draws of each of S densities,
 
     p^(x) = 1/(S K) sum_s sum_k p(x, z_sk) / (1/S sum_t q_t(z_sk | x)),   z_sk ~ q_s
 
-is unbiased: the balance heuristic. No weight is more than S times what the best of the densities gives it, so a poor
-one among them costs samples and no more. It takes densities that score each other's draws; where they cannot, the
-estimate is that of the one proposal with the highest mean *over the data*; a maximum per datum is biased.
+is unbiased, and no weight is more than S times what the best of them gives it: the balance heuristic. Of those that
+cannot score each other's draws the one with the highest mean *over the data* counts; a maximum per datum is biased.
 
-References: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519. Vehtari et al., Pareto Smoothed
-Importance Sampling, 2024. arXiv:1507.02646. Veach and Guibas, Optimally combining sampling techniques, 1995.
-doi:10.1145/218380.218498
+Reference: Veach and Guibas, Optimally combining sampling techniques, 1995. doi:10.1145/218380.218498
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Figures of how good an approximation is: plain numbers in, matplotlib figures out.
 
-Every function takes lists, arrays or tensors, so that what a report keeps as JSON can be drawn again; missing numbers
-(None or nan) are left out. Bands and error bars are two standard errors unless a docstring says otherwise.
+Missing numbers (None or nan) are left out. Bands and error bars are two standard errors unless a docstring says
+otherwise.
 """
 
 from __future__ import annotations
