@@ -96,7 +96,7 @@ def ais(
     with sweep(model, guide, data=data, batch_size=250, copies=num_samples, validate=False, seed=seed, device=device,
                progress=progress, title="AIS") as run:  # fmt: skip
         run.expect(len(run) * (options.moves + options.num_steps - 1))
-        found = run.each(lambda batch: _forward(run, guide, batch, options)[:-3])
+        found = run.each(lambda batch: _forward(run, guide, batch, options)[:-2])
     return _annealed(found, options)
 
 
@@ -158,10 +158,10 @@ def bdmc(
         run.expect(len(run) * (options.moves + 2 * options.num_steps - 2))
 
         def both_ways(batch: tuple[Any, ...], latents: dict[str, Tensor]) -> tuple[Any, ...]:
-            *forward, pair, density, moves = _forward(run, guide, batch, options, passes=2)
+            *forward, pair, moves = _forward(run, guide, batch, options, passes=2)
             exact = pair.latents.pack({name: z.unsqueeze(0) for name, z in latents.items()})
             position = exact.expand(num_samples, -1, -1).clone()
-            backward = anneal(density, position, forward[0], backward=True, tick=run.tick, moves=moves)
+            backward = anneal(moves, position, forward[0], backward=True, tick=run.tick)
             return tuple(forward), backward, batch
 
         found, backward, simulated = zip(*run.simulated(both_ways, num_data, observed), strict=True)
@@ -230,34 +230,31 @@ class _Options(NamedTuple):
             raise ValueError(f"got target_acceptance={self.target_acceptance}, wanted a probability such as 0.75.")
         if self.start == "guide" and guide is None:
             raise ValueError("got start='guide' without a guide. Pass one, or anneal from the prior: start='prior'.")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f'got compile={self.compile!r}, wanted True, False or "auto".')
 
 
 def _forward(
     run: Sweep, guide: Program | None, batch: tuple[Any, ...], options: _Options, passes: int = 1
 ) -> tuple[Any, ...]:
-    """Kernels, log weights, acceptance of the forward chains; the pair, the density and its moves for further ones."""
+    """Kernels, log weights, acceptance of the forward chains; the pair and the moves for further ones."""
     programs = run.programs
     # Far from the seeds that people choose: a pilot that shared the scored chains' noise would not be independent of
     # them, nor, on simulated data, of the exact draws.
     with seeded(2**48 + 2**20 * options.pilot_seed + run.number):
         pair = Pair(programs[0], guide, batch)
-        density = pair.path_density(options.start)
+        density, compile = pair.path_density(options.start), options.compile
+        moves = Moves(density, options.num_leapfrog, programs, passes * (options.num_steps - 1), compile)
+        # Fewer chains make another graph, for which Inductor would be called a second time.
+        first = Moves(density, options.num_leapfrog, programs, options.moves, bool(compile) and "auto")
         draws = pair.from_guide if options.start == "guide" else pair.from_prior
         # 64 draws know a standard deviation to 9 %, which is more than a scale need be.
         own = draws(64).var(0)
         both = torch.stack([own, own if guide is None else pair.from_guide(64).var(0)]).clamp(min=1e-12)
         kernels = pilot(
-            density, draws(options.pilot_chains), 1 / both, name=options.schedule, num_steps=options.num_steps,
-            num_leapfrog=options.num_leapfrog, pilot_steps=options.coarse,
-            target_acceptance=options.target_acceptance, moved=run.tick,
-            # Fewer chains make another graph, for which Inductor would be called a second time.
-            moves=Moves(density, options.num_leapfrog, programs, options.moves, bool(options.compile) and "auto"),
+            first, draws(options.pilot_chains), 1 / both, name=options.schedule, num_steps=options.num_steps,
+            pilot_steps=options.coarse, target_acceptance=options.target_acceptance, tick=run.tick,
         )  # fmt: skip
-    moves = Moves(density, options.num_leapfrog, programs, passes * (options.num_steps - 1), options.compile)
-    log_weight, acceptance = anneal(density, draws(options.num_samples), kernels, tick=run.tick, moves=moves)
-    return kernels, log_weight, acceptance, pair, density, moves
+    log_weight, acceptance = anneal(moves, draws(options.num_samples), kernels, tick=run.tick)
+    return kernels, log_weight, acceptance, pair, moves
 
 
 def _annealed(found: Sequence[tuple[Any, ...]], options: _Options) -> Annealed:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,16 +115,11 @@ def transition(
 
 
 class Moves:
-    """Many moves of one density: `transition`, captured and replayed (see `pyro_vae.inference.replays`).
-
-    Trajectory, gradients and acceptance are one function of tensors, so that nothing of Pyro is left in a move once it
-    has been captured. Temperatures, step sizes and scales are its inputs; the noise is that of `transition`.
-    """
+    """Many moves of one density: `transition`, captured and replayed (see `pyro_vae.inference.replays`)."""
 
     def __init__(
-        self, density: Density, num_leapfrog: int, programs: Sequence[Program] = (), calls: int = 0,
-        compile: bool | str = "auto",
-    ) -> None:  # fmt: skip
+        self, density: Density, num_leapfrog: int, programs: Sequence[Program], calls: int, compile: bool | str
+    ) -> None:
         self.density, self.num_leapfrog = density, num_leapfrog
         self.replayed = Replayed(self._function, programs=programs, calls=calls, compile=compile)
 
@@ -177,17 +172,15 @@ def schedule(name: str, num_steps: int) -> Tensor:
 
 
 def pilot(
-    density: Density,
+    moves: Moves,
     position: Tensor,
     precision: Tensor,
     *,
     name: str,
     num_steps: int,
-    num_leapfrog: int,
     pilot_steps: int,
     target_acceptance: float,
-    moved: Callable[[], None] = lambda: None,
-    moves: Moves | None = None,
+    tick: Callable[[], None],
 ) -> Kernels:
     """Tune step sizes, and an adaptive schedule, on chains that are then thrown away.
 
@@ -197,17 +190,15 @@ def pilot(
 
         b_{t+1} - b_t  proportional to  1 / sd_{f_t}[log f_T - log f_0],
 
-    for each datum by itself. It starts at draws from f_0, (P, B, U), and calls `moved` after each move; with `moves`,
-    those of this density by so many leapfrog steps are captured.
+    for each datum by itself. It starts at draws from f_0, (P, B, U), and calls `tick` after each move.
     """
     size = position.shape[1]
-    coarse = schedule(name, max(2, min(pilot_steps, num_steps)))
+    coarse = schedule(name, pilot_steps)
     path, none = coarse.to(position.device)[:, None].expand(-1, size), precision.new_zeros(0, size)
     if num_steps == 1:
-        return Kernels(path[[0, -1]], none, precision, num_leapfrog)
-    first = Kernels(path, none, precision, num_leapfrog)
-    move = Moves(density, num_leapfrog, compile=False) if moves is None else moves
-    state = State.at(density, position)
+        return Kernels(path[[0, -1]], none, precision, moves.num_leapfrog)
+    first = Kernels(path, none, precision, moves.num_leapfrog)
+    state = State.at(moves.density, position)
     log_step = torch.full_like(precision[0, :, 0], 0.5 / position.shape[-1] ** 0.25).log()
     speeds, steps = [], []
     for t in range(1, len(coarse)):
@@ -215,9 +206,9 @@ def pilot(
         speeds.append((state.values[1] - state.values[0]).double().std(0))
         # The first distribution is the only one where the step size may start far off.
         for _ in range(10 if t == 1 else 1):
-            state, acceptance = move(state, mixture, log_step.exp(), scale)
+            state, acceptance = moves(state, mixture, log_step.exp(), scale)
             log_step = log_step + 0.5 * (acceptance.mean(0) - target_acceptance)
-            moved()
+            tick()
         steps.append(log_step)
     log_steps = _smooth(torch.stack(steps).double().cpu())
     beta = schedule(name, num_steps)[:, None].expand(-1, size)
@@ -226,20 +217,18 @@ def pilot(
     grid = torch.linspace(0, 1, len(coarse), dtype=torch.float64)
     at_grid = torch.stack([_read(beta[:, b], coarse, grid) for b in range(size)], 1)
     found = torch.stack([_read(at_grid[1:-1, b], grid[1:], log_steps[:, b]) for b in range(size)], 1)
-    return Kernels(beta.to(position.device), found.exp().to(precision), precision, num_leapfrog)
+    return Kernels(beta.to(position.device), found.exp().to(precision), precision, moves.num_leapfrog)
 
 
 def anneal(
-    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Any = None,
-    moves: Moves | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run chains along the path of the kernels, and weigh them; `moves` are the captured ones of this density.
+    moves: Moves, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """Run chains along the path of the kernels, and weigh them.
 
     They start at draws from f_0, (C, B, U), or go backward from exact draws of the posterior; `tick` is called after
     every move. Gives log w, (C, B) in float64, and the mean probability of acceptance, (B,).
     """
-    run = Moves(density, kernels.num_leapfrog, compile=False) if moves is None else moves
-    state = State.at(density, position)
+    state = State.at(moves.density, position)
     total = torch.zeros_like(state.values[0], dtype=torch.float64)
     accepted = torch.zeros_like(state.values[0, 0])
     gaps = kernels.beta.diff(dim=0)
@@ -250,10 +239,9 @@ def anneal(
         move = t if backward else t + 1  # between the weights of t and of the next
         if step + 1 < count:
             step_size, scale = kernels.step_size[move - 1], kernels.scale(move)
-            state, acceptance = run(state, kernels.mixture(move), step_size, scale)
+            state, acceptance = moves(state, kernels.mixture(move), step_size, scale)
             accepted = accepted + acceptance.mean(0)
-            if tick is not None:
-                tick()
+            tick()
     return total, accepted / (count - 1) if count > 1 else torch.full_like(accepted, math.nan)
 
 
