@@ -24,8 +24,7 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.inference.trees import at, joined
 from pyro_vae.judging.climbs import Climb, climbed, optimise
-from pyro_vae.judging.families import by_name, family_of, is_guide
-from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
+from pyro_vae.judging.local import LocalForm, Unscaled, by_name, family_form, family_of, is_guide, local_form
 from pyro_vae.judging.quotes import aligned
 from pyro_vae.judging.results import Mean, Result, at_least, one_of, row
 from pyro_vae.judging.sweeps import sweep

@@ -168,22 +168,17 @@ class _Layout:
         self.dims: dict[str, list[str]] = {}
         self.axis: dict[str, int] = {}  # that of the data in (*plates, *event)
         for name in self.latents + self.data:
-            site = self.sites[name]
-            count, shape = site["fn"].event_dim, site["value"].shape
-            event = shape[len(shape) - count :]
-            deepest = max(-dim for dim in plates(site))
-            batch = shape[len(shape) - count - deepest : len(shape) - count]
+            self.axis[name], batch, event = placed(self.sites[name], scorer.frame.data_dim)
             found = []
-            for dim, size in zip(range(-deepest, 0), batch, strict=True):
-                frame = plates(site).get(dim)
+            for dim, size in zip(range(-len(batch), 0), batch, strict=True):
+                frame = plates(self.sites[name]).get(dim)
                 wanted = f"{name}_plate_{-dim}" if frame is None else frame.name
                 found.append(self.datum if dim == scorer.frame.data_dim else self._name(name, wanted, size))
-            events = tuple(f"{name}_dim_{i}" for i in range(count))
+            events = tuple(f"{name}_dim_{i}" for i in range(len(event)))
             if name in vectors:
                 events = ("latent",) if len(vectors) == 1 else (f"{name}_latent",)
             elif name in self.data:
-                events = _EVENTS.get(count, events)
-            self.axis[name], _ = placed(site, scorer.frame.data_dim)
+                events = _EVENTS.get(len(event), events)
             self.dims[name] = found + [self._name(name, e, n) for e, n in zip(events, event, strict=True)]
         for name, values in coords.items():
             if name not in self._known:

@@ -7,6 +7,7 @@ Markov chains want one vector per chain and datum, u: (C, B, U) for C chains, B 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -51,7 +52,8 @@ class Latents:
                 continue
             _continuous(name, site)
             transform, event = _transform(name, site)
-            axis, shape = placed(site, scorer.frame.data_dim, event)
+            axis, inner, _ = placed(site, scorer.frame.data_dim)
+            shape = (*inner[:axis], *inner[axis + 1 :], *event)
             self.sites.append(Site(name, transform, 1 + axis, shape, math.prod(shape)))
         if not self.sites:
             raise ValueError("the model has no latent site, so there is nothing to sample. Its log_prob is exact.")
@@ -213,19 +215,13 @@ def _total(terms: Any, start: Tensor | None) -> Tensor:
 
 def _continuous(name: str, site: Any) -> None:
     fn = site["fn"]
-    if (site["infer"] or {}).get("enumerate") or getattr(fn, "has_enumerate_support", False):
+    discrete = (site["infer"] or {}).get("enumerate") or getattr(fn, "has_enumerate_support", False)
+    with contextlib.suppress(NotImplementedError):
+        discrete = discrete or fn.support.is_discrete
+    if discrete:
         raise ValueError(
             f"latent site {name!r} ({kind(fn)}) is discrete or to be enumerated, and Hamiltonian moves need "
             "gradients. Sum it out of the model (of the zoo's Mixture take pair.marginal), or use log_likelihood."
-        )
-    try:
-        discrete = fn.support.is_discrete
-    except NotImplementedError:
-        return
-    if discrete:
-        raise ValueError(
-            f"latent site {name!r} ({kind(fn)}) is discrete, and Hamiltonian moves need gradients. Sum it out of the "
-            "model, or use log_likelihood, which needs none."
         )
 
 

@@ -212,12 +212,13 @@ def _over_the_prior(pair: Pair) -> _Coarse:
     loc, scale = draws.mean((0, 1)), draws.flatten(0, 1).std(0).clamp(min=1e-12)
     dims = len(loc)
     line = torch.linspace(-_PRIOR_WIDTH, _PRIOR_WIDTH, _COARSE[dims], dtype=torch.float64, device=loc.device)
-    points = (loc + scale * _grid(line, dims)).unsqueeze(1).expand(-1, draws.shape[1], -1)
+    points = (loc + scale * mesh(line, dims)).unsqueeze(1).expand(-1, draws.shape[1], -1)
     sides = (line[1] - line[0]) * scale
     return _Coarse(points, _log_f(pair, points), torch.cat([sides.log().sum()[None], sides]))
 
 
-def _grid(line: Tensor, dims: int) -> Tensor:
+def mesh(line: Tensor, dims: int) -> Tensor:
+    """All points of a grid with the same line on each axis, (G, dims)."""
     return torch.stack([axis.flatten() for axis in torch.meshgrid(*[line] * dims, indexing="ij")], -1)
 
 
@@ -256,7 +257,7 @@ def _integrate(pair: Pair, mean: Tensor, covariance: Tensor, reach: float, side:
     dims = mean.shape[-1]
     tril = _cholesky(covariance)
     line = torch.linspace(-reach, reach, side, dtype=torch.float64, device=mean.device)
-    grid = _grid(line, dims)
+    grid = mesh(line, dims)
     points = mean + torch.einsum("bij,gj->gbi", tril, grid)
     log_f = _log_f(pair, points)
     total = log_f.logsumexp(0)

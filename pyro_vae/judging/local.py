@@ -11,6 +11,7 @@ the draw of an earlier one, the guide is run, and what is free is added to what 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,9 +21,9 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, TorchDistribution
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_vae.protocols import Free, Local, Rescoring, knows_its_draw, rescoring
+from pyro_vae.protocols import Free, Local, Rescoring, has_start, knows_its_draw, rescoring
 from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites, unwrapped
 from pyro_vae.traces import Program
 from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of, local_of
@@ -76,6 +77,47 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
             )
         local = posterior.local(posterior.parameters_near(loc, scale))
     return _independent([_Piece(site, local, 0, frame.data_dim, posterior)])
+
+
+def by_name(own: Program, families: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Program]]:
+    """The guide's own first, under its own name where it is among the families; and those that are guides."""
+    name = next((name for name, value in families.items() if value is own or value == own), "guide")
+    named = {name: own} | {other: value for other, value in families.items() if other != name}
+    return named, {name: value for name, value in named.items() if is_guide(value)}
+
+
+def is_guide(value: Any) -> bool:
+    """Whether a family is given by a fitted guide."""
+    return callable(value) and not _is_class(value) and not has_start(value)
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value.func if isinstance(value, functools.partial) else value, type)
+
+
+class _NoEncoder(nn.Module):
+    """Stands where an encoder would; it is never run."""
+
+    out_features = 1
+
+
+def family_of(name: str, value: Any, latent: Callable[[], Tensor]) -> Any:
+    """A guide or a posterior as it is; of a class, a posterior without an encoder, of such a latent."""
+    if not callable(value):
+        raise ValueError(
+            f"got families[{name!r}] of type {type(value).__name__}, wanted a fitted guide, a class of posteriors such "
+            "as FullNormal, functools.partial(IAF, transforms=2), or a posterior."
+        )
+    if not _is_class(value):
+        return value
+    z = latent()
+    posterior = value(_NoEncoder(), z.shape[-1])
+    if not has_start(posterior):
+        raise ValueError(
+            f"families[{name!r}] makes a {type(posterior).__name__}, which has no local form. Derive it from "
+            "Amortized, or give a guide fitted by fit_guide."
+        )
+    return posterior.to(dtype=z.dtype, device=z.device).eval()
 
 
 class Unscaled(Messenger):

@@ -66,7 +66,7 @@ class Sweep:
     ) -> None:  # fmt: skip
         self.programs, self.batches, self._noise = programs, batches, NoiseOfData(seed)
         self.number = self.start = 0
-        self._num_data, self._title, self._progress = num_data, title, progress
+        self._num_data, self._title, self._progress = sys.maxsize if num_data is None else num_data, title, progress
         self._nesting: dict[int, int] = {}
         self._bar: Any = None
 
@@ -81,9 +81,8 @@ class Sweep:
 
     def __len__(self) -> int:
         """The number of batches."""
-        if self._num_data is None or self.batches.num_data is None:
-            return len(self.batches)
-        return -(-min(self._num_data, self.batches.num_data) // self.batches.batch_size)
+        known = self.batches.num_data
+        return len(self.batches) if known is None else -(-min(self._num_data, known) // self.batches.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         own = self._bar is None
@@ -117,15 +116,13 @@ class Sweep:
         """
         return shared(function, self if over is None else self._begun(over), lambda: self.start)
 
-    def _upto(self, num_data: int | None) -> Iterator[tuple[Any, ...]]:
+    def _upto(self, left: int) -> Iterator[tuple[Any, ...]]:
         """Batches until so many data have come."""
-        left = num_data
         for batch in self._noise.passed(self.batches):
-            if left is not None:
-                if left <= 0:
-                    return
-                batch = at(batch, slice(left)) if rows(batch) > left else batch
-                left -= rows(batch)
+            if left <= 0:
+                return
+            batch = at(batch, slice(left)) if rows(batch) > left else batch
+            left -= rows(batch)
             yield batch
 
     def whole(self) -> tuple[Any, ...]:

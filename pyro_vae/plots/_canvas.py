@@ -49,8 +49,10 @@ def titled_axes(ylabel: str, title: str, xlabel: str, ax: Axes | None = None) ->
     return figure, axes
 
 
-def panels_of(count: int) -> tuple[Figure, list[Axes]]:
-    """At most eight small panels."""
+def panels_of(count: int, title: str, ax: Axes | None) -> tuple[Figure, list[Axes]]:
+    """At most eight small panels, one for each latent, below a title; or the axes that were given for the first."""
+    if ax is not None:
+        return axes_of(ax, 4.2, 3.4)[0], [ax]
     shown = min(count, 8)
     columns = min(shown, 4)
     lines = -(-shown // columns)
@@ -58,6 +60,8 @@ def panels_of(count: int) -> tuple[Figure, list[Axes]]:
     grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for axes in grid[shown:]:
         axes.set_axis_off()
+    some = f"; {shown} of {count} latents" if shown < count else ""
+    figure.suptitle(title + some, x=0.02, ha="left", fontsize=11)
     return figure, grid[:shown]
 
 

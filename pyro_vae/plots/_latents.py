@@ -57,7 +57,7 @@ def rank_histogram(
     bins = min((b for b in range(1, places + 1) if places % b == 0), key=lambda b: abs(b - num_bins))
     counts = [np.histogram(v, bins, (-0.5, num_draws + 0.5))[0] for v in values.T]
     low, high = binom.ppf([0.025, 0.975], len(values), 1 / bins)
-    figure, panels = panels_of(len(counts)) if ax is None else (axes_of(ax, 4.2, 3.4)[0], [ax])
+    figure, panels = panels_of(len(counts), "Calibration: ranks, 95 % band per bar", ax)
     edges = np.linspace(-0.5, num_draws + 0.5, bins + 1)
     for d, (axes, count) in enumerate(zip(panels, counts, strict=False)):
         axes.axhspan(low, high, color=LIGHT, alpha=0.45, lw=0, zorder=0)
@@ -71,9 +71,6 @@ def rank_histogram(
         axes.set_ylim(0, max(high, max(c.max() for c in counts)) * 1.08)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("simulations")
-    some = f"; {len(panels)} of {len(counts)} latents" if len(panels) < len(counts) else ""
-    if ax is None:
-        figure.suptitle(f"Calibration: ranks, 95 % band per bar{some}", x=0.02, ha="left", fontsize=11)
     return figure
 
 

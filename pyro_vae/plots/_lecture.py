@@ -203,7 +203,7 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
         prior = own.model.prior()
         drawn = prior.expand([max(10_000, len(z))]).sample().flatten(1)
     order = means.var(0, correction=0).argsort(descending=True).tolist()
-    figure, panels = panels_of(len(order)) if ax is None else (axes_of(ax, 4.2, 3.4)[0], [ax])
+    figure, panels = panels_of(len(order), "Each latent over the data (bars) and under the prior (line)", ax)
     for axes, d in zip(panels, order, strict=False):
         both = array(torch.cat([z[:, d], drawn[:, d]]))
         edges = np.linspace(both.min(), both.max(), num_bins + 1)
@@ -214,10 +214,6 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
         axes.set_title(f"z{d + 1}", fontsize=9)
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
-    some = f"; {len(panels)} of {len(order)} latents" if len(panels) < len(order) else ""
-    if ax is None:
-        title = f"Each latent over the data (bars) and under the prior (line){some}"
-        figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure
 
 
