@@ -184,13 +184,11 @@ def pilot(
 ) -> Kernels:
     """Tune step sizes, and an adaptive schedule, on chains that are then thrown away.
 
-    The pilot anneals along a path of `pilot_steps` distributions. At each, the log step size of a datum moves in
-    proportion to how far its acceptance, averaged over the chains, is from the target; smoothed over neighbours it is
-    read off at the temperatures of the path. The adaptive schedule spends equal thermodynamic length on every step,
+    From draws of f_0, (P, B, U), it anneals over `pilot_steps` distributions. At each, the log step size of a datum
+    moves in proportion to how far its acceptance is from the target, and is smoothed over neighbours. The adaptive
+    schedule spends equal thermodynamic length on every step, for each datum by itself:
 
-        b_{t+1} - b_t  proportional to  1 / sd_{f_t}[log f_T - log f_0],
-
-    for each datum by itself. It starts at draws from f_0, (P, B, U), and calls `tick` after each move.
+        b_{t+1} - b_t  proportional to  1 / sd_{f_t}[log f_T - log f_0]
     """
     size = position.shape[1]
     coarse = schedule(name, pilot_steps)
@@ -223,26 +221,24 @@ def pilot(
 def anneal(
     moves: Moves, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Callable[[], None]
 ) -> tuple[Tensor, Tensor]:
-    """Run chains along the path of the kernels, and weigh them.
+    """log w, (C, B) in float64, of chains along the path of the kernels, and their mean acceptance, (B,).
 
-    They start at draws from f_0, (C, B, U), or go backward from exact draws of the posterior; `tick` is called after
-    every move. Gives log w, (C, B) in float64, and the mean probability of acceptance, (B,).
+    They start at draws from f_0, (C, B, U), or go backward from exact draws of the posterior.
     """
     state = State.at(moves.density, position)
     total = torch.zeros_like(state.values[0], dtype=torch.float64)
     accepted = torch.zeros_like(state.values[0, 0])
     gaps = kernels.beta.diff(dim=0)
-    count = len(gaps)
-    for step in range(count):
-        t = count - 1 - step if backward else step
+    order = range(len(gaps))[:: -1 if backward else 1]
+    for t in order:
         total = total + gaps[t] * (state.values[1] - state.values[0]).double()
-        move = t if backward else t + 1  # between the weights of t and of the next
-        if step + 1 < count:
+        if t != order[-1]:
+            move = t if backward else t + 1  # between the weights of t and of the next
             step_size, scale = kernels.step_size[move - 1], kernels.scale(move)
             state, acceptance = moves(state, kernels.mixture(move), step_size, scale)
             accepted = accepted + acceptance.mean(0)
             tick()
-    return total, accepted / (count - 1) if count > 1 else torch.full_like(accepted, math.nan)
+    return total, accepted / (len(gaps) - 1) if len(gaps) > 1 else torch.full_like(accepted, math.nan)
 
 
 def _equal_lengths(coarse: Tensor, speed: Tensor, num_steps: int) -> Tensor:

@@ -110,13 +110,12 @@ def reference(
     at_least(20, num_warmup=num_warmup)
     at_least(4, num_samples=num_samples)
     at_least(1, num_leapfrog=num_leapfrog)
-    settings = num_warmup, num_leapfrog, target_acceptance
+    settings = num_chains, num_samples, num_warmup, num_leapfrog, target_acceptance
     with sweep(model, guide, data=data, batch_size=500, copies=num_chains, validate=False, seed=seed, device=device,
                progress=progress, title="HMC") as run:  # fmt: skip
         run.expect(len(run) * (num_warmup + num_samples))
-        us, sites, axes, accepted_all, steps = zip(
-            *run.each(lambda batch: _drawn(run, batch, num_chains, num_samples, *settings)), strict=True
-        )
+        parts = run.each(lambda batch: _drawn(run, batch, *settings))
+    us, sites, axes, accepted_all, steps = zip(*parts, strict=True)
     u = torch.cat(us, 2)
     draws = {name: torch.cat([part[name] for part in sites], axis) for name, axis in axes[0].items()}
     result = Reference(draws, u, *diagnostics(u), acceptance=torch.cat(accepted_all), step_size=torch.cat(steps))
@@ -154,8 +153,7 @@ def _drawn(
 
 
 def diagnostics(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank-normalised split R-hat (the larger of that of the draws and of their folded distance to the median) and bulk
-    effective sample size, as ArviZ computes them: of draws (C, S, *rest), S >= 4, (*rest) each in float64.
+    """Rank-normalised split R-hat and bulk effective sample size, of draws (C, S, *rest), S >= 4, (*rest) each.
 
     Example:
         >>> rhat, ess = diagnostics(torch.randn(4, 500, 3, generator=torch.Generator().manual_seed(0)))

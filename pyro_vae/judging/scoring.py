@@ -86,8 +86,7 @@ def scores_of(found: Estimate, terms: ElboTerms, num_samples: int, **about: Any)
 def balanced(groups: Mapping[str, tuple[Scores, ...]]) -> tuple[dict[str, tuple[Scores, ...]], list[str]]:
     """As many fits of each arm, in an order in which they are paired, and what is left out for it.
 
-    Fits of one seed are paired. A seed that not all arms have says nothing of their order: means over other seeds would
-    contradict the paired differences. Arms without a seed in common are independent, and paired as they come.
+    Fits of one seed are paired; a seed that not all arms have is left out. Arms without a common one are independent.
     """
     seeds = {name: [each.seed for each in own] for name, own in groups.items()}
     common = sorted(set.intersection(*map(set, seeds.values())))
