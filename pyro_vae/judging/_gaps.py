@@ -164,23 +164,21 @@ def gaps(
     A family is
 
     * a guide, fitted under the same model (`fit_guide`): both of its gaps are given;
-    * a class of posteriors such as FullNormal, or ``functools.partial(IAF, transforms=2)``: it
-      has no encoder, so only its approximation gap is. It is called with an encoder, of
-      which only the number of features is ever asked, and the latent dimension;
+    * a class of posteriors such as FullNormal, or ``functools.partial(IAF, transforms=2)``, called with an encoder that
+      is never run and the latent dimension: only its approximation gap is given;
     * a posterior, of which the family is taken (a flow: and the weights to start from).
 
     The guide's own family needs no mention. A guide without a local form (a point with a density, a sampler that is not
-    reparameterised) has its total gap given, and the reason. Data go through in chunks, so that memory is bounded.
-    Training and test data are two calls, which `gap_table` lays side by side.
+    reparameterised) has its total gap given, and the reason. `gap_table` lays results of several data side by side.
 
     Args:
         families: By name, as above.
-        log_likelihood: An estimate of log p(x) of these data in their order, such as that of
-            `ais`; None estimates it from the guide and the local optima together.
+        log_likelihood: An estimate of log p(x) of these data in their order, such as that of `ais`; None for one from
+            the guide and the local optima together.
         num_samples: K, fresh samples behind each bound.
         num_steps: Upper limit of the steps.
-        start: Where local parameters start: "guide" at the guide's values (of another
-            family: at its mean and scale), "fresh" at mean 0 and variance 1.
+        start: Where local parameters start: "guide" at the guide's values (of another family: at its mean and scale),
+            "fresh" at mean 0 and variance 1.
         learning_rate: Of Adam, for means and log scales; a flow's weights move at a tenth.
         window: Steps over which the bound is averaged.
         tolerance: The steps stop when two windows in a row beat the best one by no more, in nats.
@@ -188,8 +186,7 @@ def gaps(
     Returns:
         The gaps, printed as a table.
     Raises:
-        ValueError: An option out of range; a family that is none; a guide without density, and
-            all that `particles` refuses.
+        ValueError: An option out of range; a family that is none; a guide without density; what `particles` refuses.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_vae import Guide, Model

@@ -67,20 +67,16 @@ def ais(
         start: Where chains begin: "guide" or "prior".
         num_leapfrog: Leapfrog steps a move.
         schedule: "sigmoid", "linear" or "adaptive" (equal thermodynamic length, per datum).
-        pilot_steps: Distributions of the pilot, in which step sizes and schedule are tuned and
-            then frozen; None for T / 4, at least 50 and at most T.
+        pilot_steps: Distributions of the pilot, which tunes step sizes and schedule; None for T / 4, of 50 to T.
         pilot_chains: Chains of the pilot.
         target_acceptance: Probability of acceptance that the pilot aims at.
         pilot_seed: Seed of the pilot.
-        compile: "auto" captures the moves of a batch (see `Moves`) where there are 600 or more, and hands them
-            to Inductor where that pays; True does so at once, False runs the programs for every move. The noise
-            is the same, and the numbers to rounding.
-        model, data, seed, device, progress: As for `log_likelihood`.
+        model, data, seed, device, progress, compile: As for `log_likelihood`; what is captured are the moves.
     Returns:
         The bound with its errors and diagnostics.
     Raises:
-        ValueError: A setting out of range; a discrete, enumerated, point or auxiliary latent;
-            from the guide, one that cannot score a sample that it did not draw.
+        ValueError: A setting out of range; a discrete, enumerated, point or auxiliary latent; from the guide, one that
+            cannot score a sample that it did not draw.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_vae import Guide, Model

@@ -63,8 +63,8 @@ def to_arviz(
 ) -> Any:
     """Draws and log densities of a pair as ArviZ data.
 
-    Of as many data as `log_likelihood` takes at a time (38 of 512 numbers or fewer, with 80 samples or more), the draws
-    are its own under the same seed. Predictive draws belong to the first posterior draws of each chain.
+    Of as many data as `log_likelihood` takes at a time, the draws are its own under the same seed. Predictive draws
+    belong to the first posterior draws of each chain.
 
     Args:
         data: As for `fit`; all of them are one batch, and memory grows with its size times K.
@@ -72,19 +72,18 @@ def to_arviz(
         num_chains: Chains that the K draws are laid out in; a divisor of K.
         num_prior: Draws from the prior, and of data from it, for each datum.
         num_predictive: Data drawn given posterior draws, in all chains together: as many as fit into it.
-        resample: Posterior draws resampled with replacement by their importance weights,
-            each chain from its own, instead of draws from the guide.
+        resample: Posterior draws resampled by their importance weights, each chain from its own.
         smooth: Resample by Pareto-smoothed weights instead of raw ones.
         coords: Coordinates of dimensions, such as {"datum": names}.
         protocol: What the numbers depend on (data, split, binarisation), kept as an attribute.
         model, guide, seed, device, progress: As for `log_likelihood`.
     Returns:
-        InferenceData (ArviZ 0.x) or DataTree (1.x). Dimensions are datum; latent (of several
-        vector latents ``<site>_latent``); channel, row, column of images, feature of vectors; inner
-        plates by their names. One that a site is called like gets the ending ``_index``.
+        InferenceData (ArviZ 0.x) or DataTree (1.x). Dimensions are datum; latent (of several vector latents
+        ``<site>_latent``); channel, row, column of images, feature of vectors; inner plates by their names. One that a
+        site is called like gets the ending ``_index``.
     Raises:
-        ValueError: A size out of range, coordinates of the wrong length, a guide without
-            density, and all that `particles` refuses.
+        ValueError: A size out of range, coordinates of the wrong length, a guide without density; what `particles`
+            refuses.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_vae import Guide, Model
@@ -94,8 +93,6 @@ def to_arviz(
         >>> tree = to_arviz(model, guide, torch.zeros(3, 2), num_samples=8, num_prior=5)
         >>> dict(tree["posterior"]["z"].sizes)
         {'chain': 4, 'draw': 2, 'datum': 3, 'latent': 2}
-
-    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     at_least(1, num_samples=num_samples, num_chains=num_chains, num_prior=num_prior, num_predictive=num_predictive)
     if num_samples % num_chains:

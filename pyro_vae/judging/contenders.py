@@ -28,7 +28,7 @@ _DRAWS = (4, 100)  # at least and at most so many draws of a bound
 
 def groups_of(guides: Any, model: Program) -> Groups:
     """Guides by the name of their group and by names of their own: of a guide (or a pair in one piece, for its guide),
-    of a list of them, called by what they are, or of a mapping from names to them or to lists of them, which are groups.
+    of a list of them, called by what they are, or of a mapping from names to them or to lists of them, the groups.
 
     Raises:
         ValueError: No guide; something that is none; a pair with a model of its own.

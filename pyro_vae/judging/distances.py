@@ -172,8 +172,7 @@ def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: 
 
         D^2 = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
 
-    Zero only for equal distributions. The unbiased estimate of D^2 is returned, so it
-    can be slightly negative; ``null`` says how large a value is still nothing.
+    Zero only for equal distributions. The estimate of D^2 is unbiased, so it can be slightly negative.
 
     Args:
         samples, data: (N, *shape) and (M, *shape).

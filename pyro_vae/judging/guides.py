@@ -37,8 +37,8 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
     """Fit a guide under a frozen model, so that guides are compared on one posterior.
 
     The model's parameters (and what the guide shares with them) get no gradient, its modules stay in evaluation mode,
-    and its ``requires_grad`` flags, modes and buffers come back as they were, also after an error. Not a bit of it
-    changes. (A module that model and guide are both methods of is left in evaluation mode, as by `fit`.)
+    and its flags, modes and buffers come back as they were, also after an error. (A module that model and guide are
+    both methods of is left in evaluation mode, as by `fit`.)
 
     Args:
         loss: A Pyro ELBO or an `Objective`; those that raise a bound of the guide.
@@ -240,8 +240,7 @@ def compare_guides(
 ) -> Comparison:
     """Compare guides of one model: ELBO, other bounds, log p(x) and gap of each, with paired differences.
 
-    The log p(x) from which all gaps are measured is one for all: the one given, or the
-    pooled estimate of `pyro_vae.judging.weights`, never a maximum per datum.
+    All gaps are measured from one log p(x): the one given, or the pooled estimate of `pyro_vae.judging.weights`.
 
     Args:
         guides: By name, or in a list; a guide, or a pair with this model, which stands for its guide. A list of them

@@ -130,7 +130,7 @@ def mutual_information(
         >>> found.value, found.upper.value, found.marginal_kl.value
         (0.0, 0.0, 0.0)
 
-    Reference: Hoffman and Johnson, ELBO surgery, 2016.
+    Reference: Hoffman and Johnson, ELBO surgery: yet another way to carve up the evidence lower bound, 2016.
     """
     with sweep(model, guide, data=data, batch_size=200, copies=num_samples, num_data=num_data, seed=seed,
                device=device, progress=progress, title="I(x; z)") as run:  # fmt: skip
@@ -244,8 +244,7 @@ def probe(
 ) -> Accuracy:
     """Accuracy of a classifier of the posterior means.
 
-    "knn": the majority of the nearest neighbours in Euclidean distance, each dimension as it
-    is (dead dimensions have means that hardly move, and so do not count). "linear": multinomial
+    "knn": the majority of the nearest neighbours in Euclidean distance, each dimension as it is. "linear": multinomial
     logistic regression on standardised means, with an L2 penalty of 1.
 
     Args:

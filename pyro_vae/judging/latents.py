@@ -217,8 +217,7 @@ def posterior_means(
 ) -> Tensor:
     """E_q[z | x] per datum, (N, *event), or (N, *inner plates, *event).
 
-    Exact where the site's distribution knows its mean and depends on x alone; from
-    samples where not, as for a flow, or a layer above another.
+    Exact where the site's distribution knows its mean and depends on x alone; else from samples.
 
     Args:
         site: Name of the latent site; None for the only one.
@@ -295,8 +294,7 @@ def active_units(
 
         A_d = Var_x(E_q[z_d | x]) > threshold
 
-    Where the mean is from samples, their variance is taken off: without that, each
-    unused dimension would show 1/64 of its prior variance, and count.
+    Where the mean is from samples, their variance is taken off.
 
     Args:
         threshold: 0.01 in the reference.

@@ -82,8 +82,7 @@ def reference(
 ) -> Reference:
     """Draw from the exact posterior of each datum, by Hamiltonian Monte Carlo from the guide.
 
-    The scale of a dimension is the guide's standard deviation in the first half of the
-    warm-up, and that of the chains themselves in the second; then all is frozen.
+    Its scale is the guide's in the first half of the warm-up, and the chains' own in the second; then all is frozen.
 
     Args:
         guide: A Pyro program for q(z | x), where the chains start.

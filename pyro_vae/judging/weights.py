@@ -137,14 +137,11 @@ def pareto_k(log_weight: Tensor) -> Tensor:
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
     Returns:
-        k-hat, (B,): -inf for constant weights (an exact posterior) and where all of the tail is one
-        value (a few discrete latents: weights that have reached their maximum), nan for fewer than 25
-        samples, which have no tail to speak of.
+        k-hat, (B,): -inf for constant weights (an exact posterior) and where all of the tail is one value (a few
+        discrete latents), nan for fewer than 25 samples, which have no tail to speak of.
     Example:
         >>> pareto_k(torch.zeros(100, 2))
         tensor([-inf, -inf], dtype=torch.float64)
-
-    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     return pareto_smoothed(log_weight)[1]
 
@@ -164,6 +161,8 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
         >>> smooth, k = pareto_smoothed(torch.zeros(100, 2))
         >>> bool((smooth == 0).all())
         True
+
+    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     smooth = log_weight.detach().cpu().double()
     k = torch.full((smooth.shape[1],), float("nan"), dtype=torch.float64)

@@ -84,9 +84,8 @@ def bracket(
 ) -> Figure:
     """The interval that holds log p(x) of each simulated datum, and its width.
 
-    Above, data are ordered by their lower bound; below stands the width on a scale of its own, since brackets are
-    narrow beside what data differ by. A width may be negative by noise. Errors stand at the bounds and not at the
-    width, since both bounds share their forward chains; the mean width is given with one standard error over the data.
+    Above, data are ordered by their lower bound; below stands the width on a scale of its own. Errors stand at the
+    bounds alone, which share their forward chains; the mean width is given with one standard error over the data.
 
     Args:
         lower: Lower bound per datum, (N,), nats.

@@ -41,8 +41,7 @@ def rank_histogram(
 ) -> Figure:
     """Simulation-based calibration: ranks of the true latents among draws of the guide.
 
-    The band holds 95 % of each bar's counts if ranks are uniform. A hump means a guide that is too
-    wide, a valley too narrow, a slope biased.
+    The band holds 95 % of each bar's counts if ranks are uniform. A hump is a guide too wide, a valley too narrow.
 
     Args:
         ranks: Ranks from 0 to L, (N,) or (N, D).
