@@ -128,36 +128,24 @@ def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
         else:
             advice = "That costs nothing but time: a smaller latent_dim would do, or free bits to use them."
             yield Finding("latents", f"{text}; unused: {listed(latents.unused, 6)}.", None, advice)
-    elif dead is not None:
+    if latents.active or dead is not None:
         return
-    elif not gaps.split:
-        yield Finding(
-            "latents",
-            f"No latent moves with the data{carried}: the latents are not used. Whether the encoder failed or the "
-            "decoder makes no use of z could not be told, for want of the gaps.",
-            "collapse",
-            "Train anew with a KL warm-up or free bits (not tried here: that takes a fit of the pair).",
-            "warm-up",
-        )
+    text, untried = f"No latent moves with the data{carried}", "(not tried here: that takes a fit of the pair)."
+    if not gaps.split:
+        text += ": the latents are not used. Whether the encoder failed or the decoder makes no use of z could not be "
+        text += "told, for want of the gaps."
+        advice = f"Train anew with a KL warm-up or free bits {untried}"
+        yield Finding("latents", text, "collapse", advice, "warm-up")
     elif 2 * gaps.amortization.mc_stderr <= 5 * RELEVANT:
-        text = (
-            f"No latent moves with the data{carried}, and no member of the family does better for any: it is "
-            "not the encoder that failed, this decoder makes no use of z (posterior collapse)."
-        )
+        text += ", and no member of the family does better for any: it is not the encoder that failed, this decoder "
+        text += "makes no use of z (posterior collapse)."
         if "scale" in dict(stages.remedy.ranked):
             yield Finding("latents", f"{text} Its noise is set so large that z has nothing to say.", "collapse")
             return
-        yield Finding(
-            "latents",
-            text,
-            "collapse",
-            "Train anew with a KL warm-up or free bits, or weaken the decoder (not tried here: that takes a fit of "
-            "the pair).",
-            "warm-up",
-        )
+        advice = f"Train anew with a KL warm-up or free bits, or weaken the decoder {untried}"
+        yield Finding("latents", text, "collapse", advice, "warm-up")
     else:
-        text = f"No latent moves with the data{carried}; whether the posterior does is within the errors."
-        yield Finding("latents", text, None, _DATA_OR_TIME)
+        yield Finding("latents", f"{text}; whether the posterior does is within the errors.", None, _DATA_OR_TIME)
 
 
 def _estimate(stages: Stages, dead: Nats | None) -> Iterator[Finding]:

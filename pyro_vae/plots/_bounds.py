@@ -208,8 +208,7 @@ def khat_against_log_p(
     k, x = array(pareto_k), array(log_p)
     shown = min(worst, len(k)) if images is not None else 0
     finite = k[np.isfinite(k)]
-    low = min(float(finite.min()), limit) if len(finite) else limit - 1
-    high = max(float(finite.max()), limit) if len(finite) else limit
+    low, high = (min(finite.min(), limit), max(finite.max(), limit)) if len(finite) else (limit - 1, limit)
     pad = 0.08 * max(high - low, 0.5)
     floor = low - 2 * pad
     order = np.argsort(-np.nan_to_num(k, nan=-np.inf, neginf=-np.inf), kind="stable")[:shown]
@@ -220,13 +219,10 @@ def khat_against_log_p(
     else:
         figure, axes = axes_of(ax, INCHES, 4.0)
     height = np.where(np.isfinite(k), k, floor + pad / 2)
+    poor: dict[str, Any] = {"s": 26, "marker": "^", "color": MIDDLE, "edgecolors": "black", "lw": 0.4}
     marks: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
         (np.isfinite(k) & (k <= limit), "reliable", {"s": 16, "color": DARK, "alpha": 0.7, "lw": 0}),
-        (
-            np.isfinite(k) & (k > limit),
-            "unreliable",
-            {"s": 26, "marker": "^", "color": MIDDLE, "edgecolors": "black", "lw": 0.4},
-        ),
+        (np.isfinite(k) & (k > limit), "unreliable", poor),
         (np.isneginf(k), "constant weights, k̂ = −∞", {"s": 26, "marker": "v", "color": GREY}),
     )
     for chosen, name, look in marks:
