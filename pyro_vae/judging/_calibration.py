@@ -123,8 +123,7 @@ class Calibration(Result):
     def coverage(self) -> Bands:
         """Share of data whose z lies in the central interval of the guide's draws, against its nominal level.
 
-        The intervals lie between two draws: those of rank (L + 1) / 2 - j and (L + 1) / 2 + j, of nominal
-        coverage 2 j / (L + 1). Above the diagonal the guide is too wide, below it too narrow.
+        Between the draws of rank (L + 1) / 2 -+ j it is 2 j / (L + 1). Above the diagonal the guide is too wide.
         """
         return _bands(self._folded(), (self.num_samples + 1) // 2, self.level)
 

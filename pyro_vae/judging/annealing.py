@@ -233,8 +233,7 @@ def _forward(
 ) -> tuple[Any, ...]:
     """Kernels, log weights, acceptance of the forward chains; the pair and the moves for further ones."""
     programs = run.programs
-    # Far from the seeds that people choose: a pilot that shared the scored chains' noise would not be independent of
-    # them, nor, on simulated data, of the exact draws.
+    # Far from the seeds that people choose: a pilot is independent of the scored chains, and of exact draws.
     with seeded(2**48 + 2**20 * options.pilot_seed + run.number):
         pair = Pair(programs[0], guide, batch)
         density, compile = pair.path_density(options.start), options.compile

@@ -23,8 +23,8 @@ from pyro_vae.options import of_pair
 from pyro_vae.traces import Program
 
 MOST_DIMENSIONS = 3
-# By the number of dimensions: points a side while the grid looks for its place, then finer and finer; of the grid over
-# the prior; and half the side, in standard deviations. 6 leave out 2e-9 a dimension, and 8 nothing.
+# By dimensions: points a side while the grid looks for its place, then finer and finer; of the grid over the prior; and
+# half the side, in standard deviations. 6 leave out 2e-9 a dimension, and 8 nothing.
 _SEARCH = {1: 129, 2: 41, 3: 21}
 _FINER = {1: (129, 513, 2049), 2: (41, 81, 161, 321), 3: (25, 49, 97)}
 _COARSE = {1: 513, 2: 65, 3: 19}

@@ -141,8 +141,7 @@ class GuideScore:
         gap: log p(x) - ELBO = KL(q || p(z | x)), with the log p(x) common to all guides.
         pareto_k: k-hat per datum of its weights, (N,); of several guides (m N,).
         bounds: Other bounds, by name and K, such as "iwae 50".
-        intervals: 95 % intervals of "elbo", "gap" and the other bounds: over seeds of several guides, of the Monte
-            Carlo error of one (see `pyro_vae.judging.contenders`).
+        intervals: 95 % intervals of "elbo", "gap" and the other bounds (see `pyro_vae.judging.contenders`).
         num_guides: How many were pooled.
     """
 

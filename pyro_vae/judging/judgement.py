@@ -178,9 +178,8 @@ def judge(
         data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches. Held out, if the verdict is to hold for
             data that were not trained on.
         history: What `fit` returned, or a run's metrics: for overfitting, and a training that had not ended.
-        training: Data that the pair was fitted to. Remedies are fitted on the first of them (without, on half of
-            `data`), and their ELBO is set beside that of `data`.
-        budget: Seconds; more than that is not taken, and what does not fit is left out.
+        training: Data that the pair was fitted to, on which remedies are fitted (without, on half of `data`).
+        budget: Seconds; what does not fit is left out.
         num_samples: K of the estimate of log p(x) that is judged.
         num_data: How many data are looked at, at most: the first.
         observed: Which argument each observed site is, by position, as {"x": 0}, where simulated data need it.
@@ -188,9 +187,8 @@ def judge(
         device: Where the batches go; where the modules are when not given.
         progress: Show which stage is at work; None shows it on a terminal only.
         clock: Gives seconds.
-        checkpoint: A .safetensors file that gets what each stage found, and each remedy that was tried, as soon as that
-            is known. If it is there already, of the same pair, data and options, only what is missing is done, in what
-            these left of the budget; of others, it is begun anew.
+        checkpoint: A .safetensors file that gets what each stage and remedy found. Of one that is there, of the same
+            pair, data and options, only what is missing is done, in what is left of the budget.
     Returns:
         What each stage found, verdict and protocol.
     Raises:
@@ -236,8 +234,7 @@ def judge(
 
 def _examined(pair: Examination, run: Sweep) -> Stages:
     """All stages, one after the other."""
-    # Imports, and first runs, are slow on a busy machine, and no fault of the first stage. What a pair does not allow,
-    # the stages say.
+    # Imports, and first runs, are slow on a busy machine, and no fault of the first stage.
     with contextlib.suppress(OutOfTime, Exception), pair.budget.piece():
         log_likelihood(pair.model, pair.guide, pair.part(0, 2), num_samples=25, method="importance", **pair.options)
     stages = Stages()

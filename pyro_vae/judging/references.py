@@ -217,8 +217,7 @@ def _ess(split: Tensor) -> Tensor:
     variance = covariance[0] + (split.mean(1).var(0) if chains > 1 else 0)
     rho = 1 - (within - covariance) / variance
     rho[0] = 1.0
-    # Sums of neighbouring pairs are positive and decrease for a reversible chain. The sum goes on up to the first
-    # that is not, of which the even half may still count.
+    # Sums of neighbouring pairs decrease for a reversible chain, up to the first that is not positive.
     last = max(-(-(count - 2) // 2) - 1, 0)
     pairs = rho[: 2 * last + 2].reshape(last + 1, 2, size).sum(1)
     positive = (pairs > 0).long().cumprod(0)

@@ -266,8 +266,7 @@ def sweep(
         validate: Whether Pyro looks at all values, and raises where a trajectory leaves the numbers.
         device: Where the batches go; where the modules are when not given.
         seed: Of the noise of each batch by its number, and of what the data draw (`one_draw`, `NoiseOfData`): all
-            sweeps of one seed are over the same numbers. None goes on with the random states; of several processes
-            the first draws one.
+            sweeps of one seed are over the same numbers. None goes on with the random states.
         progress: Show a bar; None shows it on a terminal only.
         title: Of the bar.
     Raises:

@@ -129,10 +129,9 @@ def khat_ok(pareto_k: Tensor, num_samples: int) -> float:
 
 
 def pareto_k(log_weight: Tensor) -> Tensor:
-    """Shape k of the generalised Pareto tail of each datum's weights.
+    """Shape k of the generalised Pareto tail of each datum's weights, which have finite moments up to order 1/k.
 
-    The weights have finite moments up to order 1/k: below 0.5 their variance is finite; up to `khat_limit` the estimate
-    is usable; above it the guide misses mass of the posterior, and the error estimate itself is too small.
+    Up to `khat_limit` the estimate is usable; above it the guide misses mass, and the error estimate is too small.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
@@ -149,8 +148,7 @@ def pareto_k(log_weight: Tensor) -> Tensor:
 def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Log weights whose largest are replaced by the quantiles of their fitted Pareto tail, and k-hat.
 
-    Smoothing trades a little bias for much variance where single weights dominate. The smoothed weights keep the scale
-    of the raw ones, and none exceeds the largest of them.
+    The smoothed weights keep the scale of the raw ones, and none exceeds the largest of them.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
@@ -198,8 +196,7 @@ def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
             smooth, k = arviz.psislw(log_weight)
         else:
-            # Unlike ArviZ 0.x it takes log likelihoods, whose negatives are its log weights. What comes out says
-            # whether that is still so.
+            # Unlike ArviZ 0.x it takes log likelihoods, the negatives of its log weights, if that is still so.
             smooth, k = array_stats.psislw(-log_weight, axis=-1)
             if smooth[0, log_weight[0].argmax()] < smooth[0, log_weight[0].argmin()]:
                 smooth, k = array_stats.psislw(log_weight, axis=-1)
