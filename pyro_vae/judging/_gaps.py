@@ -26,7 +26,7 @@ from pyro_vae.inference.trees import at, joined
 from pyro_vae.judging.climbs import Climb, climbed, optimise
 from pyro_vae.judging.local import LocalForm, Unscaled, by_name, family_form, family_of, is_guide, local_form
 from pyro_vae.judging.quotes import aligned
-from pyro_vae.judging.results import Mean, Result, at_least, one_of, row
+from pyro_vae.judging.results import Mean, Result, at_least, gap_bar, one_of, row
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.judging.weights import Scored, khat_ok, pool, rescores, score
 from pyro_vae.options import of_pair
@@ -93,14 +93,10 @@ class Gaps(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The gaps of each family as stacked bars, a figure."""
-        bars: list[dict[str, Any]] = []
-        for name, family in self.families.items():
-            parts = {"approximation": family.approximation, "amortization": family.amortization}
-            if family.approximation is None or family.amortization is None:
-                parts = {"total": family.inference or family.approximation}
-            known = {key: part for key, part in parts.items() if part is not None}
-            bars.append({"guide": name} | {key: part.value for key, part in known.items()}
-                        | {f"{key}_stderr": part.mc_stderr for key, part in known.items()})  # fmt: skip
+        bars = [
+            gap_bar(name, (one.approximation, one.amortization), one.inference or one.approximation)
+            for name, one in self.families.items()
+        ]
         return plots.gap_bars([bar for bar in bars if len(bar) > 1], ax)
 
     def __str__(self) -> str:

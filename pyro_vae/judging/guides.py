@@ -22,7 +22,7 @@ from pyro_vae.inference.training import History, fit
 from pyro_vae.inference.trees import joined
 from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, interval, pooled
 from pyro_vae.judging.quotes import aligned, latex
-from pyro_vae.judging.results import Mean, Result, known, row
+from pyro_vae.judging.results import Mean, Result, gap_bar, known, row
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.judging.weights import Scored, khat_ok, pool, rescores, score
 from pyro_vae.options import of_model, of_pair
@@ -190,10 +190,7 @@ class Comparison(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The gap of each guide, as a figure, or drawn into `ax`."""
-        gaps = {name: one.gap for name, one in self.scores.items()}
-        return plots.gap_bars(
-            [{"guide": n, "total": gap.value, "total_stderr": gap.mc_stderr} for n, gap in gaps.items()], ax
-        )
+        return plots.gap_bars([gap_bar(name, (None, None), one.gap) for name, one in self.scores.items()], ax)
 
     def to_latex(self) -> str:
         """What is printed, in LaTeX with the rules of booktabs."""

@@ -39,7 +39,7 @@ from pyro_vae.judging.examinations import (
 )
 from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.remedies import examine_remedy
-from pyro_vae.judging.results import Result, at_least, plain
+from pyro_vae.judging.results import Result, at_least, gap_bar, plain
 from pyro_vae.judging.stages import Stages
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.trials import Stage
@@ -98,12 +98,9 @@ class Judgement(Result):
     def plot(self, ax: Any = None) -> Any:
         """What the guide loses, split where that is known; else the estimate of log p(x) against K, as a figure."""
         gaps, bounds = self.stages.gaps, self.stages.bounds
-        parts = {"approximation": gaps.approximation, "amortization": gaps.amortization}
-        if not gaps.split:
-            parts = {"total": gaps.inference}
         if gaps.inference.known:
-            row = {"guide": "guide"} | {name: part.value for name, part in parts.items()}
-            return plots.gap_bars([row | {f"{n}_stderr": p.mc_stderr for n, p in parts.items()}], ax)
+            parts = (gaps.approximation, gaps.amortization) if gaps.split else (None, None)
+            return plots.gap_bars([gap_bar("guide", parts, gaps.inference)], ax)
         if bounds.done:
             name, errors = "importance-weighted bound", bounds.curve_mc_stderr
             return plots.bounds_by_samples(bounds.curve_samples, {name: bounds.curve}, {name: errors}, ax=ax)

@@ -22,7 +22,7 @@ from pyro_vae.plots._canvas import (
     GREY,
     INCHES,
     LIGHT,
-    MIDDLE,
+    ORANGE,
     Numbers,
     array,
     axes_of,
@@ -103,7 +103,7 @@ def bracket(
     else:
         (figure, above), below = axes_of(ax, INCHES, 3.2), None
     above.vlines(place, low[order], high[order], color=DARK, lw=2.2, label="bracket")
-    bounds = ((low, lower_stderr, "^", DARK, "lower bound"), (high, upper_stderr, "v", MIDDLE, "upper bound"))
+    bounds = ((low, lower_stderr, "^", DARK, "lower bound"), (high, upper_stderr, "v", ORANGE, "upper bound"))
     for values, error, marker, colour, name in bounds:
         above.plot(place, values[order], marker, color=colour, ms=4, alpha=0.8, label=name)
         if error is not None:
@@ -123,7 +123,7 @@ def bracket(
     mean = float(np.nanmean(width))
     spread = float(np.nanstd(width, ddof=1) / len(width) ** 0.5) if len(width) > 1 else np.nan
     below.axhline(0, color=GREY, lw=0.8)
-    below.axhline(mean, color=MIDDLE, lw=1.2, ls="--")
+    below.axhline(mean, color=ORANGE, lw=1.2, ls="--")
     label_axes(below, "above lower (nats)", "Width of the bracket", "datum, by lower bound")
     below.set_title(f"mean {number(mean, 3)} ± {spread:.3f} nats", loc="right", fontsize=9)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -219,7 +219,7 @@ def khat_against_log_p(
     else:
         figure, axes = axes_of(ax, INCHES, 4.0)
     height = np.where(np.isfinite(k), k, floor + pad / 2)
-    poor: dict[str, Any] = {"s": 26, "marker": "^", "color": MIDDLE, "edgecolors": "black", "lw": 0.4}
+    poor: dict[str, Any] = {"s": 26, "marker": "^", "color": ORANGE, "edgecolors": "black", "lw": 0.4}
     marks: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
         (np.isfinite(k) & (k <= limit), "reliable", {"s": 16, "color": DARK, "alpha": 0.7, "lw": 0}),
         (np.isfinite(k) & (k > limit), "unreliable", poor),

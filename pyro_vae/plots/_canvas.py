@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
-DARK, MIDDLE, LIGHT = "#1a4480", "#dd6b20", "#f6b26b"
-STYLES = (("o", "-", DARK), ("s", "--", MIDDLE), ("^", "-.", "#4a5568"), ("D", ":", "#2f855a"), ("v", "--", "#97266d"))
+DARK, LIGHT = "#1a4480", "#f6b26b"
+STYLES = (("o", "-", DARK), ("s", "--", ORANGE), ("^", "-.", "#4a5568"), ("D", ":", "#2f855a"), ("v", "--", "#97266d"))
 # Of classes: Okabe and Ito's, which the colour-blind tell apart; after eight of them another shape, as in `explore`.
 CLASSES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a7a00", "#333333")
 SHAPES = ("o", "^", "s")

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae.plots._canvas import (
     DARK,
     GREY,
-    MIDDLE,
+    ORANGE,
     array,
     axes_of,
     label_axes,
@@ -210,7 +210,7 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
         look: dict[str, Any] = {"color": "#cbd9ea", "edgecolor": DARK, "lw": 0.4, "label": "q(z), the data"}
         axes.hist(array(z[:, d]), edges.tolist(), density=True, **look)
         across, height = _marginal(prior, drawn[:, d], d, edges)
-        axes.plot(across, height, color=MIDDLE, lw=1.6, label="p(z), the prior")
+        axes.plot(across, height, color=ORANGE, lw=1.6, label="p(z), the prior")
         axes.set_title(f"z{d + 1}", fontsize=9)
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
