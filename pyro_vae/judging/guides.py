@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_vae import plots
 from pyro_vae.evaluation import at_rest, unmoved
+from pyro_vae.inference.capture import leaves_of
 from pyro_vae.inference.training import History, fit
 from pyro_vae.inference.trees import joined
 from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, interval, pooled
@@ -116,19 +117,12 @@ def _frozen_parts(module: nn.Module) -> list[nn.Module]:
     return [module] if flags and not any(flags) else [part for c in module.children() for part in _frozen_parts(c)]
 
 
-def _leaves(model: Program, args: tuple[Any, ...]) -> list[Tensor]:
+def _leaves(model: Program, args: tuple[Any, ...]) -> Iterable[Tensor]:
     """The tensors with gradients that a model's log density is computed from."""
     with torch.enable_grad():
         trace = poutine.trace(model).get_trace(*args)
-        total = sum(site["fn"].log_prob(site["value"]).sum() for site in sample_sites(trace))
-    seen: set[Any] = {None}
-    stack: list[Any] = [getattr(total, "grad_fn", None)]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(earlier for earlier, _ in node.next_functions)
-    return list({id(node.variable): node.variable for node in seen if hasattr(node, "variable")}.values())
+        scores = [site["fn"].log_prob(site["value"]).sum() for site in sample_sites(trace)]
+        return leaves_of(sum(scores, torch.zeros(())))
 
 
 @dataclass(frozen=True)

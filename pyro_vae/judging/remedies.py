@@ -280,25 +280,22 @@ def _widened(guide: Any, args: tuple[Any, ...]) -> Any:
     return result
 
 
-def _of_family(family: Any) -> Callable[[Any, tuple[Any, ...]], Any]:
-    def made(guide: Any, args: tuple[Any, ...]) -> Any:
-        """A copy of a guide of another family, with its encoder, its means and its scales."""
-        result = copy.deepcopy(guide)
-        old = result.posterior
-        new = family(old.encoder, old.latent_dim, features=old.head.in_features).to(old.head.weight)
-        with torch.no_grad():
-            both = min(2 * old.latent_dim, old.head.out_features)
-            new.head.weight[:both] = old.head.weight[:both]
-            if old.head.bias is not None:
-                new.head.bias[:both] = old.head.bias[:both]
-        result.posterior = new
-        return result
-
-    return made
+def _of_family(family: Any, guide: Any, args: tuple[Any, ...]) -> Any:
+    """A copy of a guide of another family, with its encoder, its means and its scales."""
+    result = copy.deepcopy(guide)
+    old = result.posterior
+    new = family(old.encoder, old.latent_dim, features=old.head.in_features).to(old.head.weight)
+    with torch.no_grad():
+        both = min(2 * old.latent_dim, old.head.out_features)
+        new.head.weight[:both] = old.head.weight[:both]
+        if old.head.bias is not None:
+            new.head.bias[:both] = old.head.bias[:both]
+    result.posterior = new
+    return result
 
 
 _MADE: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {
     "train": lambda guide, _: copy.deepcopy(guide),
     "wider": _widened,
-    **{name: _of_family(family) for name, family in _FAMILIES.items()},
+    **{name: functools.partial(_of_family, family) for name, family in _FAMILIES.items()},
 }
