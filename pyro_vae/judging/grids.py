@@ -160,8 +160,6 @@ def on_grids(pair: Pair, num_points: int | None = None, width: float | None = No
         again = _fitted(_at(pair, missed), *far.moments(), far, search, levels, reach, refinements)
         for old, new in zip(found, again, strict=True):
             old[missed] = new
-    if num_points:
-        return found
     for level in levels[1:]:
         rough = ~(found.error <= _tolerance(pair, found.log_evidence))
         if not bool(rough.any()):
