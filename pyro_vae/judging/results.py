@@ -266,12 +266,12 @@ def known(kind: str, name: str, among: Mapping[str, R]) -> R:
     return among[name]
 
 
-def gap_bar(guide: str, parts: tuple[Any, Any], total: Any) -> dict[str, Any]:
+def gap_bar(name: str, parts: tuple[Any, Any], total: Any) -> dict[str, Any]:
     """A row of `plots.gap_bars`: approximation and amortization gap, or the total where one of them is None."""
     numbers = {"total": total} if None in parts else dict(zip(("approximation", "amortization"), parts, strict=True))
-    known = {name: number for name, number in numbers.items() if number is not None}
-    values = {name: number.value for name, number in known.items()}
-    return {"guide": guide} | values | {f"{name}_stderr": number.mc_stderr for name, number in known.items()}
+    known = {part: number for part, number in numbers.items() if number is not None}
+    values = {part: number.value for part, number in known.items()}
+    return {"guide": name} | values | {f"{part}_stderr": number.mc_stderr for part, number in known.items()}
 
 
 def table(**columns: Any) -> list[dict[str, Any]]:
