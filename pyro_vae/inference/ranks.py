@@ -313,6 +313,8 @@ def gathered(value: Any, failed: str = "") -> list[Any]:
         KeyboardInterrupt: One of them was interrupted.
     """
     rank, size = world()
+    if size == 1:
+        return [value]
     found: list[Any] = [None] * size
     try:
         dist.all_gather_object(found, (failed, value))
