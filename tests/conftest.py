@@ -15,7 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch, which is imported la
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "pictures: looks at files of pictures, so they are drawn; elsewhere they are blank")
+    config.addinivalue_line(
+        "markers", "pictures: looks at files of pictures, so they are drawn; elsewhere they are blank"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

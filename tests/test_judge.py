@@ -21,9 +21,9 @@ from pyro_vae.app.commands import judge_run
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import resolve
 from pyro_vae.inference.training import fit
+from pyro_vae.judging import judgement
 from pyro_vae.judging._calibration import calibration
 from pyro_vae.judging.advice import Finding, commands
-from pyro_vae.judging import judgement
 from pyro_vae.judging.curves import records_of, trend
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.judgement import Judgement, judge
