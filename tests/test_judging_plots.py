@@ -159,6 +159,11 @@ def test_a_picture_is_written(tmp_path):
     assert (tmp_path / "gaps.png").stat().st_size > 5000
 
 
+def test_where_no_test_looks_at_it_a_picture_is_blank(tmp_path):
+    report.save(plots.gap_bars(rows()), tmp_path / "gaps.png")
+    assert (tmp_path / "gaps.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "gaps.png").stat().st_size < 1000
+
+
 ARMS = [f"{family}, {bound}" for family in ("diagonal", "low-rank", "von-mises-fisher") for bound in ("elbo", "iwae")]
 ROWS = [
     {"arm": arm, "rank": i, "seconds": 10.0 + i / 100, "log_p": -23 - i / 100, "elbo": -24.0, "mc_stderr": 0.01,
