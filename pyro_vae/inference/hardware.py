@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import functools
 import platform
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,19 +58,44 @@ def check_precision(name: str | None) -> None:
         raise ValueError(f"unknown matmul_precision {name!r}, wanted one of {', '.join(PRECISIONS)}.")
     if name == "bfloat16" and not multiplies_bfloat16():
         raise ValueError(
-            'got matmul_precision="bfloat16" on a CPU that has no instructions for it (AVX512-BF16 or AMX): its '
-            'products are done piece by piece, about ten times slower than in float32. Pass "medium", which is fast on '
-            "any CPU."
+            'got matmul_precision="bfloat16" on a CPU that has no instructions for it (AVX512-BF16 or AMX), or whose '
+            "libraries may not use them (ONEDNN_MAX_CPU_ISA): products are done piece by piece, about ten times slower "
+            'than in float32. Pass "medium", which is fast on any CPU.'
         )
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the products here have instructions for bfloat16: on a GPU, or by this CPU (AVX512-BF16, AMX, SVE)."""
+    """Whether bfloat16 is worth it here: on a GPU, or on a CPU that has instructions for it (AVX512-BF16, AMX, SVE).
+
+    A CPU is not asked by its flags alone: a library may have been told to leave instructions out (ONEDNN_MAX_CPU_ISA).
+    """
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return True
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True  # what others have is not known here, and ARM has had them since 2019
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return False
+    return _products_in_bfloat16_are_fast()
+
+
+@functools.cache
+def _products_in_bfloat16_are_fast() -> bool:
+    """Whether they take about the time of float32 at most: half of it by instructions, six to eighty times without.
+
+    On one thread and by its own time, the fastest of many in turn: others may be at work on the machine.
+    """
+    times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for kind, taken in [*times.items()] * 6:
+                a = torch.ones(256, 256, dtype=kind)
+                start = time.thread_time()
+                torch.mm(a, a)
+                taken.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times[torch.bfloat16]) < 1.5 * min(times[torch.float32])
 
 
 def bfloat16_active() -> bool:
