@@ -43,7 +43,7 @@ from pyro_vae.inference.columns import (
 from pyro_vae.inference.datacheck import DataCheck
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.supports import rules
-from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
+from pyro_vae.inference.trees import Path, described, leaves, mapped, moved, rows
 from pyro_vae.sites import unwrapped
 from pyro_vae.tensors import tensor_of
 from pyro_vae.traces import Program, draw
@@ -715,7 +715,7 @@ class Batches:
     def _placed(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.device is None:
             return batch
-        return mapped(lambda _, x: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x, batch)
+        return moved(batch, self.device, non_blocking=True)
 
     def _move_in(self, device: torch.device) -> None:
         """Keep the data on the GPU where they take little of it: batches are then chosen and drawn there."""

@@ -7,15 +7,11 @@ the gradient of datum i, it is
 
     sum_r G_r / s_r = sum_i g_i,        times the scale that one process would have with all B = sum_r B_r rows,
 
-so that the step is that of one process with the whole batch, however uneven the shares are. A share without rows takes
-part with zeros. What compares the data of a batch with each other (the regularizers mmd and total_correlation, batch
-normalisation) sees those of its process.
+so that the step is that of one process with the whole batch, however uneven the shares are. What compares the data of a
+batch with each other (the regularizers mmd and total_correlation, batch normalisation) sees those of its process.
 
 Every message has the same length and holds, beside the gradients, a table of numbers of each rank: its rows, whether it
-was asked to stop, whether it failed. So a rank that fails or is interrupted says so in the message that the others wait
-for, and none of them hangs.
-
-An evaluation has each rank run its share of the batches, and then all of them hear what the others found (`gathered`).
+was asked to stop, whether it failed. So none of them hangs where one fails or is interrupted.
 """
 
 from __future__ import annotations
@@ -30,6 +26,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from pyro_vae.inference.trees import moved
 
 _NUMBERS = 8  # of each rank, in a message
 _FAILED, _STOP, _ROWS, _FULL, _FIRST = range(5)
@@ -94,7 +92,7 @@ class Ranks:
 
     def resumed(self, found: Any) -> Any:
         """What the first process read of a checkpoint, in all of them, with the tensors that it put back."""
-        told = first_says(None if found is None else mapped(found, torch.device("cpu")))
+        told = first_says(None if found is None else moved(found, "cpu"))
         for tensor in self.tensors if told is not None else ():
             _broadcast(tensor)
         return found if self.rank == 0 else told
@@ -331,15 +329,6 @@ def by_first(made: Callable[[], T]) -> T:
 def most_steps(own: int) -> int:
     """The largest of the processes' numbers of steps."""
     return max(gathered(own))
-
-
-def mapped(value: Any, device: torch.device) -> Any:
-    """Tensors in dicts and tuples, moved."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: mapped(each, device) for key, each in value.items()}
-    return tuple(mapped(each, device) for each in value) if isinstance(value, tuple) else value
 
 
 def check_same(settings: Mapping[str, Any]) -> None:
