@@ -4,13 +4,10 @@ With w_k = p(x, z_k) / q(z_k | x) and z_k ~ q(z | x),
 
     log p(x) = E log w + KL(q(z | x) || p(z | x)),
 
-so the ELBO, E log w, is short of the evidence by exactly the divergence between the
-guide and the true posterior. Averaging weights instead of log weights shrinks it, and
-most bounds here are generalised means of the weights, log M(w_1, ..., w_K), in between.
+so the ELBO, E log w, is short of the evidence by that divergence. Averaging weights instead of log weights shrinks it.
 
-A bound that is a function of the log weights alone is a `WeightBound`: beside its value
-it knows two derivatives, from which `pyro_vae.inference.estimators` makes every
-gradient estimator,
+A bound that is a function of the log weights alone is a `WeightBound`: beside its value it knows two derivatives, from
+which `pyro_vae.inference.estimators` makes every gradient estimator,
 
     g_k = d L / d log w_k      and      c_k = g_k - d g_k / d log w_k
 

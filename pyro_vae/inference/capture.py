@@ -1,19 +1,9 @@
 """One step of inference as one graph of tensor operations.
 
-A loss runs the guide, the model and autograd through many layers of Python, and at the
-end of it all calls the same few hundred tensor operations in every step. A capture runs
-the loss once, for real, and writes these operations down as they pass, below Pyro's
-handlers and below autograd (``torch.fx.experimental.proxy_tensor.make_fx``); replaying
-the list costs neither, and Inductor can fuse it.
-
-What the list must not freeze becomes an input of the graph:
-
-* tensors that the operations read (parameters, buffers, a 0-dim tensor that holds an
-  annealing weight) are inputs by reference, whoever owns them;
-* noise whose shape is known is drawn eagerly before the graph runs, in the order of the
-  programs, so that a seeded replay draws what the programs would have drawn.
-
-What stays fixed is everything in Python: branches taken, numbers, shapes.
+A capture runs the loss once, for real, and writes its operations down as they pass, below Pyro's handlers and below
+autograd (``torch.fx.experimental.proxy_tensor.make_fx``). Tensors that they read (parameters, buffers, an annealing
+weight) become inputs by reference; noise whose shape is known is drawn eagerly before the graph runs, in the order of
+the programs. Everything in Python stays fixed: branches taken, numbers, shapes.
 """
 
 from __future__ import annotations

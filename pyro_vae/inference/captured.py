@@ -1,13 +1,9 @@
 """What runs many times, captured: seen once as it is, written down, replayed, checked, or left as it is with one line.
 
-`Captured` is the one state machine of it, under a loss (`compiled`) and under any other function
-(`replays`). The first call of a kind is the programs' own. The second is written down (see
-`pyro_vae.inference.capture`) if the first has changed nothing that the programs read; all later ones
-are replays, of which the first, the 10th, the 100th ... are computed both ways from the same noise.
-
-A graph holds as long as what the programs read in Python is as it was. `Watched` is that:
-what `pyro_vae.reach` finds, and the param store. Where it finds something that it cannot
-compare later, the programs are *unproven*: captured only where asked for, and compared every `check_every` replays.
+The first call of a kind is the programs' own. The second is written down (see `pyro_vae.inference.capture`) if the first
+has changed nothing that the programs read; all later ones are replays, of which the first, the 10th, the 100th ... are
+computed both ways from the same noise. Where programs read something that cannot be compared later, they are
+*unproven*: captured only where asked for, and compared every `check_every` replays.
 """
 
 from __future__ import annotations

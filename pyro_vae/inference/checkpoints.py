@@ -1,11 +1,8 @@
 """A fit that can be broken off and taken up again, to the bit.
 
-After each epoch the whole state of a fit goes to one safetensors file: the tensors of
-model and guide, the optimiser's moments for each of them, the random state, the best
-weights so far, and (as JSON in the header) the history. Tensors are stored by name,
-since the order in which Pyro hands parameters over differs between processes. The file
-is replaced atomically and carries a digest; the one before it is kept beside it and taken
-where it is damaged. Reading runs no code.
+Tensors are stored by name, since the order in which Pyro hands parameters over differs between processes. The file is
+replaced atomically and carries a digest; the one before it is kept beside it and taken where it is damaged. Reading
+runs no code.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What people hold their data in, as columns: a length, and rows by an index tensor.
 
-A column has N rows, and ``column[index]`` is a batch of them: a tensor (B, ...), or a dict or tuple of such. Tensors
-are columns as they are; all else is wrapped by `column`, and nothing is converted before its rows are asked for, so a
-memory map or a sparse matrix is never copied whole.
+A column has N rows, and ``column[index]`` is a batch of them: a tensor (B, ...), or a dict or tuple of such. Nothing is
+converted before its rows are asked for, so a memory map or a sparse matrix is never copied whole.
 """
 
 from __future__ import annotations

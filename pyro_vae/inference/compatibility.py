@@ -1,9 +1,7 @@
 """What does not go together is refused before training, with the reason and a remedy.
 
-A combination that trains in silence to a meaningless number is worse than one that
-fails. The rules are one table: each is a function of a
-`Case` (the pair, one batch, the loss, and what one run of the pair showed) to a reason, or
-None. Notes are what is allowed and should be known.
+The rules are one table: each is a function of a `Case` to a reason, or None. Notes are what is allowed and should be
+known.
 """
 
 from __future__ import annotations

@@ -1,14 +1,7 @@
-"""A loss that compiles: any Pyro ELBO, captured once and replayed without Pyro.
+"""A loss that compiles: any Pyro ELBO, captured once and replayed without Pyro (see `pyro_vae.inference.captured`).
 
-`Compiled` is a ``pyro.infer.ELBO`` around another. Its first step of a kind is the
-other's own. From the second on it replays a graph of tensor operations (see
-`pyro_vae.inference.captured`), which Inductor compiles once that has proved worth it.
-Where a pair cannot be captured the steps go on as they were, with one line that says why.
-
-A graph is used as long as what it rests on is as it was: the programs; shapes, types and
-devices of arguments and of the tensors that are read; which of them train; and every
-place in Python that programs and loss can read (see `pyro_vae.reach`): attributes, items of
-containers, cells of closures, globals.
+A graph is used as long as what it rests on is as it was: the programs; shapes, types and devices of arguments and of the
+tensors that are read; which of them train; and every place in Python that programs and loss can read.
 """
 
 from __future__ import annotations

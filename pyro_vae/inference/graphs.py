@@ -1,8 +1,4 @@
-"""What is done to a captured graph before it is replayed: inputs for what must not be frozen, and nothing superfluous.
-
-The functions change a ``torch.fx.Graph`` in place, as `pyro_vae.inference.capture` wrote it down. `CudaGraph`
-plays the launches of the result back.
-"""
+"""What is done to a captured ``torch.fx.Graph``, in place, before it is replayed; and its launches played back."""
 
 from __future__ import annotations
 

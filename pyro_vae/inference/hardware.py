@@ -1,13 +1,9 @@
 """What of the machine a computation uses: the precision of matrix products, and memory.
 
-Three settings are torch's own (``torch.set_float32_matmul_precision``): "highest", "high"
-and "medium" take float32 and give float32, by faster kernels where the hardware has them.
-"bfloat16" rounds what goes into the linear and convolutional layers to 8 significant bits,
-in the forward and in the backward pass, and is two to four times as fast where the
-hardware multiplies them; a CPU that has no instructions for it is ten times slower than in
-float32, and refused. Everything else, every log-probability included, stays in
-float32: a layer's result is float32 again, its bias is added there, and parameters, moments
-and updates are float32 throughout, so that no loss scaling is needed.
+"highest", "high" and "medium" are torch's own (``torch.set_float32_matmul_precision``). "bfloat16" rounds what goes into
+the linear and convolutional layers to 8 significant bits, in the forward and in the backward pass, and is two to four
+times as fast where the hardware multiplies them. All else, every log-probability included, stays in float32, so that no
+loss scaling is needed.
 """
 
 from __future__ import annotations

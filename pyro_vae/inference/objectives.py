@@ -1,9 +1,4 @@
-"""Objectives: a bound turned into a loss that ``pyro.infer.SVI`` minimises.
-
-An `Objective` is a ``pyro.infer.ELBO``. It draws the particles, applies the bound per
-datum, and sums. What it reports is always the bound; estimators, tempering and
-regularizers change only what is differentiated.
-"""
+"""Objectives: a bound turned into a loss that ``pyro.infer.SVI`` minimises."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """One optimiser step for all parameters, behind Pyro's optimiser interface.
 
-``pyro.optim.PyroOptim`` keeps one torch optimiser per tensor, so that no fused kernel
-can run and clipping is per tensor. `Fused` keeps one for all, and ``pyro.infer.SVI``
-drives it just the same. Its state is kept by the parameters' names, as Pyro's is, and
-read without running code.
+``pyro.optim.PyroOptim`` keeps one torch optimiser per tensor, so that no fused kernel can run and clipping is per
+tensor. `Fused` keeps one for all. Its state is kept by the parameters' names, as Pyro's is.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@ subsampling), times whatever ``poutine.scale`` was put around the pair. What is 
 
     loss per datum = loss / (scale * B).
 
-B is the size of the data plate, whatever the batch is made of, and the scale is that which model and
-guide have in common: that of the plate and, where all sites carry it, that of ``poutine.scale``. A factor
-on some sites only (annealing of the divergence, a weight of the likelihood) is part of what is
-minimised and no unit of it. Latents outside the data plate (weights of a Bayesian network, say) count once in
-a loss, and their share is spread over the data: at a scale of N / B, a pass reports the loss of all N data over N.
+The scale is that which model and guide have in common: that of the plate and, where all sites carry it, that of
+``poutine.scale``. A factor on some sites only (annealing, say) is part of what is minimised and no unit of it. Latents
+outside the data plate count once in a loss: at a scale of N / B, a pass reports the loss of all N data over N.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """One run of a pair that leaves no trace: what it observes, what it is made of, or why it fails.
 
-Modules run in evaluation mode, whoever owns them; random states, the parameter store and the mode of every module are
-put back.
-
-`diagnosis` says where a loss that is not finite came from, log p(x | z) + log p(z) - log q(z | x), summed: the pair is
-run again on the batch, and the first of its densities that is not finite is named with its rows, in the order in which
-numbers reach it: the data, q, the draws, the prior, the likelihood. A parameter that is not finite is older than all.
+`diagnosis` says where a loss that is not finite came from: the pair is run again on the batch, and the first of its
+densities that is not finite is named with its rows, in the order in which numbers reach it: the data, q, the draws, the
+prior, the likelihood. A parameter that is not finite is older than all.
 """
 
 from __future__ import annotations

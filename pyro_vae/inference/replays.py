@@ -1,13 +1,7 @@
 """A function of tensors that runs many times: captured once, replayed without Pyro, compiled where that pays.
 
-What `Compiled` is for a loss, `Replayed` is for anything that evaluates a pair of programs
-again and again on tensors of the same shapes: a chunk of importance weights, a Markov
-chain's move. Both are `pyro_vae.inference.captured.Captured`: a replay draws the noise that the function
-would have drawn, and reads parameters as they are.
-
-A function is captured if enough calls lie ahead. Inductor compiles the graph when the time that
-the replays take says that the calls ahead will pay for it. A function that cannot be captured
-runs on as it is, and `Replayed.reason` says why.
+What `Compiled` is for a loss, `Replayed` is for anything that evaluates a pair of programs again and again on tensors of
+the same shapes: a chunk of importance weights, a Markov chain's move.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A captured graph with fewer calls, for a replay without a compiler: the same numbers, to the bit.
 
-What make_fx writes down holds much that a compiler would drop: views of views, products with one, the same quotient
-in the forward and in the backward pass, all that is made of ``ones_like`` alone. Each costs a few microseconds, which
-is most of a small network's step. `simplified` goes through a copy of the graph once and
+Each call costs a few microseconds, which is most of a small network's step. `simplified` goes through a copy of the
+graph once and
 
 * skips what gives its argument back (alias, x * 1, x / 1, x - 0, x ** 1, -(-x), a view of the same shape, t of t, ...),
 * takes what was computed before from the same arguments,

@@ -1,10 +1,7 @@
 """Objectives under which model and guide follow different functions of the weights.
 
-The model should always climb towards log p(x), and a tight bound is best for it. The
-guide need not: a looser bound may give it a clearer signal (`piwae`), it may fit
-itself to the posterior's samples instead of maximising any bound (`wake_sleep`), or
-it may lower an upper bound (`cubo`), which the model must not do, since it would lower
-p(x). What is reported is one number in every case.
+The model climbs a tight bound. For the guide a looser one may give a clearer signal (`piwae`), it may fit itself to the
+posterior's samples (`wake_sleep`), or lower an upper bound (`cubo`), by which the model would lower p(x).
 """
 
 from __future__ import annotations

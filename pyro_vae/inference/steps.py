@@ -1,14 +1,8 @@
 """Steps as a captured graph sees them: one call of a loss, and the training step around it.
 
-What a step does between two batches (choose rows, binarise them, Pyro, autograd, Adam) is
-the same in every step. Where all of it can be captured, it is; where some cannot (a batch
-that is made by Python, an optimiser that is not Adam), the rest still is, and that part
-runs as it did.
-
-Rows are chosen and binarised inside the graph on a GPU only, where every kernel that is
-launched from Python costs. On a CPU the compiler would draw each pixel again in every
-operation that reads it, without vector instructions: for 50 particles that takes three
-times as long as the rest of the likelihood.
+Where some of a step cannot be captured (a batch that is made by Python, an optimiser that is not Adam), the rest still
+is. Rows are chosen and binarised inside the graph on a GPU only: on a CPU the compiler would draw each pixel again in
+every operation that reads it, which for 50 particles takes three times as long as the rest of the likelihood.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
     beta_t (log q(z | x) - log p(z)),   t = 0, 1, ... the steps
 
-rises from nearly 0 to its last value over the first epochs or steps (Bowman et al. 2016,
-arXiv:1511.06349), or follows a function of the fraction of steps done, as in cyclical
-annealing (Fu et al. 2019, arXiv:1903.10145). The likelihood keeps its weight of 1.
+rises from nearly 0 over the first epochs or steps (Bowman et al. 2016, arXiv:1511.06349), or follows a function of the
+fraction of steps done, as in cyclical annealing (Fu et al. 2019, arXiv:1903.10145).
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Parts by name: what a command line, a configuration or a saved architecture calls them.
 
-The two tables are the only place where a part is registered, by one line: a name, and where it lies. What else is to
-be known of it stands on the part (see `pyro_vae.protocols`).
-
-A name of our own stands for a class of this package. Anything else has the form ``module:Class`` and is imported, which
-runs that module's code: so a file never gets one imported unless its reader trusts it by name.
+The two tables are the only place where a part is registered, by one line; what else is to be known of it stands on the
+part (see `pyro_vae.protocols`). Anything else has the form ``module:Class`` and is imported, which runs that module's
+code: so a file never gets one imported unless its reader trusts it by name.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """Columns on scales of their own: what the networks of a pair see of them, while its densities stay those of x.
 
-A table holds ages, incomes and flags: numbers of which some are a million times the others. Networks start for numbers
-of size one, so the guide is shown u = (x - m) / s and the likelihood is one of u, with m and s the mean and the
-standard deviation of each column of the training data. By the change of variables
-
-    log p(x | z) = log p(u | z) - sum_d log s_d
-
-which the likelihood itself accounts for: every bound, estimate and sample of the pair is of x.
+Networks start for numbers of size one, so the guide is shown u = (x - m) / s and the likelihood is one of u. The
+change of variables, log p(x | z) = log p(u | z) - sum_d log s_d, is the likelihood's: every bound, estimate and sample
+of the pair is of x.
 """
 
 from __future__ import annotations

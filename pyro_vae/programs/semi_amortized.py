@@ -1,20 +1,15 @@
 """Guides that finish what the encoder began, by gradient steps for each datum.
 
-An encoder has to give good parameters lambda(x) for every x at once, and what it misses
-is the amortization gap. A few steps on each datum's own ELBO close most of it:
-
     lambda_0 = encoder(x),   lambda_{t+1} = lambda_t + e * grad ELBO(x; lambda_t)
 
-The parameters are those of the distributions at the guide's sites, without constraints (log sigma, the Cholesky factor
-with the logarithm of its diagonal, ...), or, for a family that is not made of its parameters alone, such as a flow, all
-that its posterior's head returns. The result is again a member of the base guide's family, so whatever the base guide
-can do (score samples, an analytic KL), it can.
+The parameters are those of the distributions at the guide's sites, without constraints, or, for a family that is not
+made of its parameters alone, such as a flow, all that its posterior's head returns. The result is a member of the base
+guide's family, so whatever that can do (score samples, an analytic KL), it can.
 
-The gradients are noisy: a step of one size for all data, which one encoder needs, throws another away from its optimum.
-So the size is found by measurement, per datum. A step is tried and its ELBO compared with that before it, at common
-noise that the gradient has not seen; where it did not rise, the datum stays, and tries a shorter one next. At the end
-all that was gained is measured once more, at noise that no step has seen, and a datum whose gain is not above its
-standard error keeps the base guide's parameters.
+The size of the steps is found by measurement, per datum. A step is tried and its ELBO compared with that before it, at
+common noise that the gradient has not seen; where it did not rise, the datum stays, and tries a shorter one next. At
+the end all that was gained is measured once more, at noise that no step has seen, and a datum whose gain is not above
+its standard error keeps the base guide's parameters.
 """
 
 from __future__ import annotations

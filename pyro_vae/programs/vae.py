@@ -1,8 +1,4 @@
-"""A `Model` and a `Guide` held together, with what people expect of a VAE.
-
-Nothing in the package needs this class: it is a convenience over the two programs,
-and it can rebuild itself from a file without running code from it.
-"""
+"""A `Model` and a `Guide` held together, with what people expect of a VAE."""
 
 from __future__ import annotations
 

@@ -4,13 +4,11 @@ The density on [0, 1] proportional to p^x (1 - p)^(1 - x) is, in its logit l = l
 
     p(x; l) = exp(l x - A(l)),   A(l) = log (e^l - 1) / l = l/2 + log (sinh(l/2) / (l/2))
 
-with mean A'(l) and variance A''(l). The closed form is 0/0 at l = 0, and its derivatives lose more digits
-there the higher they are; e^l overflows at the other end. Here two branches meet at |l| = 1:
+with mean A'(l) and variance A''(l). That is 0/0 at l = 0, and e^l overflows at the other end. Here two branches, whose
+derivatives of any order keep their digits, meet at |l| = 1:
 
     |l| <= 1   l (x - 1/2) - sum_k B_2k l^2k / (2k (2k)!)      Bernoulli numbers B_2k; converges for |l| < 2 pi
     |l| > 1    l (x - [l > 0]) - log (1 - e^-|l|) / |l|
-
-each an expression whose derivatives of any order keep their digits.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-"""Grey levels: any distribution over them, and a rounded logistic.
+"""Grey levels x = v / (L - 1), v in 0, ..., L - 1: any distribution over them, and a rounded logistic.
 
-A pixel of L levels holds x = v / (L - 1) with v in 0, ..., L - 1, as `pyro_vae.data` gives 8-bit images with
-binarization="none" and no dequantisation: x = v / 255. Its distribution is discrete, so log p(x) is the log of
-a probability in nats, and bits per dimension are -log p / (dims log 2), with no correction for the scale of x
-(`bits_per_dimension(..., levels=1)`).
-
-A logistic variable y of location m and scale s, in units of levels, is rounded to the nearest level; what lies
-beyond the ends goes to the ends. With a = (v - 1/2 - m) / s and b = (v + 1/2 - m) / s,
+log p(x) is the log of a probability in nats: bits per dimension are -log p / (dims log 2), with no correction for the
+scale of x (`bits_per_dimension(..., levels=1)`). A logistic variable of location m and scale s, in units of levels, is
+rounded to the nearest level, beyond the ends to the ends. With a = (v - 1/2 - m) / s and b = (v + 1/2 - m) / s,
 
     P(v) = S(b) - S(a) = S(b) S(-a) (1 - e^-1/s),   S(t) = 1 / (1 + e^-t)
 

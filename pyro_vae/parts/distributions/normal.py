@@ -1,11 +1,9 @@
 """Correlated Gaussians that plates expand for nothing.
 
-A plate over K particles expands a batch of B Gaussians to (K, B). With torch's and Pyro's multivariate normals the
-(D, D) matrices are then expanded too, and every triangular solve works on K copies of them. Here `expand` keeps the B
-matrices and changes the batch_shape only, and the K samples become columns of B solves.
+Under a plate of K particles torch's multivariate normals expand their (D, D) matrices too, and every triangular solve
+works on K copies of them. Here `expand` keeps the B matrices, and the K samples become columns of B solves.
 
-Both families also know KL(q || p) to a factorised Gaussian p in closed form, where torch
-has none for this pair of classes, so that Pyro's ``TraceMeanField_ELBO`` integrates it:
+Both families also know KL(q || p) to a factorised Gaussian p, so that Pyro's ``TraceMeanField_ELBO`` integrates it:
 
     KL(N(m, S) || N(a, diag b^2)) = (sum_d (S_dd + (m_d - a_d)^2) / b_d^2 - D - log det S) / 2 + sum_d log b_d
 """

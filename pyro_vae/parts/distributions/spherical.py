@@ -8,32 +8,29 @@ The von Mises-Fisher distribution, with mean direction mu and concentration k > 
 
     p(z) = C_D(k) exp(k mu'z),   C_D(k) = k^(D/2 - 1) / ((2 pi)^(D/2) I_{D/2-1}(k)),
 
-depends on z through its angle a to mu only. So z = cos(a) mu + sin(a) v, with v uniform among
-the directions at right angles to mu, and a of density q(a) prop. to exp(k cos a) sin(a)^(D-2).
+depends on z through its angle a to mu only: z = cos(a) mu + sin(a) v, with v uniform among the directions at right
+angles to mu, and a of density q(a) prop. to exp(k cos a) sin(a)^(D-2).
 
-Sampling. a is drawn by Ulrich's rejection (as mended by Wood), as in Davidson et al. A loop until acceptance could not
-be captured in a graph; here a fixed number of proposals is drawn for every sample and an accepted one is taken. Each is
-accepted with probability 0.65 or more, so that none is with probability 1e-9, when the last proposal stands in.
+Sampling. a is drawn by Ulrich's rejection (as mended by Wood). A loop until acceptance could not be captured in a
+graph: an accepted one of a fixed number of proposals is taken. Each is accepted with probability 0.65 or more, so that
+none is with probability 1e-9, when the last proposal stands in.
 
-Gradients. For a parameter of a sampler with rejection Naesseth et al. add to the pathwise
-derivative a score term, E[f(z) d log(q/r)], that accounts for which proposals are accepted.
-It can be had without noise and without f. The distribution function of the accepted angle, F(a; k), is free of the
-proposals, and keeping u = F(a; k) fixed gives the angle's total derivative, path and correction in one:
+Gradients. The distribution function of the accepted angle, F(a; k), is free of the proposals. Keeping it fixed gives
+the angle's total derivative, path and correction (Naesseth et al.) in one, without noise:
 
     da/dk = -(dF/dk) / q(a) = -1/q(a) int_0^a (cos t - A) q(t) dt,   A = E[cos a]
 
-The integral has one sign, is taken from the side on which the integrand is, and is computed by quadrature to about
-1e-9. The direction mu is carried by parallel transport of v, a derivative without singular points.
+The integral is taken from the side on which the integrand is, by quadrature to about 1e-9. mu is carried by parallel
+transport of v, a derivative without singular points.
 
 Bessel functions. Poisson's integral, for a real order v >= 0 and x > 0,
 
     I_v(x) = (x / 2)^v / (sqrt(pi) Gamma(v + 1/2)) int_0^pi exp(x cos a) sin(a)^(2v) da
 
-has a positive, log-concave integrand, that of the distribution of the angle above for D = 2v + 2, about which
-everything is known: its mode, and a width of at most 1 / sqrt(x + 2v). Gauss and Legendre's rule on a window of ten
-widths about the mode is then right to about 1e-11 for all x > 0 and v up to 100, which no power series, and no
-asymptotic expansion, is. A polynomial change of variables that slows down at the ends of the window takes care of the
-branch points of sin(a)^(2v) where 2v is no integer. The moments follow from the same sum.
+has the log-concave integrand of the angle above for D = 2v + 2, with a known mode and a width of at most
+1 / sqrt(x + 2v). Gauss and Legendre's rule on ten widths about the mode is right to about 1e-11 for all x > 0 and v up
+to 100. A polynomial change of variables that slows down at the ends takes care of the branch points of sin(a)^(2v)
+where 2v is no integer. The moments follow from the same sum.
 
 Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891
     Naesseth et al., Reparameterization Gradients through Acceptance-Rejection Sampling

@@ -1,9 +1,7 @@
 """Likelihoods with independent pixels: what they have in common, and those of binary and continuous data.
 
-A learned standard deviation is a minimum plus a positive function of an unconstrained number l: exp(l) for |l| <= 15,
-where every fit of data of a sane size stays, continued by its tangent above, e^15 (1 + l - 15), and by the reciprocal
-of that below. So the scale has the meaning of a logarithm, never overflows, whatever the network returns, and has a
-gradient everywhere: it is bounded smoothly and not cut off.
+A learned standard deviation is a minimum plus `bounded_exp` of an unconstrained number: it never overflows, whatever the
+network returns, and has a gradient everywhere.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
 """Posteriors that read their parameters off an encoder: what they have in common, and all that are no flows.
 
-The Gaussians have scales s(x) = exp(.) in common, and start with what the factorised one is:
-
-    diagonal    S = diag(s^2)
-    full        S = diag(s) T T' diag(s),           T lower triangular with ones on its diagonal
-    low rank    S = diag(s) (I + V V') diag(s),     V of R columns
-
-The scales stand outside, so that T and V are free of units: correlations, not covariances.
-The KL to a factorised prior is known in closed form for each of them.
+The scales of the Gaussians stand outside, S = diag(s) (...) diag(s), so that what is inside is free of units. The KL to
+a factorised prior is known in closed form for each of them.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
 """Planar and Sylvester flows, all of whose parameters the encoder gives.
 
-Planar flows: a diagonal normal, bent along one direction at a time.
-
-    z_0 = mu + sigma u,   u ~ N(0, I)
-    z_i = z_{i-1} + v_i tanh(w_i' z_{i-1} + b_i),   i = 1, ..., N
-    log |det dz_i/dz_{i-1}| = log(1 + (1 - tanh^2) w_i' v_i)
-
-with mu, sigma and every w_i, v_i, b_i functions of x. A step is invertible if and only
-if w'v > -1. So v is a free vector u whose part along w is moved there:
+A planar step, z <- z + v tanh(w'z + b), is invertible if and only if w'v > -1. So v is a free vector u whose part along
+w is moved there:
 
     v = u + (m(w'u) - w'u) w / |w|^2,   m(a) = softplus(a + c) - (1 - e)
 
@@ -17,22 +11,16 @@ not), and e = 0.001 keeps the determinant away from zero.
 A step changes z along v only, so its inverse is one scalar equation, a + (w'v) tanh(a) =
 w'z + b for a = w'z_{i-1} + b: any sample can be scored, at a few times the cost of a draw.
 
-Sylvester flows: planar flows that bend M directions in one step.
-
-    z_0 = mu + sigma u,   u ~ N(0, I)
-    z_i = z_{i-1} + Q R tanh(R~ Q' z_{i-1} + b),   i = 1, ..., N
-    log |det dz_i/dz_{i-1}| = sum_m log(1 + (1 - tanh^2)_m r_mm r~_mm)
-
-Q is D x M with orthonormal columns, R and R~ are upper triangular; by Sylvester's identity only their diagonals enter
-the determinant, and a step is invertible where r_mm r~_mm > -1, for which the diagonals go through tanh. mu, sigma, Q,
-R, R~ and b of every step are functions of x. Q is one of
+A Sylvester step, z <- z + Q R tanh(R~ Q'z + b), bends M directions at once. Q is D x M with orthonormal columns, R and
+R~ are upper triangular; by Sylvester's identity only their diagonals enter the determinant, and a step is invertible
+where r_mm r~_mm > -1, for which the diagonals go through tanh. Q is one of
 
     orthogonal   the orthogonal factor of a free D x M matrix
     householder  a product of H reflections I - 2 v v' / |v|^2, M = D
     triangular   the identity and the reversal of the latents in turn, M = D
 
-A step's inverse is triangular as well: for a = R~ Q' z_{i-1} + b, a + R~ R tanh(a) = R~ Q' z_i + b, solved by M scalar
-equations, the last first. So any sample can be scored, in M passes a step.
+Its inverse is triangular as well: a + R~ R tanh(a) = R~ Q' z_i + b for a = R~ Q' z_{i-1} + b, M scalar equations, the
+last first.
 """
 
 from __future__ import annotations

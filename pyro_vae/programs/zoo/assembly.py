@@ -1,10 +1,7 @@
-"""What the zoo is assembled with: likelihoods by class, pictures by name, labels; and the plain autoencoder.
+"""What the zoo is assembled with: likelihoods by class, labels; and the plain autoencoder.
 
-Labels as people bring them: class numbers or one-hot rows, checked before they are believed.
-
-A class number that is no class has no row in a one-hot table, so that it would be taken for "no class at all" and
-trained on in silence. All labels are looked at before a fit (`check_data` of the programs), and those of a batch when
-a program runs eagerly; a captured step reads no values, and there such a label makes everything that depends on it nan.
+All labels are looked at before a fit (`check_data` of the programs), and those of a batch when a program runs eagerly; a
+captured step reads no values, and there a label of no class makes everything that depends on it nan.
 """
 
 from __future__ import annotations

@@ -3,14 +3,9 @@
     model   p(z_L) p(z_{L-1} | z_L) ... p(z_1 | z_2) p(x | z_1)
     guide   q(z_1 | x) q(z_2 | z_1) ... q(z_L | z_{L-1})
 
-The guide climbs, the model comes down. The weight of one sample of all layers is
-
-    log w = log p(x | z_1) + sum_l [log p(z_l | z_{l+1}) - log q(z_l | z_{l-1})],
-
-so every bound and every estimate holds unchanged. At the last layer, and only there, the expectation of log q - log p
-may be taken in closed form, KL(q(z_L | z_{L-1}) || p(z_L)): below it p(z_l | z_{l+1}) depends on what the guide drew
-from z_l. By default `fit` does so, which leaves the ELBO what it is and takes the noise of z_L's divergence out. The
-exact posterior has the guide's form: z_2 and x are independent given z_1.
+At the last layer, and only there, the expectation of log q - log p may be taken in closed form, KL(q(z_L | z_{L-1}) ||
+p(z_L)), as `fit` does by default: below it p(z_l | z_{l+1}) depends on what the guide drew from z_l. The exact posterior
+has the guide's form: z_2 and x are independent given z_1.
 """
 
 from __future__ import annotations

@@ -3,14 +3,9 @@
     model   p(c) p(z | c) p(x | z)
     guide   q(z | x)
 
-The cluster c of a datum is never drawn: given z it is independent of x, so its exact
-posterior is p(c | z), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums it out,
-
-    p(x, z) = p(x | z) sum_c p(c) p(z | c).
-
-The same sum can be a prior p(z) like any other: ``pair.marginal`` is the plain `Model` with it, of the same modules.
-Both give the same ELBO at the same draws. The first keeps c as a site; the second is what `particles`, and every bound
-and estimate that stands on it, work with, since they draw each latent that a model has.
+The cluster c of a datum is never drawn: given z it is independent of x, so its exact posterior is p(c | z), and Pyro's
+TraceEnum_ELBO(max_plate_nesting=1) sums it out, p(x, z) = p(x | z) sum_c p(c) p(z | c). The same sum is the prior of
+``pair.marginal``, the plain `Model` that `particles` needs, since it draws each latent that a model has.
 """
 
 from __future__ import annotations

@@ -9,15 +9,11 @@ With L(x, y) = E_q(z|x,y)[log p(x, y, z) - log q(z | x, y)], a bound on log p(x,
     sum_y q(y | x) (L(x, y) - log q(y | x))       on log p(x), where it is not.
 
 Both are one bound: where y is known, the guide's q(y | x) is the point at y, and the sum has one term. So one program
-takes batches in which labels are missing (y = -1), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums over y exactly,
-for labelled data over one term and zeros. The sum is taken in one pass, C evaluations of the networks a datum.
+takes batches in which labels are missing (y = -1), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums over y exactly.
+Under anything else the guide draws y, which is as valid, noisier, and not reparameterised.
 
-The first bound does not train q(y | x), so a classification term is added for labelled data, alpha log q(y | x). It is
-a surrogate, alpha (log q - its own value without gradient): zero in every bound, estimate and loss that is reported,
-and alpha grad log q in the gradient. No number is ever of another quantity than it says.
-
-Under anything else than TraceEnum_ELBO the guide draws y, which is as valid, noisier,
-and not reparameterised: `particles` and log p(x) estimates are right as they stand.
+The first bound does not train q(y | x), so alpha (log q(y | x) - its own value without gradient) is added for labelled
+data: zero in all that is reported, and alpha grad log q in the gradient.
 """
 
 from __future__ import annotations
