@@ -1,8 +1,8 @@
 """What runs many times, captured: seen once as it is, written down, replayed, checked, or left as it is with one line.
 
-The first call of a kind is the programs' own. The second is written down (see `pyro_vae.inference.capture`) if the first
-has changed nothing that the programs read; all later ones are replays, of which the first, the 10th, the 100th ... are
-computed both ways from the same noise. Where programs read something that cannot be compared later, they are
+The first call of a kind is the programs' own. The second is written down (see `pyro_vae.inference.capture`) if the
+first has changed nothing that the programs read; all later ones are replays, of which the first, the 10th, the 100th
+... are computed both ways from the same noise. Where programs read something that cannot be compared later, they are
 *unproven*: captured only where asked for, and compared every `check_every` replays.
 """
 

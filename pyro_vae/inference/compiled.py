@@ -1,7 +1,7 @@
 """A loss that compiles: any Pyro ELBO, captured once and replayed without Pyro (see `pyro_vae.inference.captured`).
 
-A graph is used as long as what it rests on is as it was: the programs; shapes, types and devices of arguments and of the
-tensors that are read; which of them train; and every place in Python that programs and loss can read.
+A graph is used as long as what it rests on is as it was: the programs; shapes, types and devices of arguments and of
+the tensors that are read; which of them train; and every place in Python that programs and loss can read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What of the machine a computation uses: the precision of matrix products, and memory.
 
-"highest", "high" and "medium" are torch's own (``torch.set_float32_matmul_precision``). "bfloat16" rounds what goes into
-the linear and convolutional layers to 8 significant bits, in the forward and in the backward pass, and is two to four
-times as fast where the hardware multiplies them. All else, every log-probability included, stays in float32, so that no
-loss scaling is needed.
+"highest", "high" and "medium" are torch's own (``torch.set_float32_matmul_precision``). "bfloat16" rounds what goes
+into the linear and convolutional layers to 8 significant bits, in the forward and in the backward pass, and is two to
+four times as fast where the hardware multiplies them. All else, every log-probability included, stays in float32, so
+that no loss scaling is needed.
 """
 
 from __future__ import annotations

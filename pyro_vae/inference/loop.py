@@ -138,10 +138,6 @@ class Stepper:
         """The steps at which another tenth of them is done."""
         return math.ceil((10 * self.steps // self.total + 1) * self.total / 10)
 
-    def beta(self) -> float:
-        """The weight of log q - log p(z) in the step to come."""
-        return self.tempering(self.steps)
-
     def release(self) -> None:
         """Give what was lent for the fit its own numbers back."""
         if isinstance(self.optimizer, Fused):
@@ -193,9 +189,8 @@ class Stepper:
         bound: float | Tensor = 0.0
         tempered = False
         for choice in self.batches.choices():
-            beta = self.beta()
-            tempered = tempered or beta != 1
             value = self._step(choice)
+            tempered = tempered or self._beta != 1
             rows, scale = self.unit.rows, self.unit.scale
             if self.batches.own_rows:
                 summed, count, even = summed + value / scale, count + rows, even and self.unit.even
@@ -234,23 +229,25 @@ class Stepper:
         if rate is not None:
             record["learning_rate"] = rate
         seconds = time.perf_counter() - started
-        return record | {"beta": beta, "images_per_second": count / seconds}
+        return record | {"beta": self._beta, "images_per_second": count / seconds}
 
     def _step(self, choice: tuple[Any, ...]) -> float | Tensor:
         if isinstance(self.optimizer, Fused):
             self.optimizer.set_learning_rate(self.rate(self.steps / self.total))
-        if self.tempering.active and isinstance(self.loss, Objective):
-            self.loss.beta = self.beta()
-        if isinstance(self.weight, Tensor):
-            self.weight.fill_(self.beta())
-        elif self.weight is not None:
-            self.weight.value = self.beta()
+        self._beta = beta = self.tempering(self.steps)
+        if self.tempering.active:
+            if isinstance(self.weight, Tensor):
+                self.weight.fill_(beta)
+            elif self.weight is not None:
+                self.weight.value = beta
+            else:
+                self.loss.beta = beta
+            if (beta != 1) is not self._tempered:
+                self._tempered = not self._tempered
+                self._units.clear()  # whether all sites carry one scale was said of another weight
         value: float | Tensor
         self.choice = choice
         self._sizes = lengths(choice)
-        if self.tempering.active and (self.beta() != 1) is not self._tempered:
-            self._tempered = not self._tempered
-            self._units.clear()  # whether all sites carry one scale was said of another weight
         if self.graph is not None:
             # A replay does not run the programs: it is measured as the step was that it replays.
             if self._sizes not in self._units and self.graph.compiled.captures:

@@ -1,7 +1,7 @@
 """A function of tensors that runs many times: captured once, replayed without Pyro, compiled where that pays.
 
-What `Compiled` is for a loss, `Replayed` is for anything that evaluates a pair of programs again and again on tensors of
-the same shapes: a chunk of importance weights, a Markov chain's move.
+What `Compiled` is for a loss, `Replayed` is for anything that evaluates a pair of programs again and again on tensors
+of the same shapes: a chunk of importance weights, a Markov chain's move.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a pair wants to see of all the data before its first step.
 
-A module anywhere in a pair that is `SeesData` is shown all data, and a program that is `ChecksData` may refuse them (see
-`pyro_vae.protocols`), so that no step need read values.
+A module anywhere in a pair that is `SeesData` is shown all data, and a program that is `ChecksData` may refuse them
+(see `pyro_vae.protocols`), so that no step need read values.
 """
 
 from __future__ import annotations

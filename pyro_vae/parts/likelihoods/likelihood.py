@@ -1,7 +1,7 @@
 """Likelihoods with independent pixels: what they have in common, and those of binary and continuous data.
 
-A learned standard deviation is a minimum plus `bounded_exp` of an unconstrained number: it never overflows, whatever the
-network returns, and has a gradient everywhere.
+A learned standard deviation is a minimum plus `bounded_exp` of an unconstrained number: it never overflows, whatever
+the network returns, and has a gradient everywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the zoo is assembled with: likelihoods by class, labels; and the plain autoencoder.
 
-All labels are looked at before a fit (`check_data` of the programs), and those of a batch when a program runs eagerly; a
-captured step reads no values, and there a label of no class makes everything that depends on it nan.
+All labels are looked at before a fit (`check_data` of the programs), and those of a batch when a program runs eagerly;
+a captured step reads no values, and there a label of no class makes everything that depends on it nan.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     guide   q(z_1 | x) q(z_2 | z_1) ... q(z_L | z_{L-1})
 
 At the last layer, and only there, the expectation of log q - log p may be taken in closed form, KL(q(z_L | z_{L-1}) ||
-p(z_L)), as `fit` does by default: below it p(z_l | z_{l+1}) depends on what the guide drew from z_l. The exact posterior
-has the guide's form: z_2 and x are independent given z_1.
+p(z_L)), as `fit` does by default: below it p(z_l | z_{l+1}) depends on what the guide drew from z_l. The exact
+posterior has the guide's form: z_2 and x are independent given z_1.
 """
 
 from __future__ import annotations
