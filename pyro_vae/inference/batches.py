@@ -78,16 +78,10 @@ def apart(*numbers: int) -> int:
 
 
 def one_draw(data: Any, seed: int | None) -> Any:
-    """Data whose noise (a binarisation, dequantisation) is drawn for good, so that all who score them score the same.
+    """Data whose noise (a binarisation, dequantisation) is drawn for good, so that all who score them score the same,
+    whatever their batches or K; those that draw nothing, and all with seed None, as they are.
 
-    What draws says so by ``frozen(seed)``, as a `Split` does. It would draw in each batch from the random state that
-    the samples are drawn from: two functions with other batches or another K would then score other data.
-
-    Args:
-        data: As for `Batches`; columns in a tuple and subsets are looked into.
-        seed: Of the draw, as of `Split.frozen`; None leaves the data as they are.
-    Returns:
-        The data, those that draw nothing as they are.
+    What draws says so by ``frozen(seed)``, as a `Split` does; columns in a tuple and subsets are looked into.
     """
     if seed is None:
         return data
@@ -101,14 +95,9 @@ def one_draw(data: Any, seed: int | None) -> Any:
 
 
 def in_blocks(count: int, block: int, seed: int) -> Iterator[Tensor]:
-    """All rows in a random order that a disk can follow, a piece at a time.
+    """All N rows in a random order that a disk can follow: blocks of neighbours come in a random order, and the rows of
+    256 of them at a time.
 
-    The rows lie in blocks of neighbours. The blocks come in a random order, and the rows of 256 of them at a time.
-
-    Args:
-        count: N.
-        block: Rows of a block.
-        seed: Of the order.
     Example:
         >>> [piece.tolist() for piece in in_blocks(5, 2, seed=0)]
         [[2, 0, 4, 3, 1]]
@@ -120,41 +109,10 @@ def in_blocks(count: int, block: int, seed: int) -> Iterator[Tensor]:
         yield rows[torch.randperm(len(rows), generator=generator)]
 
 
-class NoiseOfData:
-    """A stream of random numbers for whoever makes batches, apart from that of the samples: what a loader draws on the
-    way (an order, an augmentation) does not depend on what is done with its batches."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
-
-    def passed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches of one pass, which starts the stream anew; with seed None, as they are."""
-        if self.seed is None:
-            yield from batches
-            return
-        iterator, generator = iter(batches), torch.Generator().manual_seed(apart(_EVALUATION, self.seed))
-        state = generator.get_state()
-        while True:
-            outside = torch.get_rng_state()
-            torch.set_rng_state(state)
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                state = torch.get_rng_state()
-                torch.set_rng_state(outside)
-            yield batch
-
-
 class Stream:
     """Random numbers for the data alone in training: the order, and what is drawn on the way, of each pass.
 
     Two fits of one ``data_seed`` see the same batches, whatever their programs draw in between.
-
-    Args:
-        seed: Of the data.
-        device: Where the batches are made.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -188,6 +146,28 @@ class Stream:
             outside.append(torch.cuda.get_rng_state(self._cuda))
             torch.cuda.set_rng_state(self._states[1], self._cuda)
         self._states = outside
+
+
+class NoiseOfData:
+    """Random numbers for the data alone in an evaluation: what a loader draws on the way (an order, an augmentation)
+    does not depend on what is done with its batches."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+
+    def passed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches of one pass, which starts the stream anew; with seed None, as they are."""
+        if self.seed is None:
+            yield from batches
+            return
+        iterator, stream = iter(batches), Stream(self.seed, torch.device("cpu"))
+        stream._seed(apart(_EVALUATION, self.seed))
+        while True:
+            with stream:
+                batch = next(iterator, stream)
+            if batch is stream:
+                return
+            yield batch
 
 
 class _Spent(Exception):
@@ -730,16 +710,8 @@ class Batches:
 
 
 def whole(programs: Sequence[Program], args: tuple[Any, ...], device: torch.device | str | None) -> tuple[Any, ...]:
-    """One batch that is all data, taken, cast and looked at as the data of a fit are.
-
-    Arguments that are not one row each per datum are the pair's own affair, and stay as they are.
-
-    Args:
-        programs: The model and its guides.
-        args: Their arguments.
-        device: Where the batch goes.
-    Raises:
-        ValueError: As for `Batches`.
+    """The arguments of programs as one batch that is all data, taken, cast and looked at as the data of a fit are;
+    those that are not one row each per datum stay as they are.
     """
     return Batches(args, sys.maxsize, device, shuffle=False, programs=programs).first()
 

@@ -55,23 +55,16 @@ _CHECKERS = ("pyro.util", "pyro_vae.sites", "torch.distributions.distribution")
 
 
 class Capture:
-    """A function of tensors as a graph.
+    """A function of tensors, which returns a list of tensors without gradient, as a graph.
 
     Args:
-        function: Takes tensors, and returns a list of tensors without gradient and the
-            gradients of the leaves that its ``backward`` calls reached, as `gradients`
-            collects them.
-        args: The tensors it is run on.
-        finish: Takes the leaves and their gradients and changes tensors in place, such as an
-            optimiser; it is part of the graph, which then returns the results only. Where it has a method
-            ``kernel(leaves)``, a replay on a CPU takes the function of the gradients that this gives instead of its
-            operations, until a compiler has them.
+        finish: Takes the leaves and their gradients and changes tensors in place, such as an optimiser; it is part of
+            the graph, which then returns the results only. Where it has a method ``kernel(leaves)``, a replay on a CPU
+            takes the function of the gradients that this gives, until a compiler has its operations.
     Attributes:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
-        compiled: Whether Inductor has compiled the graph.
-        on_cpu: Whether all its tensors are there.
         fast: Whether its products are worth a call of oneDNN (see `pyro_vae.inference.hardware`).
     Raises:
         Uncapturable: The function reads numbers out of tensors, or draws in a way that

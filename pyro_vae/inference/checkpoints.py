@@ -33,15 +33,8 @@ _NOT_READ = "not read"
 def named_tensors(
     modules: list[nn.Module], model: Program, guide: Program, batch: tuple[Any, ...]
 ) -> dict[str, Tensor]:
-    """Everything that a fit changes, by a name that is the same in every process.
-
-    Args:
-        modules: The modules that own the programs.
-        model: A Pyro program.
-        guide: A Pyro program.
-        batch: Arguments of both, to find the parameters of plain functions.
-    Returns:
-        Parameters and buffers of the modules, then what plain functions declare.
+    """Everything that a fit changes, by a name that is the same in every process: parameters and buffers of the modules
+    that own the programs, then what plain functions declare when they run on the batch.
     """
     found = {
         f"{i}.{plain_name(key)}": t
@@ -119,8 +112,7 @@ class Checkpoint:
     """The state of a fit on disk.
 
     Args:
-        path: A file ending in .safetensors.
-        tensors: What the fit changes, by name, from `named_tensors`.
+        tensors: What the fit changes, from `named_tensors`.
         settings: What must be the same when the fit goes on, as plain data.
         values: Gives what the programs read from Python now, a line for each place. What stayed as it was
             until the fit was broken off must be the same when it goes on; what the fit itself moved (a
@@ -151,15 +143,7 @@ class Checkpoint:
     def write(
         self, progress: Mapping[str, Any], moments: Mapping[str, Mapping[str, Tensor]], best: Mapping[str, Tensor]
     ) -> None:
-        """Replace the file.
-
-        Args:
-            progress: Plain data: epoch, history and the like.
-            moments: State of the optimiser per tensor name.
-            best: Best weights so far, by tensor name.
-        Raises:
-            OSError: Nothing can be written there; an older file is then as it was.
-        """
+        """Replace the file by plain data (`progress`), the optimiser's moments and the best weights, by tensor name."""
         started = time.perf_counter()
         content = {f"tensor/{name}": t for name, t in self.tensors.items()}
         content |= {f"moment/{key}/{name}": t for name, state in moments.items() for key, t in state.items()}

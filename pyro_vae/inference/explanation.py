@@ -34,13 +34,8 @@ def wanted() -> bool:
 
 
 class Floor(NamedTuple):
-    """The matrix products and convolutions of a graph, each called by itself.
-
-    Attributes:
-        products: Their number.
-        operations: Multiplications and additions.
-        seconds: Of all of them, one after the other.
-    """
+    """The number of matrix products and convolutions of a graph, their multiplications and additions, and their time,
+    each called by itself."""
 
     products: int
     operations: float
@@ -68,12 +63,7 @@ def floor(graph: fx.Graph, fast: bool) -> Floor:
 
 
 def explained(compiled: Compiled | None, steps: int) -> str:
-    """Lines on the graphs of a fit.
-
-    Args:
-        compiled: The loss that made them; None where the fit ran as it is.
-        steps: Of the fit.
-    """
+    """Lines on the graphs of a fit of so many steps, and the loss that made them; None where it ran as it is."""
     if compiled is None:
         return f"explained: {steps:,} steps by the programs themselves; compile=True captures them."
     if not compiled._graphs:

@@ -115,16 +115,8 @@ class Ranks:
             )
 
     def step(self, rows: int, scale: float, share: float) -> tuple[list[Tensor], float]:
-        """Put the gradient of the whole batch in the place of that of this process's rows.
-
-        Args:
-            rows: B_r, of this process; 0 leaves its gradients out.
-            scale: s_r, of its loss.
-            share: The part of the scale that is N / B_r.
-        Returns:
-            The parameters that any process has a gradient for, and the scale of the gradients.
-        Raises:
-            Elsewhere: Another process failed.
+        """Put the gradient of the whole batch in the place of that of this process's rows, B_r, of scale s_r, of which
+        the share is N / B_r: the parameters that any process has a gradient for, and the scale of the gradients.
         """
         gradients = [p.grad / scale if p.grad is not None and rows else None for p in self.trained]
         full = share * rows if share != 1 else 0.0
@@ -168,11 +160,7 @@ class Ranks:
     def _say(
         self, tensors: Sequence[Tensor], values: Sequence[Tensor | None], numbers: Mapping[int, float]
     ) -> tuple[list[Tensor], list[int], list[list[float]]]:
-        """Add up a message of all processes.
-
-        Returns:
-            The sum for each tensor, how many processes had a value for it, and the numbers of each process.
-        """
+        """Add up a message of all: the sum for each tensor, how many had a value for it, and the numbers of each."""
         parts = [
             torch.zeros(t.numel(), dtype=self._dtype, device=self._device) if v is None
             else v.detach().reshape(-1).to(self._dtype)

@@ -154,9 +154,6 @@ class ContinuousBernoulliLogits(Number):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def _over(self, batch_shape: Any) -> ContinuousBernoulliLogits:
-        return ContinuousBernoulliLogits(self.logits.expand(batch_shape))
-
     def _score(self, value: Tensor) -> Tensor:
         logits, value = torch.broadcast_tensors(self.logits, value)
         return _LogProb.apply(logits, value)
