@@ -1,20 +1,10 @@
 """Run a pair to learn about it, and leave it as it was.
 
-Every estimate and every diagnostic is of the model in evaluation mode, and changes nothing that it
-looks at. `evaluating` is the one place that sees to both. Inside it
-
-    modes         all networks of the programs are in evaluation mode, wherever the programs hold them
-    parameters    programs run on their own (see `pyro_vae.parameters`), without gradients
-    noise         torch's, Python's and NumPy's global generators start at the seed
-
-and afterwards the modes, every parameter and buffer, the parameter store, the random states, the
-matmul precision, the default dtype and Pyro's validation are what they were, also after an error.
-Whoever wants estimates of the networks in training mode, such as an ELBO averaged over dropout,
-has `pyro_vae.traces.particles`, which runs programs as they are.
-
-What a first run sets up for good (an AutoGuide that builds itself, a lazy layer that learns its
-width) stays set up: there is no earlier state to go back to. Python numbers that a program counts
-up for itself are its own affair.
+`evaluating` has all networks of the programs in evaluation mode, wherever the programs hold them, on their own
+parameters (see `pyro_vae.parameters`), without gradients. Afterwards the modes, every parameter and buffer, the
+parameter store, the random states, the matmul precision, the default dtype and Pyro's validation are what they were,
+also after an error. What a first run sets up for good (an AutoGuide that builds itself, a lazy layer that learns its
+width) stays set up; Python numbers that a program counts up for itself are its own affair.
 """
 
 from __future__ import annotations
@@ -45,15 +35,9 @@ from pyro_vae.reach import modules_of
 def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
     """Run programs for an estimate: networks in evaluation mode, no gradients, nothing left changed.
 
-    Enter it once for an estimate, outside its loops. It may be nested. Gradients may be switched
-    on inside.
+    Enter it once for an estimate, outside its loops. It may be nested, and gradients may be switched on inside. None
+    among the programs is passed over; the seed is that of `noise`.
 
-    Args:
-        programs: The Pyro programs that will run; None among them is passed over.
-        seed: Seed of the noise inside, whose states come back afterwards; None goes on with the
-            random states as they are, and leaves them where the programs have brought them.
-    Raises:
-        ValueError: What `own_parameters` refuses.
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
         >>> with evaluating(lambda x: net(x)):

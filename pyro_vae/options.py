@@ -7,17 +7,12 @@
     devices         ``str | torch.device``: one that is here and takes a tensor
     words           ``str`` where the name is in `SPELLED`: "One_Cycle" is "one-cycle"
 
-each with ``| None`` where None is an answer. `checked` reads this off a signature once, when the function is made, and
-looks at what is given in each call; whole numbers, and floats of NumPy, reach the function as Python's own. The ranges
-that hold wherever a name occurs are in one table below; what depends on the function is the function's to say.
+each with ``| None`` where None is an answer. The ranges that hold wherever a name occurs are in one table below; what
+depends on the function is the function's to say.
 
 A pair in one piece, such as a `VAE`, a run or an object of one's own with the two programs as its attributes ``model``
-and ``guide``, may stand in the place of both:
-
-    f(vae, data)       is f(vae.model, vae.guide, data)
-    g(vae, data)       is g(vae.guide, data) where g takes a guide alone, and g(vae.model, data) where it takes a model
-
-An object that is a program itself is taken as that program.
+and ``guide``, may stand in the place of both, f(vae, data), or of the one that a function takes. An object that is a
+program itself is taken as that program.
 """
 
 from __future__ import annotations
@@ -64,12 +59,9 @@ _MOST = 2**63
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose options are looked at before it runs (see the module).
+    """A function whose options are looked at before it runs, by its annotations (see the module); whole numbers, and
+    floats of NumPy, reach it as Python's own.
 
-    Args:
-        function: One with annotations.
-    Returns:
-        The function, which raises a ValueError that names the option, what was got and what is wanted.
     Example:
         >>> @checked
         ... def draw(data: Any, num_samples: int = 1, seed: int | None = 0) -> int:

@@ -1,18 +1,13 @@
 """Whose tensors are trained: a pair's own, whatever its parameters are called.
 
-Pyro keys every parameter by name in one global store, and a name that is already
-there wins over the module that asks for it. A second model with the same attribute
-names, or a model and a guide that both call their network ``net``, then share one
-set of tensors, and the others never move. `own_parameters` is the one place that
-deals with this: while it is active, a ``pyro.param`` or ``pyro.module`` statement
-that offers a module's own parameter gets exactly that parameter back.
+Pyro keys every parameter by name in one global store, and a name that is already there wins over the module that asks
+for it: two networks of one name would share one set of tensors. While `own_parameters` is active, a ``pyro.param`` or
+``pyro.module`` statement that offers a module's own parameter gets exactly that parameter back.
 
-The store still is where Pyro's users keep what they trained. A fit leaves the pair's
-parameters there, under the names that Pyro's own SVI would have given them (those of this
-package's programs, whose names are unique, until the program is gone). And what was
-loaded there reaches a module that asks for it, by
-``pyro.module(..., update_module_params=True)`` or through a ``PyroParam``. A value counts
-as loaded where no fit has left it there and no other module that is alive owns it.
+A fit leaves the pair's parameters in the store, under the names that Pyro's own SVI would have given them (those of
+this package's programs until the program is gone). What was loaded there reaches a module that asks for it, by
+``pyro.module(..., update_module_params=True)`` or through a ``PyroParam``. A value counts as loaded where no fit has
+left it there and no other module that is alive owns it.
 """
 
 from __future__ import annotations

@@ -7,13 +7,9 @@ A part is any callable that returns a distribution; it need not inherit anything
     posterior    x, (..., *x_shape) -> q(z | x)   batch_shape (...),  event_shape (D,)
 
 Whatever else a consumer wants to know of a part is a trait: a class attribute or method of the Protocols below, read
-by the function beside it and nowhere else. An object without the trait gets the fallback that the function states, so
-parts of other packages work as they are.
-
-A part that the command line knows by name has one line in `pyro_vae.parts.names`.
-
-Closed-form KL is torch's: what is registered with ``torch.distributions.register_kl`` for your class of distributions
-is what `closed_form_kl` finds, and what Pyro's TraceMeanField_ELBO does.
+by the function beside it and nowhere else, with a fallback for objects without it. Closed-form KL is torch's: what is
+registered with ``torch.distributions.register_kl``. A part that the command line knows by name has one line in
+`pyro_vae.parts.names`.
 """
 
 from __future__ import annotations
@@ -34,18 +30,11 @@ Build = Callable[[Free], TorchDistribution]
 
 
 class Local(NamedTuple):
-    """A family without its encoder: free parameters per datum, and what they mean.
+    """A family without its encoder: free parameters per datum, and what they mean."""
 
-    Attributes:
-        free: Unconstrained tensors by name, the batch shape of the distribution in front.
-        build: From such tensors to the distribution.
-        rates: The learning rate of a tensor relative to the others, where it is not 1
-            (weights of a network want smaller steps than a mean).
-    """
-
-    free: Free
+    free: Free  # unconstrained tensors by name, the batch shape of the distribution in front
     build: Build
-    rates: Mapping[str, float] = {}
+    rates: Mapping[str, float] = {}  # learning rates relative to the others, where not 1: weights want smaller steps
 
 
 class Posterior(Protocol):
@@ -175,14 +164,10 @@ class ChecksData(Protocol):
 
 
 def rescoring(*things: object) -> Rescoring:
-    """What it takes to score a sample that was not just drawn: the dearest that one of these says.
+    """What it takes to score a sample that was not just drawn, the dearest that one of these (guides, posteriors,
+    modules) says: "one pass", also where none says, "D passes" (an autoregressive inverse) or "impossible" (no
+    inverse). Anything else is a ValueError.
 
-    "one pass", "D passes" (an autoregressive inverse) or "impossible" (no inverse). "one pass" where none says.
-
-    Args:
-        things: Guides, posteriors, modules.
-    Raises:
-        ValueError: One says something else.
     Example:
         >>> rescoring(nn.Linear(1, 1))
         'one pass'

@@ -7,10 +7,7 @@ finds the rest. In your own test file:
         def make(self):
             return Mine(MLP((1, 4, 4), [8], None), latent_dim=2)
 
-Each law is one test: shapes over leading dimensions, a gradient on every parameter, a
-density that is one, draws that follow it, float64, saving and loading, determinism
-under a seed. Monte Carlo claims are held to standard errors computed on the spot.
-Nothing here needs pytest to be imported: `check` runs a battery without it.
+Each law is one test. Monte Carlo claims are held to standard errors computed on the spot.
 """
 
 from __future__ import annotations
@@ -40,12 +37,9 @@ _DRAWS = 20_000
 
 
 def check(battery: Any) -> list[str]:
-    """Run every law of a battery, without pytest.
+    """Run every law of a battery, an instance of a subclass of one of those below, without pytest; the names of the
+    laws.
 
-    Args:
-        battery: An instance of a subclass of one of the batteries.
-    Returns:
-        The names of the laws that hold.
     Raises:
         AssertionError: The first law that does not.
     Example:

@@ -1,28 +1,18 @@
-"""Log densities read from Pyro programs: the ground on which everything else stands.
-
-A variational autoencoder is a pair of Pyro programs. The *model* writes p(x, z), the
-*guide* writes q(z | x). All that bounds, estimates and diagnostics need to know of
-them is one table: for K samples z_k ~ q(z | x) and B data,
+"""Log densities read from Pyro programs: for K samples z_k ~ q(z | x) and B data the table
 
     log p(x, z_k)   and   log q(z_k | x)        each (K, B), in nats.
 
-This module is the only one that runs the programs and reads their traces. It finds
-the data plate (the one plate that all sites share), sums out inner plates, applies
-masks, and never drops a scale silently: a constant scale common to all sites, as
-subsampling gives, is handed on beside the table; any other is refused by name.
+Inner plates are summed out, masks applied, and a constant scale common to all sites, as subsampling gives, is handed on
+beside the table; any other is refused by name.
 
-A ``Delta`` of the model is a value that is recorded, not a latent. A ``Delta`` of the guide that
-auxiliary sites feed (Pyro's automatic guides, see `pyro_vae.auxiliary`) has its density there:
-where an auxiliary site u feeds one latent z alone, log q(z | x) is that of u and of the
-``Delta`` together. Where all data share one auxiliary site (``AutoDiagonalNormal`` and its kin
-draw one vector for the whole data set), q(z_1, ..., z_N) is one density that does not fall
-apart into data. The table then has a single column, which stands for all N data together: an ELBO of
-it is the sum of the ELBOs per datum, and log of a mean weight is a bound on log p(x_1, ..., x_N). What is
-reported per datum is that column divided by N (`Particles.num_data`).
+A ``Delta`` of the model is a value that is recorded, not a latent. A ``Delta`` of the guide that auxiliary sites feed
+(Pyro's automatic guides, see `pyro_vae.auxiliary`) has its density there: where an auxiliary site u feeds one latent z
+alone, log q(z | x) is that of u and of the ``Delta`` together. Where all data share one auxiliary site
+(``AutoDiagonalNormal`` and its kin draw one vector for the whole data set), q(z_1, ..., z_N) does not fall apart into
+data. The table then has a single column, which stands for all N data together (`Particles.num_data`): log of a mean
+weight is a bound on log p(x_1, ..., x_N).
 
-Programs run here as they are, which training needs: their networks in the mode that they are in, and
-batch statistics move where they would. Estimates see to evaluation mode (`pyro_vae.evaluation`);
-`fit` leaves a pair in it.
+Programs run here as they are: their networks in the mode that they are in, and batch statistics move where they would.
 """
 
 from __future__ import annotations

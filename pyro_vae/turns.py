@@ -1,8 +1,7 @@
 """One thread at a time: Pyro keeps one stack of handlers and one parameter store for the whole process.
 
-Two threads inside it at once give wrong numbers, mostly without an error, and leave handlers behind. So what runs a
-pair has its turn, and other threads wait for theirs. A fit within a fit (in a callback) is of the same thread and goes
-on at once.
+Two threads inside it at once give wrong numbers, mostly without an error. A fit within a fit (in a callback) is of the
+same thread and goes on at once.
 """
 
 from __future__ import annotations

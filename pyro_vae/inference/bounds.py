@@ -60,21 +60,13 @@ def named(name: str) -> Bound:
 
 @dataclass(frozen=True, repr=False)
 class WeightBound:
-    """A bound that is a function of the log weights, with its derivatives in closed form.
-
-    Attributes:
-        name: Such as "renyi(0.5)".
-        value: log w, (K, B), to the bound, (B,).
-        gradient: log w, (K, B), to g_k, (K, B).
-        path: log w, (K, B), to c_k, (K, B).
-        smooth: Whether g is continuous in log w, without which c_k misses the jumps.
-    """
+    """A bound that is a function of the log weights, (K, B), with its derivatives in closed form."""
 
     name: str
-    value: OfWeights
-    gradient: OfWeights
-    path: OfWeights
-    smooth: bool = True
+    value: OfWeights  # to the bound, (B,)
+    gradient: OfWeights  # to g_k, (K, B)
+    path: OfWeights  # to c_k, (K, B)
+    smooth: bool = True  # whether g is continuous in log w, without which c_k misses the jumps
 
     def __call__(self, particles: Particles) -> Tensor:
         return self.value(particles.log_weight)

@@ -42,17 +42,11 @@ ESTIMATORS = ("reparameterized", "sticking-the-landing", "doubly-reparameterized
 
 
 class Coefficients(NamedTuple):
-    """What multiplies the three gradients of an estimator, (K, B) each, without gradient; None is 0.
+    """What multiplies the three gradients of an estimator, (K, B) each, without gradient; None is 0."""
 
-    Attributes:
-        joint: a, on log p(x, z_k) at fixed z_k.
-        path: c, on log w_k along z_k.
-        score: s, on log q(z_k | x) at fixed z_k.
-    """
-
-    joint: Tensor | None
-    path: Tensor | None
-    score: Tensor | None
+    joint: Tensor | None  # a, on log p(x, z_k) at fixed z_k
+    path: Tensor | None  # c, on log w_k along z_k
+    score: Tensor | None  # s, on log q(z_k | x) at fixed z_k
 
 
 def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | None:

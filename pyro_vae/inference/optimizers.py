@@ -53,13 +53,10 @@ class Fused(PyroOptim):
     """One torch optimiser for all parameters, with a schedule and global clipping.
 
     Args:
-        constructor: A torch optimiser class.
-        options: Its keyword arguments; ``fused=True`` is added where it is supported.
-        clip_norm: Upper limit of the joint gradient norm of all parameters, in units of `scale`.
+        options: Keyword arguments of the class; ``fused=True`` is added where it is supported.
+        clip_norm: Upper limit of the joint gradient norm of all parameters, in units of `scale`, 1 if nobody says.
     Attributes:
-        scale: What the loss is a multiple of, such as the scale of a plate; 1 if nobody says.
         parameters: The tensors that had a gradient so far.
-        count: Steps taken.
         exchange: Takes the tensors that have a gradient before each step, puts the gradients to step along in their
             place, and returns those that have one then: how processes put theirs together.
     Raises:
@@ -437,10 +434,6 @@ class Update:
 
     What changes from step to step (t, the learning rate, the limit of a clip) enters as a tensor, written
     by `advance` before each step, so that a graph of the operations need not change.
-
-    Args:
-        owner: Who counts the steps.
-        optimizer: Its torch Adam or AdamW, which has taken its first step.
     """
 
     def __init__(self, owner: Fused, optimizer: torch.optim.Optimizer) -> None:
@@ -468,11 +461,7 @@ class Update:
         return [*self.parameters, *moments]
 
     def __call__(self, leaves: list[Tensor], gradients: list[Tensor]) -> None:
-        """Step these parameters along these gradients, in place.
-
-        Raises:
-            ValueError: Not exactly the optimiser's parameters.
-        """
+        """Step these parameters, exactly the optimiser's, along these gradients, in place."""
         if {id(p) for p in leaves} != {id(p) for p in self.parameters}:
             raise ValueError("the gradients are not those of the optimiser's parameters")
         scaled_rate, inverse_root, rate, limit = self._numbers.unbind()

@@ -26,19 +26,12 @@ _OF_SAMPLES = {PARTICLES, "num_particles_vectorized"}
 
 
 class Unit(NamedTuple):
-    """What a step's loss is divided by.
+    """What a step's loss is divided by."""
 
-    Attributes:
-        rows: B, the number of data.
-        scale: What multiplies the loss of each of them.
-        even: Whether all sites carry this scale, so that an ELBO is one, and not a tempered one.
-        share: The part of the scale that is N / B, of the plate of the data.
-    """
-
-    rows: int
-    scale: float = 1.0
-    even: bool = True
-    share: float = 1.0
+    rows: int  # B, the number of data
+    scale: float = 1.0  # what multiplies the loss of each of them
+    even: bool = True  # whether all sites carry this scale, so that an ELBO is one, and not a tempered one
+    share: float = 1.0  # the part of the scale that is N / B, of the plate of the data
 
     @property
     def whole(self) -> float:
@@ -89,11 +82,8 @@ class Counting(Messenger):
         self._sites[key] = _Seen(plates, _extra(msg["scale"], plates), msg["is_observed"])
 
     def unit(self, lengths: Sequence[int] = ()) -> Unit:
-        """What the loss of the programs that ran inside is to be divided by.
-
-        Args:
-            lengths: Of the batch's tensors; they decide where there is no plate, or between plates.
-        """
+        """What the loss of the programs that ran inside is to be divided by; the lengths of the batch's tensors decide
+        where there is no plate, or between plates."""
         seen = tuple(self._sites.values())
         key = (seen, tuple(lengths))
         if key not in self._units:

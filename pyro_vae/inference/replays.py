@@ -34,18 +34,13 @@ class _Call(NamedTuple):
 
 
 class Replayed(Captured):
-    """A function of tensors without the Python in it.
+    """A function from tensors to a sequence of tensors without gradient, without the Python in it.
 
     Args:
-        function: From tensors to a sequence of tensors without gradient. It may call ``torch.autograd.grad``, draw
-            random numbers, and read tensors that are not its arguments.
         programs: The Pyro programs that it runs, whose attributes, closures and globals are watched.
         calls: How many calls are expected in all.
         compile: "auto" captures where at least 600 calls lie ahead, and hands the graph to Inductor where the time
             ahead pays for it; True does both at once; False does neither; anything else is a ValueError.
-    Attributes:
-        reason: Why the most recent call ran uncaptured, or None.
-        captures, compiled: Number of captures so far, and whether Inductor has compiled one of them.
     Example:
         >>> import torch
         >>> scale = torch.ones(())

@@ -37,27 +37,16 @@ class Wake:
 
 @dataclass(frozen=True, repr=False)
 class SplitBound:
-    """A number to report, what the model climbs, and what the guide climbs.
-
-    Attributes:
-        name: Such as "piwae(8)".
-        report: The bound that is reported.
-        model: What the model climbs; None leaves it alone.
-        guide: What the guide climbs.
-        upper: The guide goes *down* instead, since its bound is one from above.
-        sleep: Share of the guide's gradient that comes from the model's own draws.
-        at_least: The smallest K that makes sense for training.
-        reason: Why a smaller one does not.
-    """
+    """A number to report, what the model climbs, and what the guide climbs."""
 
     name: str
     report: WeightBound
-    model: WeightBound | None
+    model: WeightBound | None  # None leaves it alone
     guide: WeightBound | Wake
-    upper: bool = False
-    sleep: float = 0.0
-    at_least: int = 1
-    reason: str = ""
+    upper: bool = False  # the guide goes *down* instead, since its bound is one from above
+    sleep: float = 0.0  # share of the guide's gradient that comes from the model's own draws
+    at_least: int = 1  # the smallest K that makes sense for training
+    reason: str = ""  # why a smaller one does not
 
     def __call__(self, particles: Particles) -> Tensor:
         return self.report(particles)

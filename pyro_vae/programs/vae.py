@@ -30,15 +30,9 @@ _ROWS = 1000  # data that go through the networks at a time
 
 
 class Answers(nn.Module):
-    """What people ask of a pair, abstract: numbers, and the distributions that they are of.
-
-        posterior(x), decode(z)     distributions, which carry gradients
-        encode, reconstruct, ...    plain tensors without, where the pair is: ``.numpy()`` works on a CPU
-
-    Data are whatever `data_of` takes. With `seed` the noise that is drawn on the way starts at it, and torch's random
-    state is afterwards what it was; without, it goes on.
-
-    y: What the programs take beside x.
+    """What people ask of a pair, abstract: `posterior` and `decode` give distributions, which carry gradients, all else
+    plain tensors without, where the pair is. Data are whatever `data_of` takes; y is what the programs take beside x.
+    With `seed` the noise that is drawn on the way starts at it, and torch's random state is then what it was.
     """
 
     model: Any

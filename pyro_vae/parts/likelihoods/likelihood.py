@@ -29,9 +29,7 @@ class Likelihood(nn.Module, ABC):
     Args:
         decoder: z, (..., D), to parameters, (..., n * C, *rest) for data (C, *rest).
     Attributes:
-        parameters_per_pixel: n.
-        values: What data it is a distribution of: "binary", "continuous", "levels" or "counts"; None if unsaid.
-        standardize: What the guide is shown of the data in their place; None for the data.
+        parameters_per_pixel, values, standardize: As of `pyro_vae.protocols.Likelihood`; n is the first.
     Raises:
         ValueError: The decoder drops the leading dimensions of z, or its channels are no multiple of n.
     """

@@ -33,10 +33,7 @@ class Amortized(nn.Module, ABC):
         num_parameters: P.
         features: F; read from ``encoder.out_features`` when not given.
     Attributes:
-        rescoring: What it takes to score a sample that was not just drawn: "one pass", "D passes", or "impossible".
-        support: Where z lies, a constraint of torch.
-        passes: Networks that look at a z to score it.
-        has_density: Whether it is more than a point.
+        rescoring, support, passes, has_density: As of `pyro_vae.protocols.Posterior`.
     Raises:
         ValueError: The number of features is unknown, or a size is not positive.
     Example:
