@@ -378,7 +378,7 @@ def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> 
         ValueError: The guide has one density for all data, and who asks wants one for each of them.
     """
     with torch.random.fork_rng(), torch.no_grad():
-        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
     inside = set.intersection(*({*plates(site)} for site in sample_sites(model_trace)), {*range(-9, 0)})
     for name in {source for sources in fed.values() for source in sources}:
@@ -394,10 +394,11 @@ def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> 
 def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """As `plate_nesting`, for whoever takes densities of all data together too."""
     with torch.random.fork_rng(), torch.no_grad():
-        return max(depth(trace) for trace in _traced(model, guide, args, kwargs))
+        return max(depth(trace) for trace in traced(model, guide, args, kwargs))
 
 
-def _traced(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+def traced(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+    """One run of the guide, and one of the model at its draws."""
     with in_words((guide, model), args, kwargs):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -420,7 +421,7 @@ def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
         ValueError: As `particles`; whatever torch or Pyro raise where the pair does not take these data.
     """
     with torch.random.fork_rng(), torch.no_grad():
-        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
         shared = {source for sources in fed.values() for source in sources}
         nesting = max(depth(guide_trace), depth(model_trace))
@@ -456,7 +457,7 @@ def _one_pass(
             guide, model = plate()(guide), plate()(model)
         if cut is not None:
             guide = cut(guide)  # outside the plate, so that it sees distributions already expanded
-        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        guide_trace, model_trace = traced(model, guide, args, kwargs)
         drawn = {s["name"]: s for s in sample_sites(guide_trace)}
         unobserved = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
         latent = {name: s for name, s in unobserved.items() if name in drawn or not deterministic(s)}
@@ -496,7 +497,7 @@ def _recording() -> bool:
 def other_mask(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Why the masks of a pair make its weights no weights, from one run that leaves no trace; None if they do not."""
     with own_parameters(model, guide), torch.random.fork_rng(), torch.no_grad():
-        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        guide_trace, model_trace = traced(model, guide, args, kwargs)
         drawn = {site["name"]: site for site in sample_sites(guide_trace)}
         latent = {site["name"]: site for site in sample_sites(model_trace) if not site["is_observed"]}
         points = points_among(guide, drawn.values(), args, kwargs)

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae import seals
 from pyro_vae.parameters import plain_name
-from pyro_vae.traces import Program
+from pyro_vae.traces import Program, traced
 
 _METADATA = "pyro_vae.fit"
 _UNKNOWN = "not written there (by another version)"
@@ -44,9 +43,8 @@ def named_tensors(
     }
     known = {id(t) for t in found.values()}
     with torch.random.fork_rng(), torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*batch)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-    for trace in (guide_trace, model_trace):
+        traces = traced(model, guide, batch, {})
+    for trace in traces:
         for name, site in trace.nodes.items():
             if site["type"] == "param":
                 value: Any = site["value"]

@@ -26,7 +26,6 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
-from torch.distributions import constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -34,7 +33,7 @@ from pyro_vae.auxiliary import auxiliary_among, points_among, undetermined
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
-from pyro_vae.protocols import passes, rescoring
+from pyro_vae.protocols import passes, rescoring, support, support_name
 from pyro_vae.sites import delta, deterministic, is_masked, is_subsample, kind, plates, unwrapped
 from pyro_vae.traces import Program, missing_values, other_mask, sites
 
@@ -201,7 +200,7 @@ def _supports(case: Case) -> str | None:
                 "and prior the same latent_dim."
             )
         try:
-            (ours, mine), (theirs, other) = _bare(q.support), _bare(p.support)
+            (ours, theirs), (mine, other) = map(support, (q, p)), map(support_name, (q, p))
         except NotImplementedError:
             continue
         if ours.is_discrete != theirs.is_discrete:
@@ -217,13 +216,6 @@ def _supports(case: Case) -> str | None:
                 "with HypersphericalUniform, or DiagonalNormal with StandardNormal."
             )
     return None
-
-
-def _bare(support: Any) -> tuple[Any, str]:
-    """A support of single numbers or whole events, and its name."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support, type(support).__name__.strip("_").lower()
 
 
 def _masks(case: Case) -> str | None:

@@ -17,14 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_vae.inference.captured import Graph
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.graphs import PRODUCTS
 from pyro_vae.inference.hardware import fast_matmul
 
 VARIABLE = "PYRO_VAE_EXPLAIN"
-_aten = torch.ops.aten
-_PRODUCTS = {
-    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default,
-    _aten.convolution_backward.default,
-}  # fmt: skip
 _TIMES = 20  # calls of a product, of which the median counts
 
 
@@ -47,7 +43,7 @@ def floor(graph: fx.Graph, fast: bool) -> Floor:
     count, operations, seconds = 0, 0.0, 0.0
     with torch.no_grad(), torch.random.fork_rng(), fast_matmul(fast):
         for node in graph.nodes:
-            if node.op != "call_function" or node.target not in _PRODUCTS:
+            if getattr(node.target, "overloadpacket", None) not in PRODUCTS:
                 continue
             args = pytree.tree_map(lambda a: _tensor(a) if isinstance(a, fx.Node) else a, tuple(node.args))
             with FlopCounterMode(display=False) as counter:

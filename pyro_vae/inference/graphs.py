@@ -15,6 +15,7 @@ _FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geom
 _LIKES = ("rand_like", "randn_like", "randint_like")
 _FACTORIES = ("rand", "randn", "randint", "randperm")
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
+PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward)
 _WARM_UP = 3  # runs before recording, in which kernels are loaded and chosen
 _SMALL = 4096  # numbers of a mask that are compared before each replay
 
@@ -206,10 +207,10 @@ def largest_product(graph: fx.Graph) -> float:
     for node in graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
         values = [a.meta.get("val") for a in node.all_input_nodes]
-        if packet in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm):
+        if packet in PRODUCTS[:4]:
             left, right = values[-2:]
             most = max(most, 2.0 * left.numel() * right.shape[-1])
-        elif packet in (_aten.convolution, _aten.convolution_backward):
+        elif packet in PRODUCTS:
             most = math.inf
     return most
 

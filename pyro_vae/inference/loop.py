@@ -31,7 +31,7 @@ from pyro_vae.inference.tempering import Number, Tempered, Tempering
 from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
 from pyro_vae.sites import lengths
-from pyro_vae.traces import Program
+from pyro_vae.traces import Program, traced
 
 EARLY = 10  # steps after which it is known how long a step takes
 TIMED = 40  # steps by whose time it is decided whether to compile
@@ -314,9 +314,7 @@ class Stepper:
     def _measure(self, choice: tuple[Any, ...]) -> None:
         """Run the pair for its plates, where a graph of an earlier fit takes the first step of its kind."""
         with self._aside(), self.counting:
-            batch = self.batches.take(*choice)
-            trace = poutine.trace(self.svi.guide).get_trace(*batch)
-            poutine.replay(self.svi.model, trace=trace)(*batch)
+            traced(self.svi.model, self.svi.guide, self.batches.take(*choice), {})
         self._note()
 
     def _keep_rows(self, guide: Program) -> None:

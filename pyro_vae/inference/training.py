@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ from pyro_vae.options import of_pair
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
 from pyro_vae.precision import current as current_precision
 from pyro_vae.reach import modules_of
-from pyro_vae.traces import Program
+from pyro_vae.traces import Program, traced
 from pyro_vae.words import did_you_mean
 
 _CAPTURE_PAYS = 500  # steps: a capture costs about a second
@@ -147,7 +146,7 @@ def fit(
         ValueError: A bad option; empty data; a point guide under a bound; parameters
             that Pyro cannot tell apart; nothing to train; a loss that is not finite.
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model(x):
         ...     loc = pyro.param("loc", torch.zeros(()))
         ...     with pyro.plate("data", len(x)):
@@ -275,9 +274,7 @@ def _take_up_loaded(model: Program, guide: Program, batches: Batches) -> None:
     if not holds_loaded():
         return
     with loaded_values() as found, evaluating(model, guide, seed=0):
-        batch = batches.first()
-        guide_trace = poutine.trace(guide).get_trace(*batch)
-        poutine.replay(model, trace=guide_trace)(*batch)
+        traced(model, guide, batches.first(), {})
     with torch.no_grad():
         for own, value in found:
             own.copy_(value)
@@ -306,8 +303,7 @@ def _share_out(batches: Batches, model: Program, guide: Program) -> str | None:
             f"in shares of {size} processes. Fit it in one process, or take a guide that is a function of the data."
         )
     with undisturbed(), unmoved(modules_of(model, guide)), Counting() as counting:
-        batch = batches.first()
-        poutine.replay(model, trace=poutine.trace(guide).get_trace(*batch))(*batch)
+        traced(model, guide, batches.first(), {})
     if counting.picks is not None:
         raise ValueError(
             f"plate {counting.picks!r} picks its rows at random in each run, so that {size} processes cannot share "

@@ -39,7 +39,7 @@ from torch.distributions import constraints
 
 from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
-from pyro_vae.protocols import Rescoring
+from pyro_vae.protocols import Rescoring, support
 from pyro_vae.sites import data_plate, kind, lengths, plates, sample_sites
 from pyro_vae.traces import Program, draw
 
@@ -253,11 +253,9 @@ def _log_normal(value: Tensor) -> Tensor:
 def _check(name: str, site: Any) -> None:
     if site["infer"].get("is_auxiliary"):
         raise ValueError(f"Hamiltonian cannot move auxiliary guide site {name!r}, which is not the model's.")
-    support = getattr(site["fn"], "support", None)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support is not None and support is not constraints.real:
+    lies = support(site["fn"])
+    if lies is not None and lies is not constraints.real:
         raise ValueError(
-            f"Hamiltonian moves guide site {name!r} ({kind(site['fn'])}) out of its support, {support}, wanted a site "
+            f"Hamiltonian moves guide site {name!r} ({kind(site['fn'])}) out of its support, {lies}, wanted a site "
             "over all of R^D. Transform the latent inside of the model instead."
         )
