@@ -230,11 +230,7 @@ def _is_program(value: Any) -> bool:
 def _unpacked(
     function: str, places: Sequence[str], programs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> _Given:
-    """The arguments of a call, with a pair in one piece as the programs that the function takes (see the module).
-
-    Raises:
-        ValueError: A pair with a guide beside it, a pair without data, or one that may be meant as a program.
-    """
+    """The arguments of a call, with a pair in one piece as the programs that the function takes (see the module)."""
     at = places.index(programs[0])
     by_name = len(args) <= at
     first = kwargs.get(programs[0]) if by_name else args[at]

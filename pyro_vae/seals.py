@@ -72,22 +72,14 @@ def save(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and texts of a safetensors file.
-
-    Raises:
-        ValueError: No such file, or a damaged one.
-    """
+    """The tensors and texts of a safetensors file; a ValueError for none, or a damaged one."""
     metadata = check(path)
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (a file is no dict)
 
 
 def check(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts of a safetensors file that is whole.
-
-    Raises:
-        ValueError: No such file, or a damaged one.
-    """
+    """The texts of a safetensors file; a ValueError for none, or a damaged one."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}

@@ -131,9 +131,7 @@ class Cut(Messenger):
     """Cuts the graph at every latent that a guide draws, and keeps both of its ends, per run of the guide (`passes`).
 
     The draw z, live in the guide's parameters, is kept aside; the rest of the guide and the model see a detached copy
-    of it that asks for a gradient. So log densities become functions of (z, parameters) as two independent things,
-    which is what an estimator other than the total derivative needs, and in the one run of the guide (a second run
-    would draw another dropout mask).
+    of it that asks for a gradient: log densities become functions of (z, parameters) as two independent things.
     """
 
     def __init__(self) -> None:
@@ -372,11 +370,8 @@ def predict(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs:
 
 
 def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
-    """How many batch dimensions the pair's plates occupy, without touching the random state.
-
-    Raises:
-        ValueError: The guide has one density for all data, and who asks wants one for each of them.
-    """
+    """How many batch dimensions the pair's plates occupy, without touching the random state; a guide of one density for
+    all data is a ValueError."""
     with torch.random.fork_rng(), torch.no_grad():
         guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
@@ -415,11 +410,8 @@ class Layout(NamedTuple):
 
 
 def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
-    """Run and score a pair once for its plates, without touching the random state.
-
-    Raises:
-        ValueError: As `particles`; whatever torch or Pyro raise where the pair does not take these data.
-    """
+    """Run and score a pair once for its plates, without touching the random state; it raises as `particles`, and what
+    torch or Pyro raise where the pair does not take these data."""
     with torch.random.fork_rng(), torch.no_grad():
         guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)

@@ -19,11 +19,8 @@ _lent: list[float] = []  # when the callbacks began that the thread at work is i
 
 @contextlib.contextmanager
 def turn() -> Iterator[None]:
-    """Have the process to oneself.
-
-    Raises:
-        ValueError: The thread whose turn it is has long been in a callback, which may wait for this thread.
-    """
+    """Have the process to oneself; a ValueError where the thread whose turn it is has long been in a callback, which
+    may wait for this one."""
     lock = _lock  # in a process that is forked inside, this one is given back
     while not lock.acquire(timeout=0.2):
         if _lent and time.monotonic() - _lent[-1] > _PATIENCE:

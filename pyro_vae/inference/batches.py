@@ -270,11 +270,9 @@ class Batches:
         """Be the share of one of several processes from now on.
 
         Each batch is one of ``size * batch_size`` rows in the order that all processes have, of which this one takes
-        its even part. An iterable of batches is this process's own; of a list of batches it takes every `size`-th.
-        Where others still have rows and this one has none left, it gets one that does not count (`own_rows`).
-
-        Raises:
-            ValueError: A loader that gives every process all data.
+        its even part. An iterable of batches is this process's own, unless it is a loader that gives every process all
+        data, a ValueError; of a list of batches it takes every `size`-th. Where others still have rows and this one has
+        none left, it gets one that does not count (`own_rows`).
         """
         if isinstance(self.loader, list):
             self.loader = self.loader[rank::size] or self.loader[:1]
@@ -437,11 +435,8 @@ class Batches:
         raise ValueError("the data are empty; wanted at least one batch.")
 
     def keep_together(self) -> None:
-        """Where the pair has batch normalisation, which learns nothing from one datum: no batch of one.
-
-        Raises:
-            ValueError: The data are one datum, or a loader makes such batches.
-        """
+        """Where the pair has batch normalisation, which learns nothing from one datum: no batch of one, a ValueError
+        where the data are one, or a loader makes such batches."""
         modules = [] if self.shown is None else self.shown.modules
         if not any(isinstance(module, _BatchNorm) and module.training for module in modules):
             return

@@ -47,8 +47,6 @@ OfWeights: TypeAlias = Callable[[Tensor], Tensor]
 def named(name: str) -> Bound:
     """The bound of a name, in whatever spelling; of one with options, the function that makes it.
 
-    Raises:
-        ValueError: There is none of that name.
     Example:
         >>> named("IWAE") is iwae
         True

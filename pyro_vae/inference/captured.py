@@ -138,11 +138,8 @@ class Captured:
         self._seen.pop(call.key, None)
 
     def _ripe(self, call: Any, watch: Callable[[], Watched]) -> bool:
-        """Whether to capture a call that has no graph: from the second of its kind on, if the first changed nothing.
-
-        What programs write down at their own run is found out while they run as they are: a capture that fails
-        would run them a second time.
-        """
+        """Whether to capture a call that has no graph: from the second of its kind on, if the first changed nothing, as
+        a capture that fails would run the programs a second time."""
         if call.key in self._refused:
             self.reason = self._refused[call.key]
             return False
@@ -213,11 +210,8 @@ class Captured:
         return results, graph
 
     def _play(self, call: Any, graph: Any) -> tuple[Sequence[Tensor] | None, Check | None]:
-        """The results of a replay; or None, with nothing done, and what the programs themselves gave.
-
-        Raises:
-            ValueError: Programs that read what cannot be watched gave something else.
-        """
+        """The results of a replay; or None, with nothing done, and what the programs themselves gave, which is a
+        ValueError where they read what cannot be watched."""
         check = self._check(call, graph) if graph.due(self.check_every) else None
         call.advance(1)
         start = time.perf_counter()

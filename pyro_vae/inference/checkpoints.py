@@ -159,11 +159,8 @@ class Checkpoint:
         self._cost = self._written - started
 
     def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
-        """Put tensors and random state back; what else was written, or None where there is no file.
-
-        Raises:
-            ValueError: A file that is damaged, or of another fit; nothing is then changed.
-        """
+        """Put tensors and random state back; what else was written, or None where there is no file. One that is
+        damaged, or of another fit, is a ValueError, and nothing is then changed."""
         if not self.path.exists():
             return None
         content, header = self._content()

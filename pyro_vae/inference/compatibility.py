@@ -120,10 +120,8 @@ def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -
 
 
 def _at_draws(model: Program, drawn: Mapping[str, Any], batch: tuple[Any, ...]) -> dict[str, Any]:
-    """The model's sites where it runs as in a step, at the guide's draws, whose type the prior's may not have.
-
-    Where it does not run at them, those of its own draws, so that a rule can say what is wrong with the guide's.
-    """
+    """The model's sites where it runs as in a step, at the guide's draws; where it does not run at them, those of its
+    own draws, so that a rule can say what is wrong with the guide's."""
     given = Trace()
     for name, site in drawn.items():
         if not site["is_observed"]:
@@ -236,11 +234,8 @@ def _batch_norm(case: Case) -> str | None:
 
 
 def _mean_field(case: Case) -> str | None:
-    """Pyro's condition: no parent of a site in the model is one of its descendants in the guide.
-
-    It holds wherever the guide draws its sites in the model's order, whatever depends on what. Where it does not, the
-    sites must not depend on each other.
-    """
+    """Pyro's condition: no parent of a site in the model is one of its descendants in the guide, as wherever the guide
+    draws its sites in the model's order."""
     if not isinstance(case.loss, TraceMeanField_ELBO):
         return None
     for name, site in case.guide_sites.items():

@@ -32,10 +32,8 @@ _active = 0
 
 @contextlib.contextmanager
 def matmul_precision(name: str | None) -> Iterator[None]:
-    """Run what is inside with matrix products of this precision; None leaves it as it is.
+    """Run what is inside with matrix products of this precision (see `check_precision`); None leaves it as it is.
 
-    Raises:
-        ValueError: An unknown name; bfloat16 where there are no instructions for it.
     Example:
         >>> with matmul_precision("medium"):
         ...     torch.get_float32_matmul_precision()
@@ -135,11 +133,8 @@ _depth = 0
 def reused_memory() -> Iterator[None]:
     """Keep freed memory for the next step; give it back to the system at the end.
 
-    A step with K particles makes a dozen tensors of tens of megabytes and frees them. By
-    default glibc gives each back to the kernel, which hands it out again zeroed, page by page:
-    with 50 particles of MNIST a good part of the step. While `reused_memory` is active such memory is
-    kept for the next step; the price is that the process stays at its peak until the end.
-    Does nothing where the C library is not glibc.
+    By default glibc gives each large tensor back to the kernel, which hands it out again zeroed, page by page: with 50
+    particles of MNIST a good part of the step. The price is that the process stays at its peak until the end.
 
     Example:
         >>> import torch

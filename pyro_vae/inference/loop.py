@@ -156,11 +156,8 @@ class Stepper:
         return self.graph is not None and self.graph.compiled.compile_after is not None
 
     def warm_up(self, tensors: Sequence[Tensor]) -> None:
-        """Have the graphs of all kinds of steps, and nothing else, so that every step to come is a replay.
-
-        The steps that graphs are made from differ from replays by rounding. A fit that goes on would take such steps
-        anew, in the middle, where the whole fit replayed.
-        """
+        """Have the graphs of all kinds of steps, and nothing else, so that every step to come is a replay: steps that
+        graphs are made from differ by rounding, and a fit that goes on would take them anew, in the middle."""
         if self.graph is None:
             return
         if self.batches.columns is None or not isinstance(self.optimizer, Fused) or not self.optimizer.can_start_afresh:

@@ -57,16 +57,10 @@ class Elsewhere(ValueError):
 
 
 class Ranks:
-    """The link between this process and the others of a fit.
+    """The link between this process and the others of a fit, which changes these tensors (of `named_tensors`).
 
-    Args:
-        tensors: All that the fit changes, by a name that is the same in every process (`named_tensors`).
-        settings: What must be the same in all processes, as plain data by a name.
-    Attributes:
-        paused: Whether steps are this process's own for now.
-        stopping: Whether the latest message had a rank that was asked to stop.
-    Raises:
-        ValueError: The processes have different pairs, data or options.
+    Other settings in another process are a ValueError. `paused` says whether steps are this process's own for now,
+    `stopping` whether the latest message had a rank that was asked to stop.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -136,11 +130,8 @@ class Ranks:
         return [row[_FIRST : _FIRST + len(numbers)] for row in table]
 
     def settle(self) -> None:
-        """Average the buffers that a process has changed, such as the statistics of a batch normalisation.
-
-        Raises:
-            ValueError: The parameters of the processes have come apart.
-        """
+        """Average the buffers that a process has changed, such as the statistics of a batch normalisation; parameters
+        that have come apart are a ValueError."""
         changed = [
             b if not torch.equal(b, then) else None for b, then in zip(self.buffers, self._as_begun, strict=True)
         ]
@@ -247,8 +238,8 @@ class Setup:
     """What comes before the first step, or all of an evaluation: what fails in one process there fails in all. Does
     nothing in one process.
 
-    All that is said there is said by `gathered`, so that whoever fails can say so in the place of what the others wait
-    for. One `Setup` may be inside another: a failure is said once, by the inner one.
+    All that is said there is said by `gathered`, so that whoever fails can say so in its place. One `Setup` may be
+    inside another: a failure is said once, by the inner one.
     """
 
     def __init__(self) -> None:
@@ -258,11 +249,7 @@ class Setup:
         return self
 
     def done(self) -> None:
-        """Wait until all processes have come here.
-
-        Raises:
-            Elsewhere: Another one has failed.
-        """
+        """Wait until all processes have come here, or one has failed (`Elsewhere`)."""
         if self._open:
             gathered(None)
         self._open = False
@@ -276,11 +263,7 @@ class Setup:
 
 
 def gathered(value: Any, failed: str = "") -> list[Any]:
-    """What each process says.
-
-    Raises:
-        Elsewhere: One of them failed, or is gone.
-    """
+    """What each process says; `Elsewhere` where one of them failed, or is gone."""
     rank, size = world()
     found: list[Any] = [None] * size
     try:

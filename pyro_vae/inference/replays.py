@@ -123,10 +123,7 @@ class Replayed(Captured):
         return graph.replays > 3 and _SAVED * graph.seconds * self._ahead > cost
 
     def _agree(self, results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-        """Whether they are the same but for rounding.
-
-        A few numbers may differ: of what is accepted or rejected by comparison, rounding turns one in a million.
-        """
+        """Whether they are the same but for rounding, and for a few numbers that are accepted or rejected by it."""
         if [r.shape for r in results] != [e.shape for e in expected]:
             return False
         for result, wanted in zip(results, expected, strict=True):

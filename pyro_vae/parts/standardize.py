@@ -65,13 +65,8 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def measure(self, chunks: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
-        """Take m and s from data.
-
-        Args:
-            chunks: Data, each (B, *x_shape), or such with a mask, True where observed; all else is left out.
-        Raises:
-            ValueError: Data of another shape, or none.
-        """
+        """Take m and s from chunks of data, (B, *x_shape) each, or of such with a mask, True where observed; all else
+        is left out. Data of another shape are a ValueError."""
         self._settle(*self._statistics(chunks)[:2])
 
     @torch.no_grad()

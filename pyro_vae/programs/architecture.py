@@ -87,11 +87,7 @@ class Architecture:
 
     @classmethod
     def of(cls, x_shape: Sequence[int], **options: Any) -> Architecture:
-        """An architecture from options whose names are checked.
-
-        Raises:
-            ValueError: An unknown option, or a value that it cannot have.
-        """
+        """An architecture from options; an unknown one, or a value that it cannot have, is a ValueError."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -121,31 +117,19 @@ class Architecture:
         return names.networks(self.network).encoder((self.latent_dim,), self.hidden[::-1], self.activation)
 
     def option(self, name: str) -> Any:
-        """One of the model's own options that has no default.
-
-        Raises:
-            ValueError: It is not there.
-        """
+        """One of the model's own options that has no default; a ValueError where it is not there."""
         if name not in self.model_options:
             raise ValueError(f"the model {self.model} needs model_options {name}, got {self.model_options}.")
         return self.model_options[name]
 
     def build(self) -> Any:
-        """The pair with new weights: a `VAE`, or the class of the zoo that `model` names.
-
-        Raises:
-            ValueError: Parts that cannot be built so, or do not fit together.
-        """
+        """The pair with new weights, a `VAE`, or the class of the zoo that `model` names; parts that cannot be built
+        so, or do not fit together, are a ValueError."""
         return kinds.find(self.model).of(self)
 
     def pair(self) -> tuple[Model, Guide]:
-        """p(z) p(x | z) and q(z | x) with new weights.
-
-        The two share the encoder where the prior is a mixture of posteriors ("vamp").
-
-        Raises:
-            ValueError: Parts that cannot be built so, or do not fit together.
-        """
+        """p(z) p(x | z) and q(z | x) with new weights, which share the encoder where the prior is a mixture of
+        posteriors ("vamp")."""
         likelihood, posterior = self.a_likelihood(), self.a_posterior()
         maker, first = None, list[Any]([self.latent_dim])
         family = names.find("prior", self.prior)

@@ -248,9 +248,8 @@ def filled(x: Tensor, mask: Tensor, value: float | Tensor = 0.0) -> Tensor:
 
 def observed_part(likelihood: TorchDistribution, x: Tensor, mask: Tensor) -> tuple[TorchDistribution, Tensor]:
     """p(x_obs | z): the likelihood, masked inside its event; and data with a value of its support where they miss one.
+    A likelihood that does not score pixels one by one is a ValueError.
 
-    Raises:
-        ValueError: The likelihood does not score pixels one by one.
     Example:
         >>> import pyro.distributions as dist
         >>> x, mask = torch.tensor([[0.0, float("nan")]]), torch.tensor([[True, False]])

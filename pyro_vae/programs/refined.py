@@ -80,11 +80,8 @@ class Refined(Named):
 
     @contextlib.contextmanager
     def kept(self: _Self) -> Iterator[_Self]:
-        """While entered, what was found for a batch is kept for as long as the same batch comes, and not found anew.
-
-        An evaluation of many samples runs the guide many times for each batch, and would climb each time. Model, base
-        guide and batch are not to change meanwhile. Runs that gradients go through keep nothing.
-        """
+        """While entered, what was found for a batch is kept for as long as the same batch comes. Model, base guide and
+        batch are not to change meanwhile. Runs that gradients go through keep nothing."""
         before, self._kept = self._kept, []
         try:
             yield self

@@ -26,11 +26,8 @@ from pyro_vae.parts.distributions.levels import Number
 
 
 class _BernoulliLogProb(torch.autograd.Function):
-    """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's.
-
-    softplus(l) = max(l, 0) + log(1 + exp(-|l|)): ``log1p`` is not vectorised on the CPU, and would only gain what lies
-    below 1e-7. The maximum is taken off first, where it cancels x l exactly at x = 1.
-    """
+    """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's; ``log1p`` is not vectorised
+    on the CPU. The maximum is taken off first, where it cancels x l exactly at x = 1."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
@@ -91,10 +88,8 @@ def polynomial(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
 
 
 def _branches(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where |l| > 1; |l| and l for either branch, held where they are finite if the other branch counts.
-
-    Held well beyond |l| = 1, since a clamp has no derivative at its end.
-    """
+    """Where |l| > 1; |l| and l for either branch, held where they are finite if the other branch counts, well beyond
+    |l| = 1, since a clamp has no derivative at its end."""
     size = logits.abs()
     return size > 1, size.clamp(min=0.5), logits.clamp(-2, 2)
 
