@@ -245,7 +245,9 @@ class Batches:
         if self.columns is not None and not any(lengths):
             raise ValueError("the data are empty; wanted at least one datum.")
         self.num_data = lengths[0] if lengths else None
-        self._block = _block_of(self._parts, lengths[0]) if lengths else None
+        # Data that lie on a disk and are large are read in blocks of so many rows.
+        far = max(map(row_on_disk, self._parts), default=0) if lengths else 0
+        self._block = max(1, _BLOCK // far) if far * sum(lengths[:1]) >= LARGE else None
         self.home = torch.device("cpu")
         if device is not None and torch.device(device).type == "cuda":
             self._move_in(torch.device(device))
@@ -709,12 +711,6 @@ def whole(programs: Sequence[Program], args: tuple[Any, ...], device: torch.devi
     those that are not one row each per datum stay as they are.
     """
     return Batches(args, sys.maxsize, device, shuffle=False, programs=programs).first()
-
-
-def _block_of(parts: Sequence[Any], count: int) -> int | None:
-    """The rows of a block, where data lie on a disk and are large; None where they are read in any order."""
-    far = max(map(row_on_disk, parts), default=0)
-    return None if far * count < LARGE else max(1, _BLOCK // far)
 
 
 def _refuse_swapped(shown: Rehearsal) -> None:

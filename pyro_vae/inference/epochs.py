@@ -94,10 +94,11 @@ class Epochs:
             return
         stepper, best = self.stepper, self.best
         names = {id(t): name for name, t in saved.tensors.items()}
+        compiles = stepper.graph is not None and stepper.graph.compiled.compile_after is not None
         progress = {
             "records": self.history.records, "steps": stepper.steps, "best_epoch": best.epoch,
             "stopped": self.history.stopped_early, "best_value": best.value if best.epoch else None,
-            "compiled": stepper.compiles, "size": stepper.batches.size, "noise": stepper.noise,
+            "compiled": compiles, "size": stepper.batches.size, "noise": stepper.noise,
         }  # fmt: skip
         assert isinstance(stepper.optimizer, Fused)
         moments = stepper.optimizer.moments(saved.tensors)

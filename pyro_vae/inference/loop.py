@@ -150,11 +150,6 @@ class Stepper:
         """What was trained so far, whoever owns it."""
         return list(self.optimizer.parameters if isinstance(self.optimizer, Fused) else self.optimizer.optim_objs)
 
-    @property
-    def compiles(self) -> bool:
-        """Whether Inductor compiles the steps."""
-        return self.graph is not None and self.graph.compiled.compile_after is not None
-
     def warm_up(self, tensors: Sequence[Tensor]) -> None:
         """Have the graphs of all kinds of steps, and nothing else, so that every step to come is a replay: steps that
         graphs are made from differ by rounding, and a fit that goes on would take them anew, in the middle."""

@@ -342,7 +342,9 @@ class Fused(PyroOptim):
         self.learning_rate = pending["groups"][0]["options"]["lr"]
         for saved in pending["groups"]:
             members = [p for p in joined if found[p] in saved["names"]]
-            if self._rates is None and members and not self._holds(members):
+            if self._rates is None and not {id(p) for p in members} <= {
+                id(p) for g in self._groups for p in g["params"]
+            }:
                 self._add(members)
             assert self._optimizer is not None
             for index, group in enumerate(self._groups):
@@ -358,9 +360,6 @@ class Fused(PyroOptim):
         self._update = None
         shapes = {name: shape for name, shape in pending["shapes"].items() if name in unused}
         self._pending = pending | {"shapes": shapes} if unused else None
-
-    def _holds(self, tensors: Sequence[Tensor]) -> bool:
-        return all(any(p is q for group in self._groups for q in group["params"]) for p in tensors)
 
     def _placed(self, key: str, value: Any, parameter: Tensor) -> Any:
         """A copy of a part of the state where the algorithm wants it for this parameter."""

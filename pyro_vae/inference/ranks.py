@@ -297,11 +297,6 @@ def by_first(made: Callable[[], T]) -> T:
     return found
 
 
-def most_steps(own: int) -> int:
-    """The largest of the processes' numbers of steps."""
-    return max(gathered(own))
-
-
 def check_same(settings: Mapping[str, Any]) -> None:
     """Refuse, in all processes, what is not the same in all of them."""
     found = gathered(dict(settings))

@@ -16,7 +16,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -31,18 +30,6 @@ from pyro_vae.traces import Program
 
 _TRIES = 5  # a draw may be the reason, and another draw is not
 _UNSCALED = 20.0  # a size of data at which networks with unit weights begin to overflow
-
-
-class _Parameters(Messenger):
-    """Notes the parameters that programs ask for."""
-
-    def __init__(self, found: list[Tensor]) -> None:
-        super().__init__()
-        self.found = found
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        if isinstance(msg["value"], Tensor):
-            self.found.append(msg["value"])
 
 
 # False to all who ask, and not the False that a distribution was given: after the run one can tell which it was.
@@ -109,11 +96,11 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
     shown = Rehearsal()
     for owner in modules_of(*programs):
         shown.parameters += [p for p in owner.parameters() if not isinstance(p, nn.UninitializedParameter)]
-    asked: list[Tensor] = []
+    asked: Any = poutine.trace(param_only=True)
     ran: dict[int, nn.Module] = {}
     hook = register_module_forward_pre_hook(lambda module, _: ran.update({id(module): module}))
     try:
-        with undisturbed(), evaluating(*programs), pyro.validation_enabled(False), _Parameters(asked):
+        with undisturbed(), evaluating(*programs), pyro.validation_enabled(False), asked:
             Distribution.set_default_validate_args(_UNSAID)
             drawn: Trace | None = None
             for guide in programs[1:]:
@@ -128,7 +115,8 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
     finally:
         hook.remove()
     shown.modules = list(ran.values())
-    shown.parameters += asked
+    values = [site["value"] for site in asked.trace.nodes.values() if site["type"] == "param"]
+    shown.parameters += [value for value in values if isinstance(value, Tensor)]
     shown.parameters += [p for module in shown.modules for p in module.parameters(recurse=False)]
     return shown
 

@@ -190,11 +190,7 @@ class GraphSteps:
         source = (id(self.batches.origin), str(self.batches.device))
         self._ways = []
         for chosen in (True, False) if columns is not None and self.chooses else (False,):
-            prepare = self.batches.take if chosen else _as_they_are
+            prepare: Callable[..., tuple[Any, ...]] = self.batches.take if chosen else lambda *tensors: tensors
             for step in (update, None) if update is not None else (None,):
                 key = (source if chosen else None, None if step is None else id(step))
                 self._ways.append((chosen, TrainingStep(prepare, step, key, last=not chosen and step is None)))
-
-
-def _as_they_are(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tensors

@@ -30,7 +30,7 @@ from pyro_vae.inference.loop import Stepper
 from pyro_vae.inference.objectives import Objective, default_loss, mean_bound
 from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting
-from pyro_vae.inference.ranks import Ranks, Setup, common_seed, most_steps, world
+from pyro_vae.inference.ranks import Ranks, Setup, common_seed, gathered, world
 from pyro_vae.inference.records import History
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
@@ -317,7 +317,7 @@ def _share_out(batches: Batches, model: Program, guide: Program) -> str | None:
         )
     batches.shard(rank, size)
     if count is None:
-        batches.steps = most_steps(len(batches))
+        batches.steps = max(gathered(len(batches)))
         return None
     with seeded(0):
         return fingerprint(batches.take(torch.linspace(0, count - 1, min(count, 64)).long().to(batches.home)))

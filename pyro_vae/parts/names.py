@@ -68,8 +68,8 @@ def is_foreign(name: str) -> bool:
 
 
 def check(kind: str, name: str) -> str:
-    """A name of a part, in whatever spelling, as the table spells it, or ``module:Class``; anything else is a ValueError,
-    and nothing is imported.
+    """A name of a part, in whatever spelling, as the table spells it, or ``module:Class``; anything else is a
+    ValueError, and nothing is imported.
 
     Example:
         >>> check("posterior", "IAF"), check("posterior", "FullNormal"), check("likelihood", "discretized_logistic")

@@ -216,15 +216,13 @@ class Hamiltonian(Refined):
         with torch.random.fork_rng(), torch.no_grad(), hidden():
             for share in (0.0, *_SHARES):
                 torch.manual_seed(seed)  # the same draws for all
-                moves = functools.partial(self._by, self.log_step_size.new_tensor(share))
+                step_share = self.log_step_size.new_tensor(share)
+                moves = functools.partial(lambda of, *args, **kwargs: self._run(of, args, kwargs, ()), step_share)
                 bounds.append(draw(self.model, moves, args, kwargs, _DRAWS, vectorize=False).log_weight)
         gains = torch.stack([bound - bounds[0] for bound in bounds[1:]])  # (shares, K, B)
         gain, best = gains.mean(1).nan_to_num(-math.inf).max(0)
         error = gains.std(1).gather(0, best[None])[0] / _DRAWS**0.5
         return torch.where(gain > 2 * error, gain.new_tensor(_SHARES)[best], 0.0)
-
-    def _by(self, share: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._run(share, args, kwargs, ())
 
     def _gradient(
         self, position: Phase, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: tuple[Any, ...], through: bool
