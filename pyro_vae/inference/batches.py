@@ -32,11 +32,13 @@ from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import (
     AGAIN,
     LARGE,
+    Items,
     Unreadable,
     collated,
     column,
     drawn,
     frame_names,
+    held,
     row_on_disk,
     settled,
 )
@@ -253,9 +255,7 @@ class Batches:
             self._move_in(torch.device(device))
         if self.programs:
             self._meet_programs()
-        held: tuple[Any, ...] = () if self.columns is None else self.columns
-        tensors = [isinstance(c, Tensor) or isinstance(getattr(c, "pixels", None), Tensor) for c in held]
-        self._plain = bool(tensors) and all(tensors) and not self._each
+        self._plain = self.columns is not None and all(held(c) is not None for c in self.columns) and not self._each
 
     @property
     def tolerated(self) -> bool:
@@ -501,7 +501,7 @@ class Batches:
                 batch = False
             self.loader = data if batch else None
             if not batch:
-                self.columns = (_items(data),)
+                self.columns = (Items(data),)
         else:
             self._columns((data,))
 
@@ -543,16 +543,13 @@ class Batches:
         try:
             batch = self._placed(self._arguments(given, warn=False))
             count = rows(batch)
-            self._choose_casts(batch)
-            batch = self._cast(batch)
-            shown = rehearse(self.programs, batch)
-            if shown.error is not None:
+            if self._choose_casts(batch).error is not None:
                 return False
             if len(self.programs) < 2:
                 return True
             with undisturbed(), evaluating(*self.programs):
                 model, guide, *_ = self.programs
-                return draw(model, guide, batch, {}).log_likelihood.shape[1] == count
+                return draw(model, guide, self._cast(batch), {}).log_likelihood.shape[1] == count
         except Exception:  # noqa: BLE001 - a trial: what fails is not what was meant
             return False
         finally:
@@ -697,11 +694,8 @@ class Batches:
     def _move_in(self, device: torch.device) -> None:
         """Keep the data on the GPU where they take little of it: batches are then chosen and drawn there."""
         columns = self.columns or ()
-        tensors = [c if isinstance(c, Tensor) else getattr(c, "pixels", None) for c in columns]
-        held = [t for t, c in zip(tensors, columns, strict=True) if isinstance(t, Tensor) and hasattr(c, "to")]
-        if not columns or len(held) < len(columns):
-            return
-        if sum(t.numel() * t.element_size() for t in held) < torch.cuda.mem_get_info(device)[0] / 4:
+        sizes = [t.numel() * t.element_size() for c in columns if hasattr(c, "to") and (t := held(c)) is not None]
+        if columns and len(sizes) == len(columns) and sum(sizes) < torch.cuda.mem_get_info(device)[0] / 4:
             self.columns = tuple(one.to(device) for one in columns)
             self.home = device
 
@@ -766,17 +760,6 @@ def _as_tensor(x: Any) -> Tensor:
         return tensor_of(x).reshape(np.shape(x))
     found = column(x)
     return found if isinstance(found, Tensor) else found[torch.arange(len(found))]
-
-
-def _items(data: list[Any]) -> Any:
-    class _List(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(data)
-
-        def __getitem__(self, i: int) -> Any:
-            return data[i]
-
-    return column(_List())
 
 
 def _has_arrays(item: Any) -> bool:

@@ -67,9 +67,6 @@ def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | N
             if isinstance(side, WeightBound):
                 side.value(torch.zeros(num_samples, 1))
         return known
-    if isinstance(bound, WeightBound):
-        bound.value(torch.zeros(num_samples, 1))
-        return bound
     # The same weights, made of other densities: a function of the weights cannot tell.
     index = torch.arange(2.0 * num_samples).reshape(num_samples, 2)
     weight, part = torch.sin(1.7 * index), torch.cos(2.3 * index + 0.4)

@@ -342,9 +342,8 @@ class Fused(PyroOptim):
         self.learning_rate = pending["groups"][0]["options"]["lr"]
         for saved in pending["groups"]:
             members = [p for p in joined if found[p] in saved["names"]]
-            if self._rates is None and not {id(p) for p in members} <= {
-                id(p) for g in self._groups for p in g["params"]
-            }:
+            held = {id(p) for group in self._groups for p in group["params"]}
+            if self._rates is None and any(id(p) not in held for p in members):
                 self._add(members)
             assert self._optimizer is not None
             for index, group in enumerate(self._groups):

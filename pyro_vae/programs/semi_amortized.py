@@ -148,7 +148,8 @@ class SemiAmortized(Refined):
         else:
             like = {(name, key): value for name, (free, _) in parts.items() for key, value in free.items()}
             moved, axes = _by_sites(self.guide), {key: axis[key[0]] for key in like}
-        changes = self._changes(moved, like, axes, args, kwargs, through)
+        found = functools.partial(self._found, moved, like, axes, args, kwargs, through)
+        changes = found() if self.seed is None else self._once(args, kwargs, found)
         return moved(changes)(*args, **kwargs)
 
     def _axes(self, start: Sites, args: Any) -> dict[str, int]:
@@ -165,22 +166,10 @@ class SemiAmortized(Refined):
         dim, _ = data_plate(common, lengths(args))
         return {name: len(site["fn"].batch_shape) + dim for name, site in start.items()}
 
-    def _changes(
-        self,
-        guide: Callable[[dict[_Key, Tensor]], Program],
-        like: Mapping[_Key, Tensor],
-        axes: Mapping[_Key, int],
-        args: Any,
-        kwargs: Any,
-        through: bool,
-    ) -> dict[_Key, Tensor]:
-        """What the steps add to the parameters."""
-        found = functools.partial(self._found, guide, like, axes, args, kwargs, through)
-        return found() if self.seed is None else self._once(args, kwargs, found)
-
     def _found(
         self, guide: Any, like: Mapping[_Key, Tensor], axes: Mapping[_Key, int], args: Any, kwargs: Any, through: bool
     ) -> dict[_Key, Tensor]:
+        """What the steps add to the parameters."""
         zeros = {key: torch.zeros_like(value, requires_grad=True) for key, value in like.items()}
 
         def climb(changes: dict[_Key, Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -37,7 +37,10 @@ class _Counts(Likelihood):
     values = "counts"
     standardize: CountScale | None
 
-    def __init__(self, decoder: nn.Module, link: str, levels: int | None, standardize: CountScale | None) -> None:
+    def __init__(
+        self, decoder: nn.Module, link: str = "softplus", levels: int | None = None,
+        standardize: CountScale | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(decoder, standardize)
         if link not in _LINKS:
             raise ValueError(f"unknown link {link!r}, wanted one of {', '.join(_LINKS)}.")
@@ -77,12 +80,6 @@ class Poisson(_Counts):
         >>> Poisson(nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
         torch.Size([6])
     """
-
-    def __init__(
-        self, decoder: nn.Module, link: str = "softplus", levels: int | None = None,
-        standardize: CountScale | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(decoder, link, levels, standardize)
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         (output,) = parameters
@@ -156,7 +153,9 @@ class _Logistics(Likelihood):
 
     values = "levels"
 
-    def __init__(self, decoder: nn.Module, levels: int, initial_scale: float, minimum_scale: float) -> None:
+    def __init__(
+        self, decoder: nn.Module, levels: int = 256, initial_scale: float = 0.1, minimum_scale: float = 5e-4
+    ) -> None:
         super().__init__(decoder)
         if not (initial_scale > 0 and minimum_scale > 0):
             raise ValueError(
@@ -193,11 +192,6 @@ class DiscretizedLogistic(_Logistics):
     """
 
     parameters_per_pixel = 2
-
-    def __init__(
-        self, decoder: nn.Module, levels: int = 256, initial_scale: float = 0.1, minimum_scale: float = 5e-4
-    ) -> None:
-        super().__init__(decoder, levels, initial_scale, minimum_scale)
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         u, t = parameters
