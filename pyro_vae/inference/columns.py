@@ -196,7 +196,7 @@ def row_on_disk(data: Any) -> int:
 def drawn(column: Any) -> bool:
     """Whether a column is a split whose zeros and ones are drawn at each look: right by construction."""
     dynamic = getattr(column, "binarization", None) == "dynamic" or getattr(column, "dequantize", False)
-    return held(column) is not None and dynamic and not getattr(column, "fixed", False)
+    return isinstance(getattr(column, "pixels", None), Tensor) and dynamic and not getattr(column, "fixed", False)
 
 
 def held(column: Any) -> Tensor | None:
