@@ -235,10 +235,9 @@ def _constrained_parameters(program: Any) -> dict[str, tuple[Tensor, Any]]:
 def own_parameters(*programs: Any, keep: bool = False, aside: bool = False) -> Iterator[None]:
     """Run programs on their own parameters, untouched by what the param store holds of others.
 
-    Parameters of modules are used in place and leave no trace in the store, unless they are to be kept there: then
-    under the names that Pyro gives them, in place of those of other pairs, unless an exception ends it. Those that
-    plain functions declare with ``pyro.param`` live in the store, as always. Values that were loaded into the store
-    reach the modules that ask for them. `aside` marks an estimate, of which contexts around that keep take no note.
+    Parameters of modules leave no trace in the store, unless they are to be kept there: then under the names that Pyro
+    gives them, in place of those of other pairs, unless an exception ends it. Those that plain functions declare with
+    ``pyro.param`` live in the store. `aside` marks an estimate, of which contexts around that keep take no note.
 
     Two programs with different constrained parameters (``PyroParam``) of one name, which Pyro cannot tell apart, a
     loaded value of another shape, and a program that makes a new ``nn.Parameter`` in every run are a ValueError.

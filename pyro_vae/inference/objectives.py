@@ -272,17 +272,12 @@ class ClosedForm(TraceMeanField_ELBO):
     `Hierarchical` does. Where a pair of distributions has no closed form, the sample stays; a guide
     with a site that is not reparameterised gets Pyro's ``Trace_ELBO`` throughout.
 
-    ``TraceMeanField_ELBO`` replaces log q(z_l) - log p(z_l) by its expectation over z_l, given the
-    sites that z_l was drawn from. That leaves the ELBO unbiased only where p(z_l | ...) does not depend
-    on what the guide drew *from* z_l. A guide that draws in the model's order meets that everywhere. One that
-    climbs from the data, q(z_1 | x) q(z_2 | z_1), under a model that comes down, p(z_2) p(z_1 | z_2), meets
-    it at its last layer only:
+    ``TraceMeanField_ELBO`` replaces log q(z_l) - log p(z_l) by its expectation over z_l. That leaves the ELBO unbiased
+    only where p(z_l | ...) does not depend on what the guide drew *from* z_l: for a guide that climbs from the data,
+    q(z_1 | x) q(z_2 | z_1), under a model that comes down, p(z_2) p(z_1 | z_2), at its last layer only:
 
         E_q[log q(z_2 | z_1) - log p(z_2)] = E_q(z_1)[KL(q(z_2 | z_1) || p(z_2))].
 
-    Args:
-        sites: Names of latent sites.
-        options: Those of ``TraceMeanField_ELBO``.
     Example:
         >>> ClosedForm(["z2"]).sites
         ('z2',)

@@ -162,15 +162,13 @@ def wake_sleep(sleep: float = 0.0) -> SplitBound:
 def sleep_phase(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
     """log q(z | x) at a draw (z, x) ~ p(z, x), per datum, (B,) in nats, with a gradient for the guide.
 
-    The guide learns from data that the model made up: it climbs log q(z | x), which lowers the divergence E_{p(x)}
-    KL(p(z | x) || q(z | x)) without any importance weight. It asks no derivative of the model or of the samples, so
-    both may be discrete.
+    To climb it lowers E_{p(x)} KL(p(z | x) || q(z | x)) without any importance weight, or derivative of the model or of
+    the samples, so both may be discrete.
 
-    The batch serves for its shape, and for what the model conditions on: all that the model observes is replaced by the
-    draws, wherever it stands in the arguments (also in a dict or a tuple, as a column of a tensor, in another shape or
-    type); what it does not observe is kept. An observed site that is none of the arguments, or may be several, so that
-    the guide would see it as it was, or that cannot be drawn (``pyro.factor``), is a ValueError; so is nothing
-    observed.
+    All that the model observes is replaced by the draws, wherever it stands in the arguments (also in a dict or a
+    tuple, as a column of a tensor, in another shape or type); what it does not observe is kept. An observed site that
+    is none of the arguments, or may be several, or that cannot be drawn (``pyro.factor``), is a ValueError; so is
+    nothing observed.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist

@@ -76,13 +76,10 @@ def tempered_leapfrog(
 class Hamiltonian(Refined):
     """q(z | x) whose samples go T leapfrog steps from a base guide's towards p(z | x).
 
-    Every step costs a gradient of the model, and training differentiates through all of them, the model's second
-    derivatives included. Step size and tempering are learned. With the default step size, outside of training, a datum
-    takes it, a half or a quarter of it, or does not move, whichever gives the highest bound on 16 draws of their own
-    (see above): its bound is then not below the base guide's. In training mode it is taken as it is, to be learned.
-    A bound, but not a density of z: `log_q` and all that
-    must score given samples refuse it, and so do estimators that do. Momenta are drawn outside of Pyro's sites, one for
-    each sample and datum.
+    Every step costs a gradient of the model, and training differentiates through all of them. Step size and tempering
+    are learned. With the default step size, outside of training, a datum takes it, a half or a quarter of it, or does
+    not move, whichever gives the highest bound on 16 draws of their own: its bound is then not below the base guide's.
+    A bound, but not a density of z: `log_q` and all that must score given samples refuse it.
 
     Args:
         model: The model.

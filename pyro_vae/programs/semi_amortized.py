@@ -39,14 +39,13 @@ _FIRST, _LONGER, _SHORTER, _CHECKS = 0.1, 1.5, 2.0, 4
 class SemiAmortized(Refined):
     """q(z | x): the base guide after a few gradient steps on its parameters, per datum.
 
-    The steps climb the model's ELBO, with the gradient along reparameterised samples. Their noise is fresh at every
-    step; its sequence is fixed by the seed, so that the guide is a function of the batch: it scores samples by the
-    distribution that it draws them from. It is unaffected by scales, tempering and losses outside.
+    The steps climb the model's ELBO, with the gradient along reparameterised samples. The sequence of their noise is
+    fixed by the seed, so that the guide scores samples by the distribution that it draws them from. It is unaffected by
+    scales, tempering and losses outside.
 
-    What trains the encoder: with ``differentiate`` the loss is differentiated through the steps (at the price of second
-    derivatives), so that the encoder learns to give parameters from which the steps go far, as in the paper. Without,
-    the change is taken as a constant, and the encoder receives the gradient of the loss at the refined parameters:
-    cheaper, and it pulls the encoder to where the steps end.
+    With ``differentiate`` the loss is differentiated through the steps (at the price of second derivatives), so that
+    the encoder learns to give parameters from which the steps go far, as in the paper. Without, the change is taken as
+    a constant, which pulls the encoder to where the steps end.
 
     One run costs the base guide once (twice for guides of several sites and for families known by their heads only,
     which also run it in every step) and per step the model and its gradient. The steps seed torch's generator, so a

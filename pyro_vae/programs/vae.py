@@ -67,13 +67,7 @@ class Answers(nn.Module):
     @torch.no_grad()
     @checked
     def reconstruct(self, x: Any, *y: Any, seed: int | None = None) -> Tensor:
-        """E[x' | z] at z = E_q[z | x], given y where the programs take it.
-
-        Args:
-            x, y, seed: As for `encode`.
-        Returns:
-            (B, *x_shape).
-        """
+        """E[x' | z] at z = E_q[z | x], (B, *x_shape), given y where the programs take it; arguments as for `encode`."""
         with noise(seed):
             parts = self._parts(x, *y)
             return torch.cat([self._decoded(posteriors.mean(self.posterior(*part)), *part[1:]) for part in parts])
@@ -270,23 +264,15 @@ class VAE(Answers):
     @torch.no_grad()
     @checked
     def encode(self, x: Any, mask: Any = None, *, seed: int | None = None) -> Tensor:  # type: ignore[override]
-        """E_q[z | x], of the observed pixels where there is a mask, (B, D); `posterior` is the whole distribution.
-
-        Args:
-            x, mask: As for `posterior`.
-            seed: As for `Answers.encode`.
-        """
+        """E_q[z | x], (B, D), of data and a mask as for `posterior`, which is the whole distribution; seed as for
+        `Answers.encode`."""
         return super().encode(x, mask, seed=seed)
 
     @torch.no_grad()
     @checked
     def reconstruct(self, x: Any, mask: Any = None, *, seed: int | None = None) -> Tensor:  # type: ignore[override]
-        """E[x' | z] at z = E_q[z | x], of the observed pixels where there is a mask, (B, *x_shape).
-
-        Args:
-            x, mask: As for `posterior`.
-            seed: As for `Answers.encode`.
-        """
+        """E[x' | z] at z = E_q[z | x], (B, *x_shape), of data and a mask as for `posterior`; seed as for
+        `Answers.encode`."""
         return super().reconstruct(x, mask, seed=seed)
 
     def _decoded(self, z: Tensor, *y: Any) -> Tensor:

@@ -32,12 +32,10 @@ has the log-concave integrand of the angle above for D = 2v + 2, with a known mo
 to 100. A polynomial change of variables that slows down at the ends takes care of the branch points of sin(a)^(2v)
 where 2v is no integer. The moments follow from the same sum.
 
-Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891
-    Naesseth et al., Reparameterization Gradients through Acceptance-Rejection Sampling
-    Algorithms, 2017. arXiv:1610.05683
-    Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018. arXiv:1805.08498
-    Ulrich, Computer generation of distributions on the m-sphere, 1984; Wood, Simulation of the
-    von Mises Fisher distribution, 1994.
+Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891; Naesseth et al.,
+    Reparameterization Gradients through Acceptance-Rejection Sampling Algorithms, 2017. arXiv:1610.05683; Ulrich,
+    Computer generation of distributions on the m-sphere, 1984; Wood, Simulation of the von Mises Fisher distribution,
+    1994.
 """
 
 from __future__ import annotations

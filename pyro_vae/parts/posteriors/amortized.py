@@ -132,10 +132,9 @@ class FullNormal(Amortized):
     A density costs one triangular solve, O(D^2). T starts as the identity for every x:
     the fit begins as `DiagonalNormal`, the special case, and learns correlations from there.
 
-    Adam moves every output of the head by about as much in a step, be its gradient signal or
-    noise, and a row of T holds up to D of them. The factor 1 / sqrt(D) makes the step of a whole
-    row, which is what counts for z, that of one number at any D. Without it D = 50 latents of
-    MNIST are 3 to 4 nats behind `DiagonalNormal` after 15 epochs on 20,000 images; with it, level.
+    Adam moves every output of the head by about as much in a step. The factor 1 / sqrt(D) makes the step of a whole row
+    of T that of one number at any D. Without it D = 50 latents of MNIST are 3 to 4 nats behind `DiagonalNormal` after
+    15 epochs on 20,000 images; with it, level.
 
     Args:
         encoder, features: As of `Amortized`.

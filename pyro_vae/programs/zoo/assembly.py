@@ -36,9 +36,7 @@ def pixel_likelihood(
 
 
 def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
-    """A plain autoencoder: a point z(x) instead of a distribution, and no prior term.
-
-    The same networks as `VAE.build`, with a guide that is a point. Train it with
+    """A plain autoencoder: the networks of `VAE.build`, with a guide that is a point, and no prior term. Train it with
 
         fit(pair.model, pair.guide, data, loss=Objective(reconstruction))
 
