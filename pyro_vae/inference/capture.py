@@ -23,19 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.inference.graphs import (
-    Uncapturable,
-    check_shapes,
-    disowned,
-    drop_forked,
-    folded,
-    hoisted,
-    largest_product,
-    lifted,
-    mutated,
-    split_biases,
-    written,
-)
+from pyro_vae.inference import graphs
+from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import WORTH_ONEDNN, fast_matmul
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.news import no_news_of_a_gpu
@@ -115,14 +104,14 @@ class Capture:
         # One mode for the shapes of all nodes: without it make_fx sets up one, with a stack trace, for each node.
         with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
             graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
-        self._read = folded(graph)
-        check_shapes(graph)
+        self._read = graphs.folded(graph)
+        graphs.check_shapes(graph)
         self._takes_args = bool(args)
         # A graph module returns a flat list and takes flat arguments without pytree's code.
         graph.set_codegen(fx.graph.CodeGen())
-        self.constants, self._constant_nodes = lifted(graph)
-        drop_forked(graph)
-        self.draws, self.live_noise = hoisted(graph)
+        self.constants, self._constant_nodes = graphs.lifted(graph)
+        graphs.drop_forked(graph)
+        self.draws, self.live_noise = graphs.hoisted(graph)
         graph.eliminate_dead_code()
         # Tensors that nothing reads any more go, too: one on another device would stand in a GPU's way.
         read = [bool(node.users) for node in self._constant_nodes]
@@ -133,11 +122,11 @@ class Capture:
         self._constant_nodes = list(itertools.compress(self._constant_nodes, read))
         if not self._takes_args:
             graph.erase_node(next(iter(graph.nodes)))
-        disowned(graph, self.results, [*args, *self.constants])
+        graphs.disowned(graph, self.results, [*args, *self.constants])
         del self.results[self._returned :]
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
-        self.mutated = mutated(graph, self._constant_nodes, self.constants)
-        self.fast = self.on_cpu and largest_product(graph) >= WORTH_ONEDNN
+        self.mutated = graphs.mutated(graph, self._constant_nodes, self.constants)
+        self.fast = self.on_cpu and graphs.largest_product(graph) >= WORTH_ONEDNN
         self._run = self._shortly(graph, finish)
         output = next(iter(reversed(graph.nodes)))
         output.args = (list(output.args[0])[: self._returned],)
@@ -175,7 +164,7 @@ class Capture:
             graph = fx.GraphModule({}, fx.Graph())
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
             if self.on_cpu:
-                split_biases(graph.graph)
+                graphs.split_biases(graph.graph)
             graph.recompile()
             run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
@@ -262,7 +251,7 @@ class _Operations(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and not self._allowed:
             raise Uncapturable(f"{func} depends on the values of tensors")
         given = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for value in written(func._schema, args, kwargs):
+        for value in graphs.written(func._schema, args, kwargs):
             self._keep(value)
         results = func(*args, **kwargs)
         self._made |= {_storage(t) for t in pytree.tree_leaves(results) if isinstance(t, Tensor)} - given

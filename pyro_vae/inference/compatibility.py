@@ -13,16 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
+from pyro import infer, poutine
 from pyro.distributions import Delta
-from pyro.infer import (
-    RenyiELBO,
-    ReweightedWakeSleep,
-    TraceEnum_ELBO,
-    TraceMeanField_ELBO,
-    TraceTailAdaptive_ELBO,
-    TraceTMC_ELBO,
-)
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -167,7 +159,7 @@ def _not_drawn(case: Case) -> str | None:
         if site["is_observed"] or name in case.guide_sites or deterministic(site):
             continue
         marked = bool((site["infer"] or {}).get("enumerate"))
-        if marked and isinstance(case.loss, TraceEnum_ELBO | TraceTMC_ELBO):
+        if marked and isinstance(case.loss, infer.TraceEnum_ELBO | infer.TraceTMC_ELBO):
             continue
         remedy = (
             "The site is marked to be enumerated: take loss=TraceEnum_ELBO(max_plate_nesting=1), which sums it out."
@@ -236,7 +228,7 @@ def _batch_norm(case: Case) -> str | None:
 def _mean_field(case: Case) -> str | None:
     """Pyro's condition: no parent of a site in the model is one of its descendants in the guide, as wherever the guide
     draws its sites in the model's order."""
-    if not isinstance(case.loss, TraceMeanField_ELBO):
+    if not isinstance(case.loss, infer.TraceMeanField_ELBO):
         return None
     for name, site in case.guide_sites.items():
         inner = delta(site["fn"])
@@ -289,7 +281,7 @@ def _depends(case: Case, one: Trace, two: Trace, name: str, source: str) -> bool
 
 
 def _scale(case: Case) -> str | None:
-    if not isinstance(case.loss, RenyiELBO | ReweightedWakeSleep | TraceTailAdaptive_ELBO):
+    if not isinstance(case.loss, infer.RenyiELBO | infer.ReweightedWakeSleep | infer.TraceTailAdaptive_ELBO):
         return None
     for name, site in (*case.model_sites.items(), *case.guide_sites.items()):
         scale = site["scale"]
@@ -305,7 +297,7 @@ def _scale(case: Case) -> str | None:
 
 def _renyi_of_joint(case: Case) -> str | None:
     """One density for all data, which Pyro would count once for each of them."""
-    if not isinstance(case.loss, RenyiELBO):
+    if not isinstance(case.loss, infer.RenyiELBO):
         return None
     shared = [{(dim, f.size) for dim, f in plates(site).items()} for site in case.model_sites.values()]
     common = set.intersection(*shared) if shared else set()
@@ -320,7 +312,7 @@ def _renyi_of_joint(case: Case) -> str | None:
 
 
 def _renyi_of_fixed(case: Case) -> str | None:
-    if not isinstance(case.loss, RenyiELBO) or case.loss.alpha != 0:
+    if not isinstance(case.loss, infer.RenyiELBO) or case.loss.alpha != 0:
         return None
     for name in case.latents:
         if not getattr(case.guide_sites[name]["fn"], "has_rsample", False):
@@ -417,7 +409,7 @@ def _guide_only(case: Case) -> str | None:
 
 
 def _one_weight(case: Case) -> str | None:
-    if not isinstance(case.loss, ReweightedWakeSleep):
+    if not isinstance(case.loss, infer.ReweightedWakeSleep):
         return None
     return (
         "ReweightedWakeSleep has one weight for the whole minibatch, of which one draw takes nearly all. "

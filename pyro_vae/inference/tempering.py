@@ -13,16 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from pyro.infer import (
-    JitTrace_ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    JitTraceMeanField_ELBO,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
+from pyro import infer
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -32,7 +23,7 @@ from pyro_vae.options import integer, number
 
 Beta: TypeAlias = float | Callable[[float], float]
 
-_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+_JIT = (infer.JitTrace_ELBO, infer.JitTraceEnum_ELBO, infer.JitTraceGraph_ELBO, infer.JitTraceMeanField_ELBO)
 _GRID = 10_000  # fractions at which a function is looked at, for where it settles
 
 
@@ -73,7 +64,7 @@ class Tempering:
         >>> rising = Tempering(Objective(beta=4.0), 10, 50, kl_warmup_steps=100)
         >>> rising(0), rising(49), rising(200), rising.warmup
         (0.04, 2.0, 4.0, 100)
-        >>> Tempering(Trace_ELBO(), 4, 25, beta=lambda done: min(1.0, 2 * done)).warmup
+        >>> Tempering(infer.Trace_ELBO(), 4, 25, beta=lambda done: min(1.0, 2 * done)).warmup
         50
     """
 
@@ -163,7 +154,7 @@ def check_tempering(loss: Any, epochs: int, kl_warmup: float, kl_warmup_steps: i
         raise ValueError(f"got {both}, wanted one of them: each says what the weight of the divergence is.")
     name = given[0]
     off = "None" if name != "kl_warmup" else "0"
-    temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+    temperable = (infer.Trace_ELBO, infer.TraceMeanField_ELBO, infer.TraceGraph_ELBO, infer.TraceEnum_ELBO)
     if not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
         raise ValueError(f"{name} tempers an ELBO, got {loss!r}. Leave {name} at {off}.")
     if isinstance(loss, _JIT):
