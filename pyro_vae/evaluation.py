@@ -141,26 +141,17 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-class _Part:
-    """One module as it was: its mode, and which tensors it held where."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.training = module.training
-        self.slots: list[tuple[dict[str, Any], str, Tensor]] = []
-        if not isinstance(module, torch.jit.ScriptModule):  # which makes a new object of a tensor at every look
-            self.slots = [
-                (slots, name, tensor)
-                for slots in (module._parameters, module._buffers)
-                for name, tensor in slots.items()
-                if tensor is not None
-            ]
+def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Which tensors a module holds where; a ScriptModule makes new objects of them at every look."""
+    tables = () if isinstance(module, torch.jit.ScriptModule) else (module._parameters, module._buffers)
+    return [(table, name, tensor) for table in tables for name, tensor in table.items() if tensor is not None]
 
 
 class _Standing:
     """How modules stood, to be put back."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, tuple[weakref.ref[nn.Module], _Part, list[int]]] = {}
+        self._parts: dict[int, tuple[weakref.ref[nn.Module], bool, Any, list[int]]] = {}  # as they were
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def modules(self) -> list[nn.Module]:
@@ -178,7 +169,7 @@ class _Standing:
             forget = functools.partial(_forget, weakref.ref(self), id(part))
             tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
             copied = [id(tensor) for tensor in tensors if self._copy(tensor)]
-            self._parts[id(part)] = weakref.ref(part, forget), _Part(part), copied
+            self._parts[id(part)] = weakref.ref(part, forget), part.training, _slots(part), copied
         return new
 
     def _copy(self, tensor: Tensor) -> bool:
@@ -206,15 +197,14 @@ class _Standing:
 
     def put_back(self) -> None:
         """Modes where they were changed, tensors to where they were and to what they were."""
-        found = [(reference(), part) for reference, part, _ in self._parts.values()]
-        standing = [(module, part) for module, part in found if module is not None]
-        for module, part in standing:
-            if _has_own_modes(module) and module.training != part.training:
-                module.train(part.training)
-        for module, part in standing:
-            if module.training != part.training:
-                module.training = part.training
-            for slots, name, tensor in part.slots:
+        parts = [(module, *rest) for reference, *rest, _ in self._parts.values() if (module := reference()) is not None]
+        for module, training, _ in parts:
+            if _has_own_modes(module) and module.training != training:
+                module.train(training)
+        for module, training, held in parts:
+            if module.training != training:
+                module.training = training
+            for slots, name, tensor in held:
                 if slots.get(name) is not tensor:
                     slots[name] = tensor
         for tensor, before in self._copies.values():
@@ -224,7 +214,7 @@ class _Standing:
 def _forget(standing: weakref.ref[_Standing], key: int, _: Any) -> None:
     owner = standing()
     if owner is not None and key in owner._parts:
-        for tensor in owner._parts.pop(key)[2]:
+        for tensor in owner._parts.pop(key)[3]:
             del owner._copies[tensor]
 
 

@@ -101,6 +101,10 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def _under(prefix: str, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in content.items() if name.startswith(prefix)}
+
+
 def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     content, metadata = seals.read(path)
     return content, json.loads(metadata[_METADATA])
@@ -171,7 +175,7 @@ class Checkpoint:
                     f"{self.path} is the checkpoint of another fit: its {key} is {found}, this one's {wanted}. Remove "
                     "it to start afresh, or go on with the same options."
                 )
-        stored = {name.removeprefix("tensor/"): t for name, t in content.items() if name.startswith("tensor/")}
+        stored = _under("tensor/", content)
         shapes = {name: t.shape for name, t in stored.items()}, {name: t.shape for name, t in self.tensors.items()}
         if shapes[0] != shapes[1]:
             differing = sorted({n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n)})
@@ -183,16 +187,13 @@ class Checkpoint:
             for name, tensor in self.tensors.items():
                 tensor.copy_(stored[name])
         torch.set_rng_state(content["random"])
-        for name, state in content.items():
-            if name.startswith("random/"):
-                torch.cuda.set_rng_state(state, name.removeprefix("random/"))
+        for device, state in _under("random/", content).items():
+            torch.cuda.set_rng_state(state, device)
         moments: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in content.items():
-            if name.startswith("moment/"):
-                key, _, owner = name.removeprefix("moment/").partition("/")
-                moments.setdefault(owner, {})[key] = tensor.to(self.tensors[owner].device) if tensor.dim() else tensor
-        best = {name.removeprefix("best/"): t for name, t in content.items() if name.startswith("best/")}
-        return header["progress"], moments, best
+        for name, tensor in _under("moment/", content).items():
+            key, _, owner = name.partition("/")
+            moments.setdefault(owner, {})[key] = tensor.to(self.tensors[owner].device) if tensor.dim() else tensor
+        return header["progress"], moments, _under("best/", content)
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the file holds, or where it is damaged the one before it."""

@@ -43,7 +43,7 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
-from pyro_vae.parts.distributions.normal import Kept
+from pyro_vae.parts.distributions.normal import Kept, Whole
 from pyro_vae.protocols import passes
 
 _LOG_TWO_PI = math.log(2 * math.pi)
@@ -73,26 +73,14 @@ class DiagonalNormalMixture(Kept):
     support = constraints.real_vector
     has_rsample = True
     twice_differentiable = False  # samples carry first derivatives only: see rsample
+    loc = Whole(2)  # m, (..., C, D)
+    scale = Whole(2)  # s, (..., C, D)
+    logits = Whole(1)  # log w, normalised, (..., C)
 
     def __init__(self, loc: Tensor, scale: Tensor, logits: Tensor) -> None:
         self._loc, self._scale, self._logits = loc, scale, logits.log_softmax(-1)
         batch_shape = torch.broadcast_shapes(loc.shape[:-2], scale.shape[:-2], logits.shape[:-1])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
-
-    @property
-    def loc(self) -> Tensor:
-        """m, (..., C, D)."""
-        return self._whole(self._loc, 2)
-
-    @property
-    def scale(self) -> Tensor:
-        """s, (..., C, D)."""
-        return self._whole(self._scale, 2)
-
-    @property
-    def logits(self) -> Tensor:
-        """log w, normalised, (..., C)."""
-        return self._whole(self._logits)
 
     @property
     def mean(self) -> Tensor:

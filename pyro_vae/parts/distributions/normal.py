@@ -46,22 +46,31 @@ class Kept(TorchDistribution):
         return tensor.expand(self.batch_shape + tensor.shape[tensor.dim() - dims :])
 
 
+class Whole:
+    """A parameter of a `Kept` distribution, with that many dimensions of its own, over the whole batch."""
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, distribution: Any, owner: Any = None) -> Any:
+        return self if distribution is None else distribution._whole(getattr(distribution, self.name), self.dims)
+
+
 class _Normal(Kept):
     """N(z; m, S) by a factor of S: what the two below have in common."""
 
     support = constraints.real_vector
     has_rsample = True
     _loc: Tensor
+    loc = Whole(1)  # m, (..., D)
 
     @property
     def log_det(self) -> Tensor:
         """log det S, (...)."""
         raise NotImplementedError
-
-    @property
-    def loc(self) -> Tensor:
-        """m, (..., D)."""
-        return self._whole(self._loc)
 
     @property
     def mean(self) -> Tensor:
@@ -88,16 +97,12 @@ class CholeskyNormal(_Normal):
     """
 
     arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
+    scale_tril = Whole(2)  # L, (..., D, D)
 
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
         self._loc, self._scale_tril = loc, scale_tril
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], scale_tril.shape[:-2])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
-
-    @property
-    def scale_tril(self) -> Tensor:
-        """L, (..., D, D)."""
-        return self._whole(self._scale_tril, 2)
 
     @property
     def variance(self) -> Tensor:
@@ -150,21 +155,13 @@ class LowRankNormal(_Normal):
         "scale": constraints.independent(constraints.positive, 1),
         "factor": constraints.independent(constraints.real, 2),
     }
+    scale = Whole(1)  # s, (..., D)
+    factor = Whole(2)  # V, (..., D, R)
 
     def __init__(self, loc: Tensor, scale: Tensor, factor: Tensor) -> None:
         self._loc, self._scale, self._factor = loc, scale, factor
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], scale.shape[:-1], factor.shape[:-2])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
-
-    @property
-    def scale(self) -> Tensor:
-        """s, (..., D)."""
-        return self._whole(self._scale)
-
-    @property
-    def factor(self) -> Tensor:
-        """V, (..., D, R)."""
-        return self._whole(self._factor, 2)
 
     @property
     def variance(self) -> Tensor:

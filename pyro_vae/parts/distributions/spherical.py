@@ -50,7 +50,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import register_kl
 
-from pyro_vae.parts.distributions.normal import Kept
+from pyro_vae.parts.distributions.normal import Kept, Whole
 
 PROPOSALS = 20
 SLOPE_NODES = 40
@@ -191,22 +191,14 @@ class VonMisesFisher(Kept):
     support = constraints.sphere
     has_rsample = True
     twice_differentiable = False  # samples carry first derivatives only: see rsample
+    loc = Whole(1)  # mu, (..., D)
+    concentration = Whole(0)  # k, (...)
 
     def __init__(self, loc: Tensor, concentration: Tensor) -> None:
         self._loc, self._concentration = loc, concentration
         self._log_surface = log_surface(loc.shape[-1])
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
-
-    @property
-    def loc(self) -> Tensor:
-        """mu, (..., D)."""
-        return self._whole(self._loc)
-
-    @property
-    def concentration(self) -> Tensor:
-        """k, (...)."""
-        return self._whole(self._concentration, 0)
 
     @property
     def mean(self) -> Tensor:
