@@ -70,8 +70,7 @@ class _Itself(weakref.ref[Tensor]):
 
 class _OwnParameters(Messenger):
     """Answers param statements with the parameter offered, and keeps names apart; `keeps` enters them in the store as
-    they are met, as Pyro does, but for estimates (`aside`) inside.
-    """
+    they are met, as Pyro does, but for estimates (`aside`) inside."""
 
     def __init__(self, keeps: bool = False, aside: bool = False) -> None:
         super().__init__()

@@ -66,10 +66,9 @@ class _TooMuch(Exception):
 
 
 class Reach:
-    """All that some programs can reach.
+    """All that some programs, and whatever else is run, can reach.
 
     Args:
-        roots: Pyro programs, and whatever else is run.
         settings_of: A Pyro ELBO, of which the settings count and not what it keeps of its last call.
         owned: Look for modules alone, and not into the code of installed packages other than the roots' own:
             a program that makes one table with pandas reaches tens of thousands of functions.

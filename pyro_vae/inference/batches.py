@@ -67,9 +67,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def apart(*numbers: int) -> int:
-    """A seed for a stream that has nothing in common with that of any of the numbers.
-
-    torch's generator of the CPU looks at the last 32 bits of a seed only: 2**46 + 5 is the stream of 5.
+    """A seed, of 32 bits, all that torch looks at, for a stream that has nothing in common with that of any number.
 
     Example:
         >>> len({apart(0, 5), apart(5, 0), apart(2**46, 5), apart(5)})

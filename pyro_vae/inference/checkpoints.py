@@ -63,9 +63,6 @@ class Sparing(os.PathLike[str]):
     its share of the time; and the steps are captured and compiled as if there were none. All graphs are made before the
     first step, so that a fit of captured steps goes on to the bit; one that Inductor compiled goes on to rounding.
 
-    Args:
-        path: A .safetensors file.
-        share: Of the time, for writing.
     Example:
         >>> os.fspath(Sparing("runs/a/checkpoint.safetensors"))
         'runs/a/checkpoint.safetensors'

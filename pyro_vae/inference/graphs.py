@@ -237,12 +237,10 @@ def split_biases(graph: fx.Graph) -> None:
 class CudaGraph:
     """A function of tensors on one GPU, recorded and played back: a whole step for the price of one launch.
 
-    On a GPU a small network's step is a hundred kernels of a few microseconds each, and launching them from Python
-    takes longer than running them. A CUDA graph records the launches once, with their addresses, and plays them back.
-    What varies between steps (the batch or its index, the noise) is therefore copied to fixed places first; what is
-    `fixed` (parameters, moments, buffers) is read and written where it is, and what is `mutated` is left as it was by
-    the recording. If one of them has moved, the launches are recorded anew; `recordings` counts that. A tensor on
-    another device, or what CUDA cannot record, is a RuntimeError.
+    What varies between steps (the batch or its index, the noise) is copied to fixed places first; what is `fixed`
+    (parameters, moments, buffers) is read and written where it is, and what is `mutated` is left as it was by the
+    recording. If one of them has moved, the launches are recorded anew. A tensor on another device, or what CUDA cannot
+    record, is a RuntimeError.
 
     Reference: docs.pytorch.org/docs/stable/notes/cuda.html, CUDA Graphs.
     """

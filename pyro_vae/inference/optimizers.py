@@ -124,7 +124,7 @@ class Fused(PyroOptim):
             return
         self._even = self._even and len(params) == len(self.parameters)
         if self.clip_norm is not None:
-            self._clip(params)
+            _clip([p.grad for p in params if p.grad is not None], self.clip_norm * self.scale)
         self._optimizer.step()
         self.count += 1
         # SVI zeroes gradients with a fresh tensor for each; None spares that and an addition in backward.
@@ -380,10 +380,6 @@ class Fused(PyroOptim):
             self._optimizer = self.constructor(new, **options)
         # The optimiser is made by the first step, which has a rate of its own already.
         self.set_learning_rate(self._factor)
-
-    def _clip(self, params: list[Tensor]) -> None:
-        assert self.clip_norm is not None
-        _clip([p.grad for p in params if p.grad is not None], self.clip_norm * self.scale)
 
 
 def _clip(gradients: list[Tensor], limit: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +76,7 @@ class History:
         return len(self.records)
 
 
-if TYPE_CHECKING:
-    _Tqdm = tqdm[Any]  # generic for type checkers only
-else:
-    _Tqdm = tqdm
-
-
-class Bar(_Tqdm):
+class Bar(tqdm):  # type: ignore[type-arg]  # generic for type checkers only
     """A bar whose time left has what comes after the fit in it."""
 
     ahead = 0.0

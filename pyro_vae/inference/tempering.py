@@ -51,14 +51,10 @@ class Tempered(Messenger):
 class Tempering:
     """beta in every step of a fit of so many epochs and batches (`steps_per_epoch`).
 
-    The loss is an ELBO of Pyro's, or an `Objective`, whose own beta the warm-up ends at: over so many epochs
-    (`kl_warmup`) or steps it rises linearly. `beta` is a constant, or a function of the fraction of steps done. From
-    step `warmup` on it stays what it is at the end, 0 where it never changes; `active` says whether the fit sets one at
-    all.
-
-    More than one of the three, or one of them with an `Objective` of its own beta, a warm-up that is as long as the
-    fit, a loss that is no ELBO, or that Pyro compiles with the first weight for good, and, in a step, a beta that is
-    negative or not finite are a ValueError.
+    Over so many epochs (`kl_warmup`) or steps it rises linearly to 1, or to the beta of an `Objective`; or it is a
+    constant, or a function of the fraction of steps done. From step `warmup` on it stays what it is at the end, 0 where
+    it never changes; `active` says whether the fit sets one at all. What `check_tempering` refuses, a warm-up that is
+    as long as the fit, and, in a step, a beta that is negative or not finite are a ValueError.
 
     Example:
         >>> rising = Tempering(Objective(beta=4.0), 10, 50, kl_warmup_steps=100)

@@ -30,12 +30,6 @@ class Standardize(nn.Module):
         x_shape: Shape of one datum.
         automatic: Whether only data on scales of their own are standardised: those with a column whose root mean
             square is above 5. One line then says so.
-    Attributes:
-        loc: m, (*x_shape).
-        scale: s, (*x_shape): 1 for a constant column.
-        far: From where u grows logarithmically: 30, and never as long as u is x.
-        moves: Whether the likelihood scores x by u, so that its own numbers are of u.
-        measured: Whether m and s are settled; they are saved with the weights, and no later fit moves them.
     Example:
         >>> standardize = Standardize((2,))
         >>> standardize.measure([torch.tensor([[10.0, 3.0], [30.0, 3.0]])])
@@ -43,11 +37,11 @@ class Standardize(nn.Module):
         tensor([[1., 1.]])
     """
 
-    moves: ClassVar[bool] = True
-    loc: Tensor
-    scale: Tensor
-    far: Tensor
-    measured: Tensor
+    moves: ClassVar[bool] = True  # whether the likelihood scores x by u, so that its own numbers are of u
+    loc: Tensor  # m, (*x_shape)
+    scale: Tensor  # s, (*x_shape): 1 for a constant column
+    far: Tensor  # from where u grows logarithmically: never as long as u is x
+    measured: Tensor  # whether m and s are settled; they are saved with the weights, and no later fit moves them
 
     def __init__(self, x_shape: Sequence[int], automatic: bool = False) -> None:
         super().__init__()
@@ -129,14 +123,10 @@ class Standardize(nn.Module):
 class CountScale(Standardize):
     """u = log(1 + x) for the guide of counts, and the size of each column for their likelihood: its mean is s m(z).
 
-    A gene of 2,000 transcripts beside one of 2 asks a network that starts near one for a long way, and the first steps
-    leave the floats. x itself is scored, with no change of variables: only where the networks start is another.
+    x itself is scored, with no change of variables: only where the networks start is another. s, (*x_shape), is the
+    mean of each column of the training data, 1 where it has none; all 1 where no column has a root mean square above 5,
+    and the guide then sees x.
 
-    Args:
-        x_shape: Shape of one datum.
-    Attributes:
-        scale: s, (*x_shape): the mean of each column of the training data, 1 where it has none; all 1 where no column
-            has a root mean square above 5, and the guide then sees x.
     Example:
         >>> counts = CountScale((2,))
         >>> counts.measure([torch.tensor([[0.0, 10.0], [0.0, 30.0]])])

@@ -52,15 +52,8 @@ class Answers(nn.Module):
     @torch.no_grad()
     @checked
     def encode(self, x: Any, *y: Any, seed: int | None = None) -> Tensor:
-        """E_q[z | x], the place of each datum in the latent space; `posterior` is the whole distribution.
-
-        Args:
-            x: Data, (B, *x_shape): a tensor, an array, images, a `Split`.
-            y: What the guide takes beside.
-            seed: Of a binarisation on the way, and of the draws behind the mean of a family without one in closed form.
-        Returns:
-            (B, D).
-        """
+        """E_q[z | x], (B, D), of data, (B, *x_shape): a tensor, an array, images, a `Split`; the seed is that of a
+        binarisation on the way, and of the draws behind the mean of a family without one in closed form."""
         with noise(seed):
             return torch.cat([posteriors.mean(self.posterior(*part)) for part in self._parts(x, *y)])
 
@@ -89,7 +82,7 @@ class Answers(nn.Module):
 
         Raises:
             ValueError: There is no such folder.
-            OSError: Nothing can be written there; an older file is then as it was.
+            OSError: Nothing can be written there.
         """
         path = Path(path)
         if not path.parent.is_dir():

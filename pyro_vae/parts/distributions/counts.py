@@ -1,9 +1,8 @@
 """Counts by the logarithm of their mean.
 
-The logarithm is what a network gives and what the density needs: log p has the term x log m, which is lost where m
-underflows. Between the negative binomial and the Poisson that it becomes as its concentration grows, the usual
-difference log Gamma(r + x) - log Gamma(r) loses all its digits; Stirling's series takes over. At the other end,
-r -> 0, where log Gamma(r) has a pole, Gamma(r) = Gamma(r + 1) / r leaves log r, which is given.
+log p has the term x log m, which is lost where m underflows. Towards the Poisson the usual difference log Gamma(r + x)
+- log Gamma(r) loses all its digits, and Stirling's series takes over; at r -> 0, where log Gamma(r) has a pole,
+Gamma(r) = Gamma(r + 1) / r leaves log r, which is given.
 """
 
 from __future__ import annotations

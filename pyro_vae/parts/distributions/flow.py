@@ -110,12 +110,8 @@ def pushforward(
     log_scale: Tensor | None = None,
     fast: str = "scoring",
 ) -> Pushforward:
-    """The distribution of a zuko flow, given a context, followed by a location and a scale.
-
-        z = loc + exp(log_scale) f(u; context),   u ~ the flow's base
-
-    The context is (..., C), or None; loc and log_scale are (..., D), or None for 0. With fast="sampling" f is its own
-    direction, one pass; with "scoring" its inverse, as zuko means it.
+    """z = loc + exp(log_scale) f(u; context), u of the base of a zuko flow; the context is (..., C) or None, loc and
+    log_scale are (..., D), or None for 0. With fast="sampling" f is its own direction, with "scoring" its inverse.
     """
     transform = flow.transform(context)  # type: ignore[operator]
     base = flow.base(context)  # type: ignore[operator]

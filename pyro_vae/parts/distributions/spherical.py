@@ -67,11 +67,8 @@ def legendre(num_nodes: int) -> tuple[list[float], list[float]]:
 
 
 def polar(power: float, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles a_i and log weights of a rule for int exp(x (cos a - 1)) sin(a)^power f(a) da.
-
-    For p >= 0 and x > 0, (...): two tensors (..., 80), and the integral is sum_i exp(log weight_i) f(a_i). The log
-    weights carry the derivative in x; the angles are fixed.
-    """
+    """Angles a_i and log weights, (..., 80) each, of a rule for int exp(x (cos a - 1)) sin(a)^power f(a) da, power >= 0
+    and x > 0, (...): sum_i exp(log weight_i) f(a_i). The log weights carry the derivative in x."""
     nodes, weights = (x.new_tensor(values) for values in legendre(NODES))
     weights, nodes = weights * 6 * nodes * (1 - nodes), nodes.square() * (3 - 2 * nodes)
     with torch.no_grad():
@@ -88,13 +85,9 @@ def polar(power: float, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_mean_exp_cosine(order: float, x: Tensor) -> Tensor:
-    """log of the mean of exp(x (cos a - 1)) under a density proportional to sin(a)^(2 order).
+    """log of the mean of exp(x (cos a - 1)), x > 0, (...), under a density proportional to sin(a)^(2 order):
 
-        Gamma(v + 1) (2 / x)^v exp(-x) I_v(x)
-
-    What I_v is made of, without the parts that are large: 0 at x = 0 and about -(v + 1/2) log x for large x > 0, (...);
-    differentiable in x as often as one likes. The order v is >= 0.
-    """
+    Gamma(v + 1) (2 / x)^v exp(-x) I_v(x), 0 at x = 0 and about -(v + 1/2) log x for large x; the order v is >= 0."""
     if not order >= 0:
         raise ValueError(f"got order={order}, wanted a real number >= 0.")
     _, log_weight = polar(2 * order, x)

@@ -1,12 +1,8 @@
 """Likelihoods of whole numbers: counts x in 0, 1, 2, ..., and 8-bit pixels.
 
-The mean of a count is softplus(l) or exp(l) of the decoder's output l, times the size of the column where that was
-measured. Both go in as logarithms, log softplus(l) = l for l -> -infinity: a count where the decoder expected none has
-a finite log density and a gradient that does not vanish. With `levels` x is a grey level v / (L - 1) whose v is the
-count, and the mean is that many times larger: the decoder's output stays of the size of x. The exponential is the
-canonical link, and overflows float32 at l = 88; softplus grows no faster than l.
-
-Pixels are levels without an order (`Categorical`), or rounded logistics.
+The mean of a count is softplus(l) or exp(l), which overflows float32 at l = 88, of the decoder's output l. Both go in
+as logarithms: a count where the decoder expected none has a finite log density and a gradient that does not vanish.
+With `levels` the mean is that many times larger: the decoder's output stays of the size of x.
 """
 
 from __future__ import annotations

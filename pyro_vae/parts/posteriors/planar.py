@@ -47,11 +47,8 @@ _STEPS = 16
 def invert_tanh_step(slope: Tensor, value: Tensor) -> Tensor:
     """The a that solves a + m tanh(a) = c, exact to rounding and differentiable in m and c.
 
-    The left side increases in a for m > -1, is odd, and on a >= 0 is convex for m < 0 and concave for m > 0. Newton's
-    iteration from outside the root (convex) or inside it (concave) is therefore monotone and needs no bracket; the
-    start is the better of two bounds, c - m and c / (1 + m). A fixed number of steps keeps it free of branches.
-
-    m > -1 and c broadcast; first and second derivatives are right.
+    The left side is odd, and on a >= 0 convex for -1 < m < 0 and concave for m > 0: Newton's iteration from the better
+    of two bounds, c - m and c / (1 + m), is monotone. First and second derivatives are right.
 
     Example:
         >>> a = invert_tanh_step(torch.tensor(2.0), torch.tensor(-3.0))
@@ -240,11 +237,8 @@ class Sylvester(Amortized):
 
 
 def orthonormal(a: Tensor) -> Tensor:
-    """The Q of A = Q R, (..., D, M), with a positive diagonal of R: Gram and Schmidt's basis, smooth in A, M <= D.
-
-    The paper iterates Q <- Q (I + (I - Q'Q) / 2) until it converges, which takes as long as the columns are close to
-    dependent; a factorisation is exact after one step, and the flow is as general: R and R~ absorb it.
-    """
+    """The Q of A = Q R, (..., D, M), with a positive diagonal of R: Gram and Schmidt's basis, smooth in A, M <= D; in
+    place of the paper's iteration Q <- Q (I + (I - Q'Q) / 2)."""
     q, r = torch.linalg.qr(a)
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(q)
 

@@ -3,8 +3,7 @@
     model   p(z | y) p(x | z, y)        p(z | y) = p(z) where the prior does not look at y
     guide   q(z | x, y)
 
-Everything is conditional on y: a bound is one on log p(x | y). Both programs take (x, y),
-and so does whatever takes the pair: fit(pair.model, pair.guide, (x, y)).
+Everything is conditional on y: a bound is one on log p(x | y). Both programs take (x, y): fit(pair, (x, y)).
 """
 
 from __future__ import annotations
