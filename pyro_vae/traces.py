@@ -618,14 +618,9 @@ def _stack(singles: list[Particles]) -> Particles:
     def joined(field: str) -> dict[str, Tensor]:
         return {name: torch.cat([getattr(p, field)[name] for p in singles]) for name in getattr(singles[0], field)}
 
-    return singles[0]._replace(
-        posteriors={},
-        priors={},
-        log_likelihood=torch.cat([p.log_likelihood for p in singles]),
-        log_prior=joined("log_prior"),
-        log_q=joined("log_q"),
-        latents=joined("latents"),
-    )
+    tables: Any = {field: joined(field) for field in ("log_prior", "log_q", "latents")}
+    log_likelihood = torch.cat([p.log_likelihood for p in singles])
+    return singles[0]._replace(posteriors={}, priors={}, log_likelihood=log_likelihood, **tables)
 
 
 def _replayed(

@@ -134,7 +134,13 @@ class Answers(nn.Module):
 
     @classmethod
     def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights."""
+        """The pair of an architecture, with new weights; one of another pair, or parts that do not fit, are refused."""
+        pair = cls._of(architecture)
+        pair.architecture = architecture
+        return pair
+
+    @classmethod
+    def _of(cls, architecture: Architecture) -> Self:
         raise NotImplementedError
 
     @classmethod
@@ -217,15 +223,10 @@ class VAE(Answers):
         return cls.of(Architecture.of(x_shape, **options))
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The VAE of an architecture, with new weights.
-
-        Raises:
-            ValueError: An architecture of another pair, or parts that do not fit together.
-        """
+    def _of(cls, architecture: Architecture) -> Self:
         if architecture.model != "vae":
             raise ValueError(f"got model={architecture.model!r}, wanted 'vae'. Architecture.build makes the others.")
-        return cls(*architecture.pair(), architecture)
+        return cls(*architecture.pair())
 
     def posterior(self, x: Any, mask: Any = None) -> TorchDistribution:
         """q(z | x): a distribution over the latent for each datum, of what the guide sees of it.

@@ -117,12 +117,8 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         logits, x = ctx.saved_tensors
-        in_logits = in_x = None
-        if ctx.needs_input_grad[0]:
-            in_logits = grad * (x - (logits > 0).to(x.dtype) - _mean_from_end(logits))
-        if ctx.needs_input_grad[1]:
-            in_x = grad * logits
-        return in_logits, in_x
+        slope = x - (logits > 0).to(x.dtype) - _mean_from_end(logits) if ctx.needs_input_grad[0] else None
+        return None if slope is None else grad * slope, grad * logits if ctx.needs_input_grad[1] else None
 
 
 class ContinuousBernoulliLogits(Number):

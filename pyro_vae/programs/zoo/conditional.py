@@ -193,16 +193,13 @@ class Conditional(Answers):
         return cls(prior, Joined(decoder), joined, conditional_prior, y_dim)
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights: y are the classes 0, ..., num_classes - 1."""
+    def _of(cls, architecture: Architecture) -> Self:
         classes, dims = architecture.option("num_classes"), architecture.latent_dim
         conditional_prior = bool(architecture.model_options.get("conditional_prior", False))
         prior = DiagonalNormal(MLP(classes, (), None), dims) if conditional_prior else StandardNormal(dims)
         likelihood = Joined(architecture.a_likelihood(classes))
         posterior = Joined(architecture.a_posterior(classes), event_dim=len(architecture.x_shape))
-        pair = cls(prior, likelihood, posterior, conditional_prior, classes)
-        pair.architecture = architecture
-        return pair
+        return cls(prior, likelihood, posterior, conditional_prior, classes)
 
     def posterior(self, x: Any, *y: Any) -> TorchDistribution:
         """q(z | x, y), batch_shape (B,)."""

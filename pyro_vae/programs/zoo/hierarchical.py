@@ -155,9 +155,8 @@ class Hierarchical(Answers):
         return cls(StandardNormal(latent_dims[-1]), down, decoder, up)
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights: latent_dim is that of the level next to the data, and the
-        networks of each level are half as wide as those of the level below."""
+    def _of(cls, architecture: Architecture) -> Self:
+        # latent_dim is that of the level next to the data; the networks of each level are half as wide as below it.
         levels = [
             replace(architecture, x_shape=(below,), latent_dim=dim, model="vae", model_options={},
                     hidden=tuple(max(1, width >> level) for width in architecture.hidden))
@@ -166,9 +165,7 @@ class Hierarchical(Answers):
         up = [architecture.a_posterior(), *(level.a_posterior() for level in levels)]
         down = [DiagonalNormal(level.decoder_features(), level.x_shape[0]) for level in levels]
         prior = StandardNormal(levels[-1].latent_dim)
-        pair = cls(prior, down, architecture.a_likelihood(), up)
-        pair.architecture = architecture
-        return pair
+        return cls(prior, down, architecture.a_likelihood(), up)
 
     @property
     def num_layers(self) -> int:

@@ -151,13 +151,10 @@ class Mixture(Answers):
         return cls(num_clusters, clusters, decoder, names.made("posterior", posterior, encoder, latent_dim))
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights and Gaussian clusters."""
+    def _of(cls, architecture: Architecture) -> Self:
         count = architecture.option("num_components")
         clusters = Clusters(count, architecture.latent_dim)
-        pair = cls(count, clusters, architecture.a_likelihood(), architecture.a_posterior())
-        pair.architecture = architecture
-        return pair
+        return cls(count, clusters, architecture.a_likelihood(), architecture.a_posterior())
 
     @property
     def marginal(self) -> Model:

@@ -213,11 +213,10 @@ class SemiSupervised(Answers):
         )
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights; the classifier has an encoder of its own."""
+    def _of(cls, architecture: Architecture) -> Self:
         classes = architecture.option("num_classes")
         features: Any = architecture.encoder()
-        pair = cls(
+        return cls(
             Labels(classes),
             StandardNormal(architecture.latent_dim),
             Joined(architecture.a_likelihood(classes), num_classes=classes),
@@ -225,8 +224,6 @@ class SemiSupervised(Answers):
             Joined(architecture.a_posterior(classes), len(architecture.x_shape), classes),
             float(architecture.model_options.get("alpha", 1.0)),
         )
-        pair.architecture = architecture
-        return pair
 
     @torch.no_grad()
     @checked
