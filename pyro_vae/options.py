@@ -45,7 +45,7 @@ Rule = Callable[[str, Any], Any]
 
 # The least that a whole number may be, by its name.
 LEAST = dict.fromkeys(
-    ("batch_size", "epochs", "halvings", "images", "most", "num_groups", "num_neighbours", "num_samples",
+    ("batch_size", "check_every", "epochs", "halvings", "images", "most", "num_groups", "num_neighbours", "num_samples",
      "num_directions", "num_imputations", "num_components",
      "x_shape", "hidden", "latent_dim", "latent_dims", "y_dim", "num_clusters"), 1
 ) | dict.fromkeys(("seed", "data_seed", "pilot_seed", "pilot_steps", "max_plate_nesting", "size"), 0)  # fmt: skip

@@ -217,7 +217,7 @@ class Batches:
         self.arguments: Arguments = arguments_of(*self.programs)
         self.columns: tuple[Any, ...] | None = None
         self.origin: Any = data  # what two passes over the same data have in common
-        self.loader: Iterable[Any] | None = None
+        self.loader: Any = None  # an iterable of batches, in place of columns
         self.together = False
         self.rank, self.size = 0, 1
         self.own_rows = True
@@ -304,7 +304,7 @@ class Batches:
             count = -(-self.num_data // whole)
             return count - 1 if self.together and count > 1 and 0 < self.num_data % whole < 2 * self.size else count
         try:
-            return len(self.loader)  # type: ignore[arg-type]
+            return len(self.loader)
         except TypeError:  # also a DataLoader, over a dataset of unknown length
             return sum(1 for _ in self._loaded())
 
@@ -315,7 +315,6 @@ class Batches:
     def choices(self) -> Iterator[tuple[Any, ...]]:
         """What `take` turns into the batches of a pass: an index each; of an iterable, the batch itself."""
         if self.columns is None:
-            assert self.loader is not None
             seen = 0
             for number, given in enumerate(self._loaded()):
                 batch = self._cast(self._arguments(given))
@@ -371,7 +370,6 @@ class Batches:
 
     def _loaded(self) -> Iterator[Any]:
         """What the loader gives; what it raises instead, with the batch and whose it is."""
-        assert self.loader is not None
         source = getattr(self.loader, "dataset", self.loader)
         number, batches = 0, None
         while True:
@@ -393,7 +391,6 @@ class Batches:
 
     def _begun(self) -> Iterator[Any]:
         """A new pass through the loader, and no old one that goes on."""
-        assert self.loader is not None
         batches = iter(self.loader)
         if not isinstance(self.loader, DataLoader):  # whose workers may stay, and begin anew
             if batches is self._pass:
@@ -555,7 +552,6 @@ class Batches:
 
     def _meet_programs(self) -> None:
         if self.columns is None:
-            assert self.loader is not None
             with undisturbed():
                 given = next(self._loaded())
             batch = self._arguments(given)

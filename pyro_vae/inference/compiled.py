@@ -72,8 +72,6 @@ class Compiled(Captured, ELBO):
             raise ValueError(f"got {loss!r} to compile, wanted a Pyro ELBO such as Trace_ELBO(), or an Objective.")
         if compile_after is not None and compile_after < 0:
             raise ValueError(f"compile_after must be None or at least 0, got {compile_after}.")
-        if check_every < 1:
-            raise ValueError(f"check_every must be a positive integer, got {check_every}.")
         ELBO.__init__(self, num_particles=loss.num_particles)
         self.inner: Any = loss
         self.compile_after = compile_after

@@ -43,10 +43,8 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
-from pyro_vae.parts.distributions.normal import Kept, Whole
+from pyro_vae.parts.distributions.normal import LOG_TWO_PI, Kept, Whole
 from pyro_vae.protocols import passes
-
-_LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class DiagonalNormalMixture(Kept):
@@ -140,7 +138,7 @@ class DiagonalNormalMixture(Kept):
 
 
 def _log_normal(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    return -0.5 * ((value - loc) / scale).square() - scale.log() - 0.5 * _LOG_TWO_PI
+    return -0.5 * ((value - loc) / scale).square() - scale.log() - 0.5 * LOG_TWO_PI
 
 
 def _normal_cdf(value: Tensor) -> Tensor:
@@ -263,7 +261,7 @@ def _normal_scores(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     value, loc = value - centre, loc - centre
     precision = scale.pow(-2)
     linear = precision * loc
-    constant = -0.5 * (linear * loc).sum(-1) - scale.log().sum(-1) - 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+    constant = -0.5 * (linear * loc).sum(-1) - scale.log().sum(-1) - 0.5 * loc.shape[-1] * LOG_TWO_PI
     return value.square() @ (-0.5 * precision).mT + value @ linear.mT + constant
 
 

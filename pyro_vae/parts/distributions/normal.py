@@ -21,7 +21,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent, Normal, constraints, register_kl
 
-_LOG_TWO_PI = math.log(2 * math.pi)
+LOG_TWO_PI = math.log(2 * math.pi)
 
 
 _Self = TypeVar("_Self", bound="Kept")
@@ -78,7 +78,7 @@ class _Normal(Kept):
 
     def entropy(self) -> Tensor:
         """The entropy in nats, (...)."""
-        return 0.5 * (self.log_det + self.event_shape[0] * (1 + _LOG_TWO_PI))
+        return 0.5 * (self.log_det + self.event_shape[0] * (1 + LOG_TWO_PI))
 
 
 class CholeskyNormal(_Normal):
@@ -125,7 +125,7 @@ class CholeskyNormal(_Normal):
     def log_prob(self, value: Tensor) -> Tensor:
         solve = functools.partial(torch.linalg.solve_triangular, upper=False)
         white = _columnwise(solve, self._scale_tril, value - self._loc)
-        return -0.5 * (white.square().sum(-1) + self.log_det + self.event_shape[0] * _LOG_TWO_PI)
+        return -0.5 * (white.square().sum(-1) + self.log_det + self.event_shape[0] * LOG_TWO_PI)
 
 
 class LowRankNormal(_Normal):
@@ -191,7 +191,7 @@ class LowRankNormal(_Normal):
         few = _columnwise(lambda tril, columns: torch.cholesky_solve(columns, tril), self._capacitance_tril(), seen)
         rest = white - _columnwise(torch.matmul, self._factor, few)
         quadratic = rest.square().sum(-1) + few.square().sum(-1)
-        return -0.5 * (quadratic + self.log_det + self.event_shape[0] * _LOG_TWO_PI)
+        return -0.5 * (quadratic + self.log_det + self.event_shape[0] * LOG_TWO_PI)
 
     def _capacitance_tril(self) -> Tensor:
         one = torch.eye(self._factor.shape[-1], dtype=self._factor.dtype, device=self._factor.device)
