@@ -178,10 +178,7 @@ class Batches:
     """Minibatches, each a tuple of the programs' positional arguments.
 
     Args:
-        data: A tensor or array (N, ...), dense or sparse; a frame; annotated data; a list of single data; a dict of
-            columns; a tuple of any of these; a TensorDataset, a map-style dataset, a Subset; anything with ``len``
-            that an index tensor turns into a batch; or an iterable of batches, such as a ``DataLoader``.
-        batch_size: B.
+        data: A column (see `column`), or a tuple of them; or an iterable of batches, such as a ``DataLoader``.
         device: Where the batches go.
         shuffle: A fresh order in every pass.
         programs: The model and its guides. With them, columns that are no arguments are left out, numbers are cast,

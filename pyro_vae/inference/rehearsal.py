@@ -138,11 +138,8 @@ def _finite(value: Tensor) -> bool:
 def diagnosis(
     value: float, step: int, programs: Sequence[Program], batch: tuple[Any, ...], index: Tensor | None = None
 ) -> str:
-    """What to say of a loss that is not finite: the step, then as far as they are found the parameter, the site with
-    its rows, and the data's range.
-
-    Steps count from 0; the programs are the model and the guide, as they are now, and the batch that of the step, with
-    the rows of the data that it holds (`index`), where they are known.
+    """What to say of a loss that is not finite: the step, from 0, then as far as they are found the parameter, the site
+    with its rows, of the data where it is known which ones the batch holds (`index`), and the data's range.
 
     Example:
         >>> import pyro.distributions as dist

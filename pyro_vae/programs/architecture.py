@@ -32,12 +32,8 @@ class Architecture:
         hidden: Widths of the hidden layers, from the data to the latent; the decoder
             has them in reverse. For "conv" and "residual" the channels.
         activation: Name of the activation.
-        posterior: A name of `pyro_vae.parts.names`; "point" for a plain autoencoder.
-        posterior_options: Its keyword arguments.
-        prior: A name of `pyro_vae.parts.names`.
-        prior_options: Its keyword arguments; of "vamp" with num_components.
-        likelihood: A name of `pyro_vae.parts.names`.
-        likelihood_options: Its keyword arguments.
+        posterior, prior, likelihood: Names of `pyro_vae.parts.names`; "point" for a plain autoencoder.
+        posterior_options, prior_options, likelihood_options: Their keyword arguments; of "vamp" with num_components.
         scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
         standardize: Of the normal likelihood: whether guide and likelihood work on (x - m) / s, m and s the mean and
             standard deviation of the training data, column by column; densities stay those of x (see
