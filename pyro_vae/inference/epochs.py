@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Epochs:
         """Train to the end, or until patience runs out or Ctrl-C, and take up the best weights."""
         stepper, history = self.stepper, self.history
         stepper.listen(self.callback)
-        with stepper.together(), Bar(
+        with nullcontext() if stepper.ranks is None else stepper.ranks.together(), Bar(
             total=stepper.total, initial=stepper.steps, disable=quiet, bar_format=BAR, dynamic_ncols=True,
             desc=f"epoch {len(history) + 1}/{self.epochs}",
         ) as bar:  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyro
@@ -129,10 +129,6 @@ class Stepper:
         rows = unit.rows if self.batches.own_rows else 0
         params, self.optimizer.scale = self.ranks.step(rows, unit.scale, unit.share)
         return params
-
-    def together(self) -> contextlib.AbstractContextManager[None]:
-        """Steps inside are taken by all processes, or end in all."""
-        return contextlib.nullcontext() if self.ranks is None else self.ranks.together()
 
     def _next_tenth(self) -> float:
         """The steps at which another tenth of them is done."""
@@ -305,13 +301,13 @@ class Stepper:
 
     def _measure(self, choice: tuple[Any, ...]) -> None:
         """Run the pair for its plates, where a graph of an earlier fit takes the first step of its kind."""
-        with self._aside(), self.counting:
+        with undisturbed(), unmoved(modules_of(*self.pair)), self.counting:
             traced(self.svi.model, self.svi.guide, self.batches.take(*choice), {})
         self._note()
 
     def _keep_rows(self, guide: Program) -> None:
         """Leave rows where they are if a guide has parameters for each: in one batch their order is of no use."""
-        with self._aside(), poutine.trace(param_only=True) as declared:
+        with undisturbed(), unmoved(modules_of(*self.pair)), poutine.trace(param_only=True) as declared:
             guide(*self.batches.first())
         for site in declared.trace.nodes.values():
             declared_value: Any = site["value"]
@@ -319,12 +315,6 @@ class Stepper:
             if isinstance(value, Tensor) and self.batches.num_data in value.shape:
                 network = isinstance(value, nn.Parameter) and not hasattr(guide, "prototype_trace")
                 self.batches.shuffle = self.batches.shuffle and network
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """A run that leaves random state and buffers as they are."""
-        with undisturbed(), unmoved(modules_of(self.svi.model, self.svi.guide)):
-            yield
 
     def _consider(self) -> None:
         """Hand the steps to Inductor if, by the time they take, that will pay."""
