@@ -457,7 +457,7 @@ def _one_pass(
         points = points_among(given, drawn.values(), args, kwargs)
         fed = feeds(given, drawn.values(), args, kwargs)
         shared = {source for sources in fed.values() for source in sources}
-        if not _recording() and (reason := _other_mask(latent, drawn, points, fed)):
+        if not _recording() and (reason := other_mask(latent, drawn, points, fed)):
             raise ValueError(reason)
         frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared, args=args)
         scored = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["name"] not in latent]
@@ -486,20 +486,11 @@ def _recording() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def other_mask(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """Why the masks of a pair make its weights no weights, from one run that leaves no trace; None if they do not."""
-    with own_parameters(model, guide), torch.random.fork_rng(), torch.no_grad():
-        guide_trace, model_trace = traced(model, guide, args, kwargs)
-        drawn = {site["name"]: site for site in sample_sites(guide_trace)}
-        latent = {site["name"]: site for site in sample_sites(model_trace) if not site["is_observed"]}
-        points = points_among(guide, drawn.values(), args, kwargs)
-        return _other_mask(latent, drawn, points, feeds(guide, drawn.values(), args, kwargs))
-
-
-def _other_mask(
+def other_mask(
     latent: Mapping[str, Any], drawn: Mapping[str, Any], points: tuple[str, ...], fed: Mapping[str, tuple[str, ...]]
 ) -> str | None:
-    """A latent counts in log p(x, z) and in log q(z | x) at the same places, or the difference is no log weight."""
+    """Why the masks of a pair make its weights no weights, as a latent counts in log p(x, z) and in log q(z | x) at
+    different places; None if they do not."""
     for name, prior in latent.items():
         site = drawn.get(name)
         if site is None or site["is_observed"] or name in points:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.auxiliary import auxiliary_among, points_among, undetermined
+from pyro_vae.auxiliary import auxiliary_among, feeds, points_among, undetermined
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
@@ -212,7 +212,9 @@ def _masks(case: Case) -> str | None:
     found = (*case.model_sites.values(), *case.guide_sites.values())
     if not any(is_masked(site) for site in found if not site["is_observed"]):
         return None
-    return other_mask(case.model, case.guide, case.batch, {})  # of a mask that a latent decides, at the same latents
+    latent = {name: site for name, site in case.model_sites.items() if not site["is_observed"]}
+    fed = feeds(case.guide, case.guide_sites.values(), case.batch, {})
+    return other_mask(latent, case.guide_sites, case.points, fed)
 
 
 def _batch_norm(case: Case) -> str | None:
