@@ -1,14 +1,15 @@
 """What kill -9 leaves: nothing lost, nothing changed, nothing half-written.
 
-    python benchmarks/kills.py                                   # 56 kills, about ten minutes
-    python benchmarks/kills.py --kills fit=3 evaluate=1          # fewer
+    python benchmarks/kills.py --data-dir ~/mnist                # 60 kills, about ten minutes
+    python benchmarks/kills.py --kills fit=3 evaluate=1          # fewer; swap alone reads MNIST
 
 `fit` is killed at random moments of the whole command (training, pictures, evaluation, while it writes) and gone on
 with by `--resume`, again and again until it is done. Then weights, metrics and summary are compared with those of a run
 that nobody killed: to the bit, but for what a clock says. `evaluate` and `judge` are killed over a finished run, of
 which no byte may change and no half of an output may be left; the next one goes on after the parts that are kept,
 leaves nothing of them, and `evaluate` writes what an undisturbed one wrote.
-`compare` is killed over a study and typed again until it is done; its scores are those of an undisturbed one.
+`compare` is killed over a study and typed again until it is done; its scores are those of an undisturbed one. So
+are the rows of `benchmarks/swap.py` (two posteriors, and one under the frozen model of the first).
 
 Every command is a process of its own, forked from one that has imported all, so that the kills fall into the work.
 """
@@ -39,14 +40,20 @@ WAYS = {
     "eager": ["--epochs", "12", "--compile", "off"],
 }
 CLOCK = ("seconds", "images_per_second", "date")
-PLANNED = {"fit": 30, "evaluate": 8, "judge": 8, "compare": 10}
+PLANNED = {"fit": 30, "evaluate": 8, "judge": 8, "compare": 10, "swap": 4}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", nargs="*", metavar="COMMAND=N", help="how often each is killed")
+    parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="where MNIST lies, for swap")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    data_dir = given.data_dir.absolute()
+
+    def of_rows(name: str, kills: int, folder: Path, rng: random.Random) -> str:
+        return of_swap(data_dir, kills, folder, rng)
+
     number = PLANNED if given.kills is None else {name: int(n) for name, n in (each.split("=") for each in given.kills)}
     rng, began = random.Random(given.seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,7 +61,7 @@ def main() -> None:
         os.chdir(folder)
         lines = [
             tried(name, kills, folder, rng)
-            for name, tried in (("fit", of_fit), ("evaluate", of_reader), ("judge", of_reader), ("compare", of_compare))
+            for name, tried in zip(PLANNED, (of_fit, of_reader, of_reader, of_compare, of_rows), strict=True)
             if (kills := number.get(name, 0))
         ]
     lines.append(f"{sum(number.values())} kills in {time.perf_counter() - began:.0f} s, none lost or changed anything")
@@ -72,11 +79,9 @@ def typed(arguments: list[str], after: float | None = None) -> bool:
         os.dup2(quiet, 1)
         errors = os.open("errors.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(errors, 2)
-        from pyro_vae.app.cli import main as command
-
         code = 1
         try:
-            code = command(arguments)
+            code = PROGRAMS.get(arguments[0], cli.main)(arguments)
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -192,9 +197,40 @@ def of_compare(name: str, kills: int, folder: Path, rng: random.Random) -> str:
     return f"compare: {done} kills over {studies} studies: scores and weights to the bit"
 
 
+def of_swap(data_dir: Path, kills: int, folder: Path, rng: random.Random) -> str:
+    base = ["swap", "--data-dir", str(data_dir), "--rows", "diagonal,planar,frozen-full", "--limit", "4000", "--epochs",
+            "3", "--images", "100", "--num-samples", "50", "--folder"]  # fmt: skip
+
+    def rows(there: Path) -> dict[str, Any]:
+        kept = hashlib.sha256((there / "diagonal.vae.safetensors").read_bytes()).hexdigest()
+        return {path.name: without_clock(json.loads(path.read_text())) for path in there.glob("*.json")} | {"vae": kept}
+
+    lasted = timed([*base, "whole-swap"])
+    whole, done, tables = rows(folder / "whole-swap"), 0, 0
+    assert len(whole) == 4
+    while done < kills:
+        there = f"swap-{tables}"
+        while typed([*base, there], rng.uniform(0, lasted) if done < kills else None):
+            done += 1
+        same("a table", rows(folder / there), whole)
+        tables += 1
+    return f"swap: {done} kills over {tables} tables: rows and weights to the bit"
+
+
+def swap_rows(arguments: list[str]) -> int:
+    sys.argv = arguments
+    swap.main()
+    return 0
+
+
+PROGRAMS: dict[str, Callable[[list[str]], int]] = {"swap": swap_rows}
+
 if __name__ == "__main__":
+    import swap  # beside this file
+
     import pyro_vae.app.compare_command
     import pyro_vae.app.fitting
     import pyro_vae.plots  # noqa: F401
+    from pyro_vae.app import cli
 
     main()

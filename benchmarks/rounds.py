@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cores import distance
 from peers import Problem
 
 # Steps of training before the clock counts: captures and compilers have had their turn by then.
@@ -68,6 +69,7 @@ class Timing:
     seconds: float
     value: float
     memory: float  # peak of its process so far, MB
+    cores: float = math.nan  # how far they were from each other before the round
 
     @property
     def rate(self) -> float:
@@ -107,15 +109,15 @@ class Peer:
         there.close()
         self._ask(None)  # built, with the best number of workers
 
-    def call(self, number: int | None) -> None:
-        """One call of the row, kept as that of round `number`; None is a warm-up."""
+    def call(self, number: int | None, cores: float = math.nan) -> None:
+        """One call of the row, kept as that of round `number`, with the cores so far apart; None is a warm-up."""
         if self.error is None:
             try:
                 self.pipe.send("call")
             except OSError:
                 self.error = "its process died"
                 return
-            self._ask(number)
+            self._ask(number, cores)
 
     def stop(self) -> None:
         """End its process."""
@@ -123,7 +125,7 @@ class Peer:
             self.pipe.close()
             self.process.join()
 
-    def _ask(self, number: int | None) -> None:
+    def _ask(self, number: int | None, cores: float = math.nan) -> None:
         try:
             answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -132,7 +134,7 @@ class Peer:
         self.workers = answer.get("workers", self.workers)
         self.build_seconds = answer.get("build_seconds", self.build_seconds)
         if number is not None and "timing" in answer:
-            self.timings.append(Timing(number, *answer["timing"]))
+            self.timings.append(Timing(number, *answer["timing"], cores))
 
 
 def run_group(
@@ -167,10 +169,12 @@ def run_group(
             if number and time.monotonic() > deadline:
                 say(f"out of time after {number} of {group.rounds} rounds")
                 break
+            cores = distance() if threads > 1 else math.nan
             for peer in peers:
-                peer.call(number)
+                peer.call(number, cores)
             shown = "  ".join(f"{p.row.key} {p.timings[-1].rate:,.0f}" for p in peers if p.timings and p.error is None)
-            say(f"round {number + 1}: {shown}")
+            apart = "" if math.isnan(cores) else f"cores {cores:.1f} apart  "
+            say(f"round {number + 1}: {apart}{shown}")
     finally:
         for peer in peers:
             peer.stop()

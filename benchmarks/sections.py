@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peers import Problem
-from rounds import Group, Peer, Row
-from summary import rates_table, ratio_text, spread, summarise_all, table
+from rounds import Group, Peer, Row, Timing
+from summary import apart, rates_table, ratio_text, spread, summarise_all, table
 
 IWAE = Problem(hidden=(200, 200), activation="tanh", num_samples=50)
 PIECES = ("batch", "graph", "adam")  # what a step of `fit` is made of
@@ -169,14 +169,18 @@ def sections(device: str) -> tuple[Section, ...]:
 
 def _tables(groups: Sequence[Group], peers: Sequence[list[Peer]]) -> str:
     return "\n\n".join(
-        f"{g.problem}, {g.title}, {g.images:,} images, {_rounds(found)} rounds\n\n"
+        f"{g.problem}, {g.title}, {g.images:,} images, {_rounds(found)} rounds{apart(_longest(found))}\n\n"
         + rates_table(summarise_all(found), g.value)
         for g, found in zip(groups, peers, strict=True)
     )
 
 
 def _rounds(peers: Sequence[Peer]) -> int:
-    return max((len(peer.timings) for peer in peers), default=0)
+    return len(_longest(peers))
+
+
+def _longest(peers: Sequence[Peer]) -> Sequence[Timing]:
+    return max((peer.timings for peer in peers), key=len, default=[])
 
 
 def _scaling_table(groups: Sequence[Group], peers: Sequence[list[Peer]]) -> str:

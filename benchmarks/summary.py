@@ -50,6 +50,7 @@ def summarise(
     return result | {
         "images_per_second": rates, **spread(rates), "ratios": {k: r for k, r in ratios.items() if r is not None},
         "value": timings[-1].value, "memory_mb": max(timing.memory for timing in timings), "workers": workers,
+        "cores_apart": [None if math.isnan(timing.cores) else round(timing.cores, 2) for timing in timings],
     }  # fmt: skip
 
 
@@ -66,6 +67,14 @@ def describe(group: Group) -> dict[str, Any]:
         "title": group.title, "network": str(problem), "bound": problem.bound, "batch_size": problem.batch_size,
         "latent": problem.latent, "num_samples": problem.num_samples, "images": group.images, "device": problem.device,
     }  # fmt: skip
+
+
+def apart(timings: Sequence[Timing]) -> str:
+    """How far the cores were from each other in these rounds, in words; nothing where that is not known."""
+    found = [timing.cores for timing in timings if not math.isnan(timing.cores)]
+    if not found:
+        return ""
+    return f", cores {statistics.median(found):.1f} ({min(found):.1f}-{max(found):.1f}) apart"
 
 
 def cell(text: str) -> str:

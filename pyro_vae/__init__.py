@@ -19,6 +19,7 @@
     data            load  Dataset  Split  binarize  dequantize  LinearGaussian (exact answers)  pv.data
     log densities   particles  Particles  log_joint  log_q  simulate
     parts of yours  pv.testing (the laws that every part obeys)
+    processes       alone (what one of several does by itself; all else they share)
 
 All quantities are in nats; bounds and estimates go up, losses go down. A name is imported when it is first used.
 """
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference import Compiled as Compiled
     from pyro_vae.inference import History as History
     from pyro_vae.inference import Objective as Objective
+    from pyro_vae.inference import alone as alone
     from pyro_vae.inference import bounds as bounds
     from pyro_vae.inference import ciwae as ciwae
     from pyro_vae.inference import cubo as cubo

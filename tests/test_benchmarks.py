@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import cores  # noqa: E402
 import sections  # noqa: E402
 import summary  # noqa: E402
 from peers import Problem, by_hand, ours, pieces, pyro_idiom, weights  # noqa: E402
@@ -190,6 +192,21 @@ def test_the_matmul_floor_has_the_flops_of_forward_and_backward():
 def timings(*rates: float, rounds=None) -> list[Timing]:
     rounds = range(len(rates)) if rounds is None else rounds
     return [Timing(n, 100, 100 / rate, -90.0 - n, 500.0 + n) for n, rate in zip(rounds, rates, strict=True)]
+
+
+def test_the_distance_of_the_cores_stands_above_the_table():
+    apart = [
+        dataclasses.replace(timing, cores=cores) for timing, cores in zip(timings(1.0, 2.0), (1.0, 2.5), strict=True)
+    ]
+    assert summary.apart(apart) == ", cores 1.8 (1.0-2.5) apart" and summary.apart(timings(1.0)) == ""
+    row = summary.summarise(Row("a", "a", "m"), apart, {})
+    assert row["cores_apart"] == [1.0, 2.5]
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: {0})(0)) < 2, reason="one core")
+def test_cores_have_a_distance_and_the_threads_go_where_they_may():
+    before = os.sched_getaffinity(0)
+    assert 0.1 < cores.distance() < 100 and os.sched_getaffinity(0) == before
 
 
 def test_ratios_are_formed_within_rounds():

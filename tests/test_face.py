@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FUNCTIONS = """fit judge log_likelihood elbo_terms ais bdmc gaps fit_guide compare_guides reference sbc impute ex_post
     to_arviz quadrature gradient_lab collapse active_units anomaly_scores roc_auc mutual_information rate_distortion
     kl_per_dimension guide_distances energy_distance probe load binarize dequantize particles log_joint log_q simulate
-    autoencoder open identity compare study""".split()
+    autoencoder open identity compare study alone""".split()
 BOUNDS = "elbo iwae renyi vr_max miwae ciwae piwae cubo wake_sleep reconstruction map_estimate".split()
 REGULARIZERS = "mmd total_correlation free_bits".split()
 CLASSES = """SemiAmortized Hamiltonian VAE Model Guide Objective Compiled History Split Dataset LinearGaussian Estimate
@@ -49,7 +49,7 @@ def test_each_name_is_what_it_says_and_documented(name):
     if inspect.isclass(thing):
         assert "Args:" in text or "Attributes:" in text
     else:
-        assert "Args:" in text and "Returns:" in text
+        assert ("Args:" in text) == bool(inspect.signature(thing).parameters) and "Returns:" in text
 
 
 def test_the_names_of_the_namespaces_work_after_one_import():

@@ -204,9 +204,23 @@ def both(folder, arguments, fault=""):
     return [process.returncode for process in started], said
 
 
+WRAPPED = "from pyro_vae.app import evaluation\nreal = evaluation.{name}\ndef wrapped(*given, **more):\n    {does}\n"
+WRAPPED += "    return real(*given, **more)\nif rank in {ranks}:\n    evaluation.{name} = wrapped"
+COUNTED = WRAPPED.format(name="elbo_terms", ranks=(0, 1), does="print('THE ELBO', flush=True)")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes that nothing broke off, and that said in each of them that it looked for the ELBO."""
+    folder = tmp_path_factory.mktemp("two")
+    codes, said = both(folder, [*TWO, "--out", "whole"], COUNTED)
+    assert codes == [0, 0] and all("THE ELBO" in each for each in said), said
+    return folder / "whole"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["report.draw", "fitting.write_page"])
-def test_a_signal_after_the_last_step_leaves_a_run_that_is_gone_on_with(tmp_path, where):
+def test_a_signal_after_the_last_step_leaves_a_run_that_is_gone_on_with(tmp_path, whole, where):
     """While the first process draws or writes: it says how to go on, and none hangs."""
     fault = f"real = {where}\ndef stopped(*given, **more):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     fault += f"    return real(*given, **more)\nif rank == 0:\n    {where} = stopped"
@@ -215,11 +229,9 @@ def test_a_signal_after_the_last_step_leaves_a_run_that_is_gone_on_with(tmp_path
     assert "pyro-vae fit --resume broken" in said[0]
     codes, said = both(tmp_path, ["fit", "--resume", "broken"])
     assert codes == [0, 0], said
-    assert both(tmp_path, [*TWO, "--out", "whole"])[0] == [0, 0]
-    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("broken", "whole")]
+    weights = [(folder / "weights.safetensors").read_bytes() for folder in (tmp_path / "broken", whole)]
     assert weights[0] == weights[1]
-    names = [sorted(str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*"))
-             for name in ("broken", "whole")]  # fmt: skip
+    names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) for folder in (tmp_path / "broken", whole)]
     assert names[0] == names[1]
 
 
@@ -233,3 +245,37 @@ def test_a_setup_that_fails_in_one_process_ends_all_and_says_whose(tmp_path, ran
     assert "Traceback" not in said[0] + said[1] and not (tmp_path / "run").exists()
     if rank == 1:  # the one that speaks says whose fault it was
         assert "process 1 of 2 failed, so all stop: the disk is gone" in said[0]
+
+
+def numbers_of(path):
+    """The summary of a run but for what the clock says."""
+    clock = ("seconds", "images_per_second", "date", "protocol")
+    return {k: v for k, v in json.loads(path.read_text()).items() if not any(word in k for word in clock)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_evaluation_is_shared_and_gone_on_with_after_a_signal_to_one_process(tmp_path, whole, rank):
+    stopped = WRAPPED.format(name="log_likelihood", ranks=(rank,), does="os.kill(os.getpid(), signal.SIGTERM)")
+    # The clock of the plan asks for log p(x), too: it is given its answer.
+    fault = f"fitting.evaluation.seconds_each = lambda *given: 1e-9\n{stopped}"
+    codes, said = both(tmp_path, [*TWO, "--out", "broken"], fault)
+    assert codes == [130, 0] and "pyro-vae fit --resume broken" in said[0], said
+    kept = tmp_path / "broken" / "evaluation.partial.safetensors"
+    assert kept.is_file()
+    codes, said = both(tmp_path, ["fit", "--resume", "broken"], COUNTED)
+    assert codes == [0, 0] and "THE ELBO" not in "".join(said), said
+    assert not kept.exists()
+    wanted = numbers_of(whole / "summary.json")
+    assert numbers_of(tmp_path / "broken" / "summary.json") == wanted and "test_log_likelihood" in wanted
+
+
+@pytest.mark.slow
+def test_a_failure_of_another_process_in_the_evaluation_keeps_what_was_trained(tmp_path):
+    fault = WRAPPED.format(name="elbo_terms", ranks=(1,), does="raise ValueError('no memory is left')")
+    codes, said = both(tmp_path, [*TWO, "--out", "run"], fault)
+    assert codes == [2, 2], said
+    assert "judging it failed: process 1 of 2 failed, so all stop: no memory is left" in said[0]
+    assert "Traceback" not in said[0] + said[1] and (tmp_path / "run" / "weights.safetensors").is_file()
+    codes, said = both(tmp_path, ["fit", "--resume", "run"])
+    assert codes == [0, 0] and not (tmp_path / "run" / "unfinished.json").exists(), said

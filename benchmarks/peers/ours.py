@@ -1,7 +1,9 @@
 """This package: a pair of its parts, `fit`, and pixels that stay uint8 in memory."""
 
 import inspect
-from collections.abc import Callable
+import queue
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,35 +60,50 @@ def build(
     precision: str | None = None,
     compiled: str | None = None,
 ) -> Callable[[], tuple[int, float]]:
-    """`fit`, one epoch at a call.
+    """`fit`, one epoch of an endless one at a call: what a fit does before its first step is in the warm-up.
 
     `compiled`: None for the plain loss, "replay" for the captured graph without a compiler,
     "inductor" for what `fit(compile=True)` does.
     """
     model, guide = pair(problem)
     split = split_of(pixels, problem, "dynamic")
-    # One optimiser for all calls: its moments belong to the training, not to the epoch.
-    optimizer = Fused(torch.optim.Adam, {"lr": LEARNING_RATE})
     objective = loss_of(problem, loss)
-    # One compiled loss for all calls, too: a fit of many epochs captures once.
     if compiled is not None:
         objective = Compiled(objective, compile_after=None if compiled == "replay" else 10)
+    asked, done = queue.SimpleQueue[None](), queue.SimpleQueue[float | BaseException]()
+
+    def wait(record: Mapping[str, Any]) -> None:
+        done.put(record["bound"])
+        asked.get()
+
+    def run() -> None:
+        asked.get()
+        try:
+            fit(
+                model,
+                guide,
+                split,
+                loss=objective,
+                epochs=10**6,
+                batch_size=problem.batch_size,
+                optimizer=Fused(torch.optim.Adam, {"lr": LEARNING_RATE}),
+                device=problem.device,
+                matmul_precision=precision,
+                progress=False,
+                compile=compiled is not None,
+                callback=wait,
+            )
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
 
     def epoch() -> tuple[int, float]:
-        history = fit(
-            model,
-            guide,
-            split,
-            loss=objective,
-            epochs=1,
-            batch_size=problem.batch_size,
-            optimizer=optimizer,
-            device=problem.device,
-            matmul_precision=precision,
-            progress=False,
-            compile=compiled is not None,
-        )
-        return len(split), history["bound"][-1]
+        asked.put(None)
+        bound = done.get()
+        if isinstance(bound, BaseException):
+            raise bound
+        return len(split), bound
 
     return epoch
 

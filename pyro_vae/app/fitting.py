@@ -47,10 +47,11 @@ from pyro_vae.inference import checkpoints
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.hardware import check_precision
-from pyro_vae.inference.ranks import Setup, alone, world
+from pyro_vae.inference.ranks import Elsewhere, Setup, alone, first_says, world
 from pyro_vae.inference.records import History
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.guides import fit_guide
+from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.latents import posterior_means
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli, Normal
@@ -102,15 +103,16 @@ def fit_run(
             folder; or a failure after the training, whose weights are then kept all the same.
     """
     check_precision(options.matmul_precision)
-    failure: Exception | None = None
     saved = Sparing(path / CHECKPOINT) if checkpoint is None else checkpoint
     with contextlib.ExitStack() as stack, Setup() as setup:
         folder = of_first(lambda: stack.enter_context(run_folder(path, options.to_json(), checkpoint)))
         if folder is None:
             options, dataset = read(options)
-            pair = start(options, dataset, trust)[0]
+            vae = start(options, dataset, trust)[0]
             setup.done()
-            history = train(pair, dataset, options, saved, None, False)
+            history = train(vae, dataset, options, saved, None, False)
+            if not history.interrupted:
+                _evaluate_with_first(vae, dataset, path)
             return {"interrupted": history.interrupted}
         going_on = (folder / WEIGHTS).is_file()
         asked = options
@@ -130,43 +132,13 @@ def fit_run(
         # Of all the time that went into it, before an interruption too.
         seconds = max(seconds, history.records[-1]["seconds"]) if history.records else seconds
         summary = training_numbers(vae, history, seconds, options, world()[1])
-        stack.enter_context(alone())  # the others are done
-        scored: dict[str, Any] = {}
-        settings: dict[str, Any] = {
-            "num_samples": seen.plan.num_samples, "images": seen.plan.images, "seed": options.seed,
-        }  # fmt: skip
         summary = {"interrupted": True} | ({} if origin is None else {"from": origin.to_json()}) | summary
-        summary["protocol"] = evaluation.protocol(vae, dataset, **settings)
-        summary["remarks"] = remarks(summary)
-        write_json(folder / SUMMARY, summary)
+        summary, failure = _judged(folder, vae, dataset, options, history, summary, seen.plan, progress, say)
         try:
-            try:  # what was trained is worth more than what goes wrong after it
-                if history.records:
-                    views = {} if history.interrupted else second_view(vae, dataset, options)
-                    report.draw(vae, dataset, history.records, {}, options, folder / FIGURES, views)
-            except Exception as error:
-                failure = error
-            if not history.interrupted:
-                say(_evaluating(seen.plan, is_whole=seen.plan.images == len(dataset.test)))
-                kept = evaluation.kept_for(folder / EVALUATED, folder / WEIGHTS, dataset, settings)
-                scored = evaluation.evaluate(vae, dataset, **settings, progress=progress, kept=kept)
-                summary = {"interrupted": False} | scored | {k: v for k, v in summary.items() if k != "interrupted"}
-        except KeyboardInterrupt:
-            history.interrupted = True
-        except Exception as error:
-            failure = failure or error
-        if failure is not None and not history.interrupted:
-            summary = summary | {"interrupted": False}
-        try:
-            summary["remarks"] = remarks(summary)
-            write_json(folder / SUMMARY, summary)
-            if scored and failure is None:
-                report.draw_curve(vae, history.records, scored, options, folder / FIGURES)
             write_page(folder, asked, summary)
         except KeyboardInterrupt:  # what is left to write is written by who goes on
-            history.interrupted = True
             summary = summary | {"interrupted": True}
-        if not history.interrupted and failure is None:
+        if not summary["interrupted"] and failure is None:
             finish(folder)
             if checkpoint is not None:
                 checkpoints.remove(checkpoint)
@@ -176,6 +148,67 @@ def fit_run(
             f"Try 'pyro-vae evaluate {path}', or the same command again."
         ) from failure
     return summary
+
+
+def _judged(
+    folder: Path, vae: Answers, dataset: Dataset, options: FitOptions, history: History, summary: dict[str, Any],
+    plan: evaluation.Plan, progress: bool | None, say: Callable[[str], None],
+) -> tuple[dict[str, Any], Exception | None]:  # fmt: skip
+    """Draw a fitted pair and evaluate it, and write its summary: what was trained is worth more than what goes wrong
+    after it.
+
+    Returns:
+        The summary, with ``interrupted`` true where the training was, or this is; and what failed.
+    """
+    failure: Exception | None = None
+    records, interrupted = history.records, history.interrupted
+    scored: dict[str, Any] = {}
+    settings: dict[str, Any] = {"num_samples": plan.num_samples, "images": plan.images, "seed": options.seed}
+    summary["protocol"] = evaluation.protocol(vae, dataset, **settings)
+    summary["remarks"] = remarks(summary)
+    write_json(folder / SUMMARY, summary)
+    try:
+        with contextlib.nullcontext() if interrupted else Setup() as setup:  # the others wait for the evaluation
+            try:
+                with alone():
+                    if records:
+                        views = {} if interrupted else second_view(vae, dataset, options)
+                        report.draw(vae, dataset, records, {}, options, folder / FIGURES, views)
+            except Exception as error:
+                failure = error
+            if setup is not None:
+                say(_evaluating(plan, is_whole=plan.images == len(dataset.test)))
+                first_says(settings)
+                kept = evaluation.kept_for(folder / EVALUATED, folder / WEIGHTS, dataset, settings)
+                scored = evaluation.evaluate(vae, dataset, **settings, progress=progress, kept=kept)
+                setup.done()
+    except KeyboardInterrupt:
+        interrupted = True
+    except Exception as error:
+        failure = failure or error
+    summary = {"interrupted": interrupted} | scored | {k: v for k, v in summary.items() if k != "interrupted"}
+    try:
+        summary["remarks"] = remarks(summary)
+        write_json(folder / SUMMARY, summary)
+        if scored and failure is None:
+            report.draw_curve(vae, records, scored, options, folder / FIGURES)
+    except KeyboardInterrupt:
+        summary["interrupted"] = True
+    return summary, failure
+
+
+def _evaluate_with_first(vae: Answers, dataset: Dataset, path: Path) -> None:
+    """Take a share in the evaluation that the first process leads, which has the numbers, and the words if it fails."""
+    try:
+        with Setup() as setup:
+            settings = first_says(None)
+            evaluation.evaluate(vae, dataset, **settings, progress=False, kept=Kept(path / EVALUATED))
+            setup.done()
+    except (Elsewhere, KeyboardInterrupt):
+        return
+    except Exception:
+        time.sleep(1)  # torchrun ends all when one has failed, and the first is to have its say
+        raise
 
 
 def _evaluating(plan: evaluation.Plan, is_whole: bool) -> str:

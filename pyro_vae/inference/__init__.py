@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference.bounds import vr_max as vr_max
     from pyro_vae.inference.compiled import Compiled as Compiled
     from pyro_vae.inference.objectives import Objective as Objective
+    from pyro_vae.inference.ranks import alone as alone
     from pyro_vae.inference.records import History as History
     from pyro_vae.inference.regularizers import free_bits as free_bits
     from pyro_vae.inference.regularizers import mmd as mmd

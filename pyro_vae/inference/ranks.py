@@ -44,7 +44,18 @@ def world() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """What this process does inside, it does by itself: a fit in a callback, say, or one for a picture."""
+    """What this process does inside, it does by itself: a fit in a callback, say, or one for a picture.
+
+    Under a process group of ``torch.distributed`` the processes share `fit` and all that judges a pair, and wait for
+    each other. A call that only one of them makes is made inside this. In one process it changes nothing.
+
+    Returns:
+        A context, for ``with``.
+    Example:
+        >>> with alone():
+        ...     world()
+        (0, 1)
+    """
     _local.alone = getattr(_local, "alone", 0) + 1
     try:
         yield
@@ -256,15 +267,23 @@ class Setup:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._open and error is not None and not isinstance(error, Elsewhere) and not hasattr(error, "_said"):
-            with contextlib.suppress(AttributeError):
-                error._said = True  # type: ignore[attr-defined]
-            with contextlib.suppress(Elsewhere):
-                gathered(None, str(error) or type(error).__name__)
+            with contextlib.suppress(Elsewhere, KeyboardInterrupt):
+                gathered(None, str(_said(error)) or type(error).__name__)
+
+
+def _said(error: Any) -> Any:
+    """An error that the other processes know of."""
+    with contextlib.suppress(AttributeError):
+        error._said = True
+    return error
 
 
 def gathered(value: Any, failed: str = "") -> list[Any]:
-    """What each process says; `Elsewhere` where one of them failed, or is gone."""
+    """What each process says; `Elsewhere` where one of them failed, or is gone, KeyboardInterrupt where one was
+    interrupted."""
     rank, size = world()
+    if size == 1:
+        return [value]
     found: list[Any] = [None] * size
     try:
         dist.all_gather_object(found, (failed, value))
@@ -272,6 +291,8 @@ def gathered(value: Any, failed: str = "") -> list[Any]:
         raise Elsewhere(f"a process is gone ({str(error).splitlines()[0]}), so all stop.") from error
     for other, (reason, _) in enumerate(found):
         if reason and other != rank:
+            if reason == KeyboardInterrupt.__name__:
+                raise _said(KeyboardInterrupt())
             raise Elsewhere(f"process {other} of {size} failed, so all stop: {reason}")
     return [each for _, each in found]
 

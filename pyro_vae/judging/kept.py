@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import seals
-from pyro_vae.inference.ranks import world
+from pyro_vae.inference.ranks import by_first, world
 from pyro_vae.judging._calibration import Calibration
 from pyro_vae.judging.estimates import ElboTerms
 from pyro_vae.judging.evidence import Annealed, Bracket, Curve, Estimate
@@ -62,6 +62,7 @@ class Kept:
         self.path = None if path is None else Path(path)
         self.key: dict[str, Any] = json.loads(json.dumps({"version": VERSION, **(key or {})}))
         self.clock: Callable[[], float] = time.monotonic
+        self._ours = world()[0] == 0  # of several processes the first one has the file
         self._pieces: dict[str, Any] | None = None
         self._tensors: dict[str, Tensor] = {}
         self._inside = 0.0  # seconds of the pieces inside of the one at work
@@ -80,21 +81,20 @@ class Kept:
 
         What `make` raises is no result. Where nothing can be written, or the result is of a kind that is not kept, the
         result is returned all the same, and only done again by whoever begins anew. Processes that share their work
-        keep nothing: what one of them skipped, the others would wait for.
+        ask for the same pieces in the same order, and skip those that the first of them has kept.
         """
-        if self.path is None or world()[1] > 1:
+        if self.path is None:
             return make()
-        entry = self._read().get(name)
-        if entry is not None:
-            with contextlib.suppress(KeyError, TypeError, ValueError, RuntimeError):
-                found: T = _unpacked(entry["value"], self._tensors)
-                return found
+        for found in by_first(lambda: self._found(name)):
+            return found
         began, outside, self._inside = self.clock(), self._inside, 0.0
         try:
             value = make()
         finally:
             took = self.clock() - began
             seconds, self._inside = took - self._inside, outside + took
+        if not self._ours:
+            return value
         tensors: dict[str, Tensor] = {}
         with contextlib.suppress(_Strange, OSError):
             packed = _packed(value, name, tensors)
@@ -106,14 +106,22 @@ class Kept:
 
     def remove(self) -> None:
         """Remove the file, once what it was for is written."""
-        if self.path is not None:
+        if self.path is not None and self._ours:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
+
+    def _found(self, name: str) -> list[Any]:
+        """What is kept under a name, if anything."""
+        entry = self._read().get(name)
+        if entry is not None:
+            with contextlib.suppress(KeyError, TypeError, ValueError, RuntimeError):
+                return [_unpacked(entry["value"], self._tensors)]
+        return []
 
     def _read(self) -> dict[str, Any]:
         if self._pieces is None:
             self._pieces = {}
-            if self.path is not None and self.path.is_file():
+            if self.path is not None and self._ours and self.path.is_file():
                 with contextlib.suppress(ValueError, KeyError, OSError, TypeError):
                     tensors, metadata = seals.read(self.path)
                     content = json.loads(metadata[_METADATA])
