@@ -136,3 +136,54 @@ def test_a_tensor_that_moved_is_recorded_anew(recorded):
 def test_tensors_of_several_devices_are_refused():
     with pytest.raises(RuntimeError, match=r"tensors lie on \['cpu'\], wanted one GPU"):
         CudaGraph(lambda x: [x], [torch.ones(2)], [False], [])
+
+
+WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "unique",
+)  # a GPU has to be waited for
+
+
+def on_meta(module):
+    """The graph on tensors that have shapes and no numbers: whatever reads a number fails there."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = node.kwargs | {"device": torch.device("meta")}
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta") for v in values]
+    return torch.fx.GraphModule({}, graph)(*inputs)
+
+
+@pytest.mark.parametrize(
+    "make", [Trace_ELBO, lambda: Objective(iwae, 5), lambda: Objective(iwae, 5, estimator="doubly-reparameterized")]
+)
+@pytest.mark.parametrize("data", [binary(44), Split(grey, binarization="dynamic")])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_no_step_reads_a_number_that_a_gpu_would_have_to_be_waited_for(make, data, clip_norm):
+    loss, (model, guide) = Compiled(make(), compile_after=None), small_pair()
+    fit(model, guide, data, loss=loss, epochs=4, batch_size=11, seed=0, compile=False, clip_norm=clip_norm)
+    assert loss.reason is None and loss._graphs
+    for entry in loss._graphs.values():
+        whole = entry.training is not None and entry.training.update is not None  # with the optimiser's step
+        assert whole or isinstance(loss.inner, Objective) and loss.inner.estimator == "doubly-reparameterized"
+        names = {
+            node.target.__name__.split(".")[0] for node in entry.capture.module.graph.nodes if callable(node.target)
+        }
+        assert not names & set(WAITS)
+        found = on_meta(entry.capture.module)
+        assert [f.device.type for f in found] == ["meta"] * len(found) and found
+
+
+def test_a_step_that_would_wait_is_told_from_one_that_does_not():
+    def waits(x):
+        return [x.nonzero().sum()]
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(waits)(torch.ones(3))
+    with pytest.raises((RuntimeError, NotImplementedError), match="nonzero"):
+        on_meta(graph)

@@ -227,7 +227,7 @@ class _Recording(TorchFunctionMode):
     ) -> None:  # fmt: skip
         if create_graph:
             raise Uncapturable("its backward keeps a graph of the gradients")
-        leaves = list(_leaves(loss)) if inputs is None else [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        leaves = list(leaves_of(loss)) if inputs is None else [inputs] if isinstance(inputs, Tensor) else list(inputs)
         found = torch.autograd.grad(loss, leaves, gradient, retain_graph=retain_graph)
         for leaf, value in zip(leaves, found, strict=True):
             before = self.gradients.get(id(leaf))
@@ -319,7 +319,7 @@ def _noting_forks() -> Iterator[None]:
         torch.random.fork_rng = original
 
 
-def _leaves(loss: Tensor) -> Iterable[Tensor]:
+def leaves_of(loss: Tensor) -> Iterable[Tensor]:
     """The tensors into whose ``.grad`` backward would add."""
     stack: list[Any] = [loss.grad_fn]
     seen: set[Any] = set()

@@ -5,13 +5,9 @@ draws z_1, ..., z_L ~ q(z | x) are alike, so that for each component d
 
     r_d = #{l : z_ld < z_d}   is uniform on 0, 1, ..., L.
 
-A guide that is too narrow leaves z in its tails (a U of ranks), one too wide in its middle, a shifted one on one side.
-What is tested is the guide *on data from the model*, averaged over them; errors that cancel over x are not seen, nor
-are those on real data that the model would not draw.
-
-The test is simultaneous over the whole range of ranks: at each of L points the number of ranks below is binomial, and
-the statistic is the smallest of the L two-sided tail probabilities, whose distribution under uniformity is simulated.
-Central intervals are sets of ranks, |r - L/2| < j, so the coverage curve has bands of the same kind.
+What is tested is the guide *on data from the model*, averaged over them; errors that cancel over x are not seen. The
+test is simultaneous over all ranks: at each of L points the number of ranks below is binomial, and the statistic is the
+smallest of the L two-sided tail probabilities, whose distribution under uniformity is simulated.
 
 References: Talts et al., Validating Bayesian inference algorithms with simulation-based calibration, 2018.
 arXiv:1804.06788. Saeilynoja et al., Graphical test for discrete uniformity and its applications in goodness of fit
@@ -127,8 +123,7 @@ class Calibration(Result):
     def coverage(self) -> Bands:
         """Share of data whose z lies in the central interval of the guide's draws, against its nominal level.
 
-        The intervals lie between two draws: those of rank (L + 1) / 2 - j and (L + 1) / 2 + j, of nominal
-        coverage 2 j / (L + 1). Above the diagonal the guide is too wide, below it too narrow.
+        Between the draws of rank (L + 1) / 2 -+ j it is 2 j / (L + 1). Above the diagonal the guide is too wide.
         """
         return _bands(self._folded(), (self.num_samples + 1) // 2, self.level)
 

@@ -1,17 +1,11 @@
 """Has the posterior collapsed, which latents are dead, and is the optimum itself to blame?
 
-A latent that the guide ignores has q(z_d | x) = p(z_d) for every x: its divergence from the prior is
-zero, and its posterior mean does not move with the data. Both are checked. The posterior has
-collapsed altogether where the rate, the sum of all divergences, is about zero.
+That can be said for the linear model, probabilistic PCA. With the data covariance's eigenvalues l_1 >= l_2 >= ... and a
+noise variance s^2, the weights of maximum likelihood have W'W = diag(max(l_d - s^2, 0)) up to a rotation of z: a
+direction whose eigenvalue is below s^2 is dead at the *optimum of log p(x)*, no matter which bound is climbed, and the
+linear VAE's ELBO has the same optima. A free s^2 is the mean of the others.
 
-Whether that is a failure of training can be said for the linear model, probabilistic PCA. With the data covariance's
-eigenvalues l_1 >= l_2 >= ... and a noise variance s^2, the weights of maximum likelihood have W'W = diag(max(l_d - s^2,
-0)) up to a rotation of z: a direction whose eigenvalue is below s^2 is dead at the *optimum of log p(x)*, no matter
-which bound is climbed, and the linear VAE's ELBO has the same optima. A free s^2 is the mean of the others.
-
-References: Tipping and Bishop, Probabilistic principal component analysis, 1999. Lucas et al.,
-Don't blame the ELBO! A linear VAE perspective on posterior collapse, 2019. arXiv:1911.02469.
-Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519
+Reference: Tipping and Bishop, Probabilistic principal component analysis, 1999.
 """
 
 from __future__ import annotations

@@ -4,13 +4,8 @@
     inference gap     =   approximation gap    +   amortization gap
 
 L is the ELBO of a datum, q the guide, and q* the best member of the same family *for that datum*, found by gradient
-steps on its own parameters (`local`). A family that cannot bend as the posterior does has an approximation gap; an
-encoder that does not find the best member has an amortization gap.
-
-Three errors are in such a split, and all are reported per datum. log p(x) is estimated: by importance sampling from
-the guide and the local optima together (`weights`), or by whatever estimate is given. Both bounds are estimated, at
-draws that no step has seen. And the steps end before the optimum: what the bound might still have risen, judged by how
-it rose last, is added to the error of q*, as if it were noise of that size.
+steps on its own parameters (`local`). log p(x) and both bounds are estimated, at draws that no step has seen; and the
+steps end before the optimum: what the bound might still have risen is added to the error of q*, as if it were noise.
 
 Reference: Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders, 2018. arXiv:1801.03558
 """
@@ -29,12 +24,11 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.inference.trees import at, joined
 from pyro_vae.judging.climbs import Climb, climbed, optimise
-from pyro_vae.judging.families import by_name, family_of, is_guide
-from pyro_vae.judging.local import LocalForm, Unscaled, family_form, local_form
+from pyro_vae.judging.local import LocalForm, Unscaled, by_name, family_form, family_of, is_guide, local_form
 from pyro_vae.judging.quotes import aligned
-from pyro_vae.judging.results import Mean, Result, at_least, one_of, row
+from pyro_vae.judging.results import Mean, Result, at_least, gap_bar, one_of, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores, score
+from pyro_vae.judging.weights import Scored, khat_ok, pool, rescores, score
 from pyro_vae.options import of_pair
 from pyro_vae.traces import Program, draw, plate_nesting
 
@@ -99,14 +93,10 @@ class Gaps(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The gaps of each family as stacked bars, a figure."""
-        bars: list[dict[str, Any]] = []
-        for name, family in self.families.items():
-            parts = {"approximation": family.approximation, "amortization": family.amortization}
-            if family.approximation is None or family.amortization is None:
-                parts = {"total": family.inference or family.approximation}
-            known = {key: part for key, part in parts.items() if part is not None}
-            bars.append({"guide": name} | {key: part.value for key, part in known.items()}
-                        | {f"{key}_stderr": part.mc_stderr for key, part in known.items()})  # fmt: skip
+        bars = [
+            gap_bar(name, (one.approximation, one.amortization), one.inference or one.approximation)
+            for name, one in self.families.items()
+        ]
         return plots.gap_bars([bar for bar in bars if len(bar) > 1], ax)
 
     def __str__(self) -> str:
@@ -170,23 +160,21 @@ def gaps(
     A family is
 
     * a guide, fitted under the same model (`fit_guide`): both of its gaps are given;
-    * a class of posteriors such as FullNormal, or ``functools.partial(IAF, transforms=2)``: it
-      has no encoder, so only its approximation gap is. It is called with an encoder, of
-      which only the number of features is ever asked, and the latent dimension;
+    * a class of posteriors such as FullNormal, or ``functools.partial(IAF, transforms=2)``, called with an encoder that
+      is never run and the latent dimension: only its approximation gap is given;
     * a posterior, of which the family is taken (a flow: and the weights to start from).
 
     The guide's own family needs no mention. A guide without a local form (a point with a density, a sampler that is not
-    reparameterised) has its total gap given, and the reason. Data go through in chunks, so that memory is bounded.
-    Training and test data are two calls, which `gap_table` lays side by side.
+    reparameterised) has its total gap given, and the reason. `gap_table` lays results of several data side by side.
 
     Args:
         families: By name, as above.
-        log_likelihood: An estimate of log p(x) of these data in their order, such as that of
-            `ais`; None estimates it from the guide and the local optima together.
+        log_likelihood: An estimate of log p(x) of these data in their order, such as that of `ais`; None for one from
+            the guide and the local optima together.
         num_samples: K, fresh samples behind each bound.
         num_steps: Upper limit of the steps.
-        start: Where local parameters start: "guide" at the guide's values (of another
-            family: at its mean and scale), "fresh" at mean 0 and variance 1.
+        start: Where local parameters start: "guide" at the guide's values (of another family: at its mean and scale),
+            "fresh" at mean 0 and variance 1.
         learning_rate: Of Adam, for means and log scales; a flow's weights move at a tenth.
         window: Steps over which the bound is averaged.
         tolerance: The steps stop when two windows in a row beat the best one by no more, in nats.
@@ -194,8 +182,7 @@ def gaps(
     Returns:
         The gaps, printed as a table.
     Raises:
-        ValueError: An option out of range; a family that is none; a guide without density, and
-            all that `particles` refuses.
+        ValueError: An option out of range; a family that is none; a guide without density; what `particles` refuses.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_vae import Guide, Model
@@ -208,13 +195,13 @@ def gaps(
     _check(start, num_samples, learning_rate, num_steps, window, tolerance)
     named, guides = by_name(guide, families or {})
     options: dict[str, Any] = {"num_steps": num_steps, "window": window, "tolerance": tolerance}
-    found, unscaled = Proposals(), Unscaled()(model)
+    unscaled = Unscaled()(model)
     with sweep(model, *guides.values(), data=data, batch_size=250, copies=STEP_SAMPLES, besides=named.values(),
                validate=False, seed=seed, device=device, progress=progress, title="gaps") as run:  # fmt: skip
         made, reasons, width = _families(named, model, guide, at(run.first, slice(2)), start)
         run.at_most(_FREE // width)
         able, args = [name for name in named if name not in reasons], at(run.first, slice(run.batches.batch_size))
-        found.pooled = _pooled(model, guide, args, made, able, guides, start)
+        alike = _pooled(model, guide, args, made, able, guides, start)
         run.expect(len(run) * len(able))
 
         def climb(batch: tuple[Any, ...]) -> tuple[Any, dict[str, Climb]]:
@@ -228,12 +215,10 @@ def gaps(
                 local, which = form.guide(best.rows), f"{name} (local)"
                 proposals[which], nesting[which] = local, plate_nesting(model, local, *batch)
                 run.tick()
-            return score(unscaled, proposals, found.pooled, batch, num_samples, nesting), climbs
+            return score(unscaled, proposals, alike, batch, num_samples, nesting), climbs
 
-        parts = run.each(climb)
-    found.add(scored for scored, _ in parts)
-    scores, level, source = found.result(log_likelihood)
-    ways = {name: joined([climbs[name] for _, climbs in parts]) for name in able}
+        (scores, mixed), ways = joined(run.each(climb))
+    level, source = pool(scores, mixed, alike, log_likelihood)
     reasons |= {name: "a family without an encoder, so without an amortization gap" for name in named.keys() - guides}
     rows = {name: _row(name, level, scores, ways.get(name), reasons.get(name), num_samples) for name in named}
     log_p = Mean.of(level.log_p, level.log_p_variance, num_samples, bound=level.kind(num_samples) == "lower bound")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_vae.judging.components import refuse_points
 from pyro_vae.judging.estimates import elbo_terms
-from pyro_vae.judging.grids import quadrature
+from pyro_vae.judging.grids import mesh, quadrature
 from pyro_vae.judging.quotes import over_data
 from pyro_vae.judging.results import Result, averaged
 from pyro_vae.judging.sweeps import sweep
@@ -122,5 +122,5 @@ def _grid(z: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     spread = torch.maximum(centred.square().mean(0), covariance.diagonal(dim1=-2, dim2=-1)).sqrt()
     low, high = torch.minimum(own, mean) - _REACH * spread, torch.maximum(own, mean) + _REACH * spread
     line = torch.linspace(0, 1, _SIDE, dtype=z.dtype, device=z.device)
-    unit = torch.stack([axis.flatten() for axis in torch.meshgrid(*[line] * z.shape[-1], indexing="ij")], -1)
-    return low + unit[:, None] * (high - low), ((high - low) / (_SIDE - 1)).log().sum(-1)
+    unit = mesh(line, z.shape[-1])[:, None]
+    return low + unit * (high - low), ((high - low) / (_SIDE - 1)).log().sum(-1)

@@ -76,12 +76,12 @@ def commands(
     start = "pyro-vae fit" if run is None else f"pyro-vae fit --config {place}/config.json"
     epochs, build = int(given.get("epochs", 100)), "vae = pv.VAE.build(x_shape, "
     patient = f" --patience {_patience(epochs)}"
-    fitted = "pv.fit(vae.model, vae.guide, data)"
+    fitted, fit = "pv.fit(vae.model, vae.guide, data)", "pv.fit(model, guide, data"
     match remedy:
         case "train" | "epochs":
-            epochs = value or 2 * epochs
-            python = f"validation=validation, epochs={epochs}, patience={_patience(epochs)}"
-            return f"{start} --epochs {epochs} --patience {_patience(epochs)}", f"pv.fit(model, guide, data, {python})"
+            longer = value or 2 * epochs
+            python = f"{fit}, validation=validation, epochs={longer}, patience={_patience(longer)})"
+            return f"{start} --epochs {longer} --patience {_patience(longer)}", python
         case "wider":
             hidden = [2 * int(width) for width in given.get("hidden") or (400, 200)]
             change = f"--hidden {','.join(map(str, hidden))}"
@@ -97,17 +97,14 @@ def commands(
             python = f'{build}likelihood="normal", scale="learned"); pv.fit(vae, data)'
             return f"{start} --scale learned{patient}", python
         case "patience":
-            value = value or _patience(epochs)
-            python = f"pv.fit(model, guide, data, validation=validation, patience={value})"
-            return f"{start} --patience {value}", python
+            usual = value or _patience(epochs)
+            return f"{start} --patience {usual}", f"{fit}, validation=validation, patience={usual})"
         case "warm-up":
-            value = value or max(1, epochs // 4)
-            return f"{start} --kl-warmup {value}", f"pv.fit(model, guide, data, kl_warmup={value})"
+            warm = value or max(1, epochs // 4)
+            return f"{start} --kl-warmup {warm}", f"{fit}, kl_warmup={warm})"
         case "samples":
-            return (
-                f"pyro-vae evaluate {place} -K {value}",
-                f"pv.log_likelihood(model, guide, data, num_samples={value})",
-            )
+            python = f"pv.log_likelihood(model, guide, data, num_samples={value})"
+            return f"pyro-vae evaluate {place} -K {value}", python
         case "data":
             python = f"pv.judge(model, guide, data, num_data={value or 400}, budget=600)"
             return f"pyro-vae judge {place} --num-data {value or 400} --budget 600", python

@@ -1,23 +1,17 @@
 """Annealed importance sampling, and the bracket of log p(x) by running it both ways.
 
-A chain starts at u_0 ~ f_0, the prior or the guide, and is carried to the posterior over T
-distributions log f_t = (1 - b_t) log f_0 + b_t log p(x, u). Its weight
+Chains are carried from f_0, the prior or the guide, to the posterior over the path of `hamiltonian`. Their weights
 
-    log w = sum_{t=1}^{T} (b_t - b_{t-1}) (log p(x, u_{t-1}) - log f_0(u_{t-1})),
-    u_t ~ K_t(u_{t-1}),   K_t a Hamiltonian move that leaves f_t invariant,
+    log w = sum_{t=1}^{T} (b_t - b_{t-1}) (log p(x, u_{t-1}) - log f_0(u_{t-1})),   u_t ~ K_t(u_{t-1})
 
-is an unbiased estimate of p(x), so the log of its mean over C chains is, on average, a **lower** bound on log p(x). Run
-backwards from an exact draw of the posterior with the same kernels (each is reversible, so in reverse order they make
-the reverse chain), the weight has E[1 / w] = 1 / p(x). Exact draws exist where x itself was simulated: (z, x) ~ p(z)
-p(x | z) makes z a draw of p(z | x). One backward chain r beside C forward ones gives
+are unbiased estimates of p(x), so the log of the mean over C chains is, on average, a **lower** bound on log p(x). Run
+backwards from an exact draw of the posterior with the same kernels, in reverse order, the weight has E[1 / w] =
+1 / p(x). Where x itself was simulated, (z, x) ~ p(z) p(x | z), z is such a draw. One backward chain r beside C forward
+ones gives an **upper** bound, and both close as T grows:
 
-    E log (w_r + w_1 + ... + w_C) / (C + 1)  >=  log p(x),
+    E log (w_r + w_1 + ... + w_C) / (C + 1)  >=  log p(x)
 
-an **upper** bound, since it is the divergence of the backward process from the forward one. Both close as T grows: the
-bracket of bidirectional Monte Carlo. On real data no exact draw exists, and no upper bound is claimed.
-
-References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Grosse et al., Sandwiching the marginal
-likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543. Wu et al., On the quantitative analysis of
+References: Neal, Annealed importance sampling, 2001. arXiv:physics/9803008. Wu et al., On the quantitative analysis of
 decoder-based generative models, 2017. arXiv:1611.04273. Brekelmans et al., Improving mutual information estimation with
 annealed and energy-based bounds, 2022. arXiv:2303.06992
 """
@@ -73,20 +67,16 @@ def ais(
         start: Where chains begin: "guide" or "prior".
         num_leapfrog: Leapfrog steps a move.
         schedule: "sigmoid", "linear" or "adaptive" (equal thermodynamic length, per datum).
-        pilot_steps: Distributions of the pilot, in which step sizes and schedule are tuned and
-            then frozen; None for T / 4, at least 50 and at most T.
+        pilot_steps: Distributions of the pilot, which tunes step sizes and schedule; None for T / 4, of 50 to T.
         pilot_chains: Chains of the pilot.
         target_acceptance: Probability of acceptance that the pilot aims at.
         pilot_seed: Seed of the pilot.
-        compile: "auto" captures the moves of a batch (see `Moves`) where there are 600 or more, and hands them
-            to Inductor where that pays; True does so at once, False runs the programs for every move. The noise
-            is the same, and the numbers to rounding.
-        model, data, seed, device, progress: As for `log_likelihood`.
+        model, data, seed, device, progress, compile: As for `log_likelihood`; what is captured are the moves.
     Returns:
         The bound with its errors and diagnostics.
     Raises:
-        ValueError: A setting out of range; a discrete, enumerated, point or auxiliary latent;
-            from the guide, one that cannot score a sample that it did not draw.
+        ValueError: A setting out of range; a discrete, enumerated, point or auxiliary latent; from the guide, one that
+            cannot score a sample that it did not draw.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_vae import Guide, Model
@@ -102,7 +92,7 @@ def ais(
     with sweep(model, guide, data=data, batch_size=250, copies=num_samples, validate=False, seed=seed, device=device,
                progress=progress, title="AIS") as run:  # fmt: skip
         run.expect(len(run) * (options.moves + options.num_steps - 1))
-        found = run.each(lambda batch: _forward(run, guide, batch, options)[:-3])
+        found = run.each(lambda batch: _forward(run, guide, batch, options)[:-2])
     return _annealed(found, options)
 
 
@@ -164,10 +154,10 @@ def bdmc(
         run.expect(len(run) * (options.moves + 2 * options.num_steps - 2))
 
         def both_ways(batch: tuple[Any, ...], latents: dict[str, Tensor]) -> tuple[Any, ...]:
-            *forward, pair, density, moves = _forward(run, guide, batch, options, passes=2)
+            *forward, pair, moves = _forward(run, guide, batch, options, passes=2)
             exact = pair.latents.pack({name: z.unsqueeze(0) for name, z in latents.items()})
             position = exact.expand(num_samples, -1, -1).clone()
-            backward = anneal(density, position, forward[0], backward=True, tick=run.tick, moves=moves)
+            backward = anneal(moves, position, forward[0], backward=True, tick=run.tick)
             return tuple(forward), backward, batch
 
         found, backward, simulated = zip(*run.simulated(both_ways, num_data, observed), strict=True)
@@ -236,34 +226,30 @@ class _Options(NamedTuple):
             raise ValueError(f"got target_acceptance={self.target_acceptance}, wanted a probability such as 0.75.")
         if self.start == "guide" and guide is None:
             raise ValueError("got start='guide' without a guide. Pass one, or anneal from the prior: start='prior'.")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f'got compile={self.compile!r}, wanted True, False or "auto".')
 
 
 def _forward(
     run: Sweep, guide: Program | None, batch: tuple[Any, ...], options: _Options, passes: int = 1
 ) -> tuple[Any, ...]:
-    """Kernels, log weights, acceptance of the forward chains; the pair, the density and its moves for further ones."""
+    """Kernels, log weights, acceptance of the forward chains; the pair and the moves for further ones."""
     programs = run.programs
-    # Far from the seeds that people choose: a pilot that shared the scored chains' noise would not be independent of
-    # them, nor, on simulated data, of the exact draws.
+    # Far from the seeds that people choose: a pilot is independent of the scored chains, and of exact draws.
     with seeded(2**48 + 2**20 * options.pilot_seed + run.number):
         pair = Pair(programs[0], guide, batch)
-        density = pair.path_density(options.start)
+        density, compile = pair.path_density(options.start), options.compile
+        moves = Moves(density, options.num_leapfrog, programs, passes * (options.num_steps - 1), compile)
+        # Fewer chains make another graph, for which Inductor would be called a second time.
+        first = Moves(density, options.num_leapfrog, programs, options.moves, bool(compile) and "auto")
         draws = pair.from_guide if options.start == "guide" else pair.from_prior
         # 64 draws know a standard deviation to 9 %, which is more than a scale need be.
         own = draws(64).var(0)
         both = torch.stack([own, own if guide is None else pair.from_guide(64).var(0)]).clamp(min=1e-12)
         kernels = pilot(
-            density, draws(options.pilot_chains), 1 / both, name=options.schedule, num_steps=options.num_steps,
-            num_leapfrog=options.num_leapfrog, pilot_steps=options.coarse,
-            target_acceptance=options.target_acceptance, moved=run.tick,
-            # Fewer chains make another graph, for which Inductor would be called a second time.
-            moves=Moves(density, options.num_leapfrog, programs, options.moves, bool(options.compile) and "auto"),
+            first, draws(options.pilot_chains), 1 / both, name=options.schedule, num_steps=options.num_steps,
+            pilot_steps=options.coarse, target_acceptance=options.target_acceptance, tick=run.tick,
         )  # fmt: skip
-    moves = Moves(density, options.num_leapfrog, programs, passes * (options.num_steps - 1), options.compile)
-    log_weight, acceptance = anneal(density, draws(options.num_samples), kernels, tick=run.tick, moves=moves)
-    return kernels, log_weight, acceptance, pair, density, moves
+    log_weight, acceptance = anneal(moves, draws(options.num_samples), kernels, tick=run.tick)
+    return kernels, log_weight, acceptance, pair, moves
 
 
 def _annealed(found: Sequence[tuple[Any, ...]], options: _Options) -> Annealed:

@@ -1,19 +1,14 @@
 """How strange data are: scores in nats, higher for stranger, and how well they tell outliers apart.
 
-A likelihood is a poor judge of strangeness by itself. It grows with how simple an image is (dark, flat, few strokes),
-so that data of another kind which are simpler have a *higher* p(x) than the data of the fit, and a ROC-AUC below one
-half (Nalisnick et al., 2019). Two scores correct for that:
+A likelihood grows with how simple an image is (dark, flat, few strokes), so that simpler data of another kind have a
+*higher* p(x) than the data of the fit, and a ROC-AUC below one half (Nalisnick et al., 2019). Two scores correct it:
 
     ratio     - log p(x) + log p_0(x): against a background model p_0 that knows how simple x is and not what it shows.
-              Of binary data p_0 is a compressor, log p_0(x) = - (length of x, losslessly compressed) (Serra et al.,
-              2020), which needs no second fit. Or it is a second pair, fitted to the same data with a share of the
-              pixels replaced by noise (Ren et al., 2019). Of grey data only the second is sound here: the density of a
-              likelihood of one scale varies far less from image to image than the size of a file does, which then
-              decides alone (ROC-AUC 0.02 for MNIST against Fashion-MNIST, where log p(x) has 0.80).
+              Of binary data p_0 is a compressor (Serra et al., 2020); of others a second pair, fitted to the same data
+              with a share of the pixels replaced by noise (Ren et al., 2019). Of grey data a compressor is not sound:
+              the size of the file decides alone (ROC-AUC 0.02 for MNIST against Fashion-MNIST, log p(x) has 0.80).
     regret    max over q of ELBO(x; q) - ELBO(x; the guide's q): what refitting q to this image alone gains. An encoder
-              is near its optimum on the data that it was trained for, and far from it elsewhere (Xiao et al., 2020).
-
-Neither wins everywhere; `benchmarks/anomalies.py` measures all of them, both ways.
+              is near its optimum only on the data that it was trained for (Xiao et al., 2020).
 
 References: Nalisnick et al., Do deep generative models know what they don't know?, 2019. arXiv:1810.09136. Ren et al.,
 Likelihood ratios for out-of-distribution detection, 2019. arXiv:1906.02845. Serra et al., Input complexity and
@@ -110,32 +105,25 @@ def anomaly_scores(
 
 
 def compressed_size(x: Tensor) -> Tensor:
-    """The length of each datum in nats, losslessly compressed: an upper limit of what describes it.
-
-    Zeros and ones are packed as bits; numbers in [0, 1] are rounded to 256 levels, others to 256 between the smallest
-    and the largest of the batch. The shortest counts, of zlib and bz2 on rows and on differences of neighbours, (N,).
+    """The length of each datum of zeros and ones in nats, (N,), losslessly compressed as bits: an upper limit of what
+    describes it. The shortest counts, of zlib and bz2 on rows and on differences of neighbours.
 
     Example:
-        >>> flat, noise = torch.zeros(1, 1, 28, 28), torch.rand(1, 1, 28, 28)
-        >>> bool(compressed_size(flat) < compressed_size(noise) / 20)
+        >>> flat, noise = torch.zeros(1, 1, 28, 28), torch.rand(1, 1, 28, 28).round()
+        >>> bool(compressed_size(flat) < compressed_size(noise) / 3)
         True
     """
-    values = x.detach().float().cpu()
-    binary = bool(((values == 0) | (values == 1)).all())
-    if not binary:
-        low, high = (0.0, 1.0) if values.min() >= 0 and values.max() <= 1 else (values.min(), values.max())
-        values = (values - low) / max(float(high - low), 1e-12) * 255
-    levels = values.round().to(torch.uint8).numpy()
-    return torch.tensor([_shortest(one, binary) for one in levels], dtype=torch.float64) * 8 * math.log(2)
+    bits = x.detach().cpu().to(torch.uint8).numpy()
+    return torch.tensor([_shortest(one) for one in bits], dtype=torch.float64) * 8 * math.log(2)
 
 
-def _shortest(levels: np.ndarray, binary: bool) -> int:
-    levels = np.atleast_1d(levels)
-    forms = [levels, np.diff(levels, axis=-1, prepend=levels[..., :1] * 0)]
-    if levels.ndim > 1:
-        forms.append(np.diff(levels, axis=-2, prepend=levels[..., :1, :] * 0))
+def _shortest(bits: np.ndarray) -> int:
+    bits = np.atleast_1d(bits)
+    forms = [bits, np.diff(bits, axis=-1, prepend=bits[..., :1] * 0)]
+    if bits.ndim > 1:
+        forms.append(np.diff(bits, axis=-2, prepend=bits[..., :1, :] * 0))
     # Differences of zeros and ones modulo 2 are zeros and ones.
-    raw = [(np.packbits(form & 1) if binary else np.ascontiguousarray(form)).tobytes() for form in forms]
+    raw = [np.packbits(form & 1).tobytes() for form in forms]
     return min(len(pack(one)) for one in raw for pack in (lambda b: zlib.compress(b, 9), bz2.compress))
 
 

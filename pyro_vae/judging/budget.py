@@ -100,10 +100,10 @@ class Examination:
         return self.options | {"seed": self.options["seed"] + add}
 
     def pieces(self, factor: int, work: Callable[[int, int], R], cost: Callable[[float, int, int], float]) -> list[R]:
-        """What came of 4 data, then of factor times as many, and so on, as long as there is time.
+        """What `work` made of the first 4 data, then of factor times as many, and so on, as long as there is time.
 
-        `work` does the data from one index to another; `cost` gives seconds for a piece, by those of the one before,
-        its size and that of the piece. OutOfTime where not even the first one could be done.
+        `cost` gives seconds for a piece, by those of the one before, its size and that of the piece. OutOfTime where
+        not even the first one could be done.
         """
         stops = [min(4, self.num_data)]
         while stops[-1] < self.num_data:

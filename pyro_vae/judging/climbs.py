@@ -1,7 +1,7 @@
-"""The best member of a family for each datum, by gradient steps on its own parameters.
+"""The best member of a family for each datum, by Adam's steps on its own parameters, at a rate for each datum.
 
-The steps are Adam's, for all data at once and at a rate for each. What they find is a point from which the bound no
-longer rises by more than can be seen, not the optimum; from the way there `climbed` estimates what remains.
+What they find is a point from which the bound no longer rises by more than can be seen, not the optimum; from the way
+there `climbed` estimates what remains.
 """
 
 from __future__ import annotations
@@ -82,10 +82,9 @@ def optimise(
 ) -> Optimum:
     """Climb each datum's ELBO until it stops rising.
 
-    The ELBO is averaged over windows of steps, of at most a quarter of all. A datum whose window has not beaten its
-    best one by more than the tolerance, in nats, twice in a row, goes back to the average of the parameters over the
-    second half of its best window, takes one more window from there at a rate that falls from a third to a hundredth,
-    and ends at the average over the second half of that. Data that have ended no longer cost anything.
+    A datum whose window of steps (at most a quarter of all) has not beaten its best one by more than the tolerance, in
+    nats, twice in a row, goes back to the average of the parameters over the second half of its best window, takes one
+    more from there at a rate that falls from a third to a hundredth, and ends at the average over its second half.
     """
     window = max(1, min(window, num_steps // 4))
     model = Unscaled()(model)
@@ -164,12 +163,10 @@ def weights_at(
 
 
 def remaining(latest: Tensor, before: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
-    """How much a bound may still rise, judged by how it rose last.
+    """How much a bound may still rise, and how much it rose last, d, (B,) each, in nats.
 
-    With d the rise over the last window and r its ratio to the rise over the one before, later windows add
-    d (r + r^2 + ...) = d r / (1 - r) where the rises shrink geometrically. A rise that cannot be told from noise is
-    taken as large as its noise. Of log weights at the last three windows' parameters, at the same noise, (K, B) each:
-    what remains and the rise d, (B,) each, in nats per datum.
+    Of log weights at the last three windows' parameters, at one noise, (K, B) each. Later windows add d r / (1 - r)
+    where the rises shrink geometrically by r. A rise that cannot be told from noise is taken as large as its noise.
     """
     count = len(latest)
     rise, rise_before = latest - before, before - earlier

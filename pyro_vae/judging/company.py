@@ -1,7 +1,7 @@
 """Whether a datum is scored by itself: the same latents of it, in other company.
 
-log p(x_b, z_b) and log q(z_b | x_b) are per datum only where the rows of a batch do not see each other. A mean over the
-batch in a network, or batch normalisation without running statistics, makes them functions of the other rows too.
+A mean over the batch in a network, or batch normalisation without running statistics, makes log p(x_b, z_b) and
+log q(z_b | x_b) functions of the other rows too.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ _FEW = 4
 def seen_by_others(programs: Sequence[Program], data: tuple[Any, ...]) -> str | None:
     """Which program's log density of datum 0 at given latents depends on who else is in the batch.
 
-    The pair runs on the first few data, and on as many copies of datum 0 with the latents that it had there: as many,
-    so that noise which a guide seeds by itself is the same, and batch normalisation has several rows. Nothing is said
-    of one datum, of data that are not tensors with a row a datum, of sites outside of the one plate of the data (global
-    latents, nested plates, sequences), of a plate that is a part of a larger one, of programs that do not run on few
-    data, nor of programs with noise of their own: of them a rerun at the same latents says another thing, too.
+    The pair runs on the first few data, and on as many copies of datum 0 with the latents that it had there. Nothing is
+    said of one datum, of data that are not tensors with a row a datum, of sites outside of the one plate of the data or
+    of a part of it, of programs that do not run on few data, nor of programs with noise of their own.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -1,10 +1,7 @@
 """The sites of a program, apart: their log densities at given latents, and the latents as columns of scalars.
 
-`Scorer` runs a program once to learn its structure, and then once per evaluation for all chains and data together.
-`Components` has one column for each scalar component of a model's latents, whatever its sites are called.
-`simulated_batch` puts a model's own data into its arguments: which argument is which site is told by their values, so
-that a user's own program needs no convention. A site replaces the argument that it equals up to shape, as
-``obs=x.reshape(-1, 784)`` does, and where none or several do, the caller says which.
+`simulated_batch` puts a model's own data into its arguments, by their values: a site replaces the argument that it
+equals up to shape, as ``obs=x.reshape(-1, 784)`` does, and where none or several do, the caller says which.
 """
 
 from __future__ import annotations
@@ -77,14 +74,11 @@ class Scorer:
         return {site["name"]: site_log_prob(site, frame) for site in sample_sites(trace)}
 
 
-def placed(site: Any, data_dim: int, event: tuple[int, ...] | None = None) -> tuple[int, tuple[int, ...]]:
-    """Which axis of a site's value, (*plates, *event), is that of the data, and its shape without that axis."""
-    value, count = site["value"].shape, site["fn"].event_dim
-    deepest = max(-dim for dim in plates(site))
-    batch = value[: len(value) - count]
-    whole = (*batch[len(batch) - deepest :], *(value[len(value) - count :] if event is None else event))
-    axis = deepest + data_dim
-    return axis, whole[:axis] + whole[axis + 1 :]
+def placed(site: Any, data_dim: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Which axis of a site's value is that of the data, and the shapes of its plates and of its event."""
+    value, deepest = site["value"].shape, max(-dim for dim in plates(site))
+    end = len(value) - site["fn"].event_dim
+    return deepest + data_dim, tuple(value[end - deepest : end]), tuple(value[end:])
 
 
 def refuse_other_scores(who: str, whose: str, again: Tensor, first: Tensor) -> None:
@@ -133,13 +127,12 @@ class Components:
         for name, site in scorer.sites.items():
             if site["is_observed"]:
                 continue
-            axis, shape = placed(site, scorer.frame.data_dim)
+            axis, batch, event = placed(site, scorer.frame.data_dim)
+            shape = (*batch[:axis], *batch[axis + 1 :], *event)
             self._axes[name], self.sites[name], self.shapes[name] = 1 + axis, math.prod(shape), shape
             # A dimension that no plate has, as beside a data plate at dim -2, is none to speak of.
-            event, deepest = site["fn"].event_dim, max(-dim for dim in plates(site))
-            batch = site["value"].shape[: site["value"].dim() - event]
-            empty = [batch[len(batch) + dim] == 1 and dim not in plates(site) for dim in range(-deepest, 0)]
-            named = [not e for i, e in enumerate([*empty, *[False] * event]) if i != axis]
+            named = [size != 1 or i - len(batch) in plates(site) for i, size in enumerate(batch)] + [True] * len(event)
+            del named[axis]
             for index in itertools.product(*map(range, shape)):
                 shown = ",".join(str(i) for i, show in zip(index, named, strict=True) if show)
                 names.append(f"{name}[{shown}]" if shown else name)

@@ -1,11 +1,8 @@
 """What is compared: guides as people hold them, by name and in groups, and any bound of each at any K.
 
-A group is several guides under one name, such as one family fitted from several seeds. Its number is their mean, and
-its interval that of a family fitted from another seed:
-
-    mean of m guides  +-  t(m - 1) s / sqrt(m),    s their standard deviation (Monte Carlo errors are in it)
-
-One guide alone has the interval of its Monte Carlo error, two standard errors, which says nothing of other seeds.
+The number of a group, such as one family fitted from several seeds, is the mean of its m guides, and its interval that
+of a family fitted from another seed, mean +- t(m - 1) s / sqrt(m) with s their standard deviation. One guide alone has
+the interval of its Monte Carlo error, two standard errors, which says nothing of other seeds.
 """
 
 from __future__ import annotations
@@ -30,14 +27,11 @@ _DRAWS = (4, 100)  # at least and at most so many draws of a bound
 
 
 def groups_of(guides: Any, model: Program) -> Groups:
-    """Guides by the name of their group and by names of their own.
+    """Guides by the name of their group and by names of their own: of a guide (or a pair in one piece, for its guide),
+    of a list of them, called by what they are, or of a mapping from names to them or to lists of them, the groups.
 
-    Args:
-        guides: A guide, or a pair in one piece, which stands for its guide; a list of them, called by what they are; a
-            mapping from names to them, or to lists of them, which are groups.
-        model: The model that they are compared under.
     Raises:
-        ValueError: No guide; something that is none; a pair with another model.
+        ValueError: No guide; something that is none; a pair with a model of its own.
     Example:
         >>> def one(x): ...
         >>> def two(x): ...
@@ -116,10 +110,7 @@ def bound_values(
     bounds: Mapping[str, tuple[Bound, int]], total: int, model: Program, guides: Mapping[str, Program], data: Any,
     options: Mapping[str, Any],
 ) -> dict[str, dict[str, Mean]]:  # fmt: skip
-    """Each bound of each guide, its mean over several draws of K samples, and the error of that: by bound, by guide.
-
-    A bound takes `total` samples per datum, within limits on the number of draws; the options are those of `sweep`.
-    """
+    """Each bound of each guide, its mean over about total / K draws of K samples, and its error: by bound, by guide."""
     most = max((count for _, count in bounds.values()), default=1)
     with sweep(model, *guides.values(), data=data, copies=most, title="bounds", **options) as run:
 

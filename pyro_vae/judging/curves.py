@@ -17,15 +17,10 @@ from pyro_vae.judging.stages import Stages
 from pyro_vae.judging.trials import Training
 
 _SAMPLES = 100
-Records = tuple[list[Mapping[str, Any]], bool]
 
 
-def records_of(history: History | Sequence[Mapping[str, Any]] | None) -> Records | None:
-    """The records of a fit, and whether patience ended it.
-
-    Raises:
-        ValueError: Neither a history nor records of one.
-    """
+def records_of(history: History | Sequence[Mapping[str, Any]] | None) -> tuple[list[Mapping[str, Any]], bool] | None:
+    """The records of a fit, and whether patience ended it; a ValueError of anything else."""
     if history is None:
         return None
     records: list[Any] = list(history.records if isinstance(history, History) else history)
@@ -58,9 +53,8 @@ def examine_training(pair: Examination, stages: Stages) -> Training:
 def trend(records: Sequence[Mapping[str, Any]], stopped_early: bool = False) -> dict[str, Any]:
     """The fields of `Training` that the curves say.
 
-    The end rose by a line's slope through the last fifth of the epochs (five at least), whose error is that of the
-    scatter about it. It had fallen by what the average over a window of the last epochs lies below the same average
-    where that was highest; the error is that of two such averages.
+    The end rose by the slope of a line through the last fifth of the epochs (five at least). It had fallen by what the
+    average over a window of the last epochs lies below the same average where that was highest.
 
     Example:
         >>> ups = [{"validation": -10.0 - 5.0 / epoch} for epoch in range(1, 41)]

@@ -1,14 +1,13 @@
 """The log densities of a pair as functions of unconstrained latents, with their gradients.
 
-Markov chains want one vector per chain and datum. `Latents` lays all latent sites of a model side by side as u,
-(C, B, U) for C chains, B data and U unconstrained dimensions, and takes constrained sites through z = T(u), whose
-Jacobian enters every density:
+Markov chains want one vector per chain and datum, u: (C, B, U) for C chains, B data and U unconstrained dimensions:
 
     log f(u) = log f(z) + log |det dT / du|,   z = T(u)
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.transforms import IndependentTransform
 
 from pyro_vae.auxiliary import points_among
 from pyro_vae.judging.components import Scorer, placed, refuse_other_scores
@@ -52,7 +52,8 @@ class Latents:
                 continue
             _continuous(name, site)
             transform, event = _transform(name, site)
-            axis, shape = placed(site, scorer.frame.data_dim, event)
+            axis, inner, _ = placed(site, scorer.frame.data_dim)
+            shape = (*inner[:axis], *inner[axis + 1 :], *event)
             self.sites.append(Site(name, transform, 1 + axis, shape, math.prod(shape)))
         if not self.sites:
             raise ValueError("the model has no latent site, so there is nothing to sample. Its log_prob is exact.")
@@ -214,19 +215,13 @@ def _total(terms: Any, start: Tensor | None) -> Tensor:
 
 def _continuous(name: str, site: Any) -> None:
     fn = site["fn"]
-    if (site["infer"] or {}).get("enumerate") or getattr(fn, "has_enumerate_support", False):
+    discrete = (site["infer"] or {}).get("enumerate") or getattr(fn, "has_enumerate_support", False)
+    with contextlib.suppress(NotImplementedError):
+        discrete = discrete or fn.support.is_discrete
+    if discrete:
         raise ValueError(
             f"latent site {name!r} ({kind(fn)}) is discrete or to be enumerated, and Hamiltonian moves need "
             "gradients. Sum it out of the model (of the zoo's Mixture take pair.marginal), or use log_likelihood."
-        )
-    try:
-        discrete = fn.support.is_discrete
-    except NotImplementedError:
-        return
-    if discrete:
-        raise ValueError(
-            f"latent site {name!r} ({kind(fn)}) is discrete, and Hamiltonian moves need gradients. Sum it out of the "
-            "model, or use log_likelihood, which needs none."
         )
 
 
@@ -252,21 +247,5 @@ def _transform(name: str, site: Any) -> tuple[Any, tuple[int, ...]]:
             "Hamiltonian moves. Use log_likelihood, which needs none."
         ) from error
     batch = site["value"].dim() - fn.event_dim
-    return _PerSite(transform, fn.event_dim), tuple(raw.shape[batch:])
-
-
-class _PerSite:
-    """A bijection whose log determinant is summed over the event of its site."""
-
-    def __init__(self, transform: Any, event_dim: int) -> None:
-        self.transform, self.extra = transform, event_dim - transform.codomain.event_dim
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        return self.transform(raw)
-
-    def inv(self, value: Tensor) -> Tensor:
-        return self.transform.inv(value)
-
-    def log_abs_det_jacobian(self, raw: Tensor, value: Tensor) -> Tensor:
-        term = self.transform.log_abs_det_jacobian(raw, value)
-        return term.flatten(-self.extra).sum(-1) if self.extra else term
+    rest = fn.event_dim - transform.codomain.event_dim  # over which its log determinant is summed, too
+    return IndependentTransform(transform, rest), tuple(raw.shape[batch:])

@@ -1,9 +1,8 @@
 """How far draws are from others, in numbers that know their own noise: a guide's from a reference posterior's, and
-samples from data. How far outliers are from the rest is in `anomalies`.
+samples from data.
 
-Every distance comes with its null value: what two halves of the reference give against each
-other, which is what an exact guide would show. The halves are made of whole chains, so
-that a reference that has not converged has a large null, and hides nothing.
+Every distance comes with its null value: what two halves of the reference, of whole chains, give against each other,
+which is what an exact guide would show; a reference that has not converged has a large one.
 
 Reference: Gretton et al., A kernel two-sample test, 2012. Rabin et al., Wasserstein
 barycenter and its application to texture mixing, 2011 (sliced Wasserstein).
@@ -173,8 +172,7 @@ def energy_distance(samples: Tensor, data: Tensor, *, halvings: int = 20, seed: 
 
         D^2 = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
 
-    Zero only for equal distributions. The unbiased estimate of D^2 is returned, so it
-    can be slightly negative; ``null`` says how large a value is still nothing.
+    Zero only for equal distributions. The estimate of D^2 is unbiased, so it can be slightly negative.
 
     Args:
         samples, data: (N, *shape) and (M, *shape).

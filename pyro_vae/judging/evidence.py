@@ -1,8 +1,7 @@
 """Estimates of log p(x), and bounds by annealing: what they hold, how many samples or steps are enough, how they print.
 
-A bracket is one in expectation, whatever the chains did. Where they have not converged, what they give is rather the
-tail of a few: a width with an error as large as itself. Then it is said that there is no bracket, and why, and how many
-steps it would take, where two lengths of chains tell: the width falls as a power of T, which is taken on to one nat.
+A bracket is one in expectation, whatever the chains did. Where they have not converged, it is said that there is none,
+and why, and how many steps it would take: the width falls as a power of T, which is taken on to one nat.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from pyro_vae.judging.quotes import Kind, Method, about_weights, kind_of, lower_
 from pyro_vae.judging.results import Mean, Measured, Result, row, table
 from pyro_vae.judging.weights import khat_limit, khat_ok
 
-# Nats that a bracket may be uncertain by, and that log weights may differ by: a normal log weight of this spread is
-# twelve nats too low on average. The share of moves that must be accepted.
+# Nats that a bracket may be uncertain by, and that log weights may differ by; the share of moves to be accepted.
 _CLOSE = 1.0
 _APART = 5.0
 _MOVING = 0.1
@@ -34,8 +32,7 @@ class Curve(Result):
     Attributes:
         num_samples: K' = 1, 2, 5, 10, ..., K.
         value: Mean over the data of log 1/K' sum w, averaged over disjoint blocks of K' weights; the ELBO at K' = 1.
-        mc_stderr: Its Monte Carlo standard error, given these data. The values share their weights: the
-            error of a difference is smaller than these suggest.
+        mc_stderr: Its Monte Carlo standard error; the values share their weights, so differences know more.
     """
 
     num_samples: tuple[int, ...]
@@ -72,18 +69,15 @@ class Estimate(Measured):
 
     Attributes:
         value, mc_stderr, data_stderr, num_samples: Of the mean over the data of log 1/K sum_k w_k, as in `Measured`.
-        pointwise: log 1/K sum_k w_k per datum, (N,); where the guide has one density for all data
-            (``AutoDiagonalNormal``), one number for all of them, over N.
-        bias: Jackknife estimate of the bias of the value (negative: it is too low); where the value is a lower
-            bound, so is its size, and it is not quoted.
+        pointwise: log 1/K sum_k w_k per datum, (N,); where the guide has one density for all data, one number over N.
+        bias: Jackknife estimate of the bias of the value (negative: it is too low); not quoted of a lower bound.
         ess: Effective number of samples per datum, (sum w)^2 / sum w^2, (N,).
         pareto_k: k-hat per datum, (N,).
-        smoothed: log 1/K sum_k w_k per datum after Pareto smoothing of the largest weights, (N,): less noisy
-            where k-hat is high, and no longer a lower bound in expectation.
+        smoothed: The same after Pareto smoothing, (N,): less noisy, and no longer a lower bound in expectation.
         smoothed_stderr: Monte Carlo standard error of its mean, from the smoothed weights.
         curve: The plain estimate against K.
         method: "importance", or "quadrature": then num_samples are the points of a grid, mc_stderr is what a coarser
-            grid would have changed, and there are no weights, hence no k-hat, bias or curve.
+            one would have changed, and there is no k-hat, bias or curve.
     """
 
     bias: float
@@ -219,8 +213,7 @@ class Annealed(Measured):
 class Bracket(Result):
     """Bounds on log p(x) of simulated data from both sides, in nats.
 
-    The Monte Carlo errors are given the simulated data (upper: and their one exact draw each); the `data_stderr` of the
-    width is over the simulations, and covers everything.
+    Monte Carlo errors are given the simulated data; the `data_stderr` of the width covers everything.
 
     Attributes:
         lower: The forward chains' bound, with all that belongs to it.

@@ -5,12 +5,9 @@ draws of it, and a reference r of the mean gradient of the *same* L_K,
 
     bias^2 = |E g - E r|^2     variance = mean over parameters of Var(g_p)     SNR = |E g| / sqrt(tr Cov(g))
 
-A plain square of a noisy mean is too large by the trace of its covariance, which is taken off from bias^2 and |E g|^2.
-Whether there is a bias at all is a test: under none the squared distance of the two means is a weighted sum of
-chi-squares, approximated by a scaled chi-square whose mean and variance are estimated from different draws.
+The trace of its covariance, by which a square of a noisy mean is too large, is taken off. Whether there is a bias is a
+test: the squared distance of the means is then a sum of chi-squares, approximated by a scaled one of its two moments.
 
-For importance-weighted bounds the SNR of the encoder's reparameterised gradient falls like K^(-1/2), and that of the
-decoder's rises like K^(1/2): a tighter bound can teach an encoder less. The doubly-reparameterised one rises for both.
 References: Rainforth et al., Tighter variational bounds are not necessarily better, 2018.
 arXiv:1802.04537. Tucker et al., Doubly reparameterized gradient estimators, 2019. arXiv:1810.04152
 """
@@ -117,15 +114,14 @@ class GradientLab(Result):
         found = {(f"{each.estimator} ({each.part})", each.num_samples): each for each in self.measured}
         names = dict.fromkeys(name for name, _ in found)
         rows = {name: [found.get((name, count)) for count in counts] for name in names}
+        for part in dict.fromkeys(each.part for each in self.measured):
+            first, *others = [name for name in rows if name.endswith(f"({part})")]
+            pairs = [pair for name in others for pair in zip(rows[first], rows[name], strict=True)]
+            if others and all(a and b and math.isclose(a.snr, b.snr, rel_tol=1e-4) for a, b in pairs):
+                # The decoder's gradient is the same for all at one noise: one curve, not several over one another.
+                rows[f"all ({part})"], *_ = [rows.pop(name) for name in (first, *others)]
         values = {name: [math.nan if r is None else r.snr for r in row] for name, row in rows.items()}
         errors = {name: [math.nan if r is None else r.snr_stderr for r in row] for name, row in rows.items()}
-        for part in dict.fromkeys(each.part for each in self.measured):
-            first, *others = [name for name in values if name.endswith(f"({part})")]
-            pairs = [pair for name in others for pair in zip(values[first], values[name], strict=True)]
-            if others and all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs):
-                # The decoder's gradient is the same for all at one noise: one curve, not several over one another.
-                common = [(values.pop(name), errors.pop(name)) for name in (first, *others)]
-                values[f"all ({part})"], errors[f"all ({part})"] = common[0]
         figure = plots.bounds_by_samples(counts, values, errors, ax=ax)
         ax = figure.axes[0] if ax is None else ax
         ax.set(ylabel="signal-to-noise ratio", yscale="log")

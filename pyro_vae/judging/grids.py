@@ -2,14 +2,9 @@
 
 The trapezoidal rule on a smooth density that vanishes at the ends converges faster than any power of the spacing, *if
 the grid covers the mass*. It is centred at the guide's draws, moved and stretched to the posterior's own moments, and
-made finer until that changes nothing. Three numbers per datum say whether to believe it:
-
-    error     what every other point of each axis alone would have changed: the grid's own error is far smaller
-    rim       the share of the mass on its outermost points, behind which there may be more
-    outside   the share of the mass that a coarse grid over the prior finds outside of it: a mode that the guide missed
-
-Where mass is found outside, the grid is laid over all of it and fitted anew. What is narrower than the coarse grid's
-spacing, a tenth to a third of the prior's standard deviation, and where the guide never draws, is not seen.
+made finer until that changes nothing. Where a coarse grid over the prior finds mass outside of it, it is fitted anew to
+that. What is narrower than the coarse grid's spacing, a tenth to a third of the prior's standard deviation, and where
+the guide never draws, is not seen.
 """
 
 from __future__ import annotations
@@ -28,8 +23,8 @@ from pyro_vae.options import of_pair
 from pyro_vae.traces import Program
 
 MOST_DIMENSIONS = 3
-# By the number of dimensions: points a side while the grid looks for its place, then finer and finer; of the grid over
-# the prior; and half the side, in standard deviations. 6 leave out 2e-9 a dimension, and 8 nothing.
+# By dimensions: points a side while the grid looks for its place, then finer and finer; of the grid over the prior; and
+# half the side, in standard deviations. 6 leave out 2e-9 a dimension, and 8 nothing.
 _SEARCH = {1: 129, 2: 41, 3: 21}
 _FINER = {1: (129, 513, 2049), 2: (41, 81, 161, 321), 3: (25, 49, 97)}
 _COARSE = {1: 513, 2: 65, 3: 19}
@@ -165,8 +160,6 @@ def on_grids(pair: Pair, num_points: int | None = None, width: float | None = No
         again = _fitted(_at(pair, missed), *far.moments(), far, search, levels, reach, refinements)
         for old, new in zip(found, again, strict=True):
             old[missed] = new
-    if num_points:
-        return found
     for level in levels[1:]:
         rough = ~(found.error <= _tolerance(pair, found.log_evidence))
         if not bool(rough.any()):
@@ -217,12 +210,13 @@ def _over_the_prior(pair: Pair) -> _Coarse:
     loc, scale = draws.mean((0, 1)), draws.flatten(0, 1).std(0).clamp(min=1e-12)
     dims = len(loc)
     line = torch.linspace(-_PRIOR_WIDTH, _PRIOR_WIDTH, _COARSE[dims], dtype=torch.float64, device=loc.device)
-    points = (loc + scale * _grid(line, dims)).unsqueeze(1).expand(-1, draws.shape[1], -1)
+    points = (loc + scale * mesh(line, dims)).unsqueeze(1).expand(-1, draws.shape[1], -1)
     sides = (line[1] - line[0]) * scale
     return _Coarse(points, _log_f(pair, points), torch.cat([sides.log().sum()[None], sides]))
 
 
-def _grid(line: Tensor, dims: int) -> Tensor:
+def mesh(line: Tensor, dims: int) -> Tensor:
+    """All points of a grid with the same line on each axis, (G, dims)."""
     return torch.stack([axis.flatten() for axis in torch.meshgrid(*[line] * dims, indexing="ij")], -1)
 
 
@@ -261,7 +255,7 @@ def _integrate(pair: Pair, mean: Tensor, covariance: Tensor, reach: float, side:
     dims = mean.shape[-1]
     tril = _cholesky(covariance)
     line = torch.linspace(-reach, reach, side, dtype=torch.float64, device=mean.device)
-    grid = _grid(line, dims)
+    grid = mesh(line, dims)
     points = mean + torch.einsum("bij,gj->gbi", tril, grid)
     log_f = _log_f(pair, points)
     total = log_f.logsumexp(0)

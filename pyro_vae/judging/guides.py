@@ -1,11 +1,8 @@
 """Guides compared on one and the same posterior.
 
-Two guides trained with a model of their own each approximate two posteriors, and their ELBOs differ for two reasons at
-once. With the model frozen, p(z | x) is the same for all, and what differs is the approximation:
+With the model frozen, p(z | x) is the same for all guides, and what differs is the approximation:
 
     log p(x) - ELBO_q(x) = KL(q(z | x) || p(z | x))
-
-The log p(x) of the data is common, too: the guides' differences are paired by datum.
 """
 
 from __future__ import annotations
@@ -21,13 +18,15 @@ from torch import Tensor, nn
 
 from pyro_vae import plots
 from pyro_vae.evaluation import at_rest, unmoved
+from pyro_vae.inference.capture import leaves_of
 from pyro_vae.inference.records import History
 from pyro_vae.inference.training import fit
+from pyro_vae.inference.trees import joined
 from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, interval, pooled
 from pyro_vae.judging.quotes import aligned, latex
-from pyro_vae.judging.results import Mean, Result, known, row
+from pyro_vae.judging.results import Mean, Result, gap_bar, known, row
 from pyro_vae.judging.sweeps import sweep
-from pyro_vae.judging.weights import Proposals, Scored, khat_ok, rescores, score
+from pyro_vae.judging.weights import Scored, khat_ok, pool, rescores, score
 from pyro_vae.options import of_model, of_pair
 from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
@@ -40,8 +39,8 @@ def fit_guide(model: Program, guide: Program, data: Any, *, loss: Any = None, **
     """Fit a guide under a frozen model, so that guides are compared on one posterior.
 
     The model's parameters (and what the guide shares with them) get no gradient, its modules stay in evaluation mode,
-    and its ``requires_grad`` flags, modes and buffers come back as they were, also after an error. Not a bit of it
-    changes. (A module that model and guide are both methods of is left in evaluation mode, as by `fit`.)
+    and its flags, modes and buffers come back as they were, also after an error. (A module that model and guide are
+    both methods of is left in evaluation mode, as by `fit`.)
 
     Args:
         loss: A Pyro ELBO or an `Objective`; those that raise a bound of the guide.
@@ -119,19 +118,12 @@ def _frozen_parts(module: nn.Module) -> list[nn.Module]:
     return [module] if flags and not any(flags) else [part for c in module.children() for part in _frozen_parts(c)]
 
 
-def _leaves(model: Program, args: tuple[Any, ...]) -> list[Tensor]:
+def _leaves(model: Program, args: tuple[Any, ...]) -> Iterable[Tensor]:
     """The tensors with gradients that a model's log density is computed from."""
     with torch.enable_grad():
         trace = poutine.trace(model).get_trace(*args)
-        total = sum(site["fn"].log_prob(site["value"]).sum() for site in sample_sites(trace))
-    seen: set[Any] = {None}
-    stack: list[Any] = [getattr(total, "grad_fn", None)]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(earlier for earlier, _ in node.next_functions)
-    return list({id(node.variable): node.variable for node in seen if hasattr(node, "variable")}.values())
+        scores = [site["fn"].log_prob(site["value"]).sum() for site in sample_sites(trace)]
+        return leaves_of(sum(scores, torch.zeros(())))
 
 
 @dataclass(frozen=True)
@@ -144,8 +136,7 @@ class GuideScore:
         gap: log p(x) - ELBO = KL(q || p(z | x)), with the log p(x) common to all guides.
         pareto_k: k-hat per datum of its weights, (N,); of several guides (m N,).
         bounds: Other bounds, by name and K, such as "iwae 50".
-        intervals: 95 % intervals of "elbo", "gap" and the other bounds: over seeds of several guides, of the Monte
-            Carlo error of one (see `pyro_vae.judging.contenders`).
+        intervals: 95 % intervals of "elbo", "gap" and the other bounds (see `pyro_vae.judging.contenders`).
         num_guides: How many were pooled.
     """
 
@@ -194,10 +185,7 @@ class Comparison(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """The gap of each guide, as a figure, or drawn into `ax`."""
-        gaps = {name: one.gap for name, one in self.scores.items()}
-        return plots.gap_bars(
-            [{"guide": n, "total": gap.value, "total_stderr": gap.mc_stderr} for n, gap in gaps.items()], ax
-        )
+        return plots.gap_bars([gap_bar(name, (None, None), one.gap) for name, one in self.scores.items()], ax)
 
     def to_latex(self) -> str:
         """What is printed, in LaTeX with the rules of booktabs."""
@@ -243,8 +231,7 @@ def compare_guides(
 ) -> Comparison:
     """Compare guides of one model: ELBO, other bounds, log p(x) and gap of each, with paired differences.
 
-    The log p(x) from which all gaps are measured is one for all: the one given, or the
-    pooled estimate of `pyro_vae.judging.weights`, never a maximum per datum.
+    All gaps are measured from one log p(x): the one given, or the pooled estimate of `pyro_vae.judging.weights`.
 
     Args:
         guides: By name, or in a list; a guide, or a pair with this model, which stands for its guide. A list of them
@@ -271,13 +258,13 @@ def compare_guides(
         raise ValueError(
             f"got {len(groups)} guides and num_samples={num_samples}, wanted at least one guide and two samples."
         )
-    found, every = Proposals(), {name: guide for group in groups.values() for name, guide in group.items()}
+    every = {name: guide for group in groups.values() for name, guide in group.items()}
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
     with sweep(model, *every.values(), data=data, title="guides", **options) as run:
-        found.pooled = [name for name, guide in every.items() if rescores(model, guide, run.first)]
+        alike = [name for name, guide in every.items() if rescores(model, guide, run.first)]
         nesting = {name: run.nesting(guide) for name, guide in every.items()}
-        found.add(run.each(lambda batch: score(model, every, found.pooled, batch, num_samples, nesting)))
-    scores, best, source = found.result(log_likelihood)
+        scores, mixed = joined(run.each(lambda batch: score(model, every, alike, batch, num_samples, nesting)))
+    best, source = pool(scores, mixed, alike, log_likelihood)
     others = bound_values(wanted, num_samples, model, every, data, options) if wanted else {}
 
     def log_p(scored: Scored, less: Tensor | float = 0.0, variance: Tensor | float = 0.0) -> Mean:

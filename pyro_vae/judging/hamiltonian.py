@@ -5,28 +5,22 @@ dimension) has made comparable, with the leapfrog steps
 
     v <- v + e/2 s g(u),   u <- u + e s v,   v <- v + e/2 s g(u),   g = gradient of log f
 
-and the end is accepted with probability min(1, f(u') N(v') / f(u) N(v)), per chain and datum. The move leaves f
-invariant whatever e and s are, as long as they do not depend on the chain: they are tuned beforehand, on others.
+and the end is accepted with probability min(1, f(u') N(v') / f(u) N(v)), per chain and datum. The density may have
+several rows f_j, (J, C, B), of which a move targets the geometric mixture sum_j a_j log f_j, as on the annealing path
 
-The density may have several rows f_j, (J, C, B), of which a move targets the geometric mixture sum_j a_j log f_j.
-Keeping the rows apart lets an annealed chain change a without evaluating anything anew. A path of T distributions
+    log f_t = (1 - b_t) log f_0 + b_t log f_T,   0 = b_0 < b_1 < ... < b_T = 1.
 
-    log f_t = (1 - b_t) log f_0 + b_t log f_T,   0 = b_0 < b_1 < ... < b_T = 1,
+Its T - 1 moves use `Kernels` that a `pilot` finds on other chains, and that are then *frozen*: a kernel that adapts to
+the chain it moves leaves nothing invariant, and the weights would estimate something else than p(x).
 
-from the prior or the guide to the posterior, needs T - 1 moves, one for each distribution in between. What they use
-(`Kernels`: temperatures, step sizes, scales) is found in a `pilot`, by chains that are thrown away, and then *frozen*:
-a kernel that adapts to the chain it moves leaves nothing invariant, and the weights would estimate something else than
-p(x).
-
-References: Neal, MCMC using Hamiltonian dynamics, 2011. arXiv:1206.1901. Grosse et al., Sandwiching the marginal
-likelihood using bidirectional Monte Carlo, 2015. arXiv:1511.02543
+Reference: Neal, MCMC using Hamiltonian dynamics, 2011. arXiv:1206.1901
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -121,16 +115,11 @@ def transition(
 
 
 class Moves:
-    """Many moves of one density: `transition`, captured and replayed (see `pyro_vae.inference.replays`).
-
-    Trajectory, gradients and acceptance are one function of tensors, so that nothing of Pyro is left in a move once it
-    has been captured. Temperatures, step sizes and scales are its inputs; the noise is that of `transition`.
-    """
+    """Many moves of one density: `transition`, captured and replayed (see `pyro_vae.inference.replays`)."""
 
     def __init__(
-        self, density: Density, num_leapfrog: int, programs: Sequence[Program] = (), calls: int = 0,
-        compile: bool | str = "auto",
-    ) -> None:  # fmt: skip
+        self, density: Density, num_leapfrog: int, programs: Sequence[Program], calls: int, compile: bool | str
+    ) -> None:
         self.density, self.num_leapfrog = density, num_leapfrog
         self.replayed = Replayed(self._function, programs=programs, calls=calls, compile=compile)
 
@@ -183,37 +172,31 @@ def schedule(name: str, num_steps: int) -> Tensor:
 
 
 def pilot(
-    density: Density,
+    moves: Moves,
     position: Tensor,
     precision: Tensor,
     *,
     name: str,
     num_steps: int,
-    num_leapfrog: int,
     pilot_steps: int,
     target_acceptance: float,
-    moved: Callable[[], None] = lambda: None,
-    moves: Moves | None = None,
+    tick: Callable[[], None],
 ) -> Kernels:
     """Tune step sizes, and an adaptive schedule, on chains that are then thrown away.
 
-    The pilot anneals along a path of `pilot_steps` distributions. At each, the log step size of a datum moves in
-    proportion to how far its acceptance, averaged over the chains, is from the target; smoothed over neighbours it is
-    read off at the temperatures of the path. The adaptive schedule spends equal thermodynamic length on every step,
+    From draws of f_0, (P, B, U), it anneals over `pilot_steps` distributions. At each, the log step size of a datum
+    moves in proportion to how far its acceptance is from the target, and is smoothed over neighbours. The adaptive
+    schedule spends equal thermodynamic length on every step, for each datum by itself:
 
-        b_{t+1} - b_t  proportional to  1 / sd_{f_t}[log f_T - log f_0],
-
-    for each datum by itself. It starts at draws from f_0, (P, B, U), and calls `moved` after each move; with `moves`,
-    those of this density by so many leapfrog steps are captured.
+        b_{t+1} - b_t  proportional to  1 / sd_{f_t}[log f_T - log f_0]
     """
     size = position.shape[1]
-    coarse = schedule(name, max(2, min(pilot_steps, num_steps)))
+    coarse = schedule(name, pilot_steps)
     path, none = coarse.to(position.device)[:, None].expand(-1, size), precision.new_zeros(0, size)
     if num_steps == 1:
-        return Kernels(path[[0, -1]], none, precision, num_leapfrog)
-    first = Kernels(path, none, precision, num_leapfrog)
-    move = Moves(density, num_leapfrog, compile=False) if moves is None else moves
-    state = State.at(density, position)
+        return Kernels(path[[0, -1]], none, precision, moves.num_leapfrog)
+    first = Kernels(path, none, precision, moves.num_leapfrog)
+    state = State.at(moves.density, position)
     log_step = torch.full_like(precision[0, :, 0], 0.5 / position.shape[-1] ** 0.25).log()
     speeds, steps = [], []
     for t in range(1, len(coarse)):
@@ -221,9 +204,9 @@ def pilot(
         speeds.append((state.values[1] - state.values[0]).double().std(0))
         # The first distribution is the only one where the step size may start far off.
         for _ in range(10 if t == 1 else 1):
-            state, acceptance = move(state, mixture, log_step.exp(), scale)
+            state, acceptance = moves(state, mixture, log_step.exp(), scale)
             log_step = log_step + 0.5 * (acceptance.mean(0) - target_acceptance)
-            moved()
+            tick()
         steps.append(log_step)
     log_steps = _smooth(torch.stack(steps).double().cpu())
     beta = schedule(name, num_steps)[:, None].expand(-1, size)
@@ -232,35 +215,30 @@ def pilot(
     grid = torch.linspace(0, 1, len(coarse), dtype=torch.float64)
     at_grid = torch.stack([_read(beta[:, b], coarse, grid) for b in range(size)], 1)
     found = torch.stack([_read(at_grid[1:-1, b], grid[1:], log_steps[:, b]) for b in range(size)], 1)
-    return Kernels(beta.to(position.device), found.exp().to(precision), precision, num_leapfrog)
+    return Kernels(beta.to(position.device), found.exp().to(precision), precision, moves.num_leapfrog)
 
 
 def anneal(
-    density: Density, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Any = None,
-    moves: Moves | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run chains along the path of the kernels, and weigh them; `moves` are the captured ones of this density.
+    moves: Moves, position: Tensor, kernels: Kernels, *, backward: bool = False, tick: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """log w, (C, B) in float64, of chains along the path of the kernels, and their mean acceptance, (B,).
 
-    They start at draws from f_0, (C, B, U), or go backward from exact draws of the posterior; `tick` is called after
-    every move. Gives log w, (C, B) in float64, and the mean probability of acceptance, (B,).
+    They start at draws from f_0, (C, B, U), or go backward from exact draws of the posterior.
     """
-    run = Moves(density, kernels.num_leapfrog, compile=False) if moves is None else moves
-    state = State.at(density, position)
+    state = State.at(moves.density, position)
     total = torch.zeros_like(state.values[0], dtype=torch.float64)
     accepted = torch.zeros_like(state.values[0, 0])
     gaps = kernels.beta.diff(dim=0)
-    count = len(gaps)
-    for step in range(count):
-        t = count - 1 - step if backward else step
+    order = range(len(gaps))[:: -1 if backward else 1]
+    for t in order:
         total = total + gaps[t] * (state.values[1] - state.values[0]).double()
-        move = t if backward else t + 1  # between the weights of t and of the next
-        if step + 1 < count:
+        if t != order[-1]:
+            move = t if backward else t + 1  # between the weights of t and of the next
             step_size, scale = kernels.step_size[move - 1], kernels.scale(move)
-            state, acceptance = run(state, kernels.mixture(move), step_size, scale)
+            state, acceptance = moves(state, kernels.mixture(move), step_size, scale)
             accepted = accepted + acceptance.mean(0)
-            if tick is not None:
-                tick()
-    return total, accepted / (count - 1) if count > 1 else torch.full_like(accepted, math.nan)
+            tick()
+    return total, accepted / (len(gaps) - 1) if len(gaps) > 1 else torch.full_like(accepted, math.nan)
 
 
 def _equal_lengths(coarse: Tensor, speed: Tensor, num_steps: int) -> Tensor:

@@ -2,9 +2,8 @@
 
     p(x_mis | x_obs) = int p(x_mis | z) p(z | x_obs) dz
 
-The guide stands in for p(z | x_obs), and its error is corrected by importance resampling: of K proposals
-z_k ~ q(z | x_obs), one is kept with probability proportional to w_k = p(x_obs, z_k) / q(z_k | x_obs), and decoded.
-Exact as K grows, for any guide that covers the posterior, and for any K where the guide is exact.
+Of K proposals z_k ~ q(z | x_obs), one is kept with probability proportional to w_k = p(x_obs, z_k) / q(z_k | x_obs),
+and decoded: exact as K grows, for any guide that covers the posterior, and for any K where the guide is exact.
 
 Reference: Mattei and Frellsen, MIWAE: deep generative modelling and imputation of incomplete data, 2019.
 arXiv:1812.02633; Rubin, sampling importance resampling, 1987.

@@ -1,26 +1,17 @@
 """How much the latents say: about the data (mutual information), and about labels (probes).
 
-The ELBO is a rate and a distortion, in nats per datum,
+The rate of the ELBO is what z tells about x, and what is wasted on a mismatch of q(z) = E_x q(z | x) with the prior:
 
-    ELBO = -(R + D),   R = E_x KL(q(z | x) || p(z)),   D = -E_x E_q log p(x | z),
-
-and the rate is what z tells about x plus what is wasted on a mismatch of the aggregate
-posterior q(z) = E_x q(z | x) with the prior,
-
-    R = I_q(x; z) + KL(q(z) || p(z)),   I_q(x; z) = E log q(z | x) / q(z).
-
-For N data and q_N(z) = 1/N sum_m q(z | x_m),
+    E_x KL(q(z | x) || p(z)) = I_q(x; z) + KL(q(z) || p(z)),   I_q(x; z) = E log q(z | x) / q(z)
 
     lower:  E log q(z_n | x_n) / (1/N sum_m q(z_n | x_m))            (leave-in)
     upper:  E log q(z_n | x_n) / (1/(N-1) sum_{m != n} q(z_n | x_m)) (leave-one-out)
 
-The leave-in estimate is the information about *which of these N data* it was, and no approximation of that. For the
+The leave-in estimate is the information about *which of these N data* it was, without any approximation. For the
 population of the data it is a lower bound in expectation, and the leave-one-out estimate an upper one. The first cannot
 exceed log N: near this limit it says only that z tells all N data apart.
 
-References: Hoffman and Johnson, ELBO surgery: yet another way to carve up the variational
-evidence lower bound, 2016. Alemi et al., Fixing a broken ELBO, 2018. arXiv:1711.00464.
-Poole et al., On variational bounds of mutual information, 2019. arXiv:1905.06922
+Reference: Poole et al., On variational bounds of mutual information, 2019. arXiv:1905.06922
 """
 
 from __future__ import annotations
@@ -139,7 +130,7 @@ def mutual_information(
         >>> found.value, found.upper.value, found.marginal_kl.value
         (0.0, 0.0, 0.0)
 
-    Reference: Hoffman and Johnson, ELBO surgery, 2016.
+    Reference: Hoffman and Johnson, ELBO surgery: yet another way to carve up the evidence lower bound, 2016.
     """
     with sweep(model, guide, data=data, batch_size=200, copies=num_samples, num_data=num_data, seed=seed,
                device=device, progress=progress, title="I(x; z)") as run:  # fmt: skip
@@ -253,8 +244,7 @@ def probe(
 ) -> Accuracy:
     """Accuracy of a classifier of the posterior means.
 
-    "knn": the majority of the nearest neighbours in Euclidean distance, each dimension as it
-    is (dead dimensions have means that hardly move, and so do not count). "linear": multinomial
+    "knn": the majority of the nearest neighbours in Euclidean distance, each dimension as it is. "linear": multinomial
     logistic regression on standardised means, with an L2 penalty of 1.
 
     Args:

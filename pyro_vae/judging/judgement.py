@@ -1,11 +1,7 @@
 """One judgement of a pair within a budget of time: stages in order of importance, and a verdict.
 
-Each stage works in pieces of a fixed schedule, so that a seed gives the same numbers wherever the same pieces were
-done, and what was done is reported. A piece is begun only where what was measured so far says that it fits, and is
-broken off, and left out, where that was wrong: the clock is looked at whenever a sample statement of model or guide
-runs. So the budget holds for any pair, also on a machine that is busy with other things.
-
-A stage that a pair does not allow (discrete latents cannot be annealed) says why, and the others go on.
+A stage works in pieces (see `budget`); one that a pair does not allow (discrete latents cannot be annealed) says why,
+and the others go on.
 """
 
 from __future__ import annotations
@@ -43,7 +39,7 @@ from pyro_vae.judging.examinations import (
 )
 from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.remedies import examine_remedy
-from pyro_vae.judging.results import Result, at_least, plain
+from pyro_vae.judging.results import Result, at_least, gap_bar, plain
 from pyro_vae.judging.stages import Stages
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.judging.trials import Stage
@@ -102,12 +98,9 @@ class Judgement(Result):
     def plot(self, ax: Any = None) -> Any:
         """What the guide loses, split where that is known; else the estimate of log p(x) against K, as a figure."""
         gaps, bounds = self.stages.gaps, self.stages.bounds
-        parts = {"approximation": gaps.approximation, "amortization": gaps.amortization}
-        if not gaps.split:
-            parts = {"total": gaps.inference}
         if gaps.inference.known:
-            row = {"guide": "guide"} | {name: part.value for name, part in parts.items()}
-            return plots.gap_bars([row | {f"{n}_stderr": p.mc_stderr for n, p in parts.items()}], ax)
+            parts = (gaps.approximation, gaps.amortization) if gaps.split else (None, None)
+            return plots.gap_bars([gap_bar("guide", parts, gaps.inference)], ax)
         if bounds.done:
             name, errors = "importance-weighted bound", bounds.curve_mc_stderr
             return plots.bounds_by_samples(bounds.curve_samples, {name: bounds.curve}, {name: errors}, ax=ax)
@@ -182,9 +175,8 @@ def judge(
         data: As for `fit`: a tensor, a tuple of tensors, a `Split`, batches. Held out, if the verdict is to hold for
             data that were not trained on.
         history: What `fit` returned, or a run's metrics: for overfitting, and a training that had not ended.
-        training: Data that the pair was fitted to. Remedies are fitted on the first of them (without, on half of
-            `data`), and their ELBO is set beside that of `data`.
-        budget: Seconds; more than that is not taken, and what does not fit is left out.
+        training: Data that the pair was fitted to, on which remedies are fitted (without, on half of `data`).
+        budget: Seconds; what does not fit is left out.
         num_samples: K of the estimate of log p(x) that is judged.
         num_data: How many data are looked at, at most: the first.
         observed: Which argument each observed site is, by position, as {"x": 0}, where simulated data need it.
@@ -192,9 +184,8 @@ def judge(
         device: Where the batches go; where the modules are when not given.
         progress: Show which stage is at work; None shows it on a terminal only.
         clock: Gives seconds.
-        checkpoint: A .safetensors file that gets what each stage found, and each remedy that was tried, as soon as that
-            is known. If it is there already, of the same pair, data and options, only what is missing is done, in what
-            these left of the budget; of others, it is begun anew.
+        checkpoint: A .safetensors file that gets what each stage and remedy found. Of one that is there, of the same
+            pair, data and options, only what is missing is done, in what is left of the budget.
     Returns:
         What each stage found, verdict and protocol.
     Raises:
@@ -240,8 +231,7 @@ def judge(
 
 def _examined(pair: Examination, run: Sweep) -> Stages:
     """All stages, one after the other."""
-    # Imports, and first runs, are slow on a busy machine, and no fault of the first stage. What a pair does not allow,
-    # the stages say.
+    # Imports, and first runs, are slow on a busy machine, and no fault of the first stage.
     with contextlib.suppress(OutOfTime, Exception), pair.budget.piece():
         log_likelihood(pair.model, pair.guide, pair.part(0, 2), num_samples=25, method="importance", **pair.options)
     stages = Stages()

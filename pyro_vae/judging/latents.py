@@ -21,8 +21,7 @@ from pyro_vae.protocols import closed_form_kl
 from pyro_vae.sites import data_plate, factors, lengths, plates
 from pyro_vae.traces import Particles, Program, sites
 
-# A latent is dead where its posterior mean varies less over the data (in units of z squared), and where it carries
-# fewer nats.
+# A latent is dead where its posterior mean varies less over the data, in units of z squared, and it carries fewer nats.
 DEAD_VARIANCE, DEAD_KL = 0.01, 0.01
 
 
@@ -110,10 +109,9 @@ def kl_per_dimension(
 
         KL_d = E_x KL(q(z_d | x) || p(z_d))
 
-    In closed form where torch or Pyro has one registered for the two distributions, and the prior of the site depends
-    on no other latent; else from samples. Of a site whose dimensions are dependent (a flow, a full covariance, a
-    mixture) the sum over its dimensions. Of a layer under or above another it is the conditional divergence, averaged
-    over the guide's draws of the other.
+    In closed form where torch or Pyro has one for the two distributions, and the prior of the site depends on no other
+    latent; else from samples. Of a site whose dimensions are dependent (a flow, a full covariance) the sum over them.
+    Of a layer under or above another the conditional divergence, averaged over the guide's draws of the other.
 
     Args:
         num_samples: K, samples per datum.
@@ -155,10 +153,7 @@ def kl_per_dimension(
 def _aligned(
     components: Components, parts: list[dict[str, tuple[Tensor, bool]]]
 ) -> tuple[list[str], list[bool], list[Tensor]]:
-    """Names of the columns, which are closed forms, and the terms of each batch, (K, B, M).
-
-    They are of all batches the same: by dimensions where each could, in closed form where each could.
-    """
+    """Names of the columns, which are closed forms, and the terms of each batch, (K, B, M): as all batches could."""
     names: list[str] = []
     exact: list[bool] = []
     columns, start = [], 0
@@ -217,8 +212,7 @@ def posterior_means(
 ) -> Tensor:
     """E_q[z | x] per datum, (N, *event), or (N, *inner plates, *event).
 
-    Exact where the site's distribution knows its mean and depends on x alone; from
-    samples where not, as for a flow, or a layer above another.
+    Exact where the site's distribution knows its mean and depends on x alone; else from samples.
 
     Args:
         site: Name of the latent site; None for the only one.
@@ -295,8 +289,7 @@ def active_units(
 
         A_d = Var_x(E_q[z_d | x]) > threshold
 
-    Where the mean is from samples, their variance is taken off: without that, each
-    unused dimension would show 1/64 of its prior variance, and count.
+    Where the mean is from samples, their variance is taken off.
 
     Args:
         threshold: 0.01 in the reference.

@@ -2,16 +2,16 @@
 
     q*(z | x_n) = q(z; lambda_n),   lambda_n = argmax ELBO(x_n; lambda)
 
-What a guide lacks at lambda_n is the fault of its family; what it lacks on the way there that of its encoder. A guide's
-local form has the same distributions at its sites, with free parameters in rows, one row per datum, and no network
-between. An `Amortized` posterior says what its family is made of (`Amortized.local`), a flow's own weights included; of
-any other distribution the parameters are taken and their constraints lifted; where a later site depends on the draw of
-an earlier one, the guide is run, and what is free is added to what it gives. How the rows are found is in `climbs`.
+A guide's local form has the same distributions at its sites, with free parameters in rows, one row per datum, and no
+network between. An `Amortized` posterior says what its family is made of (`Amortized.local`), a flow's own weights
+included; of any other distribution the parameters are taken and their constraints lifted; where a later site depends on
+the draw of an earlier one, the guide is run, and what is free is added to what it gives. `climbs` finds the rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,9 +21,9 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, TorchDistribution
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_vae.protocols import Free, Local, Rescoring, knows_its_draw, rescoring
+from pyro_vae.protocols import Free, Local, Rescoring, has_start, knows_its_draw, rescoring
 from pyro_vae.sites import Frame, data_frame, depth, kind, sample_sites, unwrapped
 from pyro_vae.traces import Program
 from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of, local_of
@@ -77,6 +77,47 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
             )
         local = posterior.local(posterior.parameters_near(loc, scale))
     return _independent([_Piece(site, local, 0, frame.data_dim, posterior)])
+
+
+def by_name(own: Program, families: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Program]]:
+    """The guide's own first, under its own name where it is among the families; and those that are guides."""
+    name = next((name for name, value in families.items() if value is own or value == own), "guide")
+    named = {name: own} | {other: value for other, value in families.items() if other != name}
+    return named, {name: value for name, value in named.items() if is_guide(value)}
+
+
+def is_guide(value: Any) -> bool:
+    """Whether a family is given by a fitted guide."""
+    return callable(value) and not _is_class(value) and not has_start(value)
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value.func if isinstance(value, functools.partial) else value, type)
+
+
+class _NoEncoder(nn.Module):
+    """Stands where an encoder would; it is never run."""
+
+    out_features = 1
+
+
+def family_of(name: str, value: Any, latent: Callable[[], Tensor]) -> Any:
+    """A guide or a posterior as it is; of a class, a posterior without an encoder, of such a latent."""
+    if not callable(value):
+        raise ValueError(
+            f"got families[{name!r}] of type {type(value).__name__}, wanted a fitted guide, a class of posteriors such "
+            "as FullNormal, functools.partial(IAF, transforms=2), or a posterior."
+        )
+    if not _is_class(value):
+        return value
+    z = latent()
+    posterior = value(_NoEncoder(), z.shape[-1])
+    if not has_start(posterior):
+        raise ValueError(
+            f"families[{name!r}] makes a {type(posterior).__name__}, which has no local form. Derive it from "
+            "Amortized, or give a guide fitted by fit_guide."
+        )
+    return posterior.to(dtype=z.dtype, device=z.device).eval()
 
 
 class Unscaled(Messenger):

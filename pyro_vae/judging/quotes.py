@@ -1,8 +1,7 @@
 """How a log p(x) may be quoted: the one rule, and the words; and how tables are written, for people and for papers.
 
-A log p(x) by importance sampling may miss mass of the posterior. Then it is a lower bound, and its Monte Carlo error
-and its bias by the jackknife, which are of the same weights, have missed that mass as well. `kind_of` is the rule, and
-everything that prints such a number prints it as `lower_bound` does: ``>= 2216.8``, without an error.
+Importance sampling may miss mass of the posterior; its error and its bias by the jackknife, of the same weights, have
+then missed it as well. So a number that `kind_of` calls a lower bound prints as ``>= 2216.8``, without an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who is ahead, by how much, and whether that holds: fitted pairs compared datum by datum, and over seeds.
 
-Errors and intervals are those of `pyro_vae.judging.scoring`. "A is ahead of B" is said where the p-value holds after
-Holm's correction over all pairs of arms, and where B's number is not a mere lower bound.
+"A is ahead of B" is said where the p-value of `scoring` holds after Holm's correction over all pairs of arms, and where
+B's number is not a mere lower bound.
 """
 
 from __future__ import annotations
@@ -138,22 +138,16 @@ class Ranking(Result):
 
     def flags(self, name: str) -> list[str]:
         """What a reader should know of an arm before its number is believed."""
-        own, found = self.arms[name], []
-        if len(own[0].log_p) < FEW_DATA:
-            found.append("few data")
-        if len(own) == 1:
-            found.append("one seed")
-        if self._khat_ok(name) < FEW_OK:
-            found.append("k̂ bad")
-        if self._bound(name):
-            found.append("lower bound")
-        if name != self.best:
-            by = self.difference(self.best, name)
-            if by.p_corrected >= 1 - LEVEL:  # else it is its bound that nothing can be said of
-                found.append("difference within noise")
-        elif len(self.arms) > 2:
-            found.append(f"best of {len(self.arms)}")
-        return found
+        own, best = self.arms[name], name == self.best
+        found = {
+            "few data": len(own[0].log_p) < FEW_DATA,
+            "one seed": len(own) == 1,
+            "k̂ bad": self._khat_ok(name) < FEW_OK,
+            "lower bound": self._bound(name),
+            "difference within noise": not best and self.difference(self.best, name).p_corrected >= 1 - LEVEL,
+            f"best of {len(self.arms)}": best and len(self.arms) > 2,
+        }
+        return [flag for flag, holds in found.items() if holds]
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each arm, in the columns of ArviZ's ``compare``, those that failed last."""

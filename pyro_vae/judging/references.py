@@ -1,11 +1,8 @@
 """Reference posteriors: many short Hamiltonian chains per datum, and whether they have converged; or a grid (`grids`).
 
-NUTS draws one joint vector for one data set; a guide is judged on a thousand images. So C chains of B data move
-together (see `hamiltonian`), start at draws of the guide, tune one step size per datum in a warm-up by dual averaging,
-and then keep it. What makes the draws a reference is not their number but two diagnostics per datum and dimension, on
-ranks: R-hat compares the spread between chains with that within them, and the bulk ESS says how many independent draws
-they are worth. Chains that start at the guide cannot discover what the guide has never seen: a mode that it misses
-altogether stays missed, with a good R-hat.
+C chains of B data start at draws of the guide and move together (see `hamiltonian`). R-hat compares the spread between
+chains with that within them, and the bulk ESS says how many independent draws they are worth. A mode that the guide
+misses altogether stays missed, with a good R-hat.
 
 Reference: Vehtari et al., Rank-normalization, folding, and localization: an improved R-hat, 2021. arXiv:1903.08008
 """
@@ -85,8 +82,7 @@ def reference(
 ) -> Reference:
     """Draw from the exact posterior of each datum, by Hamiltonian Monte Carlo from the guide.
 
-    The scale of a dimension is the guide's standard deviation in the first half of the
-    warm-up, and that of the chains themselves in the second; then all is frozen.
+    Its scale is the guide's in the first half of the warm-up, and the chains' own in the second; then all is frozen.
 
     Args:
         guide: A Pyro program for q(z | x), where the chains start.
@@ -113,13 +109,12 @@ def reference(
     at_least(20, num_warmup=num_warmup)
     at_least(4, num_samples=num_samples)
     at_least(1, num_leapfrog=num_leapfrog)
-    settings = num_warmup, num_leapfrog, target_acceptance
+    settings = num_chains, num_samples, num_warmup, num_leapfrog, target_acceptance
     with sweep(model, guide, data=data, batch_size=500, copies=num_chains, validate=False, seed=seed, device=device,
                progress=progress, title="HMC") as run:  # fmt: skip
         run.expect(len(run) * (num_warmup + num_samples))
-        us, sites, axes, accepted_all, steps = zip(
-            *run.each(lambda batch: _drawn(run, batch, num_chains, num_samples, *settings)), strict=True
-        )
+        parts = run.each(lambda batch: _drawn(run, batch, *settings))
+    us, sites, axes, accepted_all, steps = zip(*parts, strict=True)
     u = torch.cat(us, 2)
     draws = {name: torch.cat([part[name] for part in sites], axis) for name, axis in axes[0].items()}
     result = Reference(draws, u, *diagnostics(u), acceptance=torch.cat(accepted_all), step_size=torch.cat(steps))
@@ -157,8 +152,7 @@ def _drawn(
 
 
 def diagnostics(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank-normalised split R-hat (the larger of that of the draws and of their folded distance to the median) and bulk
-    effective sample size, as ArviZ computes them: of draws (C, S, *rest), S >= 4, (*rest) each in float64.
+    """Rank-normalised split R-hat and bulk effective sample size, of draws (C, S, *rest), S >= 4, (*rest) each.
 
     Example:
         >>> rhat, ess = diagnostics(torch.randn(4, 500, 3, generator=torch.Generator().manual_seed(0)))
@@ -223,8 +217,7 @@ def _ess(split: Tensor) -> Tensor:
     variance = covariance[0] + (split.mean(1).var(0) if chains > 1 else 0)
     rho = 1 - (within - covariance) / variance
     rho[0] = 1.0
-    # Sums of neighbouring pairs are positive and decrease for a reversible chain. The sum goes on up to the first
-    # that is not, of which the even half may still count.
+    # Sums of neighbouring pairs decrease for a reversible chain, up to the first that is not positive.
     last = max(-(-(count - 2) // 2) - 1, 0)
     pairs = rho[: 2 * last + 2].reshape(last + 1, 2, size).sum(1)
     positive = (pairs > 0).long().cumprod(0)

@@ -2,8 +2,7 @@
 
 Each candidate is a guide of the same model: the present one trained on, a wider one or one of another family that start
 from it, or the present one refined datum by datum. What it gains is the ELBO over that of the present one, paired by
-datum, on data that no fit has seen. The model stays as it is, so that log p(x) does too: what a joint training makes of
-the same change is another question: what helps is therefore trained on together with it, too, and its log p(x) compared
+datum, on data that no fit has seen. What helps is trained on together with the model, too, and its log p(x) compared
 with that of the present pair trained on for as many steps, since longer training alone may be what helps.
 """
 
@@ -281,25 +280,22 @@ def _widened(guide: Any, args: tuple[Any, ...]) -> Any:
     return result
 
 
-def _of_family(family: Any) -> Callable[[Any, tuple[Any, ...]], Any]:
-    def made(guide: Any, args: tuple[Any, ...]) -> Any:
-        """A copy of a guide of another family, with its encoder, its means and its scales."""
-        result = copy.deepcopy(guide)
-        old = result.posterior
-        new = family(old.encoder, old.latent_dim, features=old.head.in_features).to(old.head.weight)
-        with torch.no_grad():
-            both = min(2 * old.latent_dim, old.head.out_features)
-            new.head.weight[:both] = old.head.weight[:both]
-            if old.head.bias is not None:
-                new.head.bias[:both] = old.head.bias[:both]
-        result.posterior = new
-        return result
-
-    return made
+def _of_family(family: Any, guide: Any, args: tuple[Any, ...]) -> Any:
+    """A copy of a guide of another family, with its encoder, its means and its scales."""
+    result = copy.deepcopy(guide)
+    old = result.posterior
+    new = family(old.encoder, old.latent_dim, features=old.head.in_features).to(old.head.weight)
+    with torch.no_grad():
+        both = min(2 * old.latent_dim, old.head.out_features)
+        new.head.weight[:both] = old.head.weight[:both]
+        if old.head.bias is not None:
+            new.head.bias[:both] = old.head.bias[:both]
+    result.posterior = new
+    return result
 
 
 _MADE: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {
     "train": lambda guide, _: copy.deepcopy(guide),
     "wider": _widened,
-    **{name: _of_family(family) for name, family in _FAMILIES.items()},
+    **{name: functools.partial(_of_family, family) for name, family in _FAMILIES.items()},
 }

@@ -1,17 +1,7 @@
 """What estimates and diagnostics return: numbers that say their errors, and turn into plain data, frames and pictures.
 
-A number for a set of data has
-
-    value         the mean over the data
-    mc_stderr     its Monte Carlo standard error, given these data: what more samples make smaller
-    data_stderr   its standard error for the population of the data: what more data make smaller
-    pointwise     the number per datum, (N,)
-    num_samples   K, samples per datum
-
-A table compares several. Both print, and both have `to_dict`, `to_frame` and a form for notebooks. `Nats` is what a
-judgement keeps of a number: as JSON, without what stands behind it.
-
-What is a lower bound prints as one (`quotes`).
+A number for a set of data is a `Measured`; a table compares several. Both print, and both have `to_dict`, `to_frame`
+and a form for notebooks. `Nats` is what a judgement keeps of a number: as JSON, without what stands behind it.
 """
 
 from __future__ import annotations
@@ -274,6 +264,14 @@ def known(kind: str, name: str, among: Mapping[str, R]) -> R:
         hint = did_you_mean(name, among)
         raise ValueError(f"got no {kind} {name!r}, wanted one of {', '.join(map(repr, among))}.{hint}")
     return among[name]
+
+
+def gap_bar(name: str, parts: tuple[Any, Any], total: Any) -> dict[str, Any]:
+    """A row of `plots.gap_bars`: approximation and amortization gap, or the total where one of them is None."""
+    numbers = {"total": total} if None in parts else dict(zip(("approximation", "amortization"), parts, strict=True))
+    known = {part: number for part, number in numbers.items() if number is not None}
+    values = {part: number.value for part, number in known.items()}
+    return {"guide": name} | values | {f"{part}_stderr": number.mc_stderr for part, number in known.items()}
 
 
 def table(**columns: Any) -> list[dict[str, Any]]:

@@ -1,24 +1,18 @@
-"""What fitted pairs score on data that they are compared on, datum by datum; and differences of fits over crossed data
-and seeds: their errors, p-values and intervals.
-
+"""What fitted pairs score on common data; differences of fits over crossed data and seeds, with errors and p-values.
 
 A number y of arm a, fitted with seed s, at datum i is
 
     y[a, s, i] = mean[a] + seed effect[a, s] + datum effect[a, i] + rest[a, s, i]
 
-Of two arms only d[s, i] = y[a, s, i] - y[b, s, i] is looked at, so that what all arms share (a datum that is hard for
-everyone, an order of the data) is gone. With the mean squares of its table of S seeds and N data,
+Of two arms only d[s, i] = y[a, s, i] - y[b, s, i] is looked at, so that what all arms share is gone. With the mean
+squares of its table of S seeds and N data,
 
     seeds  MS_S = N var_s(mean_i d),   data  MS_D = S var_i(mean_s d),   rest  MS_E
 
-its mean has the variance ([MS_S - MS_E]+ + [MS_D - MS_E]+ + MS_E) / (S N): new seeds and new data are both in it. Few
-seeds say little about MS_S. It is therefore taken with its own uncertainty, MS_S ~ nu MS_S / chi2(nu), over which the
-tail of the t distribution of N - 1 degrees is averaged: where seeds are all that varies, that is Student's t of nu
-degrees. And pairs of arms lend each other strength: nu and MS_S are those after the squeezing of variances towards
-their common value (Smyth, 2004), with as much strength as the variances are found to agree, and never more than
-(arms - 1) (S - 1) degrees in all.
-
-One seed alone says nothing of other seeds, and the interval is then of other data only.
+its mean has the variance ([MS_S - MS_E]+ + [MS_D - MS_E]+ + MS_E) / (S N). MS_S, of few seeds, is taken with its own
+uncertainty, nu MS_S / chi2(nu), over which the tail of the t distribution of N - 1 degrees is averaged: where seeds are
+all that varies, that is Student's t of nu degrees. Pairs of arms lend each other strength: nu and MS_S are those after
+squeezing variances towards their common value (Smyth, 2004), as far as they agree, up to (arms - 1) (S - 1) degrees.
 
 References: Smyth, Linear models and empirical Bayes methods, 2004; Tsui and Weerahandi, Generalized p-values, 1989;
 Holm, A simple sequentially rejective multiple test procedure, 1979.
@@ -92,8 +86,7 @@ def scores_of(found: Estimate, terms: ElboTerms, num_samples: int, **about: Any)
 def balanced(groups: Mapping[str, tuple[Scores, ...]]) -> tuple[dict[str, tuple[Scores, ...]], list[str]]:
     """As many fits of each arm, in an order in which they are paired, and what is left out for it.
 
-    Fits of one seed are paired. A seed that not all arms have says nothing of their order: means over other seeds would
-    contradict the paired differences. Arms without a seed in common are independent, and paired as they come.
+    Fits of one seed are paired; a seed that not all arms have is left out. Arms without a common one are independent.
     """
     seeds = {name: [each.seed for each in own] for name, own in groups.items()}
     common = sorted(set.intersection(*map(set, seeds.values())))

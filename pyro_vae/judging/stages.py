@@ -1,8 +1,7 @@
 """What each stage of a judgement found, as typed results: numbers with their errors, a status, and a reason.
 
 A stage is "done", "left out" (no time, or no need) or "not possible" (the pair does not allow it, or broke). Numbers
-that are not known are nan, which no comparison takes for large, so that a verdict can read all fields of all stages.
-Tensors serve the figures; they are no part of the JSON.
+that are not known are nan, which no comparison takes for large. Tensors serve the figures; they are not in the JSON.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Bounds(Stage):
         better, better_bias, better_khat_ok: The same at `better_samples`: as many as there was time for, K at least.
         curve, curve_mc_stderr: The estimate and its errors at `curve_samples`, K' = 1, 2, 5, ..., `better_samples`.
         missing: What the estimate at K lacks.
-        compared_with: What that was measured against: the better estimate, one that uses the best q of each datum
-            too, or its own limit, by the jackknife.
+        compared_with: What that was measured against (see `comparison`).
         enough: The smallest K' that lacks no more than `RELEVANT`, where k-hat allows an answer.
         pareto_k, pointwise: k-hat and the better estimate per datum.
         data: The data.

@@ -1,16 +1,11 @@
 """Runs of programs over data: the one place where estimates and diagnostics make them.
 
-`sweep` sees to all that every one of them needs and none should have to think of: evaluation mode, no gradients and a
-seed, with everything put back afterwards (`pyro_vae.evaluation`); the device; batches of whatever people hold their
-data in, as large as one budget of memory allows; matrix products as fast as they are exact; a bar of progress. What is
-left to a diagnostic is what it does with a batch:
+`sweep` sees to evaluation mode, no gradients and a seed, with everything put back afterwards (`pyro_vae.evaluation`);
+the device; batches as large as one budget of memory allows; a bar of progress. What is left to a diagnostic is what it
+does with a batch, whose noise is that of its number (see `sharing`):
 
     with sweep(model, guide, data=data, copies=num_samples, seed=seed, title="latents") as run:
         found = run.each(lambda batch: run.draw(batch, num_samples).log_weight)
-
-An estimate whose K does not fit into memory takes the samples of a batch in chunks (`Sweep.particles`), captured and
-replayed where there are many of them (`Sweep.table`). Data may be simulated on the way (`Sweep.simulated`). The noise
-of a batch is that of its number, and the processes of a group share the batches (see `sharing`).
 """
 
 from __future__ import annotations
@@ -71,7 +66,7 @@ class Sweep:
     ) -> None:  # fmt: skip
         self.programs, self.batches, self._noise = programs, batches, NoiseOfData(seed)
         self.number = self.start = 0
-        self._num_data, self._title, self._progress = num_data, title, progress
+        self._num_data, self._title, self._progress = sys.maxsize if num_data is None else num_data, title, progress
         self._nesting: dict[int, int] = {}
         self._bar: Any = None
 
@@ -86,9 +81,8 @@ class Sweep:
 
     def __len__(self) -> int:
         """The number of batches."""
-        if self._num_data is None or self.batches.num_data is None:
-            return len(self.batches)
-        return -(-min(self._num_data, self.batches.num_data) // self.batches.batch_size)
+        known = self.batches.num_data
+        return len(self.batches) if known is None else -(-min(self._num_data, known) // self.batches.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         own = self._bar is None
@@ -122,15 +116,13 @@ class Sweep:
         """
         return shared(function, self if over is None else self._begun(over), lambda: self.start)
 
-    def _upto(self, num_data: int | None) -> Iterator[tuple[Any, ...]]:
+    def _upto(self, left: int) -> Iterator[tuple[Any, ...]]:
         """Batches until so many data have come."""
-        left = num_data
         for batch in self._noise.passed(self.batches):
-            if left is not None:
-                if left <= 0:
-                    return
-                batch = at(batch, slice(left)) if rows(batch) > left else batch
-                left -= rows(batch)
+            if left <= 0:
+                return
+            batch = at(batch, slice(left)) if rows(batch) > left else batch
+            left -= rows(batch)
             yield batch
 
     def whole(self) -> tuple[Any, ...]:
@@ -274,8 +266,7 @@ def sweep(
         validate: Whether Pyro looks at all values, and raises where a trajectory leaves the numbers.
         device: Where the batches go; where the modules are when not given.
         seed: Of the noise of each batch by its number, and of what the data draw (`one_draw`, `NoiseOfData`): all
-            sweeps of one seed are over the same numbers. None goes on with the random states; of several processes
-            the first draws one.
+            sweeps of one seed are over the same numbers. None goes on with the random states.
         progress: Show a bar; None shows it on a terminal only.
         title: Of the bar.
     Raises:

@@ -104,13 +104,12 @@ class Remedy(Stage):
     """What remedies gain that were tried under the frozen model: fitted on some data, measured on others.
 
     Attributes:
-        tried: Their names: "train" (the encoder alone goes on), "wider" (a wider encoder, that starts as the present
-            one), "full" and "iaf" (another family with its own encoder, started from the present one), "refine"
-            (`SemiAmortized`), "local" (a full normal fitted to each datum, where the guide cannot be copied), "scale"
-            (a learned scale in the place of a fixed one, which is the model's, and tried with it alone).
+        tried: Their names: "train" (the encoder alone goes on), "wider", "full" and "iaf" (a wider encoder or another
+            family, that starts as the present one), "refine" (`SemiAmortized`), "local" (a full normal fitted to each
+            datum, where the guide cannot be copied), "scale" (a learned one, which is tried with the model alone).
         gains: ELBO over that of the guide, paired by datum; both errors in one. Not known of "scale".
         joint: What log p(x) gained where model and guide were then trained on together, over the present pair trained
-            on for as many steps (of "train" over the pair as it is); not known where that was not tried.
+            on for as many steps (of "train" over the pair as it is).
         failed: Which could not be tried, and why.
         num_steps: Steps of each fit.
         num_training: Data that they were fitted on.

@@ -1,17 +1,10 @@
 """What the stages of a judgement mean, in plain words: typed results in, sentences out.
 
-Two questions are kept apart. *Is the posterior right?* The ELBO is below log p(x) by the inference gap,
-which is the family's (no member of it fits the posterior of a datum) and the encoder's (it does not
-find the best member). *Is the estimate of log p(x) right?* What it lacks is the estimator's: too few
-samples, or weights whose tail (k-hat) no number of samples would tame.
-
-Something is said to be at fault only where its share is above twice its standard error and of a
-size that matters: `RELEVANT` nats, and for a part of the gap a tenth of the whole. A fault is one
-of the pair and not of the few data that were looked at, so that the error of a part of the gap has both
-kinds in it: the Monte Carlo error, and what other data of the kind would give. Where the larger part of
-a gap is too uncertain to say, that is said, and no smaller one is blamed for being known better.
-
-What to do about it is said of what was tried (`advice`): a fault is no advice.
+Something is said to be at fault only where its share is above twice its standard error and of a size that matters:
+`RELEVANT` nats, and for a part of the gap a tenth of the whole. A fault is one of the pair and not of the few data that
+were looked at, so that the error of a part of the gap has both kinds in it. Where the larger part of a gap is too
+uncertain to say, that is said, and no smaller one is blamed for being known better. What to do is said of what was
+tried (`advice`): a fault is no advice.
 """
 
 from __future__ import annotations
@@ -135,36 +128,24 @@ def _latents(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
         else:
             advice = "That costs nothing but time: a smaller latent_dim would do, or free bits to use them."
             yield Finding("latents", f"{text}; unused: {listed(latents.unused, 6)}.", None, advice)
-    elif dead is not None:
+    if latents.active or dead is not None:
         return
-    elif not gaps.split:
-        yield Finding(
-            "latents",
-            f"No latent moves with the data{carried}: the latents are not used. Whether the encoder failed or the "
-            "decoder makes no use of z could not be told, for want of the gaps.",
-            "collapse",
-            "Train anew with a KL warm-up or free bits (not tried here: that takes a fit of the pair).",
-            "warm-up",
-        )
+    text, untried = f"No latent moves with the data{carried}", "(not tried here: that takes a fit of the pair)."
+    if not gaps.split:
+        text += ": the latents are not used. Whether the encoder failed or the decoder makes no use of z could not be "
+        text += "told, for want of the gaps."
+        advice = f"Train anew with a KL warm-up or free bits {untried}"
+        yield Finding("latents", text, "collapse", advice, "warm-up")
     elif 2 * gaps.amortization.mc_stderr <= 5 * RELEVANT:
-        text = (
-            f"No latent moves with the data{carried}, and no member of the family does better for any: it is "
-            "not the encoder that failed, this decoder makes no use of z (posterior collapse)."
-        )
+        text += ", and no member of the family does better for any: it is not the encoder that failed, this decoder "
+        text += "makes no use of z (posterior collapse)."
         if "scale" in dict(stages.remedy.ranked):
             yield Finding("latents", f"{text} Its noise is set so large that z has nothing to say.", "collapse")
             return
-        yield Finding(
-            "latents",
-            text,
-            "collapse",
-            "Train anew with a KL warm-up or free bits, or weaken the decoder (not tried here: that takes a fit of "
-            "the pair).",
-            "warm-up",
-        )
+        advice = f"Train anew with a KL warm-up or free bits, or weaken the decoder {untried}"
+        yield Finding("latents", text, "collapse", advice, "warm-up")
     else:
-        text = f"No latent moves with the data{carried}; whether the posterior does is within the errors."
-        yield Finding("latents", text, None, _DATA_OR_TIME)
+        yield Finding("latents", f"{text}; whether the posterior does is within the errors.", None, _DATA_OR_TIME)
 
 
 def _estimate(stages: Stages, dead: Nats | None) -> Iterator[Finding]:

@@ -1,36 +1,29 @@
 """From log weights to numbers: the one place that does it.
 
-With w_k = p(x, z_k) / q(z_k | x), z_k ~ q, the mean weight is an unbiased estimate of p(x). `Scored` says what K
-weights of a datum tell: the ELBO, log p(x) with its variance and its bias by the jackknife, the effective sample size,
-and k-hat, by ArviZ, in the versions that people have. How the estimate grows with K needs no further samples: K weights
-are K / K' disjoint blocks of K' weights, each of which would have given the estimate at K' (`at_fewer`).
+With w_k = p(x, z_k) / q(z_k | x), z_k ~ q, the mean weight is an unbiased estimate of p(x). How the estimate grows with
+K needs no further samples: K weights are K / K' blocks, each of which would have given the estimate at K' (`at_fewer`).
 
-Several proposals for one log p(x) have their weights pooled by a rule that is stated beforehand. With K draws from each
-of S densities q_s, whatever the data turn out to be,
+Several proposals for one log p(x) are pooled by a rule that is stated beforehand. With K draws of each of S densities,
 
     p^(x) = 1/(S K) sum_s sum_k p(x, z_sk) / (1/S sum_t q_t(z_sk | x)),   z_sk ~ q_s
 
-is unbiased: the balance heuristic. No weight is more than S times what the best of the densities gives it, so a poor
-one among them costs samples and no more. It takes densities that score each other's draws; where they cannot, the
-estimate is that of the one proposal with the highest mean *over the data*; a maximum per datum is biased.
+is unbiased, and no weight is more than S times what the best of them gives it: the balance heuristic. Of those that
+cannot score each other's draws the one with the highest mean *over the data* counts; a maximum per datum is biased.
 
-References: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519. Vehtari et al., Pareto Smoothed
-Importance Sampling, 2024. arXiv:1507.02646. Veach and Guibas, Optimally combining sampling techniques, 1995.
-doi:10.1145/218380.218498
+Reference: Veach and Guibas, Optimally combining sampling techniques, 1995. doi:10.1145/218380.218498
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.trees import joined
 from pyro_vae.judging.quotes import Kind, kind_of
 from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.options import checked
@@ -136,22 +129,18 @@ def khat_ok(pareto_k: Tensor, num_samples: int) -> float:
 
 
 def pareto_k(log_weight: Tensor) -> Tensor:
-    """Shape k of the generalised Pareto tail of each datum's weights.
+    """Shape k of the generalised Pareto tail of each datum's weights, which have finite moments up to order 1/k.
 
-    The weights have finite moments up to order 1/k: below 0.5 their variance is finite; up to `khat_limit` the estimate
-    is usable; above it the guide misses mass of the posterior, and the error estimate itself is too small.
+    Up to `khat_limit` the estimate is usable; above it the guide misses mass, and the error estimate is too small.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
     Returns:
-        k-hat, (B,): -inf for constant weights (an exact posterior) and where all of the tail is one
-        value (a few discrete latents: weights that have reached their maximum), nan for fewer than 25
-        samples, which have no tail to speak of.
+        k-hat, (B,): -inf for constant weights (an exact posterior) and where all of the tail is one value (a few
+        discrete latents), nan for fewer than 25 samples, which have no tail to speak of.
     Example:
         >>> pareto_k(torch.zeros(100, 2))
         tensor([-inf, -inf], dtype=torch.float64)
-
-    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     return pareto_smoothed(log_weight)[1]
 
@@ -159,8 +148,7 @@ def pareto_k(log_weight: Tensor) -> Tensor:
 def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Log weights whose largest are replaced by the quantiles of their fitted Pareto tail, and k-hat.
 
-    Smoothing trades a little bias for much variance where single weights dominate. The smoothed weights keep the scale
-    of the raw ones, and none exceeds the largest of them.
+    The smoothed weights keep the scale of the raw ones, and none exceeds the largest of them.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
@@ -171,6 +159,8 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
         >>> smooth, k = pareto_smoothed(torch.zeros(100, 2))
         >>> bool((smooth == 0).all())
         True
+
+    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     smooth = log_weight.detach().cpu().double()
     k = torch.full((smooth.shape[1],), float("nan"), dtype=torch.float64)
@@ -206,8 +196,7 @@ def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
             smooth, k = arviz.psislw(log_weight)
         else:
-            # Unlike ArviZ 0.x it takes log likelihoods, whose negatives are its log weights. What comes out says
-            # whether that is still so.
+            # Unlike ArviZ 0.x it takes log likelihoods, the negatives of its log weights, if that is still so.
             smooth, k = array_stats.psislw(-log_weight, axis=-1)
             if smooth[0, log_weight[0].argmax()] < smooth[0, log_weight[0].argmin()]:
                 smooth, k = array_stats.psislw(log_weight, axis=-1)
@@ -283,24 +272,3 @@ def pool(own: Mapping[str, Scored], mixed: Scored | None, pooled: list[str], giv
     log_p, stderr = given_estimate(given, len(found.log_p))
     unknown = torch.full_like(log_p, math.nan)
     return found._replace(log_p=log_p, log_p_variance=stderr.square(), bias=unknown, pareto_k=unknown), "given"
-
-
-class Proposals:
-    """What the weights of several proposals for one log p(x) say, batch by batch; `pooled` score each other's."""
-
-    def __init__(self) -> None:
-        self.pooled: list[str] = []
-        self._own: dict[str, list[Scored]] = {}
-        self._mixed: list[Scored] = []
-
-    def add(self, scored: Iterable[tuple[dict[str, Scored], Scored | None]]) -> None:
-        """What `score` says of batches."""
-        for own, mixed in scored:
-            for name, one in own.items():
-                self._own.setdefault(name, []).append(one)
-            self._mixed += [] if mixed is None else [mixed]
-
-    def result(self, given: Any = None) -> tuple[dict[str, Scored], Scored, str]:
-        """Each by itself, and what `pool` makes of all."""
-        own = {name: joined(parts) for name, parts in self._own.items()}
-        return own, *pool(own, joined(self._mixed) if self._mixed else None, self.pooled, given)

@@ -1,7 +1,7 @@
 """Figures of how good an approximation is: plain numbers in, matplotlib figures out.
 
-Every function takes lists, arrays or tensors, so that what a report keeps as JSON can be drawn again; missing numbers
-(None or nan) are left out. Bands and error bars are two standard errors unless a docstring says otherwise.
+Missing numbers (None or nan) are left out. Bands and error bars are two standard errors unless a docstring says
+otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pyro_vae.plots._canvas import (
     GREY,
     INCHES,
     LIGHT,
-    MIDDLE,
+    ORANGE,
     Numbers,
     array,
     axes_of,
@@ -84,9 +84,8 @@ def bracket(
 ) -> Figure:
     """The interval that holds log p(x) of each simulated datum, and its width.
 
-    Above, data are ordered by their lower bound; below stands the width on a scale of its own, since brackets are
-    narrow beside what data differ by. A width may be negative by noise. Errors stand at the bounds and not at the
-    width, since both bounds share their forward chains; the mean width is given with one standard error over the data.
+    Above, data are ordered by their lower bound; below stands the width on a scale of its own. Errors stand at the
+    bounds alone, which share their forward chains; the mean width is given with one standard error over the data.
 
     Args:
         lower: Lower bound per datum, (N,), nats.
@@ -104,7 +103,7 @@ def bracket(
     else:
         (figure, above), below = axes_of(ax, INCHES, 3.2), None
     above.vlines(place, low[order], high[order], color=DARK, lw=2.2, label="bracket")
-    bounds = ((low, lower_stderr, "^", DARK, "lower bound"), (high, upper_stderr, "v", MIDDLE, "upper bound"))
+    bounds = ((low, lower_stderr, "^", DARK, "lower bound"), (high, upper_stderr, "v", ORANGE, "upper bound"))
     for values, error, marker, colour, name in bounds:
         above.plot(place, values[order], marker, color=colour, ms=4, alpha=0.8, label=name)
         if error is not None:
@@ -124,7 +123,7 @@ def bracket(
     mean = float(np.nanmean(width))
     spread = float(np.nanstd(width, ddof=1) / len(width) ** 0.5) if len(width) > 1 else np.nan
     below.axhline(0, color=GREY, lw=0.8)
-    below.axhline(mean, color=MIDDLE, lw=1.2, ls="--")
+    below.axhline(mean, color=ORANGE, lw=1.2, ls="--")
     label_axes(below, "above lower (nats)", "Width of the bracket", "datum, by lower bound")
     below.set_title(f"mean {number(mean, 3)} ± {spread:.3f} nats", loc="right", fontsize=9)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -209,8 +208,7 @@ def khat_against_log_p(
     k, x = array(pareto_k), array(log_p)
     shown = min(worst, len(k)) if images is not None else 0
     finite = k[np.isfinite(k)]
-    low = min(float(finite.min()), limit) if len(finite) else limit - 1
-    high = max(float(finite.max()), limit) if len(finite) else limit
+    low, high = (min(finite.min(), limit), max(finite.max(), limit)) if len(finite) else (limit - 1, limit)
     pad = 0.08 * max(high - low, 0.5)
     floor = low - 2 * pad
     order = np.argsort(-np.nan_to_num(k, nan=-np.inf, neginf=-np.inf), kind="stable")[:shown]
@@ -221,13 +219,10 @@ def khat_against_log_p(
     else:
         figure, axes = axes_of(ax, INCHES, 4.0)
     height = np.where(np.isfinite(k), k, floor + pad / 2)
+    poor: dict[str, Any] = {"s": 26, "marker": "^", "color": ORANGE, "edgecolors": "black", "lw": 0.4}
     marks: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
         (np.isfinite(k) & (k <= limit), "reliable", {"s": 16, "color": DARK, "alpha": 0.7, "lw": 0}),
-        (
-            np.isfinite(k) & (k > limit),
-            "unreliable",
-            {"s": 26, "marker": "^", "color": MIDDLE, "edgecolors": "black", "lw": 0.4},
-        ),
+        (np.isfinite(k) & (k > limit), "unreliable", poor),
         (np.isneginf(k), "constant weights, k̂ = −∞", {"s": 26, "marker": "v", "color": GREY}),
     )
     for chosen, name, look in marks:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
-DARK, MIDDLE, LIGHT = "#1a4480", "#dd6b20", "#f6b26b"
-STYLES = (("o", "-", DARK), ("s", "--", MIDDLE), ("^", "-.", "#4a5568"), ("D", ":", "#2f855a"), ("v", "--", "#97266d"))
+DARK, LIGHT = "#1a4480", "#f6b26b"
+STYLES = (("o", "-", DARK), ("s", "--", ORANGE), ("^", "-.", "#4a5568"), ("D", ":", "#2f855a"), ("v", "--", "#97266d"))
 # Of classes: Okabe and Ito's, which the colour-blind tell apart; after eight of them another shape, as in `explore`.
 CLASSES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a7a00", "#333333")
 SHAPES = ("o", "^", "s")
@@ -49,8 +49,10 @@ def titled_axes(ylabel: str, title: str, xlabel: str, ax: Axes | None = None) ->
     return figure, axes
 
 
-def panels_of(count: int) -> tuple[Figure, list[Axes]]:
-    """At most eight small panels."""
+def panels_of(count: int, title: str, ax: Axes | None) -> tuple[Figure, list[Axes]]:
+    """At most eight small panels, one for each latent, below a title; or the axes that were given for the first."""
+    if ax is not None:
+        return axes_of(ax, 4.2, 3.4)[0], [ax]
     shown = min(count, 8)
     columns = min(shown, 4)
     lines = -(-shown // columns)
@@ -58,6 +60,8 @@ def panels_of(count: int) -> tuple[Figure, list[Axes]]:
     grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for axes in grid[shown:]:
         axes.set_axis_off()
+    some = f"; {shown} of {count} latents" if shown < count else ""
+    figure.suptitle(title + some, x=0.02, ha="left", fontsize=11)
     return figure, grid[:shown]
 
 

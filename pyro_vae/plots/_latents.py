@@ -19,7 +19,6 @@ from pyro_vae.plots._canvas import (
     DARK,
     GREY,
     LIGHT,
-    MIDDLE,
     ORANGE,
     Numbers,
     array,
@@ -41,8 +40,7 @@ def rank_histogram(
 ) -> Figure:
     """Simulation-based calibration: ranks of the true latents among draws of the guide.
 
-    The band holds 95 % of each bar's counts if ranks are uniform. A hump means a guide that is too
-    wide, a valley too narrow, a slope biased.
+    The band holds 95 % of each bar's counts if ranks are uniform. A hump is a guide too wide, a valley too narrow.
 
     Args:
         ranks: Ranks from 0 to L, (N,) or (N, D).
@@ -57,23 +55,20 @@ def rank_histogram(
     bins = min((b for b in range(1, places + 1) if places % b == 0), key=lambda b: abs(b - num_bins))
     counts = [np.histogram(v, bins, (-0.5, num_draws + 0.5))[0] for v in values.T]
     low, high = binom.ppf([0.025, 0.975], len(values), 1 / bins)
-    figure, panels = panels_of(len(counts)) if ax is None else (axes_of(ax, 4.2, 3.4)[0], [ax])
+    figure, panels = panels_of(len(counts), "Calibration: ranks, 95 % band per bar", ax)
     edges = np.linspace(-0.5, num_draws + 0.5, bins + 1)
     for d, (axes, count) in enumerate(zip(panels, counts, strict=False)):
         axes.axhspan(low, high, color=LIGHT, alpha=0.45, lw=0, zorder=0)
         axes.bar(edges[:-1], count, np.diff(edges), align="edge", color="#cbd9ea", edgecolor=DARK, lw=0.6, zorder=1)
-        axes.axhline(len(values) / bins, color=MIDDLE, lw=1.4)
+        axes.axhline(len(values) / bins, color=ORANGE, lw=1.4)
         for edge in (low, high):
-            axes.axhline(edge, color=MIDDLE, lw=1, ls="--")
+            axes.axhline(edge, color=ORANGE, lw=1, ls="--")
         axes.set_title(latent_name(names, d), fontsize=9)
         axes.set_xlabel("rank")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_ylim(0, max(high, max(c.max() for c in counts)) * 1.08)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("simulations")
-    some = f"; {len(panels)} of {len(counts)} latents" if len(panels) < len(counts) else ""
-    if ax is None:
-        figure.suptitle(f"Calibration: ranks, 95 % band per bar{some}", x=0.02, ha="left", fontsize=11)
     return figure
 
 
@@ -143,7 +138,7 @@ def kl_by_dimension(
     if stderr is not None:
         error = 2 * array(stderr)[order]
         axes.errorbar(place, values[order], error, fmt="none", ecolor="black", lw=0.9, capsize=2)
-    axes.axhline(threshold, color=MIDDLE, lw=1, ls="--")
+    axes.axhline(threshold, color=ORANGE, lw=1, ls="--")
     if len(values) <= 25:
         axes.set_xticks(place, [latent_name(names, d) for d in order], fontsize=8 if len(values) <= 15 else 6.5)
         axes.set_xlim(-0.6, max(len(values), 5) - 0.4)
@@ -297,7 +292,7 @@ def elbo_curves(
         )
     figure, axes = axes_of(ax, 6.0, 4.0)
     axes.plot(at, gained, color=DARK, ls="--", lw=1.4, label="reconstruction")
-    axes.plot(at, -paid, color=MIDDLE, ls="-.", lw=1.4, label="−KL(q || p(z))")
+    axes.plot(at, -paid, color=ORANGE, ls="-.", lw=1.4, label="−KL(q || p(z))")
     if log_p is not None:
         axes.axhline(log_p, color=GREY, lw=1.1, ls=(0, (6, 3)), label=f"log p(x): {number(log_p)}")
     axes.plot(at, gained - paid, color="black", lw=2.0, label="their sum, the ELBO")

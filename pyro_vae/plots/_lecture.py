@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae.plots._canvas import (
     DARK,
     GREY,
-    MIDDLE,
+    ORANGE,
     array,
     axes_of,
     label_axes,
@@ -203,21 +203,17 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
         prior = own.model.prior()
         drawn = prior.expand([max(10_000, len(z))]).sample().flatten(1)
     order = means.var(0, correction=0).argsort(descending=True).tolist()
-    figure, panels = panels_of(len(order)) if ax is None else (axes_of(ax, 4.2, 3.4)[0], [ax])
+    figure, panels = panels_of(len(order), "Each latent over the data (bars) and under the prior (line)", ax)
     for axes, d in zip(panels, order, strict=False):
         both = array(torch.cat([z[:, d], drawn[:, d]]))
         edges = np.linspace(both.min(), both.max(), num_bins + 1)
         look: dict[str, Any] = {"color": "#cbd9ea", "edgecolor": DARK, "lw": 0.4, "label": "q(z), the data"}
         axes.hist(array(z[:, d]), edges.tolist(), density=True, **look)
         across, height = _marginal(prior, drawn[:, d], d, edges)
-        axes.plot(across, height, color=MIDDLE, lw=1.6, label="p(z), the prior")
+        axes.plot(across, height, color=ORANGE, lw=1.6, label="p(z), the prior")
         axes.set_title(f"z{d + 1}", fontsize=9)
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
-    some = f"; {len(panels)} of {len(order)} latents" if len(panels) < len(order) else ""
-    if ax is None:
-        title = f"Each latent over the data (bars) and under the prior (line){some}"
-        figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure
 
 

@@ -87,7 +87,6 @@ def reconstructions(
         reconstructed: E[x | z], of the same shape.
         names: What the two are called.
         grey: The grey levels that binary data were drawn from, of the same shape, to be shown above them.
-        ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if x.dim() == 2:
         return _heatmaps({names[0]: x, names[1]: reconstructed}, title, ax=ax, difference="difference")
@@ -108,7 +107,6 @@ def samples(
 
     Args:
         x: Samples, (N, *x_shape).
-        ax: Axes to draw into, of images; a figure of its own if omitted.
         rows: What the rows are, as many as there are of equal length; none for a square.
     """
     if x.dim() == 2:
@@ -126,7 +124,6 @@ def interpolations(x: Tensor, title: str = "Interpolations between test data", a
 
     Args:
         x: E[x | z] along each line, (N, steps, *x_shape).
-        ax: Axes to draw into, of images; a figure of its own if omitted.
     """
     if x.dim() == 3:
         return _heatmaps({f"pair {i + 1}": line for i, line in enumerate(x[:4])}, title, ax=ax)
