@@ -466,7 +466,7 @@ def test_fit_captures_where_that_pays_and_keeps_its_promises():
 @pytest.mark.parametrize("seconds, wanted", [(0.0, True), (1e9, False)])
 def test_auto_calls_the_compiler_where_the_time_ahead_pays_for_it(seconds, wanted, monkeypatch):
     called = []
-    monkeypatch.setattr("pyro_vae.inference.training._COMPILER_SECONDS", seconds)
+    monkeypatch.setattr("pyro_vae.inference.loop._COMPILER_SECONDS", seconds)
     monkeypatch.setattr(Compiled, "_compile", lambda self, entry, step: called.append(entry.replays))
     fit(*small_pair(), binary(12), epochs=500, batch_size=12)
     assert bool(called) == wanted and (not called or called[0] >= 40)

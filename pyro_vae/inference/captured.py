@@ -1,13 +1,9 @@
 """What runs many times, captured: seen once as it is, written down, replayed, checked, or left as it is with one line.
 
-`Captured` is the one state machine of it, under a loss (`compiled`) and under any other function
-(`replays`). The first call of a kind is the programs' own. The second is written down (see
-`pyro_vae.inference.capture`) if the first has changed nothing that the programs read; all later ones
-are replays, of which the first, the 10th, the 100th ... are computed both ways from the same noise.
-
-A graph holds as long as what the programs read in Python is as it was. `Watched` is that:
-what `pyro_vae.reach` finds, and the param store. Where it finds something that it cannot
-compare later, the programs are *unproven*: captured only where asked for, and compared every `check_every` replays.
+The first call of a kind is the programs' own. The second is written down (see `pyro_vae.inference.capture`) if the
+first has changed nothing that the programs read; all later ones are replays, of which the first, the 10th, the 100th
+... are computed both ways from the same noise. Where programs read something that cannot be compared later, they are
+*unproven*: captured only where asked for, and compared every `check_every` replays.
 """
 
 from __future__ import annotations
@@ -142,11 +138,8 @@ class Captured:
         self._seen.pop(call.key, None)
 
     def _ripe(self, call: Any, watch: Callable[[], Watched]) -> bool:
-        """Whether to capture a call that has no graph: from the second of its kind on, if the first changed nothing.
-
-        What programs write down at their own run is found out while they run as they are: a capture that fails
-        would run them a second time.
-        """
+        """Whether to capture a call that has no graph: from the second of its kind on, if the first changed nothing, as
+        a capture that fails would run the programs a second time."""
         if call.key in self._refused:
             self.reason = self._refused[call.key]
             return False
@@ -217,11 +210,8 @@ class Captured:
         return results, graph
 
     def _play(self, call: Any, graph: Any) -> tuple[Sequence[Tensor] | None, Check | None]:
-        """The results of a replay; or None, with nothing done, and what the programs themselves gave.
-
-        Raises:
-            ValueError: Programs that read what cannot be watched gave something else.
-        """
+        """The results of a replay; or None, with nothing done, and what the programs themselves gave, which is a
+        ValueError where they read what cannot be watched."""
         check = self._check(call, graph) if graph.due(self.check_every) else None
         call.advance(1)
         start = time.perf_counter()

@@ -1,13 +1,9 @@
 """What of the machine a computation uses: the precision of matrix products, and memory.
 
-Three settings are torch's own (``torch.set_float32_matmul_precision``): "highest", "high"
-and "medium" take float32 and give float32, by faster kernels where the hardware has them.
-"bfloat16" rounds what goes into the linear and convolutional layers to 8 significant bits,
-in the forward and in the backward pass, and is two to four times as fast where the
-hardware multiplies them; a CPU that has no instructions for it is ten times slower than in
-float32, and refused. Everything else, every log-probability included, stays in
-float32: a layer's result is float32 again, its bias is added there, and parameters, moments
-and updates are float32 throughout, so that no loss scaling is needed.
+"highest", "high" and "medium" are torch's own (``torch.set_float32_matmul_precision``). "bfloat16" rounds what goes
+into the linear and convolutional layers to 8 significant bits, in the forward and in the backward pass, and is two to
+four times as fast where the hardware multiplies them. All else, every log-probability included, stays in float32, so
+that no loss scaling is needed.
 """
 
 from __future__ import annotations
@@ -37,10 +33,8 @@ _active = 0
 
 @contextlib.contextmanager
 def matmul_precision(name: str | None) -> Iterator[None]:
-    """Run what is inside with matrix products of this precision; None leaves it as it is.
+    """Run what is inside with matrix products of this precision (see `check_precision`); None leaves it as it is.
 
-    Raises:
-        ValueError: An unknown name; bfloat16 where there are no instructions for it.
     Example:
         >>> with matmul_precision("medium"):
         ...     torch.get_float32_matmul_precision()
@@ -165,11 +159,8 @@ _depth = 0
 def reused_memory() -> Iterator[None]:
     """Keep freed memory for the next step; give it back to the system at the end.
 
-    A step with K particles makes a dozen tensors of tens of megabytes and frees them. By
-    default glibc gives each back to the kernel, which hands it out again zeroed, page by page:
-    with 50 particles of MNIST a good part of the step. While `reused_memory` is active such memory is
-    kept for the next step; the price is that the process stays at its peak until the end.
-    Does nothing where the C library is not glibc.
+    By default glibc gives each large tensor back to the kernel, which hands it out again zeroed, page by page: with 50
+    particles of MNIST a good part of the step. The price is that the process stays at its peak until the end.
 
     Example:
         >>> import torch
