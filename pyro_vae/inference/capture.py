@@ -171,7 +171,11 @@ class Capture:
             scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}
             count = len(args)
             run(*[scratch.get(i - count, t) for i, t in enumerate(examples)])  # a lazy failure shows here
-        self._run, self.compiled = run, True
+        self._plain, self._run, self.compiled = self._run, run, True
+
+    def uncompile(self) -> None:
+        """Replay without what the compiler made."""
+        self._run, self.compiled = self._plain, False
 
 
 def capturing() -> bool:

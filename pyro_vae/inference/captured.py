@@ -30,6 +30,7 @@ CHECKS = frozenset(10**n for n in range(9))  # replays at which the programs are
 _MEMORY = 64  # kinds of call that are remembered
 _UNSTABLE = 3  # calls of a kind between which something may change before the kind is given up
 _LIMIT = 8  # captures of one kind of call, and graphs, before giving up
+_TRIED = 40  # replays of a compiled graph, of which the fastest is compared with the fastest before
 
 Noise = tuple[Tensor, dict[int, Tensor]]
 
@@ -73,6 +74,7 @@ class Graph:
     def __init__(self, capture: Capture, watched: Watched) -> None:
         self.capture, self.watched = capture, watched
         self.replays, self.unchecked, self.tried, self.seconds = 0, False, False, float("inf")
+        self.compiled_at, self.plain_seconds = 0, float("inf")  # replays, and the seconds of the fastest until then
         self._tensors = self._now()
 
     def _now(self) -> list[Any]:
@@ -114,6 +116,7 @@ class Captured:
 
     def __init__(self, *, quiet: bool, unproven: bool, check_every: int) -> None:
         self.quiet, self.unproven, self.check_every = quiet, unproven, check_every
+        self.chooses = False  # whether a compiled graph that is slower than it was is taken back
         self._forget()
 
     def _forget(self) -> None:
@@ -225,6 +228,8 @@ class Captured:
             graph.seconds = min(time.perf_counter() - start, graph.seconds)
             if check is None or self._agree(results, check.expected):
                 self.reason = None
+                if self.chooses and graph.capture.compiled and graph.replays == graph.compiled_at + _TRIED:
+                    self._keep_the_faster(graph)
                 return results, None
             mean, wanted = (x[0].double().mean().item() for x in (results, check.expected))
             numbers = f"{mean:.6g} replayed, {wanted:.6g} by the programs, after {graph.replays} replays"
@@ -267,7 +272,14 @@ class Captured:
             self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({first_line(error)})")
             return False
         graph.unchecked = True
+        graph.compiled_at, graph.plain_seconds, graph.seconds = graph.replays, graph.seconds, float("inf")
         return True
+
+    def _keep_the_faster(self, graph: Any) -> None:
+        """Take back what a compiler made of a graph where it is slower here; on a GPU nobody waited for the results."""
+        if graph.capture.on_cpu and graph.seconds > graph.plain_seconds:
+            graph.capture.uncompile()
+            graph.seconds, graph.unchecked = graph.plain_seconds, True
 
     def _refuse(self, call: Any, reason: str) -> None:
         self._refused[call.key] = self.reason = reason

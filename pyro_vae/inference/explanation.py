@@ -73,6 +73,7 @@ def explained(compiled: Compiled | None, steps: int) -> str:
 def _lines(graph: Graph) -> list[str]:
     capture = graph.capture
     how = "compiled by Inductor" if capture.compiled else "replayed without a compiler"
+    how += ", whose graph was slower" if graph.compiled_at and not capture.compiled else ""
     shapes = ", ".join(str(tuple(node.meta["val"].shape)) for node in _arguments(capture.module.graph))
     calls = sum(node.op == "call_function" for node in capture.module.graph.nodes)
     found = [f"  a batch of {shapes}: {calls} operations recorded, {graph.replays:,} replays, {how}"]

@@ -38,8 +38,8 @@ TIMED = 40  # steps by whose time it is decided whether to compile
 _LOOK = 20  # steps between two looks at the loss
 _SIZES = 10_000  # sizes of batches whose unit is remembered
 _WARM = 6  # steps of a kind, at most, until it is captured
-# Inductor costs up to half a minute and saves at least a quarter of the time of a replay.
-_COMPILER_SECONDS, _SAVED = 20.0, 0.25
+# Inductor costs up to half a minute and saves a tenth to a quarter of the time of a replay.
+_COMPILER_SECONDS, _SAVED = 20.0, 0.15
 
 
 def _untrained(parameters: Iterable[Tensor]) -> str:
@@ -324,7 +324,7 @@ class Stepper:
             self.considers = False
             each = (time.perf_counter() - self._timed) / TIMED
             if self.graph is not None and each * (self.total - self.steps) * _SAVED > _COMPILER_SECONDS:
-                self.graph.compiled.compile_after = 0
+                self.graph.compiled.compile_after, self.graph.compiled.chooses = 0, True
 
     def _check_finite(self, value: float | Tensor) -> None:
         if not math.isfinite(value):
