@@ -7,8 +7,7 @@ A package lists its names once, as imports that a type checker reads and Python 
     else:
         __getattr__, __dir__, __all__ = attach(__name__)
 
-`attach` reads these lines from the source. So the list is in one place, moving a name is one line, and
-``import pyro_vae`` need not wait for torch.
+`attach` reads these lines from the source, so that ``import pyro_vae`` need not wait for torch.
 """
 
 import ast
@@ -19,12 +18,8 @@ from typing import Any
 
 
 def listed(source: str) -> dict[str, tuple[str, str]]:
-    """The names that a module imports for type checkers only: for each, its module and its name there.
+    """The names that a module's source imports for type checkers only: for each, its module and its name there.
 
-    Args:
-        source: Python source with one ``if TYPE_CHECKING:`` at its top level.
-    Returns:
-        name -> (module, name in that module), in the order of the source.
     Example:
         >>> listed("if TYPE_CHECKING:\\n    from pyro_vae.inference import bounds as bounds")
         {'bounds': ('pyro_vae.inference', 'bounds')}

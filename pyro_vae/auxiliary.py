@@ -5,9 +5,8 @@ auxiliary, and write the latent z = T(u) as a ``Delta`` with
 
     log q(z) = log q(u) - log |det dT / du|,
 
-where the second term is the log density of the ``Delta``. It is 0 wherever T is the
-identity, as for every ``Delta`` that is nothing but a point: what tells them apart is not a number
-but whether z is a function of u. `feeds` finds that out by changing u alone.
+where the second term is the log density of the ``Delta``. That is 0 for a ``Delta`` that is nothing but a point, too:
+what tells them apart is whether z is a function of u, which `feeds` finds out by changing u alone.
 """
 
 from __future__ import annotations

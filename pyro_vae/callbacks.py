@@ -2,8 +2,7 @@
 
     pv.fit(model, guide, x, callback=pv.callbacks.tensorboard("logs"))
 
-Each is a function of an epoch's record (``loss``, ``bound``, ``validation`` in nats per datum, ``learning_rate``, ...),
-and writes every number of it under its name, with the epoch as its step. Nothing is imported before one is made.
+Each writes every number of an epoch's record under its name, with the epoch as its step.
 """
 
 from __future__ import annotations

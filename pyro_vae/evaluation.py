@@ -1,20 +1,10 @@
 """Run a pair to learn about it, and leave it as it was.
 
-Every estimate and every diagnostic is of the model in evaluation mode, and changes nothing that it
-looks at. `evaluating` is the one place that sees to both. Inside it
-
-    modes         all networks of the programs are in evaluation mode, wherever the programs hold them
-    parameters    programs run on their own (see `pyro_vae.parameters`), without gradients
-    noise         torch's, Python's and NumPy's global generators start at the seed
-
-and afterwards the modes, every parameter and buffer, the parameter store, the random states, the
-matmul precision, the default dtype and Pyro's validation are what they were, also after an error.
-Whoever wants estimates of the networks in training mode, such as an ELBO averaged over dropout,
-has `pyro_vae.traces.particles`, which runs programs as they are.
-
-What a first run sets up for good (an AutoGuide that builds itself, a lazy layer that learns its
-width) stays set up: there is no earlier state to go back to. Python numbers that a program counts
-up for itself are its own affair.
+`evaluating` has all networks of the programs in evaluation mode, wherever the programs hold them, on their own
+parameters (see `pyro_vae.parameters`), without gradients. Afterwards the modes, every parameter and buffer, the
+parameter store, the random states, the matmul precision, the default dtype and Pyro's validation are what they were,
+also after an error. What a first run sets up for good (an AutoGuide that builds itself, a lazy layer that learns its
+width) stays set up; Python numbers that a program counts up for itself are its own affair.
 """
 
 from __future__ import annotations
@@ -45,15 +35,9 @@ from pyro_vae.reach import modules_of
 def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
     """Run programs for an estimate: networks in evaluation mode, no gradients, nothing left changed.
 
-    Enter it once for an estimate, outside its loops. It may be nested. Gradients may be switched
-    on inside.
+    Enter it once for an estimate, outside its loops. It may be nested, and gradients may be switched on inside. None
+    among the programs is passed over; the seed is that of `noise`.
 
-    Args:
-        programs: The Pyro programs that will run; None among them is passed over.
-        seed: Seed of the noise inside, whose states come back afterwards; None goes on with the
-            random states as they are, and leaves them where the programs have brought them.
-    Raises:
-        ValueError: What `own_parameters` refuses.
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
         >>> with evaluating(lambda x: net(x)):
@@ -157,26 +141,17 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-class _Part:
-    """One module as it was: its mode, and which tensors it held where."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.training = module.training
-        self.slots: list[tuple[dict[str, Any], str, Tensor]] = []
-        if not isinstance(module, torch.jit.ScriptModule):  # which makes a new object of a tensor at every look
-            self.slots = [
-                (slots, name, tensor)
-                for slots in (module._parameters, module._buffers)
-                for name, tensor in slots.items()
-                if tensor is not None
-            ]
+def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Which tensors a module holds where; a ScriptModule makes new objects of them at every look."""
+    tables = () if isinstance(module, torch.jit.ScriptModule) else (module._parameters, module._buffers)
+    return [(table, name, tensor) for table in tables for name, tensor in table.items() if tensor is not None]
 
 
 class _Standing:
     """How modules stood, to be put back."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, tuple[weakref.ref[nn.Module], _Part, list[int]]] = {}
+        self._parts: dict[int, tuple[weakref.ref[nn.Module], bool, Any, list[int]]] = {}  # as they were
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def modules(self) -> list[nn.Module]:
@@ -194,7 +169,7 @@ class _Standing:
             forget = functools.partial(_forget, weakref.ref(self), id(part))
             tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
             copied = [id(tensor) for tensor in tensors if self._copy(tensor)]
-            self._parts[id(part)] = weakref.ref(part, forget), _Part(part), copied
+            self._parts[id(part)] = weakref.ref(part, forget), part.training, _slots(part), copied
         return new
 
     def _copy(self, tensor: Tensor) -> bool:
@@ -222,15 +197,14 @@ class _Standing:
 
     def put_back(self) -> None:
         """Modes where they were changed, tensors to where they were and to what they were."""
-        found = [(reference(), part) for reference, part, _ in self._parts.values()]
-        standing = [(module, part) for module, part in found if module is not None]
-        for module, part in standing:
-            if _has_own_modes(module) and module.training != part.training:
-                module.train(part.training)
-        for module, part in standing:
-            if module.training != part.training:
-                module.training = part.training
-            for slots, name, tensor in part.slots:
+        parts = [(module, *rest) for reference, *rest, _ in self._parts.values() if (module := reference()) is not None]
+        for module, training, _ in parts:
+            if _has_own_modes(module) and module.training != training:
+                module.train(training)
+        for module, training, held in parts:
+            if module.training != training:
+                module.training = training
+            for slots, name, tensor in held:
                 if slots.get(name) is not tensor:
                     slots[name] = tensor
         for tensor, before in self._copies.values():
@@ -240,7 +214,7 @@ class _Standing:
 def _forget(standing: weakref.ref[_Standing], key: int, _: Any) -> None:
     owner = standing()
     if owner is not None and key in owner._parts:
-        for tensor in owner._parts.pop(key)[2]:
+        for tensor in owner._parts.pop(key)[3]:
             del owner._copies[tensor]
 
 

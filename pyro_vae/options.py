@@ -7,17 +7,12 @@
     devices         ``str | torch.device``: one that is here and takes a tensor
     words           ``str`` where the name is in `SPELLED`: "One_Cycle" is "one-cycle"
 
-each with ``| None`` where None is an answer. `checked` reads this off a signature once, when the function is made, and
-looks at what is given in each call; whole numbers, and floats of NumPy, reach the function as Python's own. The ranges
-that hold wherever a name occurs are in one table below; what depends on the function is the function's to say.
+each with ``| None`` where None is an answer. The ranges that hold wherever a name occurs are in one table below; what
+depends on the function is the function's to say.
 
 A pair in one piece, such as a `VAE`, a run or an object of one's own with the two programs as its attributes ``model``
-and ``guide``, may stand in the place of both:
-
-    f(vae, data)       is f(vae.model, vae.guide, data)
-    g(vae, data)       is g(vae.guide, data) where g takes a guide alone, and g(vae.model, data) where it takes a model
-
-An object that is a program itself is taken as that program.
+and ``guide``, may stand in the place of both, f(vae, data), or of the one that a function takes. An object that is a
+program itself is taken as that program.
 """
 
 from __future__ import annotations
@@ -50,7 +45,7 @@ Rule = Callable[[str, Any], Any]
 
 # The least that a whole number may be, by its name.
 LEAST = dict.fromkeys(
-    ("batch_size", "epochs", "halvings", "images", "most", "num_groups", "num_neighbours", "num_samples",
+    ("batch_size", "check_every", "epochs", "halvings", "images", "most", "num_groups", "num_neighbours", "num_samples",
      "num_directions", "num_imputations", "num_components",
      "x_shape", "hidden", "latent_dim", "latent_dims", "y_dim", "num_clusters"), 1
 ) | dict.fromkeys(("seed", "data_seed", "pilot_seed", "pilot_steps", "max_plate_nesting", "size"), 0)  # fmt: skip
@@ -64,12 +59,9 @@ _MOST = 2**63
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose options are looked at before it runs (see the module).
+    """A function whose options are looked at before it runs, by its annotations (see the module); whole numbers, and
+    floats of NumPy, reach it as Python's own.
 
-    Args:
-        function: One with annotations.
-    Returns:
-        The function, which raises a ValueError that names the option, what was got and what is wanted.
     Example:
         >>> @checked
         ... def draw(data: Any, num_samples: int = 1, seed: int | None = 0) -> int:
@@ -238,11 +230,7 @@ def _is_program(value: Any) -> bool:
 def _unpacked(
     function: str, places: Sequence[str], programs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> _Given:
-    """The arguments of a call, with a pair in one piece as the programs that the function takes (see the module).
-
-    Raises:
-        ValueError: A pair with a guide beside it, a pair without data, or one that may be meant as a program.
-    """
+    """The arguments of a call, with a pair in one piece as the programs that the function takes (see the module)."""
     at = places.index(programs[0])
     by_name = len(args) <= at
     first = kwargs.get(programs[0]) if by_name else args[at]

@@ -1,18 +1,13 @@
 """Whose tensors are trained: a pair's own, whatever its parameters are called.
 
-Pyro keys every parameter by name in one global store, and a name that is already
-there wins over the module that asks for it. A second model with the same attribute
-names, or a model and a guide that both call their network ``net``, then share one
-set of tensors, and the others never move. `own_parameters` is the one place that
-deals with this: while it is active, a ``pyro.param`` or ``pyro.module`` statement
-that offers a module's own parameter gets exactly that parameter back.
+Pyro keys every parameter by name in one global store, and a name that is already there wins over the module that asks
+for it: two networks of one name would share one set of tensors. While `own_parameters` is active, a ``pyro.param`` or
+``pyro.module`` statement that offers a module's own parameter gets exactly that parameter back.
 
-The store still is where Pyro's users keep what they trained. A fit leaves the pair's
-parameters there, under the names that Pyro's own SVI would have given them (those of this
-package's programs, whose names are unique, until the program is gone). And what was
-loaded there reaches a module that asks for it, by
-``pyro.module(..., update_module_params=True)`` or through a ``PyroParam``. A value counts
-as loaded where no fit has left it there and no other module that is alive owns it.
+A fit leaves the pair's parameters in the store, under the names that Pyro's own SVI would have given them (those of
+this package's programs until the program is gone). What was loaded there reaches a module that asks for it, by
+``pyro.module(..., update_module_params=True)`` or through a ``PyroParam``. A value counts as loaded where no fit has
+left it there and no other module that is alive owns it.
 """
 
 from __future__ import annotations
@@ -75,8 +70,7 @@ class _Itself(weakref.ref[Tensor]):
 
 class _OwnParameters(Messenger):
     """Answers param statements with the parameter offered, and keeps names apart; `keeps` enters them in the store as
-    they are met, as Pyro does, but for estimates (`aside`) inside.
-    """
+    they are met, as Pyro does, but for estimates (`aside`) inside."""
 
     def __init__(self, keeps: bool = False, aside: bool = False) -> None:
         super().__init__()
@@ -240,10 +234,9 @@ def _constrained_parameters(program: Any) -> dict[str, tuple[Tensor, Any]]:
 def own_parameters(*programs: Any, keep: bool = False, aside: bool = False) -> Iterator[None]:
     """Run programs on their own parameters, untouched by what the param store holds of others.
 
-    Parameters of modules are used in place and leave no trace in the store, unless they are to be kept there: then
-    under the names that Pyro gives them, in place of those of other pairs, unless an exception ends it. Those that
-    plain functions declare with ``pyro.param`` live in the store, as always. Values that were loaded into the store
-    reach the modules that ask for them. `aside` marks an estimate, of which contexts around that keep take no note.
+    Parameters of modules leave no trace in the store, unless they are to be kept there: then under the names that Pyro
+    gives them, in place of those of other pairs, unless an exception ends it. Those that plain functions declare with
+    ``pyro.param`` live in the store. `aside` marks an estimate, of which contexts around that keep take no note.
 
     Two programs with different constrained parameters (``PyroParam``) of one name, which Pyro cannot tell apart, a
     loaded value of another shape, and a program that makes a new ``nn.Parameter`` in every run are a ValueError.

@@ -1,7 +1,7 @@
 """The precision of float32 matrix products, which torch keeps in two ways at once.
 
-``torch.set_float32_matmul_precision`` is the older one. The newer one, ``torch.backends.mkldnn.matmul.fp32_precision``
-and its like, can say more, and makes the older one raise where it has. Here both are read and put back.
+``torch.backends.mkldnn.matmul.fp32_precision`` and its like can say more than ``torch.set_float32_matmul_precision``,
+and make that one raise where they have. Here both are read and put back.
 """
 
 from __future__ import annotations

@@ -1,23 +1,17 @@
 """What a program can reach from Python: the modules it owns, and all that could change what it computes.
 
-A Pyro program is Python code, and what it computes may depend on anything that this code
-reads: numbers in attributes, dicts, closures and globals, arrays, files, the clock. `Reach`
-walks the program as an object. From a function it goes to what its bytecode names (globals,
-attributes of modules, imports), to its closure and defaults; from an object to its
-attributes and to the methods of its class that the code met so far can call; from a
-container to its items. Everything met is one of four kinds:
+`Reach` walks a program as an object. From a function it goes to what its bytecode names (globals, attributes of
+modules, imports), to its closure and defaults; from an object to its attributes and to the methods of its class that
+the code met so far can call; from a container to its items. Everything met is one of four kinds:
 
     immutable     a number, a text, a dtype
     trusted       code that is a function of its arguments: torch, Pyro, zuko, NumPy, math, this package
     a place       something mutable whose value can be compared later: an attribute, an item, a cell, a global
     unproven      anything else: a generator, the clock, a file, Python's random numbers, a C object
 
-Where nothing is unproven, two runs of the program between which no place has changed compute
-the same function of their tensors and of torch's noise. That is what a captured step
-rests on. Tensors are places by identity only: a graph reads their values anew.
-
-Attributes are places where the code met can name them (a name in its bytecode, or a text among its
-constants); where it computes names (``getattr``, ``vars``) all of them are.
+Where nothing is unproven, two runs between which no place has changed compute the same function of their tensors and of
+torch's noise. Tensors are places by identity only. Attributes are places where the code met can name them (a name in
+its bytecode, or a text among its constants); where it computes names (``getattr``, ``vars``) all of them are.
 """
 
 from __future__ import annotations
@@ -72,10 +66,9 @@ class _TooMuch(Exception):
 
 
 class Reach:
-    """All that some programs can reach.
+    """All that some programs, and whatever else is run, can reach.
 
     Args:
-        roots: Pyro programs, and whatever else is run.
         settings_of: A Pyro ELBO, of which the settings count and not what it keeps of its last call.
         owned: Look for modules alone, and not into the code of installed packages other than the roots' own:
             a program that makes one table with pandas reaches tens of thousands of functions.

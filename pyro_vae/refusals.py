@@ -1,8 +1,7 @@
 """What distributions refuse, in words: which site, which rows, and why, instead of a dump of all numbers.
 
-Where Pyro validates, a row that is far from all others makes a network give a scale that is no number, or is itself
-outside of what a site can be, and torch says so with the whole tensor. The pair is then run once more without
-validation, and the first site that is wrong is named.
+Where torch refuses with the whole tensor, the pair is run once more without validation, and the first site that is
+wrong is named.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files of tensors that say whether they are what was written.
 
-A safetensors file has no checksum: a bit that is flipped in it is another weight, without a word. So what this package
-writes carries a digest of all its bytes in its header. A file without one, of another program, is read as it is.
+A safetensors file has no checksum. What this package writes carries a digest of all its bytes in its header; a file
+without one, of another program, is read as it is.
 """
 
 from __future__ import annotations
@@ -30,13 +30,8 @@ def save(
     metadata: Mapping[str, str],
     write: Callable[[Any, str, dict[str, str]], Any] = save_file,
 ) -> None:
-    """Write tensors and texts to a safetensors file, atomically and sealed.
+    """Write tensors, or whatever `write` takes, and texts to a safetensors file, atomically and sealed.
 
-    Args:
-        path: The file; its folder must exist.
-        tensors: By name, or whatever `write` takes.
-        metadata: Texts by name.
-        write: Writes them to a path, as ``safetensors.torch.save_file`` does.
     Raises:
         OSError: Nothing can be written there; an older file is then as it was.
     Example:
@@ -77,22 +72,14 @@ def save(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and texts of a safetensors file.
-
-    Raises:
-        ValueError: No such file, or a damaged one.
-    """
+    """The tensors and texts of a safetensors file; a ValueError for none, or a damaged one."""
     metadata = check(path)
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (a file is no dict)
 
 
 def check(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts of a safetensors file that is whole.
-
-    Raises:
-        ValueError: No such file, or a damaged one.
-    """
+    """The texts of a safetensors file; a ValueError for none, or a damaged one."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}

@@ -1,9 +1,5 @@
-"""What one sample site of a Pyro trace says: its plates, its log density, its scale.
-
-The conventions of Pyro that `traces` relies on are here: plates occupy batch
-dimensions counted from the right, the particle plate lies left of all others,
-masks apply to log densities, and scales are kept apart from them.
-"""
+"""What one sample site of a Pyro trace says: its plates, of which that of particles lies left of all others, its log
+density with its masks, and apart from it its scale."""
 
 from __future__ import annotations
 

@@ -55,8 +55,7 @@ def data_of(x: Any, network: nn.Module | None = None, name: str = "x") -> Tensor
     """Data in the hand, as `fit` would hand them to a network: a tensor of its type, where it is.
 
     Of a tensor, an array or frame, a `Split`, a sparse matrix, images of Pillow, or a list of single data. Floats take
-    the type of the network's parameters, integers and booleans stay what they are (a network that embeds tokens takes
-    them so, see `running`). No numbers, or a single one, are a ValueError.
+    the type of the network's parameters, integers and booleans stay what they are. No numbers are a ValueError.
 
     Example:
         >>> data_of(np.zeros((2, 3)), nn.Linear(3, 1)).dtype

@@ -1,28 +1,18 @@
-"""Log densities read from Pyro programs: the ground on which everything else stands.
-
-A variational autoencoder is a pair of Pyro programs. The *model* writes p(x, z), the
-*guide* writes q(z | x). All that bounds, estimates and diagnostics need to know of
-them is one table: for K samples z_k ~ q(z | x) and B data,
+"""Log densities read from Pyro programs: for K samples z_k ~ q(z | x) and B data the table
 
     log p(x, z_k)   and   log q(z_k | x)        each (K, B), in nats.
 
-This module is the only one that runs the programs and reads their traces. It finds
-the data plate (the one plate that all sites share), sums out inner plates, applies
-masks, and never drops a scale silently: a constant scale common to all sites, as
-subsampling gives, is handed on beside the table; any other is refused by name.
+Inner plates are summed out, masks applied, and a constant scale common to all sites, as subsampling gives, is handed on
+beside the table; any other is refused by name.
 
-A ``Delta`` of the model is a value that is recorded, not a latent. A ``Delta`` of the guide that
-auxiliary sites feed (Pyro's automatic guides, see `pyro_vae.auxiliary`) has its density there:
-where an auxiliary site u feeds one latent z alone, log q(z | x) is that of u and of the
-``Delta`` together. Where all data share one auxiliary site (``AutoDiagonalNormal`` and its kin
-draw one vector for the whole data set), q(z_1, ..., z_N) is one density that does not fall
-apart into data. The table then has a single column, which stands for all N data together: an ELBO of
-it is the sum of the ELBOs per datum, and log of a mean weight is a bound on log p(x_1, ..., x_N). What is
-reported per datum is that column divided by N (`Particles.num_data`).
+A ``Delta`` of the model is a value that is recorded, not a latent. A ``Delta`` of the guide that auxiliary sites feed
+(Pyro's automatic guides, see `pyro_vae.auxiliary`) has its density there: where an auxiliary site u feeds one latent z
+alone, log q(z | x) is that of u and of the ``Delta`` together. Where all data share one auxiliary site
+(``AutoDiagonalNormal`` and its kin draw one vector for the whole data set), q(z_1, ..., z_N) does not fall apart into
+data. The table then has a single column, which stands for all N data together (`Particles.num_data`): log of a mean
+weight is a bound on log p(x_1, ..., x_N).
 
-Programs run here as they are, which training needs: their networks in the mode that they are in, and
-batch statistics move where they would. Estimates see to evaluation mode (`pyro_vae.evaluation`);
-`fit` leaves a pair in it.
+Programs run here as they are: their networks in the mode that they are in, and batch statistics move where they would.
 """
 
 from __future__ import annotations
@@ -141,9 +131,7 @@ class Cut(Messenger):
     """Cuts the graph at every latent that a guide draws, and keeps both of its ends, per run of the guide (`passes`).
 
     The draw z, live in the guide's parameters, is kept aside; the rest of the guide and the model see a detached copy
-    of it that asks for a gradient. So log densities become functions of (z, parameters) as two independent things,
-    which is what an estimator other than the total derivative needs, and in the one run of the guide (a second run
-    would draw another dropout mask).
+    of it that asks for a gradient: log densities become functions of (z, parameters) as two independent things.
     """
 
     def __init__(self) -> None:
@@ -382,13 +370,10 @@ def predict(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs:
 
 
 def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
-    """How many batch dimensions the pair's plates occupy, without touching the random state.
-
-    Raises:
-        ValueError: The guide has one density for all data, and who asks wants one for each of them.
-    """
+    """How many batch dimensions the pair's plates occupy, without touching the random state; a guide of one density for
+    all data is a ValueError."""
     with torch.random.fork_rng(), torch.no_grad():
-        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
     inside = set.intersection(*({*plates(site)} for site in sample_sites(model_trace)), {*range(-9, 0)})
     for name in {source for sources in fed.values() for source in sources}:
@@ -404,10 +389,11 @@ def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> 
 def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """As `plate_nesting`, for whoever takes densities of all data together too."""
     with torch.random.fork_rng(), torch.no_grad():
-        return max(depth(trace) for trace in _traced(model, guide, args, kwargs))
+        return max(depth(trace) for trace in traced(model, guide, args, kwargs))
 
 
-def _traced(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+def traced(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+    """One run of the guide, and one of the model at its draws."""
     with in_words((guide, model), args, kwargs):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -424,13 +410,10 @@ class Layout(NamedTuple):
 
 
 def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
-    """Run and score a pair once for its plates, without touching the random state.
-
-    Raises:
-        ValueError: As `particles`; whatever torch or Pyro raise where the pair does not take these data.
-    """
+    """Run and score a pair once for its plates, without touching the random state; it raises as `particles`, and what
+    torch or Pyro raise where the pair does not take these data."""
     with torch.random.fork_rng(), torch.no_grad():
-        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
         shared = {source for sources in fed.values() for source in sources}
         nesting = max(depth(guide_trace), depth(model_trace))
@@ -466,7 +449,7 @@ def _one_pass(
             guide, model = plate()(guide), plate()(model)
         if cut is not None:
             guide = cut(guide)  # outside the plate, so that it sees distributions already expanded
-        guide_trace, model_trace = _traced(model, guide, args, kwargs)
+        guide_trace, model_trace = traced(model, guide, args, kwargs)
         drawn = {s["name"]: s for s in sample_sites(guide_trace)}
         unobserved = {s["name"]: s for s in sample_sites(model_trace) if not s["is_observed"]}
         latent = {name: s for name, s in unobserved.items() if name in drawn or not deterministic(s)}
@@ -474,7 +457,7 @@ def _one_pass(
         points = points_among(given, drawn.values(), args, kwargs)
         fed = feeds(given, drawn.values(), args, kwargs)
         shared = {source for sources in fed.values() for source in sources}
-        if not _recording() and (reason := _other_mask(latent, drawn, points, fed)):
+        if not _recording() and (reason := other_mask(latent, drawn, points, fed)):
             raise ValueError(reason)
         frame = data_frame([guide_trace, model_trace], num_samples, nesting, joint=shared, args=args)
         scored = [site_log_prob(s, frame) for s in sample_sites(model_trace) if s["name"] not in latent]
@@ -503,20 +486,11 @@ def _recording() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def other_mask(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """Why the masks of a pair make its weights no weights, from one run that leaves no trace; None if they do not."""
-    with own_parameters(model, guide), torch.random.fork_rng(), torch.no_grad():
-        guide_trace, model_trace = _traced(model, guide, args, kwargs)
-        drawn = {site["name"]: site for site in sample_sites(guide_trace)}
-        latent = {site["name"]: site for site in sample_sites(model_trace) if not site["is_observed"]}
-        points = points_among(guide, drawn.values(), args, kwargs)
-        return _other_mask(latent, drawn, points, feeds(guide, drawn.values(), args, kwargs))
-
-
-def _other_mask(
+def other_mask(
     latent: Mapping[str, Any], drawn: Mapping[str, Any], points: tuple[str, ...], fed: Mapping[str, tuple[str, ...]]
 ) -> str | None:
-    """A latent counts in log p(x, z) and in log q(z | x) at the same places, or the difference is no log weight."""
+    """Why the masks of a pair make its weights no weights, as a latent counts in log p(x, z) and in log q(z | x) at
+    different places; None if they do not."""
     for name, prior in latent.items():
         site = drawn.get(name)
         if site is None or site["is_observed"] or name in points:
@@ -635,14 +609,9 @@ def _stack(singles: list[Particles]) -> Particles:
     def joined(field: str) -> dict[str, Tensor]:
         return {name: torch.cat([getattr(p, field)[name] for p in singles]) for name in getattr(singles[0], field)}
 
-    return singles[0]._replace(
-        posteriors={},
-        priors={},
-        log_likelihood=torch.cat([p.log_likelihood for p in singles]),
-        log_prior=joined("log_prior"),
-        log_q=joined("log_q"),
-        latents=joined("latents"),
-    )
+    tables: Any = {field: joined(field) for field in ("log_prior", "log_q", "latents")}
+    log_likelihood = torch.cat([p.log_likelihood for p in singles])
+    return singles[0]._replace(posteriors={}, priors={}, log_likelihood=log_likelihood, **tables)
 
 
 def _replayed(

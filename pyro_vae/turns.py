@@ -1,8 +1,7 @@
 """One thread at a time: Pyro keeps one stack of handlers and one parameter store for the whole process.
 
-Two threads inside it at once give wrong numbers, mostly without an error, and leave handlers behind. So what runs a
-pair has its turn, and other threads wait for theirs. A fit within a fit (in a callback) is of the same thread and goes
-on at once.
+Two threads inside it at once give wrong numbers, mostly without an error. A fit within a fit (in a callback) is of the
+same thread and goes on at once.
 """
 
 from __future__ import annotations
@@ -20,11 +19,8 @@ _lent: list[float] = []  # when the callbacks began that the thread at work is i
 
 @contextlib.contextmanager
 def turn() -> Iterator[None]:
-    """Have the process to oneself.
-
-    Raises:
-        ValueError: The thread whose turn it is has long been in a callback, which may wait for this thread.
-    """
+    """Have the process to oneself; a ValueError where the thread whose turn it is has long been in a callback, which
+    may wait for this one."""
     lock = _lock  # in a process that is forked inside, this one is given back
     while not lock.acquire(timeout=0.2):
         if _lent and time.monotonic() - _lent[-1] > _PATIENCE:

@@ -1,11 +1,8 @@
 """The parameters of a distribution as free tensors: what a guide is optimised in without its encoder.
 
-A family of distributions is a map from free tensors, one row per datum, to distributions.
-`Local` holds both: the tensors where they start, and the map. A posterior hands out its
-own (`local_of`); of any other distribution `free_parameters` lifts the constraints.
-
-Where a site depends on the draw of an earlier one, the guide runs, and something is added to what it gives: to what
-the heads of its posteriors return (`Heads`), or to the free parameters at its sites (`Moved`).
+A posterior hands out its own (`local_of`); of any other distribution `free_parameters` lifts the constraints. Where a
+site depends on the draw of an earlier one, the guide runs, and something is added to what it gives: to what the heads
+of its posteriors return (`Heads`), or to the free parameters at its sites (`Moved`).
 """
 
 from __future__ import annotations

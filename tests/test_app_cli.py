@@ -19,7 +19,7 @@ from pyro_vae.app.defaults import CHOICES, DATASETS, resolve
 from pyro_vae.app.fitting import build, read
 from pyro_vae.data import BINARIZATIONS
 from pyro_vae.data import DATASETS as READABLE
-from pyro_vae.inference import training
+from pyro_vae.inference import loop
 from pyro_vae.inference.optimizers import SCHEDULES
 from pyro_vae.parts.networks import ACTIVATIONS
 
@@ -234,13 +234,13 @@ def test_ctrl_c_keeps_what_was_trained(when, here, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     if when == "training":
-        epoch, calls = training._Stepper.epoch, []
+        epoch, calls = loop.Stepper.epoch, []
 
         def at_the_third(*arguments):
             calls.append(0)
             return stopped() if len(calls) == 3 else epoch(*arguments)
 
-        monkeypatch.setattr(training._Stepper, "epoch", at_the_third)
+        monkeypatch.setattr(loop.Stepper, "epoch", at_the_third)
     else:
         monkeypatch.setattr(fitting.evaluation, "evaluate", stopped)
     assert main(["fit", "--out", "run", *TINY, "--epochs", "5"]) == 130
@@ -285,7 +285,7 @@ def test_random_state_and_settings_are_left_alone(here):
 def test_a_run_that_was_broken_off_goes_on_from_its_checkpoint(here, capsys, monkeypatch):
     argv = ["fit", *TINY, "--epochs", "4", "--seed", "3"]
     assert main([*argv, "--out", "whole", "--quiet"]) == 0
-    epoch, calls = training._Stepper.epoch, []
+    epoch, calls = loop.Stepper.epoch, []
 
     def killed_in_the_third(*arguments):
         calls.append(0)
@@ -293,7 +293,7 @@ def test_a_run_that_was_broken_off_goes_on_from_its_checkpoint(here, capsys, mon
             raise MemoryError("killed")
         return epoch(*arguments)
 
-    monkeypatch.setattr(training._Stepper, "epoch", killed_in_the_third)
+    monkeypatch.setattr(loop.Stepper, "epoch", killed_in_the_third)
     argv += ["--out", "part", "--checkpoint", "state.safetensors"]
     assert "killed" in failed(argv, capsys)
     assert {path.name for path in here.iterdir()} == {

@@ -18,7 +18,7 @@ from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
 from pyro_vae.app.fitting import build, read
 from pyro_vae.app.runs import Run, check_place, default_path, run_folder
-from pyro_vae.inference import training
+from pyro_vae.inference import loop, training
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.training import fit
 from tests import pictures
@@ -51,7 +51,7 @@ class Killed(BaseException):
 
 def broken_off(monkeypatch, argv, epoch, error=Killed):
     """Run the command until the start of that epoch."""
-    original, calls = training._Stepper.epoch, []
+    original, calls = loop.Stepper.epoch, []
 
     def patched(*arguments):
         calls.append(0)
@@ -60,7 +60,7 @@ def broken_off(monkeypatch, argv, epoch, error=Killed):
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Stepper, "epoch", patched)
+        patch.setattr(loop.Stepper, "epoch", patched)
         # The state is to be there after each epoch, however short it was.
         patch.setattr("pyro_vae.inference.checkpoints.Checkpoint.due", lambda _: True)
         if error is Killed:
@@ -135,7 +135,7 @@ def test_a_failure_at_the_end_loses_nothing(here, monkeypatch, capsys):
         patch.setattr(fitting, "training_numbers", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         assert main(argv) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(training._Stepper, "epoch", lambda *_: pytest.fail("an epoch was trained anew"))
+        patch.setattr(loop.Stepper, "epoch", lambda *_: pytest.fail("an epoch was trained anew"))
         assert main(argv) == 0
     assert "test_elbo" in Run.load(here / "a").summary
 
@@ -154,7 +154,7 @@ def test_ctrl_c_while_evaluating_leaves_a_trained_run_with_its_pictures(here, mo
     summary = Run.load(here / "a").summary
     assert summary["interrupted"] is True and summary["epochs"] == 2 and (here / "a" / "report.html").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(training._Stepper, "epoch", lambda *_: pytest.fail("an epoch was trained anew"))
+        patch.setattr(loop.Stepper, "epoch", lambda *_: pytest.fail("an epoch was trained anew"))
         assert main(argv) == 0
     assert "test_elbo" in Run.load(here / "a").summary
 
@@ -218,14 +218,14 @@ def test_a_captured_fit_goes_on_from_a_sparing_checkpoint_to_the_bit(options, tm
             pass
         return vae.state_dict()
 
-    original = training._Stepper.warm_up
+    original = loop.Stepper.warm_up
 
     def counted(self, tensors):
         original(self, tensors)
         captures.append(self.graph.compiled.captures)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Stepper, "warm_up", counted)
+        patch.setattr(loop.Stepper, "warm_up", counted)
         patch.setattr(training, "_CAPTURE_PAYS", 20)
         whole = trained("whole.safetensors")
         trained("part.safetensors", stop=7)

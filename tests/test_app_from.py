@@ -13,7 +13,7 @@ from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
 from pyro_vae.app.fitting import build, read
 from pyro_vae.app.runs import Run, finish, run_folder, write_json
-from pyro_vae.inference import training
+from pyro_vae.inference import loop
 
 TINY = ["--limit", "200", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "20", "--evaluation-images",
         "20"]  # fmt: skip
@@ -94,7 +94,7 @@ def test_another_network_starts_anew_and_is_the_fit_of_these_options(run, here, 
 def test_the_same_command_goes_on_with_it_to_the_bit(run, here, monkeypatch, capsys):
     argv = ["fit", "--from", str(run), "--epochs", "5"]
     assert main([*argv, "--out", "whole", "--quiet"]) == 0
-    original, calls = training._Stepper.epoch, []
+    original, calls = loop.Stepper.epoch, []
 
     def killed(*arguments):
         calls.append(0)
@@ -103,7 +103,7 @@ def test_the_same_command_goes_on_with_it_to_the_bit(run, here, monkeypatch, cap
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Stepper, "epoch", killed)
+        patch.setattr(loop.Stepper, "epoch", killed)
         patch.setattr("pyro_vae.inference.checkpoints.Checkpoint.due", lambda _: True)
         assert main(argv) == 2
     assert not same(run, here / "runs" / "digits-1")

@@ -16,7 +16,7 @@ from pyro_vae.app import defaults, evaluation, fitting, serving
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
 from pyro_vae.app.runs import Run
-from pyro_vae.inference import training
+from pyro_vae.inference import loop
 from pyro_vae.inference.batches import Batches, seeded
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.programs import kinds
@@ -207,7 +207,7 @@ def test_the_labels_change_nothing_of_the_draws_of_the_data():
 def test_a_run_that_was_broken_off_goes_on_to_the_bit(folder, tmp_path, model, monkeypatch):
     argv = ["fit", "--model", model, *OPTIONS[model], *tiny(folder, "--epochs", "4", "--seed", "3")]
     command(*argv, "--out", tmp_path / "whole")
-    epoch, calls = training._Stepper.epoch, []
+    epoch, calls = loop.Stepper.epoch, []
 
     def killed_in_the_third(*arguments):
         calls.append(0)
@@ -215,7 +215,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_bit(folder, tmp_path, model, m
             raise MemoryError("killed")
         return epoch(*arguments)
 
-    monkeypatch.setattr(training._Stepper, "epoch", killed_in_the_third)
+    monkeypatch.setattr(loop.Stepper, "epoch", killed_in_the_third)
     argv += ["--out", tmp_path / "part", "--checkpoint", tmp_path / "state.safetensors"]
     assert main([str(part) for part in argv]) == 2
     monkeypatch.undo()

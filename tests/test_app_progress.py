@@ -11,7 +11,7 @@ from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
 from pyro_vae.app.fitting import build, read
 from pyro_vae.app.runs import Run
-from pyro_vae.inference import training
+from pyro_vae.inference import loop, records
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
 
@@ -51,7 +51,7 @@ def test_a_short_fit_and_one_that_is_told_to_be_quiet_say_none(here, monkeypatch
 
 def test_what_was_broken_off_says_the_tenths_that_are_left(here, monkeypatch, capsys):
     monkeypatch.setattr(progress, "LONG", 0.0)
-    argv, original, calls = ["fit", *TINY, "--epochs", "20", "--out", "run"], training._Stepper.epoch, []
+    argv, original, calls = ["fit", *TINY, "--epochs", "20", "--out", "run"], loop.Stepper.epoch, []
 
     def killed(*arguments):
         calls.append(0)
@@ -60,7 +60,7 @@ def test_what_was_broken_off_says_the_tenths_that_are_left(here, monkeypatch, ca
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Stepper, "epoch", killed)
+        patch.setattr(loop.Stepper, "epoch", killed)
         patch.setattr("pyro_vae.inference.checkpoints.Checkpoint.due", lambda _: True)
         assert main(argv) == 2
     assert [int(epoch) for epoch, *_ in LINE.findall(capsys.readouterr().err)] == [2, 4, 6, 8, 10, 12]
@@ -77,13 +77,13 @@ def test_the_time_left_is_true(here, monkeypatch):
     monkeypatch.setattr(progress.report, "about", lambda seconds: f"{seconds:.3f} s")
     seen = progress.Progress(vae, dataset, options, here, lambda text: said.append((time.perf_counter(), text)),
                              in_lines=True)  # fmt: skip
-    seen.ahead, step = 7.0, training._Stepper._step
+    seen.ahead, step = 7.0, loop.Stepper._step
 
     def slow(self, choice):
         time.sleep(0.01)
         return step(self, choice)
 
-    monkeypatch.setattr(training._Stepper, "_step", slow)
+    monkeypatch.setattr(loop.Stepper, "_step", slow)
     fit(vae.model, vae.guide, dataset.train, epochs=40, batch_size=64, callback=seen, progress=False, compile=False)
     ended = time.perf_counter()
     (early,) = [(at, float(text.split()[0])) for at, text in said if "to train" in text]
@@ -111,7 +111,7 @@ def test_pictures_do_not_count_as_steps(batch, here, monkeypatch):
 def test_the_bar_counts_what_comes_after_the_fit():
     texts = []
     for ahead in (0.0, 3600.0):
-        with training._Bar(total=100, bar_format=training._BAR, file=io.StringIO(), ascii=True) as bar:
+        with records.Bar(total=100, bar_format=records.BAR, file=io.StringIO(), ascii=True) as bar:
             bar.ahead, bar.start_t = ahead, bar.start_t - 50.0
             bar.n = 50
             texts.append(str(bar))

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 import warnings
 
 import pyro
@@ -12,7 +13,9 @@ from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanFie
 from torch import nn
 from torch.distributions import constraints
 
+from pyro_vae.inference import captured
 from pyro_vae.inference.bounds import elbo, iwae
+from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
@@ -170,6 +173,34 @@ def test_inductor_gives_the_same_numbers_and_fresh_noise():
     assert_same(ours, theirs)
     other = steps(small_pair, images, Compiled(Objective(elbo), compile_after=None), seed=2)
     assert not any(a == b for a, b in zip(ours[0], other[0], strict=True))
+
+
+@pytest.mark.parametrize("slower", ["compiled", "replayed"])
+@pytest.mark.parametrize("chooses", [True, False])
+def test_a_compiled_graph_that_is_slower_is_taken_back_where_the_choice_is_ours(monkeypatch, slower, chooses):
+    import torch._inductor.compile_fx
+
+    def slowly(function):
+        def run(*tensors):
+            time.sleep(0.02)
+            return function(*tensors)
+
+        return run
+
+    plain = Capture._shortly
+    if slower == "compiled":
+        monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda graph, _: slowly(graph.forward))
+    else:
+        monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda graph, _: graph.forward)
+        monkeypatch.setattr(Capture, "_shortly", lambda self, *given: slowly(plain(self, *given)))
+    monkeypatch.setattr(captured, "_TRIED", 5)
+    loss = Compiled(Objective(elbo), compile_after=3)
+    loss.chooses = chooses
+    ours, theirs = (steps(small_pair, images, each, count=15) for each in (loss, Objective(elbo)))
+    (entry,) = loss._graphs.values()
+    assert entry.capture.compiled is (slower == "replayed" or not chooses) and entry.compiled_at == 3
+    assert (entry.seconds < 0.02) is (slower == "replayed" or chooses)
+    assert_same(ours, theirs)
 
 
 def test_two_hundred_steps_give_the_same_curve():
@@ -466,7 +497,7 @@ def test_fit_captures_where_that_pays_and_keeps_its_promises():
 @pytest.mark.parametrize("seconds, wanted", [(0.0, True), (1e9, False)])
 def test_auto_calls_the_compiler_where_the_time_ahead_pays_for_it(seconds, wanted, monkeypatch):
     called = []
-    monkeypatch.setattr("pyro_vae.inference.training._COMPILER_SECONDS", seconds)
+    monkeypatch.setattr("pyro_vae.inference.loop._COMPILER_SECONDS", seconds)
     monkeypatch.setattr(Compiled, "_compile", lambda self, entry, step: called.append(entry.replays))
     fit(*small_pair(), binary(12), epochs=500, batch_size=12)
     assert bool(called) == wanted and (not called or called[0] >= 40)

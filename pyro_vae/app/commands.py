@@ -28,7 +28,7 @@ from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
-from pyro_vae.inference.training import History
+from pyro_vae.inference.records import History
 from pyro_vae.judging.anomalies import anomaly_scores, explained, roc_auc
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.kept import Kept

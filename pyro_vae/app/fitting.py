@@ -48,7 +48,8 @@ from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.hardware import check_precision
 from pyro_vae.inference.ranks import Elsewhere, Setup, alone, first_says, world
-from pyro_vae.inference.training import History, fit
+from pyro_vae.inference.records import History
+from pyro_vae.inference.training import fit
 from pyro_vae.judging.guides import fit_guide
 from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.latents import posterior_means

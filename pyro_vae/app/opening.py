@@ -15,7 +15,7 @@ from pyro_vae.app.defaults import FitOptions, option, resolve
 from pyro_vae.app.fitting import VALIDATION_IMAGES, read
 from pyro_vae.app.runs import Run, options_of
 from pyro_vae.data import Dataset, Split
-from pyro_vae.inference.training import History
+from pyro_vae.inference.records import History
 from pyro_vae.options import checked
 from pyro_vae.programs.vae import VAE, Answers
 

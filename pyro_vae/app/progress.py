@@ -12,7 +12,7 @@ from pyro_vae.app import evaluation, report
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.app.runs import FIGURES, METRICS, WEIGHTS, write_lines
 from pyro_vae.data import Dataset
-from pyro_vae.inference.training import EARLY
+from pyro_vae.inference.loop import EARLY
 from pyro_vae.programs.vae import Answers
 
 SHARE = 0.02  # of the time, for weights and pictures during the training

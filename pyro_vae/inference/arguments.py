@@ -1,8 +1,7 @@
 """Which columns of the data are arguments of a pair.
 
 A pair takes its data by position. A column beyond what both programs take is no argument (the labels that a loader
-hands out with its images), and is left out after one line that says so. A column is a mask only where it is boolean
-and has the shape of the data, or one that broadcasts to it datum by datum: labels are never taken for one.
+hands out with its images), and is left out after one line that says so; labels are never taken for a mask.
 """
 
 from __future__ import annotations

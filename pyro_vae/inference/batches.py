@@ -32,18 +32,20 @@ from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import (
     AGAIN,
     LARGE,
+    Items,
     Unreadable,
     collated,
     column,
     drawn,
     frame_names,
+    held,
     row_on_disk,
     settled,
 )
 from pyro_vae.inference.datacheck import DataCheck
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.supports import rules
-from pyro_vae.inference.trees import Path, described, leaves, mapped, rows
+from pyro_vae.inference.trees import Path, described, leaves, mapped, moved, rows
 from pyro_vae.sites import unwrapped
 from pyro_vae.tensors import tensor_of
 from pyro_vae.traces import Program, draw
@@ -65,9 +67,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def apart(*numbers: int) -> int:
-    """A seed for a stream that has nothing in common with that of any of the numbers.
-
-    torch's generator of the CPU looks at the last 32 bits of a seed only: 2**46 + 5 is the stream of 5.
+    """A seed, of 32 bits, all that torch looks at, for a stream that has nothing in common with that of any number.
 
     Example:
         >>> len({apart(0, 5), apart(5, 0), apart(2**46, 5), apart(5)})
@@ -78,16 +78,10 @@ def apart(*numbers: int) -> int:
 
 
 def one_draw(data: Any, seed: int | None) -> Any:
-    """Data whose noise (a binarisation, dequantisation) is drawn for good, so that all who score them score the same.
+    """Data whose noise (a binarisation, dequantisation) is drawn for good, so that all who score them score the same,
+    whatever their batches or K; those that draw nothing, and all with seed None, as they are.
 
-    What draws says so by ``frozen(seed)``, as a `Split` does. It would draw in each batch from the random state that
-    the samples are drawn from: two functions with other batches or another K would then score other data.
-
-    Args:
-        data: As for `Batches`; columns in a tuple and subsets are looked into.
-        seed: Of the draw, as of `Split.frozen`; None leaves the data as they are.
-    Returns:
-        The data, those that draw nothing as they are.
+    What draws says so by ``frozen(seed)``, as a `Split` does; columns in a tuple and subsets are looked into.
     """
     if seed is None:
         return data
@@ -101,14 +95,9 @@ def one_draw(data: Any, seed: int | None) -> Any:
 
 
 def in_blocks(count: int, block: int, seed: int) -> Iterator[Tensor]:
-    """All rows in a random order that a disk can follow, a piece at a time.
+    """All N rows in a random order that a disk can follow: blocks of neighbours come in a random order, and the rows of
+    256 of them at a time.
 
-    The rows lie in blocks of neighbours. The blocks come in a random order, and the rows of 256 of them at a time.
-
-    Args:
-        count: N.
-        block: Rows of a block.
-        seed: Of the order.
     Example:
         >>> [piece.tolist() for piece in in_blocks(5, 2, seed=0)]
         [[2, 0, 4, 3, 1]]
@@ -120,41 +109,10 @@ def in_blocks(count: int, block: int, seed: int) -> Iterator[Tensor]:
         yield rows[torch.randperm(len(rows), generator=generator)]
 
 
-class NoiseOfData:
-    """A stream of random numbers for whoever makes batches, apart from that of the samples: what a loader draws on the
-    way (an order, an augmentation) does not depend on what is done with its batches."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
-
-    def passed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches of one pass, which starts the stream anew; with seed None, as they are."""
-        if self.seed is None:
-            yield from batches
-            return
-        iterator, generator = iter(batches), torch.Generator().manual_seed(apart(_EVALUATION, self.seed))
-        state = generator.get_state()
-        while True:
-            outside = torch.get_rng_state()
-            torch.set_rng_state(state)
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                state = torch.get_rng_state()
-                torch.set_rng_state(outside)
-            yield batch
-
-
 class Stream:
     """Random numbers for the data alone in training: the order, and what is drawn on the way, of each pass.
 
     Two fits of one ``data_seed`` see the same batches, whatever their programs draw in between.
-
-    Args:
-        seed: Of the data.
-        device: Where the batches are made.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -190,6 +148,28 @@ class Stream:
         self._states = outside
 
 
+class NoiseOfData:
+    """Random numbers for the data alone in an evaluation: what a loader draws on the way (an order, an augmentation)
+    does not depend on what is done with its batches."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+
+    def passed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches of one pass, which starts the stream anew; with seed None, as they are."""
+        if self.seed is None:
+            yield from batches
+            return
+        iterator, stream = iter(batches), Stream(self.seed, torch.device("cpu"))
+        stream._seed(apart(_EVALUATION, self.seed))
+        while True:
+            with stream:
+                batch = next(iterator, stream)
+            if batch is stream:
+                return
+            yield batch
+
+
 class _Spent(Exception):
     """An iterable of batches does not begin anew."""
 
@@ -198,10 +178,7 @@ class Batches:
     """Minibatches, each a tuple of the programs' positional arguments.
 
     Args:
-        data: A tensor or array (N, ...), dense or sparse; a frame; annotated data; a list of single data; a dict of
-            columns; a tuple of any of these; a TensorDataset, a map-style dataset, a Subset; anything with ``len``
-            that an index tensor turns into a batch; or an iterable of batches, such as a ``DataLoader``.
-        batch_size: B.
+        data: A column (see `column`), or a tuple of them; or an iterable of batches, such as a ``DataLoader``.
         device: Where the batches go.
         shuffle: A fresh order in every pass.
         programs: The model and its guides. With them, columns that are no arguments are left out, numbers are cast,
@@ -237,7 +214,7 @@ class Batches:
         self.arguments: Arguments = arguments_of(*self.programs)
         self.columns: tuple[Any, ...] | None = None
         self.origin: Any = data  # what two passes over the same data have in common
-        self.loader: Iterable[Any] | None = None
+        self.loader: Any = None  # an iterable of batches, in place of columns
         self.together = False
         self.rank, self.size = 0, 1
         self.own_rows = True
@@ -265,15 +242,15 @@ class Batches:
         if self.columns is not None and not any(lengths):
             raise ValueError("the data are empty; wanted at least one datum.")
         self.num_data = lengths[0] if lengths else None
-        self._block = _block_of(self._parts, lengths[0]) if lengths else None
+        # Data that lie on a disk and are large are read in blocks of so many rows.
+        far = max(map(row_on_disk, self._parts), default=0) if lengths else 0
+        self._block = max(1, _BLOCK // far) if far * sum(lengths[:1]) >= LARGE else None
         self.home = torch.device("cpu")
         if device is not None and torch.device(device).type == "cuda":
             self._move_in(torch.device(device))
         if self.programs:
             self._meet_programs()
-        held: tuple[Any, ...] = () if self.columns is None else self.columns
-        tensors = [isinstance(c, Tensor) or isinstance(getattr(c, "pixels", None), Tensor) for c in held]
-        self._plain = bool(tensors) and all(tensors) and not self._each
+        self._plain = self.columns is not None and all(held(c) is not None for c in self.columns) and not self._each
 
     @property
     def tolerated(self) -> bool:
@@ -290,11 +267,9 @@ class Batches:
         """Be the share of one of several processes from now on.
 
         Each batch is one of ``size * batch_size`` rows in the order that all processes have, of which this one takes
-        its even part. An iterable of batches is this process's own; of a list of batches it takes every `size`-th.
-        Where others still have rows and this one has none left, it gets one that does not count (`own_rows`).
-
-        Raises:
-            ValueError: A loader that gives every process all data.
+        its even part. An iterable of batches is this process's own, unless it is a loader that gives every process all
+        data, a ValueError; of a list of batches it takes every `size`-th. Where others still have rows and this one has
+        none left, it gets one that does not count (`own_rows`).
         """
         if isinstance(self.loader, list):
             self.loader = self.loader[rank::size] or self.loader[:1]
@@ -326,7 +301,7 @@ class Batches:
             count = -(-self.num_data // whole)
             return count - 1 if self.together and count > 1 and 0 < self.num_data % whole < 2 * self.size else count
         try:
-            return len(self.loader)  # type: ignore[arg-type]
+            return len(self.loader)
         except TypeError:  # also a DataLoader, over a dataset of unknown length
             return sum(1 for _ in self._loaded())
 
@@ -337,7 +312,6 @@ class Batches:
     def choices(self) -> Iterator[tuple[Any, ...]]:
         """What `take` turns into the batches of a pass: an index each; of an iterable, the batch itself."""
         if self.columns is None:
-            assert self.loader is not None
             seen = 0
             for number, given in enumerate(self._loaded()):
                 batch = self._cast(self._arguments(given))
@@ -393,7 +367,6 @@ class Batches:
 
     def _loaded(self) -> Iterator[Any]:
         """What the loader gives; what it raises instead, with the batch and whose it is."""
-        assert self.loader is not None
         source = getattr(self.loader, "dataset", self.loader)
         number, batches = 0, None
         while True:
@@ -415,7 +388,6 @@ class Batches:
 
     def _begun(self) -> Iterator[Any]:
         """A new pass through the loader, and no old one that goes on."""
-        assert self.loader is not None
         batches = iter(self.loader)
         if not isinstance(self.loader, DataLoader):  # whose workers may stay, and begin anew
             if batches is self._pass:
@@ -457,11 +429,8 @@ class Batches:
         raise ValueError("the data are empty; wanted at least one batch.")
 
     def keep_together(self) -> None:
-        """Where the pair has batch normalisation, which learns nothing from one datum: no batch of one.
-
-        Raises:
-            ValueError: The data are one datum, or a loader makes such batches.
-        """
+        """Where the pair has batch normalisation, which learns nothing from one datum: no batch of one, a ValueError
+        where the data are one, or a loader makes such batches."""
         modules = [] if self.shown is None else self.shown.modules
         if not any(isinstance(module, _BatchNorm) and module.training for module in modules):
             return
@@ -524,7 +493,7 @@ class Batches:
                 batch = False
             self.loader = data if batch else None
             if not batch:
-                self.columns = (_items(data),)
+                self.columns = (Items(data),)
         else:
             self._columns((data,))
 
@@ -566,16 +535,13 @@ class Batches:
         try:
             batch = self._placed(self._arguments(given, warn=False))
             count = rows(batch)
-            self._choose_casts(batch)
-            batch = self._cast(batch)
-            shown = rehearse(self.programs, batch)
-            if shown.error is not None:
+            if self._choose_casts(batch).error is not None:
                 return False
             if len(self.programs) < 2:
                 return True
             with undisturbed(), evaluating(*self.programs):
                 model, guide, *_ = self.programs
-                return draw(model, guide, batch, {}).log_likelihood.shape[1] == count
+                return draw(model, guide, self._cast(batch), {}).log_likelihood.shape[1] == count
         except Exception:  # noqa: BLE001 - a trial: what fails is not what was meant
             return False
         finally:
@@ -583,7 +549,6 @@ class Batches:
 
     def _meet_programs(self) -> None:
         if self.columns is None:
-            assert self.loader is not None
             with undisturbed():
                 given = next(self._loaded())
             batch = self._arguments(given)
@@ -715,39 +680,22 @@ class Batches:
     def _placed(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.device is None:
             return batch
-        return mapped(lambda _, x: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x, batch)
+        return moved(batch, self.device, non_blocking=True)
 
     def _move_in(self, device: torch.device) -> None:
         """Keep the data on the GPU where they take little of it: batches are then chosen and drawn there."""
         columns = self.columns or ()
-        tensors = [c if isinstance(c, Tensor) else getattr(c, "pixels", None) for c in columns]
-        held = [t for t, c in zip(tensors, columns, strict=True) if isinstance(t, Tensor) and hasattr(c, "to")]
-        if not columns or len(held) < len(columns):
-            return
-        if sum(t.numel() * t.element_size() for t in held) < torch.cuda.mem_get_info(device)[0] / 4:
+        sizes = [t.numel() * t.element_size() for c in columns if hasattr(c, "to") and (t := held(c)) is not None]
+        if columns and len(sizes) == len(columns) and sum(sizes) < torch.cuda.mem_get_info(device)[0] / 4:
             self.columns = tuple(one.to(device) for one in columns)
             self.home = device
 
 
 def whole(programs: Sequence[Program], args: tuple[Any, ...], device: torch.device | str | None) -> tuple[Any, ...]:
-    """One batch that is all data, taken, cast and looked at as the data of a fit are.
-
-    Arguments that are not one row each per datum are the pair's own affair, and stay as they are.
-
-    Args:
-        programs: The model and its guides.
-        args: Their arguments.
-        device: Where the batch goes.
-    Raises:
-        ValueError: As for `Batches`.
+    """The arguments of programs as one batch that is all data, taken, cast and looked at as the data of a fit are;
+    those that are not one row each per datum stay as they are.
     """
     return Batches(args, sys.maxsize, device, shuffle=False, programs=programs).first()
-
-
-def _block_of(parts: Sequence[Any], count: int) -> int | None:
-    """The rows of a block, where data lie on a disk and are large; None where they are read in any order."""
-    far = max(map(row_on_disk, parts), default=0)
-    return None if far * count < LARGE else max(1, _BLOCK // far)
 
 
 def _refuse_swapped(shown: Rehearsal) -> None:
@@ -803,17 +751,6 @@ def _as_tensor(x: Any) -> Tensor:
         return tensor_of(x).reshape(np.shape(x))
     found = column(x)
     return found if isinstance(found, Tensor) else found[torch.arange(len(found))]
-
-
-def _items(data: list[Any]) -> Any:
-    class _List(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(data)
-
-        def __getitem__(self, i: int) -> Any:
-            return data[i]
-
-    return column(_List())
 
 
 def _has_arrays(item: Any) -> bool:

@@ -4,13 +4,10 @@ With w_k = p(x, z_k) / q(z_k | x) and z_k ~ q(z | x),
 
     log p(x) = E log w + KL(q(z | x) || p(z | x)),
 
-so the ELBO, E log w, is short of the evidence by exactly the divergence between the
-guide and the true posterior. Averaging weights instead of log weights shrinks it, and
-most bounds here are generalised means of the weights, log M(w_1, ..., w_K), in between.
+so the ELBO, E log w, is short of the evidence by that divergence. Averaging weights instead of log weights shrinks it.
 
-A bound that is a function of the log weights alone is a `WeightBound`: beside its value
-it knows two derivatives, from which `pyro_vae.inference.estimators` makes every
-gradient estimator,
+A bound that is a function of the log weights alone is a `WeightBound`: beside its value it knows two derivatives, from
+which `pyro_vae.inference.estimators` makes every gradient estimator,
 
     g_k = d L / d log w_k      and      c_k = g_k - d g_k / d log w_k
 
@@ -50,8 +47,6 @@ OfWeights: TypeAlias = Callable[[Tensor], Tensor]
 def named(name: str) -> Bound:
     """The bound of a name, in whatever spelling; of one with options, the function that makes it.
 
-    Raises:
-        ValueError: There is none of that name.
     Example:
         >>> named("IWAE") is iwae
         True
@@ -63,21 +58,13 @@ def named(name: str) -> Bound:
 
 @dataclass(frozen=True, repr=False)
 class WeightBound:
-    """A bound that is a function of the log weights, with its derivatives in closed form.
-
-    Attributes:
-        name: Such as "renyi(0.5)".
-        value: log w, (K, B), to the bound, (B,).
-        gradient: log w, (K, B), to g_k, (K, B).
-        path: log w, (K, B), to c_k, (K, B).
-        smooth: Whether g is continuous in log w, without which c_k misses the jumps.
-    """
+    """A bound that is a function of the log weights, (K, B), with its derivatives in closed form."""
 
     name: str
-    value: OfWeights
-    gradient: OfWeights
-    path: OfWeights
-    smooth: bool = True
+    value: OfWeights  # to the bound, (B,)
+    gradient: OfWeights  # to g_k, (K, B)
+    path: OfWeights  # to c_k, (K, B)
+    smooth: bool = True  # whether g is continuous in log w, without which c_k misses the jumps
 
     def __call__(self, particles: Particles) -> Tensor:
         return self.value(particles.log_weight)

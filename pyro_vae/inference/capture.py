@@ -1,19 +1,9 @@
 """One step of inference as one graph of tensor operations.
 
-A loss runs the guide, the model and autograd through many layers of Python, and at the
-end of it all calls the same few hundred tensor operations in every step. A capture runs
-the loss once, for real, and writes these operations down as they pass, below Pyro's
-handlers and below autograd (``torch.fx.experimental.proxy_tensor.make_fx``); replaying
-the list costs neither, and Inductor can fuse it.
-
-What the list must not freeze becomes an input of the graph:
-
-* tensors that the operations read (parameters, buffers, a 0-dim tensor that holds an
-  annealing weight) are inputs by reference, whoever owns them;
-* noise whose shape is known is drawn eagerly before the graph runs, in the order of the
-  programs, so that a seeded replay draws what the programs would have drawn.
-
-What stays fixed is everything in Python: branches taken, numbers, shapes.
+A capture runs the loss once, for real, and writes its operations down as they pass, below Pyro's handlers and below
+autograd (``torch.fx.experimental.proxy_tensor.make_fx``). Tensors that they read (parameters, buffers, an annealing
+weight) become inputs by reference; noise whose shape is known is drawn eagerly before the graph runs, in the order of
+the programs. Everything in Python stays fixed: branches taken, numbers, shapes.
 """
 
 from __future__ import annotations
@@ -33,19 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.inference.graphs import (
-    Uncapturable,
-    check_shapes,
-    disowned,
-    drop_forked,
-    folded,
-    hoisted,
-    largest_product,
-    lifted,
-    mutated,
-    split_biases,
-    written,
-)
+from pyro_vae.inference import graphs
+from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import WORTH_ONEDNN, fast_matmul
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.news import no_news_of_a_gpu
@@ -65,23 +44,16 @@ _CHECKERS = ("pyro.util", "pyro_vae.sites", "torch.distributions.distribution")
 
 
 class Capture:
-    """A function of tensors as a graph.
+    """A function of tensors, which returns a list of tensors without gradient, as a graph.
 
     Args:
-        function: Takes tensors, and returns a list of tensors without gradient and the
-            gradients of the leaves that its ``backward`` calls reached, as `gradients`
-            collects them.
-        args: The tensors it is run on.
-        finish: Takes the leaves and their gradients and changes tensors in place, such as an
-            optimiser; it is part of the graph, which then returns the results only. Where it has a method
-            ``kernel(leaves)``, a replay on a CPU takes the function of the gradients that this gives instead of its
-            operations, until a compiler has them.
+        finish: Takes the leaves and their gradients and changes tensors in place, such as an optimiser; it is part of
+            the graph, which then returns the results only. Where it has a method ``kernel(leaves)``, a replay on a CPU
+            takes the function of the gradients that this gives, until a compiler has its operations.
     Attributes:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
-        compiled: Whether Inductor has compiled the graph.
-        on_cpu: Whether all its tensors are there.
         fast: Whether its products are worth a call of oneDNN (see `pyro_vae.inference.hardware`).
     Raises:
         Uncapturable: The function reads numbers out of tensors, or draws in a way that
@@ -132,14 +104,14 @@ class Capture:
         # One mode for the shapes of all nodes: without it make_fx sets up one, with a stack trace, for each node.
         with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
             graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
-        self._read = folded(graph)
-        check_shapes(graph)
+        self._read = graphs.folded(graph)
+        graphs.check_shapes(graph)
         self._takes_args = bool(args)
         # A graph module returns a flat list and takes flat arguments without pytree's code.
         graph.set_codegen(fx.graph.CodeGen())
-        self.constants, self._constant_nodes = lifted(graph)
-        drop_forked(graph)
-        self.draws, self.live_noise = hoisted(graph)
+        self.constants, self._constant_nodes = graphs.lifted(graph)
+        graphs.drop_forked(graph)
+        self.draws, self.live_noise = graphs.hoisted(graph)
         graph.eliminate_dead_code()
         # Tensors that nothing reads any more go, too: one on another device would stand in a GPU's way.
         read = [bool(node.users) for node in self._constant_nodes]
@@ -150,11 +122,11 @@ class Capture:
         self._constant_nodes = list(itertools.compress(self._constant_nodes, read))
         if not self._takes_args:
             graph.erase_node(next(iter(graph.nodes)))
-        disowned(graph, self.results, [*args, *self.constants])
+        graphs.disowned(graph, self.results, [*args, *self.constants])
         del self.results[self._returned :]
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
-        self.mutated = mutated(graph, self._constant_nodes, self.constants)
-        self.fast = self.on_cpu and largest_product(graph) >= WORTH_ONEDNN
+        self.mutated = graphs.mutated(graph, self._constant_nodes, self.constants)
+        self.fast = self.on_cpu and graphs.largest_product(graph) >= WORTH_ONEDNN
         self._run = self._shortly(graph, finish)
         output = next(iter(reversed(graph.nodes)))
         output.args = (list(output.args[0])[: self._returned],)
@@ -192,14 +164,18 @@ class Capture:
             graph = fx.GraphModule({}, fx.Graph())
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
             if self.on_cpu:
-                split_biases(graph.graph)
+                graphs.split_biases(graph.graph)
             graph.recompile()
             run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
             scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}
             count = len(args)
             run(*[scratch.get(i - count, t) for i, t in enumerate(examples)])  # a lazy failure shows here
-        self._run, self.compiled = run, True
+        self._plain, self._run, self.compiled = self._run, run, True
+
+    def uncompile(self) -> None:
+        """Replay without what the compiler made."""
+        self._run, self.compiled = self._plain, False
 
 
 def capturing() -> bool:
@@ -279,7 +255,7 @@ class _Operations(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and not self._allowed:
             raise Uncapturable(f"{func} depends on the values of tensors")
         given = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for value in written(func._schema, args, kwargs):
+        for value in graphs.written(func._schema, args, kwargs):
             self._keep(value)
         results = func(*args, **kwargs)
         self._made |= {_storage(t) for t in pytree.tree_leaves(results) if isinstance(t, Tensor)} - given

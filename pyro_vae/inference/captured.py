@@ -1,13 +1,9 @@
 """What runs many times, captured: seen once as it is, written down, replayed, checked, or left as it is with one line.
 
-`Captured` is the one state machine of it, under a loss (`compiled`) and under any other function
-(`replays`). The first call of a kind is the programs' own. The second is written down (see
-`pyro_vae.inference.capture`) if the first has changed nothing that the programs read; all later ones
-are replays, of which the first, the 10th, the 100th ... are computed both ways from the same noise.
-
-A graph holds as long as what the programs read in Python is as it was. `Watched` is that:
-what `pyro_vae.reach` finds, and the param store. Where it finds something that it cannot
-compare later, the programs are *unproven*: captured only where asked for, and compared every `check_every` replays.
+The first call of a kind is the programs' own. The second is written down (see `pyro_vae.inference.capture`) if the
+first has changed nothing that the programs read; all later ones are replays, of which the first, the 10th, the 100th
+... are computed both ways from the same noise. Where programs read something that cannot be compared later, they are
+*unproven*: captured only where asked for, and compared every `check_every` replays.
 """
 
 from __future__ import annotations
@@ -34,6 +30,7 @@ CHECKS = frozenset(10**n for n in range(9))  # replays at which the programs are
 _MEMORY = 64  # kinds of call that are remembered
 _UNSTABLE = 3  # calls of a kind between which something may change before the kind is given up
 _LIMIT = 8  # captures of one kind of call, and graphs, before giving up
+_TRIED = 40  # replays of a compiled graph, of which the fastest is compared with the fastest before
 
 Noise = tuple[Tensor, dict[int, Tensor]]
 
@@ -77,6 +74,7 @@ class Graph:
     def __init__(self, capture: Capture, watched: Watched) -> None:
         self.capture, self.watched = capture, watched
         self.replays, self.unchecked, self.tried, self.seconds = 0, False, False, float("inf")
+        self.compiled_at, self.plain_seconds = 0, float("inf")  # replays, and the seconds of the fastest until then
         self._tensors = self._now()
 
     def _now(self) -> list[Any]:
@@ -118,6 +116,7 @@ class Captured:
 
     def __init__(self, *, quiet: bool, unproven: bool, check_every: int) -> None:
         self.quiet, self.unproven, self.check_every = quiet, unproven, check_every
+        self.chooses = False  # whether a compiled graph that is slower than it was is taken back
         self._forget()
 
     def _forget(self) -> None:
@@ -142,11 +141,8 @@ class Captured:
         self._seen.pop(call.key, None)
 
     def _ripe(self, call: Any, watch: Callable[[], Watched]) -> bool:
-        """Whether to capture a call that has no graph: from the second of its kind on, if the first changed nothing.
-
-        What programs write down at their own run is found out while they run as they are: a capture that fails
-        would run them a second time.
-        """
+        """Whether to capture a call that has no graph: from the second of its kind on, if the first changed nothing, as
+        a capture that fails would run the programs a second time."""
         if call.key in self._refused:
             self.reason = self._refused[call.key]
             return False
@@ -217,11 +213,8 @@ class Captured:
         return results, graph
 
     def _play(self, call: Any, graph: Any) -> tuple[Sequence[Tensor] | None, Check | None]:
-        """The results of a replay; or None, with nothing done, and what the programs themselves gave.
-
-        Raises:
-            ValueError: Programs that read what cannot be watched gave something else.
-        """
+        """The results of a replay; or None, with nothing done, and what the programs themselves gave, which is a
+        ValueError where they read what cannot be watched."""
         check = self._check(call, graph) if graph.due(self.check_every) else None
         call.advance(1)
         start = time.perf_counter()
@@ -235,6 +228,8 @@ class Captured:
             graph.seconds = min(time.perf_counter() - start, graph.seconds)
             if check is None or self._agree(results, check.expected):
                 self.reason = None
+                if self.chooses and graph.capture.compiled and graph.replays == graph.compiled_at + _TRIED:
+                    self._keep_the_faster(graph)
                 return results, None
             mean, wanted = (x[0].double().mean().item() for x in (results, check.expected))
             numbers = f"{mean:.6g} replayed, {wanted:.6g} by the programs, after {graph.replays} replays"
@@ -277,7 +272,14 @@ class Captured:
             self._say(f"the captured graph is replayed uncompiled, since Inductor failed ({first_line(error)})")
             return False
         graph.unchecked = True
+        graph.compiled_at, graph.plain_seconds, graph.seconds = graph.replays, graph.seconds, float("inf")
         return True
+
+    def _keep_the_faster(self, graph: Any) -> None:
+        """Take back what a compiler made of a graph where it is slower here; on a GPU nobody waited for the results."""
+        if graph.capture.on_cpu and graph.seconds > graph.plain_seconds:
+            graph.capture.uncompile()
+            graph.seconds, graph.unchecked = graph.plain_seconds, True
 
     def _refuse(self, call: Any, reason: str) -> None:
         self._refused[call.key] = self.reason = reason

@@ -1,11 +1,8 @@
 """A fit that can be broken off and taken up again, to the bit.
 
-After each epoch the whole state of a fit goes to one safetensors file: the tensors of
-model and guide, the optimiser's moments for each of them, the random state, the best
-weights so far, and (as JSON in the header) the history. Tensors are stored by name,
-since the order in which Pyro hands parameters over differs between processes. The file
-is replaced atomically and carries a digest; the one before it is kept beside it and taken
-where it is damaged. Reading runs no code.
+Tensors are stored by name, since the order in which Pyro hands parameters over differs between processes. The file is
+replaced atomically and carries a digest; the one before it is kept beside it and taken where it is damaged. Reading
+runs no code.
 """
 
 from __future__ import annotations
@@ -21,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae import seals
 from pyro_vae.parameters import plain_name
-from pyro_vae.traces import Program
+from pyro_vae.traces import Program, traced
 
 _METADATA = "pyro_vae.fit"
 _UNKNOWN = "not written there (by another version)"
@@ -36,15 +32,8 @@ _NOT_READ = "not read"
 def named_tensors(
     modules: list[nn.Module], model: Program, guide: Program, batch: tuple[Any, ...]
 ) -> dict[str, Tensor]:
-    """Everything that a fit changes, by a name that is the same in every process.
-
-    Args:
-        modules: The modules that own the programs.
-        model: A Pyro program.
-        guide: A Pyro program.
-        batch: Arguments of both, to find the parameters of plain functions.
-    Returns:
-        Parameters and buffers of the modules, then what plain functions declare.
+    """Everything that a fit changes, by a name that is the same in every process: parameters and buffers of the modules
+    that own the programs, then what plain functions declare when they run on the batch.
     """
     found = {
         f"{i}.{plain_name(key)}": t
@@ -54,9 +43,8 @@ def named_tensors(
     }
     known = {id(t) for t in found.values()}
     with torch.random.fork_rng(), torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*batch)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-    for trace in (guide_trace, model_trace):
+        traces = traced(model, guide, batch, {})
+    for trace in traces:
         for name, site in trace.nodes.items():
             if site["type"] == "param":
                 value: Any = site["value"]
@@ -75,9 +63,6 @@ class Sparing(os.PathLike[str]):
     its share of the time; and the steps are captured and compiled as if there were none. All graphs are made before the
     first step, so that a fit of captured steps goes on to the bit; one that Inductor compiled goes on to rounding.
 
-    Args:
-        path: A .safetensors file.
-        share: Of the time, for writing.
     Example:
         >>> os.fspath(Sparing("runs/a/checkpoint.safetensors"))
         'runs/a/checkpoint.safetensors'
@@ -113,6 +98,10 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def _under(prefix: str, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in content.items() if name.startswith(prefix)}
+
+
 def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     content, metadata = seals.read(path)
     return content, json.loads(metadata[_METADATA])
@@ -122,8 +111,7 @@ class Checkpoint:
     """The state of a fit on disk.
 
     Args:
-        path: A file ending in .safetensors.
-        tensors: What the fit changes, by name, from `named_tensors`.
+        tensors: What the fit changes, from `named_tensors`.
         settings: What must be the same when the fit goes on, as plain data.
         values: Gives what the programs read from Python now, a line for each place. What stayed as it was
             until the fit was broken off must be the same when it goes on; what the fit itself moved (a
@@ -154,15 +142,7 @@ class Checkpoint:
     def write(
         self, progress: Mapping[str, Any], moments: Mapping[str, Mapping[str, Tensor]], best: Mapping[str, Tensor]
     ) -> None:
-        """Replace the file.
-
-        Args:
-            progress: Plain data: epoch, history and the like.
-            moments: State of the optimiser per tensor name.
-            best: Best weights so far, by tensor name.
-        Raises:
-            OSError: Nothing can be written there; an older file is then as it was.
-        """
+        """Replace the file by plain data (`progress`), the optimiser's moments and the best weights, by tensor name."""
         started = time.perf_counter()
         content = {f"tensor/{name}": t for name, t in self.tensors.items()}
         content |= {f"moment/{key}/{name}": t for name, state in moments.items() for key, t in state.items()}
@@ -180,11 +160,8 @@ class Checkpoint:
         self._cost = self._written - started
 
     def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
-        """Put tensors and random state back; what else was written, or None where there is no file.
-
-        Raises:
-            ValueError: A file that is damaged, or of another fit; nothing is then changed.
-        """
+        """Put tensors and random state back; what else was written, or None where there is no file. One that is
+        damaged, or of another fit, is a ValueError, and nothing is then changed."""
         if not self.path.exists():
             return None
         content, header = self._content()
@@ -195,7 +172,7 @@ class Checkpoint:
                     f"{self.path} is the checkpoint of another fit: its {key} is {found}, this one's {wanted}. Remove "
                     "it to start afresh, or go on with the same options."
                 )
-        stored = {name.removeprefix("tensor/"): t for name, t in content.items() if name.startswith("tensor/")}
+        stored = _under("tensor/", content)
         shapes = {name: t.shape for name, t in stored.items()}, {name: t.shape for name, t in self.tensors.items()}
         if shapes[0] != shapes[1]:
             differing = sorted({n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n)})
@@ -207,16 +184,13 @@ class Checkpoint:
             for name, tensor in self.tensors.items():
                 tensor.copy_(stored[name])
         torch.set_rng_state(content["random"])
-        for name, state in content.items():
-            if name.startswith("random/"):
-                torch.cuda.set_rng_state(state, name.removeprefix("random/"))
+        for device, state in _under("random/", content).items():
+            torch.cuda.set_rng_state(state, device)
         moments: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in content.items():
-            if name.startswith("moment/"):
-                key, _, owner = name.removeprefix("moment/").partition("/")
-                moments.setdefault(owner, {})[key] = tensor.to(self.tensors[owner].device) if tensor.dim() else tensor
-        best = {name.removeprefix("best/"): t for name, t in content.items() if name.startswith("best/")}
-        return header["progress"], moments, best
+        for name, tensor in _under("moment/", content).items():
+            key, _, owner = name.partition("/")
+            moments.setdefault(owner, {})[key] = tensor.to(self.tensors[owner].device) if tensor.dim() else tensor
+        return header["progress"], moments, _under("best/", content)
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the file holds, or where it is damaged the one before it."""

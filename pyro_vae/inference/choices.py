@@ -24,12 +24,9 @@ _WANTED = (
 def chosen(
     optimizer: Any, learning_rate: float | None, clip_norm: float | None, schedule: Any, epochs: int
 ) -> PyroOptim:
-    """The optimiser of a fit, whose other options these are.
-
-    A class, or None for Adam, is made into a `Fused` of the learning rate, which is 1e-3 when not given. An instance is
-    taken over, with its options, groups, rates and state; the schedule multiplies its rates. A ``PyroOptim`` is used as
-    it is; what is given beside it and has no effect is said. Anything else, an optimiser that evaluates the loss itself
-    (LBFGS), and a scheduler made for fewer epochs are a ValueError.
+    """The optimiser of a fit, whose other options these are: a `Fused` of a class, or of an instance, which is taken
+    over, or a ``PyroOptim`` as it is; what is given beside it and has no effect is said. Anything else, an optimiser
+    that evaluates the loss itself (LBFGS), and a scheduler made for fewer epochs are a ValueError.
     """
     unused = {"learning_rate": learning_rate, "clip_norm": clip_norm}
     if isinstance(optimizer, PyroOptim):
@@ -69,10 +66,8 @@ def chosen(
 
 
 def end_epoch(optimizer: PyroOptim, record: Mapping[str, Any], settled: bool = True) -> None:
-    """Step a Pyro scheduler, if it is one, once; of a plateau only where the record says something of the end.
-
-    ``ReduceLROnPlateau`` gets minus the validation bound, or the loss; the opposite where its mode is "max".
-    """
+    """Step a Pyro scheduler, if it is one, once; of a plateau only where the record says something of the end, by minus
+    the validation bound, or the loss; the opposite where its mode is "max"."""
     if not isinstance(optimizer, PyroLRScheduler):
         return
     constructor = optimizer.pt_scheduler_constructor

@@ -1,8 +1,7 @@
 """What people hold their data in, as columns: a length, and rows by an index tensor.
 
-A column has N rows, and ``column[index]`` is a batch of them: a tensor (B, ...), or a dict or tuple of such. Tensors
-are columns as they are; all else is wrapped by `column`, and nothing is converted before its rows are asked for, so a
-memory map or a sparse matrix is never copied whole.
+A column has N rows, and ``column[index]`` is a batch of them: a tensor (B, ...), or a dict or tuple of such. Nothing is
+converted before its rows are asked for, so a memory map or a sparse matrix is never copied whole.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ class _Fields:
         return {name: value[index.cpu()] for name, value in self.fields.items()}
 
 
-class _Items:
+class Items:
     """A map-style dataset, or a list of single data: items by their number, collated as a ``DataLoader`` does."""
 
     settled = False
@@ -162,9 +161,7 @@ def collated(items: Sequence[Any]) -> Any:
 
 def settled(column: Any) -> bool:
     """Whether a column's rows are the same at every look, and cheap to look at all at once."""
-    if isinstance(column, Tensor):
-        return True
-    if isinstance(getattr(column, "pixels", None), Tensor):
+    if held(column) is not None:
         return not drawn(column)
     return bool(getattr(column, "settled", False)) and getattr(column, "nbytes", 0) < 2**32
 
@@ -200,6 +197,12 @@ def drawn(column: Any) -> bool:
     """Whether a column is a split whose zeros and ones are drawn at each look: right by construction."""
     dynamic = getattr(column, "binarization", None) == "dynamic" or getattr(column, "dequantize", False)
     return isinstance(getattr(column, "pixels", None), Tensor) and dynamic and not getattr(column, "fixed", False)
+
+
+def held(column: Any) -> Tensor | None:
+    """The tensor that a column is, or that a split hands out rows of."""
+    found = column if isinstance(column, Tensor) else getattr(column, "pixels", None)
+    return found if isinstance(found, Tensor) else None
 
 
 def column(data: Any) -> Any:
@@ -414,7 +417,7 @@ def _dataset_column(data: Any) -> Any:
             f"got a dataset of type {type(data).__name__} without a length, wanted one whose items have numbers. Pass "
             "DataLoader(dataset, batch_size=...)."
         )
-    return _Items(data)
+    return Items(data)
 
 
 def _indexed_column(data: Any) -> Any:
@@ -427,4 +430,4 @@ def _indexed_column(data: Any) -> Any:
                 return data
         except Exception:  # noqa: BLE001 - whatever a stranger raises for an index that it does not take
             pass
-    return _Items(data)
+    return Items(data)

@@ -1,9 +1,7 @@
 """What does not go together is refused before training, with the reason and a remedy.
 
-A combination that trains in silence to a meaningless number is worse than one that
-fails. The rules are one table: each is a function of a
-`Case` (the pair, one batch, the loss, and what one run of the pair showed) to a reason, or
-None. Notes are what is allowed and should be known.
+The rules are one table: each is a function of a `Case` to a reason, or None. Notes are what is allowed and should be
+known.
 """
 
 from __future__ import annotations
@@ -15,28 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
+from pyro import infer, poutine
 from pyro.distributions import Delta
-from pyro.infer import (
-    RenyiELBO,
-    ReweightedWakeSleep,
-    TraceEnum_ELBO,
-    TraceMeanField_ELBO,
-    TraceTailAdaptive_ELBO,
-    TraceTMC_ELBO,
-)
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
-from torch.distributions import constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.auxiliary import auxiliary_among, points_among, undetermined
+from pyro_vae.auxiliary import auxiliary_among, feeds, points_among, undetermined
 from pyro_vae.inference.estimators import needs_cut, needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
-from pyro_vae.protocols import passes, rescoring
+from pyro_vae.protocols import passes, rescoring, support, support_name
 from pyro_vae.sites import delta, deterministic, is_masked, is_subsample, kind, plates, unwrapped
 from pyro_vae.traces import Program, missing_values, other_mask, sites
 
@@ -123,10 +112,8 @@ def examine(model: Program, guide: Program, batch: tuple[Any, ...], loss: Any) -
 
 
 def _at_draws(model: Program, drawn: Mapping[str, Any], batch: tuple[Any, ...]) -> dict[str, Any]:
-    """The model's sites where it runs as in a step, at the guide's draws, whose type the prior's may not have.
-
-    Where it does not run at them, those of its own draws, so that a rule can say what is wrong with the guide's.
-    """
+    """The model's sites where it runs as in a step, at the guide's draws; where it does not run at them, those of its
+    own draws, so that a rule can say what is wrong with the guide's."""
     given = Trace()
     for name, site in drawn.items():
         if not site["is_observed"]:
@@ -172,7 +159,7 @@ def _not_drawn(case: Case) -> str | None:
         if site["is_observed"] or name in case.guide_sites or deterministic(site):
             continue
         marked = bool((site["infer"] or {}).get("enumerate"))
-        if marked and isinstance(case.loss, TraceEnum_ELBO | TraceTMC_ELBO):
+        if marked and isinstance(case.loss, infer.TraceEnum_ELBO | infer.TraceTMC_ELBO):
             continue
         remedy = (
             "The site is marked to be enumerated: take loss=TraceEnum_ELBO(max_plate_nesting=1), which sums it out."
@@ -203,7 +190,7 @@ def _supports(case: Case) -> str | None:
                 "and prior the same latent_dim."
             )
         try:
-            (ours, mine), (theirs, other) = _bare(q.support), _bare(p.support)
+            (ours, theirs), (mine, other) = map(support, (q, p)), map(support_name, (q, p))
         except NotImplementedError:
             continue
         if ours.is_discrete != theirs.is_discrete:
@@ -221,18 +208,13 @@ def _supports(case: Case) -> str | None:
     return None
 
 
-def _bare(support: Any) -> tuple[Any, str]:
-    """A support of single numbers or whole events, and its name."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support, type(support).__name__.strip("_").lower()
-
-
 def _masks(case: Case) -> str | None:
     found = (*case.model_sites.values(), *case.guide_sites.values())
     if not any(is_masked(site) for site in found if not site["is_observed"]):
         return None
-    return other_mask(case.model, case.guide, case.batch, {})  # of a mask that a latent decides, at the same latents
+    latent = {name: site for name, site in case.model_sites.items() if not site["is_observed"]}
+    fed = feeds(case.guide, case.guide_sites.values(), case.batch, {})
+    return other_mask(latent, case.guide_sites, case.points, fed)
 
 
 def _batch_norm(case: Case) -> str | None:
@@ -246,12 +228,9 @@ def _batch_norm(case: Case) -> str | None:
 
 
 def _mean_field(case: Case) -> str | None:
-    """Pyro's condition: no parent of a site in the model is one of its descendants in the guide.
-
-    It holds wherever the guide draws its sites in the model's order, whatever depends on what. Where it does not, the
-    sites must not depend on each other.
-    """
-    if not isinstance(case.loss, TraceMeanField_ELBO):
+    """Pyro's condition: no parent of a site in the model is one of its descendants in the guide, as wherever the guide
+    draws its sites in the model's order."""
+    if not isinstance(case.loss, infer.TraceMeanField_ELBO):
         return None
     for name, site in case.guide_sites.items():
         inner = delta(site["fn"])
@@ -304,7 +283,7 @@ def _depends(case: Case, one: Trace, two: Trace, name: str, source: str) -> bool
 
 
 def _scale(case: Case) -> str | None:
-    if not isinstance(case.loss, RenyiELBO | ReweightedWakeSleep | TraceTailAdaptive_ELBO):
+    if not isinstance(case.loss, infer.RenyiELBO | infer.ReweightedWakeSleep | infer.TraceTailAdaptive_ELBO):
         return None
     for name, site in (*case.model_sites.items(), *case.guide_sites.items()):
         scale = site["scale"]
@@ -320,7 +299,7 @@ def _scale(case: Case) -> str | None:
 
 def _renyi_of_joint(case: Case) -> str | None:
     """One density for all data, which Pyro would count once for each of them."""
-    if not isinstance(case.loss, RenyiELBO):
+    if not isinstance(case.loss, infer.RenyiELBO):
         return None
     shared = [{(dim, f.size) for dim, f in plates(site).items()} for site in case.model_sites.values()]
     common = set.intersection(*shared) if shared else set()
@@ -335,7 +314,7 @@ def _renyi_of_joint(case: Case) -> str | None:
 
 
 def _renyi_of_fixed(case: Case) -> str | None:
-    if not isinstance(case.loss, RenyiELBO) or case.loss.alpha != 0:
+    if not isinstance(case.loss, infer.RenyiELBO) or case.loss.alpha != 0:
         return None
     for name in case.latents:
         if not getattr(case.guide_sites[name]["fn"], "has_rsample", False):
@@ -432,7 +411,7 @@ def _guide_only(case: Case) -> str | None:
 
 
 def _one_weight(case: Case) -> str | None:
-    if not isinstance(case.loss, ReweightedWakeSleep):
+    if not isinstance(case.loss, infer.ReweightedWakeSleep):
         return None
     return (
         "ReweightedWakeSleep has one weight for the whole minibatch, of which one draw takes nearly all. "

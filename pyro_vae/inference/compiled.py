@@ -1,14 +1,7 @@
-"""A loss that compiles: any Pyro ELBO, captured once and replayed without Pyro.
+"""A loss that compiles: any Pyro ELBO, captured once and replayed without Pyro (see `pyro_vae.inference.captured`).
 
-`Compiled` is a ``pyro.infer.ELBO`` around another. Its first step of a kind is the
-other's own. From the second on it replays a graph of tensor operations (see
-`pyro_vae.inference.captured`), which Inductor compiles once that has proved worth it.
-Where a pair cannot be captured the steps go on as they were, with one line that says why.
-
-A graph is used as long as what it rests on is as it was: the programs; shapes, types and
-devices of arguments and of the tensors that are read; which of them train; and every
-place in Python that programs and loss can read (see `pyro_vae.reach`): attributes, items of
-containers, cells of closures, globals.
+A graph is used as long as what it rests on is as it was: the programs; shapes, types and devices of arguments and of
+the tensors that are read; which of them train; and every place in Python that programs and loss can read.
 """
 
 from __future__ import annotations
@@ -79,8 +72,6 @@ class Compiled(Captured, ELBO):
             raise ValueError(f"got {loss!r} to compile, wanted a Pyro ELBO such as Trace_ELBO(), or an Objective.")
         if compile_after is not None and compile_after < 0:
             raise ValueError(f"compile_after must be None or at least 0, got {compile_after}.")
-        if check_every < 1:
-            raise ValueError(f"check_every must be a positive integer, got {check_every}.")
         ELBO.__init__(self, num_particles=loss.num_particles)
         self.inner: Any = loss
         self.compile_after = compile_after
@@ -142,14 +133,9 @@ class Compiled(Captured, ELBO):
     def train(
         self, model: Program, guide: Program, tensors: Sequence[Tensor], training: TrainingStep
     ) -> tuple[Tensor, list[Tensor]] | None:
-        """A training step as one graph, from the choice of the batch to the optimiser's step.
-
-        Says nothing to Pyro's handlers and does not read the loss.
-
-        Returns:
-            The loss, and those that train of the parameters whose ``.grad`` it added to (none where the
-            optimiser's step was part of the graph; what no param statement names does not train); None, with
-            nothing done, where there is no graph for such a step yet: take an ordinary step.
+        """A training step as one graph, from the choice of the batch to the optimiser's step, of which Pyro's handlers
+        do not hear: the loss, and those that train of the parameters whose ``.grad`` it added to (none where the
+        optimiser's step was part of the graph); None, with nothing done, where there is no graph for such a step yet.
         """
         step = Step.of(model, guide, tuple(tensors), {}, training)
         value = self._by_graph(step)

@@ -71,10 +71,7 @@ class DataCheck:
 
     def __call__(self, batch: tuple[Any, ...], where: Callable[[int], str], at_once: int = 128) -> None:
         """Look at one batch, as the programs will get it; `where` names a row, and `at_once` suspected rows are run
-        together.
-
-        A value outside its support, NaN or infinite is a ValueError, with row, column, value and remedy.
-        """
+        together. A value outside its support, NaN or infinite is a ValueError, with its place and a remedy."""
         for path, leaf in leaves(batch):
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.numel() and leaf.dtype != torch.bool:
                 self._leaf(_Look(batch, path, leaf, where, at_once))

@@ -12,17 +12,13 @@ where the first two gradients are taken at a fixed z_k, and the third along it:
     doubly-reparameterized     a = g    c = g - dg_k / d log w_k    s = 0
     score-function             a = g    c = 0                       s = L - b_k - g
 
-The first is the total derivative. Since E_q[f(z) grad log q(z)] = E[<df/dz, grad z>] for any f,
-the score term of the total derivative, f = -g_k, can be moved onto the path, where dg_k / dz
-= dg_k / d log w_k  d log w_k / dz: that is the third, which is unbiased for the same K-sample
-bound, and vanishes for the guide at the exact posterior, where d log w / dz = 0. Leaving
-the score term out altogether vanishes there too, but E[g_k grad log q(z_k)] = 0 only
-where g_k is constant (the ELBO, K = 1): for K > 1 sticking the landing is biased.
+The first is the total derivative. Since E_q[f(z) grad log q(z)] = E[<df/dz, grad z>] for any f, its score term, f =
+-g_k, can be moved onto the path: that is the third, which is unbiased, and vanishes for the guide at the exact
+posterior. Leaving the score term out vanishes there too, but E[g_k grad log q(z_k)] = 0 only where g_k is constant (the
+ELBO, K = 1): for K > 1 sticking the landing is biased.
 
-The score function needs no derivative of z, hence serves discrete latents. Its baseline
-b_k is the bound with log w_k replaced by the mean of the others, which does not depend
-on z_k; for the ELBO, L - b_k is 1/K (log w_k - mean of the others). At K = 1 there are no
-others and b = 0: unbiased still, and noisy.
+The score function serves discrete latents. Its baseline b_k is the bound with log w_k replaced by the mean of the
+others, which does not depend on z_k; at K = 1, b = 0.
 
 References: Roeder et al. 2017 (sticking the landing), arXiv:1703.09194; Tucker et al. 2019
 (doubly reparameterised), arXiv:1810.04152; Mnih and Rezende 2016 (VIMCO), arXiv:1602.06725;
@@ -46,17 +42,11 @@ ESTIMATORS = ("reparameterized", "sticking-the-landing", "doubly-reparameterized
 
 
 class Coefficients(NamedTuple):
-    """What multiplies the three gradients of an estimator, (K, B) each, without gradient; None is 0.
+    """What multiplies the three gradients of an estimator, (K, B) each, without gradient; None is 0."""
 
-    Attributes:
-        joint: a, on log p(x, z_k) at fixed z_k.
-        path: c, on log w_k along z_k.
-        score: s, on log q(z_k | x) at fixed z_k.
-    """
-
-    joint: Tensor | None
-    path: Tensor | None
-    score: Tensor | None
+    joint: Tensor | None  # a, on log p(x, z_k) at fixed z_k
+    path: Tensor | None  # c, on log w_k along z_k
+    score: Tensor | None  # s, on log q(z_k | x) at fixed z_k
 
 
 def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | None:
@@ -77,9 +67,6 @@ def weight_bound(bound: Bound, num_samples: int) -> WeightBound | SplitBound | N
             if isinstance(side, WeightBound):
                 side.value(torch.zeros(num_samples, 1))
         return known
-    if isinstance(bound, WeightBound):
-        bound.value(torch.zeros(num_samples, 1))
-        return bound
     # The same weights, made of other densities: a function of the weights cannot tell.
     index = torch.arange(2.0 * num_samples).reshape(num_samples, 2)
     weight, part = torch.sin(1.7 * index), torch.cos(2.3 * index + 0.4)

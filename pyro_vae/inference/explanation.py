@@ -17,14 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_vae.inference.captured import Graph
 from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.graphs import PRODUCTS
 from pyro_vae.inference.hardware import fast_matmul
 
 VARIABLE = "PYRO_VAE_EXPLAIN"
-_aten = torch.ops.aten
-_PRODUCTS = {
-    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default,
-    _aten.convolution_backward.default,
-}  # fmt: skip
 _TIMES = 20  # calls of a product, of which the median counts
 
 
@@ -34,13 +30,8 @@ def wanted() -> bool:
 
 
 class Floor(NamedTuple):
-    """The matrix products and convolutions of a graph, each called by itself.
-
-    Attributes:
-        products: Their number.
-        operations: Multiplications and additions.
-        seconds: Of all of them, one after the other.
-    """
+    """The number of matrix products and convolutions of a graph, their multiplications and additions, and their time,
+    each called by itself."""
 
     products: int
     operations: float
@@ -52,7 +43,7 @@ def floor(graph: fx.Graph, fast: bool) -> Floor:
     count, operations, seconds = 0, 0.0, 0.0
     with torch.no_grad(), torch.random.fork_rng(), fast_matmul(fast):
         for node in graph.nodes:
-            if node.op != "call_function" or node.target not in _PRODUCTS:
+            if getattr(node.target, "overloadpacket", None) not in PRODUCTS:
                 continue
             args = pytree.tree_map(lambda a: _tensor(a) if isinstance(a, fx.Node) else a, tuple(node.args))
             with FlopCounterMode(display=False) as counter:
@@ -68,12 +59,7 @@ def floor(graph: fx.Graph, fast: bool) -> Floor:
 
 
 def explained(compiled: Compiled | None, steps: int) -> str:
-    """Lines on the graphs of a fit.
-
-    Args:
-        compiled: The loss that made them; None where the fit ran as it is.
-        steps: Of the fit.
-    """
+    """Lines on the graphs of a fit of so many steps, and the loss that made them; None where it ran as it is."""
     if compiled is None:
         return f"explained: {steps:,} steps by the programs themselves; compile=True captures them."
     if not compiled._graphs:
@@ -87,6 +73,7 @@ def explained(compiled: Compiled | None, steps: int) -> str:
 def _lines(graph: Graph) -> list[str]:
     capture = graph.capture
     how = "compiled by Inductor" if capture.compiled else "replayed without a compiler"
+    how += ", whose graph was slower" if graph.compiled_at and not capture.compiled else ""
     shapes = ", ".join(str(tuple(node.meta["val"].shape)) for node in _arguments(capture.module.graph))
     calls = sum(node.op == "call_function" for node in capture.module.graph.nodes)
     found = [f"  a batch of {shapes}: {calls} operations recorded, {graph.replays:,} replays, {how}"]

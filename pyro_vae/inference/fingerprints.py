@@ -1,9 +1,7 @@
 """What data, losses and functions are, in a line that is the same in every process.
 
-A fit that is taken up again ends where the whole one would have ended only if everything
-that shapes it is as it was. Arrays are told apart by a hash of their content (of rows in
-between where they are large), functions by one of their code, objects by their class and
-public attributes.
+Arrays are told apart by a hash of their content (of rows in between where they are large), functions by one of their
+code, objects by their class and public attributes.
 """
 
 from __future__ import annotations

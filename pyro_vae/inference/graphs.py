@@ -1,8 +1,4 @@
-"""What is done to a captured graph before it is replayed: inputs for what must not be frozen, and nothing superfluous.
-
-The functions change a ``torch.fx.Graph`` in place, as `pyro_vae.inference.capture` wrote it down. `CudaGraph`
-plays the launches of the result back.
-"""
+"""What is done to a captured ``torch.fx.Graph``, in place, before it is replayed; and its launches played back."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ _FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geom
 _LIKES = ("rand_like", "randn_like", "randint_like")
 _FACTORIES = ("rand", "randn", "randint", "randperm")
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
+PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward)
 _WARM_UP = 3  # runs before recording, in which kernels are loaded and chosen
 _SMALL = 4096  # numbers of a mask that are compared before each replay
 
@@ -210,10 +207,10 @@ def largest_product(graph: fx.Graph) -> float:
     for node in graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
         values = [a.meta.get("val") for a in node.all_input_nodes]
-        if packet in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm):
+        if packet in PRODUCTS[:4]:
             left, right = values[-2:]
             most = max(most, 2.0 * left.numel() * right.shape[-1])
-        elif packet in (_aten.convolution, _aten.convolution_backward):
+        elif packet in PRODUCTS:
             most = math.inf
     return most
 
@@ -240,12 +237,10 @@ def split_biases(graph: fx.Graph) -> None:
 class CudaGraph:
     """A function of tensors on one GPU, recorded and played back: a whole step for the price of one launch.
 
-    On a GPU a small network's step is a hundred kernels of a few microseconds each, and launching them from Python
-    takes longer than running them. A CUDA graph records the launches once, with their addresses, and plays them back.
-    What varies between steps (the batch or its index, the noise) is therefore copied to fixed places first; what is
-    `fixed` (parameters, moments, buffers) is read and written where it is, and what is `mutated` is left as it was by
-    the recording. If one of them has moved, the launches are recorded anew; `recordings` counts that. A tensor on
-    another device, or what CUDA cannot record, is a RuntimeError.
+    What varies between steps (the batch or its index, the noise) is copied to fixed places first; what is `fixed`
+    (parameters, moments, buffers) is read and written where it is, and what is `mutated` is left as it was by the
+    recording. If one of them has moved, the launches are recorded anew. A tensor on another device, or what CUDA cannot
+    record, is a RuntimeError.
 
     Reference: docs.pytorch.org/docs/stable/notes/cuda.html, CUDA Graphs.
     """

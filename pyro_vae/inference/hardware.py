@@ -1,13 +1,9 @@
 """What of the machine a computation uses: the precision of matrix products, and memory.
 
-Three settings are torch's own (``torch.set_float32_matmul_precision``): "highest", "high"
-and "medium" take float32 and give float32, by faster kernels where the hardware has them.
-"bfloat16" rounds what goes into the linear and convolutional layers to 8 significant bits,
-in the forward and in the backward pass, and is two to four times as fast where the
-hardware multiplies them; a CPU that has no instructions for it is ten times slower than in
-float32, and refused. Everything else, every log-probability included, stays in
-float32: a layer's result is float32 again, its bias is added there, and parameters, moments
-and updates are float32 throughout, so that no loss scaling is needed.
+"highest", "high" and "medium" are torch's own (``torch.set_float32_matmul_precision``). "bfloat16" rounds what goes
+into the linear and convolutional layers to 8 significant bits, in the forward and in the backward pass, and is two to
+four times as fast where the hardware multiplies them. All else, every log-probability included, stays in float32, so
+that no loss scaling is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import platform
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,10 +33,8 @@ _active = 0
 
 @contextlib.contextmanager
 def matmul_precision(name: str | None) -> Iterator[None]:
-    """Run what is inside with matrix products of this precision; None leaves it as it is.
+    """Run what is inside with matrix products of this precision (see `check_precision`); None leaves it as it is.
 
-    Raises:
-        ValueError: An unknown name; bfloat16 where there are no instructions for it.
     Example:
         >>> with matmul_precision("medium"):
         ...     torch.get_float32_matmul_precision()
@@ -57,19 +52,44 @@ def check_precision(name: str | None) -> None:
         raise ValueError(f"unknown matmul_precision {name!r}, wanted one of {', '.join(PRECISIONS)}.")
     if name == "bfloat16" and not multiplies_bfloat16():
         raise ValueError(
-            'got matmul_precision="bfloat16" on a CPU that has no instructions for it (AVX512-BF16 or AMX): its '
-            'products are done piece by piece, about ten times slower than in float32. Pass "medium", which is fast on '
-            "any CPU."
+            'got matmul_precision="bfloat16" on a CPU that has no instructions for it (AVX512-BF16 or AMX), or whose '
+            "libraries may not use them (ONEDNN_MAX_CPU_ISA): products are done piece by piece, about ten times slower "
+            'than in float32. Pass "medium", which is fast on any CPU.'
         )
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the products here have instructions for bfloat16: on a GPU, or by this CPU (AVX512-BF16, AMX, SVE)."""
+    """Whether bfloat16 is worth it here: on a GPU, or on a CPU that has instructions for it (AVX512-BF16, AMX, SVE).
+
+    A CPU is not asked by its flags alone: a library may have been told to leave instructions out (ONEDNN_MAX_CPU_ISA).
+    """
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return True
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True  # what others have is not known here, and ARM has had them since 2019
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return False
+    return _products_in_bfloat16_are_fast()
+
+
+@functools.cache
+def _products_in_bfloat16_are_fast() -> bool:
+    """Whether they take about the time of float32 at most: half of it by instructions, six to eighty times without.
+
+    On one thread and by its own time, the fastest of many in turn: others may be at work on the machine.
+    """
+    times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for kind, taken in [*times.items()] * 6:
+                a = torch.ones(256, 256, dtype=kind)
+                start = time.thread_time()
+                torch.mm(a, a)
+                taken.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times[torch.bfloat16]) < 1.5 * min(times[torch.float32])
 
 
 def bfloat16_active() -> bool:
@@ -139,11 +159,8 @@ _depth = 0
 def reused_memory() -> Iterator[None]:
     """Keep freed memory for the next step; give it back to the system at the end.
 
-    A step with K particles makes a dozen tensors of tens of megabytes and frees them. By
-    default glibc gives each back to the kernel, which hands it out again zeroed, page by page:
-    with 50 particles of MNIST a good part of the step. While `reused_memory` is active such memory is
-    kept for the next step; the price is that the process stays at its peak until the end.
-    Does nothing where the C library is not glibc.
+    By default glibc gives each large tensor back to the kernel, which hands it out again zeroed, page by page: with 50
+    particles of MNIST a good part of the step. The price is that the process stays at its peak until the end.
 
     Example:
         >>> import torch

@@ -1,9 +1,7 @@
 """One optimiser step for all parameters, behind Pyro's optimiser interface.
 
-``pyro.optim.PyroOptim`` keeps one torch optimiser per tensor, so that no fused kernel
-can run and clipping is per tensor. `Fused` keeps one for all, and ``pyro.infer.SVI``
-drives it just the same. Its state is kept by the parameters' names, as Pyro's is, and
-read without running code.
+``pyro.optim.PyroOptim`` keeps one torch optimiser per tensor, so that no fused kernel can run and clipping is per
+tensor. `Fused` keeps one for all. Its state is kept by the parameters' names, as Pyro's is.
 """
 
 from __future__ import annotations
@@ -55,13 +53,10 @@ class Fused(PyroOptim):
     """One torch optimiser for all parameters, with a schedule and global clipping.
 
     Args:
-        constructor: A torch optimiser class.
-        options: Its keyword arguments; ``fused=True`` is added where it is supported.
-        clip_norm: Upper limit of the joint gradient norm of all parameters, in units of `scale`.
+        options: Keyword arguments of the class; ``fused=True`` is added where it is supported.
+        clip_norm: Upper limit of the joint gradient norm of all parameters, in units of `scale`, 1 if nobody says.
     Attributes:
-        scale: What the loss is a multiple of, such as the scale of a plate; 1 if nobody says.
         parameters: The tensors that had a gradient so far.
-        count: Steps taken.
         exchange: Takes the tensors that have a gradient before each step, puts the gradients to step along in their
             place, and returns those that have one then: how processes put theirs together.
     Raises:
@@ -129,7 +124,7 @@ class Fused(PyroOptim):
             return
         self._even = self._even and len(params) == len(self.parameters)
         if self.clip_norm is not None:
-            self._clip(params)
+            _clip([p.grad for p in params if p.grad is not None], self.clip_norm * self.scale)
         self._optimizer.step()
         self.count += 1
         # SVI zeroes gradients with a fresh tensor for each; None spares that and an addition in backward.
@@ -347,7 +342,8 @@ class Fused(PyroOptim):
         self.learning_rate = pending["groups"][0]["options"]["lr"]
         for saved in pending["groups"]:
             members = [p for p in joined if found[p] in saved["names"]]
-            if self._rates is None and members and not self._holds(members):
+            held = {id(p) for group in self._groups for p in group["params"]}
+            if self._rates is None and any(id(p) not in held for p in members):
                 self._add(members)
             assert self._optimizer is not None
             for index, group in enumerate(self._groups):
@@ -363,9 +359,6 @@ class Fused(PyroOptim):
         self._update = None
         shapes = {name: shape for name, shape in pending["shapes"].items() if name in unused}
         self._pending = pending | {"shapes": shapes} if unused else None
-
-    def _holds(self, tensors: Sequence[Tensor]) -> bool:
-        return all(any(p is q for group in self._groups for q in group["params"]) for p in tensors)
 
     def _placed(self, key: str, value: Any, parameter: Tensor) -> Any:
         """A copy of a part of the state where the algorithm wants it for this parameter."""
@@ -387,10 +380,6 @@ class Fused(PyroOptim):
             self._optimizer = self.constructor(new, **options)
         # The optimiser is made by the first step, which has a rate of its own already.
         self.set_learning_rate(self._factor)
-
-    def _clip(self, params: list[Tensor]) -> None:
-        assert self.clip_norm is not None
-        _clip([p.grad for p in params if p.grad is not None], self.clip_norm * self.scale)
 
 
 def _clip(gradients: list[Tensor], limit: float) -> None:
@@ -439,10 +428,6 @@ class Update:
 
     What changes from step to step (t, the learning rate, the limit of a clip) enters as a tensor, written
     by `advance` before each step, so that a graph of the operations need not change.
-
-    Args:
-        owner: Who counts the steps.
-        optimizer: Its torch Adam or AdamW, which has taken its first step.
     """
 
     def __init__(self, owner: Fused, optimizer: torch.optim.Optimizer) -> None:
@@ -470,11 +455,7 @@ class Update:
         return [*self.parameters, *moments]
 
     def __call__(self, leaves: list[Tensor], gradients: list[Tensor]) -> None:
-        """Step these parameters along these gradients, in place.
-
-        Raises:
-            ValueError: Not exactly the optimiser's parameters.
-        """
+        """Step these parameters, exactly the optimiser's, along these gradients, in place."""
         if {id(p) for p in leaves} != {id(p) for p in self.parameters}:
             raise ValueError("the gradients are not those of the optimiser's parameters")
         scaled_rate, inverse_root, rate, limit = self._numbers.unbind()

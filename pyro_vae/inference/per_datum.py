@@ -5,11 +5,9 @@ subsampling), times whatever ``poutine.scale`` was put around the pair. What is 
 
     loss per datum = loss / (scale * B).
 
-B is the size of the data plate, whatever the batch is made of, and the scale is that which model and
-guide have in common: that of the plate and, where all sites carry it, that of ``poutine.scale``. A factor
-on some sites only (annealing of the divergence, a weight of the likelihood) is part of what is
-minimised and no unit of it. Latents outside the data plate (weights of a Bayesian network, say) count once in
-a loss, and their share is spread over the data: at a scale of N / B, a pass reports the loss of all N data over N.
+The scale is that which model and guide have in common: that of the plate and, where all sites carry it, that of
+``poutine.scale``. A factor on some sites only (annealing, say) is part of what is minimised and no unit of it. Latents
+outside the data plate count once in a loss: at a scale of N / B, a pass reports the loss of all N data over N.
 """
 
 from __future__ import annotations
@@ -28,19 +26,12 @@ _OF_SAMPLES = {PARTICLES, "num_particles_vectorized"}
 
 
 class Unit(NamedTuple):
-    """What a step's loss is divided by.
+    """What a step's loss is divided by."""
 
-    Attributes:
-        rows: B, the number of data.
-        scale: What multiplies the loss of each of them.
-        even: Whether all sites carry this scale, so that an ELBO is one, and not a tempered one.
-        share: The part of the scale that is N / B, of the plate of the data.
-    """
-
-    rows: int
-    scale: float = 1.0
-    even: bool = True
-    share: float = 1.0
+    rows: int  # B, the number of data
+    scale: float = 1.0  # what multiplies the loss of each of them
+    even: bool = True  # whether all sites carry this scale, so that an ELBO is one, and not a tempered one
+    share: float = 1.0  # the part of the scale that is N / B, of the plate of the data
 
     @property
     def whole(self) -> float:
@@ -91,11 +82,8 @@ class Counting(Messenger):
         self._sites[key] = _Seen(plates, _extra(msg["scale"], plates), msg["is_observed"])
 
     def unit(self, lengths: Sequence[int] = ()) -> Unit:
-        """What the loss of the programs that ran inside is to be divided by.
-
-        Args:
-            lengths: Of the batch's tensors; they decide where there is no plate, or between plates.
-        """
+        """What the loss of the programs that ran inside is to be divided by; the lengths of the batch's tensors decide
+        where there is no plate, or between plates."""
         seen = tuple(self._sites.values())
         key = (seen, tuple(lengths))
         if key not in self._units:

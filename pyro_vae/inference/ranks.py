@@ -7,15 +7,11 @@ the gradient of datum i, it is
 
     sum_r G_r / s_r = sum_i g_i,        times the scale that one process would have with all B = sum_r B_r rows,
 
-so that the step is that of one process with the whole batch, however uneven the shares are. A share without rows takes
-part with zeros. What compares the data of a batch with each other (the regularizers mmd and total_correlation, batch
-normalisation) sees those of its process.
+so that the step is that of one process with the whole batch, however uneven the shares are. What compares the data of a
+batch with each other (the regularizers mmd and total_correlation, batch normalisation) sees those of its process.
 
 Every message has the same length and holds, beside the gradients, a table of numbers of each rank: its rows, whether it
-was asked to stop, whether it failed. So a rank that fails or is interrupted says so in the message that the others wait
-for, and none of them hangs.
-
-An evaluation has each rank run its share of the batches, and then all of them hear what the others found (`gathered`).
+was asked to stop, whether it failed. So none of them hangs where one fails or is interrupted.
 """
 
 from __future__ import annotations
@@ -30,6 +26,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from pyro_vae.inference.trees import moved
 
 _NUMBERS = 8  # of each rank, in a message
 _FAILED, _STOP, _ROWS, _FULL, _FIRST = range(5)
@@ -70,16 +68,10 @@ class Elsewhere(ValueError):
 
 
 class Ranks:
-    """The link between this process and the others of a fit.
+    """The link between this process and the others of a fit, which changes these tensors (of `named_tensors`).
 
-    Args:
-        tensors: All that the fit changes, by a name that is the same in every process (`named_tensors`).
-        settings: What must be the same in all processes, as plain data by a name.
-    Attributes:
-        paused: Whether steps are this process's own for now.
-        stopping: Whether the latest message had a rank that was asked to stop.
-    Raises:
-        ValueError: The processes have different pairs, data or options.
+    Other settings in another process are a ValueError. `paused` says whether steps are this process's own for now,
+    `stopping` whether the latest message had a rank that was asked to stop.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -105,7 +97,7 @@ class Ranks:
 
     def resumed(self, found: Any) -> Any:
         """What the first process read of a checkpoint, in all of them, with the tensors that it put back."""
-        told = first_says(None if found is None else mapped(found, torch.device("cpu")))
+        told = first_says(None if found is None else moved(found, "cpu"))
         for tensor in self.tensors if told is not None else ():
             _broadcast(tensor)
         return found if self.rank == 0 else told
@@ -128,16 +120,8 @@ class Ranks:
             )
 
     def step(self, rows: int, scale: float, share: float) -> tuple[list[Tensor], float]:
-        """Put the gradient of the whole batch in the place of that of this process's rows.
-
-        Args:
-            rows: B_r, of this process; 0 leaves its gradients out.
-            scale: s_r, of its loss.
-            share: The part of the scale that is N / B_r.
-        Returns:
-            The parameters that any process has a gradient for, and the scale of the gradients.
-        Raises:
-            Elsewhere: Another process failed.
+        """Put the gradient of the whole batch in the place of that of this process's rows, B_r, of scale s_r, of which
+        the share is N / B_r: the parameters that any process has a gradient for, and the scale of the gradients.
         """
         gradients = [p.grad / scale if p.grad is not None and rows else None for p in self.trained]
         full = share * rows if share != 1 else 0.0
@@ -157,11 +141,8 @@ class Ranks:
         return [row[_FIRST : _FIRST + len(numbers)] for row in table]
 
     def settle(self) -> None:
-        """Average the buffers that a process has changed, such as the statistics of a batch normalisation.
-
-        Raises:
-            ValueError: The parameters of the processes have come apart.
-        """
+        """Average the buffers that a process has changed, such as the statistics of a batch normalisation; parameters
+        that have come apart are a ValueError."""
         changed = [
             b if not torch.equal(b, then) else None for b, then in zip(self.buffers, self._as_begun, strict=True)
         ]
@@ -181,11 +162,7 @@ class Ranks:
     def _say(
         self, tensors: Sequence[Tensor], values: Sequence[Tensor | None], numbers: Mapping[int, float]
     ) -> tuple[list[Tensor], list[int], list[list[float]]]:
-        """Add up a message of all processes.
-
-        Returns:
-            The sum for each tensor, how many processes had a value for it, and the numbers of each process.
-        """
+        """Add up a message of all: the sum for each tensor, how many had a value for it, and the numbers of each."""
         parts = [
             torch.zeros(t.numel(), dtype=self._dtype, device=self._device) if v is None
             else v.detach().reshape(-1).to(self._dtype)
@@ -272,8 +249,8 @@ class Setup:
     """What comes before the first step, or all of an evaluation: what fails in one process there fails in all. Does
     nothing in one process.
 
-    All that is said there is said by `gathered`, so that whoever fails can say so in the place of what the others wait
-    for. One `Setup` may be inside another: a failure is said once, by the inner one.
+    All that is said there is said by `gathered`, so that whoever fails can say so in its place. One `Setup` may be
+    inside another: a failure is said once, by the inner one.
     """
 
     def __init__(self) -> None:
@@ -283,11 +260,7 @@ class Setup:
         return self
 
     def done(self) -> None:
-        """Wait until all processes have come here.
-
-        Raises:
-            Elsewhere: Another one has failed.
-        """
+        """Wait until all processes have come here, or one has failed (`Elsewhere`)."""
         if self._open:
             gathered(None)
         self._open = False
@@ -306,12 +279,8 @@ def _said(error: Any) -> Any:
 
 
 def gathered(value: Any, failed: str = "") -> list[Any]:
-    """What each process says.
-
-    Raises:
-        Elsewhere: One of them failed, or is gone.
-        KeyboardInterrupt: One of them was interrupted.
-    """
+    """What each process says; `Elsewhere` where one of them failed, or is gone, KeyboardInterrupt where one was
+    interrupted."""
     rank, size = world()
     if size == 1:
         return [value]
@@ -347,20 +316,6 @@ def by_first(made: Callable[[], T]) -> T:
         value = made() if rank == 0 else None
     found: T = first_says(value)
     return found
-
-
-def most_steps(own: int) -> int:
-    """The largest of the processes' numbers of steps."""
-    return max(gathered(own))
-
-
-def mapped(value: Any, device: torch.device) -> Any:
-    """Tensors in dicts and tuples, moved."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: mapped(each, device) for key, each in value.items()}
-    return tuple(mapped(each, device) for each in value) if isinstance(value, tuple) else value
 
 
 def check_same(settings: Mapping[str, Any]) -> None:

@@ -1,15 +1,8 @@
 """Regularizers: what is added to the training loss, and is no part of any bound.
 
-Each is a function of (particles, model, guide) to one number in nats per datum; an
-`Objective` multiplies it by the number of data (and their scale, under subsampling) and adds it to
-the loss, while the bound that it reports stays as it was. The densities that they are shown are those
-of the programs, whatever the beta of the objective. They are differentiated along the samples whatever the
-estimator of the bound.
-
-The two that concern the aggregate q(z) = 1/N sum_x q(z | x) estimate it from the
-minibatch: `mmd` compares its samples with the prior's, `total_correlation` measures how
-far its dimensions are from independent. `free_bits` switches the divergence off where it is
-already small.
+Each is a function of (particles, model, guide) to one number in nats per datum, which an `Objective` multiplies by the
+number of data (and their scale, under subsampling). They are differentiated along the samples whatever the estimator of
+the bound. Of the aggregate q(z) = 1/N sum_x q(z | x) the minibatch stands for all data.
 """
 
 from __future__ import annotations

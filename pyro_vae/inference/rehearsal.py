@@ -1,11 +1,8 @@
 """One run of a pair that leaves no trace: what it observes, what it is made of, or why it fails.
 
-Modules run in evaluation mode, whoever owns them; random states, the parameter store and the mode of every module are
-put back.
-
-`diagnosis` says where a loss that is not finite came from, log p(x | z) + log p(z) - log q(z | x), summed: the pair is
-run again on the batch, and the first of its densities that is not finite is named with its rows, in the order in which
-numbers reach it: the data, q, the draws, the prior, the likelihood. A parameter that is not finite is older than all.
+`diagnosis` says where a loss that is not finite came from: the pair is run again on the batch, and the first of its
+densities that is not finite is named with its rows, in the order in which numbers reach it: the data, q, the draws, the
+prior, the likelihood. A parameter that is not finite is older than all.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -34,18 +30,6 @@ from pyro_vae.traces import Program
 
 _TRIES = 5  # a draw may be the reason, and another draw is not
 _UNSCALED = 20.0  # a size of data at which networks with unit weights begin to overflow
-
-
-class _Parameters(Messenger):
-    """Notes the parameters that programs ask for."""
-
-    def __init__(self, found: list[Tensor]) -> None:
-        super().__init__()
-        self.found = found
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        if isinstance(msg["value"], Tensor):
-            self.found.append(msg["value"])
 
 
 # False to all who ask, and not the False that a distribution was given: after the run one can tell which it was.
@@ -112,11 +96,11 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
     shown = Rehearsal()
     for owner in modules_of(*programs):
         shown.parameters += [p for p in owner.parameters() if not isinstance(p, nn.UninitializedParameter)]
-    asked: list[Tensor] = []
+    asked: Any = poutine.trace(param_only=True)
     ran: dict[int, nn.Module] = {}
     hook = register_module_forward_pre_hook(lambda module, _: ran.update({id(module): module}))
     try:
-        with undisturbed(), evaluating(*programs), pyro.validation_enabled(False), _Parameters(asked):
+        with undisturbed(), evaluating(*programs), pyro.validation_enabled(False), asked:
             Distribution.set_default_validate_args(_UNSAID)
             drawn: Trace | None = None
             for guide in programs[1:]:
@@ -131,7 +115,8 @@ def rehearse(programs: Sequence[Program], batch: tuple[Any, ...]) -> Rehearsal:
     finally:
         hook.remove()
     shown.modules = list(ran.values())
-    shown.parameters += asked
+    values = [site["value"] for site in asked.trace.nodes.values() if site["type"] == "param"]
+    shown.parameters += [value for value in values if isinstance(value, Tensor)]
     shown.parameters += [p for module in shown.modules for p in module.parameters(recurse=False)]
     return shown
 
@@ -153,11 +138,8 @@ def _finite(value: Tensor) -> bool:
 def diagnosis(
     value: float, step: int, programs: Sequence[Program], batch: tuple[Any, ...], index: Tensor | None = None
 ) -> str:
-    """What to say of a loss that is not finite: the step, then as far as they are found the parameter, the site with
-    its rows, and the data's range.
-
-    Steps count from 0; the programs are the model and the guide, as they are now, and the batch that of the step, with
-    the rows of the data that it holds (`index`), where they are known.
+    """What to say of a loss that is not finite: the step, from 0, then as far as they are found the parameter, the site
+    with its rows, of the data where it is known which ones the batch holds (`index`), and the data's range.
 
     Example:
         >>> import pyro.distributions as dist

@@ -1,13 +1,7 @@
 """A function of tensors that runs many times: captured once, replayed without Pyro, compiled where that pays.
 
-What `Compiled` is for a loss, `Replayed` is for anything that evaluates a pair of programs
-again and again on tensors of the same shapes: a chunk of importance weights, a Markov
-chain's move. Both are `pyro_vae.inference.captured.Captured`: a replay draws the noise that the function
-would have drawn, and reads parameters as they are.
-
-A function is captured if enough calls lie ahead. Inductor compiles the graph when the time that
-the replays take says that the calls ahead will pay for it. A function that cannot be captured
-runs on as it is, and `Replayed.reason` says why.
+What `Compiled` is for a loss, `Replayed` is for anything that evaluates a pair of programs again and again on tensors
+of the same shapes: a chunk of importance weights, a Markov chain's move.
 """
 
 from __future__ import annotations
@@ -40,18 +34,13 @@ class _Call(NamedTuple):
 
 
 class Replayed(Captured):
-    """A function of tensors without the Python in it.
+    """A function from tensors to a sequence of tensors without gradient, without the Python in it.
 
     Args:
-        function: From tensors to a sequence of tensors without gradient. It may call ``torch.autograd.grad``, draw
-            random numbers, and read tensors that are not its arguments.
         programs: The Pyro programs that it runs, whose attributes, closures and globals are watched.
         calls: How many calls are expected in all.
         compile: "auto" captures where at least 600 calls lie ahead, and hands the graph to Inductor where the time
             ahead pays for it; True does both at once; False does neither; anything else is a ValueError.
-    Attributes:
-        reason: Why the most recent call ran uncaptured, or None.
-        captures, compiled: Number of captures so far, and whether Inductor has compiled one of them.
     Example:
         >>> import torch
         >>> scale = torch.ones(())
@@ -73,6 +62,7 @@ class Replayed(Captured):
         super().__init__(quiet=compile is not True, unproven=compile is True, check_every=100)
         self.function, self.programs, self.calls, self.compile = function, tuple(programs), calls, compile
         self.compiled = False
+        self.chooses = compile == "auto"
         self._done = 0
 
     def __repr__(self) -> str:
@@ -134,10 +124,7 @@ class Replayed(Captured):
         return graph.replays > 3 and _SAVED * graph.seconds * self._ahead > cost
 
     def _agree(self, results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-        """Whether they are the same but for rounding.
-
-        A few numbers may differ: of what is accepted or rejected by comparison, rounding turns one in a million.
-        """
+        """Whether they are the same but for rounding, and for a few numbers that are accepted or rejected by it."""
         if [r.shape for r in results] != [e.shape for e in expected]:
             return False
         for result, wanted in zip(results, expected, strict=True):

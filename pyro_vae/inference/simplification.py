@@ -1,8 +1,7 @@
 """A captured graph with fewer calls, for a replay without a compiler: the same numbers, to the bit.
 
-What make_fx writes down holds much that a compiler would drop: views of views, products with one, the same quotient
-in the forward and in the backward pass, all that is made of ``ones_like`` alone. Each costs a few microseconds, which
-is most of a small network's step. `simplified` goes through a copy of the graph once and
+Each call costs a few microseconds, which is most of a small network's step. `simplified` goes through a copy of the
+graph once and
 
 * skips what gives its argument back (alias, x * 1, x / 1, x - 0, x ** 1, -(-x), a view of the same shape, t of t, ...),
 * takes what was computed before from the same arguments,
@@ -65,14 +64,8 @@ _METHODS = {
 
 
 def simplified(graph: fx.Graph, *, without: str | None = None, outputs: int | None = None) -> fx.GraphModule:
-    """A copy of a graph, with fewer calls.
-
-    Args:
-        graph: Of `torch.ops` calls, as `Capture` has it, with the tensors that it makes in the nodes' meta "val".
-        without: Leave out the nodes that carry this mark in their meta; what is left must not need them.
-        outputs: How many of the results to return; all when not given.
-    Returns:
-        A module whose results are those of the graph, to the bit, each with a storage of its own.
+    """A copy of a graph of `Capture`, with fewer calls, whose results are the same to the bit, each with a storage of
+    its own: the first few of them (`outputs`), and without the nodes that carry a mark, which they must not need.
     """
     module = fx.GraphModule({}, fx.Graph())
     copy = module.graph

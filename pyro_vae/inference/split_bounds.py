@@ -1,10 +1,7 @@
 """Objectives under which model and guide follow different functions of the weights.
 
-The model should always climb towards log p(x), and a tight bound is best for it. The
-guide need not: a looser bound may give it a clearer signal (`piwae`), it may fit
-itself to the posterior's samples instead of maximising any bound (`wake_sleep`), or
-it may lower an upper bound (`cubo`), which the model must not do, since it would lower
-p(x). What is reported is one number in every case.
+The model climbs a tight bound. For the guide a looser one may give a clearer signal (`piwae`), it may fit itself to the
+posterior's samples (`wake_sleep`), or lower an upper bound (`cubo`), by which the model would lower p(x).
 """
 
 from __future__ import annotations
@@ -40,27 +37,16 @@ class Wake:
 
 @dataclass(frozen=True, repr=False)
 class SplitBound:
-    """A number to report, what the model climbs, and what the guide climbs.
-
-    Attributes:
-        name: Such as "piwae(8)".
-        report: The bound that is reported.
-        model: What the model climbs; None leaves it alone.
-        guide: What the guide climbs.
-        upper: The guide goes *down* instead, since its bound is one from above.
-        sleep: Share of the guide's gradient that comes from the model's own draws.
-        at_least: The smallest K that makes sense for training.
-        reason: Why a smaller one does not.
-    """
+    """A number to report, what the model climbs, and what the guide climbs."""
 
     name: str
     report: WeightBound
-    model: WeightBound | None
+    model: WeightBound | None  # None leaves it alone
     guide: WeightBound | Wake
-    upper: bool = False
-    sleep: float = 0.0
-    at_least: int = 1
-    reason: str = ""
+    upper: bool = False  # the guide goes *down* instead, since its bound is one from above
+    sleep: float = 0.0  # share of the guide's gradient that comes from the model's own draws
+    at_least: int = 1  # the smallest K that makes sense for training
+    reason: str = ""  # why a smaller one does not
 
     def __call__(self, particles: Particles) -> Tensor:
         return self.report(particles)
@@ -176,15 +162,13 @@ def wake_sleep(sleep: float = 0.0) -> SplitBound:
 def sleep_phase(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
     """log q(z | x) at a draw (z, x) ~ p(z, x), per datum, (B,) in nats, with a gradient for the guide.
 
-    The guide learns from data that the model made up: it climbs log q(z | x), which lowers the divergence E_{p(x)}
-    KL(p(z | x) || q(z | x)) without any importance weight. It asks no derivative of the model or of the samples, so
-    both may be discrete.
+    To climb it lowers E_{p(x)} KL(p(z | x) || q(z | x)) without any importance weight, or derivative of the model or of
+    the samples, so both may be discrete.
 
-    The batch serves for its shape, and for what the model conditions on: all that the model observes is replaced by the
-    draws, wherever it stands in the arguments (also in a dict or a tuple, as a column of a tensor, in another shape or
-    type); what it does not observe is kept. An observed site that is none of the arguments, or may be several, so that
-    the guide would see it as it was, or that cannot be drawn (``pyro.factor``), is a ValueError; so is nothing
-    observed.
+    All that the model observes is replaced by the draws, wherever it stands in the arguments (also in a dict or a
+    tuple, as a column of a tensor, in another shape or type); what it does not observe is kept. An observed site that
+    is none of the arguments, or may be several, or that cannot be drawn (``pyro.factor``), is a ValueError; so is
+    nothing observed.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist

@@ -1,8 +1,7 @@
 """What a pair wants to see of all the data before its first step.
 
-A module anywhere in a pair that is `SeesData` is shown all data, and a program that is `ChecksData` may refuse them,
-before anything is run (see `pyro_vae.protocols`). So what can be known of the data up front costs nothing in a step,
-and no step need read values.
+A module anywhere in a pair that is `SeesData` is shown all data, and a program that is `ChecksData` may refuse them
+(see `pyro_vae.protocols`), so that no step need read values.
 """
 
 from __future__ import annotations

@@ -1,14 +1,8 @@
 """Steps as a captured graph sees them: one call of a loss, and the training step around it.
 
-What a step does between two batches (choose rows, binarise them, Pyro, autograd, Adam) is
-the same in every step. Where all of it can be captured, it is; where some cannot (a batch
-that is made by Python, an optimiser that is not Adam), the rest still is, and that part
-runs as it did.
-
-Rows are chosen and binarised inside the graph on a GPU only, where every kernel that is
-launched from Python costs. On a CPU the compiler would draw each pixel again in every
-operation that reads it, without vector instructions: for 50 particles that takes three
-times as long as the rest of the likelihood.
+Where some of a step cannot be captured (a batch that is made by Python, an optimiser that is not Adam), the rest still
+is. Rows are chosen and binarised inside the graph on a GPU only: on a CPU the compiler would draw each pixel again in
+every operation that reads it, which for 50 particles takes three times as long as the rest of the likelihood.
 """
 
 from __future__ import annotations
@@ -27,8 +21,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae._trust import SCALARS
 from pyro_vae.inference.batches import Batches, Stream
-from pyro_vae.inference.capture import Capture
-from pyro_vae.inference.captured import Graph, Watched, settings
+from pyro_vae.inference.captured import Graph, settings
 from pyro_vae.inference.optimizers import Fused, Update
 from pyro_vae.traces import Program
 
@@ -37,19 +30,13 @@ if TYPE_CHECKING:
 
 
 class TrainingStep:
-    """What belongs to a training step beside the loss.
+    """What belongs to a training step beside the loss."""
 
-    Args:
-        prepare: From the step's tensors, such as an index, to the arguments of the programs.
-        update: The optimiser's step, to be part of the graph; None to leave it out.
-        key: What tells such steps apart, as far as they need different graphs.
-        last: Whether nothing less is tried where this cannot be captured, so that the reason is given.
-    """
-
-    def __init__(
-        self, prepare: Callable[..., tuple[Any, ...]], update: Update | None, key: Any, last: bool = False
-    ) -> None:
-        self.prepare, self.update, self.key, self.last = prepare, update, key, last
+    def __init__(self, prepare: Callable[..., tuple[Any, ...]], update: Update | None, key: Any, last: bool) -> None:
+        self.prepare = prepare  # from the step's tensors, such as an index, to the arguments of the programs
+        self.update = update  # the optimiser's step, to be part of the graph
+        self.key = key  # what tells such steps apart, as far as they need different graphs
+        self.last = last  # whether nothing less is tried where this cannot be captured, so that the reason is given
 
 
 class Step(NamedTuple):
@@ -135,21 +122,13 @@ def _known(*_: Any, **__: Any) -> None:
 
 
 class LossGraph(Graph):
-    """A captured loss, or training step.
+    """A captured loss, or training step; `recorded` says whether it was tried as one CUDA graph."""
 
-    Attributes:
-        beta: The weight of the KL as the tensor that the graph reads, where it was not 1.
-        with_bound: Whether its second result is the bound.
-        recorded: Whether it was tried as one CUDA graph.
-        trained: Of the leaves those that a param statement names.
-    """
-
-    def __init__(self, capture: Capture, watched: Watched) -> None:
-        super().__init__(capture, watched)
-        self.recorded = False
+    recorded = False
 
     def describe(self, sites: list[Site], beta: Tensor | None, with_bound: bool, training: TrainingStep | None) -> None:
-        """Add what the run showed beside the operations."""
+        """Add what the run showed: the weight of the KL as the tensor that the graph reads, where it was not 1, and
+        whether its second result is the bound."""
         self.sites, self.beta, self.with_bound = sites, beta, with_bound
         self.training = training  # what its key names by identity must live
         trained = {id(site.unconstrained) for site in sites}
@@ -162,17 +141,8 @@ class LossGraph(Graph):
 
 
 class GraphSteps:
-    """Steps of a pair by a compiled loss, each as much of a step as can be.
-
-    Args:
-        compiled: The loss.
-        model: A Pyro program for p(x, z).
-        guide: A Pyro program for q(z | x).
-        optimizer: Of all parameters.
-        batches: Where the data are from.
-    Attributes:
-        chooses: Whether to try to have the batch made inside the graph.
-    """
+    """Steps of a pair by a compiled loss, each as much of a step as can be; where it `chooses`, with the batch made
+    inside the graph."""
 
     def __init__(
         self, compiled: Compiled, model: Program, guide: Program, optimizer: PyroOptim, batches: Batches
@@ -185,11 +155,8 @@ class GraphSteps:
         self._made_for: Any = "nothing yet"
 
     def __call__(self, choice: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...] | None]:
-        """Take a step on a batch.
-
-        Returns:
-            Its loss, None where there is no graph for it and nothing was done; and the batch, if it was made.
-        """
+        """Take a step on a batch: its loss, None where there is no graph for it and nothing was done; and the batch, if
+        it was made."""
         self._update_ways()
         batch: tuple[Any, ...] | None = None
         while self._ways and all(isinstance(x, Tensor) for x in choice):
@@ -223,11 +190,7 @@ class GraphSteps:
         source = (id(self.batches.origin), str(self.batches.device))
         self._ways = []
         for chosen in (True, False) if columns is not None and self.chooses else (False,):
-            prepare = self.batches.take if chosen else _as_they_are
+            prepare: Callable[..., tuple[Any, ...]] = self.batches.take if chosen else lambda *tensors: tensors
             for step in (update, None) if update is not None else (None,):
                 key = (source if chosen else None, None if step is None else id(step))
                 self._ways.append((chosen, TrainingStep(prepare, step, key, last=not chosen and step is None)))
-
-
-def _as_they_are(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tensors

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Bernoulli, constraints
 
 from pyro_vae.inference.rehearsal import Rehearsal, lenient
 from pyro_vae.inference.trees import Path, leaves
-from pyro_vae.sites import kind, mask_of, plates, unwrapped, wrappers
+from pyro_vae.sites import is_masked, kind, mask_of, plates, unwrapped
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def rules(shown: Rehearsal, batch: tuple[Any, ...]) -> dict[Path, Rule]:
             continue
         same = [path for path, leaf in tensors if leaf is value]
         fn = unwrapped(site["fn"])
-        masked = any(isinstance(layer, MaskedDistribution) for layer in wrappers(site["fn"]))
-        masked = masked or (site["mask"] is not None and site["mask"] is not True)
+        masked = is_masked(site)
         if not same:
             # What a mask leaves out may have been replaced, and a constant equals much.
             shares = {path: _share(leaf, value) for path, leaf in tensors if leaf.dtype != torch.bool}

@@ -2,9 +2,8 @@
 
     beta_t (log q(z | x) - log p(z)),   t = 0, 1, ... the steps
 
-rises from nearly 0 to its last value over the first epochs or steps (Bowman et al. 2016,
-arXiv:1511.06349), or follows a function of the fraction of steps done, as in cyclical
-annealing (Fu et al. 2019, arXiv:1903.10145). The likelihood keeps its weight of 1.
+rises from nearly 0 over the first epochs or steps (Bowman et al. 2016, arXiv:1511.06349), or follows a function of the
+fraction of steps done, as in cyclical annealing (Fu et al. 2019, arXiv:1903.10145).
 """
 
 from __future__ import annotations
@@ -14,16 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from pyro.infer import (
-    JitTrace_ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    JitTraceMeanField_ELBO,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
+from pyro import infer
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -33,7 +23,7 @@ from pyro_vae.options import integer, number
 
 Beta: TypeAlias = float | Callable[[float], float]
 
-_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+_JIT = (infer.JitTrace_ELBO, infer.JitTraceEnum_ELBO, infer.JitTraceGraph_ELBO, infer.JitTraceMeanField_ELBO)
 _GRID = 10_000  # fractions at which a function is looked at, for where it settles
 
 
@@ -61,20 +51,16 @@ class Tempered(Messenger):
 class Tempering:
     """beta in every step of a fit of so many epochs and batches (`steps_per_epoch`).
 
-    The loss is an ELBO of Pyro's, or an `Objective`, whose own beta the warm-up ends at: over so many epochs
-    (`kl_warmup`) or steps it rises linearly. `beta` is a constant, or a function of the fraction of steps done. From
-    step `warmup` on it stays what it is at the end, 0 where it never changes; `active` says whether the fit sets one at
-    all.
-
-    More than one of the three, or one of them with an `Objective` of its own beta, a warm-up that is as long as the
-    fit, a loss that is no ELBO, or that Pyro compiles with the first weight for good, and, in a step, a beta that is
-    negative or not finite are a ValueError.
+    Over so many epochs (`kl_warmup`) or steps it rises linearly to 1, or to the beta of an `Objective`; or it is a
+    constant, or a function of the fraction of steps done. From step `warmup` on it stays what it is at the end, 0 where
+    it never changes; `active` says whether the fit sets one at all. What `check_tempering` refuses, a warm-up that is
+    as long as the fit, and, in a step, a beta that is negative or not finite are a ValueError.
 
     Example:
         >>> rising = Tempering(Objective(beta=4.0), 10, 50, kl_warmup_steps=100)
         >>> rising(0), rising(49), rising(200), rising.warmup
         (0.04, 2.0, 4.0, 100)
-        >>> Tempering(Trace_ELBO(), 4, 25, beta=lambda done: min(1.0, 2 * done)).warmup
+        >>> Tempering(infer.Trace_ELBO(), 4, 25, beta=lambda done: min(1.0, 2 * done)).warmup
         50
     """
 
@@ -164,7 +150,7 @@ def check_tempering(loss: Any, epochs: int, kl_warmup: float, kl_warmup_steps: i
         raise ValueError(f"got {both}, wanted one of them: each says what the weight of the divergence is.")
     name = given[0]
     off = "None" if name != "kl_warmup" else "0"
-    temperable = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+    temperable = (infer.Trace_ELBO, infer.TraceMeanField_ELBO, infer.TraceGraph_ELBO, infer.TraceEnum_ELBO)
     if not isinstance(loss, temperable) and getattr(loss, "bound", None) is not elbo:
         raise ValueError(f"{name} tempers an ELBO, got {loss!r}. Leave {name} at {off}.")
     if isinstance(loss, _JIT):

@@ -30,6 +30,11 @@ def mapped(function: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> 
     return function(path, tree)
 
 
+def moved(tree: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
+    """A tree with its tensors on a device."""
+    return mapped(lambda _, x: x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x, tree)
+
+
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The leaves of a tree with their paths."""
     if isinstance(tree, Mapping):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pyro_vae.inference.training import History
+from pyro_vae.inference.records import History
 from pyro_vae.inference.trees import at
 from pyro_vae.judging.budget import Examination
 from pyro_vae.judging.estimates import elbo_terms

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pyro_vae import plots
 from pyro_vae.evaluation import at_rest, unmoved
 from pyro_vae.inference.capture import leaves_of
-from pyro_vae.inference.training import History, fit
+from pyro_vae.inference.records import History
+from pyro_vae.inference.training import fit
 from pyro_vae.inference.trees import joined
 from pyro_vae.judging.contenders import bound_values, bounds_at, groups_of, interval, pooled
 from pyro_vae.judging.quotes import aligned, latex

@@ -23,7 +23,7 @@ from pyro_vae import __version__, plots
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint, program_values
 from pyro_vae.inference.ranks import alone
-from pyro_vae.inference.training import History
+from pyro_vae.inference.records import History
 from pyro_vae.inference.trees import rows
 from pyro_vae.judging.advice import Culprit, Finding
 from pyro_vae.judging.budget import Budget, Examination, OutOfTime

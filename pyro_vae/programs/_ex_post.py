@@ -1,8 +1,7 @@
 """A new prior for a fitted model, from where its guide puts the data.
 
-A model draws from p(z), but its likelihood has only learned the z that the guide visits: the aggregated posterior q(z)
-= E_data q(z | x). Where the two differ, samples are decoded from places where no datum lies; for a plain autoencoder,
-whose latent space nothing shapes, almost everywhere. A density fitted to draws of q(z) mends that after training.
+A likelihood has only learned the z that the guide visits, q(z) = E_data q(z | x). Where p(z) differs from it, samples
+are decoded from places where no datum lies. A density fitted to draws of q(z) mends that after training.
 """
 
 from __future__ import annotations

@@ -32,12 +32,8 @@ class Architecture:
         hidden: Widths of the hidden layers, from the data to the latent; the decoder
             has them in reverse. For "conv" and "residual" the channels.
         activation: Name of the activation.
-        posterior: A name of `pyro_vae.parts.names`; "point" for a plain autoencoder.
-        posterior_options: Its keyword arguments.
-        prior: A name of `pyro_vae.parts.names`.
-        prior_options: Its keyword arguments; of "vamp" with num_components.
-        likelihood: A name of `pyro_vae.parts.names`.
-        likelihood_options: Its keyword arguments.
+        posterior, prior, likelihood: Names of `pyro_vae.parts.names`; "point" for a plain autoencoder.
+        posterior_options, prior_options, likelihood_options: Their keyword arguments; of "vamp" with num_components.
         scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
         standardize: Of the normal likelihood: whether guide and likelihood work on (x - m) / s, m and s the mean and
             standard deviation of the training data, column by column; densities stay those of x (see
@@ -87,11 +83,7 @@ class Architecture:
 
     @classmethod
     def of(cls, x_shape: Sequence[int], **options: Any) -> Architecture:
-        """An architecture from options whose names are checked.
-
-        Raises:
-            ValueError: An unknown option, or a value that it cannot have.
-        """
+        """An architecture from options; an unknown one, or a value that it cannot have, is a ValueError."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -121,31 +113,19 @@ class Architecture:
         return names.networks(self.network).encoder((self.latent_dim,), self.hidden[::-1], self.activation)
 
     def option(self, name: str) -> Any:
-        """One of the model's own options that has no default.
-
-        Raises:
-            ValueError: It is not there.
-        """
+        """One of the model's own options that has no default; a ValueError where it is not there."""
         if name not in self.model_options:
             raise ValueError(f"the model {self.model} needs model_options {name}, got {self.model_options}.")
         return self.model_options[name]
 
     def build(self) -> Any:
-        """The pair with new weights: a `VAE`, or the class of the zoo that `model` names.
-
-        Raises:
-            ValueError: Parts that cannot be built so, or do not fit together.
-        """
+        """The pair with new weights, a `VAE`, or the class of the zoo that `model` names; parts that cannot be built
+        so, or do not fit together, are a ValueError."""
         return kinds.find(self.model).of(self)
 
     def pair(self) -> tuple[Model, Guide]:
-        """p(z) p(x | z) and q(z | x) with new weights.
-
-        The two share the encoder where the prior is a mixture of posteriors ("vamp").
-
-        Raises:
-            ValueError: Parts that cannot be built so, or do not fit together.
-        """
+        """p(z) p(x | z) and q(z | x) with new weights, which share the encoder where the prior is a mixture of
+        posteriors ("vamp")."""
         likelihood, posterior = self.a_likelihood(), self.a_posterior()
         maker, first = None, list[Any]([self.latent_dim])
         family = names.find("prior", self.prior)

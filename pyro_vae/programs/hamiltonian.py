@@ -1,8 +1,7 @@
 """Guides that move their samples along the gradient of the model's log density.
 
-Hamiltonian dynamics with log p(x, z) as (minus) the potential moves a sample of a simple
-guide to where the posterior is, and the leapfrog integrator keeps volumes, so that the
-density of what comes out is known without a Jacobian matrix. One step k = 1, ..., T is
+The leapfrog integrator of Hamiltonian dynamics keeps volumes, so that the density of what comes out is known without a
+Jacobian matrix. One step k = 1, ..., T is
 
     rho <- rho + e/2 * grad log p(x, z)
     z   <- z + e * rho
@@ -14,14 +13,11 @@ beta_0. In the space of position and momentum the pair (z_T, rho_T) has the dens
 
     log q(z_T, rho_T | x) = log q0(z_0 | x) + log N(rho_0; 0, I / beta_0) - D sum_k log a_k
 
-and the model extends to p(x, z) N(rho; 0, I). Their ratio is an unbiased estimate of p(x), which makes its logarithm a
-valid bound. But the guide's density of z_T alone is an integral over momenta that nobody knows: a sample that was not
-just drawn cannot be scored.
+and the model extends to p(x, z) N(rho; 0, I). The logarithm of their ratio is a valid bound. But the guide's density of
+z_T alone is an integral over momenta: a sample that was not just drawn cannot be scored.
 
-How far to go depends on the datum. Steps in units of the base guide's standard deviations fit all scales of a
-posterior; but where the base guide is close to the posterior already, heat only blurs it. The bound holds for any step
-size that does not depend on the sample, so that it may be a function of the datum: a few are tried on draws of their
-own, none at all among them, and the best that is above its error is taken.
+The bound holds for any step size that does not depend on the sample, so that it may be a function of the datum: where
+the base guide is close to the posterior already, heat only blurs it.
 """
 
 from __future__ import annotations
@@ -43,7 +39,7 @@ from torch.distributions import constraints
 
 from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
-from pyro_vae.protocols import Rescoring
+from pyro_vae.protocols import Rescoring, support
 from pyro_vae.sites import data_plate, kind, lengths, plates, sample_sites
 from pyro_vae.traces import Program, draw
 
@@ -80,13 +76,10 @@ def tempered_leapfrog(
 class Hamiltonian(Refined):
     """q(z | x) whose samples go T leapfrog steps from a base guide's towards p(z | x).
 
-    Every step costs a gradient of the model, and training differentiates through all of them, the model's second
-    derivatives included. Step size and tempering are learned. With the default step size, outside of training, a datum
-    takes it, a half or a quarter of it, or does not move, whichever gives the highest bound on 16 draws of their own
-    (see above): its bound is then not below the base guide's. In training mode it is taken as it is, to be learned.
-    A bound, but not a density of z: `log_q` and all that
-    must score given samples refuse it, and so do estimators that do. Momenta are drawn outside of Pyro's sites, one for
-    each sample and datum.
+    Every step costs a gradient of the model, and training differentiates through all of them. Step size and tempering
+    are learned. With the default step size, outside of training, a datum takes it, a half or a quarter of it, or does
+    not move, whichever gives the highest bound on 16 draws of their own: its bound is then not below the base guide's.
+    A bound, but not a density of z: `log_q` and all that must score given samples refuse it.
 
     Args:
         model: The model.
@@ -220,15 +213,13 @@ class Hamiltonian(Refined):
         with torch.random.fork_rng(), torch.no_grad(), hidden():
             for share in (0.0, *_SHARES):
                 torch.manual_seed(seed)  # the same draws for all
-                moves = functools.partial(self._by, self.log_step_size.new_tensor(share))
+                step_share = self.log_step_size.new_tensor(share)
+                moves = functools.partial(lambda of, *args, **kwargs: self._run(of, args, kwargs, ()), step_share)
                 bounds.append(draw(self.model, moves, args, kwargs, _DRAWS, vectorize=False).log_weight)
         gains = torch.stack([bound - bounds[0] for bound in bounds[1:]])  # (shares, K, B)
         gain, best = gains.mean(1).nan_to_num(-math.inf).max(0)
         error = gains.std(1).gather(0, best[None])[0] / _DRAWS**0.5
         return torch.where(gain > 2 * error, gain.new_tensor(_SHARES)[best], 0.0)
-
-    def _by(self, share: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._run(share, args, kwargs, ())
 
     def _gradient(
         self, position: Phase, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: tuple[Any, ...], through: bool
@@ -257,11 +248,9 @@ def _log_normal(value: Tensor) -> Tensor:
 def _check(name: str, site: Any) -> None:
     if site["infer"].get("is_auxiliary"):
         raise ValueError(f"Hamiltonian cannot move auxiliary guide site {name!r}, which is not the model's.")
-    support = getattr(site["fn"], "support", None)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support is not None and support is not constraints.real:
+    lies = support(site["fn"])
+    if lies is not None and lies is not constraints.real:
         raise ValueError(
-            f"Hamiltonian moves guide site {name!r} ({kind(site['fn'])}) out of its support, {support}, wanted a site "
+            f"Hamiltonian moves guide site {name!r} ({kind(site['fn'])}) out of its support, {lies}, wanted a site "
             "over all of R^D. Transform the latent inside of the model instead."
         )

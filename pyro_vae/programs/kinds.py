@@ -42,8 +42,6 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def check(model: str, options: Mapping[str, Any], where: str = "model_options") -> str:
     """A pair's name, given in whatever spelling, as the table spells it, once its options are what they can be.
 
-    Raises:
-        ValueError: An unknown name or option, or a value that it cannot have.
     Example:
         >>> check("Semi_Supervised", {"num_labelled": 100})
         'semi-supervised'
@@ -75,8 +73,6 @@ def _whole(value: Any) -> bool:
 def find(model: str) -> Any:
     """The class of a pair by its name.
 
-    Raises:
-        ValueError: An unknown name.
     Example:
         >>> find("mixture").__name__
         'Mixture'

@@ -1,18 +1,13 @@
 """The pair: p(z) p(x | z) and q(z | x) as plain Pyro programs, under names of their own.
 
-Pyro keys parameters by name, so that of two programs of one name only one would be
-trained. A program therefore gets a name that no other one of this process has: when it
-is built, when it is copied, and when it comes out of a file or from another process.
-
-Missing pixels: a mask beside the data, True where a pixel was observed.
+Pyro keys parameters by name, so that of two programs of one name only one would be trained: each gets one of its own.
 
 Where pixels are missing for reasons that do not depend on their values, the evidence is that of the observed part,
 
     log p(x_obs) = log int p(z) prod_{i observed} p(x_i | z) dz
 
-so the model leaves the other factors out, and the guide must not see what was not observed: q(z | x_obs) is given
-zero in its place. All bounds and estimates follow with no change of their own. What stands at a missing pixel (NaN,
-or a guess) never enters: it is replaced before anything is computed, since NaN would reach the gradient.
+so the model leaves the other factors out, and q(z | x_obs) is given zero in their place. What stands at a missing pixel
+is replaced before anything is computed, since NaN would reach the gradient.
 
 Reference: Nazabal et al., Handling incomplete heterogeneous data using VAEs, 2020. arXiv:1807.03653; Mattei and
 Frellsen, MIWAE, 2019. arXiv:1812.02633
@@ -253,9 +248,8 @@ def filled(x: Tensor, mask: Tensor, value: float | Tensor = 0.0) -> Tensor:
 
 def observed_part(likelihood: TorchDistribution, x: Tensor, mask: Tensor) -> tuple[TorchDistribution, Tensor]:
     """p(x_obs | z): the likelihood, masked inside its event; and data with a value of its support where they miss one.
+    A likelihood that does not score pixels one by one is a ValueError.
 
-    Raises:
-        ValueError: The likelihood does not score pixels one by one.
     Example:
         >>> import pyro.distributions as dist
         >>> x, mask = torch.tensor([[0.0, float("nan")]]), torch.tensor([[True, False]])

@@ -1,9 +1,7 @@
 """Guides that start from another guide and improve on it with the help of the model.
 
-Such a guide is a program like any other: it runs its base guide and the model inside, hidden from whoever traces it,
-and ends in sample statements at the base guide's sites. Hidden are the sample sites only. Parameters stay visible, so
-that Pyro finds and trains those of the base guide, whichever loss is used. Gradients of the model are enabled inside
-even where they are off outside, as they are in every evaluation.
+It runs its base guide and the model inside, hidden from whoever traces it, and ends in sample statements at the base
+guide's sites. Parameters stay visible, so that Pyro trains those of the base guide, whichever loss is used.
 """
 
 from __future__ import annotations
@@ -82,11 +80,8 @@ class Refined(Named):
 
     @contextlib.contextmanager
     def kept(self: _Self) -> Iterator[_Self]:
-        """While entered, what was found for a batch is kept for as long as the same batch comes, and not found anew.
-
-        An evaluation of many samples runs the guide many times for each batch, and would climb each time. Model, base
-        guide and batch are not to change meanwhile. Runs that gradients go through keep nothing.
-        """
+        """While entered, what was found for a batch is kept for as long as the same batch comes. Model, base guide and
+        batch are not to change meanwhile. Runs that gradients go through keep nothing."""
         before, self._kept = self._kept, []
         try:
             yield self

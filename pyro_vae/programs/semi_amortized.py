@@ -1,20 +1,15 @@
 """Guides that finish what the encoder began, by gradient steps for each datum.
 
-An encoder has to give good parameters lambda(x) for every x at once, and what it misses
-is the amortization gap. A few steps on each datum's own ELBO close most of it:
-
     lambda_0 = encoder(x),   lambda_{t+1} = lambda_t + e * grad ELBO(x; lambda_t)
 
-The parameters are those of the distributions at the guide's sites, without constraints (log sigma, the Cholesky factor
-with the logarithm of its diagonal, ...), or, for a family that is not made of its parameters alone, such as a flow, all
-that its posterior's head returns. The result is again a member of the base guide's family, so whatever the base guide
-can do (score samples, an analytic KL), it can.
+The parameters are those of the distributions at the guide's sites, without constraints, or, for a family that is not
+made of its parameters alone, such as a flow, all that its posterior's head returns. The result is a member of the base
+guide's family, so whatever that can do (score samples, an analytic KL), it can.
 
-The gradients are noisy: a step of one size for all data, which one encoder needs, throws another away from its optimum.
-So the size is found by measurement, per datum. A step is tried and its ELBO compared with that before it, at common
-noise that the gradient has not seen; where it did not rise, the datum stays, and tries a shorter one next. At the end
-all that was gained is measured once more, at noise that no step has seen, and a datum whose gain is not above its
-standard error keeps the base guide's parameters.
+The size of the steps is found by measurement, per datum. A step is tried and its ELBO compared with that before it, at
+common noise that the gradient has not seen; where it did not rise, the datum stays, and tries a shorter one next. At
+the end all that was gained is measured once more, at noise that no step has seen, and a datum whose gain is not above
+its standard error keeps the base guide's parameters.
 """
 
 from __future__ import annotations
@@ -44,14 +39,13 @@ _FIRST, _LONGER, _SHORTER, _CHECKS = 0.1, 1.5, 2.0, 4
 class SemiAmortized(Refined):
     """q(z | x): the base guide after a few gradient steps on its parameters, per datum.
 
-    The steps climb the model's ELBO, with the gradient along reparameterised samples. Their noise is fresh at every
-    step; its sequence is fixed by the seed, so that the guide is a function of the batch: it scores samples by the
-    distribution that it draws them from. It is unaffected by scales, tempering and losses outside.
+    The steps climb the model's ELBO, with the gradient along reparameterised samples. The sequence of their noise is
+    fixed by the seed, so that the guide scores samples by the distribution that it draws them from. It is unaffected by
+    scales, tempering and losses outside.
 
-    What trains the encoder: with ``differentiate`` the loss is differentiated through the steps (at the price of second
-    derivatives), so that the encoder learns to give parameters from which the steps go far, as in the paper. Without,
-    the change is taken as a constant, and the encoder receives the gradient of the loss at the refined parameters:
-    cheaper, and it pulls the encoder to where the steps end.
+    With ``differentiate`` the loss is differentiated through the steps (at the price of second derivatives), so that
+    the encoder learns to give parameters from which the steps go far, as in the paper. Without, the change is taken as
+    a constant, which pulls the encoder to where the steps end.
 
     One run costs the base guide once (twice for guides of several sites and for families known by their heads only,
     which also run it in every step) and per step the model and its gradient. The steps seed torch's generator, so a
@@ -153,7 +147,8 @@ class SemiAmortized(Refined):
         else:
             like = {(name, key): value for name, (free, _) in parts.items() for key, value in free.items()}
             moved, axes = _by_sites(self.guide), {key: axis[key[0]] for key in like}
-        changes = self._changes(moved, like, axes, args, kwargs, through)
+        found = functools.partial(self._found, moved, like, axes, args, kwargs, through)
+        changes = found() if self.seed is None else self._once(args, kwargs, found)
         return moved(changes)(*args, **kwargs)
 
     def _axes(self, start: Sites, args: Any) -> dict[str, int]:
@@ -170,22 +165,10 @@ class SemiAmortized(Refined):
         dim, _ = data_plate(common, lengths(args))
         return {name: len(site["fn"].batch_shape) + dim for name, site in start.items()}
 
-    def _changes(
-        self,
-        guide: Callable[[dict[_Key, Tensor]], Program],
-        like: Mapping[_Key, Tensor],
-        axes: Mapping[_Key, int],
-        args: Any,
-        kwargs: Any,
-        through: bool,
-    ) -> dict[_Key, Tensor]:
-        """What the steps add to the parameters."""
-        found = functools.partial(self._found, guide, like, axes, args, kwargs, through)
-        return found() if self.seed is None else self._once(args, kwargs, found)
-
     def _found(
         self, guide: Any, like: Mapping[_Key, Tensor], axes: Mapping[_Key, int], args: Any, kwargs: Any, through: bool
     ) -> dict[_Key, Tensor]:
+        """What the steps add to the parameters."""
         zeros = {key: torch.zeros_like(value, requires_grad=True) for key, value in like.items()}
 
         def climb(changes: dict[_Key, Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -4,13 +4,11 @@ The density on [0, 1] proportional to p^x (1 - p)^(1 - x) is, in its logit l = l
 
     p(x; l) = exp(l x - A(l)),   A(l) = log (e^l - 1) / l = l/2 + log (sinh(l/2) / (l/2))
 
-with mean A'(l) and variance A''(l). The closed form is 0/0 at l = 0, and its derivatives lose more digits
-there the higher they are; e^l overflows at the other end. Here two branches meet at |l| = 1:
+with mean A'(l) and variance A''(l). That is 0/0 at l = 0, and e^l overflows at the other end. Here two branches, whose
+derivatives of any order keep their digits, meet at |l| = 1:
 
     |l| <= 1   l (x - 1/2) - sum_k B_2k l^2k / (2k (2k)!)      Bernoulli numbers B_2k; converges for |l| < 2 pi
     |l| > 1    l (x - [l > 0]) - log (1 - e^-|l|) / |l|
-
-each an expression whose derivatives of any order keep their digits.
 """
 
 from __future__ import annotations
@@ -28,11 +26,8 @@ from pyro_vae.parts.distributions.levels import Number
 
 
 class _BernoulliLogProb(torch.autograd.Function):
-    """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's.
-
-    softplus(l) = max(l, 0) + log(1 + exp(-|l|)): ``log1p`` is not vectorised on the CPU, and would only gain what lies
-    below 1e-7. The maximum is taken off first, where it cancels x l exactly at x = 1.
-    """
+    """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's; ``log1p`` is not vectorised
+    on the CPU. The maximum is taken off first, where it cancels x l exactly at x = 1."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
@@ -93,10 +88,8 @@ def polynomial(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
 
 
 def _branches(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where |l| > 1; |l| and l for either branch, held where they are finite if the other branch counts.
-
-    Held well beyond |l| = 1, since a clamp has no derivative at its end.
-    """
+    """Where |l| > 1; |l| and l for either branch, held where they are finite if the other branch counts, well beyond
+    |l| = 1, since a clamp has no derivative at its end."""
     size = logits.abs()
     return size > 1, size.clamp(min=0.5), logits.clamp(-2, 2)
 
@@ -124,12 +117,8 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         logits, x = ctx.saved_tensors
-        in_logits = in_x = None
-        if ctx.needs_input_grad[0]:
-            in_logits = grad * (x - (logits > 0).to(x.dtype) - _mean_from_end(logits))
-        if ctx.needs_input_grad[1]:
-            in_x = grad * logits
-        return in_logits, in_x
+        slope = x - (logits > 0).to(x.dtype) - _mean_from_end(logits) if ctx.needs_input_grad[0] else None
+        return None if slope is None else grad * slope, grad * logits if ctx.needs_input_grad[1] else None
 
 
 class ContinuousBernoulliLogits(Number):
@@ -155,9 +144,6 @@ class ContinuousBernoulliLogits(Number):
     def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
-
-    def _over(self, batch_shape: Any) -> ContinuousBernoulliLogits:
-        return ContinuousBernoulliLogits(self.logits.expand(batch_shape))
 
     def _score(self, value: Tensor) -> Tensor:
         logits, value = torch.broadcast_tensors(self.logits, value)

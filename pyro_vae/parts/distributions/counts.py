@@ -1,9 +1,8 @@
 """Counts by the logarithm of their mean.
 
-The logarithm is what a network gives and what the density needs: log p has the term x log m, which is lost where m
-underflows. Between the negative binomial and the Poisson that it becomes as its concentration grows, the usual
-difference log Gamma(r + x) - log Gamma(r) loses all its digits; Stirling's series takes over. At the other end,
-r -> 0, where log Gamma(r) has a pole, Gamma(r) = Gamma(r + 1) / r leaves log r, which is given.
+log p has the term x log m, which is lost where m underflows. Towards the Poisson the usual difference log Gamma(r + x)
+- log Gamma(r) loses all its digits, and Stirling's series takes over; at r -> 0, where log Gamma(r) has a pole,
+Gamma(r) = Gamma(r + 1) / r leaves log r, which is given.
 """
 
 from __future__ import annotations
@@ -75,8 +74,10 @@ class LevelsAsCounts(Number):
         self._support = Counts(levels)
         super().__init__(counts.batch_shape, validate_args=validate_args)
 
-    def _over(self, batch_shape: Any) -> LevelsAsCounts:
-        return LevelsAsCounts(self.counts.expand(batch_shape), self.levels)
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LevelsAsCounts:
+        new = super().expand(batch_shape)
+        new.counts = self.counts.expand(batch_shape)
+        return new
 
     def _score(self, value: Tensor) -> Tensor:
         return self.counts.log_prob(to_level(value, self.levels))
@@ -109,9 +110,6 @@ class PoissonLogRate(Number):
     def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
         self.log_rate = log_rate
         super().__init__(log_rate.shape, validate_args=validate_args)
-
-    def _over(self, batch_shape: Any) -> PoissonLogRate:
-        return PoissonLogRate(self.log_rate.expand(batch_shape))
 
     def _score(self, value: Tensor) -> Tensor:
         return value * self.log_rate - self.log_rate.exp() - torch.lgamma(value + 1)
@@ -148,9 +146,6 @@ class NegativeBinomialLogMean(Number):
     def __init__(self, log_mean: Tensor, log_concentration: Tensor, validate_args: bool | None = None) -> None:
         self.log_mean, self.log_concentration = broadcast_all(log_mean, log_concentration)
         super().__init__(self.log_mean.shape, validate_args=validate_args)
-
-    def _over(self, batch_shape: Any) -> NegativeBinomialLogMean:
-        return NegativeBinomialLogMean(self.log_mean.expand(batch_shape), self.log_concentration.expand(batch_shape))
 
     def _score(self, value: Tensor) -> Tensor:
         log_r = self.log_concentration.clamp(max=_POISSON)

@@ -1,21 +1,10 @@
-"""Flows: the distribution of z = f(u), and one flow per datum.
+"""Flows: the distribution of z = f(u), u ~ p(u), for an invertible f, and one flow per datum.
 
-The distribution of z = f(u), u ~ p(u), for an invertible f.
+A draw knows its u, so its density costs nothing more. That of any other z needs the inverse, which may be as cheap as f
+(coupling), take D passes (autoregressive flows that draw in one), or be absent.
 
-    log q(z) = log p(u) - log |det df/du|,   u = f^-1(z)
-
-A draw knows its u, so its density costs nothing more. The density of any other z needs the inverse, which may be as
-cheap as f (coupling), take D passes (autoregressive flows that draw in one), or be absent.
-
-zuko's flows are modules of two directions: "forward" is z -> u for its own densities.
-Either may be taken for drawing here; whichever is forward costs one pass.
-
-One flow per datum: the linear layers of a flow with weights that have a batch dimension.
-
-    y_b = W_b x_b + c_b,   W of (B, out, in), x of (..., B, in)
-
-The flow is the same module: while it runs, its weights are exchanged for those of the batch, and the products that they
-enter are taken datum by datum. All else in a flow is elementwise in the batch already.
+A flow per datum is the same module: while it runs, the weights of its linear layers are exchanged for those of the
+batch, y_b = W_b x_b + c_b. All else in a flow is elementwise in the batch already.
 """
 
 from __future__ import annotations
@@ -121,12 +110,8 @@ def pushforward(
     log_scale: Tensor | None = None,
     fast: str = "scoring",
 ) -> Pushforward:
-    """The distribution of a zuko flow, given a context, followed by a location and a scale.
-
-        z = loc + exp(log_scale) f(u; context),   u ~ the flow's base
-
-    The context is (..., C), or None; loc and log_scale are (..., D), or None for 0. With fast="sampling" f is its own
-    direction, one pass; with "scoring" its inverse, as zuko means it.
+    """z = loc + exp(log_scale) f(u; context), u of the base of a zuko flow; the context is (..., C) or None, loc and
+    log_scale are (..., D), or None for 0. With fast="sampling" f is its own direction, with "scoring" its inverse.
     """
     transform = flow.transform(context)  # type: ignore[operator]
     base = flow.base(context)  # type: ignore[operator]

@@ -1,12 +1,8 @@
-"""Grey levels: any distribution over them, and a rounded logistic.
+"""Grey levels x = v / (L - 1), v in 0, ..., L - 1: any distribution over them, and a rounded logistic.
 
-A pixel of L levels holds x = v / (L - 1) with v in 0, ..., L - 1, as `pyro_vae.data` gives 8-bit images with
-binarization="none" and no dequantisation: x = v / 255. Its distribution is discrete, so log p(x) is the log of
-a probability in nats, and bits per dimension are -log p / (dims log 2), with no correction for the scale of x
-(`bits_per_dimension(..., levels=1)`).
-
-A logistic variable y of location m and scale s, in units of levels, is rounded to the nearest level; what lies
-beyond the ends goes to the ends. With a = (v - 1/2 - m) / s and b = (v + 1/2 - m) / s,
+log p(x) is the log of a probability in nats: bits per dimension are -log p / (dims log 2), with no correction for the
+scale of x (`bits_per_dimension(..., levels=1)`). A logistic variable of location m and scale s, in units of levels, is
+rounded to the nearest level, beyond the ends to the ends. With a = (v - 1/2 - m) / s and b = (v + 1/2 - m) / s,
 
     P(v) = S(b) - S(a) = S(b) S(-a) (1 - e^-1/s),   S(t) = 1 / (1 + e^-t)
 
@@ -16,6 +12,7 @@ at its centre. The lowest level drops S(-a) and the last factor, the highest dro
 
 from __future__ import annotations
 
+import copy
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -77,13 +74,12 @@ class Number(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return self._support
 
-    def _over(self: _Self, batch_shape: Any) -> _Self:
-        """The same distribution over a batch_shape that the parameters expand to."""
-        raise NotImplementedError
-
     def expand(self: _Self, batch_shape: Any, _instance: Any = None) -> _Self:
-        new = self._over(batch_shape)
-        new._validate_args = self._validate_args
+        new, dims = copy.copy(self), len(self.batch_shape)
+        new._batch_shape = torch.Size(batch_shape)
+        for name in self.arg_constraints:
+            parameter = getattr(self, name)
+            setattr(new, name, parameter.expand(new._batch_shape + parameter.shape[dims:]))
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -117,9 +113,6 @@ class CategoricalLevels(Number):
     def levels(self) -> int:
         """L."""
         return self.logits.shape[-1]
-
-    def _over(self, batch_shape: Any) -> CategoricalLevels:
-        return CategoricalLevels(self.logits.expand(*batch_shape, self.levels))
 
     def _score(self, value: Tensor) -> Tensor:
         log_p = self.logits.log_softmax(-1)
@@ -168,9 +161,6 @@ class DiscretizedLogistic(Number):
         self.levels = levels
         self._support = GreyLevels(levels)
         super().__init__(self.loc.shape, validate_args=validate_args)
-
-    def _over(self, batch_shape: Any) -> DiscretizedLogistic:
-        return DiscretizedLogistic(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels)
 
     def _score(self, value: Tensor) -> Tensor:
         # In units of levels the edges of neighbouring bins are the same float, so the sum telescopes to one.

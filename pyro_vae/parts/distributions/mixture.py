@@ -1,52 +1,33 @@
-"""Mixtures: one for each datum, and one for all of them.
+"""Mixtures: of diagonal Gaussians for each datum, with gradients through their samples, and one for all data.
 
-Mixtures of diagonal Gaussians with gradients through their samples.
-
-Which component a sample came from is a discrete choice, so a sample z = m_c + s_c eps has no
-derivative in the weights. But a sample may move in any way that carries the density q along:
-v is the derivative of z in a parameter phi if dq/dphi + div(q v) = 0.
-
-Means and scales. Each component moves its own mass, and at z they share it in proportion to
-their responsibilities r_c(z) = w_c q_c(z) / q(z):
+A sample z = m_c + s_c eps has no derivative in the weights, as c is a discrete choice. But it may move in any way that
+carries the density q along: v is its derivative in phi if dq/dphi + div(q v) = 0. In means and scales, with the
+responsibilities r_c(z) = w_c q_c(z) / q(z),
 
     dz = sum_c r_c(z) (dm_c + (z - m_c) / s_c ds_c)
 
-Weights. The conditional distribution functions
+For the weights, the conditional distribution functions
 
     u_d = F_d(z_d | z_1, ..., z_{d-1}) = sum_c w_c(z_1, ..., z_{d-1}) Phi((z_d - m_cd) / s_cd)
 
-turn a draw of the mixture into independent uniform numbers. Keeping those fixed while the logits l move defines how z
-moves, without any inverse of F, since dF/dz is triangular, with the conditional densities on its diagonal:
+turn a draw into independent uniform numbers. Kept fixed while the logits l move, they say how z moves, without any
+inverse of F, since dF/dz is triangular, with the conditional densities on its diagonal:
 
     dz = -(dF / dz)^-1 (dF / dl) dl
-
-Both are exact. The price of the second is variance: to make one component heavier, mass has to be moved there through
-whatever lies between, and the less lies there the faster it moves. For two components a standard deviations apart in
-one dimension the variance of the weights' gradient grows as exp(a^2 / 8). From about eight on, the weights learn
-slowly. The gradients of means and scales never suffer.
 
 Pyro's MixtureOfDiagNormals (Jankowiak and Karaletsos 2019, arXiv:1806.01856) divides by the density, which leaves the
 range of float32 in 50 dimensions, and takes neither D = 1 nor a sample_shape.
 
 Reference: Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018. arXiv:1805.08498
 
-Mixtures whose components are the same for every datum, scored without a table of (K, B, C, D).
-
-    log p(z) = log sum_c w_c p_c(z)
-
-Torch's ``MixtureSameFamily`` compares every value with every component in every
-dimension, and expanded over a plate it does so for a copy of the components per datum.
-For C diagonal normals the quadratic form falls apart into two matrix products,
+A mixture for all data, log p(z) = log sum_c w_c p_c(z), is scored without torch's table of (K, B, C, D). For C diagonal
+normals the quadratic form falls apart into two matrix products,
 
     -1/2 sum_d (z_d - mu_cd)^2 / s_cd^2 = z^2 . (-1/2 / s_c^2) + z . (mu_c / s_c^2) - 1/2 |mu_c / s_c|^2
 
-which never hold more than (K, B, C) numbers. The three terms are large and cancel: in float32, at 500 components of
-scale 0.1 in 50 dimensions, the log density is off by 1e-2 nats. The products are therefore taken in float64, which
-costs half as much again as float32, is still 15 times faster than the table, and is off by 2e-6.
-
-Components of any other kind, flows above all, have to score every value one by one: K B C evaluations of a network.
-They are taken in parts of bounded size, which are computed again on the way back, so that 50 samples of 64 data under
-500 splines take seconds and not the machine's memory.
+whose terms are large and cancel: in float32, at 500 components of scale 0.1 in 50 dimensions, the log density is off by
+1e-2 nats, in float64 by 2e-6. Other components score every value one by one, in parts that are computed again on the
+way back, so that 50 samples of 64 data under 500 splines take seconds and not the machine's memory.
 """
 
 from __future__ import annotations
@@ -62,10 +43,8 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
-from pyro_vae.parts.distributions.normal import Kept
+from pyro_vae.parts.distributions.normal import LOG_TWO_PI, Kept, Whole
 from pyro_vae.protocols import passes
-
-_LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class DiagonalNormalMixture(Kept):
@@ -92,26 +71,14 @@ class DiagonalNormalMixture(Kept):
     support = constraints.real_vector
     has_rsample = True
     twice_differentiable = False  # samples carry first derivatives only: see rsample
+    loc = Whole(2)  # m, (..., C, D)
+    scale = Whole(2)  # s, (..., C, D)
+    logits = Whole(1)  # log w, normalised, (..., C)
 
     def __init__(self, loc: Tensor, scale: Tensor, logits: Tensor) -> None:
         self._loc, self._scale, self._logits = loc, scale, logits.log_softmax(-1)
         batch_shape = torch.broadcast_shapes(loc.shape[:-2], scale.shape[:-2], logits.shape[:-1])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
-
-    @property
-    def loc(self) -> Tensor:
-        """m, (..., C, D)."""
-        return self._whole(self._loc, 2)
-
-    @property
-    def scale(self) -> Tensor:
-        """s, (..., C, D)."""
-        return self._whole(self._scale, 2)
-
-    @property
-    def logits(self) -> Tensor:
-        """log w, normalised, (..., C)."""
-        return self._whole(self._logits)
 
     @property
     def mean(self) -> Tensor:
@@ -171,7 +138,7 @@ class DiagonalNormalMixture(Kept):
 
 
 def _log_normal(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    return -0.5 * ((value - loc) / scale).square() - scale.log() - 0.5 * _LOG_TWO_PI
+    return -0.5 * ((value - loc) / scale).square() - scale.log() - 0.5 * LOG_TWO_PI
 
 
 def _normal_cdf(value: Tensor) -> Tensor:
@@ -294,7 +261,7 @@ def _normal_scores(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     value, loc = value - centre, loc - centre
     precision = scale.pow(-2)
     linear = precision * loc
-    constant = -0.5 * (linear * loc).sum(-1) - scale.log().sum(-1) - 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+    constant = -0.5 * (linear * loc).sum(-1) - scale.log().sum(-1) - 0.5 * loc.shape[-1] * LOG_TWO_PI
     return value.square() @ (-0.5 * precision).mT + value @ linear.mT + constant
 
 

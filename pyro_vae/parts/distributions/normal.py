@@ -1,11 +1,9 @@
 """Correlated Gaussians that plates expand for nothing.
 
-A plate over K particles expands a batch of B Gaussians to (K, B). With torch's and Pyro's multivariate normals the
-(D, D) matrices are then expanded too, and every triangular solve works on K copies of them. Here `expand` keeps the B
-matrices and changes the batch_shape only, and the K samples become columns of B solves.
+Under a plate of K particles torch's multivariate normals expand their (D, D) matrices too, and every triangular solve
+works on K copies of them. Here `expand` keeps the B matrices, and the K samples become columns of B solves.
 
-Both families also know KL(q || p) to a factorised Gaussian p in closed form, where torch
-has none for this pair of classes, so that Pyro's ``TraceMeanField_ELBO`` integrates it:
+Both families also know KL(q || p) to a factorised Gaussian p, so that Pyro's ``TraceMeanField_ELBO`` integrates it:
 
     KL(N(m, S) || N(a, diag b^2)) = (sum_d (S_dd + (m_d - a_d)^2) / b_d^2 - D - log det S) / 2 + sum_d log b_d
 """
@@ -23,7 +21,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent, Normal, constraints, register_kl
 
-_LOG_TWO_PI = math.log(2 * math.pi)
+LOG_TWO_PI = math.log(2 * math.pi)
 
 
 _Self = TypeVar("_Self", bound="Kept")
@@ -48,12 +46,26 @@ class Kept(TorchDistribution):
         return tensor.expand(self.batch_shape + tensor.shape[tensor.dim() - dims :])
 
 
+class Whole:
+    """A parameter of a `Kept` distribution, with that many dimensions of its own, over the whole batch."""
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, distribution: Any, owner: Any = None) -> Any:
+        return self if distribution is None else distribution._whole(getattr(distribution, self.name), self.dims)
+
+
 class _Normal(Kept):
     """N(z; m, S) by a factor of S: what the two below have in common."""
 
     support = constraints.real_vector
     has_rsample = True
     _loc: Tensor
+    loc = Whole(1)  # m, (..., D)
 
     @property
     def log_det(self) -> Tensor:
@@ -61,17 +73,12 @@ class _Normal(Kept):
         raise NotImplementedError
 
     @property
-    def loc(self) -> Tensor:
-        """m, (..., D)."""
-        return self._whole(self._loc)
-
-    @property
     def mean(self) -> Tensor:
         return self.loc
 
     def entropy(self) -> Tensor:
         """The entropy in nats, (...)."""
-        return 0.5 * (self.log_det + self.event_shape[0] * (1 + _LOG_TWO_PI))
+        return 0.5 * (self.log_det + self.event_shape[0] * (1 + LOG_TWO_PI))
 
 
 class CholeskyNormal(_Normal):
@@ -90,16 +97,12 @@ class CholeskyNormal(_Normal):
     """
 
     arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
+    scale_tril = Whole(2)  # L, (..., D, D)
 
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
         self._loc, self._scale_tril = loc, scale_tril
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], scale_tril.shape[:-2])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
-
-    @property
-    def scale_tril(self) -> Tensor:
-        """L, (..., D, D)."""
-        return self._whole(self._scale_tril, 2)
 
     @property
     def variance(self) -> Tensor:
@@ -122,7 +125,7 @@ class CholeskyNormal(_Normal):
     def log_prob(self, value: Tensor) -> Tensor:
         solve = functools.partial(torch.linalg.solve_triangular, upper=False)
         white = _columnwise(solve, self._scale_tril, value - self._loc)
-        return -0.5 * (white.square().sum(-1) + self.log_det + self.event_shape[0] * _LOG_TWO_PI)
+        return -0.5 * (white.square().sum(-1) + self.log_det + self.event_shape[0] * LOG_TWO_PI)
 
 
 class LowRankNormal(_Normal):
@@ -152,21 +155,13 @@ class LowRankNormal(_Normal):
         "scale": constraints.independent(constraints.positive, 1),
         "factor": constraints.independent(constraints.real, 2),
     }
+    scale = Whole(1)  # s, (..., D)
+    factor = Whole(2)  # V, (..., D, R)
 
     def __init__(self, loc: Tensor, scale: Tensor, factor: Tensor) -> None:
         self._loc, self._scale, self._factor = loc, scale, factor
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], scale.shape[:-1], factor.shape[:-2])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
-
-    @property
-    def scale(self) -> Tensor:
-        """s, (..., D)."""
-        return self._whole(self._scale)
-
-    @property
-    def factor(self) -> Tensor:
-        """V, (..., D, R)."""
-        return self._whole(self._factor, 2)
 
     @property
     def variance(self) -> Tensor:
@@ -196,7 +191,7 @@ class LowRankNormal(_Normal):
         few = _columnwise(lambda tril, columns: torch.cholesky_solve(columns, tril), self._capacitance_tril(), seen)
         rest = white - _columnwise(torch.matmul, self._factor, few)
         quadratic = rest.square().sum(-1) + few.square().sum(-1)
-        return -0.5 * (quadratic + self.log_det + self.event_shape[0] * _LOG_TWO_PI)
+        return -0.5 * (quadratic + self.log_det + self.event_shape[0] * LOG_TWO_PI)
 
     def _capacitance_tril(self) -> Tensor:
         one = torch.eye(self._factor.shape[-1], dtype=self._factor.dtype, device=self._factor.device)

@@ -8,39 +8,34 @@ The von Mises-Fisher distribution, with mean direction mu and concentration k > 
 
     p(z) = C_D(k) exp(k mu'z),   C_D(k) = k^(D/2 - 1) / ((2 pi)^(D/2) I_{D/2-1}(k)),
 
-depends on z through its angle a to mu only. So z = cos(a) mu + sin(a) v, with v uniform among
-the directions at right angles to mu, and a of density q(a) prop. to exp(k cos a) sin(a)^(D-2).
+depends on z through its angle a to mu only: z = cos(a) mu + sin(a) v, with v uniform among the directions at right
+angles to mu, and a of density q(a) prop. to exp(k cos a) sin(a)^(D-2).
 
-Sampling. a is drawn by Ulrich's rejection (as mended by Wood), as in Davidson et al. A loop until acceptance could not
-be captured in a graph; here a fixed number of proposals is drawn for every sample and an accepted one is taken. Each is
-accepted with probability 0.65 or more, so that none is with probability 1e-9, when the last proposal stands in.
+Sampling. a is drawn by Ulrich's rejection (as mended by Wood). A loop until acceptance could not be captured in a
+graph: an accepted one of a fixed number of proposals is taken. Each is accepted with probability 0.65 or more, so that
+none is with probability 1e-9, when the last proposal stands in.
 
-Gradients. For a parameter of a sampler with rejection Naesseth et al. add to the pathwise
-derivative a score term, E[f(z) d log(q/r)], that accounts for which proposals are accepted.
-It can be had without noise and without f. The distribution function of the accepted angle, F(a; k), is free of the
-proposals, and keeping u = F(a; k) fixed gives the angle's total derivative, path and correction in one:
+Gradients. The distribution function of the accepted angle, F(a; k), is free of the proposals. Keeping it fixed gives
+the angle's total derivative, path and correction (Naesseth et al.) in one, without noise:
 
     da/dk = -(dF/dk) / q(a) = -1/q(a) int_0^a (cos t - A) q(t) dt,   A = E[cos a]
 
-The integral has one sign, is taken from the side on which the integrand is, and is computed by quadrature to about
-1e-9. The direction mu is carried by parallel transport of v, a derivative without singular points.
+The integral is taken from the side on which the integrand is, by quadrature to about 1e-9. mu is carried by parallel
+transport of v, a derivative without singular points.
 
 Bessel functions. Poisson's integral, for a real order v >= 0 and x > 0,
 
     I_v(x) = (x / 2)^v / (sqrt(pi) Gamma(v + 1/2)) int_0^pi exp(x cos a) sin(a)^(2v) da
 
-has a positive, log-concave integrand, that of the distribution of the angle above for D = 2v + 2, about which
-everything is known: its mode, and a width of at most 1 / sqrt(x + 2v). Gauss and Legendre's rule on a window of ten
-widths about the mode is then right to about 1e-11 for all x > 0 and v up to 100, which no power series, and no
-asymptotic expansion, is. A polynomial change of variables that slows down at the ends of the window takes care of the
-branch points of sin(a)^(2v) where 2v is no integer. The moments follow from the same sum.
+has the log-concave integrand of the angle above for D = 2v + 2, with a known mode and a width of at most
+1 / sqrt(x + 2v). Gauss and Legendre's rule on ten widths about the mode is right to about 1e-11 for all x > 0 and v up
+to 100. A polynomial change of variables that slows down at the ends takes care of the branch points of sin(a)^(2v)
+where 2v is no integer. The moments follow from the same sum.
 
-Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891
-    Naesseth et al., Reparameterization Gradients through Acceptance-Rejection Sampling
-    Algorithms, 2017. arXiv:1610.05683
-    Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018. arXiv:1805.08498
-    Ulrich, Computer generation of distributions on the m-sphere, 1984; Wood, Simulation of the
-    von Mises Fisher distribution, 1994.
+Reference: Davidson et al., Hyperspherical Variational Auto-Encoders, 2018. arXiv:1804.00891; Naesseth et al.,
+    Reparameterization Gradients through Acceptance-Rejection Sampling Algorithms, 2017. arXiv:1610.05683; Ulrich,
+    Computer generation of distributions on the m-sphere, 1984; Wood, Simulation of the von Mises Fisher distribution,
+    1994.
 """
 
 from __future__ import annotations
@@ -55,7 +50,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import register_kl
 
-from pyro_vae.parts.distributions.normal import Kept
+from pyro_vae.parts.distributions.normal import Kept, Whole
 
 PROPOSALS = 20
 SLOPE_NODES = 40
@@ -72,11 +67,8 @@ def legendre(num_nodes: int) -> tuple[list[float], list[float]]:
 
 
 def polar(power: float, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles a_i and log weights of a rule for int exp(x (cos a - 1)) sin(a)^power f(a) da.
-
-    For p >= 0 and x > 0, (...): two tensors (..., 80), and the integral is sum_i exp(log weight_i) f(a_i). The log
-    weights carry the derivative in x; the angles are fixed.
-    """
+    """Angles a_i and log weights, (..., 80) each, of a rule for int exp(x (cos a - 1)) sin(a)^power f(a) da, power >= 0
+    and x > 0, (...): sum_i exp(log weight_i) f(a_i). The log weights carry the derivative in x."""
     nodes, weights = (x.new_tensor(values) for values in legendre(NODES))
     weights, nodes = weights * 6 * nodes * (1 - nodes), nodes.square() * (3 - 2 * nodes)
     with torch.no_grad():
@@ -93,13 +85,9 @@ def polar(power: float, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_mean_exp_cosine(order: float, x: Tensor) -> Tensor:
-    """log of the mean of exp(x (cos a - 1)) under a density proportional to sin(a)^(2 order).
+    """log of the mean of exp(x (cos a - 1)), x > 0, (...), under a density proportional to sin(a)^(2 order):
 
-        Gamma(v + 1) (2 / x)^v exp(-x) I_v(x)
-
-    What I_v is made of, without the parts that are large: 0 at x = 0 and about -(v + 1/2) log x for large x > 0, (...);
-    differentiable in x as often as one likes. The order v is >= 0.
-    """
+    Gamma(v + 1) (2 / x)^v exp(-x) I_v(x), 0 at x = 0 and about -(v + 1/2) log x for large x; the order v is >= 0."""
     if not order >= 0:
         raise ValueError(f"got order={order}, wanted a real number >= 0.")
     _, log_weight = polar(2 * order, x)
@@ -196,22 +184,14 @@ class VonMisesFisher(Kept):
     support = constraints.sphere
     has_rsample = True
     twice_differentiable = False  # samples carry first derivatives only: see rsample
+    loc = Whole(1)  # mu, (..., D)
+    concentration = Whole(0)  # k, (...)
 
     def __init__(self, loc: Tensor, concentration: Tensor) -> None:
         self._loc, self._concentration = loc, concentration
         self._log_surface = log_surface(loc.shape[-1])
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
-
-    @property
-    def loc(self) -> Tensor:
-        """mu, (..., D)."""
-        return self._whole(self._loc)
-
-    @property
-    def concentration(self) -> Tensor:
-        """k, (...)."""
-        return self._whole(self._concentration, 0)
 
     @property
     def mean(self) -> Tensor:

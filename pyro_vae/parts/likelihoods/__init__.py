@@ -1,8 +1,4 @@
-"""Likelihoods p(x | z): modules that turn latents into a distribution over one datum.
-
-A likelihood owns a decoder. Latents (..., D) give a distribution with batch_shape (...) and the event shape of a datum:
-all dimensions that the decoder adds are event dimensions.
-"""
+"""Likelihoods p(x | z): a decoder, and the distribution of one datum whose parameters it gives."""
 
 from pyro_vae.parts.likelihoods.discrete import (
     Categorical,

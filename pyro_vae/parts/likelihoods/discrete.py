@@ -1,12 +1,8 @@
 """Likelihoods of whole numbers: counts x in 0, 1, 2, ..., and 8-bit pixels.
 
-The mean of a count is softplus(l) or exp(l) of the decoder's output l, times the size of the column where that was
-measured. Both go in as logarithms, log softplus(l) = l for l -> -infinity: a count where the decoder expected none has
-a finite log density and a gradient that does not vanish. With `levels` x is a grey level v / (L - 1) whose v is the
-count, and the mean is that many times larger: the decoder's output stays of the size of x. The exponential is the
-canonical link, and overflows float32 at l = 88; softplus grows no faster than l.
-
-Pixels are levels without an order (`Categorical`), or rounded logistics.
+The mean of a count is softplus(l) or exp(l), which overflows float32 at l = 88, of the decoder's output l. Both go in
+as logarithms: a count where the decoder expected none has a finite log density and a gradient that does not vanish.
+With `levels` the mean is that many times larger: the decoder's output stays of the size of x.
 """
 
 from __future__ import annotations
@@ -37,7 +33,10 @@ class _Counts(Likelihood):
     values = "counts"
     standardize: CountScale | None
 
-    def __init__(self, decoder: nn.Module, link: str, levels: int | None, standardize: CountScale | None) -> None:
+    def __init__(
+        self, decoder: nn.Module, link: str = "softplus", levels: int | None = None,
+        standardize: CountScale | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(decoder, standardize)
         if link not in _LINKS:
             raise ValueError(f"unknown link {link!r}, wanted one of {', '.join(_LINKS)}.")
@@ -77,12 +76,6 @@ class Poisson(_Counts):
         >>> Poisson(nn.Linear(2, 6))(torch.zeros(5, 2)).event_shape
         torch.Size([6])
     """
-
-    def __init__(
-        self, decoder: nn.Module, link: str = "softplus", levels: int | None = None,
-        standardize: CountScale | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(decoder, link, levels, standardize)
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         (output,) = parameters
@@ -156,7 +149,9 @@ class _Logistics(Likelihood):
 
     values = "levels"
 
-    def __init__(self, decoder: nn.Module, levels: int, initial_scale: float, minimum_scale: float) -> None:
+    def __init__(
+        self, decoder: nn.Module, levels: int = 256, initial_scale: float = 0.1, minimum_scale: float = 5e-4
+    ) -> None:
         super().__init__(decoder)
         if not (initial_scale > 0 and minimum_scale > 0):
             raise ValueError(
@@ -193,11 +188,6 @@ class DiscretizedLogistic(_Logistics):
     """
 
     parameters_per_pixel = 2
-
-    def __init__(
-        self, decoder: nn.Module, levels: int = 256, initial_scale: float = 0.1, minimum_scale: float = 5e-4
-    ) -> None:
-        super().__init__(decoder, levels, initial_scale, minimum_scale)
 
     def family(self, *parameters: Tensor) -> TorchDistribution:
         u, t = parameters

@@ -1,9 +1,7 @@
 """Likelihoods with independent pixels: what they have in common, and those of binary and continuous data.
 
-A learned standard deviation is a minimum plus a positive function of an unconstrained number l: exp(l) for |l| <= 15,
-where every fit of data of a sane size stays, continued by its tangent above, e^15 (1 + l - 15), and by the reciprocal
-of that below. So the scale has the meaning of a logarithm, never overflows, whatever the network returns, and has a
-gradient everywhere: it is bounded smoothly and not cut off.
+A learned standard deviation is a minimum plus `bounded_exp` of an unconstrained number: it never overflows, whatever
+the network returns, and has a gradient everywhere.
 """
 
 from __future__ import annotations
@@ -31,9 +29,7 @@ class Likelihood(nn.Module, ABC):
     Args:
         decoder: z, (..., D), to parameters, (..., n * C, *rest) for data (C, *rest).
     Attributes:
-        parameters_per_pixel: n.
-        values: What data it is a distribution of: "binary", "continuous", "levels" or "counts"; None if unsaid.
-        standardize: What the guide is shown of the data in their place; None for the data.
+        parameters_per_pixel, values, standardize: As of `pyro_vae.protocols.Likelihood`; n is the first.
     Raises:
         ValueError: The decoder drops the leading dimensions of z, or its channels are no multiple of n.
     """

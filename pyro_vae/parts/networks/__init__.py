@@ -1,8 +1,7 @@
 """Networks: tensors to tensors, over any leading dimensions.
 
-An encoder turns data (..., *x_shape) into features (..., F); a decoder turns latents
-(..., D) into one tensor (..., *x_shape). Leading dimensions are free because K
-particles of B data arrive as (K, B, D). Any ``nn.Module`` that does the same drops in.
+An encoder turns data (..., *x_shape) into features (..., F), a decoder latents (..., D) into one tensor (...,
+*x_shape). K particles of B data arrive as (K, B, D). Any ``nn.Module`` that does the same drops in.
 """
 
 from pyro_vae.parts.networks.convolutional import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder

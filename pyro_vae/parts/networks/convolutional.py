@@ -1,10 +1,7 @@
 """Convolutional networks for images of any size: strided convolutions, and residual blocks.
 
-Each block adds to its input what two convolutions make of it, normalised before each one (He et al., 2016):
-
-    h = skip(x) + conv(act(norm(conv(act(norm(x))))))
-
-The norm is over groups of channels of one image, never over the batch: particles and data must not see each other.
+A residual block is h = skip(x) + conv(act(norm(conv(act(norm(x)))))). The norm is over groups of channels of one image,
+never over the batch: particles and data must not see each other.
 """
 
 from __future__ import annotations

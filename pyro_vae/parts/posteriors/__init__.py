@@ -1,8 +1,4 @@
-"""Posteriors q(z | x): modules that turn data into a distribution over the latent.
-
-A posterior owns an encoder (data to features) and a linear head from the features to
-its parameters, so that families are swapped without touching the network.
-"""
+"""Posteriors q(z | x): an encoder, and a linear head from its features to the parameters of a distribution."""
 
 from pyro_vae.parts.posteriors.amortized import (
     Amortized,

@@ -1,13 +1,7 @@
 """Posteriors that read their parameters off an encoder: what they have in common, and all that are no flows.
 
-The Gaussians have scales s(x) = exp(.) in common, and start with what the factorised one is:
-
-    diagonal    S = diag(s^2)
-    full        S = diag(s) T T' diag(s),           T lower triangular with ones on its diagonal
-    low rank    S = diag(s) (I + V V') diag(s),     V of R columns
-
-The scales stand outside, so that T and V are free of units: correlations, not covariances.
-The KL to a factorised prior is known in closed form for each of them.
+The scales of the Gaussians stand outside, S = diag(s) (...) diag(s), so that what is inside is free of units. The KL to
+a factorised prior is known in closed form for each of them.
 """
 
 from __future__ import annotations
@@ -39,10 +33,7 @@ class Amortized(nn.Module, ABC):
         num_parameters: P.
         features: F; read from ``encoder.out_features`` when not given.
     Attributes:
-        rescoring: What it takes to score a sample that was not just drawn: "one pass", "D passes", or "impossible".
-        support: Where z lies, a constraint of torch.
-        passes: Networks that look at a z to score it.
-        has_density: Whether it is more than a point.
+        rescoring, support, passes, has_density: As of `pyro_vae.protocols.Posterior`.
     Raises:
         ValueError: The number of features is unknown, or a size is not positive.
     Example:
@@ -141,10 +132,9 @@ class FullNormal(Amortized):
     A density costs one triangular solve, O(D^2). T starts as the identity for every x:
     the fit begins as `DiagonalNormal`, the special case, and learns correlations from there.
 
-    Adam moves every output of the head by about as much in a step, be its gradient signal or
-    noise, and a row of T holds up to D of them. The factor 1 / sqrt(D) makes the step of a whole
-    row, which is what counts for z, that of one number at any D. Without it D = 50 latents of
-    MNIST are 3 to 4 nats behind `DiagonalNormal` after 15 epochs on 20,000 images; with it, level.
+    Adam moves every output of the head by about as much in a step. The factor 1 / sqrt(D) makes the step of a whole row
+    of T that of one number at any D. Without it D = 50 latents of MNIST are 3 to 4 nats behind `DiagonalNormal` after
+    15 epochs on 20,000 images; with it, level.
 
     Args:
         encoder, features: As of `Amortized`.

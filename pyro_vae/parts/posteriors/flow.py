@@ -2,12 +2,9 @@
 
     z = mu(x) + sigma(x) f(u; c(x)),   u ~ N(0, I)
 
-The head gives mu, log sigma and the context c, which every layer of f reads. f starts close to the identity, so that a
-flow starts as a diagonal normal and bends from there; splines, which act on [-5, 5] only, see a standardised u.
-
-An autoregressive flow computes one direction in one pass and the other in D. Training
-needs draws, so f is the quick one (inverse autoregressive); the price, D passes, falls
-on samples that the flow did not draw itself. Coupling flows are quick both ways.
+f starts close to the identity, so that a flow starts as a diagonal normal. An autoregressive flow computes one
+direction in one pass and the other in D. Training needs draws, so f is the quick one; the price falls on samples that
+the flow did not draw itself. Coupling flows are quick both ways.
 """
 
 from __future__ import annotations

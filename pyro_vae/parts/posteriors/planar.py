@@ -1,13 +1,7 @@
 """Planar and Sylvester flows, all of whose parameters the encoder gives.
 
-Planar flows: a diagonal normal, bent along one direction at a time.
-
-    z_0 = mu + sigma u,   u ~ N(0, I)
-    z_i = z_{i-1} + v_i tanh(w_i' z_{i-1} + b_i),   i = 1, ..., N
-    log |det dz_i/dz_{i-1}| = log(1 + (1 - tanh^2) w_i' v_i)
-
-with mu, sigma and every w_i, v_i, b_i functions of x. A step is invertible if and only
-if w'v > -1. So v is a free vector u whose part along w is moved there:
+A planar step, z <- z + v tanh(w'z + b), is invertible if and only if w'v > -1. So v is a free vector u whose part along
+w is moved there:
 
     v = u + (m(w'u) - w'u) w / |w|^2,   m(a) = softplus(a + c) - (1 - e)
 
@@ -17,22 +11,16 @@ not), and e = 0.001 keeps the determinant away from zero.
 A step changes z along v only, so its inverse is one scalar equation, a + (w'v) tanh(a) =
 w'z + b for a = w'z_{i-1} + b: any sample can be scored, at a few times the cost of a draw.
 
-Sylvester flows: planar flows that bend M directions in one step.
-
-    z_0 = mu + sigma u,   u ~ N(0, I)
-    z_i = z_{i-1} + Q R tanh(R~ Q' z_{i-1} + b),   i = 1, ..., N
-    log |det dz_i/dz_{i-1}| = sum_m log(1 + (1 - tanh^2)_m r_mm r~_mm)
-
-Q is D x M with orthonormal columns, R and R~ are upper triangular; by Sylvester's identity only their diagonals enter
-the determinant, and a step is invertible where r_mm r~_mm > -1, for which the diagonals go through tanh. mu, sigma, Q,
-R, R~ and b of every step are functions of x. Q is one of
+A Sylvester step, z <- z + Q R tanh(R~ Q'z + b), bends M directions at once. Q is D x M with orthonormal columns, R and
+R~ are upper triangular; by Sylvester's identity only their diagonals enter the determinant, and a step is invertible
+where r_mm r~_mm > -1, for which the diagonals go through tanh. Q is one of
 
     orthogonal   the orthogonal factor of a free D x M matrix
     householder  a product of H reflections I - 2 v v' / |v|^2, M = D
     triangular   the identity and the reversal of the latents in turn, M = D
 
-A step's inverse is triangular as well: for a = R~ Q' z_{i-1} + b, a + R~ R tanh(a) = R~ Q' z_i + b, solved by M scalar
-equations, the last first. So any sample can be scored, in M passes a step.
+Its inverse is triangular as well: a + R~ R tanh(a) = R~ Q' z_i + b for a = R~ Q' z_{i-1} + b, M scalar equations, the
+last first.
 """
 
 from __future__ import annotations
@@ -59,11 +47,8 @@ _STEPS = 16
 def invert_tanh_step(slope: Tensor, value: Tensor) -> Tensor:
     """The a that solves a + m tanh(a) = c, exact to rounding and differentiable in m and c.
 
-    The left side increases in a for m > -1, is odd, and on a >= 0 is convex for m < 0 and concave for m > 0. Newton's
-    iteration from outside the root (convex) or inside it (concave) is therefore monotone and needs no bracket; the
-    start is the better of two bounds, c - m and c / (1 + m). A fixed number of steps keeps it free of branches.
-
-    m > -1 and c broadcast; first and second derivatives are right.
+    The left side is odd, and on a >= 0 convex for -1 < m < 0 and concave for m > 0: Newton's iteration from the better
+    of two bounds, c - m and c / (1 + m), is monotone. First and second derivatives are right.
 
     Example:
         >>> a = invert_tanh_step(torch.tensor(2.0), torch.tensor(-3.0))
@@ -252,11 +237,8 @@ class Sylvester(Amortized):
 
 
 def orthonormal(a: Tensor) -> Tensor:
-    """The Q of A = Q R, (..., D, M), with a positive diagonal of R: Gram and Schmidt's basis, smooth in A, M <= D.
-
-    The paper iterates Q <- Q (I + (I - Q'Q) / 2) until it converges, which takes as long as the columns are close to
-    dependent; a factorisation is exact after one step, and the flow is as general: R and R~ absorb it.
-    """
+    """The Q of A = Q R, (..., D, M), with a positive diagonal of R: Gram and Schmidt's basis, smooth in A, M <= D; in
+    place of the paper's iteration Q <- Q (I + (I - Q'Q) / 2)."""
     q, r = torch.linalg.qr(a)
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(q)
 

@@ -1,8 +1,7 @@
 """Mixtures as priors: of Gaussians, and of the guide's own posteriors.
 
-The prior that maximises the ELBO of given data is the aggregated posterior, 1/N sum_n q(z | x_n): it removes all of the
-mismatch between where the encoder puts the data and where the model believes them to be. It costs N passes and
-overfits. A mixture over a few hundred learned pseudo-inputs keeps the idea at a price that does not depend on N.
+The prior that maximises the ELBO of given data is the aggregated posterior, 1/N sum_n q(z | x_n), which costs N passes
+and overfits. A mixture over a few hundred learned pseudo-inputs keeps the idea at a price that does not depend on N.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
     SemiSupervised   p(y) p(z) p(x | z, y), y known for some data and summed out for the others
     Mixture          p(c) p(z | c) p(x | z), c never known and summed out
 
-Each holds its programs as ``pair.model`` and ``pair.guide``, which go wherever a pair
-goes; its parts are callables that return distributions, so the user's own drop in.
+Their parts are callables that return distributions, so the user's own drop in.
 """
 
 from pyro_vae.programs.zoo.assembly import autoencoder

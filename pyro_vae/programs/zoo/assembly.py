@@ -1,10 +1,7 @@
-"""What the zoo is assembled with: likelihoods by class, pictures by name, labels; and the plain autoencoder.
+"""What the zoo is assembled with: likelihoods by class, labels; and the plain autoencoder.
 
-Labels as people bring them: class numbers or one-hot rows, checked before they are believed.
-
-A class number that is no class has no row in a one-hot table, so that it would be taken for "no class at all" and
-trained on in silence. All labels are looked at before a fit (`check_data` of the programs), and those of a batch when
-a program runs eagerly; a captured step reads no values, and there such a label makes everything that depends on it nan.
+All labels are looked at before a fit (`check_data` of the programs), and those of a batch when a program runs eagerly;
+a captured step reads no values, and there a label of no class makes everything that depends on it nan.
 """
 
 from __future__ import annotations
@@ -39,9 +36,7 @@ def pixel_likelihood(
 
 
 def autoencoder(x_shape: Sequence[int], **options: Any) -> VAE:
-    """A plain autoencoder: a point z(x) instead of a distribution, and no prior term.
-
-    The same networks as `VAE.build`, with a guide that is a point. Train it with
+    """A plain autoencoder: the networks of `VAE.build`, with a guide that is a point, and no prior term. Train it with
 
         fit(pair.model, pair.guide, data, loss=Objective(reconstruction))
 
@@ -120,12 +115,9 @@ def is_class_numbers(y: Tensor) -> bool:
 
 
 def rows_of(y: Tensor, num_columns: int, count: int | None) -> Tensor:
-    """What is known of each datum as a row, (..., C): as it is, or of class numbers, (...), one-hot.
+    """What is known of each datum as a row, (..., C): as it is, or of class numbers, (...), one-hot; anything else, or
+    not one for each of so many data (`count`, if it is known here), is a ValueError.
 
-    `count` is how many data it goes with; None where that is not known here.
-
-    Raises:
-        ValueError: Another shape; a number that is no class.
     Example:
         >>> rows_of(torch.tensor([1, 0]), 2, 2).int().tolist(), rows_of(torch.zeros(2, 3), 3, 2).shape
         ([[0, 1], [1, 0]], torch.Size([2, 3]))

@@ -3,8 +3,7 @@
     model   p(z | y) p(x | z, y)        p(z | y) = p(z) where the prior does not look at y
     guide   q(z | x, y)
 
-Everything is conditional on y: a bound is one on log p(x | y). Both programs take (x, y),
-and so does whatever takes the pair: fit(pair.model, pair.guide, (x, y)).
+Everything is conditional on y: a bound is one on log p(x | y). Both programs take (x, y): fit(pair, (x, y)).
 """
 
 from __future__ import annotations
@@ -194,16 +193,13 @@ class Conditional(Answers):
         return cls(prior, Joined(decoder), joined, conditional_prior, y_dim)
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights: y are the classes 0, ..., num_classes - 1."""
+    def _of(cls, architecture: Architecture) -> Self:
         classes, dims = architecture.option("num_classes"), architecture.latent_dim
         conditional_prior = bool(architecture.model_options.get("conditional_prior", False))
         prior = DiagonalNormal(MLP(classes, (), None), dims) if conditional_prior else StandardNormal(dims)
         likelihood = Joined(architecture.a_likelihood(classes))
         posterior = Joined(architecture.a_posterior(classes), event_dim=len(architecture.x_shape))
-        pair = cls(prior, likelihood, posterior, conditional_prior, classes)
-        pair.architecture = architecture
-        return pair
+        return cls(prior, likelihood, posterior, conditional_prior, classes)
 
     def posterior(self, x: Any, *y: Any) -> TorchDistribution:
         """q(z | x, y), batch_shape (B,)."""
@@ -217,15 +213,8 @@ class Conditional(Answers):
     @torch.no_grad()
     @checked
     def sample(self, y: Any, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
-        """New data, one for each y: z ~ p(z | y), then x from p(x | z, y).
-
-        Args:
-            y: (B, C), or class numbers (B,).
-            pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
-            seed: As for `VAE.sample`.
-        Returns:
-            (B, *x_shape).
-        """
+        """New data, (B, *x_shape), one for each y, (B, C), or class numbers (B,): z ~ p(z | y), then x from p(x | z,
+        y); pixels and seed are as for `VAE.sample`."""
         y = data_of(y, name="y")
         with noise(seed):
             return pixels_of(self.decode(self.model.given_y(y).sample(), y), pixels)

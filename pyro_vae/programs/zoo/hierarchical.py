@@ -3,14 +3,9 @@
     model   p(z_L) p(z_{L-1} | z_L) ... p(z_1 | z_2) p(x | z_1)
     guide   q(z_1 | x) q(z_2 | z_1) ... q(z_L | z_{L-1})
 
-The guide climbs, the model comes down. The weight of one sample of all layers is
-
-    log w = log p(x | z_1) + sum_l [log p(z_l | z_{l+1}) - log q(z_l | z_{l-1})],
-
-so every bound and every estimate holds unchanged. At the last layer, and only there, the expectation of log q - log p
-may be taken in closed form, KL(q(z_L | z_{L-1}) || p(z_L)): below it p(z_l | z_{l+1}) depends on what the guide drew
-from z_l. By default `fit` does so, which leaves the ELBO what it is and takes the noise of z_L's divergence out. The
-exact posterior has the guide's form: z_2 and x are independent given z_1.
+At the last layer, and only there, the expectation of log q - log p may be taken in closed form, KL(q(z_L | z_{L-1}) ||
+p(z_L)), as `fit` does by default: below it p(z_l | z_{l+1}) depends on what the guide drew from z_l. The exact
+posterior has the guide's form: z_2 and x are independent given z_1.
 """
 
 from __future__ import annotations
@@ -160,9 +155,8 @@ class Hierarchical(Answers):
         return cls(StandardNormal(latent_dims[-1]), down, decoder, up)
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights: latent_dim is that of the level next to the data, and the
-        networks of each level are half as wide as those of the level below."""
+    def _of(cls, architecture: Architecture) -> Self:
+        # latent_dim is that of the level next to the data; the networks of each level are half as wide as below it.
         levels = [
             replace(architecture, x_shape=(below,), latent_dim=dim, model="vae", model_options={},
                     hidden=tuple(max(1, width >> level) for width in architecture.hidden))
@@ -171,9 +165,7 @@ class Hierarchical(Answers):
         up = [architecture.a_posterior(), *(level.a_posterior() for level in levels)]
         down = [DiagonalNormal(level.decoder_features(), level.x_shape[0]) for level in levels]
         prior = StandardNormal(levels[-1].latent_dim)
-        pair = cls(prior, down, architecture.a_likelihood(), up)
-        pair.architecture = architecture
-        return pair
+        return cls(prior, down, architecture.a_likelihood(), up)
 
     @property
     def num_layers(self) -> int:
@@ -197,15 +189,7 @@ class Hierarchical(Answers):
     @torch.no_grad()
     @checked
     def sample(self, size: int = 1, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
-        """New data: z_L ~ p(z_L), and down to p(x | z_1).
-
-        Args:
-            size: How many.
-            pixels: "mean" for E[x | z_1]; "draw" for a sample of p(x).
-            seed: As for `VAE.sample`.
-        Returns:
-            (size, *x_shape).
-        """
+        """New data, (size, *x_shape), as `VAE.sample`: z_L ~ p(z_L), and down to p(x | z_1)."""
         with noise(seed):
             z = self.model.prior().expand([size]).sample()
             for layer in range(self.num_layers - 1, 0, -1):

@@ -3,14 +3,9 @@
     model   p(c) p(z | c) p(x | z)
     guide   q(z | x)
 
-The cluster c of a datum is never drawn: given z it is independent of x, so its exact
-posterior is p(c | z), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums it out,
-
-    p(x, z) = p(x | z) sum_c p(c) p(z | c).
-
-The same sum can be a prior p(z) like any other: ``pair.marginal`` is the plain `Model` with it, of the same modules.
-Both give the same ELBO at the same draws. The first keeps c as a site; the second is what `particles`, and every bound
-and estimate that stands on it, work with, since they draw each latent that a model has.
+The cluster c of a datum is never drawn: given z it is independent of x, so its exact posterior is p(c | z), and Pyro's
+TraceEnum_ELBO(max_plate_nesting=1) sums it out, p(x, z) = p(x | z) sum_c p(c) p(z | c). The same sum is the prior of
+``pair.marginal``, the plain `Model` that `particles` needs, since it draws each latent that a model has.
 """
 
 from __future__ import annotations
@@ -156,13 +151,10 @@ class Mixture(Answers):
         return cls(num_clusters, clusters, decoder, names.made("posterior", posterior, encoder, latent_dim))
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights and Gaussian clusters."""
+    def _of(cls, architecture: Architecture) -> Self:
         count = architecture.option("num_components")
         clusters = Clusters(count, architecture.latent_dim)
-        pair = cls(count, clusters, architecture.a_likelihood(), architecture.a_posterior())
-        pair.architecture = architecture
-        return pair
+        return cls(count, clusters, architecture.a_likelihood(), architecture.a_posterior())
 
     @property
     def marginal(self) -> Model:
@@ -182,15 +174,8 @@ class Mixture(Answers):
     def sample(
         self, size: int = 1, *, cluster: int | None = None, pixels: str = "mean", seed: int | None = None
     ) -> Tensor:
-        """New data: c ~ p(c), z ~ p(z | c), then x from p(x | z).
+        """New data, (size, *x_shape), as `VAE.sample`: c ~ p(c), or one cluster only, z ~ p(z | c), x from p(x | z).
 
-        Args:
-            size: How many.
-            cluster: c, to draw from one cluster only.
-            pixels: "mean" for E[x | z]; "draw" for a sample of p(x).
-            seed: As for `VAE.sample`.
-        Returns:
-            (size, *x_shape).
         Raises:
             ValueError: Another value of pixels, or no such cluster.
         """

@@ -9,15 +9,11 @@ With L(x, y) = E_q(z|x,y)[log p(x, y, z) - log q(z | x, y)], a bound on log p(x,
     sum_y q(y | x) (L(x, y) - log q(y | x))       on log p(x), where it is not.
 
 Both are one bound: where y is known, the guide's q(y | x) is the point at y, and the sum has one term. So one program
-takes batches in which labels are missing (y = -1), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums over y exactly,
-for labelled data over one term and zeros. The sum is taken in one pass, C evaluations of the networks a datum.
+takes batches in which labels are missing (y = -1), and Pyro's TraceEnum_ELBO(max_plate_nesting=1) sums over y exactly.
+Under anything else the guide draws y, which is as valid, noisier, and not reparameterised.
 
-The first bound does not train q(y | x), so a classification term is added for labelled data, alpha log q(y | x). It is
-a surrogate, alpha (log q - its own value without gradient): zero in every bound, estimate and loss that is reported,
-and alpha grad log q in the gradient. No number is ever of another quantity than it says.
-
-Under anything else than TraceEnum_ELBO the guide draws y, which is as valid, noisier,
-and not reparameterised: `particles` and log p(x) estimates are right as they stand.
+The first bound does not train q(y | x), so alpha (log q(y | x) - its own value without gradient) is added for labelled
+data: zero in all that is reported, and alpha grad log q in the gradient.
 """
 
 from __future__ import annotations
@@ -217,11 +213,10 @@ class SemiSupervised(Answers):
         )
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
-        """The pair of an architecture, with new weights; the classifier has an encoder of its own."""
+    def _of(cls, architecture: Architecture) -> Self:
         classes = architecture.option("num_classes")
         features: Any = architecture.encoder()
-        pair = cls(
+        return cls(
             Labels(classes),
             StandardNormal(architecture.latent_dim),
             Joined(architecture.a_likelihood(classes), num_classes=classes),
@@ -229,8 +224,6 @@ class SemiSupervised(Answers):
             Joined(architecture.a_posterior(classes), len(architecture.x_shape), classes),
             float(architecture.model_options.get("alpha", 1.0)),
         )
-        pair.architecture = architecture
-        return pair
 
     @torch.no_grad()
     @checked
@@ -243,15 +236,8 @@ class SemiSupervised(Answers):
     @torch.no_grad()
     @checked
     def sample(self, y: Any, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
-        """New data, one for each label: z ~ p(z), then x from p(x | z, y).
-
-        Args:
-            y: Labels, (B,).
-            pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
-            seed: As for `VAE.sample`.
-        Returns:
-            (B, *x_shape).
-        """
+        """New data, (B, *x_shape), one for each label y, (B,): z ~ p(z), then x from p(x | z, y); pixels and seed are
+        as for `VAE.sample`."""
         y = data_of(y, name="y")
         with noise(seed):
             return pixels_of(self.decode(self.model.prior().expand([len(y)]).sample(), y), pixels)
