@@ -13,13 +13,14 @@ import time
 
 import numpy as np
 
-_BYTES, _TIMES = 2**21, 15
+_BYTES, _TIMES, _PATIENCE = 2**21, 15, 5.0
 
 
 def distance() -> float:
     """Seconds for 2 MB that another core has just written, over those for its own: about 1 nearby, 2.5 and more afar.
 
-    The fastest of 15 of each. NaN where this process has one core, or the system does not say which.
+    The fastest of 15 of each. NaN where this process has one core, the system does not say which,
+    or a thread may not choose.
     """
     if not hasattr(os, "sched_setaffinity"):
         return float("nan")
@@ -38,7 +39,8 @@ def distance() -> float:
     def writer() -> None:
         os.sched_setaffinity(0, {cores[1]})  # of this thread alone
         for _ in range(_TIMES):
-            turn[1].acquire()
+            if not turn[1].acquire(timeout=_PATIENCE):
+                return
             np.add(data, 1, out=data)
             turn[0].release()
 
@@ -46,7 +48,8 @@ def distance() -> float:
         os.sched_setaffinity(0, {cores[0]})
         for _ in range(_TIMES):
             turn[1].release()
-            turn[0].acquire()
+            if not turn[0].acquire(timeout=_PATIENCE):
+                return
             others.append(read())
             np.add(data, 1, out=data)
             own.append(read())
@@ -56,7 +59,7 @@ def distance() -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    return min(others) / min(own)
+    return min(others) / min(own) if len(own) == _TIMES else float("nan")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def main() -> None:
         return of_swap(data_dir, kills, folder, rng)
 
     number = PLANNED if given.kills is None else {name: int(n) for name, n in (each.split("=") for each in given.kills)}
+    if number.get("swap") and not data_dir.is_dir():
+        parser.error(f"got --data-dir {data_dir}, which is not there, wanted the folder of MNIST, for swap.")
     rng, began = random.Random(given.seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -35,9 +35,15 @@ from pyro_vae.reach import modules_of
 def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
     """Run programs for an estimate: networks in evaluation mode, no gradients, nothing left changed.
 
-    Enter it once for an estimate, outside its loops. It may be nested, and gradients may be switched on inside. None
-    among the programs is passed over; the seed is that of `noise`.
+    Enter it once for an estimate, outside its loops. It may be nested. Gradients may be switched
+    on inside.
 
+    Args:
+        programs: The Pyro programs that will run; None among them is passed over.
+        seed: Seed of the noise inside, whose states come back afterwards; None goes on with the
+            random states as they are, and leaves them where the programs have brought them.
+    Raises:
+        ValueError: What `own_parameters` refuses.
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
         >>> with evaluating(lambda x: net(x)):

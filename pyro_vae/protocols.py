@@ -7,9 +7,13 @@ A part is any callable that returns a distribution; it need not inherit anything
     posterior    x, (..., *x_shape) -> q(z | x)   batch_shape (...),  event_shape (D,)
 
 Whatever else a consumer wants to know of a part is a trait: a class attribute or method of the Protocols below, read
-by the function beside it and nowhere else, with a fallback for objects without it. Closed-form KL is torch's: what is
-registered with ``torch.distributions.register_kl``. A part that the command line knows by name has one line in
-`pyro_vae.parts.names`.
+by the function beside it and nowhere else. An object without the trait gets the fallback that the function states, so
+parts of other packages work as they are.
+
+A part that the command line knows by name has one line in `pyro_vae.parts.names`.
+
+Closed-form KL is torch's: what is registered with ``torch.distributions.register_kl`` for your class of distributions
+is what `closed_form_kl` finds, and what Pyro's TraceMeanField_ELBO does.
 """
 
 from __future__ import annotations
@@ -30,20 +34,34 @@ Build = Callable[[Free], TorchDistribution]
 
 
 class Local(NamedTuple):
-    """A family without its encoder: free parameters per datum, and what they mean."""
+    """A family without its encoder: free parameters per datum, and what they mean.
 
-    free: Free  # unconstrained tensors by name, the batch shape of the distribution in front
+    Attributes:
+        free: Unconstrained tensors by name, the batch shape of the distribution in front.
+        build: From such tensors to the distribution.
+        rates: The learning rate of a tensor relative to the others, where it is not 1
+            (weights of a network want smaller steps than a mean).
+    """
+
+    free: Free
     build: Build
-    rates: Mapping[str, float] = {}  # learning rates relative to the others, where not 1: weights want smaller steps
+    rates: Mapping[str, float] = {}
 
 
 class Posterior(Protocol):
-    """q(z | x)."""
+    """q(z | x).
 
-    rescoring: Rescoring  # what it takes to score a sample that the distribution did not draw (see `rescoring`)
-    has_density: ClassVar[bool]  # whether it is more than a point (see `has_density`)
-    passes: ClassVar[int]  # as of `Family`
-    support: ClassVar[Any]  # where z lies, a constraint of torch over (D,) (see `support`)
+    Attributes:
+        rescoring: What it takes to score a sample that the distribution did not draw (see `rescoring`).
+        support: Where z lies, a constraint of torch over (D,) (see `support`).
+        passes: As of `Family`.
+        has_density: Whether it is more than a point (see `has_density`).
+    """
+
+    rescoring: Rescoring
+    has_density: ClassVar[bool]
+    passes: ClassVar[int]
+    support: ClassVar[Any]
 
     def __call__(self, x: Tensor) -> TorchDistribution:
         """x, (..., *x_shape), to a distribution of batch_shape (...), event_shape (D,)."""
@@ -53,9 +71,12 @@ class Headed(Posterior, Protocol):
     """q(z | x) = family(head(h(x))): P numbers read off an encoder (see `has_head`).
 
     `Amortized` is one: a subclass writes `family` and inherits the rest.
+
+    Attributes:
+        head: Features, (..., F), to P numbers, (..., P).
     """
 
-    head: nn.Module  # features, (..., F), to P numbers, (..., P)
+    head: nn.Module
 
     def family(self, parameters: Tensor) -> TorchDistribution:
         """Unconstrained numbers, (..., P), to the distribution, batch_shape (...)."""
@@ -73,9 +94,13 @@ class Unamortized(Protocol):
 
 
 class Prior(Protocol):
-    """p(z)."""
+    """p(z).
 
-    support: ClassVar[Any]  # as of `Posterior`
+    Attributes:
+        support: As of `Posterior`.
+    """
+
+    support: ClassVar[Any]
 
     def __call__(self) -> TorchDistribution:
         """A distribution of batch_shape (), event_shape (D,)."""
@@ -91,12 +116,18 @@ class PriorOfPosterior(Protocol):
 
 
 class Likelihood(Protocol):
-    """p(x | z)."""
+    """p(x | z).
 
-    parameters_per_pixel: int  # n, how many numbers the decoder gives for each pixel (see `parameters_per_pixel`)
-    # What data it is a distribution of: "binary", "continuous" (a density), "levels" (x = v / (L - 1)) or "counts".
+    Attributes:
+        parameters_per_pixel: n, how many numbers the decoder gives for each pixel (see `parameters_per_pixel`).
+        values: What data it is a distribution of: "binary", "continuous" (a density), "levels" (grey levels
+            x = v / (L - 1)) or "counts" (see `values`).
+        standardize: What the guide is shown of the data in their place, x to u, (B, *x_shape); None for x itself.
+    """
+
+    parameters_per_pixel: int
     values: ClassVar[str | None]
-    standardize: Any  # what the guide is shown of the data in their place, x to u, (B, *x_shape); None for x itself
+    standardize: Any
 
     def __call__(self, z: Tensor) -> TorchDistribution:
         """z, (..., D), to a distribution of batch_shape (...), event_shape x_shape."""
@@ -114,11 +145,17 @@ class OfArchitecture(Protocol):
 
 
 class Family(Protocol):
-    """A class of distributions."""
+    """A class of distributions.
 
-    twice_differentiable: bool  # whether samples carry second derivatives (see `twice_differentiable`)
-    passes: int  # networks that look at a value to score it (see `passes`)
-    knows_its_draw: bool  # whether the latest draw is scored without the inverse that others need
+    Attributes:
+        twice_differentiable: Whether samples carry second derivatives (see `twice_differentiable`).
+        passes: Networks that look at a value to score it (see `passes`).
+        knows_its_draw: Whether the latest draw is scored without the inverse that others need (see `knows_its_draw`).
+    """
+
+    twice_differentiable: bool
+    passes: int
+    knows_its_draw: bool
 
 
 @runtime_checkable
@@ -138,10 +175,14 @@ class ChecksData(Protocol):
 
 
 def rescoring(*things: object) -> Rescoring:
-    """What it takes to score a sample that was not just drawn, the dearest that one of these (guides, posteriors,
-    modules) says: "one pass", also where none says, "D passes" (an autoregressive inverse) or "impossible" (no
-    inverse). Anything else is a ValueError.
+    """What it takes to score a sample that was not just drawn: the dearest that one of these says.
 
+    "one pass", "D passes" (an autoregressive inverse) or "impossible" (no inverse). "one pass" where none says.
+
+    Args:
+        things: Guides, posteriors, modules.
+    Raises:
+        ValueError: One says something else.
     Example:
         >>> rescoring(nn.Linear(1, 1))
         'one pass'

@@ -37,9 +37,12 @@ _DRAWS = 20_000
 
 
 def check(battery: Any) -> list[str]:
-    """Run every law of a battery, an instance of a subclass of one of those below, without pytest; the names of the
-    laws.
+    """Run every law of a battery, without pytest.
 
+    Args:
+        battery: An instance of a subclass of one of the batteries.
+    Returns:
+        The names of the laws that hold.
     Raises:
         AssertionError: The first law that does not.
     Example:

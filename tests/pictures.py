@@ -1,6 +1,7 @@
 """Pictures are drawn where a test looks at them; elsewhere their files are blank, for they are half of a small run's time.
 
-All else of a figure is made, and warns of what it warns: only its pixels are left out.
+All else of a figure is made. What only drawing finds out (a character that a font lacks, a formula that is none) is found
+where pictures are looked at: each kind of them is, in some test that is marked.
 """
 
 import contextlib

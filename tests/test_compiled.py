@@ -1,5 +1,6 @@
 """A compiled loss is the loss: the same numbers, gradients and draws, whatever changes between steps."""
 
+import contextlib
 import copy
 import re
 import time
@@ -13,9 +14,10 @@ from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanFie
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_vae.inference import captured
+from pyro_vae.inference import captured, epochs, loop, training
 from pyro_vae.inference.bounds import elbo, iwae
 from pyro_vae.inference.capture import Capture
+from pyro_vae.inference.checkpoints import Checkpoint, Sparing
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
@@ -201,6 +203,51 @@ def test_a_compiled_graph_that_is_slower_is_taken_back_where_the_choice_is_ours(
     assert entry.capture.compiled is (slower == "replayed" or not chooses) and entry.compiled_at == 3
     assert (entry.seconds < 0.02) is (slower == "replayed" or chooses)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_graph_that_was_taken_back_stays_so_when_the_fit_is_gone_on_with(monkeypatch, tmp_path, slow):
+    import torch._inductor.compile_fx
+
+    compiled = []
+
+    def compile_fx(graph, _):
+        def run(*tensors):
+            time.sleep(0.02 * slow)
+            return graph.forward(*tensors)
+
+        compiled.append(run)
+        return run
+
+    class Stop(Exception):
+        pass
+
+    def begun(stop):
+        def callback(record):
+            if record["epoch"] == stop:
+                raise Stop
+
+        with contextlib.suppress(Stop):
+            fit(*small_pair(), binary(48), epochs=12, batch_size=12, seed=0, progress=False, callback=callback,
+                checkpoint=Sparing(tmp_path / "a.safetensors"))  # fmt: skip
+        return len(compiled)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    monkeypatch.setattr(Checkpoint, "due", lambda self: True)
+    monkeypatch.setattr(captured, "_TRIED", 5)
+    monkeypatch.setattr(training, "_CAPTURE_PAYS", 1)
+    monkeypatch.setattr(loop, "_COMPILER_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "TIMED", 4)
+    monkeypatch.setattr(epochs, "TIMED", 4)
+    if not slow:  # a compiled graph is slower by a call, but for this
+        plain = Capture._shortly
+
+        def slowly(function):
+            return lambda *tensors: (time.sleep(0.01), function(*tensors))[1]
+
+        monkeypatch.setattr(Capture, "_shortly", lambda self, *given: slowly(plain(self, *given)))
+    assert begun(8) == 1
+    assert begun(99) == (1 if slow else 2)
 
 
 def test_two_hundred_steps_give_the_same_curve():

@@ -82,10 +82,12 @@ CALLS = {
     "gaps": lambda m, g: pv.gaps(m, g, binary(3), num_samples=20, num_steps=5, seed=0, progress=False),
     "judge": lambda m, g: judged(m, g),
     "plot": lambda m, g: judged(m, g).plot(),
+    "long judge": lambda m, g: pv.judge(m, g, binary(12), budget=10, seed=0, progress=False),
 }
+SLOW = ("long judge",)  # with all that it tries
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CALLS])
 def test_a_call_leaves_the_process_as_it_was(name):
     pair = small_pair()
     pyro.clear_param_store()

@@ -12,7 +12,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
-from pyro_vae.judging import compare_guides, identity
+from pyro_vae.judging import ais, compare_guides, identity
 from pyro_vae.judging.distances import guide_distances, sliced_wasserstein, squared_mmd
 from pyro_vae.judging.grids import quadrature
 from pyro_vae.judging.references import diagnostics, reference
@@ -281,3 +281,56 @@ def test_guides_are_compared_from_quadrature_and_one_that_has_not_converged_says
     assert not gap.bound and abs(gap.value - kl.mean().item()) < 4 * gap.mc_stderr
     rough = quadrature(pair.model, pair.guide, X, num_points=5, refinements=0)
     assert not rough.converged.any() and bool(rough.pointwise_stderr.isinf().all())
+
+
+class Everywhere(torch.distributions.constraints.Constraint):
+    """A support of somebody's own: all numbers."""
+
+    event_dim = 0
+
+    def check(self, value):
+        return torch.ones_like(value, dtype=torch.bool)
+
+
+class Stretched(torch.distributions.Transform):
+    """Its bijection: it keeps what it computed, and takes no arguments, so that nobody can make it without its cache."""
+
+    domain, codomain = torch.distributions.constraints.real, Everywhere()
+    bijective, sign = True, 1
+
+    def __init__(self):
+        super().__init__(cache_size=1)
+
+    def _call(self, x):
+        return x.sinh()
+
+    def _inverse(self, y):
+        return y.asinh()
+
+    def log_abs_det_jacobian(self, x, y):
+        return x.cosh().log()
+
+
+torch.distributions.biject_to.register(Everywhere)(lambda constraint: Stretched())
+
+
+class Wide(dist.Normal):
+    support = Everywhere()
+
+
+def test_a_support_of_ones_own_goes_by_its_own_bijection():
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Wide(x.new_zeros(()), x.new_ones(())))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Wide(x / 2, torch.ones_like(x)))
+
+    exact = dist.Normal(x.new_zeros(()), 2**0.5).log_prob(x)
+    assert torch.allclose(quadrature(model, guide, x).pointwise, exact, atol=1e-6)
+    found = ais(model, guide, x, num_steps=40, num_samples=50, seed=0, progress=False)
+    assert bool(((found.pointwise - exact).abs() < 5 * found.pointwise_stderr + 1e-3).all())

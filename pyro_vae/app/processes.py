@@ -71,10 +71,10 @@ def together() -> Iterator[None]:
             with Setup() as setup:
                 yield
                 setup.done()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if rank:
                 time.sleep(1)  # torchrun ends all when one has ended, and the first is to have its say
-                raise click.exceptions.Exit(2) from error
+                raise click.exceptions.Exit(2 if isinstance(error, Exception) else 130) from error
             raise
 
 

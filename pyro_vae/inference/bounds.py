@@ -47,6 +47,8 @@ OfWeights: TypeAlias = Callable[[Tensor], Tensor]
 def named(name: str) -> Bound:
     """The bound of a name, in whatever spelling; of one with options, the function that makes it.
 
+    Raises:
+        ValueError: There is none of that name.
     Example:
         >>> named("IWAE") is iwae
         True
@@ -58,7 +60,15 @@ def named(name: str) -> Bound:
 
 @dataclass(frozen=True, repr=False)
 class WeightBound:
-    """A bound that is a function of the log weights, (K, B), with its derivatives in closed form."""
+    """A bound that is a function of the log weights, with its derivatives in closed form.
+
+    Attributes:
+        name: Such as "renyi(0.5)".
+        value: log w, (K, B), to the bound, (B,).
+        gradient: log w, (K, B), to g_k, (K, B).
+        path: log w, (K, B), to c_k, (K, B).
+        smooth: Whether g is continuous in log w, without which c_k misses the jumps.
+    """
 
     name: str
     value: OfWeights  # to the bound, (B,)

@@ -32,8 +32,15 @@ _NOT_READ = "not read"
 def named_tensors(
     modules: list[nn.Module], model: Program, guide: Program, batch: tuple[Any, ...]
 ) -> dict[str, Tensor]:
-    """Everything that a fit changes, by a name that is the same in every process: parameters and buffers of the modules
-    that own the programs, then what plain functions declare when they run on the batch.
+    """Everything that a fit changes, by a name that is the same in every process.
+
+    Args:
+        modules: The modules that own the programs.
+        model: A Pyro program.
+        guide: A Pyro program.
+        batch: Arguments of both, to find the parameters of plain functions.
+    Returns:
+        Parameters and buffers of the modules, then what plain functions declare.
     """
     found = {
         f"{i}.{plain_name(key)}": t
@@ -63,6 +70,9 @@ class Sparing(os.PathLike[str]):
     its share of the time; and the steps are captured and compiled as if there were none. All graphs are made before the
     first step, so that a fit of captured steps goes on to the bit; one that Inductor compiled goes on to rounding.
 
+    Args:
+        path: A .safetensors file.
+        share: Of the time, for writing.
     Example:
         >>> os.fspath(Sparing("runs/a/checkpoint.safetensors"))
         'runs/a/checkpoint.safetensors'
@@ -142,7 +152,15 @@ class Checkpoint:
     def write(
         self, progress: Mapping[str, Any], moments: Mapping[str, Mapping[str, Tensor]], best: Mapping[str, Tensor]
     ) -> None:
-        """Replace the file by plain data (`progress`), the optimiser's moments and the best weights, by tensor name."""
+        """Replace the file.
+
+        Args:
+            progress: Plain data: epoch, history and the like.
+            moments: State of the optimiser per tensor name.
+            best: Best weights so far, by tensor name.
+        Raises:
+            OSError: Nothing can be written there; an older file is then as it was.
+        """
         started = time.perf_counter()
         content = {f"tensor/{name}": t for name, t in self.tensors.items()}
         content |= {f"moment/{key}/{name}": t for name, state in moments.items() for key, t in state.items()}
@@ -160,8 +178,11 @@ class Checkpoint:
         self._cost = self._written - started
 
     def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
-        """Put tensors and random state back; what else was written, or None where there is no file. One that is
-        damaged, or of another fit, is a ValueError, and nothing is then changed."""
+        """Put tensors and random state back; what else was written, or None where there is no file.
+
+        Raises:
+            ValueError: A file that is damaged, or of another fit; nothing is then changed.
+        """
         if not self.path.exists():
             return None
         content, header = self._content()

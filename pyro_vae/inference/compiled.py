@@ -133,9 +133,14 @@ class Compiled(Captured, ELBO):
     def train(
         self, model: Program, guide: Program, tensors: Sequence[Tensor], training: TrainingStep
     ) -> tuple[Tensor, list[Tensor]] | None:
-        """A training step as one graph, from the choice of the batch to the optimiser's step, of which Pyro's handlers
-        do not hear: the loss, and those that train of the parameters whose ``.grad`` it added to (none where the
-        optimiser's step was part of the graph); None, with nothing done, where there is no graph for such a step yet.
+        """A training step as one graph, from the choice of the batch to the optimiser's step.
+
+        Says nothing to Pyro's handlers and does not read the loss.
+
+        Returns:
+            The loss, and those that train of the parameters whose ``.grad`` it added to (none where the
+            optimiser's step was part of the graph; what no param statement names does not train); None, with
+            nothing done, where there is no graph for such a step yet: take an ordinary step.
         """
         step = Step.of(model, guide, tuple(tensors), {}, training)
         value = self._by_graph(step)
@@ -225,6 +230,11 @@ class Compiled(Captured, ELBO):
         if done := super()._compile(graph, step):
             self._record(graph, step)
         return done
+
+    def _keep_the_faster(self, graph: LossGraph) -> None:
+        super()._keep_the_faster(graph)
+        if not graph.capture.compiled:  # nor are other graphs worth it, nor this one when the fit is gone on with
+            self.compile_after = None
 
     def _record(self, graph: LossGraph, step: Step) -> None:
         """Play the graph's launches back as one CUDA graph, where all of it is on one GPU."""

@@ -134,8 +134,8 @@ class Epochs:
         history.records, history.stopped_early = progress["records"], progress["stopped"]
         # In another number of processes so many epochs are other steps.
         stepper.steps = progress["steps"] if before == size else len(history) * len(stepper.batches)
-        if stepper.considers and progress.get("compiled") and stepper.graph is not None:
-            stepper.graph.compiled.compile_after = 0
+        if stepper.considers and progress.get("compiled"):
+            stepper.compile()
         stepper.considers = stepper.considers and stepper.steps < TIMED
         stepper.optimizer.restore(saved.tensors, moments)
         best.epoch = progress["best_epoch"]

@@ -33,8 +33,10 @@ _active = 0
 
 @contextlib.contextmanager
 def matmul_precision(name: str | None) -> Iterator[None]:
-    """Run what is inside with matrix products of this precision (see `check_precision`); None leaves it as it is.
+    """Run what is inside with matrix products of this precision; None leaves it as it is.
 
+    Raises:
+        ValueError: An unknown name; bfloat16 where there are no instructions for it.
     Example:
         >>> with matmul_precision("medium"):
         ...     torch.get_float32_matmul_precision()
@@ -52,9 +54,9 @@ def check_precision(name: str | None) -> None:
         raise ValueError(f"unknown matmul_precision {name!r}, wanted one of {', '.join(PRECISIONS)}.")
     if name == "bfloat16" and not multiplies_bfloat16():
         raise ValueError(
-            'got matmul_precision="bfloat16" on a CPU that has no instructions for it (AVX512-BF16 or AMX), or whose '
-            "libraries may not use them (ONEDNN_MAX_CPU_ISA): products are done piece by piece, about ten times slower "
-            'than in float32. Pass "medium", which is fast on any CPU.'
+            'got matmul_precision="bfloat16" on a CPU that has no instructions for it (on x86 AVX512-BF16 or AMX), or '
+            "whose libraries may not use them (ONEDNN_MAX_CPU_ISA): products are done piece by piece, about ten times "
+            'slower than in float32. Pass "medium", which is fast on any CPU.'
         )
 
 

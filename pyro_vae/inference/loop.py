@@ -324,7 +324,12 @@ class Stepper:
             self.considers = False
             each = (time.perf_counter() - self._timed) / TIMED
             if self.graph is not None and each * (self.total - self.steps) * _SAVED > _COMPILER_SECONDS:
-                self.graph.compiled.compile_after, self.graph.compiled.chooses = 0, True
+                self.compile()
+
+    def compile(self) -> None:
+        """Have Inductor compile graphs that were replayed often enough to tell whether that made them faster."""
+        if self.graph is not None:
+            self.graph.compiled.compile_after, self.graph.compiled.chooses = TIMED, True
 
     def _check_finite(self, value: float | Tensor) -> None:
         if not math.isfinite(value):

@@ -68,10 +68,16 @@ class Elsewhere(ValueError):
 
 
 class Ranks:
-    """The link between this process and the others of a fit, which changes these tensors (of `named_tensors`).
+    """The link between this process and the others of a fit.
 
-    Other settings in another process are a ValueError. `paused` says whether steps are this process's own for now,
-    `stopping` whether the latest message had a rank that was asked to stop.
+    Args:
+        tensors: All that the fit changes, by a name that is the same in every process (`named_tensors`).
+        settings: What must be the same in all processes, as plain data by a name.
+    Attributes:
+        paused: Whether steps are this process's own for now.
+        stopping: Whether the latest message had a rank that was asked to stop.
+    Raises:
+        ValueError: The processes have different pairs, data or options.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -120,8 +126,16 @@ class Ranks:
             )
 
     def step(self, rows: int, scale: float, share: float) -> tuple[list[Tensor], float]:
-        """Put the gradient of the whole batch in the place of that of this process's rows, B_r, of scale s_r, of which
-        the share is N / B_r: the parameters that any process has a gradient for, and the scale of the gradients.
+        """Put the gradient of the whole batch in the place of that of this process's rows.
+
+        Args:
+            rows: B_r, of this process; 0 leaves its gradients out.
+            scale: s_r, of its loss.
+            share: The part of the scale that is N / B_r.
+        Returns:
+            The parameters that any process has a gradient for, and the scale of the gradients.
+        Raises:
+            Elsewhere: Another process failed.
         """
         gradients = [p.grad / scale if p.grad is not None and rows else None for p in self.trained]
         full = share * rows if share != 1 else 0.0
@@ -141,8 +155,11 @@ class Ranks:
         return [row[_FIRST : _FIRST + len(numbers)] for row in table]
 
     def settle(self) -> None:
-        """Average the buffers that a process has changed, such as the statistics of a batch normalisation; parameters
-        that have come apart are a ValueError."""
+        """Average the buffers that a process has changed, such as the statistics of a batch normalisation.
+
+        Raises:
+            ValueError: The parameters of the processes have come apart.
+        """
         changed = [
             b if not torch.equal(b, then) else None for b, then in zip(self.buffers, self._as_begun, strict=True)
         ]
@@ -260,7 +277,11 @@ class Setup:
         return self
 
     def done(self) -> None:
-        """Wait until all processes have come here, or one has failed (`Elsewhere`)."""
+        """Wait until all processes have come here.
+
+        Raises:
+            Elsewhere: Another one has failed.
+        """
         if self._open:
             gathered(None)
         self._open = False
@@ -279,8 +300,12 @@ def _said(error: Any) -> Any:
 
 
 def gathered(value: Any, failed: str = "") -> list[Any]:
-    """What each process says; `Elsewhere` where one of them failed, or is gone, KeyboardInterrupt where one was
-    interrupted."""
+    """What each process says.
+
+    Raises:
+        Elsewhere: One of them failed, or is gone.
+        KeyboardInterrupt: One of them was interrupted.
+    """
     rank, size = world()
     if size == 1:
         return [value]

@@ -37,7 +37,18 @@ class Wake:
 
 @dataclass(frozen=True, repr=False)
 class SplitBound:
-    """A number to report, what the model climbs, and what the guide climbs."""
+    """A number to report, what the model climbs, and what the guide climbs.
+
+    Attributes:
+        name: Such as "piwae(8)".
+        report: The bound that is reported.
+        model: What the model climbs; None leaves it alone.
+        guide: What the guide climbs.
+        upper: The guide goes *down* instead, since its bound is one from above.
+        sleep: Share of the guide's gradient that comes from the model's own draws.
+        at_least: The smallest K that makes sense for training.
+        reason: Why a smaller one does not.
+    """
 
     name: str
     report: WeightBound

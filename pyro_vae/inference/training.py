@@ -133,7 +133,7 @@ def fit(
             `pyro_vae.inference.checkpoints.Sparing` is written less often, and leaves ``compile`` as it is.
         compile: Capture the steps (see `pyro_vae.inference.compiled`) and hand them to
             Inductor; "auto" captures them in fits of 500 steps or more and compiles them where,
-            by the clock, a minute or more of them lies ahead, unless there is a checkpoint: a
+            by the clock, two minutes or more of them lies ahead, unless there is a checkpoint: a
             compiled fit goes on from one to rounding, not to the bit. Programs that can read what
             cannot be watched in each step (the clock, Python's random numbers, a generator) are
             run as they are by "auto", which one line says; True captures them with a warning, compares

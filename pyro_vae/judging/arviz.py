@@ -1,5 +1,7 @@
 """A pair's draws as ArviZ data: `InferenceData` (ArviZ 0.x) or `DataTree` (1.x), for any pair.
 
+An amortized guide has a posterior per datum, so every group has the dimensions
+
     posterior          z_k ~ q(z | x)           chain, draw, datum, latent
     prior              z ~ p(z)                 chain, draw, datum, latent
     *_predictive       x ~ p(x | z)             chain, draw, datum, the data's own
@@ -7,9 +9,13 @@
     sample_stats       log p(x, z_k), log q(z_k | x), log w_k per draw; k-hat, ESS, log p(x) per datum
     observed_data      x                        datum, the data's own
 
-Draws of a guide are independent, so "chains" are but a partition of them, and their R-hat says nothing; k-hat does.
-Resampled by their importance weights, each chain from its own weights only, they are draws from p(z | x) as far as the
-weights carry it, and there R-hat does tell: where few weights dominate, the chains disagree.
+Draws of a guide are independent, so "chains" are but a partition of them: R-hat is defined and equals 1 up to noise,
+and says nothing of how far q(z | x) is from p(z | x); k-hat does. Resampled by their importance weights, each chain
+from its own weights only, they are draws from p(z | x) as far as the weights carry it, and there R-hat does tell: where
+few weights dominate, the chains disagree.
+
+ArviZ's leave-one-out score is invalid here. It needs parameters that all data share; with one latent per datum, leaving
+x out leaves the prior. Held-out log p(x) is the score.
 """
 
 from __future__ import annotations
@@ -63,8 +69,8 @@ def to_arviz(
 ) -> Any:
     """Draws and log densities of a pair as ArviZ data.
 
-    Of as many data as `log_likelihood` takes at a time, the draws are its own under the same seed. Predictive draws
-    belong to the first posterior draws of each chain.
+    Of as many data as `log_likelihood` takes at a time (38 of 512 numbers or fewer, with 80 samples or more), the draws
+    are its own under the same seed. Predictive draws belong to the first posterior draws of each chain.
 
     Args:
         data: As for `fit`; all of them are one batch, and memory grows with its size times K.
@@ -72,18 +78,19 @@ def to_arviz(
         num_chains: Chains that the K draws are laid out in; a divisor of K.
         num_prior: Draws from the prior, and of data from it, for each datum.
         num_predictive: Data drawn given posterior draws, in all chains together: as many as fit into it.
-        resample: Posterior draws resampled by their importance weights, each chain from its own.
+        resample: Posterior draws resampled with replacement by their importance weights,
+            each chain from its own, instead of draws from the guide.
         smooth: Resample by Pareto-smoothed weights instead of raw ones.
         coords: Coordinates of dimensions, such as {"datum": names}.
         protocol: What the numbers depend on (data, split, binarisation), kept as an attribute.
         model, guide, seed, device, progress: As for `log_likelihood`.
     Returns:
-        InferenceData (ArviZ 0.x) or DataTree (1.x). Dimensions are datum; latent (of several vector latents
-        ``<site>_latent``); channel, row, column of images, feature of vectors; inner plates by their names. One that a
-        site is called like gets the ending ``_index``.
+        InferenceData (ArviZ 0.x) or DataTree (1.x). Dimensions are datum; latent (of several
+        vector latents ``<site>_latent``); channel, row, column of images, feature of vectors; inner
+        plates by their names. One that a site is called like gets the ending ``_index``.
     Raises:
-        ValueError: A size out of range, coordinates of the wrong length, a guide without density; what `particles`
-            refuses.
+        ValueError: A size out of range, coordinates of the wrong length, a guide without
+            density, and all that `particles` refuses.
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_vae import Guide, Model
@@ -93,6 +100,8 @@ def to_arviz(
         >>> tree = to_arviz(model, guide, torch.zeros(3, 2), num_samples=8, num_prior=5)
         >>> dict(tree["posterior"]["z"].sizes)
         {'chain': 4, 'draw': 2, 'datum': 3, 'latent': 2}
+
+    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     at_least(1, num_samples=num_samples, num_chains=num_chains, num_prior=num_prior, num_predictive=num_predictive)
     if num_samples % num_chains:

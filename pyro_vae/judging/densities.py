@@ -248,4 +248,6 @@ def _transform(name: str, site: Any) -> tuple[Any, tuple[int, ...]]:
         ) from error
     batch = site["value"].dim() - fn.event_dim
     rest = fn.event_dim - transform.codomain.event_dim  # over which its log determinant is summed, too
-    return IndependentTransform(transform, rest), tuple(raw.shape[batch:])
+    if rest:  # of the same cache, since not every transform can be made with another
+        transform = IndependentTransform(transform, rest, cache_size=getattr(transform, "_cache_size", 0))
+    return transform, tuple(raw.shape[batch:])

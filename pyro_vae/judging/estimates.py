@@ -1,7 +1,8 @@
-"""Estimates of log p(x) and of the ELBO, which never travel without their errors.
+"""Estimates of log p(x) and of the ELBO, which never travel without their errors; and which data are strange.
 
 With w_k = p(x, z_k) / q(z_k | x), the mean weight is an unbiased estimate of p(x); its logarithm is biased downwards
-by about Var(w) / (2 K p(x)^2), which the jackknife measures.
+by about Var(w) / (2 K p(x)^2), which the jackknife measures. Two errors are told apart: that of the Monte Carlo sum for
+these data, and that of these data for the population they come from.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def log_likelihood(
 
     Data and samples go through in chunks, so that memory is bounded: some tens of megabytes beside the data.
 
-    Where k-hat says that the estimate is no more than a lower bound (`kind_of`), and there are at most three latent
-    dimensions, "auto" takes `quadrature` if the grids of all data have converged, none of them lies below what
+    Where k-hat says that the weights miss mass of the posterior, so that their estimate is no more than a lower bound
+    (`kind_of`), and there are at most three latent dimensions, log p(x) is an integral that a grid does to many digits
+    (`quadrature`). "auto" takes it there if the grids of all data have converged, none of them lies below what
     importance sampling found, and a grid has at most 64 points for each sample; see `Estimate.method`.
 
     Args:
@@ -97,9 +99,9 @@ def log_likelihood(
             ``split.frozen(seed)``, by all functions of one seed. None goes on with torch's random state.
         device: Where the batches go; where the modules are when not given.
         progress: Show a bar; None shows it on a terminal only.
-        compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where 600 or more lie
-            ahead, and hands it to Inductor where that pays; True does so at once, False never. The samples are the
-            same, and the numbers to rounding.
+        compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where there are
+            600 or more of them, and hands it to Inductor where that pays; True does so at once, False runs the
+            programs for every chunk. The samples are the same, and the numbers to rounding.
     Returns:
         The estimate with its errors and diagnostics; `advice` says which K is enough.
     Raises:
@@ -115,7 +117,8 @@ def log_likelihood(
         >>> print(log_likelihood(model, guide, torch.zeros(3), method="quadrature"))
         log p(x) = -1.27 nats (data ± 0.00), by quadrature
 
-    Reference: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519
+    References: Burda et al., Importance Weighted Autoencoders, 2016. arXiv:1509.00519; Vehtari et
+        al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     one_of(("auto", "importance", "quadrature"), method=method)
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}

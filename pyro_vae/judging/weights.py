@@ -129,18 +129,22 @@ def khat_ok(pareto_k: Tensor, num_samples: int) -> float:
 
 
 def pareto_k(log_weight: Tensor) -> Tensor:
-    """Shape k of the generalised Pareto tail of each datum's weights, which have finite moments up to order 1/k.
+    """Shape k of the generalised Pareto tail of each datum's weights.
 
-    Up to `khat_limit` the estimate is usable; above it the guide misses mass, and the error estimate is too small.
+    The weights have finite moments up to order 1/k: below 0.5 their variance is finite; up to `khat_limit` the estimate
+    is usable; above it the guide misses mass of the posterior, and the error estimate itself is too small.
 
     Args:
         log_weight: log p(x, z_k) - log q(z_k | x), (K, B).
     Returns:
-        k-hat, (B,): -inf for constant weights (an exact posterior) and where all of the tail is one value (a few
-        discrete latents), nan for fewer than 25 samples, which have no tail to speak of.
+        k-hat, (B,): -inf for constant weights (an exact posterior) and where all of the tail is one
+        value (a few discrete latents: weights that have reached their maximum), nan for fewer than 25
+        samples, which have no tail to speak of.
     Example:
         >>> pareto_k(torch.zeros(100, 2))
         tensor([-inf, -inf], dtype=torch.float64)
+
+    Reference: Vehtari et al., Pareto Smoothed Importance Sampling, 2024. arXiv:1507.02646
     """
     return pareto_smoothed(log_weight)[1]
 

@@ -68,9 +68,10 @@ def is_foreign(name: str) -> bool:
 
 
 def check(kind: str, name: str) -> str:
-    """A name of a part, in whatever spelling, as the table spells it, or ``module:Class``; anything else is a
-    ValueError, and nothing is imported.
+    """A name of a part, in whatever spelling, as the table spells it, or ``module:Class``; nothing is imported.
 
+    Raises:
+        ValueError: Neither.
     Example:
         >>> check("posterior", "IAF"), check("posterior", "FullNormal"), check("likelihood", "discretized_logistic")
         ('iaf', 'full', 'discretized-logistic')
@@ -94,8 +95,11 @@ def _path(family: type) -> str:
 
 
 def made(kind: str, given: Any, *arguments: Any) -> Any:
-    """A part of a class, function or name, on its networks; anything else, or one that does not take such networks, is
-    a ValueError."""
+    """A part of a class, function or name, on its networks.
+
+    Raises:
+        ValueError: It is none, or a part that is made already, or does not take such networks.
+    """
     maker = find(kind, given) if isinstance(given, str) else given
     made_already = hasattr(maker, "forward") and not isinstance(maker, type)
     if made_already or not callable(maker):
@@ -122,8 +126,13 @@ def made(kind: str, given: Any, *arguments: Any) -> Any:
 
 
 def check_supports(posterior: str, prior: str) -> None:
-    """Refuse a posterior and a prior that lie in different sets, such as the sphere and R^D; parts of other packages
-    are not imported for it, and are checked when they are built."""
+    """Refuse a posterior and a prior that lie in different sets, such as the sphere and R^D.
+
+    Parts of other packages are not imported for it: `pyro_vae.programs.architecture` checks them when it builds them.
+
+    Raises:
+        ValueError: One of two named parts lies where the other does not.
+    """
     if not (is_foreign(posterior) or is_foreign(prior)):
         check_same_support(posterior, prior, find("posterior", posterior), find("prior", prior))
 
@@ -179,8 +188,10 @@ def _on(kind: str, part: Any) -> str:
 
 
 def find(kind: str, name: str) -> Any:
-    """The class that a name of `PARTS`, or ``module:Class``, which is imported, stands for; a ValueError for any other.
+    """The class that a name of `PARTS`, or ``module:Class``, which is imported, stands for.
 
+    Raises:
+        ValueError: An unknown name, or one that cannot be imported.
     Example:
         >>> find("posterior", "diagonal").__name__
         'DiagonalNormal'
@@ -205,9 +216,12 @@ def build(
     defaults: Mapping[str, Any] | None = None,
     maker: Any = None,
 ) -> Any:
-    """A new part, by its class or by `maker`: what every part of its kind takes first, then its own keyword arguments,
-    and the defaults where the class knows them and none are given.
+    """A new part, by its class or by `maker`: what every part of its kind takes first, then its own keyword arguments.
 
+    The defaults are taken where the class knows them and none are given.
+
+    Raises:
+        ValueError: An unknown name, or an option that the class does not have.
     Example:
         >>> build("prior", "normal", [3], {}).latent_dim
         3
@@ -232,7 +246,11 @@ def build(
 
 
 def networks(name: str) -> Any:
-    """The encoder and decoder that a name of `NETWORKS` stands for (see `Networks`)."""
+    """The encoder and decoder that a name of `NETWORKS` stands for (see `Networks`).
+
+    Raises:
+        ValueError: An unknown name.
+    """
     name = one_of("network", name, NETWORKS)
     module, _, attribute = NETWORKS[name].partition(":")
     return getattr(importlib.import_module(f"pyro_vae.parts.{module}"), attribute)

@@ -1,8 +1,12 @@
 """Columns on scales of their own: what the networks of a pair see of them, while its densities stay those of x.
 
-Networks start for numbers of size one, so the guide is shown u = (x - m) / s and the likelihood is one of u. The
-change of variables, log p(x | z) = log p(u | z) - sum_d log s_d, is the likelihood's: every bound, estimate and sample
-of the pair is of x.
+A table holds ages, incomes and flags: numbers of which some are a million times the others. Networks start for numbers
+of size one, so the guide is shown u = (x - m) / s and the likelihood is one of u, with m and s the mean and the
+standard deviation of each column of the training data. By the change of variables
+
+    log p(x | z) = log p(u | z) - sum_d log s_d
+
+which the likelihood itself accounts for: every bound, estimate and sample of the pair is of x.
 """
 
 from __future__ import annotations
@@ -30,6 +34,12 @@ class Standardize(nn.Module):
         x_shape: Shape of one datum.
         automatic: Whether only data on scales of their own are standardised: those with a column whose root mean
             square is above 5. One line then says so.
+    Attributes:
+        loc: m, (*x_shape).
+        scale: s, (*x_shape): 1 for a constant column.
+        far: From where u grows logarithmically: 30, and never as long as u is x.
+        moves: Whether the likelihood scores x by u, so that its own numbers are of u.
+        measured: Whether m and s are settled; they are saved with the weights, and no later fit moves them.
     Example:
         >>> standardize = Standardize((2,))
         >>> standardize.measure([torch.tensor([[10.0, 3.0], [30.0, 3.0]])])
@@ -37,11 +47,11 @@ class Standardize(nn.Module):
         tensor([[1., 1.]])
     """
 
-    moves: ClassVar[bool] = True  # whether the likelihood scores x by u, so that its own numbers are of u
-    loc: Tensor  # m, (*x_shape)
-    scale: Tensor  # s, (*x_shape): 1 for a constant column
-    far: Tensor  # from where u grows logarithmically: never as long as u is x
-    measured: Tensor  # whether m and s are settled; they are saved with the weights, and no later fit moves them
+    moves: ClassVar[bool] = True
+    loc: Tensor
+    scale: Tensor
+    far: Tensor
+    measured: Tensor
 
     def __init__(self, x_shape: Sequence[int], automatic: bool = False) -> None:
         super().__init__()
@@ -59,8 +69,13 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def measure(self, chunks: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
-        """Take m and s from chunks of data, (B, *x_shape) each, or of such with a mask, True where observed; all else
-        is left out. Data of another shape are a ValueError."""
+        """Take m and s from data.
+
+        Args:
+            chunks: Data, each (B, *x_shape), or such with a mask, True where observed; all else is left out.
+        Raises:
+            ValueError: Data of another shape, or none.
+        """
         self._settle(*self._statistics(chunks)[:2])
 
     @torch.no_grad()
@@ -123,10 +138,14 @@ class Standardize(nn.Module):
 class CountScale(Standardize):
     """u = log(1 + x) for the guide of counts, and the size of each column for their likelihood: its mean is s m(z).
 
-    x itself is scored, with no change of variables: only where the networks start is another. s, (*x_shape), is the
-    mean of each column of the training data, 1 where it has none; all 1 where no column has a root mean square above 5,
-    and the guide then sees x.
+    A gene of 2,000 transcripts beside one of 2 asks a network that starts near one for a long way, and the first steps
+    leave the floats. x itself is scored, with no change of variables: only where the networks start is another.
 
+    Args:
+        x_shape: Shape of one datum.
+    Attributes:
+        scale: s, (*x_shape): the mean of each column of the training data, 1 where it has none; all 1 where no column
+            has a root mean square above 5, and the guide then sees x.
     Example:
         >>> counts = CountScale((2,))
         >>> counts.measure([torch.tensor([[0.0, 10.0], [0.0, 30.0]])])

@@ -32,8 +32,12 @@ class Architecture:
         hidden: Widths of the hidden layers, from the data to the latent; the decoder
             has them in reverse. For "conv" and "residual" the channels.
         activation: Name of the activation.
-        posterior, prior, likelihood: Names of `pyro_vae.parts.names`; "point" for a plain autoencoder.
-        posterior_options, prior_options, likelihood_options: Their keyword arguments; of "vamp" with num_components.
+        posterior: A name of `pyro_vae.parts.names`; "point" for a plain autoencoder.
+        posterior_options: Its keyword arguments.
+        prior: A name of `pyro_vae.parts.names`.
+        prior_options: Its keyword arguments; of "vamp" with num_components.
+        likelihood: A name of `pyro_vae.parts.names`.
+        likelihood_options: Its keyword arguments.
         scale: Of the normal likelihood: a number, "learned", "per-pixel", "network".
         standardize: Of the normal likelihood: whether guide and likelihood work on (x - m) / s, m and s the mean and
             standard deviation of the training data, column by column; densities stay those of x (see
@@ -83,7 +87,11 @@ class Architecture:
 
     @classmethod
     def of(cls, x_shape: Sequence[int], **options: Any) -> Architecture:
-        """An architecture from options; an unknown one, or a value that it cannot have, is a ValueError."""
+        """An architecture from options whose names are checked.
+
+        Raises:
+            ValueError: An unknown option, or a value that it cannot have.
+        """
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -113,19 +121,31 @@ class Architecture:
         return names.networks(self.network).encoder((self.latent_dim,), self.hidden[::-1], self.activation)
 
     def option(self, name: str) -> Any:
-        """One of the model's own options that has no default; a ValueError where it is not there."""
+        """One of the model's own options that has no default.
+
+        Raises:
+            ValueError: It is not there.
+        """
         if name not in self.model_options:
             raise ValueError(f"the model {self.model} needs model_options {name}, got {self.model_options}.")
         return self.model_options[name]
 
     def build(self) -> Any:
-        """The pair with new weights, a `VAE`, or the class of the zoo that `model` names; parts that cannot be built
-        so, or do not fit together, are a ValueError."""
+        """The pair with new weights: a `VAE`, or the class of the zoo that `model` names.
+
+        Raises:
+            ValueError: Parts that cannot be built so, or do not fit together.
+        """
         return kinds.find(self.model).of(self)
 
     def pair(self) -> tuple[Model, Guide]:
-        """p(z) p(x | z) and q(z | x) with new weights, which share the encoder where the prior is a mixture of
-        posteriors ("vamp")."""
+        """p(z) p(x | z) and q(z | x) with new weights.
+
+        The two share the encoder where the prior is a mixture of posteriors ("vamp").
+
+        Raises:
+            ValueError: Parts that cannot be built so, or do not fit together.
+        """
         likelihood, posterior = self.a_likelihood(), self.a_posterior()
         maker, first = None, list[Any]([self.latent_dim])
         family = names.find("prior", self.prior)

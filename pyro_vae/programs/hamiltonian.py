@@ -1,7 +1,8 @@
 """Guides that move their samples along the gradient of the model's log density.
 
-The leapfrog integrator of Hamiltonian dynamics keeps volumes, so that the density of what comes out is known without a
-Jacobian matrix. One step k = 1, ..., T is
+Hamiltonian dynamics with log p(x, z) as (minus) the potential moves a sample of a simple
+guide to where the posterior is, and the leapfrog integrator keeps volumes, so that the
+density of what comes out is known without a Jacobian matrix. One step k = 1, ..., T is
 
     rho <- rho + e/2 * grad log p(x, z)
     z   <- z + e * rho
@@ -13,11 +14,14 @@ beta_0. In the space of position and momentum the pair (z_T, rho_T) has the dens
 
     log q(z_T, rho_T | x) = log q0(z_0 | x) + log N(rho_0; 0, I / beta_0) - D sum_k log a_k
 
-and the model extends to p(x, z) N(rho; 0, I). The logarithm of their ratio is a valid bound. But the guide's density of
-z_T alone is an integral over momenta: a sample that was not just drawn cannot be scored.
+and the model extends to p(x, z) N(rho; 0, I). Their ratio is an unbiased estimate of p(x), which makes its logarithm a
+valid bound. But the guide's density of z_T alone is an integral over momenta that nobody knows: a sample that was not
+just drawn cannot be scored.
 
-The bound holds for any step size that does not depend on the sample, so that it may be a function of the datum: where
-the base guide is close to the posterior already, heat only blurs it.
+How far to go depends on the datum. Steps in units of the base guide's standard deviations fit all scales of a
+posterior; but where the base guide is close to the posterior already, heat only blurs it. The bound holds for any step
+size that does not depend on the sample, so that it may be a function of the datum: a few are tried on draws of their
+own, none at all among them, and the best that is above its error is taken.
 """
 
 from __future__ import annotations
@@ -76,10 +80,13 @@ def tempered_leapfrog(
 class Hamiltonian(Refined):
     """q(z | x) whose samples go T leapfrog steps from a base guide's towards p(z | x).
 
-    Every step costs a gradient of the model, and training differentiates through all of them. Step size and tempering
-    are learned. With the default step size, outside of training, a datum takes it, a half or a quarter of it, or does
-    not move, whichever gives the highest bound on 16 draws of their own: its bound is then not below the base guide's.
-    A bound, but not a density of z: `log_q` and all that must score given samples refuse it.
+    Every step costs a gradient of the model, and training differentiates through all of them, the model's second
+    derivatives included. Step size and tempering are learned. With the default step size, outside of training, a datum
+    takes it, a half or a quarter of it, or does not move, whichever gives the highest bound on 16 draws of their own
+    (see above): its bound is then not below the base guide's. In training mode it is taken as it is, to be learned.
+    A bound, but not a density of z: `log_q` and all that
+    must score given samples refuse it, and so do estimators that do. Momenta are drawn outside of Pyro's sites, one for
+    each sample and datum.
 
     Args:
         model: The model.

@@ -1,4 +1,8 @@
-"""A `Model` and a `Guide` held together, with what people expect of a VAE."""
+"""A `Model` and a `Guide` held together, with what people expect of a VAE.
+
+Nothing in the package needs this class: it is a convenience over the two programs,
+and it can rebuild itself from a file without running code from it.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +34,15 @@ _ROWS = 1000  # data that go through the networks at a time
 
 
 class Answers(nn.Module):
-    """What people ask of a pair, abstract: `posterior` and `decode` give distributions, which carry gradients, all else
-    plain tensors without, where the pair is. Data are whatever `data_of` takes; y is what the programs take beside x.
-    With `seed` the noise that is drawn on the way starts at it, and torch's random state is then what it was.
+    """What people ask of a pair, abstract: numbers, and the distributions that they are of.
+
+        posterior(x), decode(z)     distributions, which carry gradients
+        encode, reconstruct, ...    plain tensors without, where the pair is: ``.numpy()`` works on a CPU
+
+    Data are whatever `data_of` takes. With `seed` the noise that is drawn on the way starts at it, and torch's random
+    state is afterwards what it was; without, it goes on.
+
+    y: What the programs take beside x.
     """
 
     model: Any
@@ -52,15 +62,28 @@ class Answers(nn.Module):
     @torch.no_grad()
     @checked
     def encode(self, x: Any, *y: Any, seed: int | None = None) -> Tensor:
-        """E_q[z | x], (B, D), of data, (B, *x_shape): a tensor, an array, images, a `Split`; the seed is that of a
-        binarisation on the way, and of the draws behind the mean of a family without one in closed form."""
+        """E_q[z | x], the place of each datum in the latent space; `posterior` is the whole distribution.
+
+        Args:
+            x: Data, (B, *x_shape): a tensor, an array, images, a `Split`.
+            y: What the guide takes beside.
+            seed: Of a binarisation on the way, and of the draws behind the mean of a family without one in closed form.
+        Returns:
+            (B, D).
+        """
         with noise(seed):
             return torch.cat([posteriors.mean(self.posterior(*part)) for part in self._parts(x, *y)])
 
     @torch.no_grad()
     @checked
     def reconstruct(self, x: Any, *y: Any, seed: int | None = None) -> Tensor:
-        """E[x' | z] at z = E_q[z | x], (B, *x_shape), given y where the programs take it; arguments as for `encode`."""
+        """E[x' | z] at z = E_q[z | x], given y where the programs take it.
+
+        Args:
+            x, y, seed: As for `encode`.
+        Returns:
+            (B, *x_shape).
+        """
         with noise(seed):
             parts = self._parts(x, *y)
             return torch.cat([self._decoded(posteriors.mean(self.posterior(*part)), *part[1:]) for part in parts])
@@ -258,15 +281,23 @@ class VAE(Answers):
     @torch.no_grad()
     @checked
     def encode(self, x: Any, mask: Any = None, *, seed: int | None = None) -> Tensor:  # type: ignore[override]
-        """E_q[z | x], (B, D), of data and a mask as for `posterior`, which is the whole distribution; seed as for
-        `Answers.encode`."""
+        """E_q[z | x], of the observed pixels where there is a mask, (B, D); `posterior` is the whole distribution.
+
+        Args:
+            x, mask: As for `posterior`.
+            seed: As for `Answers.encode`.
+        """
         return super().encode(x, mask, seed=seed)
 
     @torch.no_grad()
     @checked
     def reconstruct(self, x: Any, mask: Any = None, *, seed: int | None = None) -> Tensor:  # type: ignore[override]
-        """E[x' | z] at z = E_q[z | x], (B, *x_shape), of data and a mask as for `posterior`; seed as for
-        `Answers.encode`."""
+        """E[x' | z] at z = E_q[z | x], of the observed pixels where there is a mask, (B, *x_shape).
+
+        Args:
+            x, mask: As for `posterior`.
+            seed: As for `Answers.encode`.
+        """
         return super().reconstruct(x, mask, seed=seed)
 
     def _decoded(self, z: Tensor, *y: Any) -> Tensor:

@@ -115,9 +115,12 @@ def is_class_numbers(y: Tensor) -> bool:
 
 
 def rows_of(y: Tensor, num_columns: int, count: int | None) -> Tensor:
-    """What is known of each datum as a row, (..., C): as it is, or of class numbers, (...), one-hot; anything else, or
-    not one for each of so many data (`count`, if it is known here), is a ValueError.
+    """What is known of each datum as a row, (..., C): as it is, or of class numbers, (...), one-hot.
 
+    `count` is how many data it goes with; None where that is not known here.
+
+    Raises:
+        ValueError: Another shape; a number that is no class.
     Example:
         >>> rows_of(torch.tensor([1, 0]), 2, 2).int().tolist(), rows_of(torch.zeros(2, 3), 3, 2).shape
         ([[0, 1], [1, 0]], torch.Size([2, 3]))

@@ -213,8 +213,15 @@ class Conditional(Answers):
     @torch.no_grad()
     @checked
     def sample(self, y: Any, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
-        """New data, (B, *x_shape), one for each y, (B, C), or class numbers (B,): z ~ p(z | y), then x from p(x | z,
-        y); pixels and seed are as for `VAE.sample`."""
+        """New data, one for each y: z ~ p(z | y), then x from p(x | z, y).
+
+        Args:
+            y: (B, C), or class numbers (B,).
+            pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
+            seed: As for `VAE.sample`.
+        Returns:
+            (B, *x_shape).
+        """
         y = data_of(y, name="y")
         with noise(seed):
             return pixels_of(self.decode(self.model.given_y(y).sample(), y), pixels)

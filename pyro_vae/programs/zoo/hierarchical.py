@@ -189,7 +189,15 @@ class Hierarchical(Answers):
     @torch.no_grad()
     @checked
     def sample(self, size: int = 1, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
-        """New data, (size, *x_shape), as `VAE.sample`: z_L ~ p(z_L), and down to p(x | z_1)."""
+        """New data: z_L ~ p(z_L), and down to p(x | z_1).
+
+        Args:
+            size: How many.
+            pixels: "mean" for E[x | z_1]; "draw" for a sample of p(x).
+            seed: As for `VAE.sample`.
+        Returns:
+            (size, *x_shape).
+        """
         with noise(seed):
             z = self.model.prior().expand([size]).sample()
             for layer in range(self.num_layers - 1, 0, -1):

@@ -174,8 +174,15 @@ class Mixture(Answers):
     def sample(
         self, size: int = 1, *, cluster: int | None = None, pixels: str = "mean", seed: int | None = None
     ) -> Tensor:
-        """New data, (size, *x_shape), as `VAE.sample`: c ~ p(c), or one cluster only, z ~ p(z | c), x from p(x | z).
+        """New data: c ~ p(c), z ~ p(z | c), then x from p(x | z).
 
+        Args:
+            size: How many.
+            cluster: c, to draw from one cluster only.
+            pixels: "mean" for E[x | z]; "draw" for a sample of p(x).
+            seed: As for `VAE.sample`.
+        Returns:
+            (size, *x_shape).
         Raises:
             ValueError: Another value of pixels, or no such cluster.
         """

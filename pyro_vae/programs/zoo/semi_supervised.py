@@ -236,8 +236,15 @@ class SemiSupervised(Answers):
     @torch.no_grad()
     @checked
     def sample(self, y: Any, *, pixels: str = "mean", seed: int | None = None) -> Tensor:
-        """New data, (B, *x_shape), one for each label y, (B,): z ~ p(z), then x from p(x | z, y); pixels and seed are
-        as for `VAE.sample`."""
+        """New data, one for each label: z ~ p(z), then x from p(x | z, y).
+
+        Args:
+            y: Labels, (B,).
+            pixels: "mean" for E[x | z, y]; "draw" for a sample of p(x | y).
+            seed: As for `VAE.sample`.
+        Returns:
+            (B, *x_shape).
+        """
         y = data_of(y, name="y")
         with noise(seed):
             return pixels_of(self.decode(self.model.prior().expand([len(y)]).sample(), y), pixels)
