@@ -146,9 +146,9 @@ def test_help_is_a_map_of_the_package():
 
 # A user's program, with the type of each line as mypy reveals it; `!` marks what it must refuse.
 TYPED = """
-pv.fit(vae, data)                                        -> inference.training.History
-pv.fit(model, guide, data, epochs=3)                     -> inference.training.History
-pv.fit(model=model, guide=guide, data=data)              -> inference.training.History
+pv.fit(vae, data)                                        -> inference.records.History
+pv.fit(model, guide, data, epochs=3)                     -> inference.records.History
+pv.fit(model=model, guide=guide, data=data)              -> inference.records.History
 pv.log_likelihood(vae, data)                             -> judging.evidence.Estimate
 pv.log_likelihood(run, data).value                       -> builtins.float
 pv.judge(model, guide, data)                             -> judging.judgement.Judgement
@@ -157,7 +157,7 @@ pv.ais(vae, data)                                        -> judging.evidence.Ann
 pv.gaps(vae, data)                                       -> judging._gaps.Gaps
 pv.particles(vae, data, num_samples=3)                   -> traces.Particles
 pv.particles(model, guide, data).log_weight              -> torch._tensor.Tensor
-pv.fit_guide(vae, data)                                  -> inference.training.History
+pv.fit_guide(vae, data)                                  -> inference.records.History
 pv.active_units(run, data)                               -> judging.latents.ActiveUnits
 pv.active_units(guide=guide, data=data)                  -> judging.latents.ActiveUnits
 pv.simulate(vae, data)                                   -> traces.Simulation
