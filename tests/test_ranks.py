@@ -88,9 +88,19 @@ def message(function):
 
 
 def steps(rank, size, folder):
-    """All that several processes are asked for, in one group."""
+    """All that several processes are asked for, in one group, which is left in order whatever happens: a process that ends
+    with one is aborted, and what it raised is lost."""
     torch.set_num_threads(1)
     group.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    try:
+        found = asked_of_all(rank, size, folder)
+        group.barrier()  # none leaves while another still waits for it
+    finally:
+        group.destroy_process_group()
+    torch.save(found, f"{folder}/{size}-{rank}.pt")
+
+
+def asked_of_all(rank, size, folder):
     found = {"cases": [fitted(*case, size, size > 2) for case in CASES]}
     quick = {"epochs": 4, "batch_size": 6, "seed": 1, "progress": False}
     data = ROWS.double()
@@ -246,8 +256,7 @@ def steps(rank, size, folder):
     model, guide, modules = pair()
     history = fit(model, guide, list(data[:40].split(8)), loss=Objective(map_estimate), **quick | {"epochs": 1})
     found["list"] = {"now": flat(modules), "records": history.records}
-    group.destroy_process_group()
-    torch.save(found, f"{folder}/{size}-{rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
