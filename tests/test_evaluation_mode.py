@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyro_vae import evaluation
-from pyro_vae.evaluation import at_rest, evaluating, noise, unmoved
+from pyro_vae.evaluation import at_rest, evaluating, lent, noise, unmoved
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.training import fit
 from pyro_vae.judging._calibration import sbc
@@ -683,6 +683,41 @@ def test_a_checkpoint_holds_buffers_that_are_put_anew_and_those_that_are_not_sav
     assert whole["mean"].abs().sum() > 0
     for name, buffer in whole.items():
         assert torch.equal(buffer, parts[name]), name
+
+
+def test_what_was_lent_to_a_device_is_where_it_was_and_the_same():
+    still = nn.BatchNorm1d(2, affine=False)
+    modules = [nn.Sequential(still, nn.Linear(2, 2)), nn.Sequential(still)]
+
+    def seen():
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        return [(id(t), t.data_ptr(), t.requires_grad, t.device) for t in tensors]
+
+    before = seen()
+    with pytest.raises(KeyError), lent(modules[1:], "meta"):
+        assert {t.device.type for t in still.buffers()} == {"meta"}
+        raise KeyError
+    assert seen() == before
+    with lent(modules, "cpu"):
+        assert seen() == before
+    with pytest.raises(ValueError, match=r"got device='meta', and networks on cpu that cannot .* module.to\('meta'\)"):
+        with lent(modules, "meta"):
+            pass
+    assert seen() == before
+
+
+def test_a_pair_with_tensors_on_another_device_is_told_so():
+    def model(x):
+        raise RuntimeError("Expected all tensors to be on the same device, but got mat1 is on cuda:0")  # torch's words
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(
+        ValueError, match=r"(?s)lies on the CPU: Expected .* Wanted all tensors of the programs on one devi"
+    ):
+        log_likelihood(model, guide, torch.zeros(4), num_samples=3)
 
 
 def test_a_device_moves_all_networks():

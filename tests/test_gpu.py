@@ -10,8 +10,9 @@ from pyro.infer import Trace_ELBO
 from pyro_vae.data.splits import Split
 from pyro_vae.inference import graphs
 from pyro_vae.inference.bounds import iwae
+from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.graphs import CudaGraph
+from pyro_vae.inference.graphs import CudaGraph, Uncapturable
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit
 from tests.pairs import binary, small_pair
@@ -38,10 +39,44 @@ def test_a_step_is_one_recording_until_a_parameter_moves():
     loss = Compiled(Trace_ELBO(), compile_after=1)
     options = {"loss": loss, "epochs": 3, "batch_size": 12, "seed": 0, "compile": False}
     fit(model, guide, binary(48), device="cuda", **options)
-    runs = [entry.capture._run for entry in loss._graphs.values()]
+    runs = [entry.capture.recording for entry in loss._graphs.values()]
     assert [type(run) for run in runs] == [CudaGraph] and runs[0].recordings == 1
     fit(model.cpu(), guide.cpu(), binary(48), device="cpu", **options)
     assert loss.reason is None
+
+
+@gpu
+def test_noise_that_is_drawn_in_a_recording_is_that_of_the_steps():
+    """Also under a seed that is set anew, and where parameters moved and the launches are recorded again."""
+    found = []
+    for loss in (Compiled(Trace_ELBO(), compile_after=None), Trace_ELBO()):
+        model, guide = small_pair()
+        torch.manual_seed(0)
+        options = {"loss": loss, "batch_size": 12, "device": "cuda", "compile": False, "progress": False}
+        losses = fit(model, guide, Split(grey, binarization="dynamic"), epochs=5, **options)["loss"]
+        for p in model.parameters():
+            p.data = p.data.clone()
+        losses += fit(model, guide, Split(grey, binarization="dynamic"), epochs=3, seed=3, **options)["loss"]
+        found.append((losses, torch.rand(3, device="cuda").tolist(), torch.rand(3).tolist()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert found[0][1:] == found[1][1:]
+
+
+@gpu
+def test_a_recording_that_cuda_refuses_spoils_nothing():
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        CudaGraph(lambda x: [x + x.sum().item() + torch.rand(3, device="cuda")], [x], [False], [])
+    torch.manual_seed(0)
+    first = torch.rand(4, device="cuda")
+    torch.manual_seed(0)
+    assert torch.equal(first, torch.rand(4, device="cuda"))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    graph = CudaGraph(lambda x: [x + torch.rand(3, device="cuda")], [x], [False], [])
+    torch.manual_seed(0)
+    (found,) = graph(x)
+    torch.manual_seed(0)
+    assert torch.equal(found, x + torch.rand(3, device="cuda"))
 
 
 @gpu
@@ -66,6 +101,24 @@ class FakeCuda:
     """Plays a recording by running the function again on the recorded tensors, as a GPU would."""
 
     current = None
+    set_stream = staticmethod(lambda _: None)
+
+    class Generator:
+        """One whose state a recording that failed would make useless."""
+
+        def __init__(self):
+            self.state = self.own = object()
+
+        def graphsafe_get_state(self):
+            return self.state
+
+        def graphsafe_set_state(self, state):
+            self.state = state
+
+        def clone_state(self):
+            return object()
+
+    default_generators = (Generator(),)
 
     class Stream:
         def wait_stream(self, other):
@@ -96,6 +149,7 @@ class FakeCuda:
 def recorded(monkeypatch):
     """A counter that grows by x, recorded."""
     monkeypatch.setattr(graphs.torch, "cuda", FakeCuda)
+    monkeypatch.setattr(graphs.torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
     monkeypatch.setattr(graphs, "_on_one_gpu", lambda tensors: True)
     calls = []
 
@@ -111,6 +165,39 @@ def recorded(monkeypatch):
 
     total = torch.zeros(())
     return CudaGraph(run, [torch.ones(()), total], [False, True], [total]), total
+
+
+def test_a_recording_that_fails_leaves_the_random_state_and_the_stream(recorded, monkeypatch):
+    (generator,), streams = FakeCuda.default_generators, []
+    monkeypatch.setattr(FakeCuda, "set_stream", staticmethod(streams.append))
+
+    def fails(x):
+        if FakeCuda.current is not None:
+            assert generator.state is not generator.own  # what is spoilt here is a copy
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return [x]
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaGraph(fails, [torch.ones(())], [False], [])
+    assert generator.state is generator.own and len(streams) == 1
+
+
+def captured(function, *args):
+    return Capture(lambda *tensors: [function(*tensors)], list(args))
+
+
+def test_what_waits_for_a_gpu_or_draws_elsewhere_is_not_recorded():
+    square = torch.eye(3) * 2
+    for function, why in (
+        (lambda x: torch.linalg.cholesky(x), "linalg_cholesky_ex, for which a GPU is waited for"),
+        (lambda x: torch.cholesky_solve(x, x), "cholesky_solve, for which a GPU is waited for"),
+        (lambda x: x + torch.rand(3), "it draws noise on cpu"),
+    ):
+        with pytest.raises(Uncapturable, match=why):
+            captured(function, square).record([square])
+    for function in (torch.linalg.vector_norm, lambda x: torch.linalg.solve_triangular(x, x, upper=False)):
+        with pytest.raises(RuntimeError, match="wanted one GPU"):  # nothing else is in the way
+            captured(function, square).record([square])
 
 
 def test_recording_leaves_what_the_function_changes_as_it_was(recorded):

@@ -201,3 +201,116 @@ def test_the_same_loss_and_optimiser_go_on_in_the_next_fit_without_another_captu
     for _ in range(3):
         fit(model, guide, SPLIT, loss=loss, epochs=2, batch_size=12, optimizer=optimizer, compile=False)
     assert loss.captures == 2 and optimizer.count == 24
+
+
+class Level:
+    """A number that programs read in Python."""
+
+    value = 0.5
+
+
+def levelled(level):
+    """Plain programs whose prior mean is that number."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(level.value, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.zeros(())) + 0.1 * x, 0.7))
+
+    return model, guide
+
+
+class Rows(torch.utils.data.Dataset):
+    """Data of the user's, whose code runs between steps."""
+
+    def __init__(self, level):
+        self.level, self.looked = level, 0
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        self.looked += 1
+        if self.looked == 60:
+            self.level.value = 2.0
+        return torch.arange(40.0)[index] / 40
+
+
+def changing(where, level):
+    """Options of a fit of 20 steps an epoch, in the middle of which that number is changed."""
+    options = {"data": torch.arange(40.0) / 40}
+
+    class Callback:
+        def __call__(self, record):
+            if where == "epoch" and record["epoch"] == 2:
+                level.value = 2.0
+
+        def early(self, seconds, steps):
+            if where == "early":
+                level.value = 2.0
+
+        def tenth(self, steps, total, bound):
+            if where == "tenth" and steps >= 30:
+                level.value = 2.0
+
+    def function(done):
+        if done > 0.4:
+            level.value = 2.0
+        return 1.0
+
+    if where == "data":
+        options["data"] = Rows(level)
+    if where in ("schedule", "beta"):
+        options[where] = function
+    return options | {"callback": Callback()}
+
+
+@pytest.mark.parametrize("where", ["epoch", "early", "tenth", "schedule", "beta", "data"])
+def test_what_code_between_steps_changes_is_seen_in_the_next_step(where):
+    found = []
+    for captured in (True, False):
+        pyro.clear_param_store()
+        level = Level()
+        options = changing(where, level)
+        loss = Compiled(Trace_ELBO(), compile_after=None, quiet=True) if captured else Trace_ELBO()
+        history = fit(
+            *levelled(level), options.pop("data"), loss=loss, epochs=4, batch_size=2, seed=0, compile=False,
+            progress=False, **options,
+        )  # fmt: skip
+        assert not captured or loss.captures
+        found.append((history["loss"], pyro.param("a").item(), level.value))
+    assert found[0][2] == 2.0
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"schedule": "one-cycle"},
+        {"kl_warmup": 2.5},
+        {"loss": Objective(elbo, 3), "kl_warmup_steps": 30},
+        {"loss": Objective(iwae, 3), "clip_norm": 0.5, "data_seed": 3},
+    ],
+)
+def test_a_step_that_is_taken_again_is_the_step(options, monkeypatch):
+    """What steps rest on is compared once in a while instead of each time, and nothing else is different."""
+    looks, found = [], []
+    monkeypatch.setattr(Watched, "fresh", lambda self, fresh=Watched.fresh: looks.append(1) or fresh(self))
+    for moment in (1e9, -1.0):  # as on a machine where no time passes, and as if each were compared
+        monkeypatch.setattr("pyro_vae.inference.steps._MOMENT", moment)
+        looks.clear()
+        model, guide = small_pair()
+        given = {"loss": Trace_ELBO()} | options
+        loss = Compiled(given.pop("loss"), compile_after=None)
+        history = fit(model, guide, SPLIT, loss=loss, epochs=40, batch_size=12, seed=0, compile=False, **given)
+        assert loss.reason is None and loss.captures
+        found.append((history["loss"], [p.detach().clone() for p in model.parameters()], len(looks)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    assert found[0][2] < 0.75 * found[1][2]  # of the four steps of an epoch the first two and the last are compared

@@ -27,6 +27,7 @@ from torch.distributions import Categorical
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
 
+from pyro_vae._trust import trusted_module
 from pyro_vae.evaluation import evaluating, undisturbed
 from pyro_vae.inference.arguments import Arguments, arguments_of
 from pyro_vae.inference.columns import (
@@ -251,6 +252,11 @@ class Batches:
         if self.programs:
             self._meet_programs()
         self._plain = self.columns is not None and all(held(c) is not None for c in self.columns) and not self._each
+
+    @property
+    def ours(self) -> bool:
+        """Whether no code but that of known packages makes a batch."""
+        return self._plain and all(trusted_module(type(c).__module__) for c in self.columns or ())
 
     @property
     def tolerated(self) -> bool:
@@ -585,6 +591,13 @@ class Batches:
         if fields is not None:
             named = ", ".join(map(repr, fields))
             remedy = f"each dict of {named} is one argument; for a pair of tensors pass its fields"
+        if "same device" in str(error):
+            raise ValueError(
+                f"the pair does not run on a batch that lies on {self.device or 'the CPU'}: "
+                f"{' '.join(str(error).split())[:300]}. Wanted all tensors of the programs on one device: move the "
+                "networks, module.to(device), and make plain tensors where the data are, as in "
+                "torch.zeros(..., device=x.device)."
+            ) from error
         raise ValueError(
             f"the pair does not run on a batch of the data, {described(batch)}: "
             f"{' '.join(str(error).split())[:300]} ({type(error).__name__}). Wanted rows of the shape and type that "

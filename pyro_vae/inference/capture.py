@@ -55,6 +55,7 @@ class Capture:
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
         fast: Whether its products are worth a call of oneDNN (see `pyro_vae.inference.hardware`).
+        recording: Its launches on a GPU, with those of the noise, as one (see `record`).
     Raises:
         Uncapturable: The function reads numbers out of tensors, or draws in a way that
             cannot be written down. Whatever is raised, every tensor that was there before is as it was.
@@ -76,6 +77,7 @@ class Capture:
         self.results: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self.compiled = False
+        self.recording: graphs.CudaGraph | None = None
         operations = _Operations()
         try:
             self._write_down(function, args, finish, operations)
@@ -149,6 +151,8 @@ class Capture:
     def __call__(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results and gradients for new arguments, new noise, and the tensors as they are now."""
         with torch.no_grad(), fast_matmul(self.fast):
+            if self.recording is not None:
+                return self.recording(*args, *self.constants)
             return self._run(*args, *self.constants, *[draw() for draw in self.draws])
 
     def holds(self) -> bool:
@@ -171,7 +175,21 @@ class Capture:
             scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}
             count = len(args)
             run(*[scratch.get(i - count, t) for i, t in enumerate(examples)])  # a lazy failure shows here
-        self._plain, self._run, self.compiled = self._run, run, True
+        self._plain, self._run, self.compiled, self.recording = self._run, run, True, None
+
+    def record(self, args: Sequence[Tensor]) -> None:
+        """Play the graph's launches back as one CUDA graph; what CUDA raises comes through, and they stay single."""
+        if waiting := graphs.waits(self.module.graph):
+            raise Uncapturable(f"its graph has {', '.join(waiting)}, for which a GPU is waited for")
+        if elsewhere := {str(draw.device) for draw in self.draws if draw.device.type != "cuda"}:
+            raise Uncapturable(f"it draws noise on {min(elsewhere)}")
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            return self._run(*tensors, *[draw() for draw in self.draws])
+
+        fixed = [False] * len(args) + [True] * len(self.constants)
+        with torch.no_grad():
+            self.recording = graphs.CudaGraph(run, [*args, *self.constants], fixed, self.mutated)
 
     def uncompile(self) -> None:
         """Replay without what the compiler made."""

@@ -58,6 +58,14 @@ def settings(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether tensors are of the same kinds, one by one."""
+    return len(some) == len(others) and all(
+        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.stride() == b.stride()
+        for a, b in zip(some, others, strict=True)
+    )
+
+
 # A hook that appears changes gradients; those that are there are among what the programs can read.
 _conditions = operator.attrgetter(
     "requires_grad", "dtype", "device", "shape", "_backward_hooks", "_post_accumulate_grad_hooks"
@@ -74,6 +82,7 @@ class Graph:
     def __init__(self, capture: Capture, watched: Watched) -> None:
         self.capture, self.watched = capture, watched
         self.replays, self.unchecked, self.tried, self.seconds = 0, False, False, float("inf")
+        self.checked = False  # whether the latest replay was compared
         self.compiled_at, self.plain_seconds = 0, float("inf")  # replays, and the seconds of the fastest until then
         self._tensors = self._now()
 
@@ -83,6 +92,10 @@ class Graph:
     def fresh(self) -> bool:
         """Whether all that it rests on is as it was."""
         return self._tensors == self._now() and self.watched.fresh() and self.capture.holds()
+
+    def on_trial(self) -> bool:
+        """Whether it is not known yet if the compiler made it faster."""
+        return self.capture.compiled and self.replays <= self.compiled_at + _TRIED
 
     def due(self, check_every: int) -> bool:
         """Whether this replay is one of those that are compared with the programs."""
@@ -215,7 +228,8 @@ class Captured:
     def _play(self, call: Any, graph: Any) -> tuple[Sequence[Tensor] | None, Check | None]:
         """The results of a replay; or None, with nothing done, and what the programs themselves gave, which is a
         ValueError where they read what cannot be watched."""
-        check = self._check(call, graph) if graph.due(self.check_every) else None
+        graph.checked = graph.due(self.check_every)
+        check = self._check(call, graph) if graph.checked else None
         call.advance(1)
         start = time.perf_counter()
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pyro_vae.inference.captured import Captured, Watched, first_line, forked
-from pyro_vae.inference.graphs import CudaGraph, Uncapturable
+from pyro_vae.inference.captured import Captured, Watched, alike, first_line
+from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.steps import LossGraph, Site, Step, TrainingStep
 from pyro_vae.options import checked
 from pyro_vae.parameters import _OwnParameters, own_parameters
@@ -81,6 +82,9 @@ class Compiled(Captured, ELBO):
         super()._forget()
         self._replays = 0
         self._leaves: list[Tensor] = []
+        self._latest: tuple[LossGraph, Step] | None = (
+            None  # replayed last, if that was a whole training step and no more
+        )
 
     def __repr__(self) -> str:
         kind: Any = type(self.inner)
@@ -143,10 +147,50 @@ class Compiled(Captured, ELBO):
             nothing done, where there is no graph for such a step yet: take an ordinary step.
         """
         step = Step.of(model, guide, tuple(tensors), {}, training)
+        self._latest = None
         value = self._by_graph(step)
         if value is None:
             return None
+        graph = self._graphs.get(step.key)
+        if training.update is not None and graph is not None and graph.replays and not graph.checked:
+            self._latest = graph, step
         return value, [] if training.update is not None else self._leaves
+
+    def again(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The latest training step on other tensors, without a look at what it rests on: for who knows that no code but
+        this package's ran since.
+
+        Returns:
+            The loss; None, with nothing done, where the latest step was no replay of a whole one, these tensors are of
+            another kind, or more than a replay is due: call `train`.
+        """
+        if self._latest is None:
+            return None
+        graph, step = self._latest
+        graph.replays += 1
+        if graph.due(self.check_every) or self._changing(graph) or not alike(tensors, step.tensors):
+            graph.replays -= 1
+            return None
+        beta = self._beta()
+        if graph.beta is not None:
+            graph.beta.fill_(beta)
+        elif beta != 1:
+            graph.replays -= 1
+            return None
+        self._replays += 1
+        step.advance(1)
+        start = time.perf_counter()
+        results = graph.capture(tensors)
+        graph.seconds = min(time.perf_counter() - start, graph.seconds)
+        return self._taken(graph, results)
+
+    def _changing(self, graph: LossGraph) -> bool:
+        """Whether a compiler, a recording or the clock may yet make another graph of this one."""
+        capture = graph.capture
+        if capture.live_noise:
+            return False
+        awaits_compiler = self.compile_after is not None and not graph.tried
+        return awaits_compiler or (self.chooses and graph.on_trial()) or not (capture.on_cpu or graph.recorded)
 
     def refused(self, model: Program, guide: Program, tensors: Sequence[Tensor], training: TrainingStep) -> bool:
         """Whether such a training step was tried as one graph, and cannot be."""
@@ -241,15 +285,11 @@ class Compiled(Captured, ELBO):
         if graph.capture.on_cpu or graph.capture.live_noise:
             return
         graph.recorded = graph.unchecked = True
-        capture, tensors = graph.capture, step.tensors
-        with torch.no_grad(), forked([*tensors, *capture.constants]):
-            inputs = [*tensors, *capture.constants, *(draw() for draw in capture.draws)]
-            fixed = [len(tensors) <= i < len(tensors) + len(capture.constants) for i in range(len(inputs))]
-            try:
-                capture._run = CudaGraph(capture._run, inputs, fixed, capture.mutated)
-            except Exception as error:
-                reason = first_line(error)
-                self._say(f"the steps are launched one kernel at a time, since CUDA did not record them ({reason})")
+        try:
+            graph.capture.record(step.tensors)
+        except Exception as error:
+            reason = first_line(error)
+            self._say(f"the steps are launched one kernel at a time, since CUDA did not record them ({reason})")
 
     def _capturable(self, step: Step) -> bool:
         """Whether to capture a step that has no graph."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ _LIKES = ("rand_like", "randn_like", "randint_like")
 _FACTORIES = ("rand", "randn", "randint", "randperm")
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.zeros)
 PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward)
+# Of linear algebra, what is launched and not waited for, among what is.
+_WAITING = ("linalg_", "_linalg_", "cholesky", "ormqr", "geqrf", "lu_", "symeig", "triangular_solve")
+_LAUNCHED = ("linalg_vector_norm", "linalg_matrix_norm", "linalg_solve_triangular")
 _WARM_UP = 3  # runs before recording, in which kernels are loaded and chosen
 _SMALL = 4096  # numbers of a mask that are compared before each replay
 
@@ -31,6 +35,11 @@ class Draw(NamedTuple):
     like: tuple[Any, Any, torch.dtype, torch.device] | None  # the tensor that it fills or imitates
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it draws."""
+        return torch.device(self.kwargs.get("device") or "cpu") if self.like is None else self.like[3]
 
     def __call__(self) -> Tensor:
         if self.like is None:
@@ -201,6 +210,13 @@ def mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> l
     return [constant for node, constant in zip(nodes, constants, strict=True) if node in changed]
 
 
+def waits(graph: fx.Graph) -> list[str]:
+    """The operations of linear algebra whose libraries wait for the GPU, by name: CUDA records none of them."""
+    packets = (getattr(node.target, "overloadpacket", None) for node in graph.nodes)
+    names = {packet.__name__ for packet in packets if packet is not None}
+    return sorted(n for n in names if n.startswith(_WAITING) and n not in _LAUNCHED)
+
+
 def largest_product(graph: fx.Graph) -> float:
     """Multiplications and additions of the largest matrix product, or convolution, of a graph."""
     most = 0.0
@@ -237,10 +253,10 @@ def split_biases(graph: fx.Graph) -> None:
 class CudaGraph:
     """A function of tensors on one GPU, recorded and played back: a whole step for the price of one launch.
 
-    What varies between steps (the batch or its index, the noise) is copied to fixed places first; what is `fixed`
-    (parameters, moments, buffers) is read and written where it is, and what is `mutated` is left as it was by the
-    recording. If one of them has moved, the launches are recorded anew. A tensor on another device, or what CUDA cannot
-    record, is a RuntimeError.
+    What varies between steps (the batch or its index) is copied to fixed places first; what is `fixed` (parameters,
+    moments, buffers) is read and written where it is, and what is `mutated` is left as it was by the recording. If one
+    of them has moved, the launches are recorded anew. Noise that the function draws is, at each call, what it would
+    draw then. A tensor on another device, or what CUDA cannot record, is a RuntimeError.
 
     Reference: docs.pytorch.org/docs/stable/notes/cuda.html, CUDA Graphs.
     """
@@ -270,20 +286,45 @@ class CudaGraph:
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         saved = [(t, t.detach().clone()) for t in self.mutated]
+        device = inputs[0].device
         self._places = [t if fixed else t.clone() for t, fixed in zip(inputs, self.fixed, strict=True)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self.run(*self._places)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = list(self.run(*self._places))
+        with torch.random.fork_rng(devices=[device.index or 0]):
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self.run(*self._places)
+            torch.cuda.current_stream().wait_stream(side)
+            with _expendable(device):
+                self._launches()
+            self._graph, self._outputs = self._launches()
         for tensor, before in saved:
             tensor.copy_(before)
         self._recorded_at = self._addresses(inputs)
         self.recordings += 1
+
+    def _launches(self) -> tuple[Any, list[Tensor]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            return graph, list(self.run(*self._places))
+
+
+@contextlib.contextmanager
+def _expendable(device: torch.device) -> Iterator[None]:
+    """Try a recording with a copy of the random state: CUDA gives up one that it cannot finish, and then torch refuses
+    to draw from the state that was used ever after, and stays on the stream of the recording."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    own, stream = generator.graphsafe_get_state(), torch.cuda.current_stream()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # takes up an error that a library has left behind for the next launch
+            torch.zeros(1, device=device)
+        raise
+    finally:
+        generator.graphsafe_set_state(own)
 
 
 def _on_one_gpu(tensors: Sequence[Tensor]) -> bool:

@@ -22,7 +22,7 @@ from pyro_vae.inference.choices import rate_of
 from pyro_vae.inference.compatibility import rows_held
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import ClosedForm, Objective
-from pyro_vae.inference.optimizers import Fused, Schedule
+from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
 from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.ranks import Ranks
 from pyro_vae.inference.rehearsal import diagnosis
@@ -54,6 +54,27 @@ def _untrained(parameters: Iterable[Tensor]) -> str:
         "no parameter of model or guide had a gradient, so there is nothing to train. Register networks with "
         'pyro.module("decoder", net) inside the programs, or write the programs as PyroModules.'
     )
+
+
+class _Sum:
+    """The sum of values, each divided by a scale; what lies on a GPU is added up where it is read, many at a time."""
+
+    def __init__(self) -> None:
+        self._known = 0.0
+        self._waiting: list[tuple[Tensor, float]] = []
+
+    def add(self, value: float | Tensor, scale: float) -> None:
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            self._waiting.append((value, scale))
+        else:
+            self._known += float(value) / scale
+
+    def __float__(self) -> float:
+        if self._waiting:
+            values, scales = zip(*self._waiting, strict=True)
+            read = torch.stack(values).double().cpu() / torch.tensor(scales, dtype=torch.float64)
+            self._known, self._waiting = sum(read.tolist(), self._known), []
+        return self._known
 
 
 class Stepper:
@@ -101,6 +122,9 @@ class Stepper:
             self._keep_rows(guide)
         self.ranks: Ranks | None = None
         self.noise = 0
+        self._asks = (
+            rate not in SCHEDULES.values() or tempering.function is not None
+        )  # functions of the user's, at each step
         self.graph = None if compiled is None else GraphSteps(compiled, model, guide, optimizer, batches)
 
     def listen(self, callback: Any) -> None:
@@ -173,53 +197,66 @@ class Stepper:
     def epoch(self, bar: tqdm[Any]) -> dict[str, Any]:
         """One pass; its averages."""
         started, count, even = time.perf_counter(), 0, True
-        summed: float | Tensor = 0.0
-        bound: float | Tensor = 0.0
+        self._lapse()
+        summed, bound = _Sum(), _Sum()
         tempered = False
         for choice in self.batches.choices():
             value = self._step(choice)
             tempered = tempered or self._beta != 1
             rows, scale = self.unit.rows, self.unit.scale
             if self.batches.own_rows:
-                summed, count, even = summed + value / scale, count + rows, even and self.unit.even
+                summed.add(value, scale)
+                count, even = count + rows, even and self.unit.even
                 if isinstance(self.loss, Objective):
                     assert self.loss.last_bound is not None
-                    bound = bound + self.loss.last_bound.double() / scale
+                    bound.add(self.loss.last_bound, scale)
             if self.ranks is not None and self.ranks.stopping:
                 self._meet(self.ranks)
                 raise KeyboardInterrupt
             bar.update(1)
             if self.steps % _LOOK == 0:
-                self._check_finite(summed)
+                self._check_finite(float(summed))
+                float(bound)  # nor are more of them kept than that
                 if self.steps < len(self.batches):  # later the bar shows what the last epoch came to
                     bar.set_postfix_str(f"loss of a batch {float(value) / self.unit.whole:.2f}", refresh=False)
             self._taken += 1
             if self._taken == EARLY // 2:
                 self._clock = time.perf_counter()
             elif self._taken == EARLY and self.early is not None:
+                self._lapse()
                 self.early((time.perf_counter() - self._clock) / (EARLY - EARLY // 2), self.total - self.steps)
             if self.steps >= self._telling and self.tenth is not None:
-                so_far = bound if isinstance(self.loss, Objective) else -summed if even and not tempered else math.nan
-                self.tenth(self.steps, self.total, None if math.isnan(so_far) else float(so_far) / count)
+                self._lapse()
+                own = isinstance(self.loss, Objective)
+                so_far = float(bound) if own else -float(summed) if even and not tempered else math.nan
+                self.tenth(self.steps, self.total, None if math.isnan(so_far) else so_far / count)
                 self._telling = self._next_tenth()
-        self._check_finite(summed)
+        loss, bounds = float(summed), float(bound)
+        self._check_finite(loss)
         if self.ranks is not None:
             self._meet(self.ranks)
-            table = self.ranks.totals(float(summed), float(count), float(bound), float(even))
-            summed, bound = (math.fsum(row[i] for row in table) for i in (0, 2))
+            table = self.ranks.totals(loss, float(count), bounds, float(even))
+            loss, bounds = (math.fsum(row[i] for row in table) for i in (0, 2))
             count, even = sum(int(row[1]) for row in table), all(row[3] for row in table)
-        record: dict[str, Any] = {"loss": float(summed) / count}
+        record: dict[str, Any] = {"loss": loss / count}
         if isinstance(self.loss, Objective):
-            record["bound"] = float(bound) / count
+            record["bound"] = bounds / count
         elif even and not tempered:
-            record["bound"] = -float(summed) / count
+            record["bound"] = -loss / count
         rate = rate_of(self.optimizer)
         if rate is not None:
             record["learning_rate"] = rate
         seconds = time.perf_counter() - started
         return record | {"beta": self._beta, "images_per_second": count / seconds}
 
+    def _lapse(self) -> None:
+        """Have the next step compared with what it rests on, as code that is not ours runs before it."""
+        if self.graph is not None:
+            self.graph.lapse()
+
     def _step(self, choice: tuple[Any, ...]) -> float | Tensor:
+        if self._asks:
+            self._lapse()
         if isinstance(self.optimizer, Fused):
             self.optimizer.set_learning_rate(self.rate(self.steps / self.total))
         self._beta = beta = self.tempering(self.steps)
@@ -257,7 +294,7 @@ class Stepper:
         elif replayed.device.type == "cpu":
             value = replayed.item()
         else:
-            value = replayed.double()  # read every now and then, since each look waits for the GPU
+            value = replayed  # read every now and then, since each look waits for the GPU
         if isinstance(value, float):
             self._check_finite(value)
         if self.considers:

@@ -7,6 +7,8 @@ every operation that reads it, which for 50 particles takes three times as long 
 
 from __future__ import annotations
 
+import math
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +29,8 @@ from pyro_vae.traces import Program
 
 if TYPE_CHECKING:
     from pyro_vae.inference.compiled import Compiled
+
+_MOMENT = 0.05  # seconds for which a comparison holds, where no other code runs
 
 
 class TrainingStep:
@@ -153,12 +157,30 @@ class GraphSteps:
         self.chooses = batches.home.type == "cuda" and not isinstance(batches.stream, Stream)
         self._ways: list[tuple[bool, TrainingStep]] = []
         self._made_for: Any = "nothing yet"
+        self._ours = batches.ours
+        self._compared = -math.inf  # when all that the latest step rests on was last looked at
+
+    def lapse(self) -> None:
+        """Look at everything before the next step: code that is not of this package has run."""
+        self._compared = -math.inf
+
+    def _again(self, choice: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...] | None]:
+        """The step that was taken last on another batch, where only code of this package ran since then.
+
+        Another thread may change something at any time, and its change is seen a moment later than it could be.
+        """
+        if not self._ours or not self._ways or time.perf_counter() - self._compared > _MOMENT:
+            return None, None
+        batch = None if self._ways[0][0] else self.batches.take(*choice)
+        return self.compiled.again(choice if batch is None else batch), batch
 
     def __call__(self, choice: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...] | None]:
         """Take a step on a batch: its loss, None where there is no graph for it and nothing was done; and the batch, if
         it was made."""
+        loss, batch = self._again(choice)
+        if loss is not None:
+            return loss, batch
         self._update_ways()
-        batch: tuple[Any, ...] | None = None
         while self._ways and all(isinstance(x, Tensor) for x in choice):
             chosen, training = self._ways[0]
             if not chosen and batch is None:
@@ -169,6 +191,7 @@ class GraphSteps:
             done = self.compiled.train(self.model, self.guide, tensors, training)
             if done is not None:
                 loss, leaves = done
+                self._compared = time.perf_counter()
                 if leaves:
                     self.optimizer(leaves)
                     zero_grads(leaves)

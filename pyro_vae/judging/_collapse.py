@@ -210,7 +210,7 @@ def linear_optimum(
 
     Args:
         threshold: Share of the variance.
-        device: Where the batches go; where the module is when not given.
+        device: Where it is computed: data and module go there for that time. Where the module is when not given.
         model, data, progress: As for `log_likelihood`.
     Returns:
         The comparison; None unless p(z) = N(0, I) and p(x | z) = N(W z + b, s^2 I) with one latent and one observed

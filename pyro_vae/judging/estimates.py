@@ -97,7 +97,7 @@ def log_likelihood(
         method: "auto", "importance" or "quadrature".
         seed: Seed of the samples, and of a binarisation drawn on the way: an unfrozen split is scored as
             ``split.frozen(seed)``, by all functions of one seed. None goes on with torch's random state.
-        device: Where the batches go; where the modules are when not given.
+        device: Where it is computed: data and modules go there for that time. Where the modules are when not given.
         progress: Show a bar; None shows it on a terminal only.
         compile: "auto" captures the computation of a chunk (see `pyro_vae.inference.replays`) where there are
             600 or more of them, and hands it to Inductor where that pays; True does so at once, False runs the

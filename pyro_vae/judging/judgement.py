@@ -181,7 +181,7 @@ def judge(
         num_data: How many data are looked at, at most: the first.
         observed: Which argument each observed site is, by position, as {"x": 0}, where simulated data need it.
         seed: Of everything. The same pieces give the same numbers.
-        device: Where the batches go; where the modules are when not given.
+        device: Where it is computed: data and modules go there for that time. Where the modules are when not given.
         progress: Show which stage is at work; None shows it on a terminal only.
         clock: Gives seconds.
         checkpoint: A .safetensors file that gets what each stage and remedy found. Of one that is there, of the same

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.auxiliary import undetermined
-from pyro_vae.evaluation import evaluating, start_noise
+from pyro_vae.evaluation import evaluating, lent, start_noise
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.capture import capturing
 from pyro_vae.inference.hardware import fast_matmul, reused_memory
@@ -37,6 +37,7 @@ from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.components import simulated_batch
 from pyro_vae.judging.sharing import look_at_all, seed_of, shared
 from pyro_vae.parameters import device_of
+from pyro_vae.reach import modules_of
 from pyro_vae.sites import lengths
 from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
 
@@ -264,7 +265,7 @@ def sweep(
         num_data: Only the first so many of the data.
         besides: Modules that are to be in evaluation mode as well.
         validate: Whether Pyro looks at all values, and raises where a trajectory leaves the numbers.
-        device: Where the batches go; where the modules are when not given.
+        device: Where the batches go, and the modules while it lasts; where the modules are when not given.
         seed: Of the noise of each batch by its number, and of what the data draw (`one_draw`, `NoiseOfData`): all
             sweeps of one seed are over the same numbers. None goes on with the random states.
         progress: Show a bar; None shows it on a terminal only.
@@ -289,7 +290,8 @@ def sweep(
             check_same({"call": title, "seed": seed, "batch size": batch_size, "number of data": num_data})
             seed, progress = common_seed(seed), progress if rank == 0 else False
         looks = contextlib.nullcontext() if validate else validation_enabled(False)
-        for context in (evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory(), looks):
+        placed = lent(modules_of(*given, *besides), device)
+        for context in (placed, evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory(), looks):
             stack.enter_context(context)
         batches = Batches(one_draw(data, drawn), batch_size or sys.maxsize, place, False, given)
         if batches.tolerated:  # Pyro's validation looks before it masks
