@@ -80,6 +80,46 @@ def test_bernoulli_broadcasts_and_expands_as_torchs_does():
     assert torch.equal(BernoulliLogits(logits).mean, logits.sigmoid())
 
 
+@pytest.mark.parametrize("shape", [(784,), (1, 28, 28), (785,), (19, 19), (7,), (3, 64), (1,), (0,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_bernoulli_pixels_that_are_scored_together_are_torchs_sum(shape, masked):
+    logits, x = 6 * random(5, *shape), (random(3, 1, *shape, seed=1) > 0).float()
+    if shape != (0,):
+        logits[0] = 0.0  # the largest factors under a logarithm, 2
+        logits[1, ..., 0] = 200.0
+    mask = random(5, *shape, seed=2) > 0 if masked else None
+    ours, torchs = BernoulliLogits(logits), torch.distributions.Bernoulli(logits=logits.double())
+    ours = ours if mask is None else ours.mask(mask)
+    found = ours.to_event(len(shape)).log_prob(x)
+    terms = torchs.log_prob(x.double()) * (1 if mask is None else mask)
+    wanted = terms.flatten(2).sum(-1)
+    assert found.shape == (3, 5) and found.dtype == torch.float32
+    assert ((found - wanted).abs() <= 2e-7 * terms.abs().flatten(2).sum(-1) + 2e-7 * max(1, math.prod(shape))).all()
+    twice = ours.to_event(1).to_event(len(shape) - 1) if len(shape) > 1 else ours.expand([3, 5, *shape]).to_event(1)
+    assert torch.equal(twice.log_prob(x), found)
+
+
+@pytest.mark.parametrize("dtype, least", [(torch.float64, 1e-14), (torch.bfloat16, 5e-2)])
+def test_bernoulli_pixels_keep_the_digits_of_their_type(dtype, least):
+    logits = (3 * random(4, 64)).to(dtype)
+    x = (random(4, 64, seed=1) > 0).to(dtype)
+    wanted = torch.distributions.Bernoulli(logits=logits.double()).log_prob(x.double()).sum(-1)
+    found = BernoulliLogits(logits).to_event(1).log_prob(x)
+    assert found.dtype == dtype and ((found.double() - wanted).abs() <= least * wanted.abs()).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_bernoulli_pixels_have_right_first_and_second_derivatives(masked):
+    logits = (5 * random(2, 3, 4, dtype=torch.float64)).requires_grad_()
+    x = random(2, 3, 4, seed=1, dtype=torch.float64).sigmoid().requires_grad_()
+    mask = random(3, 4, seed=2) > 0 if masked else torch.tensor(True)
+
+    def log_prob(logits, x):
+        return BernoulliLogits(logits).mask(mask).to_event(2).log_prob(x)
+
+    assert gradcheck(log_prob, (logits, x)) and gradgradcheck(log_prob, (logits, x))
+
+
 def test_bernoulli_draws_have_its_mean():
     torch.manual_seed(0)
     p = torch.tensor([0.01, 0.3, 0.5, 0.97])

@@ -169,6 +169,7 @@ class Capture:
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
             if self.on_cpu:
                 graphs.split_biases(graph.graph)
+                graphs.quick_tanh(graph.graph)
             graph.recompile()
             run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it

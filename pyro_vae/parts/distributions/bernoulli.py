@@ -19,28 +19,79 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.distributions import Bernoulli as PyroBernoulli
-from pyro.distributions import constraints
+from pyro.distributions import Independent, MaskedDistribution, constraints
 from torch import Tensor
 
 from pyro_vae.parts.distributions.levels import Number
 
+_TOGETHER = 16  # factors 1 + exp(-|l|) under one logarithm: they are at most 2, and lose no more digits than its sum
+
 
 class _BernoulliLogProb(torch.autograd.Function):
-    """x l - softplus(l) with the gradient x - sigmoid(l), in half the passes of autograd's; ``log1p`` is not vectorised
-    on the CPU. The maximum is taken off first, where it cancels x l exactly at x = 1."""
+    """x l - softplus(l), summed over the last dimensions, with the gradient x - sigmoid(l).
+
+    In half the passes of autograd's, and a logarithm of many numbers at once: log a + log b = log a b. ``log1p`` is not
+    vectorised on the CPU. The maximum is taken off first, where it cancels x l exactly at x = 1.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, x)
-        rest = logits.abs().neg_().exp_().add_(1).log_()  # in place: these passes are bound by memory
-        return (x * logits).sub_(logits.clamp(min=0)).sub_(rest)
+    def forward(ctx: Any, logits: Tensor, x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(logits, x, mask)
+        ctx.dims = dims
+        rest = logits.abs().neg_().exp_().add_(1)  # in place: these passes are bound by memory
+        linear = (x * logits).sub_(logits.clamp(min=0))
+        if mask is not None:
+            rest, linear = rest.masked_fill_(~mask, 1.0), linear.masked_fill_(~mask, 0.0)
+        if not dims:
+            return linear.sub_(rest.log_())
+        rest = rest.flatten(-dims)
+        size = rest.shape[-1]
+        together = max((n for n in range(1, _TOGETHER + 1) if size % n == 0), default=1)
+        if together > 1 and torch.finfo(rest.dtype).eps <= torch.finfo(torch.float32).eps:
+            rest = rest.unflatten(-1, (size // together, together)).prod(-1)
+        return linear.flatten(-dims).sum(-1) - rest.log_().sum(-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        logits, x = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        logits, x, mask = ctx.saved_tensors
+        grad = grad[(..., *[None] * ctx.dims)]
+        grad = grad if mask is None else grad * mask
         in_logits = grad * (x - torch.sigmoid(logits)) if ctx.needs_input_grad[0] else None
         in_x = grad * logits if ctx.needs_input_grad[1] else None
-        return in_logits, in_x
+        return in_logits, in_x, None, None
+
+
+def _scored(logits: Tensor, value: Tensor, dims: int = 0, mask: Tensor | None = None) -> Tensor:
+    logits, value = torch.broadcast_tensors(logits, value)
+    return _BernoulliLogProb.apply(logits, value, dims, None if mask is None else mask.expand(logits.shape))
+
+
+class _Pixels(Independent):
+    """Independent `BernoulliLogits`, some of which a mask may leave out, scored together."""
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
+        more = len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
+        return self.base_dist.to_event(more + self.reinterpreted_batch_ndims)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        pixel, mask = self.base_dist, None
+        if isinstance(pixel, _SomePixels):
+            pixel, mask = pixel.base_dist, pixel._mask
+            if not isinstance(mask, Tensor):
+                return super().log_prob(value)
+        return _scored(pixel.logits, value, self.reinterpreted_batch_ndims, mask)
+
+
+def _together(pixel: Any, independent: Any) -> Any:
+    dims = getattr(independent, "reinterpreted_batch_ndims", 0)
+    return _Pixels(pixel, dims) if dims > 0 else independent
+
+
+class _SomePixels(MaskedDistribution):
+    """`BernoulliLogits` under a mask."""
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
+        return _together(self, super().to_event(reinterpreted_batch_ndims))
 
 
 class BernoulliLogits(PyroBernoulli):
@@ -62,9 +113,14 @@ class BernoulliLogits(PyroBernoulli):
             return self
         return BernoulliLogits(self.logits.expand(batch_shape))
 
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
+        return _together(self, super().to_event(reinterpreted_batch_ndims))
+
+    def mask(self, mask: Any) -> Any:
+        return _SomePixels(self, mask)
+
     def log_prob(self, value: Tensor) -> Tensor:
-        logits, value = torch.broadcast_tensors(self.logits, value)
-        return _BernoulliLogProb.apply(logits, value)
+        return _scored(self.logits, value)
 
 
 _BERNOULLI_NUMBERS = (
