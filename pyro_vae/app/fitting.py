@@ -381,8 +381,7 @@ def start(
 
 def _same_test(path: Path, now: Dataset, then: Dataset, options: FitOptions) -> None:
     """Raise a ValueError where another seed makes test data of what the weights were trained on."""
-    one, two = now.test.pixels, then.test.pixels
-    if one.shape != two.shape or not torch.equal(one, two):
+    if not now.test.same(then.test):
         raise ValueError(
             f"got another seed than --from {shown(path)}: {options.data} is split by it, so that the weights would be "
             "tested on data that they were trained on. Leave --seed and --split-seed out, or keep the split by "

@@ -18,14 +18,20 @@ _BLOCK = 2**24
 _COMPRESSED = 15  # the type of an element of a MATLAB file
 
 
+def gigabytes(option: str, default: float) -> float:
+    """What an environment variable says; a ValueError where that is no positive number."""
+    try:
+        most = float(os.environ.get(option, default))
+    except ValueError:
+        raise ValueError(f"got {option}={os.environ[option]!r}, wanted a number of gigabytes.") from None
+    if not most > 0:
+        raise ValueError(f"got {option}={os.environ[option]!r}, wanted a positive number of gigabytes.")
+    return most
+
+
 def check_size(path: Path, size: int) -> None:
     """Refuse a compressed file that would unpack to more than 8 GB, or what ``PYRO_VAE_MOST_GB`` says."""
-    try:
-        most = float(os.environ.get(OPTION, _DEFAULT))
-    except ValueError:
-        raise ValueError(f"got {OPTION}={os.environ[OPTION]!r}, wanted a number of gigabytes.") from None
-    if not most > 0:
-        raise ValueError(f"got {OPTION}={os.environ[OPTION]!r}, wanted a positive number of gigabytes.")
+    most = gigabytes(OPTION, _DEFAULT)
     if size > most * 1e9:
         raise ValueError(
             f"{path} would unpack to {size / 1e9:,.1f} GB, wanted at most {most:g}: it may be a decompression bomb. If "

@@ -685,7 +685,7 @@ class Batches:
     def _move_in(self, device: torch.device) -> None:
         """Keep the data on the GPU where they take little of it: batches are then chosen and drawn there."""
         columns = self.columns or ()
-        sizes = [t.numel() * t.element_size() for c in columns if hasattr(c, "to") and (t := held(c)) is not None]
+        sizes = [t[:1].nbytes * len(c) for c in columns if hasattr(c, "to") and (t := held(c)) is not None]
         if columns and len(sizes) == len(columns) and sum(sizes) < torch.cuda.mem_get_info(device)[0] / 4:
             self.columns = tuple(one.to(device) for one in columns)
             self.home = device

@@ -130,6 +130,8 @@ def _object(value: Any, path: tuple[int, ...]) -> str:
     slots = getattr(type(value), "__slots__", ())
     slots = (slots,) if isinstance(slots, str) else slots
     state = getattr(value, "__dict__", None) or {name: getattr(value, name, None) for name in slots}
+    if callable(getattr(value, "identity", None)):  # a split, whose numbers are the same wherever they lie
+        state = value.identity()
     public = {key: part for key, part in state.items() if not key.startswith("_") and key not in _PASSING}
     length = [f"len={len(value)}"] if hasattr(value, "__len__") else []
     return f"{_name(type(value))}({', '.join([*length, *([_pairs(public, path)] if public else [])])})"
