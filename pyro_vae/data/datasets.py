@@ -32,7 +32,7 @@ from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.room import joined
 from pyro_vae.data.sources import SPLITS, Source, divide
-from pyro_vae.data.splits import BINARIZATIONS, Binarization, Dataset, Split
+from pyro_vae.data.splits import BINARIZATIONS, Binarization, Dataset, Split, check_numbers
 from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.words import did_you_mean, spelled
 
@@ -115,7 +115,7 @@ def load(
     splits = {}
     if source.rows is not None and binarization != "none":
         for pixels in {id(each): each for each in source.pixels.values()}.values():
-            Split(pixels, name=str(name), binarization="dynamic")  # refused before a part of it is
+            check_numbers(pixels, str(name), binarization)
     for part in SPLITS:
         read = source.part(part, limit)
         if source.zeros_and_ones and binarization == "none" and not dequantize:

@@ -433,7 +433,13 @@ def _check(split: Split) -> None:
             f"{name}: got dequantize=True for float data, wanted uint8 levels: "
             "floats are continuous already. Pass dequantize=False."
         )
-    if split.rows is not None or not pixels.is_floating_point():  # some of what was looked at
+    if split.rows is None:  # they are some of what was looked at
+        check_numbers(pixels, name, split.binarization)
+
+
+def check_numbers(pixels: Tensor, name: str, binarization: Binarization) -> None:
+    """Refuse floats, (N, ...), that are not finite, or to be binarised and not in [0, 1]."""
+    if not pixels.is_floating_point():
         return
     bad, low, high = room.range_of(pixels)
     if bad is not None:
@@ -441,9 +447,9 @@ def _check(split: Split) -> None:
             f"{name}: {int(bad.sum())} of {len(pixels)} data hold NaN or infinite values, first in row "
             f"{int(bad.nonzero()[0])}; wanted finite numbers. Remove or impute them."
         )
-    if split.binarization != "none" and (low < 0 or high > 1):
+    if binarization != "none" and (low < 0 or high > 1):
         raise ValueError(
-            f"{name}: got binarization={split.binarization!r} for float data in "
+            f"{name}: got binarization={binarization!r} for float data in "
             f"[{low:.4g}, {high:.4g}], wanted [0, 1]. "
             "Divide by the largest value, or pass binarization='none'."
         )

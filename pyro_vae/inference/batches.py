@@ -77,20 +77,22 @@ def apart(*numbers: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-def one_draw(data: Any, seed: int | None) -> Any:
+def one_draw(data: Any, seed: int | None, num_data: int | None = None) -> Any:
     """Data whose noise (a binarisation, dequantisation) is drawn for good, so that all who score them score the same,
     whatever their batches or K; those that draw nothing, and all with seed None, as they are.
 
-    What draws says so by ``frozen(seed)``, as a `Split` does; columns in a tuple and subsets are looked into.
+    What draws says so by ``frozen(seed)``, as a `Split` does; columns in a tuple and subsets are looked into. Where
+    only the first `num_data` are asked for, no more of a split are drawn.
     """
     if seed is None:
         return data
     if callable(getattr(data, "frozen", None)):
-        return data.frozen(seed)
+        few = num_data is not None and num_data < len(data) and callable(getattr(data, "subset", None))
+        return (data.subset(slice(0, num_data)) if few else data).frozen(seed)
     if isinstance(data, Subset) and callable(getattr(data.dataset, "frozen", None)):
         return Subset(one_draw(data.dataset, seed), data.indices)
     if isinstance(data, tuple) and not hasattr(data, "_fields"):
-        return tuple(one_draw(part, seed) for part in data)
+        return tuple(one_draw(part, seed, num_data) for part in data)
     return data
 
 

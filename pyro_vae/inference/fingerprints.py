@@ -126,7 +126,8 @@ def _object(value: Any, path: tuple[int, ...]) -> str:
     if hasattr(value, "X") and hasattr(value, "n_obs"):  # AnnData
         return f"{_name(type(value))}({_described(value.X, path)})"
     if hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__getitem__"):  # of HDF5 or zarr
-        return f"{_name(type(value))}({_array(value, path)})"
+        name = _name(type(value))
+        return _array(value, path) if name.startswith("_") else f"{name}({_array(value, path)})"
     slots = getattr(type(value), "__slots__", ())
     slots = (slots,) if isinstance(slots, str) else slots
     state = getattr(value, "__dict__", None) or {name: getattr(value, name, None) for name in slots}
