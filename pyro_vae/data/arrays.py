@@ -193,7 +193,7 @@ def _made(
     """Arrays as tensors of a type, or what a function makes of such."""
 
     def one(array: np.ndarray) -> Tensor:
-        if of is None and array.dtype == dtype and array.dtype.isnative and (array.flags.c_contiguous):
+        if of is None and array.dtype == dtype and array.dtype.isnative and array.flags.c_contiguous:
             return room.shared(array)
         blocks = (np.ascontiguousarray(block, dtype) for block in _blocks(array))
         return room.joined((room.shared(block if of is None else of(block)) for block in blocks), len(array))
@@ -208,7 +208,7 @@ def _floats(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pixel
         bad, low, high = room.range_of(pixels)
         if bad is not None:
             row = int(bad.nonzero()[0])
-            large = bool(np.isfinite(arrays[part][bad.numpy()]).all())
+            large = all(np.isfinite(arrays[part][i]).all() for i in bad.nonzero().flatten().tolist())
             what = "numbers beyond float32" if large else "NaN or infinite values"
             raise ValueError(
                 f"{names[part]} holds {what} in {int(bad.sum())} of {len(bad)} rows, first in row "

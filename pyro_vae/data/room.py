@@ -13,19 +13,17 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.limits import gigabytes
+from pyro_vae.data.limits import gigabytes, machine
 
 OPTION = "PYRO_VAE_MEMORY_GB"
 _SHARE = 4
 _AT_ONCE = 2**22  # numbers
-_CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def fits(size: int) -> bool:
@@ -36,20 +34,6 @@ def fits(size: int) -> bool:
         (True, False)
     """
     return size <= gigabytes(OPTION, machine() / _SHARE / 1e9) * 1e9
-
-
-def machine() -> int:
-    """The bytes of memory that this process may have: of the machine, or of the container around it."""
-    try:
-        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        found = 2**34
-    for path in _CONTAINER:
-        try:
-            found = min(found, int(path.read_text()))
-        except (OSError, ValueError):  # none, or "max"
-            continue
-    return found
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
