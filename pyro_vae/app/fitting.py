@@ -340,7 +340,8 @@ def build(options: FitOptions, dataset: Dataset) -> Any:
             prior.start_at(vae.guide.visible(chosen))
     if isinstance(likelihood, Normal):
         if hasattr(likelihood, "log_scale") and standardize is None:  # whose spread is the one it starts at
-            spread = dataset.train[torch.arange(min(1000, len(dataset.train)))].std().clamp(min=0.01).item()
+            few = dataset.train.subset(slice(0, 1000)).frozen(options.seed)  # noise of its own: a run is of its seed
+            spread = few[:].std().clamp(min=0.01).item()
             torch.nn.init.constant_(likelihood.log_scale, torch.tensor(spread).log().item())
     elif isinstance(likelihood, Bernoulli):
         set_output_mean(likelihood.decoder, dataset.train.mean(), floor=1e-3)

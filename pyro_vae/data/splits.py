@@ -172,7 +172,7 @@ class Split:
         seed: Of the single draw of "static".
         fixed: Whether the pixels hold the final numbers already (zeros and ones as uint8).
         rows: Which of the pixels are the data, in their order, (N,); all if omitted. The pixels then stay where they
-            are, as those of a file that a part of was to be taken of.
+            are: a part of a large file is no copy.
 
     A memory map stays in its file, of which the rows are read that are indexed, and so does a subset of it. What has to
     be made of all data (one draw of "static", "threshold", `frozen`) is in memory, or in a temporary file where it is
@@ -321,7 +321,10 @@ class Split:
     def identity(self) -> dict[str, Any]:
         """What tells these data from others, for a fingerprint: the same wherever they lie."""
         pixels = self.pixels if self.rows is None else _Rows(self)
-        return {**vars(self), "pixels": pixels, "fixed": self.final, "rows": None}
+        return {key: value for key, value in vars(self).items() if key != "rows"} | {
+            "pixels": pixels,
+            "fixed": self.final,
+        }
 
 
 class _Rows:
@@ -335,7 +338,8 @@ class _Rows:
         return len(self.split)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return np.asarray(self.split.held(slice(None) if index is Ellipsis else index))
+        split = self.split
+        return (room.joined(split.pieces(), len(split)) if index is Ellipsis else split.held(index)).numpy()
 
 
 @dataclass(frozen=True, eq=False)
