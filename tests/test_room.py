@@ -293,6 +293,9 @@ def test_the_commands_find_the_same_in_a_file_as_in_memory(kind, more, tmp_path,
     assert judged["protocol"]["num_data"] == found["protocol"]["sizes"]["test"]
     assert cli.main(["encode", "there", "test", "--out", "codes.npz"]) == 0
     assert len(np.load("codes.npz")["mean"]) == found["test_images"]
+    if kind != "photos":
+        assert cli.main(["encode", "there", "x.npy", "--out", "codes.npz"]) == 0
+        assert len(np.load("codes.npz")["mean"]) == len(ARRAYS[kind])
 
 
 def test_a_run_goes_on_with_as_much_memory_as_there_is_then(tmp_path, nowhere, monkeypatch, capsys):
