@@ -138,6 +138,23 @@ def test_the_config_given_back_gives_the_same_weights_to_the_bit(run, tmp_path):
     assert config["epochs"] == 2 and config["likelihood"] == "bernoulli" and config["binarization"] == "dynamic"
 
 
+GREY = {"likelihood": "normal", "binarization": "none", "dequantize": True}
+
+
+@pytest.mark.parametrize("more", [GREY, GREY | {"prior": "vamp"}, {"likelihood": "normal"}, {"prior": "vamp"}])
+def test_new_weights_are_of_the_seed_alone(more):
+    from pyro_vae.app.defaults import resolve
+    from pyro_vae.app.fitting import build, read
+
+    options, dataset = read(resolve({"data": "digits", "hidden": (8,), "latent_dim": 2, "limit": 200} | more))
+    found = []
+    for seed in (1, 2):  # of whatever was drawn before
+        torch.manual_seed(seed)
+        found.append(build(options, dataset).state_dict())
+        assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(seed))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_another_seed_gives_other_weights(run, tmp_path):
     command("fit", "--config", run / "config.json", "--seed", 1, "--out", tmp_path / "other", "--quiet")
     one, two = (Run.load(path).vae().state_dict() for path in (run, tmp_path / "other"))

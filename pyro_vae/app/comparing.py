@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyro_vae.app import evaluation, serving
 from pyro_vae.app.opening import Opened
@@ -265,23 +264,22 @@ def _common_data(arms: Mapping[str, Sequence[Any]], num_data: int, seed: int) ->
     """The test data of runs of the same data, and what is to be said of their training data; else a ValueError."""
     first: tuple[str, Opened, Split] | None = None
     trained: dict[str, int] = {}
-    seen: Tensor | None = None
+    seen: Split | None = None
     same = True
     for name, run in ((name, run) for name, members in arms.items() for run in members):
         if not isinstance(run, Opened):
             raise ValueError("got pairs and no data, wanted data to score them on: compare(pairs, data).")
         dataset = run.read()
-        pixels = dataset.train.pixels
-        trained[name] = len(pixels)
-        same = same and (seen is None or seen.shape == pixels.shape and torch.equal(seen.cpu(), pixels.cpu()))
-        seen = pixels
+        trained[name] = len(dataset.train)
+        same = same and (seen is None or seen.same(dataset.train))
+        seen = dataset.train
         first = first or (name, run, dataset.test)
         _refuse_other_data(first, (name, run, dataset.test))
     assert first is not None
-    test = first[2].frozen(seed)
+    test = first[2].subset(slice(0, min(num_data, len(first[2])))).frozen(seed)
     counts = ", ".join(f"{name}: {count:,}" for name, count in trained.items())
     notes = [] if same else [f"not trained on the same data ({counts}); what they are scored on is the same"]
-    return test.subset(slice(0, min(num_data, len(test)))), notes
+    return test, notes
 
 
 def _refuse_other_data(one: tuple[str, Opened, Split], other: tuple[str, Opened, Split]) -> None:
@@ -297,7 +295,7 @@ def _refuse_other_data(one: tuple[str, Opened, Split], other: tuple[str, Opened,
         )
         if mine != their
     ]
-    same = not said and torch.equal(test.pixels.cpu(), theirs.pixels.cpu())
+    same = not said and test.same(theirs)
     if same:
         return
     why = ", ".join(said) or (

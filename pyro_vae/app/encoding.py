@@ -21,6 +21,7 @@ from pyro_vae.atomic import write_file
 from pyro_vae.data import Split, load
 from pyro_vae.data.arrays import as_pixels
 from pyro_vae.data.decoding import Framing, grey_level, read_image, suffixes
+from pyro_vae.data.room import fits, joined
 from pyro_vae.data.sources import SPLITS
 from pyro_vae.evaluation import evaluating
 from pyro_vae.programs.vae import Answers
@@ -99,7 +100,7 @@ def _data(data: str, found: Any, seed: int) -> tuple[Split, Names]:
         return _as_in(options, x).frozen(seed), {"file": names}
     if path.suffix == ".npy" and path.is_file():
         try:
-            array = np.load(path, allow_pickle=False)
+            array = np.load(path, None if fits(path.stat().st_size) else "r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} could not be read ({error}), wanted an array of numbers.") from error
         return _as_in(options, as_pixels(array, str(path))).frozen(seed), {"row": list(range(len(array)))}
@@ -108,12 +109,12 @@ def _data(data: str, found: Any, seed: int) -> tuple[Split, Names]:
         dequantize=options.dequantize if options.binarization == "none" else None, seed=options.seed,
     )  # fmt: skip
     splits = [evaluation.test_data(dataclasses.replace(dataset, test=getattr(dataset, name)), seed) for name in SPLITS]
-    x = torch.cat([split.pixels for split in splits])
+    x = joined((few for split in splits for few in split.pieces()), sum(map(len, splits)))
     rows: Names = {"part": [n for n, s in zip(SPLITS, splits, strict=True) for _ in range(len(s))],
                    "row": [i for s in splits for i in range(len(s))]}  # fmt: skip
     known = [split.labels for split in splits if split.labels is not None]
     labels = torch.cat(known) if len(known) == len(splits) else None
-    return dataclasses.replace(splits[0], pixels=x, labels=labels, fixed=True), rows
+    return dataclasses.replace(splits[0], pixels=x, labels=labels, rows=None, fixed=splits[0].final), rows
 
 
 def _pictures(path: Path, known: frozenset[str]) -> list[Path]:

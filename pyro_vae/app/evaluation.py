@@ -93,9 +93,8 @@ def seconds_each(vae: Answers, test: Split, most: int) -> float:
 
 
 def test_data(dataset: Dataset, seed: int, images: int | None = None) -> Split:
-    """The test split with its noise drawn for good, or its first images."""
-    split = dataset.test.frozen(seed)
-    return split if images is None else split.subset(slice(0, images))
+    """The test split with its noise drawn for good, or its first images, which have the same draws."""
+    return (dataset.test if images is None else dataset.test.subset(slice(0, images))).frozen(seed)
 
 
 def evaluate(
@@ -120,7 +119,7 @@ def evaluate(
     latents = vae.architecture.latent_dim if vae.architecture else vae.model.prior().event_shape.numel()
     numbers: dict[str, Any] = {"test_images": len(test), "latent_dim": latents}
     if len(dataset.x_shape) == 3:
-        numbers["train_levels"] = levels(dataset.train.pixels, dataset.train.mean())
+        numbers["train_levels"] = levels(dataset.train)
     if is_autoencoder(vae):
         point = functools.partial(mean_bound, vae.model, vae.guide, test, reconstruction, seed=seed)
         numbers["test_reconstruction"] = kept.piece("reconstruction", point)
@@ -131,7 +130,7 @@ def evaluate(
     def others() -> dict[str, Any]:
         with evaluating(vae, seed=seed):
             found = _latents_and_samples(vae, test)
-            return found | serving.face(vae).numbers(vae, dataset, test_data(dataset, seed), seed)
+            return found | serving.face(vae).numbers(vae, dataset, dataset.test, seed)
 
     numbers |= kept.piece("latents and samples", others)
     numbers["evaluation_seconds"] = before + time.perf_counter() - started
@@ -144,7 +143,7 @@ def kept_for(
     """Where the finished parts of an evaluation are kept until its result is written, by all that they depend on."""
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    data = fingerprint([dataset.test.pixels, dataset.test.labels, dict(dataset.protocol)])
+    data = fingerprint([dataset.test, dict(dataset.protocol)])
     about = {"weights": digest, "data": data, "versions": versions(), "threads": torch.get_num_threads()}
     return Kept(path, about | dict(settings) | dict(more or {}))
 

@@ -340,7 +340,8 @@ def build(options: FitOptions, dataset: Dataset) -> Any:
             prior.start_at(vae.guide.visible(chosen))
     if isinstance(likelihood, Normal):
         if hasattr(likelihood, "log_scale") and standardize is None:  # whose spread is the one it starts at
-            spread = dataset.train[torch.arange(min(1000, len(dataset.train)))].std().clamp(min=0.01).item()
+            few = dataset.train.subset(slice(0, 1000)).frozen(options.seed)  # noise of its own: a run is of its seed
+            spread = few[:].std().clamp(min=0.01).item()
             torch.nn.init.constant_(likelihood.log_scale, torch.tensor(spread).log().item())
     elif isinstance(likelihood, Bernoulli):
         set_output_mean(likelihood.decoder, dataset.train.mean(), floor=1e-3)
@@ -381,8 +382,7 @@ def start(
 
 def _same_test(path: Path, now: Dataset, then: Dataset, options: FitOptions) -> None:
     """Raise a ValueError where another seed makes test data of what the weights were trained on."""
-    one, two = now.test.pixels, then.test.pixels
-    if one.shape != two.shape or not torch.equal(one, two):
+    if not now.test.same(then.test):
         raise ValueError(
             f"got another seed than --from {shown(path)}: {options.data} is split by it, so that the weights would be "
             "tested on data that they were trained on. Leave --seed and --split-seed out, or keep the split by "

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.data import Split
+
 # The share of codes that may lie farther out than 999 of 1,000 draws of the prior do.
 _RARE = 0.05
 
@@ -38,12 +40,13 @@ def codes_outside(means: Tensor, prior: Tensor) -> float:
     return (((means - loc) / scale).norm(dim=1) > far).double().mean().item()
 
 
-def levels(pixels: Tensor, mean: Tensor) -> dict[str, float]:
+def levels(images: Split) -> dict[str, float]:
     """The mean, lowest and highest grey level of images, in [0, 1] where they are uint8."""
-    unit = 255.0 if pixels.dtype == torch.uint8 and pixels.max() > 1 else 1.0
-    return {
-        "mean": mean.double().mean().item(), "low": pixels.min().item() / unit, "high": pixels.max().item() / unit,
-    }  # fmt: skip
+    low, high = math.inf, -math.inf
+    for few in images.pieces():
+        low, high = min(low, few.min().item()), max(high, few.max().item())
+    unit = 255.0 if few.dtype == torch.uint8 and high > 1 else 1.0
+    return {"mean": images.mean().double().mean().item(), "low": low / unit, "high": high / unit}
 
 
 def of_image(x: Tensor, known: Mapping[str, float] | None) -> str | None:

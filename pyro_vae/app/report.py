@@ -284,7 +284,8 @@ def _draw_data(vae: Answers, dataset: Dataset, options: FitOptions, folder: Path
     title = f"Test data and reconstructions{probabilities}{when}"
     grey = None
     if _binary(dataset) and few.binarization == "dynamic" and not few.fixed:
-        grey = few.pixels / 255 if few.pixels.dtype == torch.uint8 else few.pixels
+        grey = few.held(slice(None))
+        grey = grey / 255 if grey.dtype == torch.uint8 else grey
     face = serving.face(vae)
     again = vae.reconstruct(x, *face.beside(vae, x, few.labels))
     save(plots.reconstructions(x, again, title, grey=grey), folder / "reconstructions.png")

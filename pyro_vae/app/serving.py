@@ -205,6 +205,7 @@ class SemiSupervised(Conditional):
         )
 
     def numbers(self, pair: Any, dataset: Dataset, test: Split, seed: int) -> dict[str, Any]:
+        test = test.frozen(seed)
         with noise(seed):
             guessed = torch.cat([pair.classify(part).argmax(-1).cpu() for part in _parts(test)])
         about = f"the share of {len(test):,} test data whose label is the largest of q(y | x)"
@@ -239,7 +240,7 @@ class Mixture(Zoo):
     def numbers(self, pair: Any, dataset: Dataset, test: Split, seed: int) -> dict[str, Any]:
         if test.labels is None or dataset.train.labels is None:
             return {}
-        train = dataset.train.subset(slice(0, MATCHED)).frozen(seed)
+        train, test = dataset.train.subset(slice(0, MATCHED)).frozen(seed), test.frozen(seed)
         with noise(seed):
             there, here = (
                 torch.cat([pair.responsibilities(part, 20).argmax(-1).cpu() for part in _parts(split)])

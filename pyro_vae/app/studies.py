@@ -375,9 +375,10 @@ def fingerprint_of(dataset: Dataset, options: FitOptions) -> str:
     """A hash of a dataset's pixels and of its test data as they are scored."""
     digest = hashlib.sha256()
     test = evaluation.test_data(dataset, options.split_seed or 0, options.evaluation_images)
-    for part in (dataset.train.pixels, dataset.validation.pixels, test.pixels):
-        digest.update(str((tuple(part.shape), part.dtype)).encode())
-        digest.update(_raw(part))
+    for part in (dataset.train, dataset.validation, test):
+        digest.update(str(((len(part), *part.x_shape), part.held(slice(0, 1)).dtype)).encode())
+        for few in part.pieces():
+            digest.update(_raw(few))
     for labels in (dataset.train.labels, test.labels) if options.model != "vae" else ():
         if labels is not None:  # which some models are trained on
             digest.update(_raw(labels))

@@ -16,11 +16,12 @@ together, so that train, validation and test are always on one scale:
             float images                 in [0, 1], continuous
             float vectors                continuous, as they are
 
-Byte order and memory order do not matter; everything ends as uint8 or float32.
+Byte order and memory order do not matter; everything ends as uint8 or float32. An array that is mapped from its file
+stays there if it is that already; else what is made of it, a block of rows at a time, goes where there is `room`.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data import room
 from pyro_vae.data.formats import REMEDIES, Arrays, is_file_of_arrays, read_arrays, read_folder_of_arrays
 from pyro_vae.data.labels import Keys, as_labels, chosen
 from pyro_vae.data.sources import SPLITS, Source, completed, divide, tenths
@@ -75,8 +77,7 @@ def as_parts(arrays: Mapping[str, np.ndarray], names: Mapping[str, str], where: 
         got = ", ".join(f"{part} {array.shape[1:]} {array.dtype}" for part, array in arrays.items())
         raise ValueError(f"{where}: data of different shape or dtype ({got}), wanted the same in every part.")
     if binary:
-        levels = {part: torch.from_numpy(np.ascontiguousarray(array, np.uint8)) * 255 for part, array in arrays.items()}
-        return Pixels(levels, True, True)
+        return Pixels(_made(arrays, np.uint8, lambda block: block * np.uint8(255)), True, True)
     return _floats(arrays, names) if True in floats else _integers(arrays, names)
 
 
@@ -160,13 +161,9 @@ def _integers(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pix
     high = max(int(array.max()) for array in arrays.values())
     images = next(iter(arrays.values())).ndim == 4
     if 0 <= low and high <= 255:
-        levels = {part: torch.from_numpy(np.ascontiguousarray(array, np.uint8)) for part, array in arrays.items()}
-        return Pixels(levels, all(only(array, 0, 255) for array in arrays.values()))
+        return Pixels(_made(arrays, np.uint8), all(only(array, 0, 255) for array in arrays.values()))
     if images and all(array.dtype.kind == "u" and array.dtype.itemsize == 2 for array in arrays.values()):
-        deep = {
-            part: torch.from_numpy(np.ascontiguousarray(array, np.float32) / np.float32(65535))
-            for part, array in arrays.items()
-        }
+        deep = _made(arrays, np.float32, lambda block: block / np.float32(65535))
         scale = "v / 65535 of 16 bits"
         if high < 2**14:
             bits = high.bit_length()
@@ -187,27 +184,36 @@ def _integers(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pix
         )
     if max(-low, high) > EXACT:
         raise ValueError(f"{got}, wanted none beyond {EXACT}, which float32 holds exactly. Scale them and save floats.")
-    return Pixels(_float32(arrays))
+    return Pixels(_made(arrays, np.float32))
 
 
-def _float32(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    return {part: torch.from_numpy(np.ascontiguousarray(array, np.float32)) for part, array in arrays.items()}
+def _made(
+    arrays: Mapping[str, np.ndarray], dtype: type[np.generic], of: Callable[[np.ndarray], np.ndarray] | None = None
+) -> dict[str, Tensor]:
+    """Arrays as tensors of a type, or what a function makes of such."""
+
+    def one(array: np.ndarray) -> Tensor:
+        if of is None and array.dtype == dtype and array.dtype.isnative and array.flags.c_contiguous:
+            return room.shared(array)
+        blocks = (np.ascontiguousarray(block, dtype) for block in _blocks(array))
+        return room.joined((room.shared(block if of is None else of(block)) for block in blocks), len(array))
+
+    return {part: one(array) for part, array in arrays.items()}
 
 
 def _floats(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pixels:
     with np.errstate(over="ignore"):
-        parts = _float32(arrays)
+        parts = _made(arrays, np.float32)
     for part, pixels in parts.items():
-        bad = ~torch.isfinite(pixels).flatten(1).all(1)
-        if bad.any():
+        bad, low, high = room.range_of(pixels)
+        if bad is not None:
             row = int(bad.nonzero()[0])
-            large = bool(np.isfinite(arrays[part][bad.numpy()]).all())
+            large = all(np.isfinite(arrays[part][i]).all() for i in bad.nonzero().flatten().tolist())
             what = "numbers beyond float32" if large else "NaN or infinite values"
             raise ValueError(
                 f"{names[part]} holds {what} in {int(bad.sum())} of {len(bad)} rows, first in row "
                 f"{row}; wanted finite numbers. {'Scale' if large else 'Remove or impute'} them."
             )
-        low, high = pixels.min().item(), pixels.max().item()
         if pixels.dim() == 4 and (low < 0 or high > 1):
             raise ValueError(
                 f"{names[part]} holds float images in [{low:.4g}, {high:.4g}], wanted [0, 1]. "
@@ -218,8 +224,7 @@ def _floats(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Pixel
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     # Comparisons of three gigabytes of sprites would make another three.
-    step = max(1, 2**24 * len(array) // max(1, array.size))
-    return (array[start : start + step] for start in range(0, len(array), step))
+    return (array[few] for few in room.steps(array.shape, most=2**22))
 
 
 def read_array(path: Path, seed: int = 0, images: str | None = None, labels: str | None = None) -> Source:
@@ -310,12 +315,14 @@ def _source(loaded: Arrays, path: Path, seed: int, images: str | None, labels: s
     if images is not None or labels is not None:
         notes |= {"images": images, "labels": labels}
     rows, how = _rows(x, pixels.parts, where, seed, loaded.keys, loaded.origin)
+    stay = not room.fits(sum(data.nbytes for data in pixels.parts.values()))
 
     def divided(data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: _taken(data[part], index) for name, (part, index) in rows.items()}
 
     return Source(
-        pixels=divided(pixels.parts),
+        pixels={name: pixels.parts[part] for name, (part, _) in rows.items()} if stay else divided(pixels.parts),
+        rows={name: index for name, (_, index) in rows.items()} if stay else None,
         labels=None if numbers is None else divided(numbers),
         label_names=names or loaded.label_names if numbers else None,
         origin=where,

@@ -30,8 +30,9 @@ from pyro_vae.data.formats import is_file_of_arrays
 from pyro_vae.data.limits import check_archive
 from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
+from pyro_vae.data.room import joined
 from pyro_vae.data.sources import SPLITS, Source, divide
-from pyro_vae.data.splits import BINARIZATIONS, Binarization, Dataset, Split
+from pyro_vae.data.splits import BINARIZATIONS, Binarization, Dataset, Split, check_numbers
 from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.words import did_you_mean, spelled
 
@@ -54,7 +55,9 @@ def load(
     seed: int = 0,
     download: bool = True,
 ) -> Dataset:
-    """Load a dataset into memory.
+    """Load a dataset, into memory where it takes no more than a quarter of it: what is larger stays in its file, or
+    goes to a temporary one, and the numbers that come of it are the same (`room`; the environment variable
+    PYRO_VAE_MEMORY_GB sets another limit).
 
     Args:
         name: One of `DATASETS`, or the path of a folder of images, or of a file of arrays.
@@ -110,12 +113,18 @@ def load(
     if dequantize is None:
         dequantize = source.dequantize and binarization == "none"
     splits = {}
+    if source.rows is not None and binarization != "none":
+        for pixels in {id(each): each for each in source.pixels.values()}.values():
+            check_numbers(pixels, str(name), binarization)
     for part in SPLITS:
-        pixels = source.pixels[part][:limit]
+        read = source.part(part, limit)
         if source.zeros_and_ones and binarization == "none" and not dequantize:
-            pixels = pixels.to(torch.float32) / 255  # the numbers 0 and 1 themselves, also to a likelihood of counts
+            # The numbers 0 and 1 themselves, also to a likelihood of counts.
+            read = Split(joined((few.to(torch.float32) / 255 for few in read.pieces()), len(read)))
         classes = None if source.labels is None else source.labels[part][:limit]
-        splits[part] = Split(pixels, classes, name=part, binarization=binarization, dequantize=dequantize, seed=seed)
+        splits[part] = Split(
+            read.pixels, classes, name=part, binarization=binarization, dequantize=dequantize, seed=seed, rows=read.rows
+        )
     protocol = {
         "dataset": str(name),
         "sizes": {part: len(splits[part]) for part in SPLITS},
@@ -181,8 +190,11 @@ def _read(
         source = found or read_array(path, seed, **keys)
     if not framing.is_identity:
         # The limit goes first, so that nothing is scaled in vain.
-        framed = {part: framing(data[:limit], name=str(name)) for part, data in source.pixels.items()}
-        source = Source(**{**vars(source), "pixels": framed})
+        framed = {}
+        for part in SPLITS:
+            read = source.part(part, limit)
+            framed[part] = joined((framing(few, name=str(name)) for few in read.pieces()), len(read))
+        source = replace(source, pixels=framed, rows=None)
     return source, framing
 
 

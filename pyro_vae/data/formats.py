@@ -24,6 +24,7 @@ import numpy as np
 from pyro_vae.data.labels import PART_NAMES
 from pyro_vae.data.limits import check_archive, check_mat
 from pyro_vae.data.mnist import read_idx
+from pyro_vae.data.room import fits
 
 SIDE = 28
 CIFAR = {3073: ("CIFAR-10", 1, "batches.meta.txt"), 3074: ("CIFAR-100", 2, "fine_label_names.txt")}
@@ -107,6 +108,8 @@ def _read_npy(path: Path) -> Arrays:
     objects = f"{path} holds {_OBJECTS}; wanted numbers. Save it as uint8 or float32, all rows of one shape."
     try:
         check_archive(path)
+        if path.suffix.lower() == ".npy" and not fits(path.stat().st_size):
+            return Arrays({"": np.load(path, mmap_mode="r", allow_pickle=False)}, keys=True)
         with path.open("rb") as file:  # which NumPy leaves open where it is no archive
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
@@ -123,7 +126,7 @@ def _read_npy(path: Path) -> Arrays:
     except Exception as error:
         if "bomb" in str(error):
             raise
-        if "Object arrays" in str(error):
+        if "Object arrays" in str(error) or "Python objects" in str(error):
             raise ValueError(objects) from None
         reason = str(error) or type(error).__name__
         if "pickle" in reason:  # what NumPy takes any other file for, with an advice that nobody should follow

@@ -1,6 +1,7 @@
 """How much a compressed file may unpack to: a file of a megabyte can hold a gigabyte of zeros.
 
-What a file says of its own size is read before memory is asked for it, and never more is unpacked than it said.
+What a file says of its own size is read before memory is asked for it, and never more is unpacked than it said. What is
+not compressed and does not fit into memory goes where there is `room`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,49 @@ from pathlib import Path
 OPTION = "PYRO_VAE_MOST_GB"
 _DEFAULT = 8.0
 _BLOCK = 2**24
+_CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _COMPRESSED = 15  # the type of an element of a MATLAB file
 
 
-def check_size(path: Path, size: int) -> None:
-    """Refuse a compressed file that would unpack to more than 8 GB, or what ``PYRO_VAE_MOST_GB`` says."""
+def gigabytes(option: str, default: float) -> float:
+    """What an environment variable says; a ValueError where that is no positive number."""
     try:
-        most = float(os.environ.get(OPTION, _DEFAULT))
+        most = float(os.environ.get(option, default))
     except ValueError:
-        raise ValueError(f"got {OPTION}={os.environ[OPTION]!r}, wanted a number of gigabytes.") from None
+        raise ValueError(f"got {option}={os.environ[option]!r}, wanted a number of gigabytes.") from None
     if not most > 0:
-        raise ValueError(f"got {OPTION}={os.environ[OPTION]!r}, wanted a positive number of gigabytes.")
+        raise ValueError(f"got {option}={os.environ[option]!r}, wanted a positive number of gigabytes.")
+    return most
+
+
+def machine() -> int:
+    """The bytes of memory that this process may have: of the machine, or of the container around it."""
+    try:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        found = 2**34
+    for path in _CONTAINER:
+        try:
+            found = min(found, int(path.read_text()))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return found
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a compressed file that would unpack to more than 8 GB, or what ``PYRO_VAE_MOST_GB`` says, or than there is
+    memory."""
+    most = gigabytes(OPTION, _DEFAULT)
     if size > most * 1e9:
         raise ValueError(
             f"{path} would unpack to {size / 1e9:,.1f} GB, wanted at most {most:g}: it may be a decompression bomb. If "
             f"you trust it, set the environment variable {OPTION} to more."
+        )
+    if size > machine():
+        raise ValueError(
+            f"{path} would unpack to {size / 1e9:,.1f} GB, wanted at most the {machine() / 1e9:,.1f} GB of memory that "
+            "are here: archives are read whole. Save the data as a .npy file of uint8 levels or float32, which is read "
+            "from where it lies."
         )
 
 

@@ -1,7 +1,8 @@
 """Image files: any folder of them, and CelebA.
 
 Files are decoded by a few threads straight into one uint8 tensor, framed on the way, so
-that 200,000 photographs never lie in memory at their full size. What is in one file: `decoding`.
+that 200,000 photographs never lie in memory at their full size (where there is no `room` for it, in a temporary file).
+What is in one file: `decoding`.
 """
 
 import itertools
@@ -20,6 +21,7 @@ from torch import Tensor
 from pyro_vae.data.arrays import not_readable, only
 from pyro_vae.data.decoding import AS_IT_IS, Framing, frames_of, read_frames, read_image, suffixes
 from pyro_vae.data.labels import PART_NAMES
+from pyro_vae.data.room import empty
 from pyro_vae.data.sources import SPLITS, Source, completed, cut, rows_of, tenths
 from pyro_vae.words import one_of
 
@@ -43,7 +45,7 @@ def read_images(paths: Sequence[Path | tuple[Path, Sequence[int]]], framing: Fra
         return [read_image(path, framing)] if frames is None else read_frames(path, frames, framing)
 
     first_path, first = jobs[0][0], decoded(*jobs[0])[0]
-    images = torch.empty((starts[-1], *first.shape), dtype=torch.uint8)
+    images = empty((starts[-1], *first.shape), torch.uint8)
 
     def fill(job: int) -> None:
         path, frames = jobs[job]
@@ -90,7 +92,7 @@ def read_folder(folder: Path, framing: Framing, limit: int | None = None, seed: 
     pixels = read_images(_jobs(paths, groups, torch.cat([rows[name] for name in SPLITS])), framing)
     owner = torch.arange(len(paths)).repeat_interleave(groups)
     labels = torch.tensor([names.index(folders[0]) for folders in inner])[owner] if labelled else None
-    binary = pixels.shape[1] == 1 and bool((pixels == 0).any() & (pixels == 255).any()) and only(pixels.numpy(), 0, 255)
+    binary = pixels.shape[1] == 1 and only(pixels.numpy(), 0, 255) and bool(pixels.min() < pixels.max())
     return Source(
         pixels=dict(zip(SPLITS, pixels.split([len(rows[name]) for name in SPLITS]), strict=True)),
         labels=None if labels is None else {name: labels[rows[name]] for name in SPLITS},

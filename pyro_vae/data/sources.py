@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.splits import Binarization
+from pyro_vae.data.splits import Binarization, Split
 
 SPLITS = ("train", "validation", "test")
 
@@ -25,7 +25,8 @@ class Source:
     Parts are keyed as in `SPLITS`; pixels are uint8 or floats (N, ...), and labels integers (N,) with their names, if
     any; `split` and `origin` say for the protocol how the parts were made and where the files lie, `notes` what else;
     `zeros_and_ones` says whether the levels 0 and 255 stand for the numbers 0 and 1 of the files; and the testbed is
-    the distribution that the data were drawn from, where it is known.
+    the distribution that the data were drawn from, where it is known. `rows` say which of the pixels the data of a part
+    are, in their order, where all parts are of one heap too large to be taken apart.
     """
 
     pixels: Mapping[str, Tensor]
@@ -38,6 +39,13 @@ class Source:
     zeros_and_ones: bool = False
     testbed: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] | None = None
+
+    def part(self, name: str, limit: int | None = None) -> Split:
+        """The first data of a part, as they are."""
+        if self.rows is None:
+            return Split(self.pixels[name][:limit], name=name, fixed=True)
+        return Split(self.pixels[name], name=name, fixed=True, rows=self.rows[name][:limit])
 
 
 def shuffled(count: int, seed: int = 0) -> Tensor:

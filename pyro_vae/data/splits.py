@@ -1,6 +1,6 @@
-"""Pixels in memory, what a likelihood sees of them, and the two containers around them; from nats to bits.
+"""Pixels, what a likelihood sees of them, and the two containers around them; from nats to bits.
 
-A `Split` keeps uint8 pixels and makes floats of a whole batch at a time: there are no
+A `Split` keeps uint8 pixels, in memory or in a file, and makes floats of a whole batch at a time: there are no
 transforms per item, and indexing costs about what torch's own does. A `Dataset` is
 three splits and the protocol under which numbers about them were obtained.
 
@@ -16,8 +16,7 @@ The draws come from 64-bit random integers viewed as four 16-bit lanes, which is
 """
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data import room
 from pyro_vae.tensors import tensor_of
 
 Binarization = Literal["dynamic", "static", "threshold", "none"]
@@ -155,7 +155,7 @@ def _check_probabilities(pixels: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """N data in memory that become floats when indexed.
+    """N data that become floats when indexed.
 
     `split[index]` is a float32 batch (B, C, H, W). Which numbers it holds is decided by `binarization`: "dynamic" draws
     afresh at each look, from torch's global generator, so that a seeded fit is reproducible; "static" and "threshold"
@@ -171,9 +171,12 @@ class Split:
         dequantize: Whether uint8 levels get uniform noise; only with binarization "none".
         seed: Of the single draw of "static".
         fixed: Whether the pixels hold the final numbers already (zeros and ones as uint8).
+        rows: Which of the pixels are the data, in their order, (N,); all if omitted. The pixels then stay where they
+            are: a part of a large file is no copy.
 
-    A memory map stays in its file, of which the rows are read that are indexed; but one draw of all is in memory
-    ("static", "threshold", `frozen`), and so is a subset.
+    A memory map stays in its file, of which the rows are read that are indexed, and so does a subset of it. What has to
+    be made of all data (one draw of "static", "threshold", `frozen`) is in memory, or in a temporary file where it is
+    more than a quarter of it.
 
     Example:
         >>> split = Split(torch.tensor([[[[0, 255]]], [[[255, 0]]]], dtype=torch.uint8), binarization="dynamic")
@@ -188,34 +191,43 @@ class Split:
     dequantize: bool = False
     seed: int = 0
     fixed: bool = False
+    rows: Tensor | None = None
     _mapped: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.pixels, np.ndarray):
-            object.__setattr__(self, "_mapped", getattr(self.pixels, "_mmap", None) is not None)
+            object.__setattr__(self, "_mapped", room.in_file(self.pixels))
             object.__setattr__(self, "pixels", _shared(self.pixels) if self._mapped else tensor_of(self.pixels))
         _check(self)
         if self.fixed or self.binarization not in ("static", "threshold"):
             return
         if self.binarization == "static":
-            ones = _drawn(self.pixels, self.seed, binarize)
+            ones = _drawn(self, self.seed, binarize)
+        elif self.rows is None:
+            ones = room.joined((threshold(part).to(torch.uint8) for part in self.pieces()), len(self))
         else:
-            ones = _chunked(self.pixels, lambda part: threshold(part).to(torch.uint8))
+            return  # made of the rows as they come
         object.__setattr__(self, "pixels", ones)
+        object.__setattr__(self, "rows", None)
         object.__setattr__(self, "fixed", True)
         object.__setattr__(self, "_mapped", False)
 
     @property
     def mapped(self) -> bool:
-        """Whether the pixels lie in a file."""
+        """Whether the data are a whole file, in its order."""
         return self._mapped
 
+    @property
+    def final(self) -> bool:
+        """Whether what is `held` are the final numbers."""
+        return self.fixed or self.binarization == "threshold"
+
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.pixels if self.rows is None else self.rows)
 
     def __getitem__(self, index: Index) -> Tensor:
-        batch = self._gather(index)
-        if self.fixed:
+        batch = self.held(index)
+        if self.final:
             return batch if batch.is_floating_point() else batch.to(torch.float32)
         if self.binarization == "dynamic":
             return binarize(batch)
@@ -242,6 +254,8 @@ class Split:
         """The same data with one draw made for good, so that an ELBO and a log p(x) are
         evaluated on the same numbers, whatever is drawn in between.
 
+        The first data of all have the draws that they have alone: so much need not be drawn to look at a few.
+
         Args:
             seed: Of a generator of its own; torch's global one is not touched.
         Returns:
@@ -255,37 +269,77 @@ class Split:
         if self.fixed or not (self.binarization == "dynamic" or self.dequantize):
             return self
         draw = dequantize if self.dequantize else binarize
-        return replace(self, pixels=_drawn(self.pixels, seed, draw), seed=seed, fixed=True)
+        return replace(self, pixels=_drawn(self, seed, draw), rows=None, seed=seed, fixed=True)
 
     def subset(self, indices: Index) -> "Split":
         """The data at these indices, in their order, with their labels."""
-        rows = torch.arange(len(self))[_as_index(indices)].reshape(-1).to(self.device)
-        return replace(self, pixels=self.pixels[rows], labels=None if self.labels is None else self.labels[rows])
+        chosen = torch.arange(len(self))[_as_index(indices)].reshape(-1).to(self.device)
+        labels = None if self.labels is None else self.labels[chosen]
+        if self.rows is not None or self.mapped or not room.fits(self.pixels[:1].nbytes * len(chosen)):
+            return replace(self, rows=chosen if self.rows is None else self.rows[chosen], labels=labels)
+        return replace(self, pixels=self.pixels[chosen], labels=labels)
 
     def to(self, device: torch.device | str) -> "Split":
         """The split with pixels and labels on another device; batches are then drawn there."""
+        if torch.device(device) == self.device:
+            return self
         labels = None if self.labels is None else self.labels.to(device)
-        return replace(self, pixels=self.pixels.to(device), labels=labels)
+        if self.rows is None:
+            return replace(self, pixels=self.pixels.to(device), labels=labels)
+        pixels = room.joined((part.to(device) for part in self.pieces()), len(self))
+        return replace(self, pixels=pixels, labels=labels, rows=None, fixed=self.final)
 
     def mean(self) -> Tensor:
         """The expected value of one datum, in the units that indexing gives (C, H, W).
 
         For images in [0, 1]: what a decoder's last bias is best started from.
         """
-        mean = torch.as_tensor(sum(part.to(torch.float64).sum(0) for part in self.pixels.split(4096))) / len(self)
-        if not self.fixed and self.pixels.dtype == torch.uint8:
+        mean = torch.as_tensor(sum(part.to(torch.float64).sum(0) for part in self.pieces())) / len(self)
+        kind = self.held(slice(0, 1)).dtype
+        if not self.final and kind == torch.uint8:
             mean = (mean + 0.5) / 256 if self.dequantize else mean / 255
-        return mean.to(torch.float32 if self.pixels.dtype == torch.uint8 else self.pixels.dtype)
+        return mean.to(torch.float32 if kind == torch.uint8 else kind)
 
-    def _gather(self, index: Index) -> Tensor:
+    def held(self, index: Index) -> Tensor:
+        """Data as they are kept: levels or numbers, or zeros and ones as uint8 where they are made once."""
         index = _as_index(index)
-        if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1 and self.device.type == "cpu":
-            # Copies whole rows, twenty times as fast as pixels[index], but knows no negative indices.
-            try:
-                return self.pixels.index_select(0, index)
-            except IndexError:
-                pass
-        return self.pixels[index]
+        found = _gathered(self.pixels, index if self.rows is None else self.rows[index])
+        if self.rows is not None and self.binarization == "threshold" and not self.fixed:
+            return threshold(found).to(torch.uint8)
+        return found
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All that is `held`, in order, so many data at a time as take little memory."""
+        return (self.held(few) for few in room.steps((len(self), *self.x_shape)))
+
+    def same(self, other: "Split") -> bool:
+        """Whether the same is `held`, wherever it lies."""
+        if (len(self), self.x_shape) != (len(other), other.x_shape):
+            return False
+        return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self.pieces(), other.pieces(), strict=True))
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these data from others, for a fingerprint: the same wherever they lie."""
+        pixels = self.pixels if self.rows is None else _Rows(self)
+        return {key: value for key, value in vars(self).items() if key != "rows"} | {
+            "pixels": pixels,
+            "fixed": self.final,
+        }
+
+
+class _Rows:
+    """What a split holds, like an array in a file."""
+
+    def __init__(self, split: Split) -> None:
+        self.split, self.shape = split, (len(split), *split.x_shape)
+        self.dtype = split.held(slice(0, 1)).numpy().dtype
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        split = self.split
+        return (room.joined(split.pieces(), len(split)) if index is Ellipsis else split.held(index)).numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,21 +386,25 @@ def _shared(array: np.ndarray) -> Tensor:
             f"got a memory map of dtype {array.dtype}, wanted uint8 levels or floats of this machine in the order of "
             "their rows. Write it anew with numpy.lib.format.open_memmap, a block of rows at a time."
         )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(np.asarray(array))
+    return room.shared(array)
 
 
-def _chunked(pixels: Tensor, transform: Any, rows: int = 4096) -> Tensor:
-    """Row blocks one after the other, since 200,000 photographs do not fit in memory as float32."""
-    return torch.cat([transform(part) for part in pixels.split(rows)])
+def _gathered(pixels: Tensor, index: int | slice | Tensor) -> Tensor:
+    if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1 and pixels.device.type == "cpu":
+        # Copies whole rows, twenty times as fast as pixels[index], but knows no negative indices.
+        try:
+            return pixels.index_select(0, index)
+        except IndexError:
+            pass
+    return pixels[index]
 
 
-def _drawn(pixels: Tensor, seed: int, draw: Any) -> Tensor:
+def _drawn(split: Split, seed: int, draw: Any) -> Tensor:
     # Drawn on the CPU, so that a frozen split is the same on every device.
     generator = torch.Generator().manual_seed(seed)
     keep = torch.uint8 if draw is binarize else torch.float32
-    return _chunked(pixels.cpu(), lambda part: draw(part, generator).to(keep)).to(pixels.device)
+    parts = (draw(part.cpu(), generator).to(keep) for part in split.pieces())
+    return room.joined(parts, len(split)).to(split.device)
 
 
 def _check(split: Split) -> None:
@@ -362,10 +420,10 @@ def _check(split: Split) -> None:
         raise ValueError(
             f"{name}: pixels have shape {tuple(pixels.shape)}, wanted at least one datum: (N, C, H, W) or (N, D)."
         )
-    if labels is not None and labels.shape != (len(pixels),):
+    if labels is not None and labels.shape != (len(split),):
         raise ValueError(
-            f"{name}: got labels of shape {tuple(labels.shape)} for {len(pixels)} data, "
-            f"wanted ({len(pixels)},): one label per datum."
+            f"{name}: got labels of shape {tuple(labels.shape)} for {len(split)} data, "
+            f"wanted ({len(split)},): one label per datum."
         )
     if split.dequantize and split.binarization != "none":
         raise ValueError(
@@ -379,17 +437,23 @@ def _check(split: Split) -> None:
             f"{name}: got dequantize=True for float data, wanted uint8 levels: "
             "floats are continuous already. Pass dequantize=False."
         )
-    if pixels.is_floating_point() and not torch.isfinite(pixels).all():
-        bad = (~torch.isfinite(pixels)).flatten(1).any(1)
+    if split.rows is None:  # they are some of what was looked at
+        check_numbers(pixels, name, split.binarization)
+
+
+def check_numbers(pixels: Tensor, name: str, binarization: Binarization) -> None:
+    """Refuse floats, (N, ...), that are not finite, or to be binarised and not in [0, 1]."""
+    if not pixels.is_floating_point():
+        return
+    bad, low, high = room.range_of(pixels)
+    if bad is not None:
         raise ValueError(
             f"{name}: {int(bad.sum())} of {len(pixels)} data hold NaN or infinite values, first in row "
             f"{int(bad.nonzero()[0])}; wanted finite numbers. Remove or impute them."
         )
-    if pixels.is_floating_point() and split.binarization != "none":
-        low, high = pixels.min().item(), pixels.max().item()
-        if low < 0 or high > 1:
-            raise ValueError(
-                f"{name}: got binarization={split.binarization!r} for float data in "
-                f"[{low:.4g}, {high:.4g}], wanted [0, 1]. "
-                "Divide by the largest value, or pass binarization='none'."
-            )
+    if binarization != "none" and (low < 0 or high > 1):
+        raise ValueError(
+            f"{name}: got binarization={binarization!r} for float data in "
+            f"[{low:.4g}, {high:.4g}], wanted [0, 1]. "
+            "Divide by the largest value, or pass binarization='none'."
+        )

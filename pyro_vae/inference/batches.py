@@ -78,20 +78,22 @@ def apart(*numbers: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-def one_draw(data: Any, seed: int | None) -> Any:
+def one_draw(data: Any, seed: int | None, num_data: int | None = None) -> Any:
     """Data whose noise (a binarisation, dequantisation) is drawn for good, so that all who score them score the same,
     whatever their batches or K; those that draw nothing, and all with seed None, as they are.
 
-    What draws says so by ``frozen(seed)``, as a `Split` does; columns in a tuple and subsets are looked into.
+    What draws says so by ``frozen(seed)``, as a `Split` does; columns in a tuple and subsets are looked into. Where
+    only the first `num_data` are asked for, no more of a split are drawn.
     """
     if seed is None:
         return data
     if callable(getattr(data, "frozen", None)):
-        return data.frozen(seed)
+        few = num_data is not None and num_data < len(data) and callable(getattr(data, "subset", None))
+        return (data.subset(slice(0, num_data)) if few else data).frozen(seed)
     if isinstance(data, Subset) and callable(getattr(data.dataset, "frozen", None)):
         return Subset(one_draw(data.dataset, seed), data.indices)
     if isinstance(data, tuple) and not hasattr(data, "_fields"):
-        return tuple(one_draw(part, seed) for part in data)
+        return tuple(one_draw(part, seed, num_data) for part in data)
     return data
 
 
@@ -698,7 +700,7 @@ class Batches:
     def _move_in(self, device: torch.device) -> None:
         """Keep the data on the GPU where they take little of it: batches are then chosen and drawn there."""
         columns = self.columns or ()
-        sizes = [t.numel() * t.element_size() for c in columns if hasattr(c, "to") and (t := held(c)) is not None]
+        sizes = [t[:1].nbytes * len(c) for c in columns if hasattr(c, "to") and (t := held(c)) is not None]
         if columns and len(sizes) == len(columns) and sum(sizes) < torch.cuda.mem_get_info(device)[0] / 4:
             self.columns = tuple(one.to(device) for one in columns)
             self.home = device

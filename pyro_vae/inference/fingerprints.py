@@ -126,10 +126,13 @@ def _object(value: Any, path: tuple[int, ...]) -> str:
     if hasattr(value, "X") and hasattr(value, "n_obs"):  # AnnData
         return f"{_name(type(value))}({_described(value.X, path)})"
     if hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__getitem__"):  # of HDF5 or zarr
-        return f"{_name(type(value))}({_array(value, path)})"
+        name = _name(type(value))
+        return _array(value, path) if name.startswith("_") else f"{name}({_array(value, path)})"
     slots = getattr(type(value), "__slots__", ())
     slots = (slots,) if isinstance(slots, str) else slots
     state = getattr(value, "__dict__", None) or {name: getattr(value, name, None) for name in slots}
+    if callable(getattr(value, "identity", None)):  # a split, whose numbers are the same wherever they lie
+        state = value.identity()
     public = {key: part for key, part in state.items() if not key.startswith("_") and key not in _PASSING}
     length = [f"len={len(value)}"] if hasattr(value, "__len__") else []
     return f"{_name(type(value))}({', '.join([*length, *([_pairs(public, path)] if public else [])])})"

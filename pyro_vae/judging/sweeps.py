@@ -293,7 +293,7 @@ def sweep(
         placed = lent(modules_of(*given, *besides), device)
         for context in (placed, evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory(), looks):
             stack.enter_context(context)
-        batches = Batches(one_draw(data, drawn), batch_size or sys.maxsize, place, False, given)
+        batches = Batches(one_draw(data, drawn, num_data), batch_size or sys.maxsize, place, False, given)
         if batches.tolerated:  # Pyro's validation looks before it masks
             stack.enter_context(validation_enabled(False))
         run = Sweep(given, batches, num_data, title, progress, seed)
