@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -171,7 +172,11 @@ class Capture:
                 graphs.split_biases(graph.graph)
                 graphs.quick_tanh(graph.graph)
             graph.recompile()
-            run: Any = compile_fx(graph, examples)
+            # Only with an environment for shapes does it look into its cache on disk; what is there has loops for the
+            # instructions of the processor that it was made on, of which its key knows nothing.
+            shapes = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+            with tracing(shapes), torch.compiler.config.patch(cache_key_tag=_instructions()):
+                run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
             scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}
             count = len(args)
@@ -195,6 +200,13 @@ class Capture:
     def uncompile(self) -> None:
         """Replay without what the compiler made."""
         self._run, self.compiled = self._plain, False
+
+
+def _instructions() -> str:
+    """What a compiler may use of this processor."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return f"{pick_vec_isa()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def capturing() -> bool:

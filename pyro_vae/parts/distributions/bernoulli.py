@@ -30,8 +30,9 @@ _TOGETHER = 16  # factors 1 + exp(-|l|) under one logarithm: they are at most 2,
 class _BernoulliLogProb(torch.autograd.Function):
     """x l - softplus(l), summed over the last dimensions, with the gradient x - sigmoid(l).
 
-    In half the passes of autograd's, and a logarithm of many numbers at once: log a + log b = log a b. ``log1p`` is not
-    vectorised on the CPU. The maximum is taken off first, where it cancels x l exactly at x = 1.
+    In half the passes of autograd's; where no gradient is wanted, with a logarithm of many numbers at once, log a +
+    log b = log a b. ``log1p`` is not vectorised on the CPU. The maximum is taken off first, where it cancels x l exactly
+    at x = 1.
     """
 
     @staticmethod
@@ -42,8 +43,9 @@ class _BernoulliLogProb(torch.autograd.Function):
         linear = (x * logits).sub_(logits.clamp(min=0))
         if mask is not None:
             rest, linear = rest.masked_fill_(~mask, 1.0), linear.masked_fill_(~mask, 0.0)
-        if not dims:
-            return linear.sub_(rest.log_())
+        if not dims or any(ctx.needs_input_grad):
+            linear = linear.sub_(rest.log_())
+            return linear.flatten(-dims).sum(-1) if dims else linear
         rest = rest.flatten(-dims)
         size = rest.shape[-1]
         together = max((n for n in range(1, _TOGETHER + 1) if size % n == 0), default=1)
