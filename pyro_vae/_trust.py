@@ -85,6 +85,7 @@ TRANSPARENT = frozenset(
 PLAIN_BASES = (object, nn.Module, PyroModule)
 DISTRIBUTION = frozenset(name for name in dir(TorchDistribution) if not name.startswith("__"))
 INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_SITES = {"site-packages", "dist-packages"}  # of the user, of the system, of another environment on the path, too
 
 
 def is_trusted(function: Any) -> bool:
@@ -133,7 +134,9 @@ def is_installed(package: str) -> bool:
         return False
     files = [vars(module).get("__file__"), *list(vars(module).get("__path__") or [])]
     known = [str(file) for file in files if file]
-    return known[0].startswith(INSTALLED) if known else package in sys.builtin_module_names
+    if not known:
+        return package in sys.builtin_module_names
+    return known[0].startswith(INSTALLED) or not _SITES.isdisjoint(pathlib.Path(known[0]).parts)
 
 
 def type_name(kind: type) -> str:

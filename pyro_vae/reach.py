@@ -147,6 +147,7 @@ class Reach:
 
     def _start(self) -> None:
         self.unproven: list[str] = []
+        self._doubted: set[str] = set()  # the same, to look up: there can be tens of thousands
         self._met: list[nn.Module] = []
         self._places: list[tuple[Callable[[Any], Any], Any]] = []
         self._labels: list[str] = []  # what each place is called
@@ -195,7 +196,8 @@ class Reach:
 
     def _doubt(self, what: str) -> None:
         sentence = f"{what} ({self._where})" if self._where else what
-        if sentence not in self.unproven:
+        if sentence not in self._doubted:
+            self._doubted.add(sentence)
             self.unproven.append(sentence)
 
     def _is_others(self, module: str | None) -> bool:

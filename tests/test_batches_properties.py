@@ -135,12 +135,12 @@ def held(name, x):
     """The data, or None where NumPy, pandas or torch cannot make such a thing of this array: not ours to judge."""
     if x.ndim == 0 and name not in ("array", "tensor", "tuple", "masked", "objects", "strings", "complex"):
         return None
-    if x.ndim != 2 and name in ("csr", "csc array"):  # SciPy makes a row of a vector
-        return None
     try:
-        return HOLDERS[name](x)
+        made = HOLDERS[name](x)
     except (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError):
         return None
+    # SciPy makes a row of a vector, before 1.13 of each, and later where it is a matrix.
+    return None if sp.issparse(made) and made.shape != x.shape else made
 
 
 def refused(error):

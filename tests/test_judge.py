@@ -85,6 +85,19 @@ def test_a_number_counts_when_it_is_above_its_error_and_of_a_size_that_matters()
     assert [str(Nats(*v)) for v in ((1.234, 0.05), (1.23456, 0.002), ())] == ["1.23 ± 0.05", "1.235 ± 0.002", "unknown"]
 
 
+def nan():
+    return float("nan")  # not the same object twice
+
+
+def test_numbers_that_are_not_known_are_the_same():
+    assert Nats(1.0, nan()) == Nats(1.0, nan()) != Nats(1.0, 0.1) and Nats() != Nats(bound=True) and Nats() != ()
+    assert len({Nats(1.0, nan()), Nats(1.0, nan()), Nats(2.0, nan())}) == 2
+    kinds = {name: type(stage) for name, stage in Stages()._asdict().items()}
+    assert all(kind() == kind(seconds=1.0) != kind(reason="no time") for kind in kinds.values())  # seconds do not count
+    assert Bounds(curve=(nan(), 2.0)) == Bounds(curve=(nan(), 2.0)) != Bounds(curve=(nan(), 3.0))
+    assert Latents(kl={"z": nan()}) == Latents(kl={"z": nan()}) != Latents(kl={"y": nan()})
+
+
 def test_the_gap_is_the_familys_the_encoders_or_both():
     assert culprits(gaps=split(0.5, 0.01)) == {"family"}
     assert culprits(gaps=split(0.01, 0.5)) == {"encoder"}
@@ -409,7 +422,7 @@ def test_planted_a_mean_field_guide_on_a_correlated_posterior(monkeypatch):
     assert [name for name, s in found.stages._asdict().items() if not s.done] == ["training"]  # nothing was given of it
     again = Judgement.from_json(found.to_json())
     assert again.findings == found.findings and again.to_json() == found.to_json() and str(again) == str(found)
-    assert verdict(again.stages) == found.findings and again.stages == found.stages
+    assert verdict(again.stages) == found.findings and again.stages == found.stages and again == found
 
     def left_out(*_):
         raise ValueError("it is not asked for again")

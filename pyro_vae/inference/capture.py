@@ -175,7 +175,8 @@ class Capture:
             # Only with an environment for shapes does it look into its cache on disk; what is there has loops for the
             # instructions of the processor that it was made on, of which its key knows nothing.
             shapes = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
-            with tracing(shapes), torch.compiler.config.patch(cache_key_tag=_instructions()):
+            settings: Any = torch.compiler.config
+            with tracing(shapes), settings.patch(cache_key_tag=_instructions()):
                 run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
             scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}

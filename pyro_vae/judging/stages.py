@@ -21,7 +21,7 @@ from pyro_vae.judging.trials import Remedy, Stage, Training, tensor
 Comparison = Literal["larger K", "best q", "jackknife"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Bounds(Stage):
     """The ELBO and the estimate of log p(x) that is judged, beside a better one.
 
@@ -79,7 +79,7 @@ class Bounds(Stage):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Latents(Stage):
     """What the latents are used for.
 
@@ -128,7 +128,7 @@ class Latents(Stage):
         return f"{self.active} of {self.latent_dim} active, rate {self.rate:.2f} nats; {self.num_data} data"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class GapSplit(Stage):
     """What the guide loses, split into the family's and the encoder's part.
 
@@ -173,7 +173,7 @@ class GapSplit(Stage):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Bracketed(Stage):
     """log p(x) of simulated data from both sides, by annealing.
 
@@ -210,7 +210,7 @@ class Bracketed(Stage):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Calibrated(Stage):
     """Simulation-based calibration of the guide.
 

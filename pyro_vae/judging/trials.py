@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pyro_vae.judging.results import RELEVANT, Nats, plain, typed
+from pyro_vae.judging.results import RELEVANT, Comparable, Nats, plain, typed
 
 Status = Literal["done", "left out", "not possible"]
 T = TypeVar("T", bound="Stage")
@@ -17,8 +17,8 @@ def tensor() -> Any:
     return field(default=None, compare=False, repr=False, metadata={"json": False})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stage(Comparable):
     """What all stages have: whether they were done and why not, seconds taken, and the number of data looked at.
 
     `late` says that a stage was left out for want of time.
@@ -57,7 +57,7 @@ class Stage:
         return cls(**{name: typed(kinds[name], value) for name, value in values.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Training(Stage):
     """What the fit says of itself: whether it had ended, went too far, and fits data that it has not seen.
 
@@ -99,7 +99,7 @@ class Training(Stage):
         return "; ".join(words)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Remedy(Stage):
     """What remedies gain that were tried under the frozen model: fitted on some data, measured on others.
 
