@@ -70,7 +70,7 @@ def test_bessel_functions_moments_and_the_normaliser_are_mpmaths(D):
             k = mpmath.mpf(value)
             bessel, mean = mpmath.besseli(order, k), mpmath.besseli(order + 1, k) / mpmath.besseli(order, k)
             log_c = order * mpmath.log(k) - (order + 1) * mpmath.log(2 * mpmath.pi) - mpmath.log(bessel)
-            # Of log I_0(k) = log_mean + k, a thousandth of either at k = 0.001, no more digits are to be had by adding.
+            # Not log I_0(k) = log_mean + k itself: a thousandth of both for a small k, it keeps fewer digits.
             log_mean = mpmath.log(bessel) - k - order * mpmath.log(k / 2) + mpmath.loggamma(order + 1)
             surface = mpmath.log(2) + mpmath.mpf(D) / 2 * mpmath.log(mpmath.pi) - mpmath.loggamma(mpmath.mpf(D) / 2)
             point = torch.tensor(value, dtype=torch.float64, requires_grad=True)
