@@ -70,14 +70,15 @@ def test_bessel_functions_moments_and_the_normaliser_are_mpmaths(D):
             k = mpmath.mpf(value)
             bessel, mean = mpmath.besseli(order, k), mpmath.besseli(order + 1, k) / mpmath.besseli(order, k)
             log_c = order * mpmath.log(k) - (order + 1) * mpmath.log(2 * mpmath.pi) - mpmath.log(bessel)
+            # Not log I_0(k) = log_mean + k itself: a thousandth of both for a small k, it keeps fewer digits.
+            log_mean = mpmath.log(bessel) - k - order * mpmath.log(k / 2) + mpmath.loggamma(order + 1)
             surface = mpmath.log(2) + mpmath.mpf(D) / 2 * mpmath.log(mpmath.pi) - mpmath.loggamma(mpmath.mpf(D) / 2)
             point = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-            log_i = log_bessel_i(D / 2 - 1, point)
-            (slope,) = torch.autograd.grad(log_i, point)
+            (slope,) = torch.autograd.grad(log_bessel_i(D / 2 - 1, point), point)
             mu = torch.eye(D, dtype=torch.float64)[0]
             q = VMF(mu, point)
             wanted = {
-                log_i: mpmath.log(bessel),
+                log_mean_exp_cosine(D / 2 - 1, point): log_mean,
                 slope: mean + order / k,
                 mean_cosine(D / 2 - 1, point): mean,
                 mean_cosine_complement(D / 2 - 1, point): 1 - mean,

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from pyro_vae import plots
+from pyro_vae.judging._equality import Comparable
 from pyro_vae.judging.quotes import Kind, latex, lower_bound, over_data
 from pyro_vae.words import did_you_mean
 
@@ -174,32 +175,6 @@ def averaged(pointwise: Tensor, variance: Tensor) -> dict[str, Any]:
         "data_stderr": pointwise.std().item() / math.sqrt(count) if count > 1 else math.nan,
         "pointwise": pointwise,
     }
-
-
-class Comparable:
-    """A dataclass (of eq=False) that equals another of the same fields; nan, a number that is not known, equals nan.
-
-    The == that a dataclass is given asks whether both are one object there, and from Python 3.13 on says no even then.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        return self._compared() == other._compared() if type(other) is type(self) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._compared())
-
-    def _compared(self) -> tuple[Any, ...]:
-        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(typing.cast(Any, self))
-        return tuple(_with_one_nan(getattr(self, field.name)) for field in fields if field.compare)
-
-
-def _with_one_nan(value: Any) -> Any:
-    """With the same object for every nan, which tuples and dicts then take for equal."""
-    if isinstance(value, dict):
-        return {key: _with_one_nan(each) for key, each in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_with_one_nan(each) for each in value)
-    return math.nan if isinstance(value, float) and math.isnan(value) else value
 
 
 @dataclass(frozen=True, eq=False)

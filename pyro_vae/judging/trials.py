@@ -7,7 +7,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pyro_vae.judging.results import RELEVANT, Comparable, Nats, plain, typed
+from pyro_vae.judging._equality import Comparable
+from pyro_vae.judging.results import RELEVANT, Nats, plain, typed
 
 Status = Literal["done", "left out", "not possible"]
 T = TypeVar("T", bound="Stage")
