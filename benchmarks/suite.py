@@ -29,7 +29,7 @@ from rounds import Group, run_group  # noqa: E402
 from sections import Section, sections  # noqa: E402
 from summary import describe, heading, machine, summarise_all  # noqa: E402
 
-NAMES = ("epochs", "convolutional", "iwae", "evaluation", "startup", "scaling", "profile")
+NAMES = ("epochs", "convolutional", "iwae", "evaluation", "startup", "quality", "scaling", "profile")
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:

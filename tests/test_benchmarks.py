@@ -291,6 +291,12 @@ def test_a_process_starts_with_its_own_environment_and_memory(fake_rows, tmp_pat
         assert 10 < peer.timings[0].memory < 128 + 0 * ballast.size  # not what this process has held
 
 
+def test_time_to_a_quality_counts_the_warm_up_as_an_epoch():
+    timings = [Timing(n, 100, s, v, 1.0) for n, (s, v) in enumerate([(2.0, -120.0), (3.0, -104.0), (2.5, -100.0)])]
+    assert sections.until(timings, -105.0) == (3, 2.0 + 3.0 + 2.5)
+    assert sections.until(timings, -99.0) is None and sections.until([], -105.0) is None
+
+
 def test_sections_name_their_rows_once_and_measure_on_whole_batches():
     for section in sections.sections("cpu"):
         for group in section.groups:
