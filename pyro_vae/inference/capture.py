@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,6 +163,7 @@ class Capture:
         """Hand the graph to Inductor; what it raises comes through, and the graph stays replayable."""
         with no_news_of_a_gpu(), torch.no_grad(), torch.random.fork_rng():
             from torch._inductor.compile_fx import compile_fx
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
             examples = [t.detach() for t in (*args, *self.constants, *(draw() for draw in self.draws))]
             graph = fx.GraphModule({}, fx.Graph())
