@@ -104,6 +104,7 @@ def lent(modules: Iterable[nn.Module], device: torch.device | str | None) -> Ite
         'cpu'
     """
     parameters: dict[int, tuple[Tensor, Tensor]] = {}
+    moved: dict[int, Tensor] = {}
     buffers: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for table, name, tensor in _placed_elsewhere(modules, device):
@@ -113,7 +114,7 @@ def lent(modules: Iterable[nn.Module], device: torch.device | str | None) -> Ite
                     _take_to(tensor, device)
             else:
                 buffers.append((table, name, tensor))
-                table[name] = tensor.to(device)
+                table[name] = moved[id(tensor)] = moved.get(id(tensor), tensor.to(device))
         yield
     finally:
         for parameter, data in parameters.values():

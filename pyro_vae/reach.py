@@ -113,6 +113,11 @@ class Reach:
         """Whether there are as many places as can be looked at in each step."""
         return len(self._places) >= _MOST_PLACES
 
+    @property
+    def arrays(self) -> bool:
+        """Whether numbers of arrays are compared, whose memory may be that of a tensor."""
+        return any(get is _bytes_of for get, _ in self._places)
+
     def fresh(self) -> bool:
         """Whether no place has changed."""
         now = self._now()

@@ -15,8 +15,9 @@ from pyro import poutine
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
+from pyro_vae.data.splits import Split
 from pyro_vae.inference.arguments import arguments_of
-from pyro_vae.inference.batches import Batches
+from pyro_vae.inference.batches import Batches, one_draw
 from pyro_vae.inference.objectives import mean_bound
 from pyro_vae.inference.training import fit
 from pyro_vae.inference.trees import joined, rows, values
@@ -496,3 +497,10 @@ def test_a_last_batch_of_one_is_merged_or_refused_before_training():
     for data, size in ((x[:1], 4), (x, 1)):
         with pytest.raises(ValueError, match="batch normalisation"):
             fit(five, guide, data, batch_size=size, epochs=1, progress=False)
+
+
+def test_of_several_columns_all_or_none_are_shortened():
+    split = Split(torch.arange(40, dtype=torch.uint8).reshape(10, 1, 2, 2), binarization="dynamic")
+    lengths = [len(part) for part in one_draw((split, torch.arange(10)), 0, 4)]
+    assert lengths == [10, 10] and [len(part) for part in one_draw((split, split), 0, 4)] == [4, 4]
+    assert torch.equal(one_draw((split, split), 0, 4)[0][:], one_draw(split, 0)[:4])

@@ -687,7 +687,9 @@ def test_a_checkpoint_holds_buffers_that_are_put_anew_and_those_that_are_not_sav
 
 def test_what_was_lent_to_a_device_is_where_it_was_and_the_same():
     still = nn.BatchNorm1d(2, affine=False)
-    modules = [nn.Sequential(still, nn.Linear(2, 2)), nn.Sequential(still)]
+    other = nn.BatchNorm1d(2, affine=False)
+    other.running_mean = still.running_mean
+    modules = [nn.Sequential(still, nn.Linear(2, 2)), nn.Sequential(still, other)]
 
     def seen():
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
@@ -695,7 +697,7 @@ def test_what_was_lent_to_a_device_is_where_it_was_and_the_same():
 
     before = seen()
     with pytest.raises(KeyError), lent(modules[1:], "meta"):
-        assert {t.device.type for t in still.buffers()} == {"meta"}
+        assert {t.device.type for t in still.buffers()} == {"meta"} and other.running_mean is still.running_mean
         raise KeyError
     assert seen() == before
     with lent(modules, "cpu"):

@@ -102,6 +102,20 @@ def test_bernoulli_pixels_that_are_scored_together_are_torchs_sum(shape, masked)
     assert torch.equal(twice.log_prob(x), found)
 
 
+def test_bernoulli_pixels_of_another_score_keep_theirs_and_what_is_masked_has_no_gradient():
+    class Half(BernoulliLogits):
+        def log_prob(self, value):
+            return 0.5 * super().log_prob(value)
+
+    logits, x, mask = random(3, 4), (random(3, 4, seed=1) > 0).float(), random(3, 4, seed=2) > 0
+    each = Half(logits).log_prob(x)
+    assert torch.allclose(Half(logits).to_event(1).log_prob(x), each.sum(-1))
+    assert torch.allclose(Half(logits).mask(mask).to_event(1).log_prob(x), (each * mask).sum(-1))
+    learning = logits.clone().requires_grad_()
+    BernoulliLogits(learning).mask(mask).to_event(1).log_prob(x).backward(torch.tensor([1.0, torch.inf, torch.nan]))
+    assert (learning.grad[~mask] == 0).all() and not learning.grad[1:][mask[1:]].isfinite().any()
+
+
 @pytest.mark.parametrize("dtype, least", [(torch.float64, 1e-14), (torch.bfloat16, 5e-2)])
 def test_bernoulli_pixels_keep_the_digits_of_their_type(dtype, least):
     logits = (3 * random(4, 64)).to(dtype)

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_vae.data.splits import Split
 from pyro_vae.inference.batches import Batches
@@ -14,7 +15,7 @@ from pyro_vae.inference.bounds import elbo, iwae
 from pyro_vae.inference.captured import Watched
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import Objective
-from pyro_vae.inference.optimizers import Fused
+from pyro_vae.inference.optimizers import Fused, _hooked
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.training import fit
 from tests.pairs import binary, small_pair
@@ -267,6 +268,114 @@ def changing(where, level):
     if where in ("schedule", "beta"):
         options[where] = function
     return options | {"callback": Callback()}
+
+
+class Looking(torch.overrides.TorchFunctionMode):
+    """Code of the user's around a fit, which runs where data are indexed."""
+
+    def __init__(self, level):
+        super().__init__()
+        self.level, self.looked = level, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.looked += function is torch.Tensor.__getitem__
+        if self.looked == 200:
+            self.level.value = 2.0
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_torch_around_a_fit_is_code_between_steps():
+    levels, found = [], []
+    for moment in (1e9, -1.0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pyro_vae.inference.steps._MOMENT", moment)
+            pyro.clear_param_store()
+            level = Level()
+            with Looking(level):
+                history = fit(
+                    *levelled(level), torch.arange(40.0) / 40, loss=Compiled(Trace_ELBO(), compile_after=None, quiet=True),
+                    epochs=6, batch_size=2, seed=0, compile=False, progress=False,
+                )  # fmt: skip
+            levels.append(level.value)
+            found.append(history["loss"])
+    assert levels == [2.0, 2.0] and found[0] == found[1]
+
+
+class Counted(torch.nn.Module):
+    """A model that reads an array over the memory of a buffer that its own steps write, now and then."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("flag", torch.zeros(1))
+        self.seen = self.flag.numpy()
+
+    def forward(self, x):
+        mean = float(self.seen[0])
+        with torch.no_grad():
+            self.count.add_(1)
+            self.flag.copy_((self.count > 60).float())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_what_a_replay_itself_changes_through_an_array_is_seen():
+    found = []
+    for loss in (Compiled(Trace_ELBO(), compile_after=None, quiet=True), Trace_ELBO()):
+        pyro.clear_param_store()
+        _, guide = levelled(Level())
+        history = fit(
+            Counted(), guide, torch.arange(40.0) / 40, loss=loss, epochs=6, batch_size=2, seed=0, compile=False,
+            progress=False,
+        )  # fmt: skip
+        found.append(history["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def clamped(kind, weights):
+    """Adam, after each of whose steps a weight is held small by code of the user's."""
+    optimizer = torch.optim.Adam(weights, lr=0.05)
+
+    def hold(*_):
+        hold.times += 1
+        with torch.no_grad():
+            weights[0].clamp_(-0.1, 0.1)
+
+    hold.times = 0
+    handle = None
+    if kind == "hook":
+        optimizer.register_step_post_hook(hold)
+    elif kind == "hook of all":
+        handle = register_optimizer_step_post_hook(hold)
+    else:
+        original = optimizer.step
+        optimizer.step = lambda *args, **kwargs: (original(*args, **kwargs), hold())[0]
+    return optimizer, hold, handle
+
+
+@pytest.mark.parametrize("kind", ["hook", "hook of all", "step"])
+def test_what_runs_with_each_step_of_an_optimizer_runs_in_a_captured_fit_too(kind):
+    found = []
+    for captured in (True, False):
+        model, guide = small_pair()
+        weights = [p for program in (model, guide) for p in program.parameters()]
+        optimizer, hold, handle = clamped(kind, weights)
+        try:
+            loss = Compiled(Trace_ELBO(), compile_after=None) if captured else Trace_ELBO()
+            fit(model, guide, SPLIT, loss=loss, epochs=10, batch_size=11, optimizer=optimizer, seed=0, compile=False)
+        finally:
+            if handle is not None:
+                handle.remove()
+        assert hold.times == 40 and weights[0].abs().max() <= 0.1
+        found.append(weights[0].detach())
+    assert (found[0] - found[1]).abs().max() < 1e-5
+
+
+def test_a_scheduler_of_torch_leaves_the_step_in_the_graph():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    assert "step" in vars(optimizer) and not _hooked(optimizer)
 
 
 @pytest.mark.parametrize("where", ["epoch", "early", "tenth", "schedule", "beta", "data"])

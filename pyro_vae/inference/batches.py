@@ -93,7 +93,8 @@ def one_draw(data: Any, seed: int | None, num_data: int | None = None) -> Any:
     if isinstance(data, Subset) and callable(getattr(data.dataset, "frozen", None)):
         return Subset(one_draw(data.dataset, seed), data.indices)
     if isinstance(data, tuple) and not hasattr(data, "_fields"):
-        return tuple(one_draw(part, seed, num_data) for part in data)
+        cut = num_data if all(callable(getattr(part, "subset", None)) for part in data) else None
+        return tuple(one_draw(part, seed, cut) for part in data)
     return data
 
 

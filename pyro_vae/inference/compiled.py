@@ -152,7 +152,7 @@ class Compiled(Captured, ELBO):
         if value is None:
             return None
         graph = self._graphs.get(step.key)
-        if training.update is not None and graph is not None and graph.replays and not graph.checked:
+        if training.update is not None and graph is not None and graph.replays and not graph.checked and graph.sealed:
             self._latest = graph, step
         return value, [] if training.update is not None else self._leaves
 

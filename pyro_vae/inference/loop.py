@@ -72,7 +72,7 @@ class _Sum:
     def __float__(self) -> float:
         if self._waiting:
             values, scales = zip(*self._waiting, strict=True)
-            read = torch.stack(values).double().cpu() / torch.tensor(scales, dtype=torch.float64)
+            read = torch.stack(values).cpu().double() / torch.tensor(scales, dtype=torch.float64)
             self._known, self._waiting = sum(read.tolist(), self._known), []
         return self._known
 
@@ -213,7 +213,8 @@ class Stepper:
             if self.ranks is not None and self.ranks.stopping:
                 self._meet(self.ranks)
                 raise KeyboardInterrupt
-            bar.update(1)
+            if bar.update(1):  # it was shown, by a stream that may be anybody's
+                self._lapse()
             if self.steps % _LOOK == 0:
                 self._check_finite(float(summed))
                 float(bound)  # nor are more of them kept than that
@@ -338,6 +339,7 @@ class Stepper:
 
     def _measure(self, choice: tuple[Any, ...]) -> None:
         """Run the pair for its plates, where a graph of an earlier fit takes the first step of its kind."""
+        self._lapse()
         with undisturbed(), unmoved(modules_of(*self.pair)), self.counting:
             traced(self.svi.model, self.svi.guide, self.batches.take(*choice), {})
         self._note()

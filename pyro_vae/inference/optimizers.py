@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
+from torch.optim import optimizer as shared_hooks
 
 from pyro_vae.parameters import names_of
 
@@ -172,14 +173,16 @@ class Fused(PyroOptim):
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
 
         None where there is no such form: before the first step, between processes, for another algorithm than Adam and
-        AdamW, where parameters took part in different numbers of steps, or where an option changes the algorithm. An
-        option that changes needs another graph; where some do again and again, as under a cycle of momenta, there is
-        none either.
+        AdamW, where other code runs with a step (a hook), parameters took part in different numbers of steps, or an
+        option changes the algorithm. An option that changes needs another graph; where some do again and again, as
+        under a cycle of momenta, there is none either.
         """
         optimizer = self._optimizer
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even or self.exchange is not None:
             return None
         assert optimizer is not None
+        if _hooked(optimizer):
+            return None
         (group, *more) = optimizer.param_groups
         tensors = group["params"]
         made = self._update
@@ -380,6 +383,14 @@ class Fused(PyroOptim):
             self._optimizer = self.constructor(new, **options)
         # The optimiser is made by the first step, which has a rate of its own already.
         self.set_learning_rate(self._factor)
+
+
+def _hooked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether other code runs with a step; torch's schedulers only count there."""
+    step = vars(optimizer).get("step")
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    shared = shared_hooks._global_optimizer_pre_hooks or shared_hooks._global_optimizer_post_hooks
+    return bool(hooks or shared) or not (step is None or getattr(step, "_wrapped_by_lr_sched", False))
 
 
 def _clip(gradients: list[Tensor], limit: float) -> None:

@@ -128,13 +128,16 @@ def _known(*_: Any, **__: Any) -> None:
 class LossGraph(Graph):
     """A captured loss, or training step; `recorded` says whether it was tried as one CUDA graph."""
 
-    recorded = False
+    recorded, sealed = False, False
 
     def describe(self, sites: list[Site], beta: Tensor | None, with_bound: bool, training: TrainingStep | None) -> None:
         """Add what the run showed: the weight of the KL as the tensor that the graph reads, where it was not 1, and
         whether its second result is the bound."""
         self.sites, self.beta, self.with_bound = sites, beta, with_bound
         self.training = training  # what its key names by identity must live
+        # A replay changes nothing that is read in Python: no operation of others, no array over what it writes.
+        operations = {getattr(node.target, "namespace", "aten") for node in self.capture.module.graph.nodes}
+        self.sealed = operations <= {"aten", "prims"} and not self.watched.arrays
         trained = {id(site.unconstrained) for site in sites}
         self.trained: list[Tensor] = [leaf for leaf in self.capture.leaves if id(leaf) in trained]
 
@@ -167,9 +170,11 @@ class GraphSteps:
     def _again(self, choice: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...] | None]:
         """The step that was taken last on another batch, where only code of this package ran since then.
 
-        Another thread may change something at any time, and its change is seen a moment later than it could be.
+        Another thread, a signal handler or a finalizer may change something at any time, and what they change is seen a
+        moment later than it could be.
         """
-        if not self._ours or not self._ways or time.perf_counter() - self._compared > _MOMENT:
+        known = self._ours and bool(self._ways) and time.perf_counter() - self._compared <= _MOMENT
+        if not known or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
             return None, None
         batch = None if self._ways[0][0] else self.batches.take(*choice)
         return self.compiled.again(choice if batch is None else batch), batch

@@ -57,7 +57,7 @@ class _BernoulliLogProb(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         logits, x, mask = ctx.saved_tensors
         grad = grad[(..., *[None] * ctx.dims)]
-        grad = grad if mask is None else grad * mask
+        grad = grad if mask is None else grad.expand(mask.shape).masked_fill(~mask, 0)
         in_logits = grad * (x - torch.sigmoid(logits)) if ctx.needs_input_grad[0] else None
         in_x = grad * logits if ctx.needs_input_grad[1] else None
         return in_logits, in_x, None, None
@@ -86,7 +86,9 @@ class _Pixels(Independent):
 
 def _together(pixel: Any, independent: Any) -> Any:
     dims = getattr(independent, "reinterpreted_batch_ndims", 0)
-    return _Pixels(pixel, dims) if dims > 0 else independent
+    base = pixel.base_dist if isinstance(pixel, _SomePixels) else pixel
+    ours = type(base).log_prob is BernoulliLogits.log_prob
+    return _Pixels(pixel, dims) if dims > 0 and ours else independent
 
 
 class _SomePixels(MaskedDistribution):
