@@ -181,7 +181,7 @@ def test_the_study_of_the_page_is_one(tmp_path):
 # Of the first hour: what is typed in addition here, so that it takes seconds. The first fit is that of the page: its curve
 # must not be flat, for the advice to be the same.
 SCORED = "--evaluation-samples 100 --evaluation-images 30"
-FASTER = {"fit --epochs": SCORED, "fit --config": "--epochs 4", "fit --from": "--epochs 3", "judge": "--budget 5",
+FASTER = {"fit --epochs": SCORED, "fit --config": "--epochs 4", "fit --from": "--epochs 3", "judge": "--budget 12",
           "compare runs": SCORED, "compare --vary": f"--epochs 1 --jobs 1 --limit 200 --hidden 16 {SCORED}"}  # fmt: skip
 
 
