@@ -372,6 +372,20 @@ def test_what_runs_with_each_step_of_an_optimizer_runs_in_a_captured_fit_too(kin
     assert (found[0] - found[1]).abs().max() < 1e-5
 
 
+def test_a_hook_that_comes_in_the_middle_of_a_captured_fit_runs_from_then_on():
+    model, guide = small_pair()
+    optimizer = torch.optim.Adam([p for program in (model, guide) for p in program.parameters()])
+    times = []
+
+    def callback(record):
+        if record["epoch"] == 5:
+            optimizer.register_step_post_hook(lambda *_: times.append(1))
+
+    loss = Compiled(Trace_ELBO(), compile_after=None)
+    fit(model, guide, SPLIT, loss=loss, epochs=10, batch_size=11, optimizer=optimizer, compile=False, callback=callback)
+    assert len(times) == 20 and loss.captures
+
+
 def test_a_scheduler_of_torch_leaves_the_step_in_the_graph():
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
     torch.optim.lr_scheduler.StepLR(optimizer, 5)

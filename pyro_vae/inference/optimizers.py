@@ -169,6 +169,11 @@ class Fused(PyroOptim):
         """What a step inside of a graph has as constants: the options of all groups but the rate."""
         return tuple(value for group in self._groups for key, value in group.items() if key not in _WRITTEN)
 
+    @property
+    def hooked(self) -> bool:
+        """Whether other code runs with a step."""
+        return self._optimizer is not None and _hooked(self._optimizer)
+
     def inside(self) -> Update | None:
         """This optimiser's step as tensor operations, for a graph that holds a whole training step.
 
@@ -181,7 +186,7 @@ class Fused(PyroOptim):
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not self._even or self.exchange is not None:
             return None
         assert optimizer is not None
-        if _hooked(optimizer):
+        if self.hooked:
             return None
         (group, *more) = optimizer.param_groups
         tensors = group["params"]

@@ -209,7 +209,7 @@ class GraphSteps:
     def _update_ways(self) -> None:
         """From the training step down to loss and gradients alone, for the optimiser as it is now."""
         fused = self.optimizer if isinstance(self.optimizer, Fused) else None
-        now = None if fused is None else (len(fused.parameters), fused.settings)
+        now = None if fused is None else (len(fused.parameters), fused.settings, fused.hooked)
         if now == self._made_for:
             return
         self._made_for = now
