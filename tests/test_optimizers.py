@@ -253,6 +253,20 @@ def test_the_state_under_pyros_own_svi(tmp_path):
     assert same(*ends) and not same(ends[0], values(pair))
 
 
+def test_moments_from_a_file_go_where_the_algorithm_wants_them():
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+
+    def devices(capturable):
+        optimizer = Fused(torch.optim.Adam, {"lr": 1e-3, "capturable": capturable})
+        optimizer.restore({"w": parameter}, {"w": moments})
+        return {name: value.device.type for name, value in optimizer._optimizer.state[parameter].items()}
+
+    assert devices(False) == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+    assert devices(True) == dict.fromkeys(moments, "meta")
+    assert moments["step"] == 3 and moments["exp_avg"].device.type == "cpu"
+
+
 def test_a_state_of_something_else_is_refused(tmp_path):
     pair = small_pair()
     optimizer = Fused(torch.optim.Adam, {"lr": 1e-2})

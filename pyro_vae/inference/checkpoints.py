@@ -210,7 +210,7 @@ class Checkpoint:
         moments: dict[str, dict[str, Tensor]] = {}
         for name, tensor in _under("moment/", content).items():
             key, _, owner = name.partition("/")
-            moments.setdefault(owner, {})[key] = tensor.to(self.tensors[owner].device) if tensor.dim() else tensor
+            moments.setdefault(owner, {})[key] = tensor
         return header["progress"], moments, _under("best/", content)
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

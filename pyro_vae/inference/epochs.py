@@ -119,11 +119,7 @@ class Epochs:
             return
         progress, moments, copies = found
         if ranks is not None and ranks.rank > 0:
-            place = next(iter(saved.tensors.values())).device
-            moments = {
-                name: {k: t.to(place) if t.dim() else t for k, t in state.items()} for name, state in moments.items()
-            }
-            copies = moved(copies, place)
+            copies = moved(copies, next(iter(saved.tensors.values())).device)
         stepper.noise = progress.get("noise") or stepper.noise
         size, before = stepper.batches.size, progress.get("size", 1)
         if before != size and warms_by_steps:

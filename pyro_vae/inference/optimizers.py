@@ -294,12 +294,13 @@ class Fused(PyroOptim):
             self._join(joining)
         assert self._optimizer is not None
         for name, state in moments.items():
-            now = self._optimizer.state[tensors[name]]
+            parameter = tensors[name]
+            now = self._optimizer.state[parameter]
             if now and {k: v.shape for k, v in state.items()} == {k: torch.as_tensor(v).shape for k, v in now.items()}:
                 for key, value in state.items():  # in place, since graphs hold these tensors
                     now[key].copy_(value)
             else:
-                self._optimizer.state[tensors[name]] = dict(state)
+                self._optimizer.state[parameter] = {k: self._placed(k, v, parameter) for k, v in state.items()}
         self.count = max(int(state.get("step", 0)) for state in moments.values())
 
     @property
