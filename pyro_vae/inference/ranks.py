@@ -137,15 +137,19 @@ class Ranks:
         Raises:
             Elsewhere: Another process failed.
         """
-        gradients = [p.grad / scale if p.grad is not None and rows else None for p in self.trained]
+        gradients = [p.grad if p.grad is not None and rows else None for p in self.trained]
+        if scale != 1:
+            gradients = [None if gradient is None else gradient / scale for gradient in gradients]
         full = share * rows if share != 1 else 0.0
         summed, flags, table = self._say(self.trained, gradients, {_ROWS: rows, _FULL: full})
         whole = sum(numbers[_ROWS] for numbers in table)
         full = max(numbers[_FULL] for numbers in table)
         scale = scale / share * (full / whole if full else 1.0)
         for p, gradient, flag in zip(self.trained, summed, flags, strict=True):
+            gradient = gradient if scale == 1 else gradient.mul_(scale)
             # Laid out as the parameter is: fused optimisers walk through both together.
-            p.grad = torch.empty_like(p).detach().copy_(gradient * scale) if flag else None
+            plain = p.is_contiguous() and p.dtype == gradient.dtype
+            p.grad = None if not flag else gradient if plain else torch.empty_like(p).detach().copy_(gradient)
         return [p for p in self.trained if p.grad is not None], scale
 
     def totals(self, *numbers: float) -> list[list[float]]:
