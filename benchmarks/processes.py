@@ -3,8 +3,8 @@
     python benchmarks/processes.py --data-dir ../shared/data/mnist      # 15 minutes
 
 The default network of `pyro-vae fit --data mnist`, 512 images per process and step, eager and captured. Each round has
-one fit of each kind, in turn; a rate is the median of a fit's epochs but the first. Beside the fit of two processes there
-are two fits of one process at the same time, which do not talk: what two cores of this machine give at most, since they
+one fit of each kind, in turn; a rate is the median of a fit's epochs but the first. Beside the fit of two processes
+there are two fits of one process at the same time, which do not talk: what two cores of this machine give, which
 share caches and memory. Writes benchmarks/results/processes.md.
 """
 
@@ -73,7 +73,7 @@ def main() -> None:
     lines = [f"{cpu}, one thread each, {BATCH} images per process and step, medians of {given.rounds} rounds in turn."]
     lines += [
         "",
-        "| steps | one process, images/s | two that do not talk | two processes | ratio within rounds | ratio of those apart |",
+        "| steps | one process, images/s | two that do not talk | two processes | ratio in a round | of those apart |",
         "|---|---|---|---|---|---|",
     ]
     for way in WAYS:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
-def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any], *, new: bool = False) -> None:
     """Have a file written beside its place and renamed, so that readers never see half of it.
 
     `write` gets a path of the same suffix; the file's folder must exist. Where nothing can be written there, it is an
-    OSError, and an older file is as it was.
+    OSError, and an older file is as it was; so it is, without an error, where the file is to be a `new` one.
 
     Example:
         >>> import tempfile
@@ -27,7 +27,11 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     try:
         write(partial)
         _to_disk(partial)
-        os.replace(partial, path)
+        if new:
+            with contextlib.suppress(FileExistsError):
+                os.link(partial, path)
+        else:
+            os.replace(partial, path)
         _to_disk(path.parent)
     finally:
         with contextlib.suppress(OSError):

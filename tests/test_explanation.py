@@ -1,14 +1,13 @@
 """What a fit says of its steps where it is asked to."""
 
 import re
-import time
 
 import pytest
 import torch
 
 import pyro_vae as pv
 from pyro_vae.inference.capture import Capture
-from pyro_vae.inference.explanation import explained, floor
+from pyro_vae.inference.explanation import explained
 
 
 def fitted(**options):
@@ -27,12 +26,9 @@ def test_the_products_are_all_there():
         return [(a @ weight).sum() + torch.nn.functional.conv2d(x, kernel).sum() + torch.bmm(x[:, 0], x[:, 1]).sum()]
 
     capture = Capture(function, [torch.randn(6, 7), x])
-    lowest = floor(capture.module.graph, capture.fast)
-    assert lowest.products == 3
-    assert lowest.operations == 2 * 6 * 7 * 5 + 2 * 4 * 2 * 6 * 6 * 3 * 9 + 2 * 4 * 8 * 8 * 8
-    start = time.perf_counter()
-    floor(capture.module.graph, capture.fast)
-    assert 0 < lowest.seconds < time.perf_counter() - start + 1
+    assert len(capture.choice.products) == 3
+    assert capture.choice.operations == 2 * 6 * 7 * 5 + 2 * 4 * 2 * 6 * 6 * 3 * 9 + 2 * 4 * 8 * 8 * 8
+    assert all(p.times == 1 and min(p.seconds.values()) > 0 for p in capture.choice.products)
 
 
 def test_a_fit_says_what_was_captured(monkeypatch, capsys):
@@ -44,7 +40,9 @@ def test_a_fit_says_what_was_captured(monkeypatch, capsys):
         r"a batch of \(16, 1, 8, 8\): \d+ operations recorded, 53\d replays, replayed without a compiler", said
     )
     # Two layers each: forward, and two backward but for the data's.
-    assert "11 products by torch's default" in said and re.search(r"the fastest step: [\d,]+ us, \d+% of it", said)
+    assert re.search(r"11 products by (torch's default|oneDNN)", said)
+    assert re.search(r"the fastest step: [\d,]+ us, \d+% of it", said)
+    assert re.search(r"1 x addmm\(16 float32, 16x64 float32, 64x16 by \(1, 64\) float32\): [\d,]+ us by torch's", said)
 
 
 @pytest.mark.parametrize("value", ["", "0", None])

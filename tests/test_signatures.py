@@ -84,7 +84,7 @@ def test_the_pair_comes_first_and_one_thing_has_one_name(name):
         assert name == "linear_optimum" or "seed" in parameters
 
 
-PREAMBLE = ("evaluating(", "Batches(", "tqdm(", "device_of(", "validation_enabled(", "reused_memory(", "fast_matmul(")
+PREAMBLE = ("evaluating(", "Batches(", "tqdm(", "device_of(", "validation_enabled(", "reused_memory(", "multiplied_by(")
 
 
 def test_one_place_runs_pairs_over_data():

@@ -9,7 +9,7 @@ from torch import fx
 import pyro_vae as pv
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.graphs import largest_product, quick_tanh, tanh_by_exp
+from pyro_vae.inference.graphs import quick_tanh, tanh_by_exp
 from pyro_vae.inference.optimizers import Fused, Update
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.traces import own_parameters
@@ -239,11 +239,6 @@ def test_a_captured_fit_steps_by_the_kernel(monkeypatch):
     assert len(count) > 30  # 40 steps, of which the first are not replays
     for one, two in zip(captured, fitted(False), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-
-
-def test_the_largest_product():
-    capture = Capture(lambda x: [(x @ x.t()).sum() + torch.nn.functional.linear(x, x.new_ones(3, 4)).sum()], [X])
-    assert largest_product(capture.module.graph) == 2 * 5 * 5 * 4
 
 
 def test_the_quick_tanh_is_tanh_to_two_in_ten_million():

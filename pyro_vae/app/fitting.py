@@ -453,6 +453,7 @@ def training_numbers(
         "seed": options.seed,
         "processes": processes,
         "training_threads": options.threads or torch.get_num_threads(),
+        "products": history.products,
         "objective": "reconstruction" if evaluation.is_autoencoder(vae) else options.bound,
         "objective_samples": options.num_samples,
         "estimator": options.estimator,

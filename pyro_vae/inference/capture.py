@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.inference import graphs
+from pyro_vae.inference import graphs, products
 from pyro_vae.inference.graphs import Uncapturable
-from pyro_vae.inference.hardware import WORTH_ONEDNN, fast_matmul
+from pyro_vae.inference.hardware import multiplied_by
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.news import no_news_of_a_gpu
 
@@ -54,7 +54,7 @@ class Capture:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
-        fast: Whether its products are worth a call of oneDNN (see `pyro_vae.inference.hardware`).
+        choice: The library for its products on a CPU (see `pyro_vae.inference.products`).
         recording: Its launches on a GPU, with those of the noise, as one (see `record`).
     Raises:
         Uncapturable: The function reads numbers out of tensors, or draws in a way that
@@ -128,7 +128,7 @@ class Capture:
         del self.results[self._returned :]
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
         self.mutated = graphs.mutated(graph, self._constant_nodes, self.constants)
-        self.fast = self.on_cpu and graphs.largest_product(graph) >= WORTH_ONEDNN
+        self.choice = products.chosen(graph) if self.on_cpu else None
         self._run = self._shortly(graph, finish)
         output = next(iter(reversed(graph.nodes)))
         output.args = (list(output.args[0])[: self._returned],)
@@ -150,7 +150,7 @@ class Capture:
 
     def __call__(self, args: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results and gradients for new arguments, new noise, and the tensors as they are now."""
-        with torch.no_grad(), fast_matmul(self.fast):
+        with torch.no_grad(), multiplied_by(None if self.choice is None else self.choice.library):
             if self.recording is not None:
                 return self.recording(*args, *self.constants)
             return self._run(*args, *self.constants, *[draw() for draw in self.draws])

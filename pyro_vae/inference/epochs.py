@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pyro_vae.evaluation import rests
+from pyro_vae.inference import products
 from pyro_vae.inference.batches import apart
 from pyro_vae.inference.checkpoints import Checkpoint, previous
 from pyro_vae.inference.choices import end_epoch
@@ -34,6 +35,7 @@ class Epochs:
         self.validate, self.callback = validate, callback
         self.best, self.history = Best(modules), History()
         self.saved: Checkpoint | None = None
+        self.products: dict[str, str] = {}  # the libraries that captured steps multiply by
         self.started = time.perf_counter()
 
     def go(self, quiet: bool | None) -> None:
@@ -89,16 +91,24 @@ class Epochs:
         if self.saved is not None and (ranks is None or ranks.rank == 0):
             self._save(self.saved, last=epoch == self.epochs or history.stopped_early)
 
+    def multiplied(self) -> dict[str, str]:
+        """By which libraries the captured steps multiply, by the keys of their choices."""
+        compiled = None if self.stepper.graph is None else self.stepper.graph.compiled
+        choices = [] if compiled is None else [graph.capture.choice for graph in compiled._graphs.values()]
+        self.products |= {choice.key: choice.library for choice in choices if choice is not None}
+        return self.products
+
     def _save(self, saved: Checkpoint, last: bool) -> None:
         if not last and not saved.due():
             return
         stepper, best = self.stepper, self.best
         names = {id(t): name for name, t in saved.tensors.items()}
-        compiles = stepper.graph is not None and stepper.graph.compiled.compile_after is not None
+        compiled = None if stepper.graph is None else stepper.graph.compiled
+        compiles = compiled is not None and compiled.compile_after is not None
         progress = {
             "records": self.history.records, "steps": stepper.steps, "best_epoch": best.epoch,
             "stopped": self.history.stopped_early, "best_value": best.value if best.epoch else None,
-            "compiled": compiles, "size": stepper.batches.size, "noise": stepper.noise,
+            "compiled": compiles, "size": stepper.batches.size, "noise": stepper.noise, "products": self.multiplied(),
         }  # fmt: skip
         assert isinstance(stepper.optimizer, Fused)
         moments = stepper.optimizer.moments(saved.tensors)
@@ -121,6 +131,8 @@ class Epochs:
         if ranks is not None and ranks.rank > 0:
             copies = moved(copies, next(iter(saved.tensors.values())).device)
         stepper.noise = progress.get("noise") or stepper.noise
+        self.products = dict(progress.get("products") or {})
+        products.want(self.products)
         size, before = stepper.batches.size, progress.get("size", 1)
         if before != size and warms_by_steps:
             raise ValueError(

@@ -6,56 +6,19 @@
 from __future__ import annotations
 
 import os
-import statistics
-import time
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch import fx
 
 from pyro_vae.inference.captured import Graph
 from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.graphs import PRODUCTS
-from pyro_vae.inference.hardware import fast_matmul
 
 VARIABLE = "PYRO_VAE_EXPLAIN"
-_TIMES = 20  # calls of a product, of which the median counts
 
 
 def wanted() -> bool:
     """Whether the environment asks for it."""
     return os.environ.get(VARIABLE, "") not in ("", "0")
-
-
-class Floor(NamedTuple):
-    """The number of matrix products and convolutions of a graph, their multiplications and additions, and their time,
-    each called by itself."""
-
-    products: int
-    operations: float
-    seconds: float
-
-
-def floor(graph: fx.Graph, fast: bool) -> Floor:
-    """Time the products of a graph on tensors of the same shapes and layouts, by the library that it calls."""
-    count, operations, seconds = 0, 0.0, 0.0
-    with torch.no_grad(), torch.random.fork_rng(), fast_matmul(fast):
-        for node in graph.nodes:
-            if getattr(node.target, "overloadpacket", None) not in PRODUCTS:
-                continue
-            args = pytree.tree_map(lambda a: _tensor(a) if isinstance(a, fx.Node) else a, tuple(node.args))
-            with FlopCounterMode(display=False) as counter:
-                node.target(*args)
-            times = []
-            for _ in range(_TIMES):
-                start = time.perf_counter()
-                node.target(*args)
-                times.append(time.perf_counter() - start)
-            count, seconds = count + 1, seconds + statistics.median(times)
-            operations += counter.get_total_flops()
-    return Floor(count, operations, seconds)
 
 
 def explained(compiled: Compiled | None, steps: int) -> str:
@@ -77,17 +40,21 @@ def _lines(graph: Graph) -> list[str]:
     shapes = ", ".join(str(tuple(node.meta["val"].shape)) for node in _arguments(capture.module.graph))
     calls = sum(node.op == "call_function" for node in capture.module.graph.nodes)
     found = [f"  a batch of {shapes}: {calls} operations recorded, {graph.replays:,} replays, {how}"]
-    if not capture.on_cpu or not graph.replays:
+    choice = capture.choice
+    if choice is None or not graph.replays:
         return found
-    lowest = floor(capture.module.graph, capture.fast)
-    library = "oneDNN" if capture.fast else "torch's default"
-    rate = lowest.operations / max(lowest.seconds, 1e-12) / 1e9
+    for product in choice.products:
+        each = ", ".join(f"{1e6 * seconds:,.0f} us by {library}" for library, seconds in product.seconds.items())
+        found.append(f"    {product.times} x {product.name}: {each}")
+    seconds, others = choice.seconds(), set(choice.products[0].seconds) - {choice.library} if choice.products else ()
+    rate = choice.operations / max(seconds, 1e-12) / 1e9
+    compared = "".join(f", where {other} takes {1e6 * choice.seconds(other):,.0f} us" for other in others)
     found.append(
-        f"    {lowest.products} products by {library}: {lowest.operations / 1e6:,.1f} MFLOP in "
-        f"{lowest.seconds * 1e6:,.0f} us by themselves, {rate:.0f} GFLOP/s"
+        f"    {sum(p.times for p in choice.products)} products by {choice.library}: {choice.operations / 1e6:,.1f} "
+        f"MFLOP in {1e6 * seconds:,.0f} us by themselves, {rate:.0f} GFLOP/s{compared}"
     )
     found.append(
-        f"    the fastest step: {graph.seconds * 1e6:,.0f} us, {lowest.seconds / graph.seconds:.0%} of it what the "
+        f"    the fastest step: {graph.seconds * 1e6:,.0f} us, {seconds / graph.seconds:.0%} of it what the "
         "products alone take"
     )
     return found
@@ -95,9 +62,3 @@ def _lines(graph: Graph) -> list[str]:
 
 def _arguments(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder" and not n.name.startswith(("constant", "noise"))]
-
-
-def _tensor(node: fx.Node) -> Tensor:
-    value = node.meta["val"]
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return made.uniform_(-1, 1) if made.is_floating_point() else made.zero_()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -218,20 +217,6 @@ def waits(graph: fx.Graph) -> list[str]:
     packets = (getattr(node.target, "overloadpacket", None) for node in graph.nodes)
     names = {packet.__name__ for packet in packets if packet is not None}
     return sorted(n for n in names if n.startswith(_WAITING) and n not in _LAUNCHED)
-
-
-def largest_product(graph: fx.Graph) -> float:
-    """Multiplications and additions of the largest matrix product, or convolution, of a graph."""
-    most = 0.0
-    for node in graph.nodes:
-        packet = getattr(node.target, "overloadpacket", None)
-        values = [a.meta.get("val") for a in node.all_input_nodes]
-        if packet in PRODUCTS[:4]:
-            left, right = values[-2:]
-            most = max(most, 2.0 * left.numel() * right.shape[-1])
-        elif packet in PRODUCTS:
-            most = math.inf
-    return most
 
 
 def split_biases(graph: fx.Graph) -> None:

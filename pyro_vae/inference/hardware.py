@@ -130,20 +130,19 @@ def _rounded(
     return out + (bias.view(-1, *(1,) * (weight.dim() - 2)) if channels else bias)
 
 
-# A call of oneDNN costs 15 us more than one of MKL, and large products take a tenth less time: on Zen 4 they are even
-# at about so many operations.
-WORTH_ONEDNN = 2.0**24
+DEFAULT, ONEDNN = "torch's default", "oneDNN"  # libraries for products on a CPU
 
 
 @contextlib.contextmanager
-def fast_matmul(on_cpu: bool) -> Iterator[None]:
-    """oneDNN's matrix products where they are as exact as torch's default: on AMD they take half the time."""
-    with kept("medium" if on_cpu and current().name == "highest" and _medium_is_exact() else None):
+def multiplied_by(library: str | None) -> Iterator[None]:
+    """Products of float32 on a CPU by a library, where both are as exact; None leaves them as they are."""
+    free = library is not None and current().name in ("highest", "medium") and medium_is_exact()
+    with kept(None if not free else "medium" if library == ONEDNN else "highest"):
         yield
 
 
 @functools.cache
-def _medium_is_exact() -> bool:
+def medium_is_exact() -> bool:
     """Whether "medium" keeps float32 on this CPU: it does where there is no matrix unit for bfloat16."""
     a, b = (torch.arange(256.0 * 256).add(shift).sin().view(256, 256) for shift in (0, 1))
     with kept("medium"):

@@ -33,12 +33,15 @@ class History:
         best_epoch: The epoch whose weights were kept.
         stopped_early: Patience ran out.
         interrupted: Ctrl-C ended the fit; the weights are those of that moment.
+        products: The libraries that captured steps multiplied matrices by on a CPU, as they were chosen here (see
+            `pyro_vae.inference.products`); empty where the steps were the programs' own.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int | None = None
     stopped_early: bool = False
     interrupted: bool = False
+    products: list[str] = field(default_factory=list)
 
     def __getitem__(self, column: str) -> list[Any]:
         """One column over the epochs, such as history["loss"]; None where a record has no such number.

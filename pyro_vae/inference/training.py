@@ -264,6 +264,7 @@ def fit(
                 resumed(run.history.records)
         setup.done()
         run.go(None if progress is None else not progress)
+        run.history.products = sorted(set(run.multiplied().values()))
         if explanation.wanted() and rank == 0:
             print(explanation.explained(compiled, stepper.steps), file=sys.stderr)
     return run.history

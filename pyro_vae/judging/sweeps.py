@@ -28,7 +28,8 @@ from pyro_vae.auxiliary import undetermined
 from pyro_vae.evaluation import evaluating, lent, start_noise
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.capture import capturing
-from pyro_vae.inference.hardware import fast_matmul, reused_memory
+from pyro_vae.inference.hardware import multiplied_by, reused_memory
+from pyro_vae.inference.products import usual
 from pyro_vae.inference.ranks import Setup, check_same, common_seed, world
 from pyro_vae.inference.replays import Replayed
 from pyro_vae.inference.supports import look_at_supports
@@ -291,7 +292,8 @@ def sweep(
             seed, progress = common_seed(seed), progress if rank == 0 else False
         looks = contextlib.nullcontext() if validate else validation_enabled(False)
         placed = lent(modules_of(*given, *besides), device)
-        for context in (placed, evaluating(*given, *besides, seed=seed), fast_matmul(on_cpu), reused_memory(), looks):
+        products = multiplied_by(usual() if on_cpu else None)
+        for context in (placed, evaluating(*given, *besides, seed=seed), products, reused_memory(), looks):
             stack.enter_context(context)
         batches = Batches(one_draw(data, drawn, num_data), batch_size or sys.maxsize, place, False, given)
         if batches.tolerated:  # Pyro's validation looks before it masks
