@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -28,6 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from pyro_vae.parameters import own_parameters
 from pyro_vae.precision import current, put_back
+from pyro_vae.randomness import noise, noise_kept
 from pyro_vae.reach import modules_of
 
 
@@ -164,36 +163,6 @@ def at_rest(modules: Iterable[nn.Module], *, others: bool = False) -> Iterator[N
 def rests(module: nn.Module) -> bool:
     """Whether a module is to stay in evaluation mode, since somebody outside holds it `at_rest`."""
     return any(module in standing for standing in _here.resting)
-
-
-@contextlib.contextmanager
-def noise(seed: int | None) -> Iterator[None]:
-    """Seed torch's, Python's and NumPy's global generators inside, and put their states back; None does nothing."""
-    if seed is None:
-        yield
-        return
-    with noise_kept():
-        start_noise(seed)
-        yield
-
-
-def start_noise(seed: int) -> None:
-    """Start torch's (of all devices), Python's and NumPy's global generators at a seed."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-@contextlib.contextmanager
-def noise_kept() -> Iterator[None]:
-    """Put the states of torch's, Python's and NumPy's global generators back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ from pyro_vae.inference.datacheck import DataCheck
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.supports import rules
 from pyro_vae.inference.trees import Path, described, leaves, mapped, moved, rows
+from pyro_vae.randomness import forked
 from pyro_vae.sites import unwrapped
 from pyro_vae.tensors import tensor_of
 from pyro_vae.traces import Program, draw
@@ -62,7 +63,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(seed)
         yield
 

@@ -28,6 +28,7 @@ from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import WORTH_ONEDNN, fast_matmul
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.news import no_news_of_a_gpu
+from pyro_vae.randomness import forked
 
 _READS = (
     "item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__",
@@ -161,7 +162,7 @@ class Capture:
 
     def compile(self, args: Sequence[Tensor]) -> None:
         """Hand the graph to Inductor; what it raises comes through, and the graph stays replayable."""
-        with no_news_of_a_gpu(), torch.no_grad(), torch.random.fork_rng():
+        with no_news_of_a_gpu(), torch.no_grad(), forked():
             from torch._inductor.compile_fx import compile_fx
             from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

@@ -335,10 +335,6 @@ def _cuda(tensors: Sequence[Tensor]) -> list[int]:
     return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
 
-def forked(tensors: Sequence[Tensor]) -> Any:
-    return torch.random.fork_rng(devices=_cuda(tensors))
-
-
 def random_state(tensors: Sequence[Tensor]) -> Noise:
     return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in _cuda(tensors)}
 

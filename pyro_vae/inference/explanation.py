@@ -19,6 +19,7 @@ from pyro_vae.inference.captured import Graph
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.graphs import PRODUCTS
 from pyro_vae.inference.hardware import fast_matmul
+from pyro_vae.randomness import forked
 
 VARIABLE = "PYRO_VAE_EXPLAIN"
 _TIMES = 20  # calls of a product, of which the median counts
@@ -41,7 +42,7 @@ class Floor(NamedTuple):
 def floor(graph: fx.Graph, fast: bool) -> Floor:
     """Time the products of a graph on tensors of the same shapes and layouts, by the library that it calls."""
     count, operations, seconds = 0, 0.0, 0.0
-    with torch.no_grad(), torch.random.fork_rng(), fast_matmul(fast):
+    with torch.no_grad(), forked(), fast_matmul(fast):
         for node in graph.nodes:
             if getattr(node.target, "overloadpacket", None) not in PRODUCTS:
                 continue

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from pyro_vae.randomness import forked
+
 _aten = torch.ops.aten
 _FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_")
 _LIKES = ("rand_like", "randn_like", "randint_like")
@@ -334,7 +336,7 @@ class CudaGraph:
         self._places = [t if fixed else t.clone() for t, fixed in zip(inputs, self.fixed, strict=True)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.random.fork_rng(devices=[device.index or 0]):
+        with forked([device.index or 0]):
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP):
                     self.run(*self._places)

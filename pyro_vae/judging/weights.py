@@ -28,6 +28,7 @@ from pyro_vae.judging.quotes import Kind, kind_of
 from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.options import checked
 from pyro_vae.protocols import rescoring
+from pyro_vae.randomness import forked
 from pyro_vae.reach import parts_of
 from pyro_vae.traces import Program, draw, log_q
 
@@ -238,7 +239,7 @@ def rescores(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
     if rescoring(proposal, *parts_of(proposal)) != "one pass":
         return False
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), forked():
             table = draw(model, proposal, args, {}, 2)
             again = log_q(proposal, {name: z.clone() for name, z in table.latents.items()}, *args)
             return torch.allclose(again, table.log_joint - table.log_weight, rtol=1e-3, atol=1e-2)
