@@ -89,63 +89,6 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module
 
 
 @contextlib.contextmanager
-def lent(modules: Iterable[nn.Module], device: torch.device | str | None) -> Iterator[None]:
-    """Modules on a device while this lasts; then every parameter and buffer is where it was, untouched.
-
-    Raises:
-        ValueError: A device whose tensors cannot take the place of those here for a time.
-    Example:
-        >>> net = nn.BatchNorm1d(1, affine=False)
-        >>> with lent([net], "meta"):
-        ...     net.running_mean.device.type
-        'meta'
-        >>> net.running_mean.device.type
-        'cpu'
-    """
-    parameters: dict[int, tuple[Tensor, Tensor]] = {}
-    moved: dict[int, Tensor] = {}
-    buffers: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for table, name, tensor in _placed_elsewhere(modules, device):
-            if isinstance(tensor, nn.Parameter):
-                if id(tensor) not in parameters:
-                    parameters[id(tensor)] = tensor, tensor.data
-                    _take_to(tensor, device)
-            else:
-                buffers.append((table, name, tensor))
-                table[name] = moved[id(tensor)] = moved.get(id(tensor), tensor.to(device))
-        yield
-    finally:
-        for parameter, data in parameters.values():
-            parameter.data = data
-        for table, name, tensor in buffers:
-            table[name] = tensor
-
-
-def _take_to(parameter: nn.Parameter, device: Any) -> None:
-    try:
-        parameter.data = parameter.data.to(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"got device={str(device)!r}, and networks on {parameter.device} that cannot go there and back "
-            f"({' '.join(str(error).split())[:100]}). Move them first: module.to({str(device)!r})."
-        ) from error
-
-
-def _placed_elsewhere(
-    modules: Iterable[nn.Module], device: torch.device | str | None
-) -> list[tuple[dict[str, Any], str, Tensor]]:
-    if device is None:
-        return []
-    wanted = torch.device(device)
-    found = {id(part): part for module in modules for part in module.modules()}
-    return [
-        slot for part in found.values() for slot in _slots(part)
-        if slot[2].device.type != wanted.type or wanted.index not in (None, slot[2].device.index)
-    ]  # fmt: skip
-
-
-@contextlib.contextmanager
 def at_rest(modules: Iterable[nn.Module], *, others: bool = False) -> Iterator[None]:
     """Modules, with all their children, in evaluation mode, and afterwards as they were; so all `others` that run."""
     standing = _Standing()
@@ -173,7 +116,7 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+def slots_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Which tensors a module holds where; a ScriptModule makes new objects of them at every look."""
     tables = () if isinstance(module, torch.jit.ScriptModule) else (module._parameters, module._buffers)
     return [(table, name, tensor) for table in tables for name, tensor in table.items() if tensor is not None]
@@ -201,7 +144,7 @@ class _Standing:
             forget = functools.partial(_forget, weakref.ref(self), id(part))
             tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
             copied = [id(tensor) for tensor in tensors if self._copy(tensor)]
-            self._parts[id(part)] = weakref.ref(part, forget), part.training, _slots(part), copied
+            self._parts[id(part)] = weakref.ref(part, forget), part.training, slots_of(part), copied
         return new
 
     def _copy(self, tensor: Tensor) -> bool:

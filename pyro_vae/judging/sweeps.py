@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.auxiliary import undetermined
-from pyro_vae.evaluation import evaluating, lent
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.capture import capturing
 from pyro_vae.inference.hardware import fast_matmul, reused_memory
@@ -36,6 +36,7 @@ from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.components import simulated_batch
 from pyro_vae.judging.sharing import look_at_all, seed_of, shared
+from pyro_vae.lending import lent
 from pyro_vae.parameters import device_of
 from pyro_vae.randomness import forked, start_noise
 from pyro_vae.reach import modules_of
