@@ -1,6 +1,7 @@
 """Estimates and diagnostics that several processes share: the numbers of one process, in its order, on all of them."""
 
 import dataclasses
+import sys
 import tempfile
 import warnings
 
@@ -132,9 +133,18 @@ def message(function):
 
 
 def share(rank, size, folder):
-    """All that several processes are asked for, in one group."""
+    """One of several processes in a group, which ends whatever comes."""
     torch.set_num_threads(1)
     group.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    try:
+        found = asked(rank, size)
+    finally:
+        group.destroy_process_group()
+    torch.save(found, f"{folder}/{size}-{rank}.pt")
+
+
+def asked(rank, size):
+    """All that several processes are asked for."""
     found = {count: computed(count, dtype) for count, dtype in CASES.items()}
     model, guide = pair()
     data = batches(5)
@@ -203,8 +213,7 @@ def share(rank, size, folder):
     calls = [lambda: pv.elbo_terms(model, guide, data, **options), lambda: pv.active_units(guide, data, **QUICK)]
     found["calls"] = message(calls[min(rank, 1)])
     found["works again"] = pv.elbo_terms(model, guide, data, num_samples=10, **QUICK).value
-    group.destroy_process_group()
-    torch.save(found, f"{folder}/{size}-{rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +353,15 @@ def test_what_is_drawn_after_the_batches_does_not_depend_on_them():
             run.each(lambda batch: torch.rand(len(batch[0])))
             after.append(torch.rand(4))
     assert torch.equal(*after)
+
+
+def test_a_group_ends_where_what_it_was_asked_for_fails(monkeypatch, tmp_path):
+    def failing(rank, size):
+        assert group.is_initialized()
+        raise KeyError("of what it was asked for")
+
+    monkeypatch.setattr(sys.modules[__name__], "asked", failing)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(KeyError, match="of what it was asked for"):
+        share(0, 1, tmp_path)
+    assert not group.is_initialized() and not list(tmp_path.glob("*.pt"))
