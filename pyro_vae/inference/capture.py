@@ -55,6 +55,7 @@ class Capture:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
+        written: Those of them, and of the first arguments, that it writes to.
         fast: Whether its products are worth a call of oneDNN (see `pyro_vae.inference.hardware`).
         recording: Its launches on a GPU, with those of the noise, as one (see `record`).
     Raises:
@@ -115,7 +116,7 @@ class Capture:
         self.constants, self._constant_nodes = graphs.lifted(graph)
         graphs.drop_forked(graph)
         self.draws, self.live_noise = graphs.hoisted(graph)
-        graph.eliminate_dead_code()
+        graphs.drop_dead(graph)
         # Tensors that nothing reads any more go, too: one on another device would stand in a GPU's way.
         read = [bool(node.users) for node in self._constant_nodes]
         for node, used in zip(self._constant_nodes, read, strict=True):
@@ -129,6 +130,8 @@ class Capture:
         del self.results[self._returned :]
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
         self.mutated = graphs.mutated(graph, self._constant_nodes, self.constants)
+        given = [node for node in graph.nodes if node.op == "placeholder"][: len(args)]
+        self.written = [*self.mutated, *graphs.mutated(graph, given, args)]
         self.fast = self.on_cpu and graphs.largest_product(graph) >= WORTH_ONEDNN
         self._run = self._shortly(graph, finish)
         output = next(iter(reversed(graph.nodes)))

@@ -219,6 +219,8 @@ class Captured:
             self._refuse(call, f"{changed} changes while the programs run")
         elif drawn != python_noise():
             self._refuse(call, "the programs draw random numbers of Python or NumPy")
+        elif (array := watched.array_over(capture.written)) is not None:  # its numbers are fixed in the graph
+            self._refuse(call, f"the programs write to the memory of {array}, which they can read in Python")
         else:
             self.captures += 1
             self._graphs[call.key], self.reason = graph, "it was being captured"
