@@ -349,4 +349,5 @@ def set_random_state(state: Noise) -> None:
 
 def python_noise() -> Any:
     """Where Python's and NumPy's own streams of random numbers stand: code that is trusted may draw from them."""
-    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]  # type: ignore[index]
+    numpy = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), numpy["key"].tobytes(), numpy["pos"]

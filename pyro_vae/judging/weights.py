@@ -15,6 +15,7 @@ Reference: Veach and Guibas, Optimally combining sampling techniques, 1995. doi:
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Mapping
@@ -195,8 +196,8 @@ def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # announcements at import; k-hat itself is the warning
         try:
-            from arviz_stats.base import array_stats
-        except ImportError:
+            array_stats = importlib.import_module("arviz_stats.base").array_stats  # which it has, and does not list
+        except (ImportError, AttributeError):
             import arviz
 
             smooth, k = arviz.psislw(log_weight)
