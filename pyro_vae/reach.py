@@ -118,6 +118,14 @@ class Reach:
         """Whether numbers of arrays are compared, whose memory may be that of a tensor."""
         return any(get is _bytes_of for get, _ in self._places)
 
+    def array_over(self, tensors: Iterable[Tensor]) -> str | None:
+        """The name of an array that lies in the memory of one of some tensors: who writes to the tensor changes it."""
+        arrays = [(label, value) for label, value in self._whole if isinstance(value, np.ndarray)]
+        if not arrays:
+            return None
+        written = [_memory_of(t) for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
+        return next((name for name, array in arrays if any(np.may_share_memory(array, each) for each in written)), None)
+
     def fresh(self) -> bool:
         """Whether no place has changed."""
         now = self._now()
@@ -714,6 +722,11 @@ def _tried(get: Callable[[Any], Any], key: Any) -> Any:
 
 def _attribute(value: Any, name: str) -> Any:
     return getattr(value, name, MISSING)
+
+
+def _memory_of(tensor: Tensor) -> np.ndarray:
+    """All memory that a tensor is a part of."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
 def _bytes_of(array: np.ndarray) -> tuple[Any, ...]:

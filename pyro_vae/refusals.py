@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.randomness import forked
 from pyro_vae.sites import kind, sample_sites
 
 _RAW = ("Expected parameter", "Expected value argument", "Error while computing log_prob")
@@ -62,7 +63,7 @@ def wrong_site(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwar
     size = next((len(x) for x in args if isinstance(x, Tensor) and x.dim()), 0)
     earlier = None
     try:
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        with forked(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
             for program in programs:
                 run = program if earlier is None else poutine.replay(program, trace=earlier)
                 earlier = poutine.trace(run).get_trace(*args, **kwargs)

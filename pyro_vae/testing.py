@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pyro_vae.parameters import own_parameters
 from pyro_vae.protocols import rescoring
+from pyro_vae.randomness import forked
 from pyro_vae.sites import is_point
 from pyro_vae.traces import Program, draw, log_joint, log_q, particles, plate_nesting, simulate
 
@@ -378,7 +379,7 @@ class PairLaws:
 
 @contextmanager
 def _seeded(seed: int = 0) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+    with forked(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         yield
 

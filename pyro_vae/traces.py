@@ -35,6 +35,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_vae.auxiliary import feeds, points_among
 from pyro_vae.options import integer, of_guide, of_model, of_pair
 from pyro_vae.parameters import own_parameters
+from pyro_vae.randomness import forked
 from pyro_vae.refusals import in_words, wrong_site
 from pyro_vae.sites import (
     PARTICLES,
@@ -231,7 +232,7 @@ def particles(
                 reason = wrong_site((guide, model), args, kwargs)
                 raise ValueError(reason or "a log density of the pair is nan. Look at its data and its weights.")
             if not bool(found.log_likelihood.any()):  # of nothing observed, as of a guide in the model's place
-                with torch.random.fork_rng(), torch.no_grad():
+                with forked(), torch.no_grad():
                     observed = [name for name, site in sites(model, *args, **kwargs).items() if site["is_observed"]]
                 if not observed:
                     raise ValueError(
@@ -372,7 +373,7 @@ def predict(model: Program, latents: Mapping[str, Tensor], *args: Any, **kwargs:
 def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
     """How many batch dimensions the pair's plates occupy, without touching the random state; a guide of one density for
     all data is a ValueError."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
     inside = set.intersection(*({*plates(site)} for site in sample_sites(model_trace)), {*range(-9, 0)})
@@ -388,7 +389,7 @@ def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> 
 
 def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """As `plate_nesting`, for whoever takes densities of all data together too."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         return max(depth(trace) for trace in traced(model, guide, args, kwargs))
 
 
@@ -412,7 +413,7 @@ class Layout(NamedTuple):
 def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
     """Run and score a pair once for its plates, without touching the random state; it raises as `particles`, and what
     torch or Pyro raise where the pair does not take these data."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
         shared = {source for sources in fed.values() for source in sources}
@@ -428,7 +429,7 @@ def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
 
 def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The sample sites of a program by name, as Pyro's trace holds them, from one run."""
-    with own_parameters(program), torch.random.fork_rng(), torch.no_grad(), in_words((program,), args, kwargs):
+    with own_parameters(program), forked(), torch.no_grad(), in_words((program,), args, kwargs):
         return {site["name"]: site for site in sample_sites(poutine.trace(program).get_trace(*args, **kwargs))}
 
 
@@ -626,7 +627,7 @@ def _replayed(
 
     Sites that are free are drawn; a look at a plain run may refuse the program.
     """
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         plain = poutine.trace(program).get_trace(*args, **kwargs)
     if look is not None:
         look(plain)

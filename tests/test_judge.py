@@ -21,9 +21,10 @@ from pyro_vae.app.commands import judge_run
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import resolve
 from pyro_vae.inference.training import fit
-from pyro_vae.judging import judgement
+from pyro_vae.judging import judgement, remedies
 from pyro_vae.judging._calibration import calibration
 from pyro_vae.judging.advice import Finding, commands
+from pyro_vae.judging.budget import Budget, Examination, OutOfTime
 from pyro_vae.judging.curves import records_of, trend
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.judgement import Judgement, judge
@@ -167,8 +168,8 @@ def test_a_fault_is_no_advice_and_what_helped_is_ranked_by_what_it_gained():
     collapsed = split(0.0, 0.0)
     assert [name for name, _ in typed(gaps=collapsed, latents=DEAD, remedy=scale)] == ["scale"]
     assert "so large that z has nothing to say" in said(gaps=collapsed, latents=DEAD, remedy=scale)
-    late = Remedy(late=True, reason="wider: it did not fit into the time")
-    assert "none is advised: wider: it did not fit" in said(gaps=fault, remedy=late)
+    late = Remedy(late=True, reason="wider: not enough time")
+    assert "none is advised: wider: not enough time" in said(gaps=fault, remedy=late)
 
 
 def test_the_larger_part_that_is_uncertain_is_named_and_the_precise_one_not_blamed():
@@ -301,6 +302,32 @@ def test_a_spoilt_encoder_is_trained_on_and_measured_on_held_out_data(fitted):
     together = [remedy.joint_gain(name).known for name in remedy.tried if gains[name].material() and name != "refine"]
     assert together and any(together)
     assert gains["refine"].value > -2 * gains["refine"].mc_stderr
+
+
+def test_one_reason_against_several_remedies_is_said_once(monkeypatch):
+    model, guide = small_pair()
+    stages = Stages(gaps=split(0.5, 0.4), bounds=BOUNDS)
+    pair = Examination(model, guide, (binary(8),), 50, None, {"seed": 0}, Budget(1e-3, Ticks()))
+
+    def none_left(trial, name):
+        raise OutOfTime
+
+    monkeypatch.setattr(remedies._Trial, "gain", none_left)
+    late = remedies.examine_remedy(pair, stages)
+    assert late.late and late.failed == ("refine, full, iaf, train, wider: not enough time",)
+    for text in (str(late), " ".join(str(f) for f in verdict(stages._replace(remedy=late)))):  # the report's two places
+        assert text.count("not enough time") == text.count("wider") == 1
+
+    def some(trial, name):
+        if name in ("full", "iaf"):
+            raise ValueError("the latents are\nof another kind")
+        return Nats(0.2, 0.01) if name == "refine" else none_left(trial, name)
+
+    monkeypatch.setattr(remedies._Trial, "gain", some)
+    found = remedies.examine_remedy(pair, stages)
+    assert found.done and found.tried == ("refine",)
+    assert found.failed == ("full, iaf: the latents are of another kind", "train, wider: not enough time")
+    assert str(found).endswith("not tried: full, iaf: the latents are of another kind; train, wider: not enough time")
 
 
 def test_a_fixed_scale_is_tried_learned_and_what_it_gains_is_log_p():

@@ -16,7 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.evaluation import noise_kept, undisturbed, unmoved
+from pyro_vae.evaluation import undisturbed, unmoved
 from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.choices import rate_of
 from pyro_vae.inference.compatibility import rows_held
@@ -28,6 +28,7 @@ from pyro_vae.inference.ranks import Ranks
 from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Number, Tempered, Tempering
+from pyro_vae.randomness import noise_kept
 from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
 from pyro_vae.sites import lengths
