@@ -66,7 +66,9 @@ def _without_trace(error: ValueError) -> ValueError | None:
         return None
     if said.startswith("Shape mismatch inside plate"):
         shapes = str(error)[len(said) :]
-        return ValueError(f"{said}. Did you forget .to_event(1)? All dimensions of a datum are to be its event.{shapes}")
+        return ValueError(
+            f"{said}. Did you forget .to_event(1)? All dimensions of a datum are to be its event.{shapes}"
+        )
     return ValueError(said)
 
 

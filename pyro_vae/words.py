@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 # What other packages call it, by `key`.
 _ELSEWHERE = {
     "lr": "learningrate", "stepsize": "learningrate", "numepochs": "epochs", "nepochs": "epochs", "maxepochs": "epochs",

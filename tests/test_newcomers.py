@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.app.cli import main
 
 
 def vae(shape=(1, 8, 8), **options):
@@ -124,3 +125,31 @@ def test_a_forgotten_event_and_a_scale_below_zero():
     own = Own("encoder", "decoder", positive=False)
     with pytest.raises(ValueError, match=r"site 'z' \(Normal\) has scale = -.*take exp\(\) of it, or softplus\(\)"):
         pv.fit(own.model, own.guide, binary(50, 8), epochs=1)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["fit", "--lr", "0.1"], "no such option '--lr'. Did you mean '--learning-rate'? Try 'pyro-vae fit --help'."),
+        (["fit", "--epoch", "3"], "no such option '--epoch'. Did you mean '--epochs'? Try 'pyro-vae fit --help'."),
+        (["fit", "-e", "3"], "no such option '-e'. Try 'pyro-vae fit --help'."),
+        (["fit", "digits"], "got unexpected extra argument (digits): each option has its name. Data are named by "
+                            "--data, the run's folder by --out. Try 'pyro-vae fit --help'."),
+        (["judge"], "missing argument 'RUN', a run folder: 'pyro-vae runs' lists those in runs. Try 'pyro-vae judge "
+                    "--help'."),
+    ],
+)  # fmt: skip
+def test_the_command_says_what_to_type_instead(argv, said, capsys):
+    assert main(argv) == 2
+    assert capsys.readouterr().err == f"pyro-vae: error: {said}\n"
+
+
+def test_the_folder_of_runs_is_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text("{}")
+    assert main(["judge", "runs"]) == 2
+    assert "It holds runs: name one of them, such as runs/a." in capsys.readouterr().err
+    assert main(["judge", "runs/a"]) == 2
+    assert "It holds runs" not in capsys.readouterr().err

@@ -590,6 +590,7 @@ class Batches:
         strange = RuntimeError | TypeError | IndexError | AttributeError | KeyError
         if not isinstance(error, strange) or isinstance(error, NotImplementedError | torch.OutOfMemoryError):
             return
+        said = " ".join(without_trace(error).split())[:300]
         fields = next((list(x) for x in batch if isinstance(x, Mapping)), None)
         remedy = "reshape the data, or build the pair for them"
         if fields is not None:
@@ -598,13 +599,13 @@ class Batches:
         if "same device" in str(error):
             raise ValueError(
                 f"the pair does not run on a batch that lies on {self.device or 'the CPU'}: "
-                f"{' '.join(without_trace(error).split())[:300]}. Wanted all tensors of the programs on one device: move the "
+                f"{said}. Wanted all tensors of the programs on one device: move the "
                 "networks, module.to(device), and make plain tensors where the data are, as in "
                 "torch.zeros(..., device=x.device)."
             ) from error
         raise ValueError(
             f"the pair does not run on a batch of the data, {described(batch)}: "
-            f"{' '.join(without_trace(error).split())[:300]} ({type(error).__name__}). Wanted rows of the shape and type that "
+            f"{said} ({type(error).__name__}). Wanted rows of the shape and type that "
             f"model and guide take: {remedy}."
         ) from error
 
