@@ -29,6 +29,7 @@ from pyro_vae.data.decoding import Framing, grey_level
 from pyro_vae.data.photographs import read_image
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.records import History
+from pyro_vae.judging.advice import MORE_TIME
 from pyro_vae.judging.anomalies import anomaly_scores, explained, roc_auc
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.kept import Kept
@@ -209,7 +210,9 @@ def judge_run(
         files = [("report", str(folder / "judgement.html")), ("", str(folder / "judgement.json"))]
         given = [("given", f"y: each log p(x) above is {face.density}, y the labels of the test data")]
         report.show_lines([*found.lines(), *(given if face.needs_label else []), *files])
-        following.say(following.after_judging(run, [finding.command for finding in found.advice]))
+        cut_off = any(finding.advice == MORE_TIME for finding in found.findings)
+        more_time = max(600.0, 2 * budget) if cut_off else None
+        following.say(following.after_judging(run, [finding.command for finding in found.advice], more_time))
     return found
 
 

@@ -49,6 +49,7 @@ from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.supports import rules
 from pyro_vae.inference.trees import Path, described, leaves, mapped, moved, rows
 from pyro_vae.randomness import forked
+from pyro_vae.refusals import without_trace
 from pyro_vae.sites import unwrapped
 from pyro_vae.tensors import tensor_of
 from pyro_vae.traces import Program, draw
@@ -593,6 +594,7 @@ class Batches:
         strange = RuntimeError | TypeError | IndexError | AttributeError | KeyError
         if not isinstance(error, strange) or isinstance(error, NotImplementedError | torch.OutOfMemoryError):
             return
+        said = " ".join(without_trace(error).split())[:300]
         fields = next((list(x) for x in batch if isinstance(x, Mapping)), None)
         remedy = "reshape the data, or build the pair for them"
         if fields is not None:
@@ -601,13 +603,13 @@ class Batches:
         if "same device" in str(error):
             raise ValueError(
                 f"the pair does not run on a batch that lies on {self.device or 'the CPU'}: "
-                f"{' '.join(str(error).split())[:300]}. Wanted all tensors of the programs on one device: move the "
+                f"{said}. Wanted all tensors of the programs on one device: move the "
                 "networks, module.to(device), and make plain tensors where the data are, as in "
                 "torch.zeros(..., device=x.device)."
             ) from error
         raise ValueError(
             f"the pair does not run on a batch of the data, {described(batch)}: "
-            f"{' '.join(str(error).split())[:300]} ({type(error).__name__}). Wanted rows of the shape and type that "
+            f"{said} ({type(error).__name__}). Wanted rows of the shape and type that "
             f"model and guide take: {remedy}."
         ) from error
 

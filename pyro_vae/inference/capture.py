@@ -55,8 +55,8 @@ class Capture:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
-        choice: The library for its products on a CPU (see `pyro_vae.inference.products`).
         written: Those of them, and of the first arguments, that it writes to.
+        choice: The library for its products on a CPU (see `pyro_vae.inference.products`).
         recording: Its launches on a GPU, with those of the noise, as one (see `record`).
     Raises:
         Uncapturable: The function reads numbers out of tensors, or draws in a way that

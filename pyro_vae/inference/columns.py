@@ -281,9 +281,14 @@ def frame_names(data: Any) -> list[str] | None:
 
 def _unknown(data: Any) -> ValueError:
     shape = ", 0-dimensional" if isinstance(data, Tensor | np.ndarray) else ""
+    remedy = ""
+    if isinstance(data, str):
+        remedy = f" A dataset or a file is read by pv.load({data[:80]!r}), whose part .train is such data."
+    elif callable(getattr(getattr(data, "train", None), "frozen", None)):
+        remedy = " Pass one of its parts: data.train to fit, data.test to judge."
     return ValueError(
         f"got data of type {type(data).__name__}{shape}, wanted a tensor, a tuple of tensors, a dataset indexed "
-        f"by tensors, or {AGAIN.removeprefix('wanted ')}"
+        f"by tensors, or {AGAIN.removeprefix('wanted ')}{remedy}"
     )
 
 
