@@ -17,12 +17,16 @@ from pyro_vae._trust import SCALARS
 from pyro_vae.inference.batches import seeded
 from pyro_vae.inference.capture import capturing
 from pyro_vae.inference.replays import Replayed
-from pyro_vae.inference.trees import at, leaves, mapped
+from pyro_vae.inference.trees import at, leaves, mapped, values
 from pyro_vae.judging.local import LocalForm, Unscaled
 from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.traces import Program, draw, plate_nesting
 
 _PATIENCE = 2  # windows
+_FEW = 2**17  # numbers that the samples of a step make of its data, below which fewer data would be no faster
+# Of the steps that are left most data take no more than a third. A capture costs what the programs' Python costs in
+# about a hundred steps (600, where it is the first in a process).
+_SHARE, _ENOUGH = 3, 150
 
 
 class Optimum(NamedTuple):
@@ -111,8 +115,8 @@ def optimise(
     now = _Climbers.at(form.start, learning_rate)
     result = Optimum(now.theta.clone(), now.path.clone(), torch.zeros_like(now.theta[:, 0]), now.stopped.clone())
     step = 0
-    while len(now.datum):
-        now, total, average = steps(now, args)
+    while True:
+        now, total, average = steps(now, args, step)
         step += window
         if progress is not None:
             progress(window)
@@ -129,9 +133,11 @@ def optimise(
             rate=torch.where(now.ended[:, None], 0.0, rate),
         )
         left = ~now.ended
-        if 2 * int(left.sum()) <= len(left):
+        held, going = len(left), int(left.sum())
+        if going == 0:
+            return result
+        if 2 * going <= held and held * num_samples * values(args) > _FEW:
             now, args = _Climbers(*(x[left] for x in now)), at(args, left)
-    return result
 
 
 class _Steps:
@@ -141,20 +147,22 @@ class _Steps:
     """
 
     def __init__(
-        self, model: Program, form: LocalForm, args: tuple[Any, ...], num_samples: int, window: int, calls: int,
+        self, model: Program, form: LocalForm, args: tuple[Any, ...], num_samples: int, window: int, num_steps: int,
         compile: bool | str,
     ) -> None:  # fmt: skip
-        self.model, self.form, self.num_samples, self.window = Unscaled()(model), form, num_samples, window
+        self.model, self.form, self.num_samples = Unscaled()(model), form, num_samples
+        self.window, self.num_steps = window, num_steps
         self.nesting = plate_nesting(self.model, form.guide(form.start), *args)
         self.fall = 0.03 ** (1 / window)
         # In float64: the corrections of Adam's moments come of differences from 1.
         self.taken = form.start.new_zeros((), dtype=torch.float64)
         if not all(isinstance(x, (Tensor, *SCALARS)) for _, x in leaves(args)):  # what a program might change
             compile = False
-        self.replayed = Replayed(self._function, programs=(model, form.origin), calls=calls, compile=compile)
+        self.replayed = Replayed(self._function, programs=(model, form.origin), compile=compile, enough=_ENOUGH)
 
-    def __call__(self, now: _Climbers, args: tuple[Any, ...]) -> tuple[_Climbers, Tensor, Tensor]:
+    def __call__(self, now: _Climbers, args: tuple[Any, ...], step: int) -> tuple[_Climbers, Tensor, Tensor]:
         """The steps of one window, the ELBO averaged over it, and the parameters over its second half."""
+        self.replayed.calls = step + (self.num_steps - step) // _SHARE
         self._args, window, half = args, self.window, self.window // 2
         given = [x for _, x in leaves(args) if isinstance(x, Tensor)]
         pace = torch.where(now.settling[:, None], self.fall, 1.0).to(now.theta)
