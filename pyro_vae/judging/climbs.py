@@ -237,4 +237,3 @@ def remaining(latest: Tensor, before: Tensor, earlier: Tensor) -> tuple[Tensor, 
     known = (d > 2 * noise) & (d_before > 2 * noise_before)
     ratio = torch.where(known, (d / d_before.clamp(min=1e-30)).clamp(0.1, 0.97), 0.5)
     return seen * ratio / (1 - ratio), d
-
