@@ -58,7 +58,7 @@ def wide(x):
 
 def distances(model, guide, data):
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # chains this short have not converged
-        found = pv.reference(model, guide, data, num_samples=8, num_chains=4, num_warmup=20, **QUICK)
+        found = pv.reference(model, guide, data, num_samples=20, num_chains=4, num_warmup=20, **QUICK)
     return found, pv.guide_distances(model, guide, data, reference=found, num_directions=5, **QUICK)
 
 
@@ -75,7 +75,7 @@ def unseeded(model, guide, data):
     return *values, torch.rand(3).tolist()
 
 
-ANNEAL = {"num_samples": 3, "num_steps": 3, "num_leapfrog": 1, **QUICK}
+ANNEAL = {"num_samples": 3, "num_steps": 6, "num_leapfrog": 1, **QUICK}
 CALLS = {
     "elbo_terms": lambda m, g, x: pv.elbo_terms(m, g, x, num_samples=10, **QUICK),
     "captured": captured,
@@ -86,8 +86,8 @@ CALLS = {
     "lower bound": lambda m, g, x: pv.log_likelihood(m, lambda x: wide(10 * x), x, num_samples=300, **QUICK),
     "ais": lambda m, g, x: pv.ais(m, g, x, **ANNEAL),
     "bdmc": lambda m, g, x: pv.bdmc(m, g, x, num_data=30, **ANNEAL),
-    "gaps": lambda m, g, x: pv.gaps(m, g, x, families={"full": pv.posteriors.FullNormal}, num_samples=50, num_steps=8,
-                                    window=3, **QUICK),
+    "gaps": lambda m, g, x: pv.gaps(m, g, x, families={"full": pv.posteriors.FullNormal}, num_samples=50, num_steps=20,
+                                    window=5, **QUICK),
     "compare_guides": lambda m, g, x: pv.compare_guides(m, {"own": g, "wide": wide}, x, bounds={"iwae": (2, 5)},
                                                         num_samples=50, **QUICK),
     "sbc": lambda m, g, x: pv.sbc(m, g, x, num_samples=9, num_data=30, **QUICK),
@@ -97,7 +97,7 @@ CALLS = {
     "active_units": lambda m, g, x: pv.active_units(g, x, **QUICK),
     "posterior_means": lambda m, g, x: posterior_means(g, x, **QUICK),
     "distances": distances,
-    "regret": lambda m, g, x: pv.anomaly_scores(m, g, x, score="regret", num_steps=4, num_samples=5, **QUICK),
+    "regret": lambda m, g, x: pv.anomaly_scores(m, g, x, score="regret", num_steps=8, num_samples=5, **QUICK),
     "reconstruction": lambda m, g, x: pv.anomaly_scores(m, g, x, score="reconstruction", num_samples=5, **QUICK),
     "identity": lambda m, g, x: pv.identity(m, g, x, num_samples=20, **QUICK),
 }  # fmt: skip
