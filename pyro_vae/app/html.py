@@ -30,6 +30,7 @@ code { font-size: .85rem; }
 p.verdict { border-left: .3rem solid #2b6cb0; margin: .5rem 0; padding: .3rem .8rem; background: #f7fafc; }
 .wide { overflow-x: auto; } .wide td:first-child, .wide td:last-child { min-width: 8rem; }
 th.number { text-align: right; } .stages td:nth-child(2) { white-space: nowrap; }
+.wide th { overflow-wrap: normal; }
 pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
