@@ -29,12 +29,12 @@ GROUND = {
     "_trust",
 }
 MAY_IMPORT = {
-    "traces": {"auxiliary", "sites", "parameters", "reach", "options", "refusals"},
+    "traces": {"_lazy", "auxiliary", "sites", "parameters", "reach", "options", "refusals"},
     "auxiliary": {"sites", "evaluation", "reach"},
     "_lazy": set(),
     "sites": set(),
     "parameters": {"reach"},
-    "reach": {"_trust"},
+    "reach": {"_lazy", "_trust"},
     "_trust": set(),
     "evaluation": {"parameters", "precision", "reach"},
     "protocols": set(),

@@ -1,4 +1,4 @@
-"""Programs run and read: traces at drawn or at given values, and the log densities in them, whoever wrote the program."""
+"""Programs run and read: traces at drawn or at given values, and the log densities in them."""
 
 from typing import TYPE_CHECKING
 
