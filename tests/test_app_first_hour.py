@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 import pyro_vae.plots as plots
 from pyro_vae.app import evaluation, fitting, progress, report, run_page
+from pyro_vae.app.building import build
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
-from pyro_vae.app.fitting import build, read
+from pyro_vae.app.reading import read
 from pyro_vae.app.runs import Run, check_place, default_path, run_folder
+from pyro_vae.app.training import second_view
 from pyro_vae.inference import loop, training
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.training import fit
@@ -405,11 +407,11 @@ def nearest(z, labels, k=5):
 
 def test_the_second_view_separates_the_digits():
     options, dataset = read(resolve({}))
-    ((title, z),) = fitting.second_view(build(options, dataset), dataset, options).items()
+    ((title, z),) = second_view(build(options, dataset), dataset, options).items()
     assert z.shape == (360, 2) and "of the grey levels" in title
     assert nearest(z, dataset.test.labels) > 0.75  # 0.88; of principal components of the codes, 0.5
     options, dataset = read(resolve({"data": "linear-gaussian"}))
-    assert fitting.second_view(build(options, dataset), dataset, options) == {}, "no labels, no classes"
+    assert second_view(build(options, dataset), dataset, options) == {}, "no labels, no classes"
 
 
 def test_the_plane_of_many_latents_says_what_it_is():

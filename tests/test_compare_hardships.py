@@ -160,7 +160,8 @@ def test_code_of_ones_own_needs_trust_from_python_and_under_a_frozen_run(tmp_pat
     options = dataclasses.replace(pv.open(run, trust=["own_parts_there:Mine"]).options, posterior="full",
                                   frozen=str(run))  # fmt: skip
     sys.modules.pop("own_parts_there", None)
-    from pyro_vae.app.fitting import build, read
+    from pyro_vae.app.building import build
+    from pyro_vae.app.reading import read
 
     settled, dataset = read(options)
     pair = build(settled, dataset)

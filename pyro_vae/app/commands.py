@@ -17,12 +17,14 @@ from torch import Tensor
 
 from pyro_vae import plots
 from pyro_vae.app import evaluation, following, report, serving
+from pyro_vae.app.building import the_device
 from pyro_vae.app.configuration import about
 from pyro_vae.app.defaults import FULL_SAMPLES, FitOptions, resolve
-from pyro_vae.app.fitting import read, second_view, the_device
 from pyro_vae.app.processes import is_first
+from pyro_vae.app.reading import read
 from pyro_vae.app.remarks import of_image
 from pyro_vae.app.runs import EVALUATED, FIGURES, JUDGED, METRICS, WEIGHTS, Run, is_unfinished, options_of, write_json
+from pyro_vae.app.training import second_view
 from pyro_vae.atomic import write_file
 from pyro_vae.data import Dataset, Split, binarize, dequantize, load, threshold
 from pyro_vae.data.decoding import Framing, grey_level

@@ -28,7 +28,7 @@ from torch import Tensor
 from pyro_vae.app import evaluation
 from pyro_vae.app.configuration import convert, parsed
 from pyro_vae.app.defaults import FitOptions, option, resolve
-from pyro_vae.app.fitting import read
+from pyro_vae.app.reading import read
 from pyro_vae.app.runs import WEIGHTS, Run, options_of
 from pyro_vae.data import Dataset
 from pyro_vae.words import did_you_mean

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from pyro_vae import seals
 from pyro_vae.app import evaluation, serving
+from pyro_vae.app.building import build
 from pyro_vae.app.defaults import FitOptions, resolve
-from pyro_vae.app.fitting import build, read, train, training_numbers
+from pyro_vae.app.reading import read
 from pyro_vae.app.report import about
 from pyro_vae.app.run_page import write_page
 from pyro_vae.app.runs import (
@@ -38,6 +39,7 @@ from pyro_vae.app.runs import (
     write_lines,
 )
 from pyro_vae.app.studies import PLACES, Plan, Study, Trial, datasets
+from pyro_vae.app.training import train, training_numbers
 from pyro_vae.atomic import reason_of
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
