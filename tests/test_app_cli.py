@@ -21,7 +21,7 @@ from pyro_vae.app.reading import read
 from pyro_vae.data import BINARIZATIONS
 from pyro_vae.data import DATASETS as READABLE
 from pyro_vae.inference import loop
-from pyro_vae.inference.optimizers import SCHEDULES
+from pyro_vae.inference.schedules import SCHEDULES
 from pyro_vae.parts.networks import ACTIVATIONS
 
 TINY = ["--epochs", "1", "--limit", "100", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "20",

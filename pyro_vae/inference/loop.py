@@ -22,10 +22,11 @@ from pyro_vae.inference.choices import rate_of
 from pyro_vae.inference.compatibility import rows_held
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import ClosedForm, Objective
-from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
+from pyro_vae.inference.optimizers import Fused
 from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.ranks import Ranks
 from pyro_vae.inference.rehearsal import diagnosis
+from pyro_vae.inference.schedules import SCHEDULES, Schedule
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Number, Tempered, Tempering
 from pyro_vae.reach import modules_of

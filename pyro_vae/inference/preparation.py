@@ -17,9 +17,10 @@ from pyro_vae.inference.compatibility import rows_held
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.fingerprints import fingerprint
 from pyro_vae.inference.objectives import Objective
-from pyro_vae.inference.optimizers import SCHEDULES, Fused
+from pyro_vae.inference.optimizers import Fused
 from pyro_vae.inference.per_datum import Counting
 from pyro_vae.inference.ranks import gathered, world
+from pyro_vae.inference.schedules import SCHEDULES
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.tempering import value_of

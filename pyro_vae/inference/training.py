@@ -26,7 +26,6 @@ from pyro_vae.inference.hardware import matmul_precision as precision
 from pyro_vae.inference.hardware import reused_memory
 from pyro_vae.inference.loop import Stepper
 from pyro_vae.inference.objectives import default_loss, mean_bound
-from pyro_vae.inference.optimizers import SCHEDULES, Schedule
 from pyro_vae.inference.preparation import (
     captured_where_it_pays,
     check_options,
@@ -40,6 +39,7 @@ from pyro_vae.inference.preparation import (
 )
 from pyro_vae.inference.ranks import Ranks, Setup, common_seed, world
 from pyro_vae.inference.records import History
+from pyro_vae.inference.schedules import SCHEDULES, Schedule
 from pyro_vae.inference.tempering import Beta, Tempering, check_tempering, value_of
 from pyro_vae.options import of_pair
 from pyro_vae.parameters import own_parameters
