@@ -76,7 +76,7 @@ def judge(**options: Any) -> None:
 @click.option("--label", metavar="N|NAME", help="Of this class only, of a model that knows classes: conditional, "
               "semi-supervised, or the cluster of a mixture that was matched with it.")  # fmt: skip
 @SEED
-@done_by("commands:sample_run")
+@done_by("images:sample_run")
 def sample() -> None:
     """Draw new data from a run's model."""
 
@@ -90,7 +90,7 @@ def sample() -> None:
               "image. [default: 1000]")  # fmt: skip
 @click.option("--label", metavar="N|NAME", help="The class of the images, which a conditional model takes.")
 @SEED
-@done_by("commands:reconstruct_images")
+@done_by("images:reconstruct_images")
 def reconstruct() -> None:
     """Reconstruct image files, scaled and coloured as the run's data, and score them."""
 
@@ -111,7 +111,7 @@ def reconstruct() -> None:
 @DATA_DIR
 @SEED
 @DEVICE
-@done_by("commands:rank_anomalies")
+@done_by("ranking:rank_anomalies")
 def anomalies() -> None:
     """Rank a run's test data from strange to ordinary, by log p(x) or by reconstruction error."""
 
