@@ -22,6 +22,7 @@ def opened(
 
 
 def data_of(options: FitOptions, vae: Answers, data_dir: str | None, images: int | None) -> tuple[FitOptions, Dataset]:
+    """The data that a run was fitted to, where they lie now, with as many images as are asked for."""
     changed = {} if data_dir is None else {"data_dir": data_dir}
     options, dataset = read(resolve(vars(options) | {"evaluation_images": images} | changed))
     if dataset.x_shape != x_shape(vae):

@@ -9,7 +9,7 @@ from pyro_vae.app import models
 from pyro_vae.app.defaults import NOT_BINARY, FitOptions
 from pyro_vae.atomic import reason_of
 from pyro_vae.data import DATASETS, Dataset, load
-from pyro_vae.data.splits import Binarization
+from pyro_vae.data.binarization import Binarization
 from pyro_vae.parts import names
 from pyro_vae.parts.priors import VampPrior
 from pyro_vae.parts.priors.mixture import PSEUDO_INPUTS

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from pyro_vae.data.arrays import as_pixels, not_readable, read_array, read_array_folder
+from pyro_vae.data.binarization import BINARIZATIONS, Binarization
 from pyro_vae.data.decoding import Framing, grey_level, suffixes
 from pyro_vae.data.formats import is_file_of_arrays
 from pyro_vae.data.limits import check_archive
@@ -32,7 +33,7 @@ from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.room import joined
 from pyro_vae.data.sources import SPLITS, Source, divide
-from pyro_vae.data.splits import BINARIZATIONS, Binarization, Dataset, Split, check_numbers
+from pyro_vae.data.splits import Dataset, Split, check_numbers
 from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.words import did_you_mean, spelled
 
