@@ -205,6 +205,26 @@ def test_a_compiled_graph_that_is_slower_is_taken_back_where_the_choice_is_ours(
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("slower, optional", [(True, True), (True, False), (False, True)])
+def test_a_graph_that_is_slower_than_the_programs_is_given_up_where_the_choice_is_ours(monkeypatch, slower, optional):
+    plain = Capture._shortly
+
+    def slowly(self, *given):
+        function = plain(self, *given)
+        return lambda *tensors: (time.sleep(0.1), function(*tensors))[1]
+
+    if slower:
+        monkeypatch.setattr(Capture, "_shortly", slowly)
+    monkeypatch.setattr(captured, "_KNOWN", 10)
+    loss = Compiled(Objective(elbo), compile_after=None, quiet=True)
+    loss.optional = optional
+    ours, theirs = (steps(small_pair, images, each, count=15) for each in (loss, Objective(elbo)))
+    assert len(loss._graphs) == (0 if slower and optional else 1)
+    said = loss.reason or ""
+    assert ("a replay is slower here than the programs (1e+02 ms and " in said) is (slower and optional)
+    assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_graph_that_was_taken_back_stays_so_when_the_fit_is_gone_on_with(monkeypatch, tmp_path, slow):
     import torch._inductor.compile_fx

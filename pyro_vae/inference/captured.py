@@ -31,6 +31,7 @@ _MEMORY = 64  # kinds of call that are remembered
 _UNSTABLE = 3  # calls of a kind between which something may change before the kind is given up
 _LIMIT = 8  # captures of one kind of call, and graphs, before giving up
 _TRIED = 40  # replays of a compiled graph, of which the fastest is compared with the fastest before
+_KNOWN = 100  # replays after which a graph that is slower than the programs is given up
 
 Noise = tuple[Tensor, dict[int, Tensor]]
 
@@ -76,7 +77,8 @@ class Graph:
     """A capture and the conditions under which it holds.
 
     Counts its replays; says whether the next is to be compared with the programs (`unchecked`) and whether a compiler
-    was tried on it; and `seconds` are those of its fastest replay.
+    was tried on it; `seconds` are those of its fastest replay, `own_seconds` those of the programs where they are
+    compared.
     """
 
     def __init__(self, capture: Capture, watched: Watched) -> None:
@@ -84,6 +86,7 @@ class Graph:
         self.replays, self.unchecked, self.tried, self.seconds = 0, False, False, float("inf")
         self.checked = False  # whether the latest replay was compared
         self.compiled_at, self.plain_seconds = 0, float("inf")  # replays, and the seconds of the fastest until then
+        self.own_seconds = float("inf")
         self._tensors = self._now()
 
     def _now(self) -> list[Any]:
@@ -130,6 +133,7 @@ class Captured:
     def __init__(self, *, quiet: bool, unproven: bool, check_every: int) -> None:
         self.quiet, self.unproven, self.check_every = quiet, unproven, check_every
         self.chooses = False  # whether a compiled graph that is slower than it was is taken back
+        self.optional = False  # whether a graph that is slower than the programs is given up
         self._forget()
 
     def _forget(self) -> None:
@@ -244,6 +248,8 @@ class Captured:
                 self.reason = None
                 if self.chooses and graph.capture.compiled and graph.replays == graph.compiled_at + _TRIED:
                     self._keep_the_faster(graph)
+                if self.optional and check is not None and graph.replays >= _KNOWN and graph.capture.on_cpu:
+                    self._yield_to_the_programs(call, graph)
                 return results, None
             mean, wanted = (x[0].double().mean().item() for x in (results, check.expected))
             numbers = f"{mean:.6g} replayed, {wanted:.6g} by the programs, after {graph.replays} replays"
@@ -267,8 +273,10 @@ class Captured:
     def _check(self, call: Any, graph: Any) -> Check:
         written = [(tensor, tensor.clone()) for tensor in graph.capture.mutated]
         before = random_state(call.tensors)
+        start = time.perf_counter()
         with pyro.validation_enabled(False):
             expected = self._expected(call, graph)
+        graph.own_seconds = min(time.perf_counter() - start, graph.own_seconds)
         after = random_state(call.tensors)
         set_random_state(before)
         put_back(written)
@@ -294,6 +302,13 @@ class Captured:
         if graph.capture.on_cpu and graph.seconds > graph.plain_seconds:
             graph.capture.uncompile()
             graph.seconds, graph.unchecked = graph.plain_seconds, True
+
+    def _yield_to_the_programs(self, call: Any, graph: Any) -> None:
+        """Give up a graph whose fastest replay of a hundred is slower than the fastest of the programs' few."""
+        if graph.seconds > graph.own_seconds:
+            del self._graphs[call.key]
+            both = " and ".join(f"{1e3 * seconds:.2g} ms" for seconds in (graph.seconds, graph.own_seconds))
+            self._refuse(call, f"a replay is slower here than the programs ({both})")
 
     def _refuse(self, call: Any, reason: str) -> None:
         self._refused[call.key] = self.reason = reason

@@ -144,10 +144,12 @@ def captured_where_it_pays(
         raise ValueError(f'got compile={compile!r}, wanted True, False or "auto".')
     if compile == "auto" and (resumable or steps < _CAPTURE_PAYS) or compile is False:
         return None
-    return Compiled(
+    compiled = Compiled(
         loss, compile_after=10 if compile is True else None, quiet=compile == "auto", unproven=compile is True,
         check_every=max(1, min(per_epoch, 100)),
     )  # fmt: skip
+    compiled.optional = compile == "auto"
+    return compiled
 
 
 def fingerprints(**settings: Any) -> dict[str, Any]:

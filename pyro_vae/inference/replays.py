@@ -63,7 +63,7 @@ class Replayed(Captured):
         super().__init__(quiet=compile is not True, unproven=compile is True, check_every=100)
         self.function, self.programs, self.calls, self.compile = function, tuple(programs), calls, compile
         self.compiled = False
-        self.chooses = compile == "auto"
+        self.chooses = self.optional = compile == "auto"
         self._done = 0
 
     def __repr__(self) -> str:
