@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,13 +15,15 @@ from torch import Tensor, nn
 from pyro_vae.evaluation import evaluating, others_kept, undisturbed, unmoved
 from pyro_vae.inference.batches import Batches, Stream, seeded
 from pyro_vae.inference.bounds import Bound
+from pyro_vae.inference.checkpoints import Checkpoint, named_tensors
 from pyro_vae.inference.compatibility import rows_held
 from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.fingerprints import fingerprint
+from pyro_vae.inference.epochs import Epochs
+from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint, program_values
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.optimizers import Fused
 from pyro_vae.inference.per_datum import Counting
-from pyro_vae.inference.ranks import gathered, world
+from pyro_vae.inference.ranks import Ranks, gathered, world
 from pyro_vae.inference.schedules import SCHEDULES
 from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
@@ -71,7 +75,7 @@ def move(model: Program, guide: Program, modules: Sequence[nn.Module], device: D
 
 def check_shared(optimizer: PyroOptim, size: int) -> None:
     """Refuse an optimiser that cannot take its steps together with other processes."""
-    if not isinstance(optimizer, Fused):
+    if size > 1 and not isinstance(optimizer, Fused):
         raise ValueError(
             f"got a PyroOptim in a fit of {size} processes, which steps each tensor by itself. Pass a torch "
             "optimiser class, such as torch.optim.Adam."
@@ -97,8 +101,10 @@ def read(
     return batches
 
 
-def held_out(model: Program, guide: Program, data: Any, place: Device) -> Batches:
-    """The batches of validation data; what cannot be scored is refused now, not after an epoch."""
+def held_out(model: Program, guide: Program, data: Any, place: Device) -> Batches | None:
+    """The batches of validation data, if there are some; what cannot be scored is refused now, not after an epoch."""
+    if data is None:
+        return None
     batches = Batches(data, 500, place, shuffle=False, programs=(model, guide))
     with evaluating(model, guide, seed=0):
         Objective().particles(model, guide, *batches.first())
@@ -152,18 +158,46 @@ def captured_where_it_pays(
     return compiled
 
 
-def fingerprints(**settings: Any) -> dict[str, Any]:
-    """Settings as plain data that tell them from others."""
+class Identity:
+    """What shapes the result of a fit: in each of several processes, and where a fit goes on, it is the same.
+
+    Args:
+        run: The fit.
+        settings: Its options by name.
+    Attributes:
+        tensors: All that the fit changes, by name.
+    """
+
+    def __init__(self, run: Epochs, **settings: Any) -> None:
+        self.run, self.given, self.programs = run, settings, run.stepper.pair
+        with unmoved(run.modules):
+            self.tensors = named_tensors(run.modules, *self.programs, run.stepper.batches.first())
+        self.settings = _fingerprints(settings)
+        self.pair = {
+            name: program_fingerprint(each) for name, each in zip(("model", "guide"), self.programs, strict=True)
+        }
+
+    def link(self, noise: int, sample: str | None, **more: Any) -> None:
+        """Take the steps together with other processes that have the same, and whose noise has this seed."""
+        stepper = self.run.stepper
+        data = {"number of data": stepper.batches.num_data, "a sample of the data": sample}
+        same: dict[str, Any] = {"steps": stepper.total} | data | more
+        stepper.link(Ranks(self.tensors, self.settings | same | self.pair), noise, self.run.best.settle)
+
+    def checkpoint(self, path: str | os.PathLike[str], read_only: bool, **more: Any) -> Checkpoint:
+        """The file of a fit that goes on only where all of it is the same, and `more` settings."""
+        frozen = [name for name, t in self.tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
+        settings = self.settings | _fingerprints(more)
+        settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in self.tensors.values()}))
+        settings["list of frozen parameters"] = fingerprint(sorted(frozen))
+        bound = getattr(self.given["loss"], "bound", None)
+        functions = filter(callable, (*(self.given[key] for key in ("beta", "schedule", "validation_bound")), bound))
+        values = functools.partial(program_values, *self.programs, *functions, but=list(self.tensors.values()))
+        return Checkpoint(path, self.tensors, settings | self.pair, values, read_only=read_only)
+
+
+def _fingerprints(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: fingerprint(value) for key, value in settings.items()}
-
-
-def of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a fit that goes on must find again in its tensors, beside their shapes."""
-    frozen = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
-    return {
-        "dtype": ", ".join(sorted({str(t.dtype) for t in tensors.values()})),
-        "list of frozen parameters": fingerprint(sorted(frozen)),
-    }
 
 
 def _take_up_loaded(model: Program, guide: Program, batches: Batches) -> None:

@@ -16,28 +16,26 @@ from pyro_vae.evaluation import others_kept, unmoved
 from pyro_vae.inference import explanation
 from pyro_vae.inference.batches import Stream, apart, seeded
 from pyro_vae.inference.bounds import Bound, elbo
-from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors
+from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.choices import chosen, optimizer_settings
 from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.epochs import Epochs, learning
-from pyro_vae.inference.fingerprints import program_fingerprint, program_values
 from pyro_vae.inference.hardware import matmul_precision as precision
 from pyro_vae.inference.hardware import reused_memory
 from pyro_vae.inference.loop import Stepper
 from pyro_vae.inference.objectives import default_loss, mean_bound
 from pyro_vae.inference.preparation import (
+    Identity,
     captured_where_it_pays,
     check_options,
     check_shared,
-    fingerprints,
     held_out,
     move,
-    of_tensors,
     read,
     share_out,
 )
-from pyro_vae.inference.ranks import Ranks, Setup, common_seed, world
+from pyro_vae.inference.ranks import Setup, common_seed, world
 from pyro_vae.inference.records import History
 from pyro_vae.inference.schedules import SCHEDULES, Schedule
 from pyro_vae.inference.tempering import Beta, Tempering, check_tempering, value_of
@@ -172,9 +170,8 @@ def fit(
     place = move(model, guide, modules, device)
     optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
     rank, size = world()
-    if size > 1:
-        check_shared(optimizer, size)
-        progress, callback = (progress, callback) if rank == 0 else (False, None)
+    check_shared(optimizer, size)
+    progress, callback = (progress, callback) if rank == 0 else (False, None)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else functools.partial(value_of, "schedule", schedule)
     with (
         own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory(),
@@ -188,8 +185,7 @@ def fit(
                 point = check(model, guide, batches.first(), loss)
             modules += [found for reference in met if (found := reference()) is not None]
             validation_bound = validation_bound or (loss.bound if point else elbo)
-            if validation is not None:
-                validation = held_out(model, guide, validation, place)
+            validation = held_out(model, guide, validation, place)
             probe = share_out(batches, model, guide) if size > 1 else None
             tempering = Tempering(loss, epochs, len(batches), **warm)
             kept = checkpoint is not None and not isinstance(checkpoint, Sparing)
@@ -199,32 +195,24 @@ def fit(
         scored = functools.partial(mean_bound, model, guide, validation, validation_bound, device=place)
         run = Epochs(stepper, modules, epochs, patience, None if validation is None else scored, callback)
         if checkpoint is not None or size > 1:
-            with unmoved(modules):
-                tensors = named_tensors(modules, model, guide, batches.first())
-            # What shapes the result, in each process and in a fit that goes on.
-            settings = fingerprints(
-                epochs=epochs, batch_size=batch_size, loss=loss, **warm, schedule=schedule, seed=seed,
+            identity = Identity(
+                run, epochs=epochs, batch_size=batch_size, loss=loss, **warm, schedule=schedule, seed=seed,
                 data_seed=data_seed, **optimizer_settings(optimizer), patience=patience,
                 validation_bound=validation_bound,
             )  # fmt: skip
-            pair = {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
         if size > 1:
-            same: dict[str, Any] = {
-                "steps": stepper.total, "number of data": batches.num_data, "a sample of the data": probe,
-                "checkpoint": checkpoint is not None, "matmul_precision": matmul_precision,
-                "validation": None if validation is None else validation.num_data,
-            }  # fmt: skip
-            stepper.link(Ranks(tensors, settings | same | pair), noise, run.best.settle)
+            identity.link(
+                noise, probe, checkpoint=checkpoint is not None, matmul_precision=matmul_precision,
+                validation=None if validation is None else validation.num_data,
+            )  # fmt: skip
         if checkpoint is not None:
-            settings |= fingerprints(
-                matmul_precision=matmul_precision or str(current_precision()), device=torch.device(place or "cpu").type,
-                data=data, validation=None if validation is None else validation.origin,
-            ) | of_tensors(tensors)  # fmt: skip
-            shaping = filter(callable, (beta, schedule, validation_bound, getattr(loss, "bound", None)))
-            values = functools.partial(program_values, model, guide, *shaping, but=list(tensors.values()))
-            saved = Checkpoint(checkpoint, tensors, settings | pair, values, read_only=rank > 0)
+            saved = identity.checkpoint(
+                checkpoint, rank > 0, matmul_precision=matmul_precision or str(current_precision()),
+                device=torch.device(place or "cpu").type, data=data,
+                validation=None if validation is None else validation.origin,
+            )  # fmt: skip
             if isinstance(checkpoint, Sparing) and given is None:
-                stepper.warm_up(list(tensors.values()))
+                stepper.warm_up(list(identity.tensors.values()))
             run.resume(saved, kl_warmup_steps is not None)
             if size > 1 and data_seed is None:
                 batches.stream = Stream(apart(stepper.noise), torch.device(place or "cpu"))
