@@ -29,6 +29,7 @@ from pyro_vae.inference.split_bounds import SplitBound
 from pyro_vae.inference.starts import before_fit, check_data
 from pyro_vae.inference.tempering import value_of
 from pyro_vae.parameters import device_of, holds_loaded, loaded_values
+from pyro_vae.precision import current as current_precision
 from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program, traced
 from pyro_vae.words import did_you_mean
@@ -177,15 +178,27 @@ class Identity:
             name: program_fingerprint(each) for name, each in zip(("model", "guide"), self.programs, strict=True)
         }
 
-    def link(self, noise: int, sample: str | None, **more: Any) -> None:
+    def link(
+        self, noise: int, sample: str | None, kept: bool, precision: str | None, validation: Batches | None
+    ) -> None:
         """Take the steps together with other processes that have the same, and whose noise has this seed."""
         stepper = self.run.stepper
-        data = {"number of data": stepper.batches.num_data, "a sample of the data": sample}
-        same: dict[str, Any] = {"steps": stepper.total} | data | more
+        same: dict[str, Any] = {
+            "steps": stepper.total, "number of data": stepper.batches.num_data, "a sample of the data": sample,
+            "checkpoint": kept, "matmul_precision": precision,
+            "validation": None if validation is None else validation.num_data,
+        }  # fmt: skip
         stepper.link(Ranks(self.tensors, self.settings | same | self.pair), noise, self.run.best.settle)
 
-    def checkpoint(self, path: str | os.PathLike[str], read_only: bool, **more: Any) -> Checkpoint:
-        """The file of a fit that goes on only where all of it is the same, and `more` settings."""
+    def checkpoint(
+        self, path: str | os.PathLike[str], read_only: bool, precision: str | None, place: Device, data: Any,
+        validation: Batches | None,
+    ) -> Checkpoint:  # fmt: skip
+        """The file of a fit that goes on only where all of it is the same."""
+        more = {
+            "matmul_precision": precision or str(current_precision()), "device": torch.device(place or "cpu").type,
+            "data": data, "validation": None if validation is None else validation.origin,
+        }  # fmt: skip
         frozen = [name for name, t in self.tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
         settings = self.settings | _fingerprints(more)
         settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in self.tensors.values()}))

@@ -41,7 +41,6 @@ from pyro_vae.inference.schedules import SCHEDULES, Schedule
 from pyro_vae.inference.tempering import Beta, Tempering, check_tempering, value_of
 from pyro_vae.options import of_pair
 from pyro_vae.parameters import own_parameters
-from pyro_vae.precision import current as current_precision
 from pyro_vae.reach import modules_of
 from pyro_vae.traces import Program
 
@@ -201,16 +200,9 @@ def fit(
                 validation_bound=validation_bound,
             )  # fmt: skip
         if size > 1:
-            identity.link(
-                noise, probe, checkpoint=checkpoint is not None, matmul_precision=matmul_precision,
-                validation=None if validation is None else validation.num_data,
-            )  # fmt: skip
+            identity.link(noise, probe, checkpoint is not None, matmul_precision, validation)
         if checkpoint is not None:
-            saved = identity.checkpoint(
-                checkpoint, rank > 0, matmul_precision=matmul_precision or str(current_precision()),
-                device=torch.device(place or "cpu").type, data=data,
-                validation=None if validation is None else validation.origin,
-            )  # fmt: skip
+            saved = identity.checkpoint(checkpoint, rank > 0, matmul_precision, place, data, validation)
             if isinstance(checkpoint, Sparing) and given is None:
                 stepper.warm_up(list(identity.tensors.values()))
             run.resume(saved, kl_warmup_steps is not None)
