@@ -14,9 +14,16 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from pyro_vae.judging.quotes import kind_of, lower_bound
+
 KEPT = Path(__file__).parent / "results" / "judging"
 ENCODER, FAMILY = "#e07b39", "#2c5282"
 NAMES = {"diagonal": "diagonal normal", "flow": "autoregressive flow"}
+
+
+def quoted(value: float, below: bool) -> str:
+    """A number as it may be quoted; `below`: it is, or stands on, a log p(x) that is a lower bound."""
+    return lower_bound(value).replace(">=", "≥") if below else f"{value:.2f}"
 
 
 def draw(results: dict[str, dict[str, Any]]) -> Figure:
@@ -31,17 +38,21 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     labels: list[str] = []
     for part, kept in results.items():
-        top = kept["log_likelihood"][0]
+        top, below = kept["log_likelihood"][0], kind_of(kept["khat_ok"]) == "lower bound"
         for name, row in kept["families"].items():
             at = len(labels)
             (best, best_error, _), (elbo, _, _) = row["optimum"], row["amortized"]
             axes.barh(at, best - elbo, left=elbo, height=0.56, color=ENCODER)
             axes.barh(at, top - best, left=best, height=0.56, color=FAMILY)
             axes.errorbar(best, at + 0.21, xerr=2 * best_error, color="black", capsize=2, lw=1.0)
-            for key, centre in (("amortization", (best + elbo) / 2), ("approximation", (top + best) / 2)):
-                axes.text(centre, at, f"{row[key][0]:.2f}", color="white", ha="center", va="center", fontsize=10)
+            for key, centre, bound in (
+                ("amortization", (best + elbo) / 2, False),
+                ("approximation", (top + best) / 2, below),
+            ):
+                words = quoted(row[key][0], bound)
+                axes.text(centre, at, words, color="white", ha="center", va="center", fontsize=8.5)
             axes.text(elbo - 0.08, at, f"ELBO {elbo:.2f}", ha="right", va="center", fontsize=9)
-            axes.text(top + 0.08, at, f"log p(x) {top:.2f}", ha="left", va="center", fontsize=9)
+            axes.text(top + 0.08, at, f"log p(x) {quoted(top, below)}", ha="left", va="center", fontsize=9)
             labels.append(f"{NAMES.get(name, name)}\n{kept['images']:,} {part} images")
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
     axes.invert_yaxis()

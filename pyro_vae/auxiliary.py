@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from pyro_vae.evaluation import unmoved
+from pyro_vae.randomness import forked
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import delta, is_point
 
@@ -99,7 +100,7 @@ def _found(
     guide: Any, names: list[str], points: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, tuple[str, ...]]:
     fed: dict[str, tuple[str, ...]] = {name: () for name in points}
-    with disable_proxy_modes_tracing(), torch.no_grad(), torch.random.fork_rng(), unmoved(modules_of(guide)):
+    with disable_proxy_modes_tracing(), torch.no_grad(), forked(), unmoved(modules_of(guide)):
 
         def values(changed: str | None, seed: int) -> dict[str, Tensor]:
             torch.manual_seed(0)
@@ -129,6 +130,6 @@ class _Another(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] != self.name:
             return
-        with torch.random.fork_rng():
+        with forked():
             torch.manual_seed(self.seed)
             msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])

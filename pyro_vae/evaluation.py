@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -28,6 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from pyro_vae.parameters import own_parameters
 from pyro_vae.precision import current, put_back
+from pyro_vae.randomness import noise, noise_kept
 from pyro_vae.reach import modules_of
 
 
@@ -90,63 +89,6 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[list[weakref.ref[nn.Module
 
 
 @contextlib.contextmanager
-def lent(modules: Iterable[nn.Module], device: torch.device | str | None) -> Iterator[None]:
-    """Modules on a device while this lasts; then every parameter and buffer is where it was, untouched.
-
-    Raises:
-        ValueError: A device whose tensors cannot take the place of those here for a time.
-    Example:
-        >>> net = nn.BatchNorm1d(1, affine=False)
-        >>> with lent([net], "meta"):
-        ...     net.running_mean.device.type
-        'meta'
-        >>> net.running_mean.device.type
-        'cpu'
-    """
-    parameters: dict[int, tuple[Tensor, Tensor]] = {}
-    moved: dict[int, Tensor] = {}
-    buffers: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for table, name, tensor in _placed_elsewhere(modules, device):
-            if isinstance(tensor, nn.Parameter):
-                if id(tensor) not in parameters:
-                    parameters[id(tensor)] = tensor, tensor.data
-                    _take_to(tensor, device)
-            else:
-                buffers.append((table, name, tensor))
-                table[name] = moved[id(tensor)] = moved.get(id(tensor), tensor.to(device))
-        yield
-    finally:
-        for parameter, data in parameters.values():
-            parameter.data = data
-        for table, name, tensor in buffers:
-            table[name] = tensor
-
-
-def _take_to(parameter: nn.Parameter, device: Any) -> None:
-    try:
-        parameter.data = parameter.data.to(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"got device={str(device)!r}, and networks on {parameter.device} that cannot go there and back "
-            f"({' '.join(str(error).split())[:100]}). Move them first: module.to({str(device)!r})."
-        ) from error
-
-
-def _placed_elsewhere(
-    modules: Iterable[nn.Module], device: torch.device | str | None
-) -> list[tuple[dict[str, Any], str, Tensor]]:
-    if device is None:
-        return []
-    wanted = torch.device(device)
-    found = {id(part): part for module in modules for part in module.modules()}
-    return [
-        slot for part in found.values() for slot in _slots(part)
-        if slot[2].device.type != wanted.type or wanted.index not in (None, slot[2].device.index)
-    ]  # fmt: skip
-
-
-@contextlib.contextmanager
 def at_rest(modules: Iterable[nn.Module], *, others: bool = False) -> Iterator[None]:
     """Modules, with all their children, in evaluation mode, and afterwards as they were; so all `others` that run."""
     standing = _Standing()
@@ -167,36 +109,6 @@ def rests(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def noise(seed: int | None) -> Iterator[None]:
-    """Seed torch's, Python's and NumPy's global generators inside, and put their states back; None does nothing."""
-    if seed is None:
-        yield
-        return
-    with noise_kept():
-        start_noise(seed)
-        yield
-
-
-def start_noise(seed: int) -> None:
-    """Start torch's (of all devices), Python's and NumPy's global generators at a seed."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-@contextlib.contextmanager
-def noise_kept() -> Iterator[None]:
-    """Put the states of torch's, Python's and NumPy's global generators back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Look at something: no gradients, and random states and the parameter store as they were afterwards."""
     # Handlers outside, such as the `own_parameters` of a fit, do not hear of parameters that are taken out again.
@@ -204,7 +116,7 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+def slots_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Which tensors a module holds where; a ScriptModule makes new objects of them at every look."""
     tables = () if isinstance(module, torch.jit.ScriptModule) else (module._parameters, module._buffers)
     return [(table, name, tensor) for table in tables for name, tensor in table.items() if tensor is not None]
@@ -232,7 +144,7 @@ class _Standing:
             forget = functools.partial(_forget, weakref.ref(self), id(part))
             tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
             copied = [id(tensor) for tensor in tensors if self._copy(tensor)]
-            self._parts[id(part)] = weakref.ref(part, forget), part.training, _slots(part), copied
+            self._parts[id(part)] = weakref.ref(part, forget), part.training, slots_of(part), copied
         return new
 
     def _copy(self, tensor: Tensor) -> bool:

@@ -197,8 +197,12 @@ def function_of(name: str, value: Any, optional: bool = False) -> Any:
     """Something that can be called; a ValueError for anything else."""
     if callable(value):
         return value
-    wanted = "a Pyro program, a function or module of the data" if name in _PROGRAMS else "a function"
-    raise ValueError(f"{name} must be {wanted}, got {_shown(value)}. Pass what can be called{', or None' * optional}.")
+    of_pair = name in _PROGRAMS
+    wanted = "a Pyro program, a function or module of the data" if of_pair else "a function"
+    order = " The order is (model, guide, data), or (vae, data) with a pair in one piece." * of_pair
+    raise ValueError(
+        f"{name} must be {wanted}, got {_shown(value)}. Pass what can be called{', or None' * optional}.{order}"
+    )
 
 
 _PROGRAMS = ("model", "guide")

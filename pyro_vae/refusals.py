@@ -7,6 +7,7 @@ wrong is named.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.randomness import forked
 from pyro_vae.sites import kind, sample_sites
 
 _RAW = ("Expected parameter", "Expected value argument", "Error while computing log_prob")
@@ -50,11 +52,30 @@ def in_words(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs
 def reworded(
     error: ValueError, programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> ValueError | None:
-    """What to raise in place of a distribution's refusal; None for any other error."""
+    """What to raise in place of a distribution's refusal, or of one that Pyro added its trace to; None for any other
+    error."""
     if not str(error).startswith(_RAW):
-        return None
+        return _without_trace(error)
     plain = f"a distribution of the pair refuses what it got: {' '.join(str(error).split())[:200]}"
     return ValueError(wrong_site(programs, args, kwargs) or plain)
+
+
+def _without_trace(error: ValueError) -> ValueError | None:
+    """A refusal without the shapes of all sites so far; where the plate is wrong they are what one needs, and stay."""
+    said = without_trace(error)
+    if said == str(error):
+        return None
+    if said.startswith("Shape mismatch inside plate"):
+        shapes = str(error)[len(said) :]
+        return ValueError(
+            f"{said}. Did you forget .to_event(1)? All dimensions of a datum are to be its event.{shapes}"
+        )
+    return ValueError(said)
+
+
+def without_trace(error: Exception) -> str:
+    """What an error says, without the shapes of all sites so far that Pyro adds to it."""
+    return re.split(r"\n *Trace Shapes:", str(error), maxsplit=1)[0]
 
 
 def wrong_site(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -62,7 +83,7 @@ def wrong_site(programs: Sequence[Callable[..., Any]], args: Sequence[Any], kwar
     size = next((len(x) for x in args if isinstance(x, Tensor) and x.dim()), 0)
     earlier = None
     try:
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        with forked(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
             for program in programs:
                 run = program if earlier is None else poutine.replay(program, trace=earlier)
                 earlier = poutine.trace(run).get_trace(*args, **kwargs)
@@ -92,6 +113,8 @@ def _wrong(site: Any, size: int) -> str | None:
                     held = constraint.check(parameter)
                 worst = float(parameter[~held].flatten()[0]) if not bool(held.all()) else None
                 shown = name if worst is None else f"{name} = {worst:.4g}"
+                if worst is not None and worst <= 0 and constraint is torch.distributions.constraints.positive:
+                    remedy = f"Have the network say log {name}, and take exp() of it, or softplus()."
                 return f"{what} has {shown} in {rows_in(~held, size)}, wanted {_words(constraint)}. {remedy}"
     if isinstance(value, Tensor) and site["is_observed"]:
         try:

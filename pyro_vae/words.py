@@ -8,6 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What other packages call it, by `key`.
+_ELSEWHERE = {
+    "lr": "learningrate", "stepsize": "learningrate", "numepochs": "epochs", "nepochs": "epochs", "maxepochs": "epochs",
+    "zdim": "latentdim", "latentsize": "latentdim", "hiddendims": "hidden", "hiddendim": "hidden",
+    "numparticles": "numsamples", "nsamples": "numsamples", "elbo": "loss", "optim": "optimizer", "x": "data",
+}  # fmt: skip
+
 
 def key(name: str) -> str:
     """What two spellings of one name have in common: neither case nor hyphens, underscores and spaces count.
@@ -36,9 +43,12 @@ def did_you_mean(got: object, known: Iterable[str]) -> str:
     Example:
         >>> did_you_mean("sylvestre", ["planar", "sylvester"])
         " Did you mean 'sylvester'?"
+        >>> did_you_mean("lr", ["learning_rate", "loss"])
+        " Did you mean 'learning_rate'?"
     """
     names = {key(each): each for each in known}
-    close = difflib.get_close_matches(key(str(got)), names, n=1)
+    usual = _ELSEWHERE.get(key(str(got)))
+    close = [usual] if usual in names else difflib.get_close_matches(key(str(got)), names, n=1)
     return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 

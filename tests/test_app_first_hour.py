@@ -292,6 +292,26 @@ def test_an_evaluation_takes_about_a_minute_unless_told_otherwise(each, wanted, 
     assert (said.num_samples, said.images) == (30, 40), "what was asked for is done, however long it takes"
 
 
+@pytest.mark.parametrize("overhead", [0.0, 0.3, 1.5])
+@pytest.mark.parametrize("each, within", [(1e-2, 0.8), (1e-3, 0.01), (1e-4, 0.01), (1e-7, 110.0)])
+def test_the_speed_of_an_evaluation_is_that_of_its_samples_whatever_a_call_costs(each, within, overhead, monkeypatch):
+    now = [0.0]
+
+    def scored(model, guide, data, num_samples, progress):
+        now[0] += overhead + each * len(data) * num_samples
+
+    monkeypatch.setattr(evaluation, "log_likelihood", scored)
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: now[0])
+    options, dataset = read(resolve({"limit": 200}))
+    vae = build(options, dataset)
+    found = evaluation.seconds_each(vae, dataset.test, 1000)
+    assert each * (1 - 1e-6) <= found <= each * (1 + within)
+    assert now[0] < 15 + 5 * overhead  # a call of 20 images at K = 50 takes ten seconds of the slowest of these
+    plan = evaluation.plan(vae, dataset, options)
+    assert (plan.images == 360) == (each <= 1e-4), "on a loaded machine the same data are tested on"
+    assert (plan.seconds < 5) == (each < 1e-5)
+
+
 def test_it_is_said_how_long_it_takes_and_what_there_is_to_see(here, capsys):
     assert main(["fit", *TINY, "--epochs", "8", "--out", "a run"]) == 0
     said = capsys.readouterr()

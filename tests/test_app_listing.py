@@ -178,6 +178,8 @@ def test_advice_that_was_followed_is_compared(here, capsys):
     advice = ["pyro-vae fit --config runs/a/config.json --hidden 16", "pyro-vae evaluate runs/a --refine hamiltonian"]
     assert following.after_judging(run, advice) == advice[0]
     assert following.after_judging(run, []) == "pyro-vae sample runs/a -n 100"
+    assert following.after_judging(run, [], 600.0) == "pyro-vae judge runs/a --budget 600"
+    assert following.after_judging(run, advice, 600.0) == advice[0], "what was found in time goes first"
     assert main([*shlex.split(advice[0])[1:], "--out", "my answer", "--quiet"]) == 0
     assert following.after_judging(run, advice) == advice[0], "it lies elsewhere"
     Path("my answer").rename("runs/my answer")

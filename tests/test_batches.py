@@ -11,9 +11,10 @@ import pyro.distributions as dist
 import pytest
 import scipy.sparse as sp
 import torch
+import torchvision
 from pyro import poutine
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
 from pyro_vae.data.splits import Split
 from pyro_vae.inference.arguments import arguments_of
@@ -504,3 +505,121 @@ def test_of_several_columns_all_or_none_are_shortened():
     lengths = [len(part) for part in one_draw((split, torch.arange(10)), 0, 4)]
     assert lengths == [10, 10] and [len(part) for part in one_draw((split, split), 0, 4)] == [4, 4]
     assert torch.equal(one_draw((split, split), 0, 4)[0][:], one_draw(split, 0)[:4])
+
+
+# Subclasses of torch's datasets, whose items are their own
+
+
+class Doubled(TensorDataset):
+    def __getitem__(self, index):
+        return tuple(2 * x for x in super().__getitem__(index))
+
+
+class DoubledTogether(TensorDataset):
+    def __getitems__(self, numbers):
+        return [tuple(2 * x for x in self[i]) for i in numbers]
+
+
+class FirstHalf(TensorDataset):
+    def __len__(self):
+        return super().__len__() // 2
+
+
+class DoubledSubset(Subset):
+    def __getitem__(self, index):
+        return tuple(2 * x for x in super().__getitem__(index))
+
+    def __getitems__(self, numbers):
+        return [self[i] for i in numbers]
+
+
+class Together(Dataset):
+    """Items one by one, and several at once."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        return (torch.tensor(X[index]),)
+
+    def __getitems__(self, numbers):
+        return [(torch.tensor(X[i]),) for i in numbers]
+
+
+class DoubledOneByOne(Together):
+    """What `__getitems__` of the class above passes over."""
+
+    def __getitem__(self, index):
+        return tuple(2 * x for x in super().__getitem__(index))
+
+
+class Attributes(Dataset):
+    """Items that are not what the attributes hold, which are called as in an AnnData."""
+
+    def __init__(self):
+        self.X, self.obs, self.n_obs = X, None, len(X)
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        return torch.tensor(2 * X[index])
+
+
+class SubsetOfArray(Subset):
+    """Of rows of an array, which are tensors here."""
+
+    def __getitem__(self, index):
+        return torch.tensor(2 * self.dataset[self.indices[index]])
+
+    def __getitems__(self, numbers):
+        return [self[i] for i in numbers]
+
+
+ROWS = torch.tensor(X)
+OWN_ITEMS = {
+    "TensorDataset": (lambda: Doubled(ROWS), 2 * X),
+    "TensorDataset, together": (lambda: DoubledTogether(ROWS), 2 * X),
+    "TensorDataset, length": (lambda: FirstHalf(ROWS), X[:10]),
+    "Subset of TensorDataset": (lambda: Subset(Doubled(ROWS), [3, 1]), 2 * X[[3, 1]]),
+    "Subset of Subset": (lambda: Subset(DoubledSubset(TensorDataset(ROWS), [4, 2, 0]), [2, 1]), 2 * X[[0, 2]]),
+    "Subset": (lambda: DoubledSubset(TensorDataset(ROWS), [3, 1]), 2 * X[[3, 1]]),
+    "Subset of an array": (lambda: SubsetOfArray(X, [3, 1]), 2 * X[[3, 1]]),
+    "ConcatDataset": (lambda: ConcatDataset([Doubled(ROWS), TensorDataset(ROWS)]), np.concatenate([2 * X, X])),
+    "passed over": (DoubledOneByOne, 2 * X),
+    "Subset of what is passed over": (lambda: Subset(DoubledOneByOne(), [3, 1]), 2 * X[[3, 1]]),
+    "attributes": (Attributes, 2 * X),
+    "torchvision": (lambda: DoubledPictures(root="."), 2 * X),
+}
+
+
+class DoubledPictures(torchvision.datasets.VisionDataset):
+    data = ROWS
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return 2 * self.data[index]
+
+
+@pytest.mark.parametrize("kind", OWN_ITEMS)
+def test_the_items_of_a_subclass_are_its_own(kind):
+    make, wanted = OWN_ITEMS[kind]
+    batches = Batches(make(), 4, shuffle=False, programs=pair_of((5,)))
+    assert batches.num_data == len(wanted)
+    assert np.array_equal(all_rows(batches)[0].numpy(), wanted)
+
+
+def test_one_draw_of_a_subset_keeps_its_class():
+    split = Split(torch.full((6, 1, 2, 2), 100, dtype=torch.uint8), binarization="dynamic")
+
+    class Shifted(Subset):
+        def __getitem__(self, index):
+            return super().__getitem__(index) + 5
+
+        def __getitems__(self, numbers):
+            return [self[i] for i in numbers]
+
+    found = all_rows(Batches(one_draw(Shifted(split, [4, 2]), 0), 4, shuffle=False))[0]
+    assert torch.equal(found, 5 + split.frozen(0)[torch.tensor([4, 2])])

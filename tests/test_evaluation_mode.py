@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyro_vae import evaluation
-from pyro_vae.evaluation import at_rest, evaluating, lent, noise, unmoved
+from pyro_vae.evaluation import at_rest, evaluating, unmoved
 from pyro_vae.inference.objectives import Objective, mean_bound
 from pyro_vae.inference.training import fit
 from pyro_vae.judging._calibration import sbc
@@ -36,8 +36,10 @@ from pyro_vae.judging.information import mutual_information, probe
 from pyro_vae.judging.judgement import judge
 from pyro_vae.judging.latents import active_units, kl_per_dimension, posterior_means
 from pyro_vae.judging.references import reference
+from pyro_vae.lending import lent
 from pyro_vae.parameters import device_of, trainable
 from pyro_vae.programs._ex_post import aggregated_posterior
+from pyro_vae.randomness import noise
 from pyro_vae.reach import modules_of
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))

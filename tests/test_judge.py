@@ -7,6 +7,7 @@ import shlex
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -21,9 +22,10 @@ from pyro_vae.app.commands import judge_run
 from pyro_vae.app.configuration import convert
 from pyro_vae.app.defaults import resolve
 from pyro_vae.inference.training import fit
-from pyro_vae.judging import judgement
+from pyro_vae.judging import judgement, remedies
 from pyro_vae.judging._calibration import calibration
 from pyro_vae.judging.advice import Finding, commands
+from pyro_vae.judging.budget import Budget, Examination, OutOfTime
 from pyro_vae.judging.curves import records_of, trend
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.judgement import Judgement, judge
@@ -167,8 +169,8 @@ def test_a_fault_is_no_advice_and_what_helped_is_ranked_by_what_it_gained():
     collapsed = split(0.0, 0.0)
     assert [name for name, _ in typed(gaps=collapsed, latents=DEAD, remedy=scale)] == ["scale"]
     assert "so large that z has nothing to say" in said(gaps=collapsed, latents=DEAD, remedy=scale)
-    late = Remedy(late=True, reason="wider: it did not fit into the time")
-    assert "none is advised: wider: it did not fit" in said(gaps=fault, remedy=late)
+    late = Remedy(late=True, reason="wider: not enough time")
+    assert "none is advised: wider: not enough time" in said(gaps=fault, remedy=late)
 
 
 def test_the_larger_part_that_is_uncertain_is_named_and_the_precise_one_not_blamed():
@@ -301,6 +303,32 @@ def test_a_spoilt_encoder_is_trained_on_and_measured_on_held_out_data(fitted):
     together = [remedy.joint_gain(name).known for name in remedy.tried if gains[name].material() and name != "refine"]
     assert together and any(together)
     assert gains["refine"].value > -2 * gains["refine"].mc_stderr
+
+
+def test_one_reason_against_several_remedies_is_said_once(monkeypatch):
+    model, guide = small_pair()
+    stages = Stages(gaps=split(0.5, 0.4), bounds=BOUNDS)
+    pair = Examination(model, guide, (binary(8),), 50, None, {"seed": 0}, Budget(1e-3, Ticks()))
+
+    def none_left(trial, name):
+        raise OutOfTime
+
+    monkeypatch.setattr(remedies._Trial, "gain", none_left)
+    late = remedies.examine_remedy(pair, stages)
+    assert late.late and late.failed == ("refine, full, iaf, train, wider: not enough time",)
+    for text in (str(late), " ".join(str(f) for f in verdict(stages._replace(remedy=late)))):  # the report's two places
+        assert text.count("not enough time") == text.count("wider") == 1
+
+    def some(trial, name):
+        if name in ("full", "iaf"):
+            raise ValueError("the latents are\nof another kind")
+        return Nats(0.2, 0.01) if name == "refine" else none_left(trial, name)
+
+    monkeypatch.setattr(remedies._Trial, "gain", some)
+    found = remedies.examine_remedy(pair, stages)
+    assert found.done and found.tried == ("refine",)
+    assert found.failed == ("full, iaf: the latents are of another kind", "train, wider: not enough time")
+    assert str(found).endswith("not tried: full, iaf: the latents are of another kind; train, wider: not enough time")
 
 
 def test_a_fixed_scale_is_tried_learned_and_what_it_gains_is_log_p():
@@ -593,8 +621,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["protocol"]["num_samples"] == 20
     assert (tmp_path / "other" / "judgement.html").is_file()
     # What went by before the work began, imports above all, is part of the budget.
-    late = judge_run(tmp_path / "run", budget=50.0, started=time.monotonic() - 49.9)
-    assert {stage.status for stage in late.stages} == {"left out"} and "Give more time" in str(late)
+    late = judge_run(Path("run"), budget=50.0, started=time.monotonic() - 49.9)
+    status = {name: getattr(late.stages, name).status for name in late.stages._fields}
+    assert status.pop("training") == "done", "a curve takes no time to be read"
+    assert late.stages.training.epochs == 1 and not late.stages.training.shortfall.known
+    assert set(status.values()) == {"left out"} and "Give more time" in str(late)
+    assert capsys.readouterr().err.endswith("next: pyro-vae judge run --budget 600\n")
     assert late.protocol["seconds"] > 49.9
     capsys.readouterr()
     (tmp_path / "file").write_text("")

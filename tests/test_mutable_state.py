@@ -523,8 +523,31 @@ def recurrent(w):
     return (lambda: net(w.view(1, 1, 1))[0].sum()), w.item
 
 
+def watching(w):
+    """Running averages of a layer of whose results nothing is made."""
+    net = torch.nn.BatchNorm1d(3)
+
+    def run():
+        net(w.detach() * torch.arange(12.0).view(4, 3))
+        return w * 1.0
+
+    return run, lambda: [b.tolist() for b in net.buffers()]
+
+
+def counted_in_a_part(w):
+    """Written to through views, of views, and through one of several parts."""
+    count = torch.zeros(3, 8)
+
+    def run():
+        count[1:, 2:5].t()[0].add_(1.0)
+        count.split(2, dim=1)[3].unbind(0)[2].mul_(0.5).add_(1.0)
+        return w * (1 + 0.01 * count.sum())
+
+    return run, lambda: [count.tolist()]
+
+
 WRITING = (hooked, hooked_and_scaled, hooked_after, hooked_later, given_other_data, counted_and_read, unregistered, checkpointed,
-           spectral, averaged, recurrent)  # fmt: skip
+           spectral, averaged, watching, counted_in_a_part, recurrent)  # fmt: skip
 
 
 def written(make, option):
@@ -635,6 +658,48 @@ def test_a_flow_that_keeps_what_it_computed_last_is_captured(flow):
     for _ in range(10):
         svi.step(torch.ones(5))
     assert loss.captures == 1 and loss.reason is None
+
+
+WRITTEN_AND_READ = {
+    "array": ("T = torch.zeros(3); A = T.numpy()", "T.copy_(x.mean().expand(3))", "float(A[1])"),
+    "part of an array": ("T = torch.zeros(9); A = T.numpy()[4:]", "T[2:7].copy_(x.mean().expand(5))", "float(A[1])"),
+    "array whose tensor it is": ("A = np.zeros(3); T = torch.from_numpy(A)", "T.fill_(2.0).mul_(x.mean())", "float(A[1]) / 2"),
+    "array of an object": (
+        "T = torch.zeros(3)\nclass Box:\n    w = T.numpy()\nB = Box()", "T.copy_(x.mean().expand(3))", "float(B.w[1])",
+    ),
+    "array of a buffer": (
+        "M = nn.BatchNorm1d(1, momentum=1.0, affine=False); A = M.running_mean.numpy()", "M(x[:, None])", "float(A[0])",
+    ),
+    "array of the argument": ("A = np.zeros(6, dtype=np.float32); X = torch.from_numpy(A)", "x.add_(torch.rand(()))",
+                              "float(A[1])"),
+    "array, large": ("T = torch.zeros(100_000); A = T.numpy()", "T.copy_(x.mean().expand(100_000))", "float(A[1])"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN_AND_READ)
+def test_what_is_written_in_a_tensor_and_read_in_an_array_is_that_of_the_step(name):
+    """A graph would write the new numbers, and have those of the step that was captured in place of what is read."""
+    setup, write, read = WRITTEN_AND_READ[name]
+
+    def losses(compiled, **options):
+        pyro.clear_param_store()
+        space = {"__name__": "user_code"}
+        source = PAIR.format(setup=setup, read=read, change="pass", inside=write)
+        exec(compile(source, f"<{name}>", "exec"), space)
+        buffer = space.get("X")
+        loss = Compiled(Trace_ELBO(), compile_after=None, quiet=True, **options) if compiled else Trace_ELBO()
+        svi, found = SVI(space["model"], space["guide"], pyro.optim.SGD({"lr": 1e-3}), loss), []
+        torch.manual_seed(0)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            for step in range(25):  # the number stays for some steps, so that all that is read there does
+                x = torch.linspace(-1.0, 1.0, 6) + (0.0 if step < 16 else step)
+                found.append(svi.step(x if buffer is None else buffer.copy_(x)))
+        return found, loss
+
+    wanted, _ = losses(False)
+    found, loss = losses(True)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert loss.captures == 0 and ("memory of" in loss.reason or "changes while" in loss.reason), loss.reason
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Estimates and diagnostics that several processes share: the numbers of one process, in its order, on all of them."""
 
 import dataclasses
+import sys
 import tempfile
 import warnings
 
@@ -57,7 +58,7 @@ def wide(x):
 
 def distances(model, guide, data):
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # chains this short have not converged
-        found = pv.reference(model, guide, data, num_samples=20, num_chains=4, num_warmup=20, **QUICK)
+        found = pv.reference(model, guide, data, num_samples=8, num_chains=4, num_warmup=20, **QUICK)
     return found, pv.guide_distances(model, guide, data, reference=found, num_directions=5, **QUICK)
 
 
@@ -74,7 +75,7 @@ def unseeded(model, guide, data):
     return *values, torch.rand(3).tolist()
 
 
-ANNEAL = {"num_samples": 3, "num_steps": 6, "num_leapfrog": 1, **QUICK}
+ANNEAL = {"num_samples": 3, "num_steps": 3, "num_leapfrog": 1, **QUICK}
 CALLS = {
     "elbo_terms": lambda m, g, x: pv.elbo_terms(m, g, x, num_samples=10, **QUICK),
     "captured": captured,
@@ -85,8 +86,8 @@ CALLS = {
     "lower bound": lambda m, g, x: pv.log_likelihood(m, lambda x: wide(10 * x), x, num_samples=300, **QUICK),
     "ais": lambda m, g, x: pv.ais(m, g, x, **ANNEAL),
     "bdmc": lambda m, g, x: pv.bdmc(m, g, x, num_data=30, **ANNEAL),
-    "gaps": lambda m, g, x: pv.gaps(m, g, x, families={"full": pv.posteriors.FullNormal}, num_samples=50, num_steps=20,
-                                    window=5, **QUICK),
+    "gaps": lambda m, g, x: pv.gaps(m, g, x, families={"full": pv.posteriors.FullNormal}, num_samples=50, num_steps=8,
+                                    window=3, **QUICK),
     "compare_guides": lambda m, g, x: pv.compare_guides(m, {"own": g, "wide": wide}, x, bounds={"iwae": (2, 5)},
                                                         num_samples=50, **QUICK),
     "sbc": lambda m, g, x: pv.sbc(m, g, x, num_samples=9, num_data=30, **QUICK),
@@ -96,7 +97,7 @@ CALLS = {
     "active_units": lambda m, g, x: pv.active_units(g, x, **QUICK),
     "posterior_means": lambda m, g, x: posterior_means(g, x, **QUICK),
     "distances": distances,
-    "regret": lambda m, g, x: pv.anomaly_scores(m, g, x, score="regret", num_steps=8, num_samples=5, **QUICK),
+    "regret": lambda m, g, x: pv.anomaly_scores(m, g, x, score="regret", num_steps=4, num_samples=5, **QUICK),
     "reconstruction": lambda m, g, x: pv.anomaly_scores(m, g, x, score="reconstruction", num_samples=5, **QUICK),
     "identity": lambda m, g, x: pv.identity(m, g, x, num_samples=20, **QUICK),
 }  # fmt: skip
@@ -132,9 +133,18 @@ def message(function):
 
 
 def share(rank, size, folder):
-    """All that several processes are asked for, in one group."""
+    """One of several processes in a group, which ends whatever comes."""
     torch.set_num_threads(1)
     group.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    try:
+        found = asked(rank, size)
+    finally:
+        group.destroy_process_group()
+    torch.save(found, f"{folder}/{size}-{rank}.pt")
+
+
+def asked(rank, size):
+    """All that several processes are asked for."""
     found = {count: computed(count, dtype) for count, dtype in CASES.items()}
     model, guide = pair()
     data = batches(5)
@@ -203,8 +213,7 @@ def share(rank, size, folder):
     calls = [lambda: pv.elbo_terms(model, guide, data, **options), lambda: pv.active_units(guide, data, **QUICK)]
     found["calls"] = message(calls[min(rank, 1)])
     found["works again"] = pv.elbo_terms(model, guide, data, num_samples=10, **QUICK).value
-    group.destroy_process_group()
-    torch.save(found, f"{folder}/{size}-{rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +353,15 @@ def test_what_is_drawn_after_the_batches_does_not_depend_on_them():
             run.each(lambda batch: torch.rand(len(batch[0])))
             after.append(torch.rand(4))
     assert torch.equal(*after)
+
+
+def test_a_group_ends_where_what_it_was_asked_for_fails(monkeypatch, tmp_path):
+    def failing(rank, size):
+        assert group.is_initialized()
+        raise KeyError("of what it was asked for")
+
+    monkeypatch.setattr(sys.modules[__name__], "asked", failing)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(KeyError, match="of what it was asked for"):
+        share(0, 1, tmp_path)
+    assert not group.is_initialized() and not list(tmp_path.glob("*.pt"))

@@ -20,6 +20,7 @@ from pyro_vae.app.runs import EVALUATED, FIGURES, JUDGED, METRICS, WEIGHTS, Run,
 from pyro_vae.app.training import second_view
 from pyro_vae.atomic import write_file
 from pyro_vae.inference.records import History
+from pyro_vae.judging.advice import MORE_TIME
 from pyro_vae.judging.estimates import elbo_terms
 from pyro_vae.judging.kept import Kept
 from pyro_vae.judging.remedies import paired
@@ -182,5 +183,7 @@ def judge_run(
         files = [("report", str(folder / "judgement.html")), ("", str(folder / "judgement.json"))]
         given = [("given", f"y: each log p(x) above is {face.density}, y the labels of the test data")]
         report.show_lines([*found.lines(), *(given if face.needs_label else []), *files])
-        following.say(following.after_judging(run, [finding.command for finding in found.advice]))
+        cut_off = any(finding.advice == MORE_TIME for finding in found.findings)
+        more_time = max(600.0, 2 * budget) if cut_off else None
+        following.say(following.after_judging(run, [finding.command for finding in found.advice], more_time))
     return found

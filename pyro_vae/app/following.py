@@ -42,10 +42,11 @@ def after(command: str, run: Path, summary: Mapping[str, Any]) -> str:
     return typed(more.get(command, "explore"), run)
 
 
-def after_judging(run: Path, advice: Sequence[str]) -> str:
-    """The first advice of a judgement; where it was followed, the comparison with what came of it."""
+def after_judging(run: Path, advice: Sequence[str], more_time: float | None = None) -> str:
+    """The first advice of a judgement; where it was followed, the comparison with what came of it. Where there is none
+    for want of time, the same with so many seconds."""
     if not advice:
-        return typed("sample", run, "-n 100")
+        return typed("sample", run, "-n 100") if more_time is None else typed("judge", run, f"--budget {more_time:g}")
     other = followed(run, advice)
     return advice[0] if other is None else typed("compare", run, shlex.quote(str(other)))
 

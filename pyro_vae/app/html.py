@@ -29,7 +29,7 @@ ul.verdict li.fault { border-color: #dd6b20; background: #fffaf0; }
 code { font-size: .85rem; }
 p.verdict { border-left: .3rem solid #2b6cb0; margin: .5rem 0; padding: .3rem .8rem; background: #f7fafc; }
 .wide { overflow-x: auto; } .wide td:first-child, .wide td:last-child { min-width: 8rem; }
-th.number { text-align: right; }
+th.number { text-align: right; } .stages td:nth-child(2) { white-space: nowrap; }
 pre { background: #f7fafc; padding: .6rem .8rem; white-space: pre-wrap; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -38,7 +38,8 @@ figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; }
 figcaption, .small { color: #4a5568; font-size: .9rem; }
 @media (max-width: 30rem) { figure:not(.shrinks) img { max-width: none; width: 36rem; }
        figcaption { position: sticky; left: 0; }
-       body > table :is(tr, th, td) { display: block; text-align: left; padding-bottom: 0; } }
+       body > table :is(tr, th, td) { display: block; text-align: left; padding-bottom: 0; }
+       body > table td.number { text-align: left; } }
 """
 
 
@@ -69,7 +70,7 @@ def page(
         f'<h2>Numbers</h2><table>{rows(table(judgement.stages), 1)}</table><p class="small">Nats per datum, with Monte '
         f"Carlo standard errors given these data; data ± is the error for other data of the kind. "
         f"{escape(_protocol(judgement.protocol))}.</p>"
-        f"<h2>What was done</h2><table>{rows(stages, 2)}</table>"
+        f'<h2>What was done</h2><table class="stages">{rows(stages, 2)}</table>'
         f"<h2>Pictures</h2>{shown}",
     )
 
@@ -107,7 +108,8 @@ def figures(pictures: Iterable[Picture], late: Callable[[], bool] | None = None)
     found = ""
     for picture in pictures:
         if late is not None and late():
-            return found + '<p class="small">Further pictures were left out for want of time.</p>'
+            which = "Further pictures" if found else "Pictures"
+            return f'{found}<p class="small">{which} were left out for want of time.</p>'
         data = io.BytesIO()
         picture.figure.savefig(data, dpi=110, format="png", bbox_inches="tight", pad_inches=0.1)
         found += image(data.getvalue(), picture.name, picture.caption)

@@ -14,7 +14,7 @@ from pyro_vae.app.runs import FIGURES, REPORT
 from pyro_vae.atomic import write_text
 
 PICTURES = {
-    "reconstructions.png": "What the pair makes of test data: the originals, and E[x | z] for a z drawn from q(z | x).",
+    "reconstructions.png": "What the pair makes of test data: the originals, and E[x | z] at z, the mean of q(z | x).",
     "samples.png": "What the model makes of nothing but noise: E[x | z] for z drawn from p(z); a row for each class or "
     "cluster, if the model has them.",
     "latent_space.png": "Where the guide puts test data: the mean of q(z | x), coloured by label if there are labels.",

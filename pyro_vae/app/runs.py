@@ -40,6 +40,12 @@ CONFIG, SUMMARY, METRICS, WEIGHTS, FIGURES, REPORT, UNFINISHED, CHECKPOINT, EVAL
 )  # fmt: skip
 
 
+def _runs_below(path: Path) -> str:
+    """A hint at the runs that a folder holds, if it is one of runs."""
+    runs = sorted(each.parent for each in path.glob(f"*/{CONFIG}"))
+    return f" It holds runs: name one of them, such as {runs[0]}." if runs else ""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder that was read back: its path, configuration and numbers."""
@@ -63,7 +69,9 @@ class Run:
             raise ValueError(f"{path} is a run whose first epoch is not over: it has no weights yet. Try again later.")
         for name in (CONFIG, WEIGHTS) if unfinished else (CONFIG, SUMMARY, WEIGHTS):
             if not (path / name).is_file():
-                raise ValueError(f"{path} has no {name}, wanted a run folder, as 'pyro-vae fit' writes one.")
+                raise ValueError(
+                    f"{path} has no {name}, wanted a run folder, as 'pyro-vae fit' writes one.{_runs_below(path)}"
+                )
         there = (path / SUMMARY).is_file()
         return cls(path, _read_object(path / CONFIG), _read_object(path / SUMMARY) if there else {"interrupted": True})
 

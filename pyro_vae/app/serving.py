@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pyro_vae.app.defaults import FitOptions
 from pyro_vae.data import Dataset, Split
-from pyro_vae.evaluation import noise
 from pyro_vae.inference.batches import seeded
 from pyro_vae.parts import posteriors
 from pyro_vae.programs.vae import Answers
+from pyro_vae.randomness import noise
 
 _ROWS = 1000
 MATCHED = 10_000  # training data, at most, that clusters are matched with labels on

@@ -21,9 +21,9 @@ from pyro_vae.app.runs import REPORT, Run
 from pyro_vae.app.studies import Study
 from pyro_vae.app.trials import own_parts, reason, state
 from pyro_vae.atomic import write_file, write_text
-from pyro_vae.evaluation import noise
 from pyro_vae.judging.rankings import Ranking
 from pyro_vae.judging.weights import khat_limit
+from pyro_vae.randomness import noise
 
 SHOWN = 10  # images of an arm
 _TABLES = ("csv", "tex", "md", "parquet")

@@ -300,10 +300,10 @@ def _unlike(first_path: Path, first: Tensor, path: Path, image: Tensor) -> str:
         kind = {1: "grey", 3: "colour"}
         return (
             f"images differ in colour: {first_path} is {kind[first.shape[0]]}, {path} is {kind[image.shape[0]]}; "
-            "wanted one kind. Pass channels=1 or channels=3."
+            "wanted one kind. Pass channels=1 or channels=3 (--channels)."
         )
     return (
         f"images differ in size: {first_path} is {first.shape[1]}x{first.shape[2]}, {path} is "
         f"{image.shape[1]}x{image.shape[2]} (height x width); wanted one size. "
-        "Pass image_size=, e.g. image_size=64."
+        "Pass image_size=, e.g. image_size=64 (--image-size)."
     )

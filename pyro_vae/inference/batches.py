@@ -35,6 +35,7 @@ from pyro_vae.inference.columns import (
     LARGE,
     Items,
     Unreadable,
+    as_torch_gives,
     collated,
     column,
     drawn,
@@ -47,6 +48,8 @@ from pyro_vae.inference.datacheck import DataCheck
 from pyro_vae.inference.rehearsal import Rehearsal, rehearse
 from pyro_vae.inference.supports import rules
 from pyro_vae.inference.trees import Path, described, leaves, mapped, moved, rows
+from pyro_vae.randomness import forked
+from pyro_vae.refusals import without_trace
 from pyro_vae.sites import unwrapped
 from pyro_vae.tensors import tensor_of
 from pyro_vae.traces import Program, draw
@@ -62,7 +65,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(seed)
         yield
 
@@ -91,7 +94,9 @@ def one_draw(data: Any, seed: int | None, num_data: int | None = None) -> Any:
         few = num_data is not None and num_data < len(data) and callable(getattr(data, "subset", None))
         return (data.subset(slice(0, num_data)) if few else data).frozen(seed)
     if isinstance(data, Subset) and callable(getattr(data.dataset, "frozen", None)):
-        return Subset(one_draw(data.dataset, seed), data.indices)
+        part = copy.copy(data)  # of a class that may give its items in its own way
+        part.dataset = one_draw(data.dataset, seed)
+        return part
     if isinstance(data, tuple) and not hasattr(data, "_fields"):
         cut = num_data if all(callable(getattr(part, "subset", None)) for part in data) else None
         return tuple(one_draw(part, seed, cut) for part in data)
@@ -462,9 +467,9 @@ class Batches:
     # How data come in
 
     def _take_in(self, data: Any) -> None:
-        if isinstance(data, TensorDataset):
+        if as_torch_gives(data, TensorDataset):
             data = tuple(data.tensors)
-        elif isinstance(data, Subset) and isinstance(data.dataset, TensorDataset):
+        elif as_torch_gives(data, Subset) and as_torch_gives(data.dataset, TensorDataset):
             data = tuple(Subset(TensorDataset(t), data.indices) for t in data.dataset.tensors)
         if isinstance(data, tuple):
             if any(isinstance(part, DataLoader) for part in data):
@@ -589,6 +594,7 @@ class Batches:
         strange = RuntimeError | TypeError | IndexError | AttributeError | KeyError
         if not isinstance(error, strange) or isinstance(error, NotImplementedError | torch.OutOfMemoryError):
             return
+        said = " ".join(without_trace(error).split())[:300]
         fields = next((list(x) for x in batch if isinstance(x, Mapping)), None)
         remedy = "reshape the data, or build the pair for them"
         if fields is not None:
@@ -597,13 +603,13 @@ class Batches:
         if "same device" in str(error):
             raise ValueError(
                 f"the pair does not run on a batch that lies on {self.device or 'the CPU'}: "
-                f"{' '.join(str(error).split())[:300]}. Wanted all tensors of the programs on one device: move the "
+                f"{said}. Wanted all tensors of the programs on one device: move the "
                 "networks, module.to(device), and make plain tensors where the data are, as in "
                 "torch.zeros(..., device=x.device)."
             ) from error
         raise ValueError(
             f"the pair does not run on a batch of the data, {described(batch)}: "
-            f"{' '.join(str(error).split())[:300]} ({type(error).__name__}). Wanted rows of the shape and type that "
+            f"{said} ({type(error).__name__}). Wanted rows of the shape and type that "
             f"model and guide take: {remedy}."
         ) from error
 

@@ -28,6 +28,7 @@ from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import multiplied_by
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.news import no_news_of_a_gpu
+from pyro_vae.randomness import forked
 
 _READS = (
     "item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__",
@@ -54,6 +55,7 @@ class Capture:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
         constants: The tensors that it reads beside its arguments, by reference.
+        written: Those of them, and of the first arguments, that it writes to.
         choice: The library for its products on a CPU (see `pyro_vae.inference.products`).
         recording: Its launches on a GPU, with those of the noise, as one (see `record`).
     Raises:
@@ -114,7 +116,7 @@ class Capture:
         self.constants, self._constant_nodes = graphs.lifted(graph)
         graphs.drop_forked(graph)
         self.draws, self.live_noise = graphs.hoisted(graph)
-        graph.eliminate_dead_code()
+        graphs.drop_dead(graph)
         # Tensors that nothing reads any more go, too: one on another device would stand in a GPU's way.
         read = [bool(node.users) for node in self._constant_nodes]
         for node, used in zip(self._constant_nodes, read, strict=True):
@@ -128,6 +130,8 @@ class Capture:
         del self.results[self._returned :]
         self.on_cpu = all(t.device.type == "cpu" for t in (*args, *self.constants))
         self.mutated = graphs.mutated(graph, self._constant_nodes, self.constants)
+        given = [node for node in graph.nodes if node.op == "placeholder"][: len(args)]
+        self.written = [*self.mutated, *graphs.mutated(graph, given, args)]
         self.choice = products.chosen(graph) if self.on_cpu else None
         self._run = self._shortly(graph, finish)
         output = next(iter(reversed(graph.nodes)))
@@ -161,7 +165,7 @@ class Capture:
 
     def compile(self, args: Sequence[Tensor]) -> None:
         """Hand the graph to Inductor; what it raises comes through, and the graph stays replayable."""
-        with no_news_of_a_gpu(), torch.no_grad(), torch.random.fork_rng():
+        with no_news_of_a_gpu(), torch.no_grad(), forked():
             from torch._inductor.compile_fx import compile_fx
             from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

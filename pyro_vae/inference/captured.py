@@ -223,6 +223,8 @@ class Captured:
             self._refuse(call, f"{changed} changes while the programs run")
         elif drawn != python_noise():
             self._refuse(call, "the programs draw random numbers of Python or NumPy")
+        elif (array := watched.array_over(capture.written)) is not None:  # its numbers are fixed in the graph
+            self._refuse(call, f"the programs write to the memory of {array}, which they can read in Python")
         else:
             self.captures += 1
             self._graphs[call.key], self.reason = graph, "it was being captured"
@@ -350,10 +352,6 @@ def _cuda(tensors: Sequence[Tensor]) -> list[int]:
     return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
 
-def forked(tensors: Sequence[Tensor]) -> Any:
-    return torch.random.fork_rng(devices=_cuda(tensors))
-
-
 def random_state(tensors: Sequence[Tensor]) -> Noise:
     return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in _cuda(tensors)}
 
@@ -366,4 +364,5 @@ def set_random_state(state: Noise) -> None:
 
 def python_noise() -> Any:
     """Where Python's and NumPy's own streams of random numbers stand: code that is trusted may draw from them."""
-    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]  # type: ignore[index]
+    numpy = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), numpy["key"].tobytes(), numpy["pos"]

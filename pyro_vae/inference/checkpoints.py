@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pyro_vae import seals
 from pyro_vae.parameters import plain_name
+from pyro_vae.randomness import forked
 from pyro_vae.traces import Program, traced
 
 _METADATA = "pyro_vae.fit"
@@ -49,7 +50,7 @@ def named_tensors(
         for key, t in named(remove_duplicate=False)
     }
     known = {id(t) for t in found.values()}
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         traces = traced(model, guide, batch, {})
     for trace in traces:
         for name, site in trace.nodes.items():

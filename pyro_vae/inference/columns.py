@@ -25,6 +25,7 @@ LARGE = 2**30  # bytes on a disk from which on rows are read in blocks, and look
 
 # What numpy and torch both hold; all other numbers are converted to one of these.
 _SHARED = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
+_OF_A_DATASET = ("__getitem__", "__getitems__", "__len__", "tensors", "dataset", "indices")
 
 
 class _Array:
@@ -72,6 +73,20 @@ def indices_of(indices: Sequence[int], size: int) -> Tensor:
     return found
 
 
+def as_torch_gives(data: Any, kind: type) -> bool:
+    """Whether a dataset is of a class of torch whose parts can stand for it: not one with items or a length of its own.
+
+    Example:
+        >>> class Noisy(TensorDataset):
+        ...     def __getitem__(self, index):
+        ...         return tuple(x + torch.randn(()) for x in super().__getitem__(index))
+        >>> x = torch.zeros(2, 3)
+        >>> as_torch_gives(TensorDataset(x), TensorDataset), as_torch_gives(Noisy(x), TensorDataset)
+        (True, False)
+    """
+    return isinstance(data, kind) and all(getattr(type(data), n, None) is getattr(kind, n, None) for n in _OF_A_DATASET)
+
+
 class _Taken:
     """Some rows of another column."""
 
@@ -116,7 +131,7 @@ class Items:
 
     def __getitem__(self, index: Tensor) -> Any:
         numbers = index.tolist()
-        fetch = getattr(self.items, "__getitems__", None)
+        fetch = None if _passes_over(self.items) else getattr(self.items, "__getitems__", None)
         try:
             if fetch is not None:
                 return collated(fetch(numbers))
@@ -130,6 +145,16 @@ class Items:
             last = f"item {numbers[len(items)]}" if fetch is None else f"an item of {shown}"
             raise Unreadable(f"{last} of the dataset", self.items, error) from error
         return collated(items)
+
+
+def _passes_over(items: Any) -> bool:
+    """Whether `__getitems__`, of a class above, would pass over the items that a class below gives one by one."""
+    kind = type(items)
+    given = {name: next((i for i, c in enumerate(kind.__mro__) if name in vars(c)), -1) for name in _OF_A_DATASET[:2]}
+    one, several = given.values()
+    if getattr(kind, "__getitems__", None) is Subset.__getitems__ and _passes_over(items.dataset):
+        return True
+    return 0 <= one < several
 
 
 class Unreadable(ValueError):
@@ -221,6 +246,8 @@ def column(data: Any) -> Any:
         return _array_column(data)
     if isinstance(data, np.generic | int | float | complex | bool | str | bytes) or data is None:
         raise _unknown(data)
+    if isinstance(data, Dataset):  # whatever its attributes are called
+        return _dataset_column(data)
     if hasattr(data, "tocsr") and hasattr(data, "toarray"):
         return _sparse_column(data)
     if isinstance(data, Mapping):
@@ -235,8 +262,6 @@ def column(data: Any) -> Any:
         return _frame_column(data)
     if isinstance(data, list):
         return _listed_column(data)
-    if isinstance(data, Dataset):
-        return _dataset_column(data)
     if hasattr(data, "shape") and hasattr(data, "dtype") and hasattr(data, "__getitem__"):
         if not tuple(data.shape):
             raise _unknown(data)
@@ -256,9 +281,14 @@ def frame_names(data: Any) -> list[str] | None:
 
 def _unknown(data: Any) -> ValueError:
     shape = ", 0-dimensional" if isinstance(data, Tensor | np.ndarray) else ""
+    remedy = ""
+    if isinstance(data, str):
+        remedy = f" A dataset or a file is read by pv.load({data[:80]!r}), whose part .train is such data."
+    elif callable(getattr(getattr(data, "train", None), "frozen", None)):
+        remedy = " Pass one of its parts: data.train to fit, data.test to judge."
     return ValueError(
         f"got data of type {type(data).__name__}{shape}, wanted a tensor, a tuple of tensors, a dataset indexed "
-        f"by tensors, or {AGAIN.removeprefix('wanted ')}"
+        f"by tensors, or {AGAIN.removeprefix('wanted ')}{remedy}"
     )
 
 
@@ -404,9 +434,9 @@ def _listed_column(data: list[Any]) -> Any:
 
 
 def _dataset_column(data: Any) -> Any:
-    if isinstance(data, Subset):
+    if as_torch_gives(data, Subset):
         inner = data.dataset
-        if isinstance(inner, TensorDataset) and len(inner.tensors) == 1:
+        if as_torch_gives(inner, TensorDataset) and len(inner.tensors) == 1:
             return _Taken(column(inner.tensors[0]), data.indices)
         if not isinstance(inner, Dataset) and not isinstance(inner, list | tuple):
             return _Taken(column(inner), data.indices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+from pyro_vae.randomness import forked
 
 _aten = torch.ops.aten
 _FILLS = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_")
@@ -185,28 +187,52 @@ def _draw(node: fx.Node) -> Draw | None:
     return Draw(target, like, tuple(rest), dict(node.kwargs))
 
 
-def written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
+def written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments that an operation writes to: those that it declares, and the running averages of batch norm."""
+    return _given(schema, args, kwargs, _is_written)
+
+
+def _given(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Callable[[Any], bool]) -> Iterator[Any]:
+    """Of an operation's arguments those that are wanted and not None."""
     for number, argument in enumerate(schema.arguments):
-        declared = argument.alias_info is not None and argument.alias_info.is_write
-        if declared or argument.name in ("running_mean", "running_var"):
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            if value is not None:
-                yield value
+        value = args[number] if number < len(args) else kwargs.get(argument.name)
+        if value is not None and wanted(argument):
+            yield value
+
+
+def _is_aliased(argument: Any) -> bool:
+    return argument.alias_info is not None
+
+
+def _is_written(argument: Any) -> bool:
+    return (_is_aliased(argument) and argument.alias_info.is_write) or argument.name in ("running_mean", "running_var")
 
 
 def _changed(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose tensors an operation writes to."""
+    """The nodes whose tensors an operation writes to, itself or through a view of them."""
     targets: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in reversed(graph.nodes):  # what is written to a view is so after the view is made
+        if node.op != "call_function":
+            continue
         schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None:
-            for value in written(schema, node.args, node.kwargs):
-                targets.update(v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node))
+        values: list[Any] = [] if schema is None else list(written(schema, node.args, node.kwargs))
+        if node in targets:  # a view, or one of several that an operation gives, of what it was made of
+            values += node.args[:1] if schema is None else _given(schema, node.args, node.kwargs, _is_aliased)
+        targets.update(v for v in pytree.tree_leaves(values) if isinstance(v, fx.Node))
     return targets
 
 
-def mutated(graph: fx.Graph, nodes: list[fx.Node], constants: list[Tensor]) -> list[Tensor]:
+def drop_dead(graph: fx.Graph) -> None:
+    """Drop what nobody reads and that writes nothing: batch norm does, and torch does not know it."""
+
+    def counts(node: fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return node.is_impure() or (schema is not None and any(True for _ in written(schema, node.args, node.kwargs)))
+
+    graph.eliminate_dead_code(counts)
+
+
+def mutated(graph: fx.Graph, nodes: list[fx.Node], constants: Sequence[Tensor]) -> list[Tensor]:
     """The constants that the graph writes to, such as running averages."""
     changed = _changed(graph)
     return [constant for node, constant in zip(nodes, constants, strict=True) if node in changed]
@@ -319,7 +345,7 @@ class CudaGraph:
         self._places = [t if fixed else t.clone() for t, fixed in zip(inputs, self.fixed, strict=True)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.random.fork_rng(devices=[device.index or 0]):
+        with forked([device.index or 0]):
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP):
                     self.run(*self._places)

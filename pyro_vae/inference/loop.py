@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.evaluation import noise_kept, undisturbed, unmoved
+from pyro_vae.evaluation import undisturbed, unmoved
 from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.choices import rate_of
 from pyro_vae.inference.compatibility import rows_held
@@ -29,6 +30,7 @@ from pyro_vae.inference.rehearsal import diagnosis
 from pyro_vae.inference.schedules import SCHEDULES, Schedule
 from pyro_vae.inference.steps import GraphSteps
 from pyro_vae.inference.tempering import Number, Tempered, Tempering
+from pyro_vae.randomness import noise_kept
 from pyro_vae.reach import modules_of
 from pyro_vae.refusals import reworded
 from pyro_vae.sites import lengths
@@ -123,6 +125,7 @@ class Stepper:
             self._keep_rows(guide)
         self.ranks: Ranks | None = None
         self.noise = 0
+        self._strays_said = False
         self._asks = (
             rate not in SCHEDULES.values() or tempering.function is not None
         )  # functions of the user's, at each step
@@ -280,6 +283,7 @@ class Stepper:
             if self._sizes not in self._units and self.graph.compiled.captures:
                 self._measure(choice)
             self._use(self._units.get(self._sizes, self.unit))
+        before = self._gradients() if self.steps == 0 and not self._strays_said else None
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough. They come before masks.
@@ -303,8 +307,33 @@ class Stepper:
             self._consider()
         if self.steps == 0 and not self.parameters():
             raise ValueError(_untrained([] if self.batches.shown is None else self.batches.shown.parameters))
+        if before is not None and replayed is None:
+            self._say_strays(before)
         self.steps += 1
         return value
+
+    def _gradients(self) -> list[tuple[nn.Module, Tensor, Any]]:
+        """Parameters of modules that ran in the programs, each with its gradient as it is, told by identity and
+        version."""
+        modules = [] if self.batches.shown is None else self.batches.shown.modules
+        found = [(module, p) for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
+        return [(module, p, None if p.grad is None else (id(p.grad), p.grad._version)) for module, p in found]
+
+    def _say_strays(self, before: list[tuple[nn.Module, Tensor, Any]]) -> None:
+        """Say once which modules had a gradient in a step that trains others only: Pyro was not told of them."""
+        self._strays_said = True
+        trained = {id(p) for p in self.parameters()}
+        now = [None if p.grad is None else (id(p.grad), p.grad._version) for _, p, _ in before]
+        strays = [(m, p) for (m, p, then), at in zip(before, now, strict=True) if at != then and id(p) not in trained]
+        if strays:
+            module, parameter = strays[0]
+            more = f", and {len(strays) - 1} more tensors" * (len(strays) > 1)
+            warnings.warn(
+                f"a {type(module).__name__} with parameters of shape {tuple(parameter.shape)}{more} had a gradient and "
+                'is not trained, since neither program registers it. Add pyro.module("decoder", net) to the program '
+                "that runs it; or net.requires_grad_(False), if it is to stay as it is.",
+                stacklevel=2,
+            )
 
     def _counted(self, *args: Any, **kwargs: Any) -> Any:
         """The loss with its gradients, and the unit of its value."""

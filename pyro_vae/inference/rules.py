@@ -21,6 +21,7 @@ from pyro_vae.inference.estimators import needs_path
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.parameters import own_parameters, trainable
 from pyro_vae.protocols import passes, support, support_name
+from pyro_vae.randomness import forked
 from pyro_vae.sites import delta, deterministic, is_masked, kind, plates, unwrapped
 from pyro_vae.traces import missing_values, other_mask
 
@@ -158,7 +159,7 @@ def _depends(case: Case, one: Trace, two: Trace, name: str, source: str) -> bool
         mixed.add_node(other, **(two if other == source else one).nodes[other])
     values: list[Tensor] = []
     for given in (one, mixed):
-        with torch.random.fork_rng():
+        with forked():
             torch.manual_seed(0)  # for networks with dropout
             again = poutine.trace(poutine.replay(case.guide, trace=given)).get_trace(*case.batch)
         distribution: Any = again.nodes[name]["fn"]
@@ -229,7 +230,7 @@ def _first_step(case: Case) -> str | None:
     """What only the loss itself can tell: it is evaluated once, on a copy."""
     if not isinstance(case.loss, Objective) or (case.point is not None and case.loss.estimator == "reparameterized"):
         return None
-    with own_parameters(case.model, case.guide), torch.random.fork_rng(), torch.enable_grad():
+    with own_parameters(case.model, case.guide), forked(), torch.enable_grad():
         try:
             copy.copy(case.loss).differentiable_loss(case.model, case.guide, *case.batch)
         except ValueError as error:

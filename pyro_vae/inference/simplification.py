@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from pyro_vae.inference.graphs import written
+from pyro_vae.inference.graphs import drop_dead, written
 
 _aten = torch.ops.aten
 _MOST = 2**20  # numbers of a tensor that is kept instead of being computed
@@ -76,7 +76,7 @@ def simplified(graph: fx.Graph, *, without: str | None = None, outputs: int | No
             if node.op != "placeholder" and node.meta.get(without):
                 copy.erase_node(node)
     _Pass(module).run()
-    copy.eliminate_dead_code()
+    drop_dead(copy)
     _own(copy)
     for node in copy.nodes:
         _call_shortly(node)

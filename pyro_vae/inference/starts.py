@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pyro_vae.inference.batches import Batches
 from pyro_vae.protocols import ChecksData, SeesData
+from pyro_vae.randomness import forked
 from pyro_vae.reach import parts_in
 
 _ROWS = 4096
@@ -28,7 +28,7 @@ class _Pass:
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         batches = self.data.of(_ROWS) if isinstance(self.data, Batches) else Batches(self.data, _ROWS)
         batches.shuffle = False
-        with torch.random.fork_rng():
+        with forked():
             yield from batches
 
 

@@ -15,6 +15,7 @@ from torch.distributions import Bernoulli, constraints
 
 from pyro_vae.inference.rehearsal import Rehearsal, lenient
 from pyro_vae.inference.trees import Path, leaves
+from pyro_vae.randomness import forked
 from pyro_vae.sites import is_masked, kind, mask_of, plates, unwrapped
 
 
@@ -206,7 +207,7 @@ def look_at_supports(shown: Rehearsal) -> None:
             continue
         q, p = site["fn"], prior["fn"]
         try:
-            with torch.random.fork_rng(), torch.no_grad():
+            with forked(), torch.no_grad():
                 inside = bool(p.support.check(site["value"]).all()) or not bool(torch.isfinite(site["value"]).all())
                 reaches = bool(q.support.check(p.sample((64,))).all())
         except Exception:  # noqa: BLE001 - a support that is not said is not compared

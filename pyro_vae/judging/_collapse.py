@@ -25,6 +25,7 @@ from pyro_vae.judging.quotes import listed
 from pyro_vae.judging.results import Result, table
 from pyro_vae.judging.sweeps import sweep
 from pyro_vae.options import of_model, of_pair
+from pyro_vae.randomness import forked
 from pyro_vae.traces import Program, sites
 
 
@@ -281,7 +282,7 @@ def _linear(model: Program, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, floa
     generator = torch.Generator().manual_seed(0)
     points = torch.cat([torch.zeros(1, dim), torch.eye(dim), 3 * torch.randn(2, dim, generator=generator)]).to(value)
     locs, scales = [], []
-    with torch.random.fork_rng():
+    with forked():
         for z in points:
             conditioned = poutine.condition(model, data={latent[0]["name"]: z.expand_as(value)})
             trace = poutine.trace(conditioned).get_trace(*args)

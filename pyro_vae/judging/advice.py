@@ -20,6 +20,9 @@ Culprit = Literal[
 ]  # fmt: skip
 
 
+MORE_TIME = "Give more time (budget)."
+
+
 @dataclass(frozen=True)
 class Finding:
     """One sentence of a verdict.
@@ -195,7 +198,7 @@ def remedies(stages: Stages) -> Iterator[Finding]:
         if not helped and not over:
             yield Finding("advice", "The pair is not worth changing for its gap: leave it as it is.")
     elif remedy.late or (remedy.status == "not possible" and remedy.reason):
-        more = "Give more time (budget)." if remedy.late else ""
+        more = MORE_TIME if remedy.late else ""
         yield Finding("advice", f"No remedy could be tried, so that none is advised: {remedy.reason}.", None, more)
 
 

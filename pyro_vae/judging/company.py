@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_vae.inference.rehearsal import rehearse
 from pyro_vae.inference.trees import at
+from pyro_vae.randomness import forked
 from pyro_vae.traces import Program
 
 # Data in the first company: a few make a tiny run.
@@ -79,7 +80,7 @@ def _scores(
     model: Program, guide: Program, batch: tuple[Any, ...], size: int, reseed: bool = False
 ) -> tuple[dict[str, list[float]], Mapping[str, Any]]:
     """Per program the log densities of datum 0, site by site, and the guide's sites."""
-    with torch.random.fork_rng():
+    with forked():
         if reseed:
             torch.manual_seed(size)
         shown = rehearse((model, guide), batch)

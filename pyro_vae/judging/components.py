@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_vae.inference.capture import capturing
 from pyro_vae.inference.graphs import Uncapturable
+from pyro_vae.randomness import forked
 from pyro_vae.sites import Frame, common_scale, data_frame, depth, plates, sample_sites, site_log_prob
 from pyro_vae.traces import Particles, Program, run_at, simulate, sites
 
@@ -31,7 +32,7 @@ class Scorer:
 
     def __init__(self, program: Program, args: tuple[Any, ...], guide: bool = False) -> None:
         self.program, self.args = program, args
-        with torch.random.fork_rng(), torch.no_grad():
+        with forked(), torch.no_grad():
             plain = poutine.trace(program).get_trace(*args)
         common_scale([plain])
         self.nesting = depth(plain)

@@ -35,6 +35,7 @@ from pyro_vae.judging.results import Result, row
 from pyro_vae.judging.sweeps import Sweep, sweep
 from pyro_vae.options import of_pair
 from pyro_vae.parameters import trainable
+from pyro_vae.randomness import forked
 from pyro_vae.sites import lengths
 from pyro_vae.traces import Program
 
@@ -276,7 +277,7 @@ def _parts(model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, l
 
 
 def _declared(program: Program, args: tuple[Any, ...]) -> list[Tensor]:
-    with torch.random.fork_rng(), torch.no_grad(), poutine.trace(param_only=True) as capture:
+    with forked(), torch.no_grad(), poutine.trace(param_only=True) as capture:
         program(*args)
     nodes: Any = capture.trace.nodes.values()
     found = [site["value"].unconstrained() for site in nodes if site["type"] == "param"]
@@ -293,7 +294,7 @@ class _Bench:
         with seeded(0):
             found = _parts(self.model, self.guide, self.args)
             self.parts = {name: _Part(parameters, max_parameters) for name, parameters in found.items()}
-        with torch.random.fork_rng(), Counting() as counting:  # what a loss of this batch is a multiple of
+        with forked(), Counting() as counting:  # what a loss of this batch is a multiple of
             trace = poutine.trace(self.guide).get_trace(*self.args)
             poutine.replay(self.model, trace=trace)(*self.args)
         self.unit: Unit = counting.unit(lengths(self.args))

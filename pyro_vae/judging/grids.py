@@ -20,6 +20,7 @@ from pyro_vae.inference.trees import at, joined
 from pyro_vae.judging.densities import Pair
 from pyro_vae.judging.sweeps import chunk_sizes, sweep
 from pyro_vae.options import of_pair
+from pyro_vae.randomness import forked
 from pyro_vae.traces import Program
 
 MOST_DIMENSIONS = 3
@@ -121,7 +122,7 @@ def served(programs: Sequence[Program], args: tuple[Any, ...]) -> int | None:
     """Unconstrained latent dimensions per datum of a model and its guide at a batch; None where a grid does not serve:
     too many, or no such coordinates."""
     try:
-        with torch.random.fork_rng():
+        with forked():
             size = Pair(programs[0], programs[1], args).latents.size
     except (ValueError, NotImplementedError):
         return None

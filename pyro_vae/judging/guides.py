@@ -29,6 +29,7 @@ from pyro_vae.judging.sweeps import sweep
 from pyro_vae.judging.weights import Scored, khat_ok, pool, rescores, score
 from pyro_vae.options import of_model, of_pair
 from pyro_vae.parameters import own_parameters
+from pyro_vae.randomness import forked
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import sample_sites
 from pyro_vae.traces import Program
@@ -81,7 +82,7 @@ def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[No
     """
     mine, theirs = modules_of(model), _parts(modules_of(guide))
     tensors: dict[int, Tensor] = {id(p): p for module in mine if id(module) not in theirs for p in module.parameters()}
-    with at_rest(mine), unmoved([]) as ran, own_parameters(model, guide), torch.random.fork_rng():
+    with at_rest(mine), unmoved([]) as ran, own_parameters(model, guide), forked():
         tensors |= {id(leaf): leaf for leaf in _leaves(model, args)}
     flags = [(tensor, tensor.requires_grad) for tensor in tensors.values()]
     try:
@@ -93,7 +94,7 @@ def frozen(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[No
         rest = {k: m for k, m in alive.items() if k not in still and not any(p.requires_grad for p in m.parameters())}
         if rest:
             with unmoved(modules_of(guide)), unmoved([]) as seen, own_parameters(model, guide):
-                with torch.random.fork_rng(), torch.no_grad():
+                with forked(), torch.no_grad():
                     poutine.trace(guide).get_trace(*args)
                 again = _parts(module for reference in seen if (module := reference()) is not None)
             still |= {key: part for key, part in rest.items() if key not in again}

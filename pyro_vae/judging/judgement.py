@@ -27,7 +27,7 @@ from pyro_vae.inference.records import History
 from pyro_vae.inference.trees import rows
 from pyro_vae.judging.advice import Culprit, Finding
 from pyro_vae.judging.budget import Budget, Examination, OutOfTime
-from pyro_vae.judging.curves import examine_training, records_of
+from pyro_vae.judging.curves import examine_training, records_of, trend
 from pyro_vae.judging.estimates import log_likelihood
 from pyro_vae.judging.examinations import (
     examine_bounds,
@@ -42,7 +42,7 @@ from pyro_vae.judging.remedies import examine_remedy
 from pyro_vae.judging.results import Result, at_least, gap_bar, plain
 from pyro_vae.judging.stages import Stages
 from pyro_vae.judging.sweeps import Sweep, sweep
-from pyro_vae.judging.trials import Stage
+from pyro_vae.judging.trials import Stage, Training
 from pyro_vae.judging.verdicts import verdict
 from pyro_vae.options import of_pair
 from pyro_vae.reach import modules_of
@@ -276,6 +276,8 @@ def _one_stage(pair: Examination, name: str, stages: Stages) -> Stage:
     except OutOfTime:
         allowed = max(budget.stage_end - began, 0.0)
         found = kind(late=True, reason=f"it did not fit into the {allowed:.1f} s that were left for it")
+        if name == "training" and pair.history is not None:  # its curve is there, and takes no time to be read
+            found = Training(status="done", **trend(*pair.history))
     except (ValueError, NotImplementedError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
         # A user's pair may break anywhere: the other stages are not to suffer.
         line, name = " ".join(str(error).split()), type(error).__name__

@@ -38,6 +38,7 @@ from pyro_vae.traces import Program
 
 _STEPS, _BATCH, _RATE, _SAMPLES = (1000, 500, 250, 100, 50), 64, 1e-3, 100
 _FAMILIES: dict[str, Any] = {"full": FullNormal, "iaf": IAF}
+_NO_TIME = "not enough time"
 _BROKEN = (ValueError, NotImplementedError, RuntimeError, TypeError, KeyError, IndexError, AttributeError)
 
 
@@ -60,16 +61,16 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
     trial = _Trial(pair, training, held)
     names = [] if reason else _candidates(pair.guide, gaps.approximation.value > gaps.amortization.value)
     tried: dict[str, Nats] = {}
-    failed = []
+    failed: dict[str, list[str]] = {}  # names by what stood in their way
     fits = sum(name not in ("refine", "local") for name in names) + scaled
     trial.num_steps = pair.piece("remedy/steps", functools.partial(trial.settle, fits))
     for name in names:
         try:
             tried[name] = pair.piece(f"remedy/gain/{name}", functools.partial(trial.gain, name))
         except OutOfTime:
-            failed.append(f"{name}: it did not fit into the time")
+            failed.setdefault(_NO_TIME, []).append(name)
         except _BROKEN as error:
-            failed.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
+            failed.setdefault(" ".join(str(error).split()) or type(error).__name__, []).append(name)
     joint: dict[str, Nats] = {}
     # "train" always: of a rate that fell to nothing the curve is flat, however much is left to learn.
     helped = [name for name, gain in tried.items() if name in _MADE and (gain.material() or name == "train")]
@@ -79,12 +80,12 @@ def examine_remedy(pair: Examination, stages: Stages) -> Remedy:
         except (OutOfTime, *_BROKEN):  # then what is known is that of the frozen model
             break
     tried |= {"scale": Nats()} if "scale" in joint else {}
+    missed = tuple(f"{', '.join(names)}: {reason}" for reason, names in failed.items())
     if not tried:
-        late = any(text.endswith("the time") for text in failed)
-        return Remedy(status="left out" if late else "not possible", late=late, reason="; ".join(failed),
-                      failed=tuple(failed))  # fmt: skip
+        late = _NO_TIME in failed
+        return Remedy(status="left out" if late else "not possible", late=late, reason="; ".join(missed), failed=missed)
     return Remedy(
-        status="done", num_data=rows(held), tried=tuple(tried), gains=tuple(tried.values()), failed=tuple(failed),
+        status="done", num_data=rows(held), tried=tuple(tried), gains=tuple(tried.values()), failed=missed,
         joint=tuple(joint.get(name, Nats()) for name in tried),
         num_steps=trial.num_steps, num_training=rows(training), own_data=own,
     )  # fmt: skip

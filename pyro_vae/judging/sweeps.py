@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.auxiliary import undetermined
-from pyro_vae.evaluation import evaluating, lent, start_noise
+from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.capture import capturing
 from pyro_vae.inference.hardware import multiplied_by, reused_memory
@@ -37,7 +37,9 @@ from pyro_vae.inference.trees import at, joined, rows, values
 from pyro_vae.judging.company import seen_by_others
 from pyro_vae.judging.components import simulated_batch
 from pyro_vae.judging.sharing import look_at_all, seed_of, shared
+from pyro_vae.lending import lent
 from pyro_vae.parameters import device_of
+from pyro_vae.randomness import forked, start_noise
 from pyro_vae.reach import modules_of
 from pyro_vae.sites import lengths
 from pyro_vae.traces import Layout, Particles, Program, draw, layout, plate_nesting
@@ -202,7 +204,7 @@ class Sweep:
         if batches.num_data is not None and batches.num_data > batches.batch_size:
             whole = Batches(batches.origin, batches.num_data, batches.device, shuffle=False)
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:  # made for the data that it sees first
-            with torch.random.fork_rng():
+            with forked():
                 guide(*whole.first())
         batch = batches.first()
         try:

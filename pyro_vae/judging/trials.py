@@ -111,7 +111,7 @@ class Remedy(Stage):
         gains: ELBO over that of the guide, paired by datum; both errors in one. Not known of "scale".
         joint: What log p(x) gained where model and guide were then trained on together, over the present pair trained
             on for as many steps (of "train" over the pair as it is).
-        failed: Which could not be tried, and why.
+        failed: Which could not be tried, and why; those of one reason together.
         num_steps: Steps of each fit.
         num_training: Data that they were fitted on.
         own_data: Whether those are the other half of the data that are judged, for want of training data.

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pyro_vae.judging.advice import Finding, remedies, training
+from pyro_vae.judging.advice import MORE_TIME, Finding, remedies, training
 from pyro_vae.judging.quotes import listed
 from pyro_vae.judging.results import RELEVANT, Nats
 from pyro_vae.judging.stages import Bounds, Bracketed, Calibrated, Stages
 
-_TIME, _DATA_OR_TIME = "Give more time (budget).", "Judge more data (num_data), or give more time (budget)."
+_TIME, _DATA_OR_TIME = MORE_TIME, "Judge more data (num_data), or give more time (budget)."
 
 
 def verdict(stages: Stages) -> tuple[Finding, ...]:

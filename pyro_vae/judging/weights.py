@@ -15,6 +15,7 @@ Reference: Veach and Guibas, Optimally combining sampling techniques, 1995. doi:
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from pyro_vae.judging.quotes import Kind, kind_of
 from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.options import checked
 from pyro_vae.protocols import rescoring
+from pyro_vae.randomness import forked
 from pyro_vae.reach import parts_of
 from pyro_vae.traces import Program, draw, log_q
 
@@ -194,8 +196,8 @@ def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # announcements at import; k-hat itself is the warning
         try:
-            from arviz_stats.base import array_stats
-        except ImportError:
+            array_stats = importlib.import_module("arviz_stats.base").array_stats  # which it has, and does not list
+        except (ImportError, AttributeError):
             import arviz
 
             smooth, k = arviz.psislw(log_weight)
@@ -238,7 +240,7 @@ def rescores(model: Program, proposal: Program, args: tuple[Any, ...]) -> bool:
     if rescoring(proposal, *parts_of(proposal)) != "one pass":
         return False
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), forked():
             table = draw(model, proposal, args, {}, 2)
             again = log_q(proposal, {name: z.clone() for name, z in table.latents.items()}, *args)
             return torch.allclose(again, table.log_joint - table.log_weight, rtol=1e-3, atol=1e-2)

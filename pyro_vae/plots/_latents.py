@@ -33,6 +33,7 @@ from pyro_vae.plots._canvas import (
     styles,
     titled_axes,
 )  # fmt: skip
+from pyro_vae.randomness import forked
 
 
 def rank_histogram(
@@ -166,7 +167,7 @@ def latent_clouds(
         ValueError: Not two latents.
     """
     own = pair_of(vae)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), forked():
         torch.manual_seed(0)
         posterior = own.posterior(x)
         z: Tensor = posterior.sample((num_samples,)).transpose(0, 1)
@@ -202,7 +203,7 @@ def aggregated(vae: Any, data: Any, side: int = 80, title: str = "", ax: Axes | 
         ValueError: Not two latents.
     """
     own = pair_of(vae)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), forked():
         torch.manual_seed(0)
         z: Tensor = own.posterior(data).sample()
         plane_check(z.shape[-1])

@@ -25,6 +25,7 @@ from pyro_vae.plots._canvas import (
     styles,
 )
 from pyro_vae.plots._pictures import latent_space, mosaic
+from pyro_vae.randomness import forked
 
 
 def latent_scatter(
@@ -195,7 +196,7 @@ def histograms(vae: Any, data: Any, num_samples: int = 1, num_bins: int = 40, ax
         ax: Axes to draw the first one into; a figure of its own with eight at most if omitted.
     """
     own = pair_of(vae)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), forked():
         torch.manual_seed(0)
         parts = [data[i : i + 1000] for i in range(0, len(data), 1000)]
         means = torch.cat([own.encode(part, seed=0).flatten(1) for part in parts])
@@ -274,7 +275,7 @@ def posterior_contours(
             "Fit guides under it: pv.fit_guide(model, guide, data)."
         )
     plane_check(first.model.prior().event_shape[-1])
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), forked():
         x = _batched(first, x)
         torch.manual_seed(0)
         drawn = torch.cat([each.posterior(x).sample((500,))[:, 0] for each in pairs.values()])

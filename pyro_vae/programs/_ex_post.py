@@ -15,11 +15,12 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.evaluation import evaluating, noise
+from pyro_vae.evaluation import evaluating
 from pyro_vae.options import of_pair
 from pyro_vae.parameters import device_of
 from pyro_vae.parts.priors.mixture import NormalMixture
 from pyro_vae.programs.pair import Model
+from pyro_vae.randomness import noise
 from pyro_vae.tensors import data_of
 from pyro_vae.traces import Program, particles
 

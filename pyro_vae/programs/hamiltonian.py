@@ -44,6 +44,7 @@ from torch.distributions import constraints
 from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
 from pyro_vae.protocols import Rescoring, support
+from pyro_vae.randomness import forked
 from pyro_vae.sites import data_plate, kind, lengths, plates, sample_sites
 from pyro_vae.traces import Program, draw
 
@@ -217,7 +218,7 @@ class Hamiltonian(Refined):
         """The share of the step size that raises each datum's bound most, above twice its error; else 0. (B,)."""
         seed = int(torch.randint(2**31, ()).item()) if self.seed is None else self.seed
         bounds = []
-        with torch.random.fork_rng(), torch.no_grad(), hidden():
+        with forked(), torch.no_grad(), hidden():
             for share in (0.0, *_SHARES):
                 torch.manual_seed(seed)  # the same draws for all
                 step_share = self.log_step_size.new_tensor(share)

@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_vae.options import checked
 from pyro_vae.programs.refined import Plates, Refined, Sites, hidden
 from pyro_vae.protocols import Build, Free, Rescoring, twice_differentiable
+from pyro_vae.randomness import forked
 from pyro_vae.sites import data_plate, kind, lengths, plates
 from pyro_vae.traces import Program, draw
 from pyro_vae.unconstrained import Heads, Moved, free_parameters, heads_of
@@ -252,7 +253,7 @@ class SemiAmortized(Refined):
             yield 0
             return
         seed = int(torch.randint(2**31, ()).item()) if self.seed is None else self.seed
-        with torch.random.fork_rng():
+        with forked():
             torch.manual_seed(seed)
             yield seed
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from pyro_vae import seals
-from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parameters import plain_name
 from pyro_vae.parts import posteriors
 from pyro_vae.programs import kinds
 from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Guide, Model
+from pyro_vae.randomness import forked, noise
 from pyro_vae.tensors import data_of, running
 
 _METADATA = "pyro_vae.architecture"
@@ -144,7 +144,7 @@ class Answers(nn.Module):
                         f"say so: VAE.load(path, trust=[{name!r}]), or --trust {name} on the command line."
                     )
             maker = cls._maker(architecture.model, path)
-            with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no random numbers
+            with forked(devices=()):  # weights that are overwritten cost no random numbers
                 vae = maker.of(architecture)
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyro_vae._trust import MISSING
 
@@ -52,6 +53,14 @@ class Places:
         """Whether numbers of arrays are compared, whose memory may be that of a tensor."""
         return any(get is bytes_of for get, _ in self._places)
 
+    def array_over(self, tensors: Iterable[Tensor]) -> str | None:
+        """The name of an array that lies in the memory of one of some tensors: who writes to the tensor changes it."""
+        arrays = [(label, value) for label, value in self.whole if isinstance(value, np.ndarray)]
+        if not arrays:
+            return None
+        written = [_memory_of(t) for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
+        return next((name for name, array in arrays if any(np.may_share_memory(array, each) for each in written)), None)
+
     def fresh(self) -> bool:
         """Whether no place has changed."""
         now = self._now()
@@ -94,6 +103,11 @@ def remembered(cache: dict[Any, Any]) -> tuple[Any, ...]:
 
 def bytes_of(array: np.ndarray) -> tuple[Any, ...]:
     return array.shape, str(array.dtype), array.tobytes()
+
+
+def _memory_of(tensor: Tensor) -> np.ndarray:
+    """All memory that a tensor is a part of."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
 def _is_plain(value: Any) -> bool:

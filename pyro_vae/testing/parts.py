@@ -17,6 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from pyro_vae.protocols import rescoring
+from pyro_vae.randomness import forked
 from pyro_vae.sites import is_point
 
 LEADING: tuple[tuple[int, ...], ...] = ((), (3,), (2, 3))
@@ -293,7 +294,7 @@ class LikelihoodLaws(_Laws):
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
     """Noise of this seed, and no checks by Pyro."""
-    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+    with forked(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         yield
 

@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_vae.auxiliary import feeds, points_among
 from pyro_vae.options import integer, of_pair
 from pyro_vae.parameters import own_parameters
+from pyro_vae.randomness import forked
 from pyro_vae.refusals import in_words, wrong_site
 from pyro_vae.sites import PARTICLES, common_scale, data_frame, deterministic, sample_sites, site_log_prob, site_value
 from pyro_vae.traces.agreement import other_mask, refuse_unmatched
@@ -150,7 +151,7 @@ def particles(
                 reason = wrong_site((guide, model), args, kwargs)
                 raise ValueError(reason or "a log density of the pair is nan. Look at its data and its weights.")
             if not bool(found.log_likelihood.any()):  # of nothing observed, as of a guide in the model's place
-                with torch.random.fork_rng(), torch.no_grad():
+                with forked(), torch.no_grad():
                     observed = [name for name, site in sites(model, *args, **kwargs).items() if site["is_observed"]]
                 if not observed:
                     raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_vae.auxiliary import feeds
+from pyro_vae.randomness import forked
 from pyro_vae.sites import data_frame, depth, is_subsample, plates, sample_sites, site_log_prob
 from pyro_vae.traces.runs import Program, traced
 
@@ -15,7 +16,7 @@ from pyro_vae.traces.runs import Program, traced
 def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
     """How many batch dimensions the pair's plates occupy, without touching the random state; a guide of one density for
     all data is a ValueError."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
     inside = set.intersection(*({*plates(site)} for site in sample_sites(model_trace)), {*range(-9, 0)})
@@ -31,7 +32,7 @@ def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> 
 
 def nesting_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """As `plate_nesting`, for whoever takes densities of all data together too."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         return max(depth(trace) for trace in traced(model, guide, args, kwargs))
 
 
@@ -48,7 +49,7 @@ class Layout(NamedTuple):
 def layout(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Layout:
     """Run and score a pair once for its plates, without touching the random state; it raises as `particles`, and what
     torch or Pyro raise where the pair does not take these data."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         guide_trace, model_trace = traced(model, guide, args, kwargs)
         fed = feeds(guide, sample_sites(guide_trace), args, kwargs)
         shared = {source for sources in fed.values() for source in sources}

@@ -16,6 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.parameters import own_parameters
+from pyro_vae.randomness import forked
 from pyro_vae.refusals import in_words
 from pyro_vae.sites import PARTICLES, Frame, data_frame, depth, deterministic, plates, sample_sites
 
@@ -31,7 +32,7 @@ def traced(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappin
 
 def sites(program: Program, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The sample sites of a program by name, as Pyro's trace holds them, from one run."""
-    with own_parameters(program), torch.random.fork_rng(), torch.no_grad(), in_words((program,), args, kwargs):
+    with own_parameters(program), forked(), torch.no_grad(), in_words((program,), args, kwargs):
         return {site["name"]: site for site in sample_sites(poutine.trace(program).get_trace(*args, **kwargs))}
 
 
@@ -47,7 +48,7 @@ def replayed(
 
     Sites that are free are drawn; a look at a plain run may refuse the program.
     """
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         plain = poutine.trace(program).get_trace(*args, **kwargs)
     if look is not None:
         look(plain)

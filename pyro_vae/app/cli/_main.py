@@ -21,6 +21,7 @@ import click
 from pyro_vae.app.cli.group import PROGRAM, commands
 from pyro_vae.atomic import reason_of
 from pyro_vae.news import no_news_of_a_gpu
+from pyro_vae.words import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +86,20 @@ def _message(error: click.ClickException) -> str:
     text = text[:1].lower() + text[1:]
     context = getattr(error, "ctx", None)
     if context is not None:
+        text = _hinted(text, error, context)
         text = f"{text.rstrip('.?') + ('?' if text.endswith('?') else '.')} Try '{context.command_path} --help'."
+    return text
+
+
+def _hinted(text: str, error: click.ClickException, context: click.Context) -> str:
+    """What click refuses, with a remedy where it has none or a wrong one."""
+    if isinstance(error, click.NoSuchOption):
+        known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+        return f"no such option '{error.option_name}'.{did_you_mean(error.option_name, known)}"
+    if isinstance(error, click.MissingParameter) and error.param is not None and error.param.name == "run":
+        return f"{text.rstrip('.')}, a run folder: '{PROGRAM} runs' lists those in runs."
+    if context.command.name == "fit" and "unexpected extra argument" in text:
+        return f"{text.rstrip('.')}: each option has its name. Data are named by --data, the run's folder by --out."
     return text
 
 

@@ -13,8 +13,9 @@ derivatives of any order keep their digits, meet at |l| = 1:
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from pyro_vae.parts.distributions.levels import Number
 
+_Self = TypeVar("_Self", bound="BernoulliLogits")
 _TOGETHER = 16  # factors 1 + exp(-|l|) under one logarithm: they are at most 2, and lose no more digits than its sum
 
 
@@ -112,10 +114,10 @@ class BernoulliLogits(PyroBernoulli):
     def __init__(self, logits: Tensor, validate_args: bool | None = False) -> None:
         super().__init__(logits=logits, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> BernoulliLogits:
+    def expand(self: _Self, batch_shape: Any, _instance: Any = None) -> _Self:
         if torch.Size(batch_shape) == self.batch_shape:
             return self
-        return BernoulliLogits(self.logits.expand(batch_shape))
+        return super().expand(batch_shape, copy.copy(self) if _instance is None else _instance)  # of its own class
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         return _together(self, super().to_event(reinterpreted_batch_ndims))

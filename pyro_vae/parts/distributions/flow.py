@@ -9,10 +9,11 @@ batch, y_b = W_b x_b + c_b. All else in a flow is elementwise in the batch alrea
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -23,6 +24,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
 Map: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+_Self = TypeVar("_Self", bound="Pushforward")
 
 
 class Pushforward(TorchDistribution):
@@ -60,9 +62,13 @@ class Pushforward(TorchDistribution):
         self._latest: tuple[Tensor, tuple[int, bool], bool, Tensor] | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Pushforward:
+    def expand(self: _Self, batch_shape: Any, _instance: Any = None) -> _Self:
         shape = torch.Size(batch_shape)
-        return self if shape == self.batch_shape else Pushforward(self.base.expand(shape), self.push, self.pull)
+        if shape == self.batch_shape:
+            return self
+        new = copy.copy(self)
+        new.base, new._batch_shape, new._latest = self.base.expand(shape), shape, None
+        return new
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         u = self.base.rsample(torch.Size(sample_shape))

@@ -6,10 +6,11 @@ the network returns, and has a gradient everywhere.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from pyro_vae.parts.distributions.bernoulli import BernoulliLogits, ContinuousBernoulliLogits
 from pyro_vae.parts.standardize import Standardize
+
+_Self = TypeVar("_Self", bound="StandardizedNormal")
 
 
 class Likelihood(nn.Module, ABC):
@@ -221,11 +224,11 @@ class StandardizedNormal(dist.Normal):
         self._unit, self._moved = (loc, scale), (shift, stretch)
         super().__init__(shift + stretch * loc, stretch * scale, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> StandardizedNormal:
+    def expand(self: _Self, batch_shape: Any, _instance: Any = None) -> _Self:
+        new = super().expand(batch_shape, copy.copy(self) if _instance is None else _instance)  # of its own class
         loc, scale = self._unit
-        expanded = StandardizedNormal(loc.expand(batch_shape), scale.expand(batch_shape), *self._moved)
-        expanded._validate_args = self._validate_args
-        return expanded
+        new._unit, new._moved = (loc.expand(batch_shape), scale.expand(batch_shape)), self._moved
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

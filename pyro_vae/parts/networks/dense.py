@@ -67,11 +67,24 @@ def as_shape(shape: Shape) -> tuple[int, ...]:
     return found
 
 
+def _to_shape(x: Tensor, shape: tuple[int, ...]) -> str:
+    """What to do with data of another shape."""
+    given = tuple(x.shape)
+    if len(shape) == 3 and given[-3:] == (*shape[1:], shape[0]) and len(given) == 4:
+        return "Put the channels first: x.permute(0, 3, 1, 2) of a tensor, x.transpose(0, 3, 1, 2) of an array."
+    if given and math.prod(given[1:]) == math.prod(shape):
+        return f"Reshape the data: x.reshape(-1, {', '.join(map(str, shape))})."
+    if len(given) > 1:
+        return f"Build the network for such data, of shape {given[1:]} each, or resize the data."
+    return "Build the network for such data, or reshape the data."
+
+
 def leading_shape(x: Tensor, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     """The leading dimensions of x before the event shape, checked."""
     split = x.dim() - len(shape)
     if split < 0 or tuple(x.shape[split:]) != shape:
-        raise ValueError(f"{name} got shape {tuple(x.shape)}, wanted (..., {', '.join(map(str, shape))}).")
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} got shape {tuple(x.shape)}, wanted (..., {wanted}). {_to_shape(x, shape)}")
     return tuple(x.shape[:split])
 
 

@@ -16,7 +16,6 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -28,6 +27,7 @@ from pyro_vae.programs.pair import Named, batch_check, data_check, observe
 from pyro_vae.programs.vae import Answers, pixels_of
 from pyro_vae.programs.zoo import assembly
 from pyro_vae.programs.zoo.assembly import class_check, is_class_numbers, one_hot, pixel_likelihood, rows_of
+from pyro_vae.randomness import noise
 from pyro_vae.tensors import data_of
 
 

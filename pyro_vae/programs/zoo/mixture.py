@@ -19,7 +19,6 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -29,6 +28,7 @@ from pyro_vae.programs.architecture import Architecture
 from pyro_vae.programs.pair import Guide, Model, Named, observe
 from pyro_vae.programs.vae import Answers, pixels_of
 from pyro_vae.programs.zoo.assembly import Conditional, pixel_likelihood
+from pyro_vae.randomness import noise
 
 
 class Clusters(nn.Module):

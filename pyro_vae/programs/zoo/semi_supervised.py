@@ -27,7 +27,6 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vae.evaluation import noise
 from pyro_vae.options import checked
 from pyro_vae.parts import names
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -45,6 +44,7 @@ from pyro_vae.programs.zoo.assembly import (
     readable,
 )
 from pyro_vae.programs.zoo.conditional import Joined
+from pyro_vae.randomness import noise
 from pyro_vae.tensors import data_of, running
 
 
