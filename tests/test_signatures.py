@@ -133,3 +133,10 @@ def test_what_is_done_to_a_pair_takes_it_in_the_same_order(name):
 @pytest.mark.parametrize("name", ["SemiAmortized", "Hamiltonian"])
 def test_guides_that_look_at_the_model_take_the_pair_in_the_same_order(name):
     assert list(inspect.signature(getattr(pyro_vae, name)).parameters)[:2] == ["model", "guide"]
+
+
+def test_what_evaluates_a_pair_many_times_can_be_captured():
+    captured = {name for name, function in PAIRS.items() if "compile" in inspect.signature(function).parameters}
+    assert captured == {
+        "ais", "anomaly_scores", "bdmc", "elbo_terms", "gaps", "log_likelihood", "rate_distortion",
+    }  # fmt: skip

@@ -88,7 +88,7 @@ def folded(graph: fx.Graph) -> list[tuple[Tensor, Tensor]]:
             name = f"_folded_{len(known)}"
             setattr(owner, name, known[node])
             with graph.inserting_before(node):
-                constant = graph.get_attr(name)
+                constant = graph.create_node("get_attr", name)  # `get_attr` itself warns of a tensor that is no buffer
             constant.meta = dict(node.meta)
             node.replace_all_uses_with(constant)
             graph.erase_node(node)

@@ -39,9 +39,10 @@ class Replayed(Captured):
 
     Args:
         programs: The Pyro programs that it runs, whose attributes, closures and globals are watched.
-        calls: How many calls are expected in all.
-        compile: "auto" captures where at least 600 calls lie ahead, and hands the graph to Inductor where the time
-            ahead pays for it; True does both at once; False does neither; anything else is a ValueError.
+        calls: How many calls are expected in all; an attribute, for whoever learns on the way how many.
+        compile: "auto" captures where enough calls lie ahead, and hands the graph to Inductor where the time ahead
+            pays for it; True does both at once; False does neither; anything else is a ValueError.
+        enough: Calls ahead from which a capture pays; None for 600.
     Example:
         >>> import torch
         >>> scale = torch.ones(())
@@ -56,12 +57,14 @@ class Replayed(Captured):
     """
 
     def __init__(
-        self, function: Function, *, programs: Sequence[Program] = (), calls: int = 0, compile: bool | str = "auto"
-    ) -> None:
+        self, function: Function, *, programs: Sequence[Program] = (), calls: int = 0, compile: bool | str = "auto",
+        enough: int | None = None,
+    ) -> None:  # fmt: skip
         if compile not in (True, False, "auto"):
             raise ValueError(f'got compile={compile!r}, wanted True, False or "auto".')
         super().__init__(quiet=compile is not True, unproven=compile is True, check_every=100)
         self.function, self.programs, self.calls, self.compile = function, tuple(programs), calls, compile
+        self.enough = _CAPTURE_PAYS if enough is None else enough
         self.compiled = False
         self.chooses = self.optional = compile == "auto"
         self._done = 0
@@ -81,7 +84,7 @@ class Replayed(Captured):
             return self._replay(call, graph)
         if graph is not None:
             self._drop(call)
-        if self.compile == "auto" and self._ahead < _CAPTURE_PAYS and call.key not in self._refused:
+        if self.compile == "auto" and self._ahead < self.enough and call.key not in self._refused:
             self.reason = f"only {self._ahead} calls lie ahead"
         elif self._ripe(call, self._watched):
             watched = self._watched()

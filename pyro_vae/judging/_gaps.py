@@ -154,6 +154,7 @@ def gaps(
     seed: int | None = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
+    compile: bool | str = "auto",
 ) -> Gaps:
     """Split the gap between log p(x) and the ELBO into the family's and the encoder's part.
 
@@ -178,7 +179,7 @@ def gaps(
         learning_rate: Of Adam, for means and log scales; a flow's weights move at a tenth.
         window: Steps over which the bound is averaged.
         tolerance: The steps stop when two windows in a row beat the best one by no more, in nats.
-        model, guide, data, seed, device, progress: As for `log_likelihood`.
+        model, guide, data, seed, device, progress, compile: As for `log_likelihood`; what is captured are the steps.
     Returns:
         The gaps, printed as a table.
     Raises:
@@ -194,7 +195,7 @@ def gaps(
     """
     _check(start, num_samples, learning_rate, num_steps, window, tolerance)
     named, guides = by_name(guide, families or {})
-    options: dict[str, Any] = {"num_steps": num_steps, "window": window, "tolerance": tolerance}
+    options: dict[str, Any] = {"num_steps": num_steps, "window": window, "tolerance": tolerance, "compile": compile}
     unscaled = Unscaled()(model)
     with sweep(model, *guides.values(), data=data, batch_size=250, copies=STEP_SAMPLES, besides=named.values(),
                validate=False, seed=seed, device=device, progress=progress, title="gaps") as run:  # fmt: skip

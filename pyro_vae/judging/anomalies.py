@@ -92,7 +92,7 @@ def anomaly_scores(
 
         def regret(batch: tuple[Any, ...]) -> Tensor:
             form = local_form(guide, batch)
-            best = optimise(model, form, batch, num_steps=num_steps, window=max(1, num_steps // 8))
+            best = optimise(model, form, batch, num_steps=num_steps, window=max(1, num_steps // 8), compile=compile)
             start, end = weights_at(form, Unscaled()(model), (form.start, best.rows), batch, num_samples)
             return end.mean(0) - start.mean(0)
 

@@ -6,7 +6,6 @@ there `climbed` estimates what remains.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,13 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae._trust import SCALARS
 from pyro_vae.inference.batches import seeded
-from pyro_vae.inference.trees import at
+from pyro_vae.inference.capture import capturing
+from pyro_vae.inference.replays import Replayed
+from pyro_vae.inference.trees import at, leaves, mapped, values
 from pyro_vae.judging.local import LocalForm, Unscaled
 from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.traces import Program, draw, plate_nesting
 
 _PATIENCE = 2  # windows
+_FEW = 2**17  # numbers that the samples of a step make of its data, below which fewer data would be no faster
+# Of the steps that are left most data take no more than a third. A capture costs what the programs' Python costs in
+# about a hundred steps (600, where it is the first in a process).
+_SHARE, _ENOUGH = 3, 150
 
 
 class Optimum(NamedTuple):
@@ -42,7 +48,7 @@ class Climb(NamedTuple):
 
 
 class _Climbers(NamedTuple):
-    """The data that still climb, a row each: parameters, Adam's moments and rate, the best window and the last ones."""
+    """The data that are held, a row each: parameters, Adam's moments and rate, the best window and the last ones."""
 
     datum: Tensor
     theta: Tensor
@@ -53,6 +59,7 @@ class _Climbers(NamedTuple):
     best_rows: Tensor
     misses: Tensor
     settling: Tensor
+    ended: Tensor
     stopped: Tensor
     path: Tensor  # (B, 3, P)
 
@@ -63,9 +70,25 @@ class _Climbers(NamedTuple):
         best = start.new_full((size,), -math.inf, dtype=torch.float64)
         return cls(
             torch.arange(size, device=start.device), start.clone(), zeros, zeros.clone(),
-            start.new_full((size, 1), learning_rate), best, start.clone(), no.long(), no, no,
+            start.new_full((size, 1), learning_rate), best, start.clone(), no.long(), no, no, no,
             start.unsqueeze(1).repeat(1, 3, 1),
         )  # fmt: skip
+
+    def after(self, total: Tensor, average_or_best: Tensor, average: Tensor, tolerance: float, last: bool) -> _Climbers:
+        """Who has ended, who stops and settles, and who goes on, after a window."""
+        better = total > self.best
+        best_rows = torch.where(better[:, None], average, self.best_rows)
+        misses = torch.where(total > self.best + tolerance, 0, self.misses + 1)
+        stopped = misses >= _PATIENCE
+        return self._replace(
+            path=torch.cat([average_or_best.unsqueeze(1), self.path[:, :2]], 1),
+            best_rows=best_rows,
+            best=torch.where(better, total, self.best),
+            misses=misses,
+            stopped=stopped,
+            settling=stopped | last,
+            ended=self.ended | self.settling,
+        )
 
 
 def optimise(
@@ -78,6 +101,7 @@ def optimise(
     num_steps: int = 2000,
     window: int = 100,
     tolerance: float = 0.01,
+    compile: bool | str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Optimum:
     """Climb each datum's ELBO until it stops rising.
@@ -87,60 +111,97 @@ def optimise(
     more from there at a rate that falls from a third to a hundredth, and ends at the average over its second half.
     """
     window = max(1, min(window, num_steps // 4))
-    model = Unscaled()(model)
-    nesting = plate_nesting(model, form.guide(form.start), *args)
+    steps = _Steps(model, form, args, num_samples, window, num_steps, compile)
     now = _Climbers.at(form.start, learning_rate)
     result = Optimum(now.theta.clone(), now.path.clone(), torch.zeros_like(now.theta[:, 0]), now.stopped.clone())
     step = 0
-    while len(now.datum):
-        slope = functools.partial(_slope, model, form, args, num_samples, nesting)
-        now, total, average = _window(now, slope, form.relative_rates, step, window)
+    while True:
+        now, total, average = steps(now, args, step)
         step += window
         if progress is not None:
             progress(window)
         # What settles ends here, at the average; the best rows are kept where it came out no number.
         average_or_best = torch.where(average.isfinite().all(1, keepdim=True), average, now.best_rows)
-        ended, steps = now.settling, torch.full_like(now.theta[:, 0], step)
-        for kept, value in zip(result, (average_or_best, now.path, steps, now.stopped), strict=True):
-            kept[now.datum[ended]] = value[ended]
-        better = total > now.best
-        best_rows = torch.where(better[:, None], average, now.best_rows)
-        misses = torch.where(total > now.best + tolerance, 0, now.misses + 1)
-        stopped = misses >= _PATIENCE
-        settling = stopped | (step + 2 * window > num_steps)  # the next window is the last that fits
+        ending, taken = now.settling & ~now.ended, torch.full_like(now.theta[:, 0], step)
+        for kept, value in zip(result, (average_or_best, now.path, taken, now.stopped), strict=True):
+            kept[now.datum[ending]] = value[ending]
+        # The next window may be the last that fits.
+        now = now.after(total, average_or_best, average, tolerance, step + 2 * window > num_steps)
+        turned, rate = now.settling[:, None], torch.where(now.settling[:, None], learning_rate / 3, now.rate)
         now = now._replace(
-            path=torch.cat([average_or_best.unsqueeze(1), now.path[:, :2]], 1),
-            best_rows=best_rows,
-            best=torch.where(better, total, now.best),
-            misses=misses,
-            stopped=stopped,
-            settling=settling,
-            theta=torch.where(settling[:, None], best_rows, now.theta),
-            rate=torch.where(settling[:, None], learning_rate / 3, now.rate),
+            theta=torch.where(turned, now.best_rows, now.theta),
+            rate=torch.where(now.ended[:, None], 0.0, rate),
         )
-        if bool(ended.any()):
-            now, args = _Climbers(*(x[~ended] for x in now)), at(args, ~ended)
-    return result
+        left = ~now.ended
+        held, going = len(left), int(left.sum())
+        if going == 0:
+            return result
+        if 2 * going <= held and held * num_samples * values(args) > _FEW:
+            now, args = _Climbers(*(x[left] for x in now)), at(args, left)
 
 
-def _window(
-    now: _Climbers, slope: Callable[[Tensor], tuple[Tensor, Tensor]], rates: Tensor, step: int, window: int
-) -> tuple[_Climbers, Tensor, Tensor]:
-    """Adam's steps of one window, the ELBO averaged over it, and the parameters over its second half."""
-    theta, rate, fall = now.theta, now.rate, 0.03 ** (1 / window)
-    total, average = torch.zeros_like(now.best), torch.zeros_like(theta)
-    for inside in range(window):
-        step += 1
-        value, gradient = slope(theta)
-        now.first.lerp_(gradient, 0.1)
-        now.second.lerp_(gradient.square(), 0.001)
-        unbiased = (now.second / (1 - 0.999**step)).sqrt() + 1e-8
-        rate = torch.where(now.settling[:, None], rate * fall, rate)
-        theta = theta + rate * rates * (now.first / (1 - 0.9**step)) / unbiased
-        total += value.double()
-        if inside >= window // 2:
-            average += theta
-    return now._replace(theta=theta, rate=rate), total / window, average / (window - window // 2)
+class _Steps:
+    """Adam's steps of the climbs of a batch: one function of tensors, captured and replayed (`Replayed`).
+
+    It is of one batch: whatever else a local form was made of stays what it is.
+    """
+
+    def __init__(
+        self, model: Program, form: LocalForm, args: tuple[Any, ...], num_samples: int, window: int, num_steps: int,
+        compile: bool | str,
+    ) -> None:  # fmt: skip
+        self.model, self.form, self.num_samples = Unscaled()(model), form, num_samples
+        self.window, self.num_steps = window, num_steps
+        self.nesting = plate_nesting(self.model, form.guide(form.start), *args)
+        self.fall = 0.03 ** (1 / window)
+        # In float64: the corrections of Adam's moments come of differences from 1.
+        self.taken = form.start.new_zeros((), dtype=torch.float64)
+        if not all(isinstance(x, (Tensor, *SCALARS)) for _, x in leaves(args)):  # what a program might change
+            compile = False
+        self.replayed = Replayed(self._function, programs=(model, form.origin), compile=compile, enough=_ENOUGH)
+
+    def __call__(self, now: _Climbers, args: tuple[Any, ...], step: int) -> tuple[_Climbers, Tensor, Tensor]:
+        """The steps of one window, the ELBO averaged over it, and the parameters over its second half."""
+        self.replayed.calls = step + (self.num_steps - step) // _SHARE
+        self._args, window, half = args, self.window, self.window // 2
+        given = [x for _, x in leaves(args) if isinstance(x, Tensor)]
+        pace = torch.where(now.settling[:, None], self.fall, 1.0).to(now.theta)
+        early, late = now.theta.new_zeros(()), now.theta.new_ones(())
+        moved: tuple[Tensor, ...] = (
+            now.theta, now.first, now.second, now.rate, self.taken, torch.zeros_like(now.best),
+            torch.zeros_like(now.theta),
+        )  # fmt: skip
+        for inside in range(window):
+            moved = self.replayed(*moved, pace, late if inside >= half else early, *given)
+        theta, first, second, rate, self.taken, total, average = moved
+        now = now._replace(theta=theta, first=first, second=second, rate=rate)
+        return now, total / window, average / (window - half)
+
+    def _function(
+        self, theta: Tensor, first: Tensor, second: Tensor, rate: Tensor, taken: Tensor, total: Tensor,
+        average: Tensor, pace: Tensor, late: Tensor, *given: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        rest = iter(given)
+        args = mapped(lambda _, x: next(rest) if isinstance(x, Tensor) else x, self._args)
+        value, gradient = self._slope(args, theta)
+        taken, rate = taken + 1, rate * pace
+        first = first.lerp(gradient, 0.1)
+        second = second.lerp(gradient.square(), 0.001)
+        unbiased = (second / (1 - 0.999**taken)).sqrt() + 1e-8
+        theta = theta + rate * self.form.relative_rates * (first / (1 - 0.9**taken)) / unbiased
+        return theta, first, second, rate, taken, total + value.double(), average + late * theta
+
+    def _slope(self, args: tuple[Any, ...], theta: Tensor) -> tuple[Tensor, Tensor]:
+        """The ELBO per datum at some samples, and its gradient."""
+        with torch.enable_grad():
+            live = theta.detach().requires_grad_()
+            guide = self.form.guide(live, theta.detach())
+            # Samples drawn one by one would make a long graph: there the programs run on as they are.
+            vectorize = True if capturing() else None
+            drawn = draw(self.model, guide, args, {}, self.num_samples, vectorize, self.nesting)
+            value = drawn.log_weight.mean(0)
+            (gradient,) = torch.autograd.grad(value.sum(), live)
+        return value.detach(), torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
 
 
 def climbed(model: Program, form: LocalForm, best: Optimum, args: tuple[Any, ...], num_samples: int) -> Climb:
@@ -176,15 +237,3 @@ def remaining(latest: Tensor, before: Tensor, earlier: Tensor) -> tuple[Tensor, 
     known = (d > 2 * noise) & (d_before > 2 * noise_before)
     ratio = torch.where(known, (d / d_before.clamp(min=1e-30)).clamp(0.1, 0.97), 0.5)
     return seen * ratio / (1 - ratio), d
-
-
-def _slope(
-    model: Program, form: LocalForm, args: tuple[Any, ...], num_samples: int, nesting: int, theta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The ELBO per datum at some samples, and its gradient."""
-    with torch.enable_grad():
-        live = theta.detach().requires_grad_()
-        guide = form.guide(live, theta.detach())
-        value = draw(model, guide, args, {}, num_samples, max_plate_nesting=nesting).log_weight.mean(0)
-        (gradient,) = torch.autograd.grad(value.sum(), live)
-    return value.detach(), torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)

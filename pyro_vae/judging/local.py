@@ -35,6 +35,7 @@ class LocalForm(NamedTuple):
     start: Tensor  # where the rows start, (B, P)
     relative_rates: Tensor  # relative learning rate of each column, (P,)
     guide: Callable[..., Program]  # from rows (B', P) to a guide of as many data
+    origin: Any  # the guide or the posterior that it was made of, and whose code runs in it
     rescoring: Rescoring = "one pass"  # what it takes to score a draw that it did not make, as of a posterior
 
 
@@ -61,7 +62,7 @@ def local_form(guide: Program, args: tuple[Any, ...], start: str = "guide") -> L
         return _dependent(guide, pieces, first)
     if start == "fresh":
         pieces = [piece.fresh() for piece in pieces]
-    return _independent(pieces)
+    return _independent(guide, pieces)
 
 
 def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tensor, scale: Tensor) -> LocalForm:
@@ -76,7 +77,7 @@ def family_form(posterior: Any, model: Program, args: tuple[Any, ...], loc: Tens
                 "site of event_shape (D,). Give a guide of all its sites instead, fitted by fit_guide."
             )
         local = posterior.local(posterior.parameters_near(loc, scale))
-    return _independent([_Piece(site, local, 0, frame.data_dim, posterior)])
+    return _independent(posterior, [_Piece(site, local, 0, frame.data_dim, posterior)])
 
 
 def by_name(own: Program, families: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Program]]:
@@ -203,7 +204,7 @@ def _pieces(sites: list[Any], outputs: Heads, frame: Frame) -> list[_Piece]:
     return pieces
 
 
-def _independent(pieces: list[_Piece]) -> LocalForm:
+def _independent(origin: Any, pieces: list[_Piece]) -> LocalForm:
     """Sites whose distributions depend on x only: no network runs."""
     widths = [piece.width for piece in pieces]
 
@@ -221,7 +222,7 @@ def _independent(pieces: list[_Piece]) -> LocalForm:
         return program
 
     start = torch.cat([piece.pack(piece.local.free) for piece in pieces], 1)
-    return _form(pieces, start.detach().clone(), guide)
+    return _form(origin, pieces, start.detach().clone(), guide)
 
 
 def _dependent(guide: Program, pieces: list[_Piece], outputs: Heads) -> LocalForm:
@@ -245,12 +246,12 @@ def _dependent(guide: Program, pieces: list[_Piece], outputs: Heads) -> LocalFor
         return Unscaled()(program)
 
     start = torch.cat([torch.zeros_like(piece.pack(piece.local.free)) for piece in pieces], 1)
-    return _form(pieces, start, local)
+    return _form(guide, pieces, start, local)
 
 
-def _form(pieces: list[_Piece], start: Tensor, guide: Callable[..., Program]) -> LocalForm:
+def _form(origin: Any, pieces: list[_Piece], start: Tensor, guide: Callable[..., Program]) -> LocalForm:
     rates = torch.cat([piece.relative_rates() for piece in pieces])
-    return LocalForm(start, rates, guide, rescoring(*(piece.posterior for piece in pieces)))
+    return LocalForm(start, rates, guide, origin, rescoring(*(piece.posterior for piece in pieces)))
 
 
 @contextlib.contextmanager
