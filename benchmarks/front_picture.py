@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae.app import report
-from pyro_vae.app.commands import options_of
 from pyro_vae.app.evaluation import test_data
-from pyro_vae.app.fitting import read
-from pyro_vae.app.runs import Run
+from pyro_vae.app.reading import read
+from pyro_vae.app.runs import Run, options_of
 from pyro_vae.inference.batches import seeded
 
 

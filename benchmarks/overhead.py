@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from summary import machine, table
 
+from pyro_vae.app.building import build
 from pyro_vae.app.defaults import resolve
-from pyro_vae.app.fitting import build, read
+from pyro_vae.app.reading import read
 from pyro_vae.inference import training
 from pyro_vae.inference.checkpoints import Checkpoint, Sparing
 

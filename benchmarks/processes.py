@@ -21,8 +21,9 @@ import torch.multiprocessing as processes
 from pyro.infer import Trace_ELBO
 from summary import machine
 
+from pyro_vae.app.building import build
 from pyro_vae.app.defaults import resolve
-from pyro_vae.app.fitting import build, read
+from pyro_vae.app.reading import read
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.training import fit
 

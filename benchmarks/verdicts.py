@@ -33,8 +33,9 @@ import torch
 
 from pyro_vae.app import evaluation
 from pyro_vae.app.cli import main as pyro_vae
-from pyro_vae.app.commands import _data, _refined, judge_run, options_of
-from pyro_vae.app.runs import Run
+from pyro_vae.app.commands import _refined, judge_run
+from pyro_vae.app.loaded import data_of
+from pyro_vae.app.runs import Run, options_of
 from pyro_vae.judging.estimates import elbo_terms, log_likelihood
 from pyro_vae.judging.quotes import kind_of, lower_bound
 
@@ -165,7 +166,7 @@ def opened(folder: Path) -> tuple[Any, Any]:
     """The pair of a run, and its first test data."""
     run = Run.load(folder)
     vae = run.vae()
-    _, dataset = _data(options_of(run), vae, None, None)
+    _, dataset = data_of(options_of(run), vae, None, None)
     return vae, evaluation.test_data(dataset, 0, NUM_TEST)
 
 

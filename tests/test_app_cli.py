@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_vae import __version__
-from pyro_vae.app import fitting
+from pyro_vae.app import fitting, reading
+from pyro_vae.app.building import build
 from pyro_vae.app.cli import commands, main
 from pyro_vae.app.defaults import CHOICES, DATASETS, resolve
-from pyro_vae.app.fitting import build, read
+from pyro_vae.app.reading import read
 from pyro_vae.data import BINARIZATIONS
 from pyro_vae.data import DATASETS as READABLE
 from pyro_vae.inference import loop
-from pyro_vae.inference.optimizers import SCHEDULES
+from pyro_vae.inference.schedules import SCHEDULES
 from pyro_vae.parts.networks import ACTIVATIONS
 
 TINY = ["--epochs", "1", "--limit", "100", "--hidden", "16", "--latent-dim", "3", "--evaluation-samples", "20",
@@ -186,7 +187,7 @@ def test_an_existing_folder_is_left_alone(here, capsys):
 
 
 def test_an_unwritable_place_fails_before_anything_is_read(here, capsys, monkeypatch):
-    monkeypatch.setattr(fitting, "load", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr(reading, "load", lambda *_, **__: pytest.fail("data were read"))
     (here / "file").write_text("")
     assert "wanted a place to write to: not a directory" in failed(["fit", "--out", "file/run"], capsys)
     assert [path.name for path in here.iterdir()] == ["file"]
@@ -222,7 +223,7 @@ def test_ctrl_c_while_reading_leaves_nothing(here, capsys, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitting, "load", stopped)
+    monkeypatch.setattr(reading, "load", stopped)
     assert main(["fit", "--out", "run"]) == 130
     assert capsys.readouterr().err.strip() == "pyro-vae: interrupted"
     assert list(here.iterdir()) == []

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
-from pyro_vae.app.fitting import read
+from pyro_vae.app.reading import read
 
 TINY = ["--epochs", "1", "--hidden", "8", "--latent-dim", "2", "--evaluation-samples", "20", "--batch-size", "16", "--compile", "off",
         "--quiet"]  # fmt: skip

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 import pyro_vae.plots as plots
 from pyro_vae.app import evaluation, fitting, progress, report, run_page
+from pyro_vae.app.building import build
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
-from pyro_vae.app.fitting import build, read
+from pyro_vae.app.reading import read
 from pyro_vae.app.runs import Run, check_place, default_path, run_folder
-from pyro_vae.inference import loop, training
+from pyro_vae.app.training import second_view
+from pyro_vae.inference import loop, preparation
 from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.training import fit
 from tests import pictures
@@ -180,7 +182,7 @@ def test_pictures_come_after_the_first_epoch_and_take_two_per_cent(here, monkeyp
 
 
 def test_drawing_changes_nothing_of_a_captured_fit(here, monkeypatch):
-    monkeypatch.setattr(training, "_CAPTURE_PAYS", 20)
+    monkeypatch.setattr(preparation, "_CAPTURE_PAYS", 20)
     options, dataset = read(resolve({"limit": 200, "hidden": (16,), "latent_dim": 3}))
     ends = []
     for draws in (False, True):
@@ -226,7 +228,7 @@ def test_a_captured_fit_goes_on_from_a_sparing_checkpoint_to_the_bit(options, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Stepper, "warm_up", counted)
-        patch.setattr(training, "_CAPTURE_PAYS", 20)
+        patch.setattr(preparation, "_CAPTURE_PAYS", 20)
         whole = trained("whole.safetensors")
         trained("part.safetensors", stop=7)
         part = trained("part.safetensors")
@@ -425,11 +427,11 @@ def nearest(z, labels, k=5):
 
 def test_the_second_view_separates_the_digits():
     options, dataset = read(resolve({}))
-    ((title, z),) = fitting.second_view(build(options, dataset), dataset, options).items()
+    ((title, z),) = second_view(build(options, dataset), dataset, options).items()
     assert z.shape == (360, 2) and "of the grey levels" in title
     assert nearest(z, dataset.test.labels) > 0.75  # 0.88; of principal components of the codes, 0.5
     options, dataset = read(resolve({"data": "linear-gaussian"}))
-    assert fitting.second_view(build(options, dataset), dataset, options) == {}, "no labels, no classes"
+    assert second_view(build(options, dataset), dataset, options) == {}, "no labels, no classes"
 
 
 def test_the_plane_of_many_latents_says_what_it_is():

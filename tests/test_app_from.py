@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_vae.app import fitting, starting
+from pyro_vae.app.building import build
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
-from pyro_vae.app.fitting import build, read
+from pyro_vae.app.reading import read
 from pyro_vae.app.runs import Run, finish, run_folder, write_json
 from pyro_vae.inference import loop
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import pyro_vae as pv
-from pyro_vae.app import defaults, evaluation, fitting, serving
+from pyro_vae.app import defaults, evaluation, reading, serving
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
 from pyro_vae.app.runs import Run
@@ -146,7 +146,7 @@ def test_the_accuracy_of_the_classifier_is_that_of_the_pair(run):
     opened = pv.open(path)
     share, error = opened.summary["test_accuracy"], opened.summary["test_accuracy_stderr"]
     assert share > 1 / CLASSES + 5 * error
-    _, dataset = fitting.read(opened.options)
+    _, dataset = reading.read(opened.options)
     test = evaluation.test_data(dataset, opened.options.seed)
     right = opened.pair.classify(test).argmax(-1) == test.labels
     assert len(right) == 60 and share == pytest.approx(right.double().mean().item())
@@ -176,7 +176,7 @@ def test_the_matching_is_the_best_of_all():
 def test_clusters_are_matched_on_the_training_labels(run):
     """With training labels moved on by one the matching moves with them, and no test datum is right any more."""
     opened = pv.open(run("mixture"))
-    _, dataset = fitting.read(opened.options)
+    _, dataset = reading.read(opened.options)
     test, face = evaluation.test_data(dataset, 0), serving.face(opened.pair)
     honest = face.numbers(opened.pair, dataset, test, 0)
     assert honest["test_accuracy"] == opened.summary["test_accuracy"] > 0.4

@@ -7,9 +7,10 @@ import time
 import pytest
 
 from pyro_vae.app import fitting, progress
+from pyro_vae.app.building import build
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import resolve
-from pyro_vae.app.fitting import build, read
+from pyro_vae.app.reading import read
 from pyro_vae.app.runs import Run
 from pyro_vae.inference import loop, records
 from pyro_vae.inference.objectives import Objective

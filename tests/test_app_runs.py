@@ -143,8 +143,9 @@ GREY = {"likelihood": "normal", "binarization": "none", "dequantize": True}
 
 @pytest.mark.parametrize("more", [GREY, GREY | {"prior": "vamp"}, {"likelihood": "normal"}, {"prior": "vamp"}])
 def test_new_weights_are_of_the_seed_alone(more):
+    from pyro_vae.app.building import build
     from pyro_vae.app.defaults import resolve
-    from pyro_vae.app.fitting import build, read
+    from pyro_vae.app.reading import read
 
     options, dataset = read(resolve({"data": "digits", "hidden": (8,), "latent_dim": 2, "limit": 200} | more))
     found = []

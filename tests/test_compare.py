@@ -15,10 +15,12 @@ import torch
 from click.testing import CliRunner
 
 import pyro_vae as pv
+from pyro_vae.app.backends import execute
 from pyro_vae.app.cli import commands
 from pyro_vae.app.cli import main as command
-from pyro_vae.app.studies import Study, plan
-from pyro_vae.app.trials import execute, rankings, read_scores, state
+from pyro_vae.app.plans import plan
+from pyro_vae.app.studies import Study
+from pyro_vae.app.trials import rankings, read_scores, state
 from tests import pictures
 
 SMALL = {"hidden": (8,), "latent_dim": 2, "epochs": 2, "limit": 200, "evaluation_samples": 20, "evaluation_images": 40}

@@ -16,12 +16,14 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.app import trials
+from pyro_vae.app import plans, trials
+from pyro_vae.app.backends import execute, jobs_of
 from pyro_vae.app.cli import main as command
 from pyro_vae.app.compare_command import _axis
 from pyro_vae.app.comparing import speeds_of
-from pyro_vae.app.studies import Study, plan
-from pyro_vae.app.trials import execute, jobs_of, rankings, run_trial, state
+from pyro_vae.app.plans import plan
+from pyro_vae.app.studies import Study
+from pyro_vae.app.trials import rankings, run_trial, state
 
 TINY = {"hidden": (4,), "latent_dim": 1, "epochs": 1, "limit": 100, "evaluation_samples": 10, "evaluation_images": 20}
 POSTERIORS = {"posterior": ["diagonal", "full"]}
@@ -51,7 +53,7 @@ def test_a_study_that_was_moved_is_found_complete_and_gone_on_with(frozen, tmp_p
     trial = again.trials[1]
     # As if it had been killed before it was over, at the old place.
     (trial.folder / "scores.safetensors").unlink()
-    asked = {k: v for k, v in planned.trials[1].options.to_json().items() if k not in (*trials.PLACES, "data")}
+    asked = {k: v for k, v in planned.trials[1].options.to_json().items() if k not in (*plans.PLACES, "data")}
     (trial.folder / "unfinished.json").write_text(json.dumps({"asked": asked}))
     execute(again, jobs=1, progress=False)
     assert state(trial) == "done"
@@ -68,9 +70,7 @@ def test_files_of_data_may_be_moved_too(tmp_path):
                                                   tmp_path).trials] for name in ("here", "there")]  # fmt: skip
     assert names[0] == names[1]
     np.save(tmp_path / "there" / "x.npy", np.random.default_rng(1).normal(size=(60, 3)).astype("float32"))
-    from pyro_vae.app import studies
-
-    studies._PRINTS.clear()  # as a new process
+    plans._PRINTS.clear()  # as a new process
     other = plan(tiny(fixed=TINY | {"data": str(tmp_path / "there" / "x.npy")}), tmp_path).trials
     assert {trial.folder.name for trial in other}.isdisjoint(names[0])
 
@@ -160,7 +160,8 @@ def test_code_of_ones_own_needs_trust_from_python_and_under_a_frozen_run(tmp_pat
     options = dataclasses.replace(pv.open(run, trust=["own_parts_there:Mine"]).options, posterior="full",
                                   frozen=str(run))  # fmt: skip
     sys.modules.pop("own_parts_there", None)
-    from pyro_vae.app.fitting import build, read
+    from pyro_vae.app.building import build
+    from pyro_vae.app.reading import read
 
     settled, dataset = read(options)
     pair = build(settled, dataset)
@@ -190,7 +191,7 @@ def test_one_seed_that_fails_is_a_row_of_its_own(tmp_path):
     execute(planned, jobs=1, progress=False)
     last = planned.trials[-1]
     (last.folder / "scores.safetensors").unlink()
-    trials._lost(last.folder, "out of memory")
+    trials.lost(last.folder, "out of memory")
     found = rankings(planned, study)["digits"]
     assert found.failed == {"full, seed 1": "out of memory"}
     assert [len(own) for own in found.arms.values()] == [1, 1] and "full lacks 1" in found.notes[-1]

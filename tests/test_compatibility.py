@@ -13,10 +13,12 @@ from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanFiel
 from torch import nn
 
 from pyro_vae.inference.bounds import ciwae, elbo, iwae, map_estimate, miwae, reconstruction, renyi, vr_max
-from pyro_vae.inference.compatibility import RULES, check, examine
+from pyro_vae.inference.cases import examine
+from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.estimators import ESTIMATORS
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.regularizers import total_correlation
+from pyro_vae.inference.rules import RULES
 from pyro_vae.inference.split_bounds import cubo, piwae, wake_sleep
 from pyro_vae.inference.training import fit
 from pyro_vae.parts.networks import MLP

@@ -14,7 +14,7 @@ from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanFie
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_vae.inference import captured, epochs, loop, training
+from pyro_vae.inference import captured, epochs, loop, preparation
 from pyro_vae.inference.bounds import elbo, iwae
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.checkpoints import Checkpoint, Sparing
@@ -255,7 +255,7 @@ def test_a_graph_that_was_taken_back_stays_so_when_the_fit_is_gone_on_with(monke
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
     monkeypatch.setattr(Checkpoint, "due", lambda self: True)
     monkeypatch.setattr(captured, "_TRIED", 5)
-    monkeypatch.setattr(training, "_CAPTURE_PAYS", 1)
+    monkeypatch.setattr(preparation, "_CAPTURE_PAYS", 1)
     monkeypatch.setattr(loop, "_COMPILER_SECONDS", 0.0)
     monkeypatch.setattr(loop, "TIMED", 4)
     monkeypatch.setattr(epochs, "TIMED", 4)

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_vae.data import binarize, bits_per_dimension, dequantize, threshold
-from pyro_vae.data import splits as binarization
+from pyro_vae.data import binarization, binarize, bits_per_dimension, dequantize, threshold
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -166,7 +166,8 @@ def test_what_is_compared_from_python(block, tmp_path, monkeypatch, capsys):
 
 
 def test_the_study_of_the_page_is_one(tmp_path):
-    from pyro_vae.app.studies import plan, study_file
+    from pyro_vae.app.plans import plan
+    from pyro_vae.app.studies import study_file
 
     (text,) = blocks("compare.md", "yaml")
     (tmp_path / "study.yaml").write_text(text)

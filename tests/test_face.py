@@ -155,12 +155,12 @@ pv.judge(model, guide, data)                             -> judging.judgement.Ju
 pv.ais(model, None, data)                                -> judging.evidence.Annealed
 pv.ais(vae, data)                                        -> judging.evidence.Annealed
 pv.gaps(vae, data)                                       -> judging._gaps.Gaps
-pv.particles(vae, data, num_samples=3)                   -> traces.Particles
+pv.particles(vae, data, num_samples=3)                   -> traces._particles.Particles
 pv.particles(model, guide, data).log_weight              -> torch._tensor.Tensor
 pv.fit_guide(vae, data)                                  -> inference.records.History
 pv.active_units(run, data)                               -> judging.latents.ActiveUnits
 pv.active_units(guide=guide, data=data)                  -> judging.latents.ActiveUnits
-pv.simulate(vae, data)                                   -> traces.Simulation
+pv.simulate(vae, data)                                   -> traces.simulation.Simulation
 pv.log_joint(model, {"z": data}, data)                   -> torch._tensor.Tensor
 pv.ex_post(vae, data)                                    -> programs.pair.Model
 pv.open("runs/vae")                                      -> app.opening.Opened

@@ -93,7 +93,7 @@ def faults(command, before, chosen, capsys):
 
 
 PARTS = [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 16))]
-HEAVY = ("pyro_vae.app.evaluation.evaluate", "pyro_vae.app.report.draw", "pyro_vae.app.commands.anomaly_scores",
+HEAVY = ("pyro_vae.app.evaluation.evaluate", "pyro_vae.app.report.draw", "pyro_vae.app.ranking.anomaly_scores",
          "pyro_vae.judging.judgement.judge")  # fmt: skip
 
 

@@ -31,12 +31,12 @@ GROUND = {
     "_trust",
 }
 MAY_IMPORT = {
-    "traces": {"auxiliary", "sites", "parameters", "randomness", "reach", "options", "refusals"},
+    "traces": {"_lazy", "auxiliary", "sites", "parameters", "randomness", "reach", "options", "refusals"},
     "auxiliary": {"sites", "evaluation", "randomness", "reach"},
     "_lazy": set(),
     "sites": set(),
     "parameters": {"reach"},
-    "reach": {"_trust"},
+    "reach": {"_lazy", "_trust"},
     "_trust": set(),
     "evaluation": {"parameters", "precision", "randomness", "reach"},
     "lending": {"evaluation"},

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.data.splits import bits_per_dimension
+from pyro_vae.data.binarization import bits_per_dimension
 from pyro_vae.inference.bounds import elbo, iwae
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.inference.training import fit

@@ -18,7 +18,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 
-from pyro_vae.inference import training
+from pyro_vae.inference import preparation
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.training import fit
 from pyro_vae.judging.estimates import elbo_terms
@@ -422,7 +422,7 @@ def trained(name: str, folder: str, inside: bool, steps: int, **options) -> tupl
 
 @pytest.mark.parametrize("name", CORE)
 def test_a_default_fit_is_the_eager_fit_when_state_changes_between_steps(name, user_settings, monkeypatch):
-    monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
+    monkeypatch.setattr(preparation, "_CAPTURE_PAYS", 10)
     eager = trained(name, user_settings, False, STEPS, compile=False)
     default = trained(name, user_settings, False, STEPS)
     assert default[0] == pytest.approx(eager[0], rel=1e-5, abs=1e-5)
@@ -432,7 +432,7 @@ def test_a_default_fit_is_the_eager_fit_when_state_changes_between_steps(name, u
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_three_hundred_default_steps_are_the_eager_ones(name, user_settings, monkeypatch):
-    monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
+    monkeypatch.setattr(preparation, "_CAPTURE_PAYS", 10)
     eager = trained(name, user_settings, False, 300, compile=False)
     default = trained(name, user_settings, False, 300)
     assert default[0] == pytest.approx(eager[0], rel=1e-5, abs=1e-5)
@@ -441,7 +441,7 @@ def test_three_hundred_default_steps_are_the_eager_ones(name, user_settings, mon
 
 @pytest.mark.parametrize("name", BY_SPEED)
 def test_a_default_fit_is_the_eager_fit_when_the_guide_changes_state(name, user_settings, monkeypatch):
-    monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
+    monkeypatch.setattr(preparation, "_CAPTURE_PAYS", 10)
     eager = trained(name, user_settings, True, 40, compile=False)
     default = trained(name, user_settings, True, 40)
     assert default[0] == pytest.approx(eager[0], rel=1e-5, abs=1e-5)
@@ -582,7 +582,7 @@ def written(make, option):
 
 @pytest.mark.parametrize("make", WRITING)
 def test_what_a_program_writes_is_what_it_writes_eagerly(make, monkeypatch):
-    monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
+    monkeypatch.setattr(preparation, "_CAPTURE_PAYS", 10)
     eager, default = written(make, False), written(make, "auto")
     assert default[0] == pytest.approx(eager[0], rel=1e-5, abs=1e-5)
     flat = [
@@ -619,7 +619,7 @@ class Computed(Trace_ELBO):
 
 @pytest.mark.parametrize("make", [lambda: Weighted(0.5), lambda: Weighted({"kl": 0.5}), Computed])
 def test_a_loss_of_ones_own_may_call_anything_beta(make, monkeypatch):
-    monkeypatch.setattr(training, "_CAPTURE_PAYS", 10)
+    monkeypatch.setattr(preparation, "_CAPTURE_PAYS", 10)
 
     def model(x):
         with pyro.plate("data", len(x)):

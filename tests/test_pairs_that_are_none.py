@@ -13,8 +13,7 @@ import torch
 from pyro import poutine
 
 import pyro_vae as pv
-from pyro_vae import reach
-from pyro_vae.reach import Reach
+from pyro_vae.reach import Reach, places
 
 X = torch.tensor([0.5, 1.0, -2.0, 3.0])
 EXACT = dist.Normal(0.0, 2**0.5).log_prob(X).mean().item()
@@ -139,7 +138,7 @@ def test_supports_that_do_not_fit_are_said_by_estimates(run):
 
 def test_a_program_that_reaches_more_than_can_be_watched_runs_eagerly():
     chain = None
-    for _ in range(reach._MOST_PLACES):
+    for _ in range(places.MOST_PLACES):
         chain = types.SimpleNamespace(after=chain, weight=[1.0])
 
     def deep(x):

@@ -17,10 +17,9 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import reach
 from pyro_vae.inference.objectives import Objective
 from pyro_vae.programs.zoo import Conditional, Hierarchical, SemiSupervised
-from pyro_vae.reach import Reach, modules_of
+from pyro_vae.reach import Reach, modules_of, places
 from tests.pairs import small_pair
 
 at_module_level = nn.Linear(2, 3)
@@ -252,14 +251,14 @@ def test_an_equal_tensor_is_another_place():
 
 def test_what_reaches_too_much_is_given_up_and_not_walked_for_ever():
     chain = None
-    for _ in range(reach._MOST_PLACES):
+    for _ in range(places.MOST_PLACES):
         chain = types.SimpleNamespace(after=chain, weight=[1.0])
 
     def program(x):
         return chain.after.weight[0] * x
 
     found = Reach(program)
-    assert len(found._places) <= reach._MOST_PLACES
+    assert len(found._places) <= places.MOST_PLACES
     assert "more than 20,000 places of Python are read" in found.unproven[-1]
     assert Reach(lambda x: x).unproven == []
 

@@ -128,7 +128,7 @@ def test_three_rows_of_a_table_go_through(tmp_path, capsys):
 def test_the_command_says_nothing_of_a_gpu_that_is_not_there(capsys):
     import logging
 
-    from pyro_vae.app.cli import _warnings_as_lines
+    from pyro_vae.app.cli._main import _warnings_as_lines
     from pyro_vae.news import no_news_of_a_gpu
 
     logger = logging.getLogger("torch.utils.cpp_extension")

@@ -17,7 +17,8 @@ from pyro_vae.data.splits import Split
 from pyro_vae.inference.batches import Batches
 from pyro_vae.inference.bounds import elbo, iwae, reconstruction
 from pyro_vae.inference.objectives import Objective, mean_bound
-from pyro_vae.inference.optimizers import SCHEDULES, Fused, constant, cosine, one_cycle
+from pyro_vae.inference.optimizers import Fused
+from pyro_vae.inference.schedules import SCHEDULES, constant, cosine, one_cycle
 from pyro_vae.inference.training import fit
 from pyro_vae.programs.vae import VAE
 from pyro_vae.programs.zoo import autoencoder

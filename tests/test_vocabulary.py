@@ -10,7 +10,7 @@ import pyro_vae as pv
 from pyro_vae import plots
 from pyro_vae.app.cli import main
 from pyro_vae.app.defaults import CHOICES, DATASETS, REGULARIZERS, resolve
-from pyro_vae.inference.optimizers import SCHEDULES
+from pyro_vae.inference.schedules import SCHEDULES
 from pyro_vae.judging.quotes import latex
 from pyro_vae.parts import names
 from tests.pairs import binary

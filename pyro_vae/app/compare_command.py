@@ -14,13 +14,15 @@ from typing import Any
 import click
 
 from pyro_vae.app import following
+from pyro_vae.app.backends import jobs_of
 from pyro_vae.app.comparing import _arms, compare, read_study, speeds_of, study, study_of
+from pyro_vae.app.plans import EVALUATION_IMAGES, plan
 from pyro_vae.app.processes import is_first
 from pyro_vae.app.report import about, wrapped
 from pyro_vae.app.runs import REPORT, SUMMARY
-from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers
+from pyro_vae.app.studies import Study, refuse_strangers
 from pyro_vae.app.study_page import check_table, runs_page, write_results, write_table
-from pyro_vae.app.trials import jobs_of, rankings, reason, state, time_left
+from pyro_vae.app.trials import rankings, reason, state, time_left
 from pyro_vae.atomic import write_text
 from pyro_vae.judging.rankings import Ranking
 from pyro_vae.judging.results import plain

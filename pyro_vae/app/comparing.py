@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from pyro_vae.app import evaluation, serving
+from pyro_vae.app.backends import execute
 from pyro_vae.app.opening import Opened
 from pyro_vae.app.opening import open as open_run
+from pyro_vae.app.plans import EVALUATION_IMAGES, plan, shaping
 from pyro_vae.app.runs import is_unfinished
-from pyro_vae.app.studies import EVALUATION_IMAGES, Study, plan, refuse_strangers, shaping, study_file
-from pyro_vae.app.trials import execute, held, rankings, reason, speed, state
+from pyro_vae.app.studies import Study, refuse_strangers, study_file
+from pyro_vae.app.trials import held, rankings, reason, speed, state
 from pyro_vae.atomic import write_text
 from pyro_vae.data import Split
 from pyro_vae.inference.ranks import world

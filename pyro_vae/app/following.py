@@ -96,7 +96,7 @@ def typed(name: str, run: Path, *more: str) -> str:
 def _options(line: str) -> dict[str, Any] | None:
     """The configuration that a line of `pyro-vae fit` asks for; None where it is of another command."""
     from pyro_vae.app import starting
-    from pyro_vae.app.cli import fit
+    from pyro_vae.app.cli.fits import fit
 
     words = shlex.split(line)
     if words[1:2] != ["fit"]:

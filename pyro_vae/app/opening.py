@@ -12,8 +12,9 @@ from typing import Any
 
 from pyro_vae.app import evaluation, serving
 from pyro_vae.app.defaults import FitOptions, option, resolve
-from pyro_vae.app.fitting import VALIDATION_IMAGES, read
+from pyro_vae.app.reading import read
 from pyro_vae.app.runs import Run, options_of
+from pyro_vae.app.training import VALIDATION_IMAGES
 from pyro_vae.data import Dataset, Split
 from pyro_vae.inference.records import History
 from pyro_vae.options import checked

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -319,3 +320,11 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all; its folder is made."""
     options: dict[str, Any] = {"dpi": 150, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
     write_file(path, lambda partial: figure.savefig(partial, **options))
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows of words in columns, the first to the left and the others to the right."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        click.echo("  ".join(cells))

@@ -16,8 +16,9 @@ from pyro_vae.app.defaults import changed
 from pyro_vae.app.html import Picture, document, figures
 from pyro_vae.app.opening import Opened
 from pyro_vae.app.opening import open as open_run
+from pyro_vae.app.plans import Plan, Trial
 from pyro_vae.app.runs import REPORT, Run
-from pyro_vae.app.studies import Plan, Study, Trial
+from pyro_vae.app.studies import Study
 from pyro_vae.app.trials import own_parts, reason, state
 from pyro_vae.atomic import write_file, write_text
 from pyro_vae.judging.rankings import Ranking

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from pyro_vae.data.arrays import as_pixels, not_readable, read_array, read_array_folder
+from pyro_vae.data.binarization import BINARIZATIONS, Binarization
 from pyro_vae.data.decoding import Framing, grey_level, suffixes
 from pyro_vae.data.formats import is_file_of_arrays
 from pyro_vae.data.limits import check_archive
@@ -32,7 +33,7 @@ from pyro_vae.data.mnist import read_mnist_like
 from pyro_vae.data.photographs import read_celeba, read_folder
 from pyro_vae.data.room import joined
 from pyro_vae.data.sources import SPLITS, Source, divide
-from pyro_vae.data.splits import BINARIZATIONS, Binarization, Dataset, Split, check_numbers
+from pyro_vae.data.splits import Dataset, Split, check_numbers
 from pyro_vae.data.testbeds import LinearGaussian
 from pyro_vae.words import did_you_mean, spelled
 
@@ -90,13 +91,7 @@ def load(
         tensor([0., 1.])
     """
     if binarization is not None:
-        known = spelled(str(binarization), BINARIZATIONS)
-        if known is None:
-            raise ValueError(
-                f"got binarization {binarization!r}, wanted one of {', '.join(BINARIZATIONS)}."
-                + did_you_mean(str(binarization), BINARIZATIONS)
-            )
-        binarization = known  # type: ignore[assignment]
+        binarization = _known(binarization)
     if isinstance(name, str) and not Path(name).expanduser().exists():
         name = spelled(name, DATASETS) or name
     if limit is not None and limit < 1:
@@ -112,19 +107,10 @@ def load(
         binarization = "none" if dequantize else source.binarization
     if dequantize is None:
         dequantize = source.dequantize and binarization == "none"
-    splits = {}
     if source.rows is not None and binarization != "none":
         for pixels in {id(each): each for each in source.pixels.values()}.values():
             check_numbers(pixels, str(name), binarization)
-    for part in SPLITS:
-        read = source.part(part, limit)
-        if source.zeros_and_ones and binarization == "none" and not dequantize:
-            # The numbers 0 and 1 themselves, also to a likelihood of counts.
-            read = Split(joined((few.to(torch.float32) / 255 for few in read.pieces()), len(read)))
-        classes = None if source.labels is None else source.labels[part][:limit]
-        splits[part] = Split(
-            read.pixels, classes, name=part, binarization=binarization, dequantize=dequantize, seed=seed, rows=read.rows
-        )
+    splits = {part: _split(source, part, limit, binarization, dequantize, seed) for part in SPLITS}
     protocol = {
         "dataset": str(name),
         "sizes": {part: len(splits[part]) for part in SPLITS},
@@ -146,6 +132,31 @@ def load(
 def default_data_dir() -> Path:
     """$PYRO_VAE_DATA, or ~/.cache/pyro_vae."""
     return Path(os.environ.get("PYRO_VAE_DATA") or Path("~", ".cache", "pyro_vae")).expanduser()
+
+
+def _known(binarization: str) -> Binarization:
+    """The binarization of that name, however it is spelled."""
+    known = spelled(str(binarization), BINARIZATIONS)
+    if known is None:
+        raise ValueError(
+            f"got binarization {binarization!r}, wanted one of {', '.join(BINARIZATIONS)}."
+            + did_you_mean(str(binarization), BINARIZATIONS)
+        )
+    return known  # type: ignore[return-value]
+
+
+def _split(
+    source: Source, part: str, limit: int | None, binarization: Binarization, dequantize: bool, seed: int
+) -> Split:
+    """One part of a source, as it is looked at."""
+    read = source.part(part, limit)
+    if source.zeros_and_ones and binarization == "none" and not dequantize:
+        # The numbers 0 and 1 themselves, also to a likelihood of counts.
+        read = Split(joined((few.to(torch.float32) / 255 for few in read.pieces()), len(read)))
+    classes = None if source.labels is None else source.labels[part][:limit]
+    return Split(
+        read.pixels, classes, name=part, binarization=binarization, dequantize=dequantize, seed=seed, rows=read.rows
+    )
 
 
 def _read(

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.splits import Binarization, Split
+from pyro_vae.data.binarization import Binarization
+from pyro_vae.data.splits import Split
 
 SPLITS = ("train", "validation", "test")
 

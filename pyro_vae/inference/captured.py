@@ -43,9 +43,9 @@ class Watched(Reach):
         super().__init__(*programs, settings_of=loss)
         store = pyro.get_param_store()._params
         if not self.full:  # else nobody compares
-            self._place(len, store, "the param store")
+            self.place(len, store, "the param store")
             for name in store:
-                self._place(store.get, name, f"parameter {name!r} of the param store")
+                self.place(store.get, name, f"parameter {name!r} of the param store")
         self.before = self._now()
 
 

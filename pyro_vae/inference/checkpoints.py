@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _NOT_READ = "not read"
 
 
 def named_tensors(
-    modules: list[nn.Module], model: Program, guide: Program, batch: tuple[Any, ...]
+    modules: Sequence[nn.Module], model: Program, guide: Program, batch: tuple[Any, ...]
 ) -> dict[str, Tensor]:
     """Everything that a fit changes, by a name that is the same in every process.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -23,11 +22,13 @@ from pyro_vae.inference.choices import rate_of
 from pyro_vae.inference.compatibility import rows_held
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.objectives import ClosedForm, Objective
-from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
+from pyro_vae.inference.optimizers import Fused
 from pyro_vae.inference.per_datum import Counting, Unit
 from pyro_vae.inference.ranks import Ranks
 from pyro_vae.inference.rehearsal import diagnosis
+from pyro_vae.inference.schedules import SCHEDULES, Schedule
 from pyro_vae.inference.steps import GraphSteps
+from pyro_vae.inference.strays import gradients, say_strays, untrained
 from pyro_vae.inference.tempering import Number, Tempered, Tempering
 from pyro_vae.randomness import noise_kept
 from pyro_vae.reach import modules_of
@@ -42,20 +43,6 @@ _SIZES = 10_000  # sizes of batches whose unit is remembered
 _WARM = 6  # steps of a kind, at most, until it is captured
 # Inductor costs up to half a minute and saves a tenth to a quarter of the time of a replay.
 _COMPILER_SECONDS, _SAVED = 20.0, 0.15
-
-
-def _untrained(parameters: Iterable[Tensor]) -> str:
-    """Why no parameter had a gradient."""
-    known = {id(p): p for p in parameters}.values()
-    if known and all(isinstance(p, nn.Parameter) and not p.requires_grad for p in known):
-        return (
-            f"all {len(known)} parameters of model and guide have requires_grad=False, so there is nothing to train. "
-            "Call requires_grad_(True) on what shall learn."
-        )
-    return (
-        "no parameter of model or guide had a gradient, so there is nothing to train. Register networks with "
-        'pyro.module("decoder", net) inside the programs, or write the programs as PyroModules.'
-    )
 
 
 class _Sum:
@@ -282,7 +269,7 @@ class Stepper:
             if self._sizes not in self._units and self.graph.compiled.captures:
                 self._measure(choice)
             self._use(self._units.get(self._sizes, self.unit))
-        before = self._gradients() if self.steps == 0 and not self._strays_said else None
+        before = gradients(self.batches) if self.steps == 0 and not self._strays_said else None
         replayed, batch = (None, None) if self.graph is None else self.graph(choice)
         if replayed is None:
             # Pyro's checks of shapes and supports cost a good part of a step: once is enough. They come before masks.
@@ -305,34 +292,12 @@ class Stepper:
         if self.considers:
             self._consider()
         if self.steps == 0 and not self.parameters():
-            raise ValueError(_untrained([] if self.batches.shown is None else self.batches.shown.parameters))
+            raise ValueError(untrained([] if self.batches.shown is None else self.batches.shown.parameters))
         if before is not None and replayed is None:
-            self._say_strays(before)
+            self._strays_said = True
+            say_strays(before, self.parameters())
         self.steps += 1
         return value
-
-    def _gradients(self) -> list[tuple[nn.Module, Tensor, Any]]:
-        """Parameters of modules that ran in the programs, each with its gradient as it is, told by identity and
-        version."""
-        modules = [] if self.batches.shown is None else self.batches.shown.modules
-        found = [(module, p) for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
-        return [(module, p, None if p.grad is None else (id(p.grad), p.grad._version)) for module, p in found]
-
-    def _say_strays(self, before: list[tuple[nn.Module, Tensor, Any]]) -> None:
-        """Say once which modules had a gradient in a step that trains others only: Pyro was not told of them."""
-        self._strays_said = True
-        trained = {id(p) for p in self.parameters()}
-        now = [None if p.grad is None else (id(p.grad), p.grad._version) for _, p, _ in before]
-        strays = [(m, p) for (m, p, then), at in zip(before, now, strict=True) if at != then and id(p) not in trained]
-        if strays:
-            module, parameter = strays[0]
-            more = f", and {len(strays) - 1} more tensors" * (len(strays) > 1)
-            warnings.warn(
-                f"a {type(module).__name__} with parameters of shape {tuple(parameter.shape)}{more} had a gradient and "
-                'is not trained, since neither program registers it. Add pyro.module("decoder", net) to the program '
-                "that runs it; or net.requires_grad_(False), if it is to stay as it is.",
-                stacklevel=2,
-            )
 
     def _counted(self, *args: Any, **kwargs: Any) -> Any:
         """The loss with its gradients, and the unit of its value."""

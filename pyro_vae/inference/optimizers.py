@@ -7,46 +7,23 @@ tensor. `Fused` keeps one for all. Its state is kept by the parameters' names, a
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import optimizer as shared_hooks
 
+from pyro_vae.inference.optimizer_states import copied, matched, path_of
+from pyro_vae.inference.updates import Update, clip
 from pyro_vae.parameters import names_of
 
-Schedule: TypeAlias = Callable[[float], float]
-
-
-def constant(fraction: float) -> float:
-    """1 throughout."""
-    return 1.0
-
-
-def cosine(fraction: float) -> float:
-    """From 1 to 0 along half a cosine. Loshchilov and Hutter 2017, arXiv:1608.03983."""
-    return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
-
-
-def one_cycle(fraction: float, warm: float = 0.1) -> float:
-    """Linearly up to 1 in the first tenth, then to 0 along half a cosine.
-
-    Reference: Smith and Topin, Super-Convergence, 2018. arXiv:1708.07120
-    """
-    return (fraction + 1e-3) / (warm + 1e-3) if fraction < warm else cosine((fraction - warm) / (1 - warm))
-
-
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "one-cycle": one_cycle}
-
-
-# How a step is computed, not what: of the machine, and left to it when a state is taken up there.
 _UNSTABLE = 3  # changes of an option, after which the step is left outside of the graph
 _WRITTEN = ("params", "lr", "initial_lr")  # what a step in a graph reads anew
+# How a step is computed, not what: of the machine, and left to it when a state is taken up there.
 _MACHINE = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
@@ -125,7 +102,7 @@ class Fused(PyroOptim):
             return
         self._even = self._even and len(params) == len(self.parameters)
         if self.clip_norm is not None:
-            _clip([p.grad for p in params if p.grad is not None], self.clip_norm * self.scale)
+            clip([p.grad for p in params if p.grad is not None], self.clip_norm * self.scale)
         self._optimizer.step()
         self.count += 1
         # SVI zeroes gradients with a fresh tensor for each; None spares that and an addition in backward.
@@ -228,9 +205,9 @@ class Fused(PyroOptim):
             options = {key: value for key, value in group.items() if key not in _MACHINE}
             options["lr"] = self.learning_rate if self._rates is None else self._rates[index]
             groups.append({"names": names, "options": options})
-        state = {name: {k: _copied(v) for k, v in self._optimizer.state[p].items()} for name, p in named.items()}
+        state = {name: {k: copied(v) for k, v in self._optimizer.state[p].items()} for name, p in named.items()}
         return {
-            "algorithm": _name(self.constructor), "count": self.count, "even": self._even, "factor": self._factor,
+            "algorithm": path_of(self.constructor), "count": self.count, "even": self._even, "factor": self._factor,
             "groups": groups, "shapes": {name: list(p.shape) for name, p in named.items()}, "state": state,
         }  # fmt: skip
 
@@ -249,9 +226,9 @@ class Fused(PyroOptim):
                 "got a state that Fused.get_state() has not made (those of Pyro's own optimisers are one per tensor), "
                 f"wanted one with {', '.join(sorted(missing))}. Load it into the kind of optimiser that saved it."
             )
-        if state_dict["algorithm"] != _name(self.constructor):
+        if state_dict["algorithm"] != path_of(self.constructor):
             raise ValueError(
-                f"got the state of {state_dict['algorithm']}, wanted one of {_name(self.constructor)}. Make the "
+                f"got the state of {state_dict['algorithm']}, wanted one of {path_of(self.constructor)}. Make the "
                 "optimiser of the class that was saved."
             )
         self._pending = dict(state_dict)
@@ -339,7 +316,7 @@ class Fused(PyroOptim):
         """Give parameters their part of the state that is pending."""
         pending, fresh = self._pending, self._optimizer is None
         assert pending is not None
-        found = _matched(joined, pending["shapes"])
+        found = matched(joined, pending["shapes"])
         unused = set(pending["shapes"]) - set(found.values())
         lacking = [next(iter(names_of(p)), f"one of shape {tuple(p.shape)}") for p in joined if p not in found]
         if lacking or (unused and pending["even"]):
@@ -374,9 +351,9 @@ class Fused(PyroOptim):
         if not isinstance(value, Tensor):
             return value
         if key != "step":
-            return _copied(value).to(parameter.device)
+            return copied(value).to(parameter.device)
         (group,) = (g for g in self._groups if any(parameter is p for p in g["params"]))
-        return _copied(value).to(parameter.device if (group.get("fused") or group.get("capturable")) else "cpu")
+        return copied(value).to(parameter.device if (group.get("fused") or group.get("capturable")) else "cpu")
 
     def _add(self, new: list[Tensor]) -> None:
         if self._optimizer is not None:
@@ -397,126 +374,3 @@ def _hooked(optimizer: torch.optim.Optimizer) -> bool:
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     shared = shared_hooks._global_optimizer_pre_hooks or shared_hooks._global_optimizer_post_hooks
     return bool(hooks or shared) or not (step is None or getattr(step, "_wrapped_by_lr_sched", False))
-
-
-def _clip(gradients: list[Tensor], limit: float) -> None:
-    """Shorten gradients, in place, where their joint norm is above a limit."""
-    norms = torch.stack(torch._foreach_norm(gradients))
-    # SVI hands over a set: sorted, the sum does not depend on its order.
-    total = torch.linalg.vector_norm(norms.sort().values)
-    torch._foreach_mul_(gradients, (limit / (total + 1e-6)).clamp(max=1.0))
-
-
-def _name(constructor: Any) -> str:
-    return f"{getattr(constructor, '__module__', '')}.{getattr(constructor, '__qualname__', repr(constructor))}"
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _matched(parameters: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[Tensor, str]:
-    """Which saved name is whose: the same one, or the same but for the number of a program."""
-    found = {}
-    for p in parameters:
-        kin = {name for own in names_of(p) for name in shapes if _numberless(name) == _numberless(own)}
-        same = [name for name in names_of(p) if name in shapes] or (sorted(kin) if len(kin) == 1 else [])
-        if not same:
-            continue
-        if list(shapes[same[0]]) != list(p.shape):
-            raise ValueError(
-                f"the state of the optimiser is of another pair: its {same[0]!r} has shape {tuple(shapes[same[0]])}, "
-                f"this one's {tuple(p.shape)}."
-            )
-        found[p] = same[0]
-    return found
-
-
-def _numberless(name: str) -> str:
-    root, dot, rest = name.partition(".")
-    return root.rstrip("0123456789") + dot + rest
-
-
-class Update:
-    """Adam's step as plain tensor operations, on the moments that a torch optimiser holds.
-
-        m <- m + (1 - b1) (g - m),   v <- b2 v + (1 - b2) g^2
-        p <- p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
-
-    What changes from step to step (t, the learning rate, the limit of a clip) enters as a tensor, written
-    by `advance` before each step, so that a graph of the operations need not change.
-    """
-
-    def __init__(self, owner: Fused, optimizer: torch.optim.Optimizer) -> None:
-        self.owner, self.optimizer, self.clip_norm = owner, optimizer, owner.clip_norm
-        self.settings = owner.settings
-        (self.group,) = optimizer.param_groups
-        self.decoupled = type(optimizer) is torch.optim.AdamW or self.group.get("decoupled_weight_decay", False)
-        self.parameters: list[Tensor] = list(self.group["params"])
-        self._counters = [optimizer.state[p]["step"] for p in self.parameters]
-        self._numbers = self.parameters[0].detach().new_zeros(4)
-
-    def advance(self, steps: int = 1) -> None:
-        """Count a step (or take one back), and write down what the operations need to know of it."""
-        self.owner.count += steps
-        torch._foreach_add_(self._counters, steps)
-        (first, second), rate, count = self.group["betas"], float(self.group["lr"]), self.owner.count
-        if count > 0:
-            limit = (self.clip_norm or 0.0) * self.owner.scale
-            numbers = [rate / (1 - first**count), (1 - second**count) ** -0.5, rate, limit]
-            self._numbers.copy_(torch.tensor(numbers, dtype=self._numbers.dtype), non_blocking=True)
-
-    def tensors(self) -> list[Tensor]:
-        """All that a step changes in place."""
-        moments = [self.optimizer.state[p][name] for p in self.parameters for name in ("exp_avg", "exp_avg_sq")]
-        return [*self.parameters, *moments]
-
-    def __call__(self, leaves: list[Tensor], gradients: list[Tensor]) -> None:
-        """Step these parameters, exactly the optimiser's, along these gradients, in place."""
-        if {id(p) for p in leaves} != {id(p) for p in self.parameters}:
-            raise ValueError("the gradients are not those of the optimiser's parameters")
-        scaled_rate, inverse_root, rate, limit = self._numbers.unbind()
-        if self.clip_norm is not None:
-            total = sum((g.square().sum() for g in gradients), self._numbers.new_zeros(())).sqrt()
-            factor = (limit / (total + 1e-6)).clamp(max=1.0)
-            gradients = [g * factor for g in gradients]
-        (first, second), decay, eps = self.group["betas"], self.group["weight_decay"], self.group["eps"]
-        for p, g in zip(leaves, gradients, strict=True):
-            m, v = (self.optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq"))
-            if decay and self.decoupled:
-                p.mul_(1 - rate * decay)
-            elif decay:
-                g = g + decay * p
-            m.lerp_(g, 1 - first)
-            v.mul_(second).addcmul_(g, g, value=1 - second)
-            p.sub_(scaled_rate * m / (v.sqrt() * inverse_root + eps))
-
-    def kernel(self, leaves: list[Tensor]) -> Callable[[Sequence[Tensor]], None] | None:
-        """The same step by torch's fused kernel, as a function of the gradients; None where it cannot be had.
-
-        One pass over the memory instead of nine. The gradients have the layout of the parameters, and are changed.
-        """
-        state = self.optimizer.state
-        for p in leaves:
-            mine = [state[p][name] for name in ("exp_avg", "exp_avg_sq")]
-            dense = torch.empty_like(p).stride() == p.stride()
-            same = all(each.stride() == p.stride() and each.dtype == p.dtype for each in mine)
-            step = state[p]["step"]
-            if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.float64) or not dense or not same:
-                return None
-            if not isinstance(step, Tensor) or step.device.type != "cpu" or step.dtype != torch.float32:
-                return None
-        adam = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
-
-        def step_along(given: Sequence[Tensor]) -> None:
-            gradients = list(given)
-            if self.clip_norm is not None:
-                _clip(gradients, self.clip_norm * self.owner.scale)
-            (first, second), group = self.group["betas"], self.group
-            moments, squares, steps = ([state[p][key] for p in leaves] for key in ("exp_avg", "exp_avg_sq", "step"))
-            adam(
-                leaves, gradients, moments, squares, [], steps, lr=float(group["lr"]), beta1=first, beta2=second,
-                weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
-            )  # fmt: skip
-
-        return step_along

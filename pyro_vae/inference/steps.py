@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from pyro_vae._trust import SCALARS
 from pyro_vae.inference.batches import Batches, Stream
 from pyro_vae.inference.captured import Graph, settings
-from pyro_vae.inference.optimizers import Fused, Update
+from pyro_vae.inference.optimizers import Fused
+from pyro_vae.inference.updates import Update
 from pyro_vae.traces import Program
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Fit any model/guide pair by stochastic variational inference: what is asked, and what is refused before it starts."""
+"""Fit any model/guide pair by stochastic variational inference."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer import TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor, nn
 
-from pyro_vae.evaluation import evaluating, others_kept, undisturbed, unmoved
+from pyro_vae.evaluation import others_kept, unmoved
 from pyro_vae.inference import explanation
-from pyro_vae.inference.batches import Batches, Stream, apart, seeded
+from pyro_vae.inference.batches import Stream, apart, seeded
 from pyro_vae.inference.bounds import Bound, elbo
-from pyro_vae.inference.checkpoints import Checkpoint, Sparing, named_tensors
+from pyro_vae.inference.checkpoints import Sparing
 from pyro_vae.inference.choices import chosen, optimizer_settings
-from pyro_vae.inference.compatibility import check, rows_held
+from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.epochs import Epochs, learning
-from pyro_vae.inference.fingerprints import fingerprint, program_fingerprint, program_values
 from pyro_vae.inference.hardware import matmul_precision as precision
 from pyro_vae.inference.hardware import reused_memory
 from pyro_vae.inference.loop import Stepper
-from pyro_vae.inference.objectives import Objective, default_loss, mean_bound
-from pyro_vae.inference.optimizers import SCHEDULES, Fused, Schedule
-from pyro_vae.inference.per_datum import Counting
-from pyro_vae.inference.ranks import Ranks, Setup, common_seed, gathered, world
+from pyro_vae.inference.objectives import default_loss, mean_bound
+from pyro_vae.inference.preparation import (
+    Identity,
+    captured_where_it_pays,
+    check_options,
+    check_shared,
+    held_out,
+    move,
+    read,
+    share_out,
+)
+from pyro_vae.inference.ranks import Setup, common_seed, world
 from pyro_vae.inference.records import History
-from pyro_vae.inference.split_bounds import SplitBound
-from pyro_vae.inference.starts import before_fit, check_data
+from pyro_vae.inference.schedules import SCHEDULES, Schedule
 from pyro_vae.inference.tempering import Beta, Tempering, check_tempering, value_of
 from pyro_vae.options import of_pair
-from pyro_vae.parameters import device_of, holds_loaded, loaded_values, own_parameters
-from pyro_vae.precision import current as current_precision
+from pyro_vae.parameters import own_parameters
 from pyro_vae.reach import modules_of
-from pyro_vae.traces import Program, traced
-from pyro_vae.words import did_you_mean
-
-_CAPTURE_PAYS = 500  # steps: a capture costs about a second
+from pyro_vae.traces import Program
 
 
 @of_pair
@@ -159,108 +159,56 @@ def fit(
         >>> abs(pyro.param("loc").item() - 3.0) < 0.1
         True
     """
-    compiled = loss if isinstance(loss, Compiled) else None
-    if compiled is not None:
-        loss = compiled.inner
-    else:
-        loss = copy.copy(default_loss(guide) if loss is None else loss)  # an ELBO remembers the plates of its pair
-    if not torch.is_grad_enabled():
-        raise ValueError(
-            "gradients are switched off here (torch.no_grad or inference_mode), so there is nothing to train. Call fit "
-            "outside of it."
-        )
-    _check_options(loss, patience, validation, schedule)
-    check_tempering(loss, epochs, kl_warmup, kl_warmup_steps, beta)
-    if isinstance(validation_bound, SplitBound) and validation_bound.upper:
-        raise ValueError(f"validation_bound={validation_bound!r} is an upper bound: higher is not better. Take iwae.")
+    given = loss if isinstance(loss, Compiled) else None
+    # An ELBO remembers the plates of its pair, so it is a copy that learns them.
+    loss = copy.copy(default_loss(guide) if loss is None else loss) if given is None else given.inner
+    check_options(loss, patience, validation, validation_bound, schedule)
+    warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
+    check_tempering(loss, epochs, **warm)
     modules = modules_of(model, guide)
-    for module in modules if device is not None else []:
-        module.to(device)
-    _refuse_inference(t for module in modules for t in (*module.parameters(), *module.buffers()))
-    place = device if device is not None else device_of(model, guide)
+    place = move(model, guide, modules, device)
     optimizer = chosen(optimizer, learning_rate, clip_norm, schedule, epochs)
     rank, size = world()
-    if size > 1:
-        if not isinstance(optimizer, Fused):
-            raise ValueError(
-                f"got a PyroOptim in a fit of {size} processes, which steps each tensor by itself. Pass a torch "
-                "optimiser class, such as torch.optim.Adam."
-            )
-        progress, callback = (progress, callback) if rank == 0 else (False, None)
+    check_shared(optimizer, size)
+    progress, callback = (progress, callback) if rank == 0 else (False, None)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else functools.partial(value_of, "schedule", schedule)
     with (
         own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory(),
         learning(modules), Setup() as setup,
     ):  # fmt: skip
         noise = common_seed(seed) if size > 1 else 0
-        where = torch.device(place or "cpu")
-        check_data(modules, data)
-        with others_kept(modules):
-            batches = Batches(data, batch_size, place, programs=(model, guide))
-            batches.keep_together()
-            if data_seed is not None or size > 1:
-                batches.stream = Stream(apart(noise) if data_seed is None else data_seed, where)
-        if batches.shown is not None:  # also networks that plain functions use
-            _refuse_inference({id(p): p for p in batches.shown.parameters if isinstance(p, nn.Parameter)}.values())
-        before_fit(modules, batches)
-        _take_up_loaded(model, guide, batches)
+        order = apart(noise) if data_seed is None and size > 1 else data_seed
+        batches = read(model, guide, modules, data, batch_size, place, order)
         with others_kept(modules):
             with unmoved(modules) as met:  # statistics of batches are of the steps alone
                 point = check(model, guide, batches.first(), loss)
             modules += [found for reference in met if (found := reference()) is not None]
             validation_bound = validation_bound or (loss.bound if point else elbo)
-            validate = None
-            if validation is not None:  # what cannot be scored is refused now, not after an epoch
-                validation = Batches(validation, 500, place, shuffle=False, programs=(model, guide))
-                with evaluating(model, guide, seed=0):
-                    Objective().particles(model, guide, *validation.first())
-                validate = functools.partial(mean_bound, model, guide, validation, validation_bound, device=place)
-            probe = _share_out(batches, model, guide) if size > 1 else None
-            warm: dict[str, Any] = {"kl_warmup": kl_warmup, "kl_warmup_steps": kl_warmup_steps, "beta": beta}
+            validation = held_out(model, guide, validation, place)
+            probe = share_out(batches, model, guide) if size > 1 else None
             tempering = Tempering(loss, epochs, len(batches), **warm)
-            given = compiled is not None
-            if compiled is None:
-                kept = checkpoint is not None and not isinstance(checkpoint, Sparing)
-                compiled = _compiled(loss, compile, tempering.total, kept, len(batches))
+            kept = checkpoint is not None and not isinstance(checkpoint, Sparing)
+            compiled = given or captured_where_it_pays(loss, compile, tempering.total, kept, len(batches))
             stepper = Stepper(model, guide, loss, optimizer, rate, tempering, batches, compiled)
-        stepper.considers = compile == "auto" and not given
-        run = Epochs(stepper, modules, epochs, patience, validate, callback)
+        stepper.considers = compile == "auto" and given is None
+        scored = functools.partial(mean_bound, model, guide, validation, validation_bound, device=place)
+        run = Epochs(stepper, modules, epochs, patience, None if validation is None else scored, callback)
         if checkpoint is not None or size > 1:
-            with unmoved(modules):
-                tensors = named_tensors(modules, model, guide, batches.first())
-            # What shapes the result, in each process and in a fit that goes on.
-            settings: dict[str, Any] = {
-                "epochs": epochs, "batch_size": batch_size, "loss": loss, **warm, "schedule": schedule, "seed": seed,
-                "data_seed": data_seed, **optimizer_settings(optimizer), "patience": patience,
-                "validation_bound": validation_bound,
-            }  # fmt: skip
-            settings = {key: fingerprint(value) for key, value in settings.items()}
-            pair = {"model": program_fingerprint(model), "guide": program_fingerprint(guide)}
+            identity = Identity(
+                run, epochs=epochs, batch_size=batch_size, loss=loss, **warm, schedule=schedule, seed=seed,
+                data_seed=data_seed, **optimizer_settings(optimizer), patience=patience,
+                validation_bound=validation_bound,
+            )  # fmt: skip
         if size > 1:
-            same: dict[str, Any] = {"steps": stepper.total, "number of data": batches.num_data}
-            same |= {"a sample of the data": probe, "checkpoint": checkpoint is not None}
-            same |= {"matmul_precision": matmul_precision}
-            same |= {"validation": None if validation is None else validation.num_data}
-            stepper.link(Ranks(tensors, settings | same | pair), noise, run.best.settle)
+            identity.link(noise, probe, checkpoint is not None, matmul_precision, validation)
         if checkpoint is not None:
-            more = {
-                "matmul_precision": matmul_precision or str(current_precision()), "device": where.type, "data": data,
-                "validation": None if validation is None else validation.origin,
-            }  # fmt: skip
-            settings |= {key: fingerprint(value) for key, value in more.items()}
-            settings["dtype"] = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
-            frozen = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
-            settings["list of frozen parameters"] = fingerprint(sorted(frozen))
-            shaping = filter(callable, (beta, schedule, validation_bound, getattr(loss, "bound", None)))
-            values = functools.partial(program_values, model, guide, *shaping, but=list(tensors.values()))
-            saved = Checkpoint(checkpoint, tensors, settings | pair, values, read_only=rank > 0)
-            if isinstance(checkpoint, Sparing) and not given:
-                stepper.warm_up(list(tensors.values()))
+            saved = identity.checkpoint(checkpoint, rank > 0, matmul_precision, place, data, validation)
+            if isinstance(checkpoint, Sparing) and given is None:
+                stepper.warm_up(list(identity.tensors.values()))
             run.resume(saved, kl_warmup_steps is not None)
             if size > 1 and data_seed is None:
-                batches.stream = Stream(apart(stepper.noise), where)
-            resumed = getattr(callback, "resumed", None)
-            if resumed is not None:
+                batches.stream = Stream(apart(stepper.noise), torch.device(place or "cpu"))
+            if (resumed := getattr(callback, "resumed", None)) is not None:
                 resumed(run.history.records)
         setup.done()
         run.go(None if progress is None else not progress)
@@ -268,89 +216,3 @@ def fit(
         if explanation.wanted() and rank == 0:
             print(explanation.explained(compiled, stepper.steps), file=sys.stderr)
     return run.history
-
-
-def _take_up_loaded(model: Program, guide: Program, batches: Batches) -> None:
-    """Start from what was loaded into the param store, where the programs ask for it."""
-    if not holds_loaded():
-        return
-    with loaded_values() as found, evaluating(model, guide, seed=0):
-        traced(model, guide, batches.first(), {})
-    with torch.no_grad():
-        for own, value in found:
-            own.copy_(value)
-
-
-def _compiled(loss: Any, compile: bool | str, steps: int, resumable: bool, per_epoch: int) -> Compiled | None:
-    """The loss compiled where that is wanted, or, automatically, where it pays for a fit of so many steps."""
-    if compile not in (True, False, "auto"):
-        raise ValueError(f'got compile={compile!r}, wanted True, False or "auto".')
-    if compile == "auto" and (resumable or steps < _CAPTURE_PAYS) or compile is False:
-        return None
-    compiled = Compiled(
-        loss, compile_after=10 if compile is True else None, quiet=compile == "auto", unproven=compile is True,
-        check_every=max(1, min(per_epoch, 100)),
-    )  # fmt: skip
-    compiled.optional = compile == "auto"
-    return compiled
-
-
-def _share_out(batches: Batches, model: Program, guide: Program) -> str | None:
-    """Make the batches those of one process of several, and as many in a pass as any of them has; what tells the data
-    from others, where every process is to have all of them.
-    """
-    rank, size = world()
-    if (held := rows_held(guide)) is not None:
-        raise ValueError(
-            f"the guide holds parameters for each of the {held[1]} rows of latent site {held[0]!r}, and got the data "
-            f"in shares of {size} processes. Fit it in one process, or take a guide that is a function of the data."
-        )
-    with undisturbed(), unmoved(modules_of(model, guide)), Counting() as counting:
-        traced(model, guide, batches.first(), {})
-    if counting.picks is not None:
-        raise ValueError(
-            f"plate {counting.picks!r} picks its rows at random in each run, so that {size} processes cannot share "
-            'them out. Give the rows as arguments: pyro.plate("data", N, subsample=x).'
-        )
-    count = batches.num_data
-    if batches.together and count is not None and count < 2 * size:
-        raise ValueError(
-            f"got {count} data in {size} processes and a network with batch normalisation, which learns nothing from "
-            "one datum: wanted at least two for each process."
-        )
-    batches.shard(rank, size)
-    if count is None:
-        batches.steps = max(gathered(len(batches)))
-        return None
-    with seeded(0):
-        return fingerprint(batches.take(torch.linspace(0, count - 1, min(count, 64)).long().to(batches.home)))
-
-
-def _refuse_inference(tensors: Iterable[Tensor]) -> None:
-    """Tensors made in inference mode can never have a gradient, nor be changed in place."""
-    made = sum(t.is_inference() for t in tensors)
-    if made:
-        raise ValueError(
-            f"{made} parameters or buffers of model and guide were made under torch.inference_mode(), and cannot be "
-            "trained. Make the networks outside torch.inference_mode()."
-        )
-
-
-def _check_options(loss: Any, patience: int | None, validation: Any, schedule: Any) -> None:
-    """What the types of the options (see `pyro_vae.options`) do not say."""
-    if not callable(schedule) and not (isinstance(schedule, str) and schedule in SCHEDULES):
-        hint = did_you_mean(schedule, SCHEDULES)
-        raise ValueError(f"unknown schedule {schedule!r}, wanted one of {', '.join(SCHEDULES)} or a function.{hint}")
-    if callable(schedule):
-        value_of("schedule", schedule, 0.0)
-    if patience is not None and (patience < 1 or validation is None):
-        raise ValueError(f"patience (got {patience}) needs validation data, and must be a positive integer.")
-    if not hasattr(loss, "loss_and_grads") or isinstance(loss, type):
-        raise ValueError(
-            f"got loss {loss!r}, wanted a Pyro ELBO such as Trace_ELBO(), or Objective(iwae, num_samples=50)."
-        )
-    if isinstance(loss, TraceTailAdaptive_ELBO):
-        raise ValueError(
-            "TraceTailAdaptive_ELBO gives infinity as its loss, by design, so that no fit can be followed, and ranks "
-            "one weight for the whole batch. Take Objective(renyi(0.5), num_samples=10), which has one for each datum."
-        )

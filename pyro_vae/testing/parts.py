@@ -1,14 +1,4 @@
-"""Laws that every part obeys, for this package's parts and for your own.
-
-A battery is a class; a part is put through it by a subclass that makes one, and pytest
-finds the rest. In your own test file:
-
-    class TestMine(PosteriorLaws):
-        def make(self):
-            return Mine(MLP((1, 4, 4), [8], None), latent_dim=2)
-
-Each law is one test. Monte Carlo claims are held to standard errors computed on the spot.
-"""
+"""Laws of single parts: priors, posteriors and likelihoods."""
 
 from __future__ import annotations
 
@@ -23,15 +13,12 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution, constraints
-from pyro.infer import Trace_ELBO
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from pyro_vae.parameters import own_parameters
 from pyro_vae.protocols import rescoring
 from pyro_vae.randomness import forked
 from pyro_vae.sites import is_point
-from pyro_vae.traces import Program, draw, log_joint, log_q, particles, plate_nesting, simulate
 
 LEADING: tuple[tuple[int, ...], ...] = ((), (3,), (2, 3))
 _DRAWS = 20_000
@@ -84,11 +71,11 @@ class _Laws:
 
     def drawn(self, part: nn.Module, seed: int = 1) -> Tensor:
         """A draw of the distribution for three inputs."""
-        with _seeded(seed), torch.no_grad():
+        with seeded(seed), torch.no_grad():
             return self.given(part, (3,))()
 
     def test_shapes_follow_the_leading_dimensions(self) -> None:
-        with _seeded():
+        with seeded():
             part = self.make()
             event = tuple(self.given(part, ()).event_shape)
             assert self.event_dim in (None, len(event))
@@ -100,13 +87,13 @@ class _Laws:
                 assert tuple(distribution.log_prob(value).shape) == leading
 
     def test_float64_stays_float64(self) -> None:
-        with _seeded():
+        with seeded():
             _, distribution = self.one()
             value = distribution()
             assert value.dtype == torch.float64 and distribution.log_prob(value).dtype == torch.float64
 
     def test_same_seed_same_draw(self) -> None:
-        with _seeded():
+        with seeded():
             part = self.make()
         draws = [self.drawn(part, seed) for seed in (1, 1, 2)]
         assert torch.equal(draws[0], draws[1])
@@ -114,14 +101,14 @@ class _Laws:
             assert not torch.equal(draws[0], draws[2])
 
     def test_draws_lie_in_the_support(self) -> None:
-        with _seeded():
+        with seeded():
             distribution = self.given(self.make(), (3,))
             value = distribution.sample(torch.Size([50]))
             assert distribution.support is not None, "the distribution does not say where it lives"
             assert torch.isfinite(value).all() and bool(distribution.support.check(value).all())
 
     def test_every_parameter_has_a_gradient(self) -> None:
-        with _seeded():
+        with seeded():
             part = self.make()
             distribution = self.given(part, (7,))
             value = distribution.rsample() if distribution.has_rsample else distribution.sample()
@@ -137,7 +124,7 @@ class _Laws:
             assert all(bool(torch.isfinite(p.grad).all()) for p in parameters.values() if p.grad is not None)
 
     def test_a_copy_has_weights_of_its_own(self) -> None:
-        with _seeded():
+        with seeded():
             part = self.make()
             before = self.drawn(part)
             copied = copy.deepcopy(part)
@@ -147,7 +134,7 @@ class _Laws:
             assert torch.equal(self.drawn(part), before)
 
     def test_weights_can_be_saved_and_loaded(self) -> None:
-        with _seeded(), tempfile.TemporaryDirectory() as folder:
+        with seeded(), tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "part.safetensors")
             first, second = self.make(), self.make()
             if not first.state_dict():
@@ -163,7 +150,7 @@ class _Densities(_Laws):
     event_dim = 1
 
     def test_expands_as_a_particle_plate_does(self) -> None:
-        with _seeded():
+        with seeded():
             for leading in LEADING:
                 distribution = self.given(self.make(), leading).expand(torch.Size([5, *leading]))
                 value = distribution()
@@ -173,7 +160,7 @@ class _Densities(_Laws):
 
     def test_the_density_integrates_to_one(self) -> None:
         """E_q[r / q] = 1 for any density r that q covers; needs own draws only."""
-        with _seeded(), torch.no_grad():
+        with seeded(), torch.no_grad():
             _, distribution = self.one()
             if is_point(distribution):
                 return
@@ -197,7 +184,7 @@ class PriorLaws(_Densities):
         return prior.expand(torch.Size(leading)) if leading else prior
 
     def test_scores_any_point_over_leading_dimensions(self) -> None:
-        with _seeded(), torch.no_grad():
+        with seeded(), torch.no_grad():
             prior = self.one()[0]()
             value = prior.sample(torch.Size([4, 3]))
             each = torch.stack([torch.stack([prior.log_prob(v.clone()) for v in row]) for row in value])
@@ -217,7 +204,7 @@ class PosteriorLaws(_Densities):
         return part(_data((*leading, *self.x_shape), dtype))
 
     def test_rescoring_is_as_declared(self) -> None:
-        with _seeded(), torch.no_grad():
+        with seeded(), torch.no_grad():
             part, _ = self.one()
             distribution = self.given(part, (3,), torch.float64)
             value = distribution()
@@ -235,13 +222,13 @@ class PosteriorLaws(_Densities):
 
     def test_data_do_not_mix(self) -> None:
         """q(z | x) of one datum does not depend on the others in its batch."""
-        with _seeded(), torch.no_grad():
+        with seeded(), torch.no_grad():
             part, _ = self.one()
             x = _data((4, *self.x_shape), torch.float64)
             other = torch.cat([x[:1], 1 - x[1:]])
-            with _seeded(1):
+            with seeded(1):
                 first = part(x)()[0]
-            with _seeded(1):
+            with seeded(1):
                 assert torch.allclose(part(other)()[0], first, rtol=1e-9, atol=1e-12)
 
 
@@ -255,21 +242,21 @@ class LikelihoodLaws(_Laws):
     latent_dim: int = 2
 
     def given(self, part: nn.Module, leading: tuple[int, ...], dtype: torch.dtype = torch.float32) -> TorchDistribution:
-        with _seeded(3):
+        with seeded(3):
             return part(torch.randn(*leading, self.latent_dim, dtype=dtype))
 
     def test_particles_are_scored_one_by_one(self) -> None:
-        with _seeded(), torch.no_grad():
+        with seeded(), torch.no_grad():
             part, _ = self.one()
             distribution = self.given(part, (5, 3), torch.float64)
             x = distribution.sample()[0]
-            with _seeded(3):
+            with seeded(3):
                 z = torch.randn(5, 3, self.latent_dim, dtype=torch.float64)
             each = torch.stack([torch.stack([part(z[k, b]).log_prob(x[b]) for b in range(3)]) for k in range(5)])
             assert torch.allclose(distribution.log_prob(x), each, rtol=1e-9, atol=1e-9)
 
     def test_the_mean_is_that_of_the_draws(self) -> None:
-        with _seeded(), torch.no_grad():
+        with seeded(), torch.no_grad():
             _, distribution = self.one()
             try:
                 mean = distribution.mean
@@ -281,7 +268,7 @@ class LikelihoodLaws(_Laws):
 
     def test_draws_follow_the_density(self) -> None:
         """Continuous: E_p[r / p] = 1. Discrete: the frequencies of one pixel's values are its probabilities."""
-        with _seeded(), torch.no_grad():
+        with seeded(), torch.no_grad():
             _, distribution = self.one()
             many = distribution.expand(torch.Size([_DRAWS]))
             draws = many.sample()
@@ -304,81 +291,9 @@ class LikelihoodLaws(_Laws):
             assert ((counts / _DRAWS - share).abs()[common] <= 4.5 * stderr[common] + 2e-3 * share[common]).all()
 
 
-class PairLaws:
-    """A model and a guide: any Pyro programs whose arguments are the batch.
-
-    Attributes:
-        rescores: Whether the guide scores samples that it did not draw.
-    """
-
-    rescores = True
-
-    def make(self) -> tuple[Program, Program, tuple[Any, ...]]:
-        """A new pair, and the arguments of both (a small batch)."""
-        raise NotImplementedError(f"{type(self).__name__} must say how to make its pair: def make(self): return ...")
-
-    def test_every_density_is_per_sample_and_datum(self) -> None:
-        with _seeded():
-            model, guide, args = self.make()
-            table = particles(model, guide, *args, num_samples=4)
-            shape = (4, len(args[0]))
-            assert table.log_likelihood.shape == shape and table.log_weight.shape == shape
-            assert torch.isfinite(table.log_weight).all() and set(table.log_prior) == set(table.log_q)
-
-    def test_samples_are_scored_again_alike(self) -> None:
-        with _seeded(), torch.no_grad():
-            model, guide, args = self.make()
-            table = particles(model, guide, *args, num_samples=3)
-            again = log_joint(model, table.latents, *args)
-            assert torch.allclose(again, table.log_joint, rtol=1e-4, atol=1e-3)
-            latents = {name: value.clone() for name, value in table.latents.items()}
-            if not self.rescores:
-                try:
-                    log_q(guide, latents, *args)
-                except ValueError:
-                    return
-                raise AssertionError("declared unable to score a foreign sample, but did")
-            again = log_q(guide, latents, *args)
-            own = torch.stack(list(table.log_q.values())).sum(0)
-            assert torch.allclose(again, own, rtol=1e-4, atol=1e-3)
-
-    def test_the_elbo_is_pyros(self) -> None:
-        with _seeded():
-            model, guide, args = self.make()
-            with own_parameters(model, guide):
-                nesting = plate_nesting(model, guide, *args)
-                with _seeded(1), torch.no_grad():
-                    theirs = -Trace_ELBO(max_plate_nesting=nesting).loss(model, guide, *args)
-                with _seeded(1), torch.no_grad():
-                    table = draw(model, guide, args, {}, 1)
-            ours = table.scale * table.log_weight.sum()
-            assert math.isclose(float(ours), theirs, rel_tol=1e-5, abs_tol=1e-4)
-
-    def test_a_draw_from_the_model_has_the_shape_of_the_data(self) -> None:
-        with _seeded():
-            model, _, args = self.make()
-            drawn = simulate(model, *args).observations
-            assert any(value.shape == args[0].shape for value in drawn.values())
-
-    def test_two_copies_learn_apart(self) -> None:
-        with _seeded():
-            model, guide, args = self.make()
-            if not (isinstance(model, nn.Module) and isinstance(guide, nn.Module)):
-                return
-            model2, guide2 = copy.deepcopy((model, guide))
-            before = [p.detach().clone() for m in (model, guide) for p in m.parameters()]
-            with own_parameters(model2, guide2):
-                parameters = {id(p): p for m in (model2, guide2) for p in m.parameters() if p.requires_grad}
-                optimizer = torch.optim.SGD(list(parameters.values()), 0.1)
-                Trace_ELBO().loss_and_grads(model2, guide2, *args)
-                optimizer.step()
-            for programs, moves in (((model, guide), False), ((model2, guide2), True)):
-                after = [p for program in programs for p in program.parameters()]
-                assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) is moves
-
-
 @contextmanager
-def _seeded(seed: int = 0) -> Iterator[None]:
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Noise of this seed, and no checks by Pyro."""
     with forked(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         yield
