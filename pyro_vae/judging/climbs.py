@@ -23,7 +23,9 @@ from pyro_vae.judging.sweeps import in_chunks
 from pyro_vae.traces import Program, draw, plate_nesting
 
 _PATIENCE = 2  # windows
-_FEW = 2**17  # numbers that the samples of a step make of its data, below which fewer data would be no faster
+# Numbers that the samples of a step make of its data: below so many fewer data would be no faster, and so many fewer in
+# each of a hundred steps pay for another capture.
+_FEW = 2**17
 # Of the steps that are left most data take no more than a third. A capture costs what the programs' Python costs in
 # about a hundred steps (600, where it is the first in a process).
 _SHARE, _ENOUGH = 3, 150
@@ -133,11 +135,23 @@ def optimise(
             rate=torch.where(now.ended[:, None], 0.0, rate),
         )
         left = ~now.ended
-        held, going = len(left), int(left.sum())
+        going = int(left.sum())
         if going == 0:
             return result
-        if 2 * going <= held and held * num_samples * values(args) > _FEW:
+        if _worth_dropping(len(left) - going, len(left), num_samples * values(args), window):
             now, args = _Climbers(*(x[left] for x in now)), at(args, left)
+
+
+def _worth_dropping(ended: int, held: int, numbers: int, window: int) -> bool:
+    """Whether a step goes on without the data that have ended, of so many that are held and numbers of each.
+
+    Example:
+        >>> _worth_dropping(80, 250, 8 * 784, 100), _worth_dropping(5, 10, 8 * 784, 100)  # 10 are few
+        (True, False)
+        >>> _worth_dropping(10, 100, 8 * 784, 100), _worth_dropping(50, 100, 8 * 784, 10)  # half are worth it always
+        (False, True)
+    """
+    return ended * numbers * window > 100 * _FEW or (2 * ended >= held and held * numbers > _FEW)
 
 
 class _Steps:
