@@ -167,6 +167,11 @@ def test_the_next_command_is_one_that_there_is(here):
     assert {"explore", "compare"} <= set(commands.commands)
     alone = [record for record in records if record["run"].endswith("/a")]
     assert following.after_listing(alone) == f"pyro-vae judge {run}"
+    for other in ({"model": "conditional"}, {"likelihood": "normal"}):  # compare refuses these
+        latest = alone[0] | {"run": "runs/c", "time": alone[0]["time"] + 1, "options": other}
+        assert following.after_listing([latest, *alone]) == "pyro-vae judge runs/c"
+    latest = alone[0] | {"run": "runs/c", "time": alone[0]["time"] + 1, "options": {"model": "mixture", "beta": "2"}}
+    assert following.after_listing([latest, *alone]) == f"pyro-vae compare {run} runs/c"
 
 
 def test_advice_that_was_followed_is_compared(here, capsys):

@@ -1,5 +1,6 @@
 """Estimates are of the networks in evaluation mode, wherever a program holds them, and leave all as it was."""
 
+import contextlib
 import functools
 import inspect
 import math
@@ -652,8 +653,10 @@ def test_patience_brings_back_the_buffers_of_the_best_epoch(kind):
     def callback(record):
         kept[record["epoch"]] = {n: b.clone() for n, b in encoder.named_buffers()}, record["validation"]
 
-    history = fit(model, guide, X, epochs=12, batch_size=8, learning_rate=0.5, seed=0, progress=False, compile=False,
-                  validation=X + 0.5, patience=2, callback=callback)  # fmt: skip
+    partly = pytest.warns(UserWarning, match="is not trained") if kind == "closures" else contextlib.nullcontext()
+    with partly:
+        history = fit(model, guide, X, epochs=12, batch_size=8, learning_rate=0.5, seed=0, progress=False,
+                      compile=False, validation=X + 0.5, patience=2, callback=callback)  # fmt: skip
     best = history.best_epoch
     assert history.stopped_early and best < len(history)
     for name, buffer in encoder.named_buffers():

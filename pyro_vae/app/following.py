@@ -59,10 +59,17 @@ def after_listing(records: Sequence[Mapping[str, Any]]) -> str:
         rest = [record for record in latest if record["reconstruction"] is not None]
         return typed("sample", Path(rest[0]["run"])) if rest else "pyro-vae fit"
     first = Path(finished[0]["run"])
-    others = [Path(record["run"]) for record in finished[1:] if record["data"] == finished[0]["data"]]
+    others = [Path(record["run"]) for record in finished[1:] if _scored(record) == _scored(finished[0])]
     if others:
         return typed("compare", others[0], shlex.quote(str(first)))
     return typed("judge", first)
+
+
+def _scored(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the log p of a run is of, as far as its options say: `compare` refuses two that differ in it."""
+    options = record["options"]
+    shaping = ("likelihood", "binarization", "dequantize", "image-size", "crop", "channels", "split-seed")
+    return (record["data"], options.get("model") == "conditional", *(options.get(name) for name in shaping))
 
 
 def followed(run: Path, advice: Sequence[str]) -> Path | None:
