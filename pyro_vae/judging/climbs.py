@@ -212,8 +212,7 @@ class _Steps:
             guide = self.form.guide(live, theta.detach())
             # Samples drawn one by one would make a long graph: there the programs run on as they are.
             vectorize = True if capturing() else None
-            drawn = draw(self.model, guide, args, {}, self.num_samples, vectorize, self.nesting)
-            value = drawn.log_weight.mean(0)
+            value = draw(self.model, guide, args, {}, self.num_samples, vectorize, self.nesting).log_weight.mean(0)
             (gradient,) = torch.autograd.grad(value.sum(), live)
         return value.detach(), torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
 
