@@ -49,7 +49,8 @@ def main() -> None:
         plain, captured = (statistics.median(seconds[1:]) for seconds in took.values())
         print(
             f"{arguments.data}, {images} images, {found.steps.mean():.0f} steps on average: {plain:.2f} s by the "
-            f"programs, {captured:.2f} s captured, {statistics.median(ratios):.2f} x ({min(ratios):.2f}-{max(ratios):.2f})",
+            f"programs, {captured:.2f} s captured, "
+            f"{statistics.median(ratios):.2f} x ({min(ratios):.2f}-{max(ratios):.2f})",
             flush=True,
         )
 
