@@ -47,10 +47,10 @@ def main() -> None:
                 seconds.append(time.process_time() - start)
         ratios = [a / b for a, b in zip(took[False][1:], took["auto"][1:], strict=True)]
         plain, captured = (statistics.median(seconds[1:]) for seconds in took.values())
+        ratio = f"{statistics.median(ratios):.2f} x ({min(ratios):.2f}-{max(ratios):.2f})"
         print(
             f"{arguments.data}, {images} images, {found.steps.mean():.0f} steps on average: {plain:.2f} s by the "
-            f"programs, {captured:.2f} s captured, "
-            f"{statistics.median(ratios):.2f} x ({min(ratios):.2f}-{max(ratios):.2f})",
+            f"programs, {captured:.2f} s captured, {ratio}",
             flush=True,
         )
 
