@@ -549,13 +549,7 @@ def counted_in_a_part(w):
 
 WRITING = (hooked, hooked_and_scaled, hooked_after, hooked_later, given_other_data, counted_and_read, unregistered, checkpointed,
            spectral, averaged, watching, counted_in_a_part, recurrent)  # fmt: skip
-STANDING_STILL = (
-    unregistered,
-    spectral,
-    averaged,
-    watching,
-    recurrent,
-)  # networks that no program registers, which is said
+STANDING_STILL = (unregistered, spectral, averaged, recurrent)  # networks that no program registers, which is said
 
 
 def written(make, option):

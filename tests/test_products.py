@@ -133,6 +133,17 @@ def test_each_is_called_a_few_times_and_the_random_state_stays(place):
     assert all(0 < seconds < math.inf for seconds in product.seconds.values())
 
 
+def test_what_is_spread_over_itself_is_timed_and_so_is_nothing(place):
+    row = torch.ones(1, 5)
+
+    def function(x):
+        return [x @ row.expand(5, 5), torch.bmm(x.expand(3, 6, 5), x.t().expand(3, 5, 6)), x[:0] @ row.t()]
+
+    choice = Capture(function, [torch.ones(6, 5)]).choice
+    assert sorted(p.name.split("(")[0] for p in choice.products) == ["bmm", "mm", "mm"]
+    assert choice.operations == 2 * 6 * 5 * 5 + 2 * 3 * 6 * 6 * 5
+
+
 @both
 def test_a_library_is_taken_whatever_is_around_and_the_setting_put_back():
     for outer in ("highest", "medium"):

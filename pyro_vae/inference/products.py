@@ -183,9 +183,15 @@ def _timed(node: fx.Node, kind: str, times: int, libraries: tuple[str, ...], sha
 
 
 def _tensor(node: fx.Node, generator: torch.Generator) -> Tensor:
+    """Numbers in the shape and layout of a node's, which may be spread over itself."""
     value = node.meta["val"]
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return made.uniform_(-1, 1, generator=generator) if made.is_floating_point() else made.zero_()
+    length = (
+        1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+    )
+    made = torch.zeros(length, dtype=value.dtype, device=value.device)
+    if made.is_floating_point():
+        made.uniform_(-1, 1, generator=generator)
+    return made.as_strided(value.shape, value.stride())
 
 
 def _read(key: str, libraries: tuple[str, ...], count: int) -> Choice | None:
