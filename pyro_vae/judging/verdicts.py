@@ -94,7 +94,10 @@ def _parts(stages: Stages, dead: Nats | None) -> Iterator[Finding]:
     size = max(RELEVANT, 0.1 * abs(gaps.inference.value))
     faults = {name: part for name, part in parts.items() if part.of_population().material(size)}
     largest = max(parts, key=lambda name: parts[name].value)
-    if faults and largest not in faults and parts[largest].value > size:
+    other = min(parts, key=lambda name: parts[name].value)
+    ahead = parts[largest].value - parts[other].value
+    clear = ahead > 2 * math.hypot(parts[largest].mc_stderr, parts[other].mc_stderr)  # of these data
+    if (faults or clear) and largest not in faults and parts[largest].value > size:
         part, faults = parts[largest], {}
         few = f"on {gaps.num_data} data only: ± {part.of_population().mc_stderr:.2g} nats, which is too few to say."
         text = f"The {largest}'s share is the larger, {part.value:.3g} of {gaps.inference.value:.3g} nats, {few}"
