@@ -225,6 +225,23 @@ def test_a_graph_that_is_slower_than_the_programs_is_given_up_where_the_choice_i
     assert_same(ours, theirs)
 
 
+def test_a_compiled_graph_on_trial_is_not_given_up_for_the_programs(monkeypatch):
+    """The compiler's is slow, and the graph that it was made of is not: that one is taken back, and stays."""
+    import torch._inductor.compile_fx
+
+    def compile_fx(graph, _):
+        return lambda *tensors: (time.sleep(0.1), graph.forward(*tensors))[1]
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    monkeypatch.setattr(captured, "_TRIED", 5)
+    monkeypatch.setattr(captured, "_KNOWN", 10)
+    loss = Compiled(Objective(elbo), compile_after=8, quiet=True)  # on trial at the tenth replay, which is compared
+    loss.chooses = loss.optional = True
+    steps(small_pair, images, loss, count=20)
+    (entry,) = loss._graphs.values()
+    assert not entry.capture.compiled and entry.seconds < 0.1 and entry.compiled_at == 8
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_graph_that_was_taken_back_stays_so_when_the_fit_is_gone_on_with(monkeypatch, tmp_path, slow):
     import torch._inductor.compile_fx

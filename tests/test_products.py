@@ -83,7 +83,8 @@ def test_who_measures_first_decides_for_all(place, monkeypatch):
     "content",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"library": "rm -rf", "products": []}', b'{"library": "oneDNN"}',
      b'{"library": "oneDNN", "products": [[1, 2]]}', b'{"library": ["oneDNN"], "products": "xx"}',
-     b'{"library": "oneDNN", "products": [["mm", 1, 1, {"oneDNN": "soon"}]]}', b"9" * 5000],
+     b'{"library": "oneDNN", "products": [["mm", 1, 1, {"oneDNN": "soon"}]]}', b"9" * 5000, b"[" * 100_000, b" " * 2**21,
+     b'{"library": "oneDNN", "products": [["mm", 1e999, 1, {}]]}'],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_measured_anew_and_replaced(place, monkeypatch, content):
     monkeypatch.setattr(products, "_timed", timed({DEFAULT: 1.0, ONEDNN: 2.0}))

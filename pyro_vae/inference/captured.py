@@ -250,7 +250,7 @@ class Captured:
                 self.reason = None
                 if self.chooses and graph.capture.compiled and graph.replays == graph.compiled_at + _TRIED:
                     self._keep_the_faster(graph)
-                if self.optional and check is not None and graph.replays >= _KNOWN and graph.capture.on_cpu:
+                if self.optional and check is not None and graph.replays >= _KNOWN:
                     self._yield_to_the_programs(call, graph)
                 return results, None
             mean, wanted = (x[0].double().mean().item() for x in (results, check.expected))
@@ -306,8 +306,9 @@ class Captured:
             graph.seconds, graph.unchecked = graph.plain_seconds, True
 
     def _yield_to_the_programs(self, call: Any, graph: Any) -> None:
-        """Give up a graph whose fastest replay of a hundred is slower than the fastest of the programs' few."""
-        if graph.seconds > graph.own_seconds:
+        """Give up a graph whose fastest replay of a hundred is slower than the fastest of the programs' few; not while
+        it is open whether the compiler's is kept, nor on a GPU, where nobody waited for the results."""
+        if graph.capture.on_cpu and not graph.on_trial() and graph.seconds > graph.own_seconds:
             del self._graphs[call.key]
             both = " and ".join(f"{1e3 * seconds:.2g} ms" for seconds in (graph.seconds, graph.own_seconds))
             self._refuse(call, f"a replay is slower here than the programs ({both})")

@@ -35,7 +35,8 @@ from pyro_vae.inference.graphs import PRODUCTS
 from pyro_vae.inference.hardware import DEFAULT, ONEDNN, medium_is_exact, multiplied_by
 
 _TIMES = 20  # calls of a product by each library, of which the fastest counts
-_SECONDS = 0.5  # for the products of a graph, after two calls of each
+_SECONDS = 0.5  # for the products of a graph, where three calls of each take less
+_MOST = 2**20  # bytes of a file
 # What tells libraries which instructions and threads they may use.
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "MKL_ENABLE_INSTRUCTIONS",
@@ -197,14 +198,15 @@ def _tensor(node: fx.Node, generator: torch.Generator) -> Tensor:
 def _read(key: str, libraries: tuple[str, ...], count: int) -> Choice | None:
     """What was found before; None where there is nothing, or nothing that can be read."""
     try:
-        found = json.loads(_place(key).read_text(encoding="utf-8"))
+        with _place(key).open(encoding="utf-8") as file:
+            found = json.loads(file.read(_MOST))
         products = tuple(
             Product(str(name), int(times), float(operations), {str(k): float(v) for k, v in seconds.items()})
             for name, times, operations, seconds in found["products"]
         )
         whole = len(products) == count and all(set(p.seconds) == set(libraries) for p in products)
         return Choice(key, found["library"], products) if whole and found["library"] in libraries else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
