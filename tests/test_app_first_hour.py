@@ -442,6 +442,13 @@ def test_the_plane_of_many_latents_says_what_it_is():
     assert [axes.get_title(loc="left") for axes in two] == ["here, principal components", "there"]
 
 
+@pytest.mark.parametrize("start, said", [(-500.0, ["some of the first 4 epochs lie below"]), (-52.0, [])])
+def test_a_steep_start_that_the_axis_leaves_out_is_said(start, said):
+    bounds = [start] * 4 + [-50.0 - 4 * (i % 2) for i in range(46)]
+    figure = plots.training_curve([{"epoch": e, "bound": b} for e, b in enumerate(bounds, 1)])
+    assert [text.get_text() for text in figure.axes[0].texts] == said
+
+
 def test_the_training_curve_is_explained():
     records = [{"epoch": e, "bound": -1.0 / e, "validation": -1.1 / e} for e in range(1, 9)]
     figure = plots.training_curve(records, note=report.CURVE)

@@ -202,7 +202,10 @@ def _errors(path: str | Path) -> Iterator[None]:
     except Exception as error:  # decoders raise all kinds of things at damaged files
         if isinstance(error, ValueError) and str(path) in str(error):  # refused here on purpose
             raise
-        reason = str(error).replace(str(path), "the file") or type(error).__name__
+        from PIL import UnidentifiedImageError
+
+        known = not isinstance(error, UnidentifiedImageError)
+        reason = (str(error).replace(str(path), "the file") or type(error).__name__) if known else "of no known format"
         raise ValueError(
             f"{path} could not be decoded ({reason}), wanted an image. Remove the file or save it again."
         ) from error

@@ -51,9 +51,11 @@ def training_curve(
     figure, axes = titled_axes(f"{name} (nats per datum)", "Training curve", "epoch", ax)
     epochs = [record["epoch"] for record in records]
     shown: list[float] = []
+    curves: list[list[tuple[int, float]]] = []
     for key, label, colour in (("bound", "training", BLUE), ("validation", "validation", ORANGE)):
         values = [record.get(key) for record in records]
         points = [(e, v) for e, v in zip(epochs, values, strict=True) if v is not None and np.isfinite(v)]
+        curves.append(points)
         if points:
             marker = "o" if len(points) < 8 else None
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, marker=marker, ms=4, label=label)
@@ -64,6 +66,10 @@ def training_curve(
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
     pad = 0.06 * (high - low) or 1.0
     axes.set_ylim(low - pad, high + pad)
+    below = [e for curve in curves for e, v in curve if v < low - pad]
+    if below:  # what came first would press all else flat
+        said = f"some of the first {max(below)} epochs lie below"
+        axes.text(0.01, 0.01, said, transform=axes.transAxes, fontsize=8, color="#4a5568")
     show_legend(axes, loc="best")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # else one epoch is at 1.000
     if note and ax is None:
