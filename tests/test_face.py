@@ -216,7 +216,9 @@ def test_a_users_program_has_its_types(tmp_path):
 def test_amortization_is_spelled_one_way():
     # In American English: 180 places against 33 before this was settled. Results that are kept are left as they were printed.
     british = re.compile("amorti" + "s", re.IGNORECASE)
-    others = {config.parent for config in ROOT.rglob("pyvenv.cfg")}  # environments in the checkout, whatever their names
+    others = {
+        config.parent for config in ROOT.rglob("pyvenv.cfg")
+    }  # environments in the checkout, whatever their names
     files = [
         path for kind in ("*.py", "*.md", "*.ipynb", "*.toml") for path in ROOT.rglob(kind)
         if others.isdisjoint(path.parents)
