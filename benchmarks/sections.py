@@ -192,7 +192,7 @@ def sections(device: str) -> tuple[Section, ...]:
         ), _tables),
         Section("evaluation", "Importance-weighted evaluation at K = 5,000", 2, (
             Group("weights drawn once, the same for all rows",
-                  dataclasses.replace(iwae, num_samples=5_000, batch_size=1), _evaluation_rows(device), 100, rounds=4,
+                  dataclasses.replace(iwae, num_samples=5_000, batch_size=1), _evaluation_rows(device), 200, rounds=4,
                   value="log p(x)", steps=False),
         ), _tables),
         Section("quality", "Time to a quality", 8, (_quality_group(device),), _quality_table),

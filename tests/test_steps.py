@@ -288,7 +288,7 @@ def test_a_mode_of_torch_around_a_fit_is_code_between_steps():
     levels, found = [], []
     for moment in (1e9, -1.0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pyro_vae.inference.steps._MOMENT", moment)
+            patch.setattr("pyro_vae.inference.steps.MOMENT", moment)
             pyro.clear_param_store()
             level = Level()
             with Looking(level):
@@ -426,7 +426,7 @@ def test_a_step_that_is_taken_again_is_the_step(options, monkeypatch):
     looks, found = [], []
     monkeypatch.setattr(Watched, "fresh", lambda self, fresh=Watched.fresh: looks.append(1) or fresh(self))
     for moment in (1e9, -1.0):  # as on a machine where no time passes, and as if each were compared
-        monkeypatch.setattr("pyro_vae.inference.steps._MOMENT", moment)
+        monkeypatch.setattr("pyro_vae.inference.steps.MOMENT", moment)
         looks.clear()
         model, guide = small_pair()
         given = {"loss": Trace_ELBO()} | options

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_vae.inference import graphs, products
 from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import multiplied_by
+from pyro_vae.inference.parting import parted
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.news import no_news_of_a_gpu
 from pyro_vae.randomness import forked
@@ -51,6 +52,8 @@ class Capture:
         finish: Takes the leaves and their gradients and changes tensors in place, such as an optimiser; it is part of
             the graph, which then returns the results only. Where it has a method ``kernel(leaves)``, a replay on a CPU
             takes the function of the gradients that this gives, until a compiler has its operations.
+        fixed: So many of the first arguments, and all else that it reads, stand still until `renew` is called: products
+            that depend on nothing else are computed once. None where nothing is known to.
     Attributes:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
@@ -74,7 +77,7 @@ class Capture:
 
     def __init__(
         self, function: Callable[..., list[Tensor]], args: Sequence[Tensor],
-        finish: Callable[[list[Tensor], list[Tensor]], None] | None = None,
+        finish: Callable[[list[Tensor], list[Tensor]], None] | None = None, fixed: int | None = None,
     ) -> None:  # fmt: skip
         self.results: list[Tensor] = []
         self.leaves: list[Tensor] = []
@@ -82,14 +85,14 @@ class Capture:
         self.recording: graphs.CudaGraph | None = None
         operations = _Operations()
         try:
-            self._write_down(function, args, finish, operations)
+            self._write_down(function, args, finish, operations, fixed)
         except BaseException:
             operations.take_back()
             raise
 
     def _write_down(
         self, function: Callable[..., list[Tensor]], args: Sequence[Tensor],
-        finish: Callable[[list[Tensor], list[Tensor]], None] | None, operations: _Operations,
+        finish: Callable[[list[Tensor], list[Tensor]], None] | None, operations: _Operations, fixed: int | None,
     ) -> None:  # fmt: skip
         def recorded(*tensors: Tensor) -> list[Tensor]:
             with _noting_forks(), operations, _Recording(operations) as recording:
@@ -132,11 +135,27 @@ class Capture:
         self.mutated = graphs.mutated(graph, self._constant_nodes, self.constants)
         given = [node for node in graph.nodes if node.op == "placeholder"][: len(args)]
         self.written = [*self.mutated, *graphs.mutated(graph, given, args)]
+        self._before: Callable[..., Sequence[Tensor]] | None = None
+        self._held: Sequence[Tensor] | None = None
+        self.fixed = fixed
+        if fixed is not None and not self.written and not self.leaves:
+            before = parted(graph, [*given[:fixed], *self._constant_nodes])
+            self._before = None if before is None else simplified(before).forward
         self.choice = products.chosen(graph) if self.on_cpu else None
         self._run = self._shortly(graph, finish)
         output = next(iter(reversed(graph.nodes)))
         output.args = (list(output.args[0])[: self._returned],)
         self.module = fx.GraphModule({}, graph)
+
+    def renew(self) -> None:
+        """What stands still is another now: what was computed of it is forgotten."""
+        self._held = None
+
+    def _inputs(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """All that the graph takes."""
+        if self._held is None:
+            self._held = () if self._before is None else self._before(*args[: self.fixed], *self.constants)
+        return *args, *self.constants, *(draw() for draw in self.draws), *self._held
 
     def _shortly(self, graph: fx.Graph, finish: Any) -> Callable[..., Sequence[Tensor]]:
         """The graph as it is replayed without a compiler: simplified, and finished by a kernel where there is one."""
@@ -157,7 +176,7 @@ class Capture:
         with torch.no_grad(), multiplied_by(None if self.choice is None else self.choice.library):
             if self.recording is not None:
                 return self.recording(*args, *self.constants)
-            return self._run(*args, *self.constants, *[draw() for draw in self.draws])
+            return self._run(*self._inputs(args))
 
     def holds(self) -> bool:
         """Whether the tensors whose values gave a shape hold them still."""
@@ -169,13 +188,14 @@ class Capture:
             from torch._inductor.compile_fx import compile_fx
             from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-            examples = [t.detach() for t in (*args, *self.constants, *(draw() for draw in self.draws))]
+            examples = [t.detach() for t in self._inputs(args)]
             graph = fx.GraphModule({}, fx.Graph())
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
             if self.on_cpu:
                 graphs.split_biases(graph.graph)
                 graphs.quick_tanh(graph.graph)
             graph.recompile()
+            choice = products.chosen(graph.graph) if self.on_cpu else None
             # Only with an environment for shapes does it look into its cache on disk; what is there has loops for the
             # instructions of the processor that it was made on, of which its key knows nothing.
             shapes = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
@@ -186,7 +206,8 @@ class Capture:
             scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}
             count = len(args)
             run(*[scratch.get(i - count, t) for i, t in enumerate(examples)])  # a lazy failure shows here
-        self._plain, self._run, self.compiled, self.recording = self._run, run, True, None
+        self._plain = self._run, self.choice
+        self._run, self.choice, self.compiled, self.recording = run, choice, True, None
 
     def record(self, args: Sequence[Tensor]) -> None:
         """Play the graph's launches back as one CUDA graph; what CUDA raises comes through, and they stay single."""
@@ -204,7 +225,7 @@ class Capture:
 
     def uncompile(self) -> None:
         """Replay without what the compiler made."""
-        self._run, self.compiled = self._plain, False
+        (self._run, self.choice), self.compiled = self._plain, False
 
 
 def _instructions() -> str:

@@ -27,6 +27,7 @@ from pyro_vae.reach import Reach
 from pyro_vae.traces import Program
 
 CHECKS = frozenset(10**n for n in range(9))  # replays at which the programs are run, too
+MOMENT = 0.05  # seconds for which it holds that nothing has changed, where no code but ours runs
 _MEMORY = 64  # kinds of call that are remembered
 _UNSTABLE = 3  # calls of a kind between which something may change before the kind is given up
 _LIMIT = 8  # captures of one kind of call, and graphs, before giving up
@@ -129,6 +130,7 @@ class Captured:
 
     unit, result = "call", "result"  # what is captured, and what is compared, in messages
     kind: type[Graph] = Graph
+    fixed: int | None = None  # see `Capture`
 
     def __init__(self, *, quiet: bool, unproven: bool, check_every: int) -> None:
         self.quiet, self.unproven, self.check_every = quiet, unproven, check_every
@@ -211,7 +213,9 @@ class Captured:
         call.advance(1)
         try:
             with pyro.validation_enabled(False):
-                capture = Capture(function, [t.detach() if t.requires_grad else t for t in call.tensors], finish)
+                capture = Capture(
+                    function, [t.detach() if t.requires_grad else t for t in call.tensors], finish, self.fixed
+                )
         except Exception as error:
             set_random_state(state)  # the capture itself has put the tensors back
             call.advance(-1)

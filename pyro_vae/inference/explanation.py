@@ -61,4 +61,4 @@ def _lines(graph: Graph) -> list[str]:
 
 
 def _arguments(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder" and not n.name.startswith(("constant", "noise"))]
+    return [n for n in graph.nodes if n.op == "placeholder" and not n.name.startswith(("constant", "noise", "held"))]

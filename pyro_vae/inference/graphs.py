@@ -57,16 +57,16 @@ def drop_forked(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function" or not node.meta.get("forked") or node.users:
             continue
-        if _is_random(node) or not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        if is_random(node) or not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
             graph.erase_node(node)
-    if any(_is_random(node) and node.meta.get("forked") for node in graph.nodes):
+    if any(is_random(node) and node.meta.get("forked") for node in graph.nodes):
         raise Uncapturable("noise is drawn in a fork of the random state, such as by a seed of its own")
 
 
 def folded(graph: fx.Graph) -> list[tuple[Tensor, Tensor]]:
     """Compute beforehand where a mask that is no argument is not zero, as in a coupling; the masks, and as they are."""
     owner: Any = graph.owning_module
-    changed = {id(getattr(owner, str(n.target))) for n in _changed(graph) if n.op == "get_attr"}
+    changed = {id(getattr(owner, str(n.target))) for n in changed_by(graph) if n.op == "get_attr"}
     known: dict[fx.Node, Tensor] = {}
     masks: dict[int, tuple[Tensor, Tensor]] = {}
     roots: dict[fx.Node, list[Tensor]] = {}
@@ -147,7 +147,7 @@ def hoisted(graph: fx.Graph) -> tuple[list[Draw], bool]:
 
     If any remains, all remains: the order of the draws is part of what a seed means.
     """
-    random = [node for node in graph.nodes if _is_random(node)]
+    random = [node for node in graph.nodes if is_random(node)]
     draws = [_draw(node) for node in random]
     if any(draw is None for draw in draws):
         return [], True
@@ -161,7 +161,16 @@ def hoisted(graph: fx.Graph) -> tuple[list[Draw], bool]:
     return [draw for draw in draws if draw is not None], False
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws; attention without dropout is only said to."""
+    if not _said_to_draw(node):
+        return False
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    asked = any(argument.name == "dropout_p" for argument in schema.arguments)
+    return not asked or next(_given(schema, node.args, node.kwargs, lambda a: a.name == "dropout_p"), 0.0) != 0
+
+
+def _said_to_draw(node: fx.Node) -> bool:
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
@@ -188,8 +197,9 @@ def _draw(node: fx.Node) -> Draw | None:
 
 
 def written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments that an operation writes to: those that it declares, and the running averages of batch norm."""
-    return _given(schema, args, kwargs, _is_written)
+    """The arguments that an operation writes to: those declared, and running averages of batch norm in training."""
+    training = next(_given(schema, args, kwargs, lambda a: a.name in ("training", "train")), True)
+    return _given(schema, args, kwargs, _is_written if training else _is_declared)
 
 
 def _given(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Callable[[Any], bool]) -> Iterator[Any]:
@@ -204,11 +214,15 @@ def _is_aliased(argument: Any) -> bool:
     return argument.alias_info is not None
 
 
+def _is_declared(argument: Any) -> bool:
+    return _is_aliased(argument) and argument.alias_info.is_write
+
+
 def _is_written(argument: Any) -> bool:
-    return (_is_aliased(argument) and argument.alias_info.is_write) or argument.name in ("running_mean", "running_var")
+    return _is_declared(argument) or argument.name in ("running_mean", "running_var")
 
 
-def _changed(graph: fx.Graph) -> set[fx.Node]:
+def changed_by(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose tensors an operation writes to, itself or through a view of them."""
     targets: set[fx.Node] = set()
     for node in reversed(graph.nodes):  # what is written to a view is so after the view is made
@@ -223,18 +237,19 @@ def _changed(graph: fx.Graph) -> set[fx.Node]:
 
 
 def drop_dead(graph: fx.Graph) -> None:
-    """Drop what nobody reads and that writes nothing: batch norm does, and torch does not know it."""
+    """Drop what nobody reads and that writes nothing: batch norm does, attention does not; torch does not know it."""
 
     def counts(node: fx.Node) -> bool:
         schema = getattr(node.target, "_schema", None)
-        return node.is_impure() or (schema is not None and any(True for _ in written(schema, node.args, node.kwargs)))
+        writes = schema is not None and any(True for _ in written(schema, node.args, node.kwargs))
+        return writes or (node.is_impure() and (is_random(node) or not _said_to_draw(node)))
 
     graph.eliminate_dead_code(counts)
 
 
 def mutated(graph: fx.Graph, nodes: list[fx.Node], constants: Sequence[Tensor]) -> list[Tensor]:
     """The constants that the graph writes to, such as running averages."""
-    changed = _changed(graph)
+    changed = changed_by(graph)
     return [constant for node, constant in zip(nodes, constants, strict=True) if node in changed]
 
 

@@ -6,13 +6,14 @@ of the same shapes: a chunk of importance weights, a Markov chain's move.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pyro_vae._trust import is_trusted
-from pyro_vae.inference.captured import Captured, Graph, Watched, set_random_state, settings
+from pyro_vae.inference.captured import MOMENT, Captured, Graph, Watched, set_random_state, settings
 from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import multiplied_by
 from pyro_vae.inference.products import usual
@@ -43,6 +44,8 @@ class Replayed(Captured):
         compile: "auto" captures where enough calls lie ahead, and hands the graph to Inductor where the time ahead
             pays for it; True does both at once; False does neither; anything else is a ValueError.
         enough: Calls ahead from which a capture pays; None for 600.
+        fixed: So many of the first tensors, and all that the function reads besides, stand still until `renew` is
+            called, so that networks that depend on nothing else run once; None where that is not known.
     Example:
         >>> import torch
         >>> scale = torch.ones(())
@@ -58,16 +61,17 @@ class Replayed(Captured):
 
     def __init__(
         self, function: Function, *, programs: Sequence[Program] = (), calls: int = 0, compile: bool | str = "auto",
-        enough: int | None = None,
+        enough: int | None = None, fixed: int | None = None,
     ) -> None:  # fmt: skip
         if compile not in (True, False, "auto"):
             raise ValueError(f'got compile={compile!r}, wanted True, False or "auto".')
         super().__init__(quiet=compile is not True, unproven=compile is True, check_every=100)
         self.function, self.programs, self.calls, self.compile = function, tuple(programs), calls, compile
         self.enough = _CAPTURE_PAYS if enough is None else enough
-        self.compiled = False
+        self.compiled, self.fixed = False, fixed
         self.chooses = self.optional = compile == "auto"
         self._done = 0
+        self._fresh: tuple[Graph | None, float] = (None, 0.0)  # a graph that was found to hold, and when
 
     def __repr__(self) -> str:
         return "Replayed()"
@@ -80,7 +84,7 @@ class Replayed(Captured):
             return self._run(*tensors)
         call = _Call(settings(tensors), tensors)
         graph = self._graphs.get(call.key)
-        if graph is not None and graph.fresh():
+        if graph is not None and self._holds(graph):
             return self._replay(call, graph)
         if graph is not None:
             self._drop(call)
@@ -93,6 +97,19 @@ class Replayed(Captured):
                 if written is not None:
                     return tuple(written[0])
         return self._run(*tensors)
+
+    def renew(self) -> None:
+        """What stood still is another from now on, such as the next batch."""
+        self._fresh = None, 0.0
+        for graph in self._graphs.values():
+            graph.capture.renew()
+
+    def _holds(self, graph: Graph) -> bool:
+        """Whether all that a graph rests on is as it was; for a moment, where nobody else's code has run since."""
+        now, (known, since) = time.perf_counter(), self._fresh
+        if self.fixed is None or graph is not known or graph.checked or now - since > MOMENT:
+            self._fresh = graph if graph.fresh() else None, now
+        return self._fresh[0] is graph
 
     @property
     def _ahead(self) -> int:

@@ -23,15 +23,13 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae._trust import SCALARS
 from pyro_vae.inference.batches import Batches, Stream
-from pyro_vae.inference.captured import Graph, settings
+from pyro_vae.inference.captured import MOMENT, Graph, settings
 from pyro_vae.inference.optimizers import Fused
 from pyro_vae.inference.updates import Update
 from pyro_vae.traces import Program
 
 if TYPE_CHECKING:
     from pyro_vae.inference.compiled import Compiled
-
-_MOMENT = 0.05  # seconds for which a comparison holds, where no other code runs
 
 
 class TrainingStep:
@@ -174,7 +172,7 @@ class GraphSteps:
         Another thread, a signal handler or a finalizer may change something at any time, and what they change is seen a
         moment later than it could be.
         """
-        known = self._ours and bool(self._ways) and time.perf_counter() - self._compared <= _MOMENT
+        known = self._ours and bool(self._ways) and time.perf_counter() - self._compared <= MOMENT
         if not known or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
             return None, None
         batch = None if self._ways[0][0] else self.batches.take(*choice)

@@ -121,7 +121,7 @@ class Moves:
         self, density: Density, num_leapfrog: int, programs: Sequence[Program], calls: int, compile: bool | str
     ) -> None:
         self.density, self.num_leapfrog = density, num_leapfrog
-        self.replayed = Replayed(self._function, programs=programs, calls=calls, compile=compile)
+        self.replayed = Replayed(self._function, programs=programs, calls=calls, compile=compile, fixed=0)
 
     def __call__(self, state: State, mixture: Tensor, step_size: Tensor, scale: Tensor) -> tuple[State, Tensor]:
         """As `transition`."""

@@ -181,6 +181,8 @@ class Sweep:
         chunks: dict[int, Replayed] = {}
 
         def of(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
+            for chunk in chunks.values():
+                chunk.renew()
             sizes = chunk_sizes(batch, num_samples)
             tensors = all(isinstance(x, Tensor) for x in batch)
             parts: list[tuple[Tensor, ...]] = []
@@ -188,7 +190,8 @@ class Sweep:
                 function = functools.partial(_chunk, self.programs, size, found.nesting)
                 if tensors and size not in chunks:
                     calls = count * sizes.count(size)
-                    chunks[size] = Replayed(function, programs=self.programs, calls=calls, compile=compile)
+                    chunks[size] = Replayed(function, programs=self.programs, calls=calls, compile=compile,
+                                            fixed=len(batch))  # fmt: skip
                 parts.append(chunks[size](*batch) if tensors else function(*batch))
             weight, likelihood = (torch.cat(column) for column in zip(*parts, strict=True))
             return weight, likelihood, found.joint or 1

@@ -183,7 +183,7 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
         found, shape = (torch.as_tensor(a, dtype=torch.float64) for a in _psis(varying.T.contiguous().numpy()))
         found = found.T
         # ArviZ normalises the weights; the tail is less than half of them, so the median's was not smoothed.
-        middle = varying.sort(0).indices[len(varying) // 2].unsqueeze(0)
+        middle = varying.kthvalue(len(varying) // 2 + 1, 0, keepdim=True).indices
         found = found + (varying.gather(0, middle) - found.gather(0, middle))
         smooth = smooth.clone()
         smooth[:, ~constant] = torch.where(found.isnan(), varying, found)

@@ -14,6 +14,7 @@ derivatives of any order keep their digits, meet at |l| = 1:
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any, TypeVar
 
@@ -26,7 +27,8 @@ from torch import Tensor
 from pyro_vae.parts.distributions.levels import Number
 
 _Self = TypeVar("_Self", bound="BernoulliLogits")
-_TOGETHER = 16  # factors 1 + exp(-|l|) under one logarithm: they are at most 2, and lose no more digits than its sum
+_TOGETHER = 64  # factors 1 + exp(-|l|) under one logarithm: they are at most 2, and lose no more digits than its sum
+_LANES = 16  # numbers that a processor multiplies at once
 
 
 class _BernoulliLogProb(torch.autograd.Function):
@@ -48,12 +50,13 @@ class _BernoulliLogProb(torch.autograd.Function):
         if not dims or any(ctx.needs_input_grad):
             linear = linear.sub_(rest.log_())
             return linear.flatten(-dims).sum(-1) if dims else linear
-        rest = rest.flatten(-dims)
-        size = rest.shape[-1]
-        together = max((n for n in range(1, _TOGETHER + 1) if size % n == 0), default=1)
+        rest, linear = rest.flatten(-dims), linear.flatten(-dims)
+        together = _together_of(rest.shape[-1])
         if together > 1 and torch.finfo(rest.dtype).eps <= torch.finfo(torch.float32).eps:
-            rest = rest.unflatten(-1, (size // together, together)).prod(-1)
-        return linear.flatten(-dims).sum(-1) - rest.log_().sum(-1)
+            # Along the rows of a table, and both in one pass: nothing is moved between lanes.
+            rest, linear = (part.unflatten(-1, (together, -1)) for part in (rest, linear))
+            rest, linear = rest.prod(-2), linear.sum(-2)
+        return (linear - rest.log_()).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -63,6 +66,13 @@ class _BernoulliLogProb(torch.autograd.Function):
         in_logits = grad * (x - torch.sigmoid(logits)) if ctx.needs_input_grad[0] else None
         in_x = grad * logits if ctx.needs_input_grad[1] else None
         return in_logits, in_x, None, None
+
+
+@functools.cache
+def _together_of(size: int) -> int:
+    """How many of so many factors go under one logarithm: the tables that are left have whole lanes where they can."""
+    divisors = (n for n in range(1, _TOGETHER + 1) if size % n == 0)
+    return max(divisors, key=lambda n: (math.gcd(size // n, _LANES), n), default=1)
 
 
 def _scored(logits: Tensor, value: Tensor, dims: int = 0, mask: Tensor | None = None) -> Tensor:

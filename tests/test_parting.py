@@ -1,0 +1,222 @@
+"""What stands still is computed once: the same numbers, and networks that do not run again."""
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_vae.inference import products, replays
+from pyro_vae.inference.capture import Capture
+from pyro_vae.inference.graphs import PRODUCTS
+from pyro_vae.inference.hardware import DEFAULT, ONEDNN
+from pyro_vae.inference.products import Product
+from pyro_vae.inference.replays import Replayed
+from pyro_vae.judging.annealing import ais
+from pyro_vae.judging.estimates import log_likelihood
+from pyro_vae.parts.networks import MLP
+from pyro_vae.parts.posteriors import NSF
+from pyro_vae.programs.pair import Guide
+from tests.pairs import binary, small_pair
+
+torch.manual_seed(0)
+ENCODERS = {
+    "layers": nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)),
+    "convolutions": nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)),
+    "batch norm": nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval(),
+    "attention": nn.Sequential(
+        nn.Unflatten(1, (3, 2)), nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True), nn.Flatten(),
+        nn.Linear(6, 4)),
+}  # fmt: skip
+up = nn.Linear(2, 6)
+
+
+def noisy(encoder):
+    def function(x):
+        loc, log_scale = encoder(x).chunk(2, -1)
+        z = loc + log_scale.exp() * torch.randn(5, len(x), 2)
+        return [(up(z) * x).sum(-1), z.sum(-1)]
+
+    return function
+
+
+def products_of(graph):
+    return [node for node in graph.nodes if getattr(node.target, "overloadpacket", None) in PRODUCTS]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_a_replay_gives_the_same_numbers_with_one_run_of_the_encoder(name, compiled):
+    function, x = noisy(ENCODERS[name].requires_grad_(False)), torch.randn(4, 6)
+    with torch.no_grad():
+        whole, parted = Capture(function, [x]), Capture(function, [x], fixed=1)
+        assert len(products_of(whole.module.graph)) > 1
+        assert [node.args[1].name for node in products_of(parted.module.graph)] != []
+        assert len(products_of(parted.module.graph)) == 1  # the decoder's
+        if compiled:
+            parted.compile([x])
+        runs = []
+        inside = parted._before
+        parted._before = lambda *tensors: runs.append(1) or inside(*tensors)
+        for other in (x, x, torch.randn(4, 6)):
+            parted.renew()
+            for _ in range(3):
+                torch.manual_seed(1)
+                expected = function(other)
+                torch.manual_seed(1)
+                found = parted([other])
+                for one, two in zip(found, expected, strict=True):
+                    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+        assert len(runs) == 3  # once for each that it was told of
+
+
+def test_what_changes_without_a_word_is_what_stood_still():
+    # The meaning of `fixed`, and why it is for callers who know that nobody changes anything in between.
+    function, x = noisy(ENCODERS["layers"]), torch.randn(4, 6)
+    with torch.no_grad():
+        capture = Capture(function, [x], fixed=1)
+        torch.manual_seed(1)
+        first = capture([x])[1]
+        x.add_(1)
+        torch.manual_seed(1)
+        assert torch.equal(capture([x])[1], first)
+        capture.renew()
+        torch.manual_seed(1)
+        assert not torch.equal(capture([x])[1], first)
+
+
+def test_an_argument_that_moves_is_read_at_each_replay():
+    first, second = nn.Linear(6, 6), nn.Linear(3, 6)
+
+    def function(x, u):
+        return [torch.tanh(first(x)) * second(u) + torch.randn(4, 6)]
+
+    x, u = torch.randn(4, 6), torch.randn(4, 3)
+    with torch.no_grad():
+        capture = Capture(function, [x, u], fixed=1)
+        assert len(products_of(capture.module.graph)) == 1
+        for other in (u, torch.randn(4, 3)):
+            torch.manual_seed(2)
+            expected = function(x, other)[0]
+            torch.manual_seed(2)
+            torch.testing.assert_close(capture([x, other])[0], expected)
+
+
+def test_what_is_written_to_is_not_held():
+    layer, mean = nn.Linear(6, 2), torch.zeros(2)
+
+    def counting(x):
+        found = layer(x)
+        mean.lerp_(found.mean(0), 0.5)
+        return [found + mean + torch.randn(4, 2)]
+
+    def in_place(x):
+        found = layer(x)
+        found.add_(torch.randn(4, 2))
+        return [found.exp()]
+
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        for function in (counting, in_place):
+            capture = Capture(function, [x], fixed=1)
+            assert len(products_of(capture.module.graph)) == 1 and capture._before is None
+            for _ in range(2):
+                before, state = mean.clone(), torch.get_rng_state()
+                expected = function(x)[0]
+                mean.copy_(before)
+                torch.set_rng_state(state)
+                torch.testing.assert_close(capture([x])[0], expected)
+
+
+def test_a_result_that_would_be_held_is_none_that_could_be_changed():
+    layer = nn.Linear(6, 2)
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        capture = Capture(lambda x: [layer(x), layer(x) @ torch.randn(2, 3)], [x], fixed=1)
+        capture([x])[0].zero_()
+        torch.testing.assert_close(capture([x])[0], layer(x))
+
+
+def counted(monkeypatch):
+    """How often the part that stands still was run, over all captures."""
+    runs, start = [], Capture.__init__
+
+    def made(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        before = self._before
+        if before is not None:
+            self._before = lambda *tensors: runs.append(len(tensors[0])) or before(*tensors)
+
+    monkeypatch.setattr(Capture, "__init__", made)
+    monkeypatch.setattr(replays, "_CAPTURE_PAYS", 1)
+    return runs
+
+
+def test_an_evaluation_encodes_each_batch_once(monkeypatch):
+    runs = counted(monkeypatch)
+    monkeypatch.setattr("pyro_vae.judging.sweeps._CHUNK", 16 * 4 * 10)  # 8 chunks of 10 for each batch
+    model, guide = small_pair()
+    x = binary(12)
+    plain = log_likelihood(model, guide, x, num_samples=80, compile=False)
+    found = log_likelihood(model, guide, x, num_samples=80)
+    torch.testing.assert_close(found.pointwise, plain.pointwise, rtol=1e-5, atol=1e-5)
+    assert runs and len(runs) <= len(x) // runs[0]
+    assert len(set(runs)) == 1
+
+
+@pytest.mark.parametrize("compile", [False, "auto"])
+def test_annealed_chains_encode_as_often_for_many_steps_as_for_few(monkeypatch, compile):
+    monkeypatch.setattr(replays, "_CAPTURE_PAYS", 1)
+    model, _ = small_pair()
+    net, runs = MLP((1, 4, 4), [16], None), []
+    net.register_forward_hook(lambda *_: runs.append(1))
+    guide = Guide(NSF(net, 3, transforms=1, hidden_features=(8,)))
+    counts = []
+    for steps in (20, 60):
+        runs.clear()
+        ais(model, guide, binary(5), num_samples=3, num_steps=steps, pilot_steps=20, compile=compile)
+        counts.append(len(runs))
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_watch_is_asked_again_after_a_comparison_and_a_renewal(monkeypatch):
+    class Program:
+        scale = 2.0
+
+        def __call__(self, x):
+            return x
+
+    program, asked = Program(), []
+    replayed = Replayed(lambda x: [x * program.scale], programs=[program], calls=1000, enough=1, fixed=1)
+    monkeypatch.setattr(replays, "is_trusted", lambda function: True)
+    monkeypatch.setattr(replays, "MOMENT", 1e9)
+    x = torch.ones(2)
+    for _ in range(2):
+        replayed(x)
+    (graph,) = replayed._graphs.values()
+    monkeypatch.setattr(graph, "fresh", lambda fresh=graph.fresh: asked.append(graph.replays) or fresh())
+    for _ in range(12):
+        replayed(x)
+    # Before the first replay; after the first and the tenth, in which the programs run.
+    assert asked == [0, 1, 10]
+    program.scale = 3.0
+    replayed.renew()
+    assert replayed(x)[0].tolist() == [3.0, 3.0]
+
+
+def test_the_library_is_that_of_the_products_a_compiler_gets(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(products, "_known", {})
+
+    def timed(node, kind, times, libraries, share):
+        fast = DEFAULT if kind.startswith("addmm") else ONEDNN
+        return Product(kind, times, 1.0, {library: 1.0 if library == fast else 2.0 for library in libraries})
+
+    monkeypatch.setattr(products, "_timed", timed)
+    monkeypatch.setattr(products, "medium_is_exact", lambda: True)
+    layer, x = nn.Linear(6, 2).requires_grad_(False), torch.randn(4, 6)
+    capture = Capture(lambda x: [layer(x).exp()], [x])
+    assert capture.choice.library == DEFAULT and capture.choice.products[0].name.startswith("addmm")
+    capture.compile([x])
+    assert capture.choice.library == ONEDNN and capture.choice.products[0].name.startswith("mm")
+    torch.testing.assert_close(capture([x])[0], layer(x).exp())
+    capture.uncompile()
+    assert capture.choice.library == DEFAULT
