@@ -137,6 +137,7 @@ class Capture:
         self.written = [*self.mutated, *graphs.mutated(graph, given, args)]
         self._before: Callable[..., Sequence[Tensor]] | None = None
         self._held: Sequence[Tensor] | None = None
+        self._held_as: list[int] = []
         self.fixed = fixed
         if fixed is not None and not self.written and not self.leaves:
             before = parted(graph, [*given[:fixed], *self._constant_nodes])
@@ -152,9 +153,10 @@ class Capture:
         self._held = None
 
     def _inputs(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """All that the graph takes."""
-        if self._held is None:
+        """All that the graph takes; what is held is made anew where something has been written to it."""
+        if self._held is None or _versions(self._held) != self._held_as:
             self._held = () if self._before is None else self._before(*args[: self.fixed], *self.constants)
+            self._held_as = _versions(self._held)
         return *args, *self.constants, *(draw() for draw in self.draws), *self._held
 
     def _shortly(self, graph: fx.Graph, finish: Any) -> Callable[..., Sequence[Tensor]]:
@@ -208,6 +210,7 @@ class Capture:
             run(*[scratch.get(i - count, t) for i, t in enumerate(examples)])  # a lazy failure shows here
         self._plain = self._run, self.choice
         self._run, self.choice, self.compiled, self.recording = run, choice, True, None
+        self.renew()  # it was made by another library
 
     def record(self, args: Sequence[Tensor]) -> None:
         """Play the graph's launches back as one CUDA graph; what CUDA raises comes through, and they stay single."""
@@ -226,6 +229,12 @@ class Capture:
     def uncompile(self) -> None:
         """Replay without what the compiler made."""
         (self._run, self.choice), self.compiled = self._plain, False
+        self.renew()
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """What tells whether something was written to them."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _instructions() -> str:

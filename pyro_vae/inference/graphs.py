@@ -25,6 +25,8 @@ PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, 
 _WAITING = ("linalg_", "_linalg_", "cholesky", "ormqr", "geqrf", "lu_", "symeig", "triangular_solve")
 _LAUNCHED = ("linalg_vector_norm", "linalg_matrix_norm", "linalg_solve_triangular")
 _WARM_UP = 3  # runs before recording, in which kernels are loaded and chosen
+# Whose results share the memory of what they are made of, which their schemas do not say.
+UNSAID_VIEWS = {_aten._unsafe_view.default, _aten.unsafe_split.Tensor, _aten.unsafe_split_with_sizes.default}
 _SMALL = 4096  # numbers of a mask that are compared before each replay
 
 
@@ -231,7 +233,11 @@ def changed_by(graph: fx.Graph) -> set[fx.Node]:
         schema = getattr(node.target, "_schema", None)
         values: list[Any] = [] if schema is None else list(written(schema, node.args, node.kwargs))
         if node in targets:  # a view, or one of several that an operation gives, of what it was made of
-            values += node.args[:1] if schema is None else _given(schema, node.args, node.kwargs, _is_aliased)
+            values += (
+                node.args[:1]
+                if schema is None or node.target in UNSAID_VIEWS
+                else _given(schema, node.args, node.kwargs, _is_aliased)
+            )
         targets.update(v for v in pytree.tree_leaves(values) if isinstance(v, fx.Node))
     return targets
 

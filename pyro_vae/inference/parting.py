@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from pyro_vae.inference.graphs import PRODUCTS, changed_by, drop_dead, is_random
 from pyro_vae.inference.simplification import roots_of
@@ -49,9 +51,12 @@ def _still(graph: fx.Graph, inputs: Sequence[fx.Node]) -> set[fx.Node]:
     """These inputs and what is made of them alone, without noise, and is written to by nothing."""
     still, changed = set(inputs), changed_by(graph)
     for node in graph.nodes:
-        if node.op != "call_function" or is_random(node) or not still.issuperset(node.all_input_nodes):
+        known = isinstance(node.target, OpOverload) and node.target.namespace in ("aten", "prims")
+        if not known and node.target is not operator.getitem:
             continue
-        if node not in changed and not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        if is_random(node) or node in changed or not still.issuperset(node.all_input_nodes):
+            continue
+        if not known or not node.target._schema.is_mutable:
             still.add(node)
     return still
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_vae._trust import is_trusted
@@ -107,7 +108,8 @@ class Replayed(Captured):
     def _holds(self, graph: Graph) -> bool:
         """Whether all that a graph rests on is as it was; for a moment, where nobody else's code has run since."""
         now, (known, since) = time.perf_counter(), self._fresh
-        if self.fixed is None or graph is not known or graph.checked or now - since > MOMENT:
+        modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+        if self.fixed is None or graph is not known or graph.checked or modes or now - since > MOMENT:
             self._fresh = graph if graph.fresh() else None, now
         return self._fresh[0] is graph
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from pyro_vae.inference.graphs import drop_dead, written
+from pyro_vae.inference.graphs import UNSAID_VIEWS, drop_dead, written
 
 _aten = torch.ops.aten
 _MOST = 2**20  # numbers of a tensor that is kept instead of being computed
@@ -176,7 +176,7 @@ def roots_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 def _origin(node: fx.Node) -> fx.Node | None:
     first = node.args[0] if node.args else None
-    if node.target is operator.getitem or node.target is _aten._unsafe_view.default:
+    if node.target is operator.getitem or node.target in UNSAID_VIEWS:
         return first if isinstance(first, fx.Node) else None
     if not isinstance(node.target, OpOverload):
         return None

@@ -123,6 +123,11 @@ class Moves:
         self.density, self.num_leapfrog = density, num_leapfrog
         self.replayed = Replayed(self._function, programs=programs, calls=calls, compile=compile, fixed=0)
 
+    def start(self, position: Tensor) -> State:
+        """Where chains begin: the programs run, and whoever called may have run them."""
+        self.replayed.renew()
+        return State.at(self.density, position)
+
     def __call__(self, state: State, mixture: Tensor, step_size: Tensor, scale: Tensor) -> tuple[State, Tensor]:
         """As `transition`."""
         *moved, acceptance = self.replayed(*state, mixture, step_size, scale)
@@ -196,7 +201,7 @@ def pilot(
     if num_steps == 1:
         return Kernels(path[[0, -1]], none, precision, moves.num_leapfrog)
     first = Kernels(path, none, precision, moves.num_leapfrog)
-    state = State.at(moves.density, position)
+    state = moves.start(position)
     log_step = torch.full_like(precision[0, :, 0], 0.5 / position.shape[-1] ** 0.25).log()
     speeds, steps = [], []
     for t in range(1, len(coarse)):
@@ -225,7 +230,7 @@ def anneal(
 
     They start at draws from f_0, (C, B, U), or go backward from exact draws of the posterior.
     """
-    state = State.at(moves.density, position)
+    state = moves.start(position)
     total = torch.zeros_like(state.values[0], dtype=torch.float64)
     accepted = torch.zeros_like(state.values[0, 0])
     gaps = kernels.beta.diff(dim=0)

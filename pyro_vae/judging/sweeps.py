@@ -200,7 +200,7 @@ class Sweep:
 
     def _lay_out(self, num_samples: int) -> Layout:
         """The pair's layout; all data go into one batch, where the pair is of just these data."""
-        # A batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
+        # Uncaptured, a batch is encoded anew in every chunk: eighty samples for each datum make that cheap.
         self.at_most(min(_CHUNK // values(self.first) // min(num_samples, 80), _HELD // num_samples))
         model, guide = self.programs
         batches = whole = self.batches

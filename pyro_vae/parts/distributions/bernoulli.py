@@ -14,7 +14,6 @@ derivatives of any order keep their digits, meet at |l| = 1:
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from typing import Any, TypeVar
 
@@ -68,7 +67,6 @@ class _BernoulliLogProb(torch.autograd.Function):
         return in_logits, in_x, None, None
 
 
-@functools.cache
 def _together_of(size: int) -> int:
     """How many of so many factors go under one logarithm: the tables that are left have whole lanes where they can."""
     divisors = (n for n in range(1, _TOGETHER + 1) if size % n == 0)
