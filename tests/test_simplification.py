@@ -9,8 +9,8 @@ from torch import fx
 import pyro_vae as pv
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.compiled import Compiled
-from pyro_vae.inference.graphs import quick_tanh, tanh_by_exp
 from pyro_vae.inference.optimizers import Fused
+from pyro_vae.inference.rewrites import quick_tanh, tanh_by_exp
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.inference.updates import Update
 from pyro_vae.parameters import own_parameters

@@ -23,10 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.inference import graphs, products
+from pyro_vae.inference import graphs, products, rewrites
 from pyro_vae.inference.graphs import Uncapturable
 from pyro_vae.inference.hardware import multiplied_by
-from pyro_vae.inference.parting import parted
+from pyro_vae.inference.parting import Held, parted
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.news import no_news_of_a_gpu
 from pyro_vae.randomness import forked
@@ -52,8 +52,8 @@ class Capture:
         finish: Takes the leaves and their gradients and changes tensors in place, such as an optimiser; it is part of
             the graph, which then returns the results only. Where it has a method ``kernel(leaves)``, a replay on a CPU
             takes the function of the gradients that this gives, until a compiler has its operations.
-        fixed: So many of the first arguments, and all else that it reads, stand still until `renew` is called: products
-            that depend on nothing else are computed once. None where nothing is known to.
+        fixed: So many of the first arguments, and all else that it reads, stand still until `renew`: products that
+            depend on nothing else are computed once. None where nothing is known to.
     Attributes:
         results: What the run returned: the capture is an ordinary step.
         leaves: The tensors whose gradients the replay returns after the results.
@@ -81,7 +81,8 @@ class Capture:
     ) -> None:  # fmt: skip
         self.results: list[Tensor] = []
         self.leaves: list[Tensor] = []
-        self.compiled = False
+        self._held: Held | None = None
+        self.compiled, self.fixed = False, fixed
         self.recording: graphs.CudaGraph | None = None
         operations = _Operations()
         try:
@@ -113,21 +114,14 @@ class Capture:
             graph = make_fx(recorded)(*args).graph if args else make_fx(lambda _: recorded())(torch.zeros(())).graph
         self._read = graphs.folded(graph)
         graphs.check_shapes(graph)
-        self._takes_args = bool(args)
         # A graph module returns a flat list and takes flat arguments without pytree's code.
         graph.set_codegen(fx.graph.CodeGen())
         self.constants, self._constant_nodes = graphs.lifted(graph)
         graphs.drop_forked(graph)
         self.draws, self.live_noise = graphs.hoisted(graph)
         graphs.drop_dead(graph)
-        # Tensors that nothing reads any more go, too: one on another device would stand in a GPU's way.
-        read = [bool(node.users) for node in self._constant_nodes]
-        for node, used in zip(self._constant_nodes, read, strict=True):
-            if not used:
-                graph.erase_node(node)
-        self.constants = list(itertools.compress(self.constants, read))
-        self._constant_nodes = list(itertools.compress(self._constant_nodes, read))
-        if not self._takes_args:
+        self.constants, self._constant_nodes = graphs.drop_unread(graph, self.constants, self._constant_nodes)
+        if not args:
             graph.erase_node(next(iter(graph.nodes)))
         graphs.disowned(graph, self.results, [*args, *self.constants])
         del self.results[self._returned :]
@@ -135,13 +129,9 @@ class Capture:
         self.mutated = graphs.mutated(graph, self._constant_nodes, self.constants)
         given = [node for node in graph.nodes if node.op == "placeholder"][: len(args)]
         self.written = [*self.mutated, *graphs.mutated(graph, given, args)]
-        self._before: Callable[..., Sequence[Tensor]] | None = None
-        self._held: Sequence[Tensor] | None = None
-        self._held_as: list[int] = []
-        self.fixed = fixed
         if fixed is not None and not self.written and not self.leaves:
             before = parted(graph, [*given[:fixed], *self._constant_nodes])
-            self._before = None if before is None else simplified(before).forward
+            self._held = None if before is None else Held(simplified(before).forward)
         self.choice = products.chosen(graph) if self.on_cpu else None
         self._run = self._shortly(graph, finish)
         output = next(iter(reversed(graph.nodes)))
@@ -150,14 +140,13 @@ class Capture:
 
     def renew(self) -> None:
         """What stands still is another now: what was computed of it is forgotten."""
-        self._held = None
+        if self._held is not None:
+            self._held.renew()
 
     def _inputs(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """All that the graph takes; what is held is made anew where something has been written to it."""
-        if self._held is None or _versions(self._held) != self._held_as:
-            self._held = () if self._before is None else self._before(*args[: self.fixed], *self.constants)
-            self._held_as = _versions(self._held)
-        return *args, *self.constants, *(draw() for draw in self.draws), *self._held
+        """All that the graph takes."""
+        held = () if self._held is None else self._held(*args[: self.fixed], *self.constants)
+        return *args, *self.constants, *(draw() for draw in self.draws), *held
 
     def _shortly(self, graph: fx.Graph, finish: Any) -> Callable[..., Sequence[Tensor]]:
         """The graph as it is replayed without a compiler: simplified, and finished by a kernel where there is one."""
@@ -194,8 +183,8 @@ class Capture:
             graph = fx.GraphModule({}, fx.Graph())
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
             if self.on_cpu:
-                graphs.split_biases(graph.graph)
-                graphs.quick_tanh(graph.graph)
+                rewrites.split_biases(graph.graph)
+                rewrites.quick_tanh(graph.graph)
             graph.recompile()
             choice = products.chosen(graph.graph) if self.on_cpu else None
             # Only with an environment for shapes does it look into its cache on disk; what is there has loops for the
@@ -230,11 +219,6 @@ class Capture:
         """Replay without what the compiler made."""
         (self._run, self.choice), self.compiled = self._plain, False
         self.renew()
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """What tells whether something was written to them."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _instructions() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -45,6 +45,32 @@ def parted(graph: fx.Graph, inputs: Sequence[fx.Node]) -> fx.Graph | None:
         node.replace_all_uses_with(last)
     drop_dead(graph)
     return before
+
+
+class Held:
+    """The results of a function of inputs that stand still, until they are told to be others (`renew`).
+
+    They are computed anew, too, where something has been written to them.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]]) -> None:
+        self.function = function
+        self._results: Sequence[Tensor] | None = None
+        self._versions: list[int] = []
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        if self._results is None or self._versions != _versions(self._results):
+            self._results = self.function(*inputs)
+            self._versions = _versions(self._results)
+        return self._results
+
+    def renew(self) -> None:
+        """Forget them."""
+        self._results = None
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _still(graph: fx.Graph, inputs: Sequence[fx.Node]) -> set[fx.Node]:
