@@ -275,3 +275,13 @@ def test_a_compiler_gets_the_quick_tanh_where_it_is_of_float32():
     for one, two, three in zip(before, graph(X, *capture.constants), capture([X]), strict=True):
         torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-6)
+
+
+def test_two_calls_of_a_recurrent_cell_do_not_share_what_they_write_to():
+    torch.manual_seed(0)
+    cell, x = torch.nn.GRUCell(6, 5).requires_grad_(False), torch.randn(4, 6)
+    capture = Capture(lambda x: [cell(x), cell(x) * 2], [x])
+    for _ in range(2):
+        one, two = capture([x])
+        torch.testing.assert_close(one, cell(x))
+        torch.testing.assert_close(two, 2 * cell(x))
