@@ -207,14 +207,28 @@ def both(folder, arguments, fault=""):
 WRAPPED = "from pyro_vae.app import evaluation\nreal = evaluation.{name}\ndef wrapped(*given, **more):\n    {does}\n"
 WRAPPED += "    return real(*given, **more)\nif rank in {ranks}:\n    evaluation.{name} = wrapped"
 COUNTED = WRAPPED.format(name="elbo_terms", ranks=(0, 1), does="print('THE ELBO', flush=True)")
+# Threads of a group that outlives `destroy_process_group`: one that is not done when the interpreter ends aborts it.
+LEFT = """
+import atexit, pathlib, time
+def names():
+    return {each.read_text().strip() for each in pathlib.Path('/proc/self/task').glob('*/comm')}
+def left():
+    until = time.monotonic() + 2
+    while time.monotonic() < until and any('gloo' in name for name in names()):
+        time.sleep(0.01)
+    print('LEFT', sorted(name for name in names() if 'gloo' in name), 'torch._dynamo' in sys.modules, flush=True)
+atexit.register(left)
+"""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of two processes that nothing broke off, and that said in each of them that it looked for the ELBO."""
     folder = tmp_path_factory.mktemp("two")
-    codes, said = both(folder, [*TWO, "--out", "whole"], COUNTED)
+    codes, said = both(folder, [*TWO, "--out", "whole"], COUNTED + LEFT)
     assert codes == [0, 0] and all("THE ELBO" in each for each in said), said
+    if sys.platform == "linux":
+        assert all("LEFT [] True" in each for each in said), said
     return folder / "whole"
 
 

@@ -3,7 +3,10 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -419,3 +422,31 @@ def test_a_fit_of_one_process_knows_no_group():
     model, guide, modules = pair(point=False)
     history = fit(model, guide, ROWS.double(), epochs=1, seed=0, progress=False)
     assert math.isfinite(history["loss"][0])
+
+
+LATE = """
+import os, pathlib, sys, time, warnings
+warnings.simplefilter("ignore")
+import torch.distributed as group
+import pyro_vae as pv
+group.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+pv.fit  # is loaded now, and with it all that speaks to other processes
+import torch._dynamo
+import torch.distributed.nn as functions
+assert functions.all_reduce(group.group.WORLD.size() * group.torch.ones(2)).tolist() == [1.0, 1.0]
+group.destroy_process_group()
+def names():
+    return [each.read_text().strip() for each in pathlib.Path("/proc/self/task").glob("*/comm")]
+until = time.monotonic() + 5
+while time.monotonic() < until and any("gloo" in name for name in names()):
+    time.sleep(0.01)
+print("LEFT", [name for name in names() if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads in /proc")
+def test_a_group_is_gone_when_it_is_destroyed(tmp_path):
+    """Its threads have ended: one that outlives the interpreter aborts the process, now and then, after all its work."""
+    run = [sys.executable, "-c", LATE, str(tmp_path / "meet")]
+    found = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    assert "LEFT []" in found.stdout, found

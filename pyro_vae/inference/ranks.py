@@ -29,6 +29,16 @@ from torch import Tensor, nn
 
 from pyro_vae.inference.trees import moved
 
+if dist.is_available():
+    # Its functions take the group of the time they are defined at for a default. Dynamo imports it in the midst of a
+    # fit, and then no group can be destroyed: a thread of gloo's may outlive the interpreter, which aborts the process.
+    _group, dist.GroupMember.WORLD = dist.GroupMember.WORLD, None
+    try:
+        import torch.distributed.nn.functional  # noqa: F401
+    finally:
+        dist.GroupMember.WORLD = _group
+        del _group
+
 _NUMBERS = 8  # of each rank, in a message
 _FAILED, _STOP, _ROWS, _FULL, _FIRST = range(5)
 _local = threading.local()
