@@ -1,99 +1,83 @@
-"""What a compiler gains by this package's formulas of tanh, log1p and expm1 on a CPU: the same captured step compiled
-with and without them, in turns.
+"""What it is worth to read the constants of torch's log1p and expm1 once (`hardware.read_constants`).
 
-    python benchmarks/activations.py                # a few minutes
+    python benchmarks/activations.py                # a minute
 
-The pair is written with torch's own modules, 784-400-50, Pyro's Bernoulli of logits and batches of 128: loss and
-gradients, without batch and optimiser. Prints microseconds of a step, median over rounds, and the ratio within rounds,
-median (min-max).
+Each operation is timed in a process of its own, which has called nothing else, before the constants have been read and
+after. Prints nanoseconds a number, forwards and backwards, on one thread: the
+median over processes, and the ratio within a process, median (min-max).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
-from typing import Any
-from unittest import mock
+from collections.abc import Callable
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro.infer import Trace_ELBO
 from summary import cpu_name, processor_class
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from pyro_vae.inference import rewrites
-from pyro_vae.inference.compiled import Compiled
+from pyro_vae.inference.hardware import read_constants
 
-ACTIVATIONS = {
-    "Softplus": nn.Softplus, "ELU": nn.ELU, "Mish": nn.Mish, "GELU, tanh": lambda: nn.GELU("tanh"), "Tanh": nn.Tanh,
-    "ReLU": nn.ReLU,
-}  # fmt: skip
-STEPS = 50  # of a round
-
-
-def pair(activation: Any) -> tuple[Any, Any]:
-    """A model and a guide such as people bring."""
-    torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(784, 400), activation(), nn.Linear(400, 100))
-    decoder = nn.Sequential(nn.Linear(50, 400), activation(), nn.Linear(400, 784))
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 50), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            loc, log_scale = encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    return model, guide
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus": F.softplus,
+    "logsigmoid": F.logsigmoid,
+    "elu": F.elu,
+    "Bernoulli(logits=).log_prob": lambda x: torch.distributions.Bernoulli(logits=x, validate_args=False).log_prob(
+        torch.ones_like(x)
+    ),
+    "log1p": lambda x: torch.log1p(x.abs()),
+    "expm1": torch.expm1,
+    "tanh": torch.tanh,
+}
+NUMBERS = 2**16  # which stay in the caches
+CALLS = 40
 
 
-def ready(activation: Any, quick: dict[Any, Any], x: Tensor) -> Any:
-    """A function that takes `STEPS` steps, and gives the seconds of one."""
-    model, guide = pair(activation)
-    loss = Compiled(Trace_ELBO(), compile_after=3)
-    with mock.patch.dict(rewrites.QUICK, quick, clear=True), torch.compiler.config.patch(force_disable_caches=True):
-        for _ in range(6):
-            loss.loss_and_grads(model, guide, x)
-    assert loss.reason is None, loss.reason
-
-    def steps() -> float:
+def seconds(operation: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Of one call, forwards and backwards: the fastest."""
+    taken = []
+    for _ in range(CALLS):
         start = time.perf_counter()
-        for _ in range(STEPS):
-            loss.loss_and_grads(model, guide, x)
-        return (time.perf_counter() - start) / STEPS
+        operation(x).sum().backward()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
-    return steps
+
+def one(name: str) -> None:
+    """Time an operation before and after."""
+    torch.set_num_threads(1)
+    x = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    before = seconds(OPERATIONS[name], x)
+    read_constants()
+    print(1e9 * before / NUMBERS, 1e9 * seconds(OPERATIONS[name], x) / NUMBERS)
 
 
 def main() -> None:
-    """Compile both, and take turns."""
+    """A few processes for each operation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--one", choices=OPERATIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    x = torch.rand(128, 784, generator=torch.Generator().manual_seed(0)).round()
-    print(f"{cpu_name()} ({processor_class()}), {arguments.threads} threads, torch {torch.__version__}\n")
-    print("| activation | Inductor's own, µs | with our formulas, µs | ratio (min-max) |\n| --- | ---: | ---: | ---: |")
-    for name, activation in ACTIVATIONS.items():
-        both = ready(activation, {}, x), ready(activation, dict(rewrites.QUICK), x)
-        took: tuple[list[float], list[float]] = ([], [])
-        for steps in both:
-            steps()
-        for _ in range(arguments.rounds):
-            for steps, seconds in zip(both, took, strict=True):
-                seconds.append(1e6 * steps())
-        ratios = [own / ours for own, ours in zip(*took, strict=True)]
-        own, ours = map(statistics.median, took)
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        print(f"| {name} | {own:,.0f} | {ours:,.0f} | {spread} |", flush=True)
+    if arguments.one is not None:
+        one(arguments.one)
+        return
+    print(f"{cpu_name()} ({processor_class()}), one thread, torch {torch.__version__}\n")
+    print("| operation | before, ns | after, ns | ratio (min-max) |\n| --- | ---: | ---: | ---: |")
+    for name in OPERATIONS:
+        run = [sys.executable, __file__, "--one", name]
+        took = [
+            tuple(map(float, subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()))
+            for _ in range(arguments.processes)
+        ]
+        ratios = [before / after for before, after in took]
+        before, after = (statistics.median(times) for times in zip(*took, strict=True))
+        spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})"
+        print(f"| {name} | {before:.1f} | {after:.1f} | {spread} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pyro_vae as pv
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.optimizers import Fused
+from pyro_vae.inference.rewrites import quick_tanh, tanh_by_exp
 from pyro_vae.inference.simplification import simplified
 from pyro_vae.inference.updates import Update
 from pyro_vae.parameters import own_parameters
@@ -239,6 +240,41 @@ def test_a_captured_fit_steps_by_the_kernel(monkeypatch):
     assert len(count) > 30  # 40 steps, of which the first are not replays
     for one, two in zip(captured, fitted(False), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_the_quick_tanh_is_tanh_to_two_in_ten_million():
+    """Over all of float32: near zero, where the two forms meet, where it is 1, and what is no number."""
+    sizes = torch.cat(
+        [torch.logspace(-38, 38, 40_001), torch.linspace(0.499, 0.501, 4_001), torch.linspace(0, 12, 9_001)]
+    )
+    x = torch.cat([sizes, -sizes])
+    wanted, found = x.double().tanh(), tanh_by_exp(x)
+    assert ((found.double() - wanted).abs() <= 2e-7 * wanted.abs()).all() and found.abs().max() == 1
+    ends = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    torch.testing.assert_close(tanh_by_exp(ends), ends.tanh(), rtol=0, atol=0, equal_nan=True)
+    assert tanh_by_exp(ends)[:2].signbit().tolist() == [False, True]
+
+
+def test_a_compiler_gets_the_quick_tanh_where_it_is_of_float32():
+    weight = torch.linspace(-2, 2, 15).reshape(3, 5).requires_grad_()
+
+    def function(x):
+        loss = (weight @ x).tanh().square().sum() + (weight.double() @ x.double()).tanh().sum().float()
+        loss.backward()
+        return [loss.detach()]
+
+    capture = Capture(function, [X])
+    graph = fx.GraphModule({}, fx.Graph())
+    graph.graph.output(graph.graph.graph_copy(capture.module.graph, {}))
+    quick_tanh(graph.graph)
+    graph.recompile()
+    left = [n.meta["val"].dtype for n in graph.graph.nodes if n.target is torch.ops.aten.tanh.default]
+    assert left == [torch.float64]
+    before = capture([X])
+    capture.compile([X])
+    for one, two, three in zip(before, graph(X, *capture.constants), capture([X]), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-6)
 
 
 def test_two_calls_of_a_recurrent_cell_do_not_share_what_they_write_to():

@@ -184,14 +184,15 @@ class Capture:
             graph.graph.output(graph.graph.graph_copy(self.module.graph, {}))
             if self.on_cpu:
                 rewrites.split_biases(graph.graph)
+                rewrites.quick_tanh(graph.graph)
             graph.recompile()
             choice = products.chosen(graph.graph) if self.on_cpu else None
             # Only with an environment for shapes does it look into its cache on disk; what is there has loops for the
             # instructions of the processor that it was made on, of which its key knows nothing.
             shapes = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
             settings: Any = torch.compiler.config
-            with tracing(shapes), settings.patch(cache_key_tag=f"{_instructions()}, {rewrites.edition()}"):
-                run: Any = compile_fx(graph, examples, decompositions=rewrites.formulas() if self.on_cpu else None)
+            with tracing(shapes), settings.patch(cache_key_tag=_instructions()):
+                run: Any = compile_fx(graph, examples)
             run = getattr(run, "_torchdynamo_orig_callable", run)  # spares Dynamo's guard around it
             scratch = {i: c.clone() for i, c in enumerate(self.constants) if any(c is m for m in self.mutated)}
             count = len(args)

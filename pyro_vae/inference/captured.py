@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_vae.inference.capture import Capture
 from pyro_vae.inference.graphs import Uncapturable
-from pyro_vae.inference.hardware import bfloat16_active
+from pyro_vae.inference.hardware import bfloat16_active, read_constants
 from pyro_vae.reach import Reach
 from pyro_vae.traces import Program
 
@@ -136,6 +136,7 @@ class Captured:
         self.quiet, self.unproven, self.check_every = quiet, unproven, check_every
         self.chooses = False  # whether a compiled graph that is slower than it was is taken back
         self.optional = False  # whether a graph that is slower than the programs is given up
+        read_constants()
         self._forget()
 
     def _forget(self) -> None:

@@ -1,4 +1,4 @@
-"""What of the machine a computation uses: the precision of matrix products, and memory.
+"""What of the machine a computation uses: the precision of matrix products, memory, and constants of libraries.
 
 "highest", "high" and "medium" are torch's own (``torch.set_float32_matmul_precision``). "bfloat16" rounds what goes
 into the linear and convolutional layers to 8 significant bits, in the forward and in the backward pass, and is two to
@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -184,6 +186,27 @@ def reused_memory() -> Iterator[None]:
             for name, value in _USUAL.items():
                 library.mallopt(name, value)
             library.malloc_trim(0)
+
+
+_SPECIAL = (0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 89.0, -110.0, 1e-40)
+
+
+def read_constants() -> None:
+    """Read, once in a process, what torch's log1p and expm1 hold for special arguments (0, -1, inf, ...).
+
+    With AVX-512 these constants are loaded under a mask, which leaves all of them out where no argument is special, and
+    their page of the library is not in memory until somebody has read it. Until then the processor looks for it in
+    vain in each call, and suppresses the fault: that takes six times as long as the function, and softplus, ELU,
+    log-sigmoid and the Bernoulli of logits are made of these two. A call with special arguments brings the page in.
+    """
+    _read_constants(os.getpid())
+
+
+@functools.cache
+def _read_constants(process: int) -> None:
+    special = torch.tensor(_SPECIAL, dtype=torch.float32, device="cpu").repeat(16)  # whole vectors of any processor
+    for function in (torch.log1p, torch.expm1):
+        function(special)
 
 
 @functools.cache

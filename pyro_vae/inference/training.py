@@ -22,7 +22,7 @@ from pyro_vae.inference.compatibility import check
 from pyro_vae.inference.compiled import Compiled
 from pyro_vae.inference.epochs import Epochs, learning
 from pyro_vae.inference.hardware import matmul_precision as precision
-from pyro_vae.inference.hardware import reused_memory
+from pyro_vae.inference.hardware import read_constants, reused_memory
 from pyro_vae.inference.loop import Stepper
 from pyro_vae.inference.objectives import default_loss, mean_bound
 from pyro_vae.inference.preparation import (
@@ -172,6 +172,7 @@ def fit(
     check_shared(optimizer, size)
     progress, callback = (progress, callback) if rank == 0 else (False, None)
     rate = SCHEDULES[schedule] if isinstance(schedule, str) else functools.partial(value_of, "schedule", schedule)
+    read_constants()
     with (
         own_parameters(model, guide, keep=True), seeded(seed), precision(matmul_precision), reused_memory(),
         learning(modules), Setup() as setup,

@@ -28,7 +28,7 @@ from pyro_vae.auxiliary import undetermined
 from pyro_vae.evaluation import evaluating
 from pyro_vae.inference.batches import Batches, NoiseOfData, one_draw
 from pyro_vae.inference.capture import capturing
-from pyro_vae.inference.hardware import multiplied_by, reused_memory
+from pyro_vae.inference.hardware import multiplied_by, read_constants, reused_memory
 from pyro_vae.inference.products import usual
 from pyro_vae.inference.ranks import Setup, check_same, common_seed, world
 from pyro_vae.inference.replays import Replayed
@@ -298,6 +298,7 @@ def sweep(
         looks = contextlib.nullcontext() if validate else validation_enabled(False)
         placed = lent(modules_of(*given, *besides), device)
         products = multiplied_by(usual() if on_cpu else None)
+        read_constants()
         for context in (placed, evaluating(*given, *besides, seed=seed), products, reused_memory(), looks):
             stack.enter_context(context)
         batches = Batches(one_draw(data, drawn, num_data), batch_size or sys.maxsize, place, False, given)

@@ -34,8 +34,7 @@ class _BernoulliLogProb(torch.autograd.Function):
     """x l - softplus(l), summed over the last dimensions, with the gradient x - sigmoid(l).
 
     In half the passes of autograd's; where no gradient is wanted, with one logarithm of many numbers, log a + log b =
-    log a b. ``log1p`` is not vectorised on the CPU. The maximum is taken off first, where it cancels x l exactly at
-    x = 1.
+    log a b. The maximum is taken off first, where it cancels x l exactly at x = 1.
     """
 
     @staticmethod

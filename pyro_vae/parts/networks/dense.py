@@ -14,8 +14,8 @@ from pyro_vae.words import one_of
 
 
 class _SoftplusFunction(torch.autograd.Function):
-    """max(x, 0) + log(1 + exp(-|x|)): torch's softplus goes through ``log1p``, which it
-    does not vectorise on the CPU, for a gain below 1e-7."""
+    """max(x, 0) + log(1 + exp(-|x|)): torch's softplus goes through ``log1p``, which may be slow on a CPU (see
+    `read_constants`), for a gain below 1e-7."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class _SoftplusFunction(torch.autograd.Function):
 
 
 class Softplus(nn.Module):
-    """log(1 + exp(x)), quicker on a CPU than ``torch.nn.Softplus``.
+    """log(1 + exp(x)), to 1e-7.
 
     Example:
         >>> Softplus()(torch.tensor([0.0, 100.0]))
