@@ -289,7 +289,6 @@ def sweep(
     """
     given = tuple(program for program in programs if program is not None)
     place = device_of(*given) if device is None else device
-    on_cpu = torch.device(place or "cpu").type == "cpu"
     (rank, size), drawn = world(), seed
     with contextlib.ExitStack() as stack, Setup() as setup:
         if size > 1:
@@ -297,7 +296,7 @@ def sweep(
             seed, progress = common_seed(seed), progress if rank == 0 else False
         looks = contextlib.nullcontext() if validate else validation_enabled(False)
         placed = lent(modules_of(*given, *besides), device)
-        products = multiplied_by(usual() if on_cpu else None)
+        products = multiplied_by(usual() if torch.device(place or "cpu").type == "cpu" else None)
         read_constants()
         for context in (placed, evaluating(*given, *besides, seed=seed), products, reused_memory(), looks):
             stack.enter_context(context)
