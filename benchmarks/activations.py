@@ -3,8 +3,8 @@
     python benchmarks/activations.py                # a minute
 
 Each operation is timed in a process of its own, which has called nothing else, before the constants have been read and
-after. Prints nanoseconds a number, forwards and backwards, on one thread: the
-median over processes, and the ratio within a process, median (min-max).
+after. Prints nanoseconds a number, forwards and backwards, on one thread: the median over processes, and the ratio
+within a process, median (min-max).
 """
 
 from __future__ import annotations
